@@ -1,0 +1,1 @@
+"""KV plugin: compressed KV caches for HuggingFace causal language models."""

@@ -1,0 +1,137 @@
+"""What every script shares at the command line: common flags, argument types, and one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from tqdm import tqdm
+
+from gpt2 import models
+from gpt2.data import Text
+from gpt2.errors import PluginError
+
+OUT_OF_MEMORY = """error: out of memory. What helps, in this order:
+  1. reduce --samples (50 is often enough)
+  2. use --seq-len 512 instead of the default 1024
+  3. use --gradient-checkpointing (only for metrics that need gradients)
+  4. a smaller --dtype (bfloat16) or --device cpu"""
+
+
+def parser(manual: str) -> argparse.ArgumentParser:
+    """A parser whose --help is the script's docstring followed by its flags with their defaults."""
+
+    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        pass
+
+    return argparse.ArgumentParser(description=manual, formatter_class=Formatter, allow_abbrev=False)
+
+
+def add_model_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", default=models.EMBEDDED, help="embedded model's name, local folder, or hub id")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--dtype", default="auto", help="auto (float32 on CPU), float32, float16, bfloat16")
+
+
+def add_text_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--text",
+        help="embedded, wikitext2, a file, or a folder with *valid* and *test* files; "
+        "by default embedded for the embedded model, else wikitext2",
+    )
+    p.add_argument("--seed", type=int, default=0, help="draws the calibration windows and the bootstrap")
+
+
+def add_calibration_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--samples", type=positive_int, default=100, help="calibration sequences")
+    p.add_argument("--seq-len", type=positive_int, default=1024, help="tokens per calibration sequence")
+    p.add_argument("--sink-tokens", type=natural, default=4, help="first tokens, kept exact and out of statistics")
+
+
+def bar(label: str, unit: str) -> Callable[[Iterable], Iterable]:
+    """A progress bar that wraps an iterable, on a terminal; a log file gets none."""
+    return lambda items: tqdm(items, desc=label, unit=unit, disable=None, leave=False)
+
+
+def add_evaluation_flags(p: argparse.ArgumentParser, tokens: int) -> None:
+    p.add_argument("--eval-tokens", type=positive_int, default=tokens, help="tokens per perplexity")
+    p.add_argument("--eval-seq-len", type=positive_int, default=2048, help="tokens per evaluated segment")
+    p.add_argument("--chunk", type=positive_int, default=64, help="tokens fed to the cache at a time")
+    p.add_argument("--batch-size", type=positive_int, default=4, help="segments evaluated together")
+
+
+def evaluation_segments(args: argparse.Namespace, loaded: models.LoadedModel, text: Text, part: str) -> torch.Tensor:
+    """The token segments that --eval-tokens and --eval-seq-len ask for, [n, length]."""
+    length = min(args.eval_seq_len, args.eval_tokens)
+    loaded.require_context(length)
+    segments = text.segments(part, loaded.tokenizer, length, args.eval_tokens // length)
+    if segments.numel() < args.eval_tokens:
+        print(f"note: the {part} part of {text.name} gives {segments.numel():,} tokens, not {args.eval_tokens:,}")
+    return segments
+
+
+def positive_int(word: str) -> int:
+    value = int(word)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{word} is not a positive number")
+    return value
+
+
+def natural(word: str) -> int:
+    value = int(word)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{word} is negative")
+    return value
+
+
+def int_list(word: str) -> list[int]:
+    """`60,56,48` to [60, 56, 48], in the order given, each once."""
+    return list(dict.fromkeys(positive_int(part) for part in word.split(",")))
+
+
+def word_list(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    """An argument type for `a,b` out of the allowed words."""
+
+    def parse(words: str) -> list[str]:
+        chosen = words.split(",")
+        if unknown := set(chosen) - set(allowed):
+            raise argparse.ArgumentTypeError(f"unknown {', '.join(sorted(unknown))}: choose from {','.join(allowed)}")
+        return chosen
+
+    return parse
+
+
+def fraction(word: str) -> float:
+    """A budget such as 0.05; 5 would be 500 % and is surely a slip."""
+    value = float(word)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{word} is out of range: 0.05 means 5 %, give a number between 0 and 1")
+    return value
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """CUDA has an exception of its own; PyTorch's CPU allocator only a message."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main; what a user can put right is one line on stderr and a non-zero exit, not a traceback."""
+    try:
+        main()
+    except PluginError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(OUT_OF_MEMORY, file=sys.stderr)
+        sys.exit(4)
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing half-written was left behind", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `script | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

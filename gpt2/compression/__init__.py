@@ -1,0 +1,1 @@
+"""Capture, calibration, codecs, the cache itself, presets and the tuner."""

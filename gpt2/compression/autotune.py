@@ -1,0 +1,203 @@
+"""Find the preset with the highest whole-KV compression within a perplexity budget, by an Optuna study.
+
+The study is the list of grid cells: every cell is enqueued once, workers claim cells atomically, and what a killed
+worker had claimed is enqueued again. So the same command resumes, and two of them share the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import optuna
+from filelock import FileLock
+from optuna.trial import FrozenTrial, TrialState
+
+from gpt2.compression.codecs import IDENTITY, codec_name, quantizer_for_bits
+from gpt2.errors import BudgetNotMet, PluginError
+
+# Heartbeats have been in Optuna since 2021 and are marked experimental still
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+HEARTBEAT_SECONDS = 5
+STALE_SECONDS = 20  # without a heartbeat for this long, a trial's worker is dead
+ADVICE = """What helps:
+  1. increase the rank (less compression, better quality): --rank-grid
+  2. compress V only instead of K and V: --target v
+  3. use int8 instead of int4: --bits 16,8"""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration of the search."""
+
+    rank: int
+    bits: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}, {self.bits} bits"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A cell with what was measured: relative change of perplexity and whole-KV compression ratio."""
+
+    cell: Cell
+    ppl_delta: float
+    compression_ratio: float
+    details: dict
+
+    def record(self) -> dict:
+        """For results files, and for the frontier plot."""
+        return {
+            "label": str(self.cell),
+            **asdict(self.cell),
+            "compression_ratio": self.compression_ratio,
+            **self.details,
+        }
+
+
+def default_rank_grid(head_dim: int) -> list[int]:
+    """All of head_dim, 15/16, 7/8, 3/4 and 1/2 of it: 64, 60, 56, 48, 32 for head_dim 64."""
+    return list(dict.fromkeys(max(1, round(head_dim * part)) for part in (1, 15 / 16, 7 / 8, 3 / 4, 1 / 2)))
+
+
+def grid(ranks: Sequence[int] | None, bits: Sequence[int], head_dim: int, codec: str) -> list[Cell]:
+    """All cells that compress: the full rank at 16 bits would be a rotation that saves nothing.
+
+    ranks: those of `default_rank_grid` when None; without a basis there is only the full one.
+    """
+    if codec_name(codec) == IDENTITY:
+        ranks = ranks or [head_dim]
+        if ranks != [head_dim]:
+            raise PluginError(f"--rank-grid: codec {IDENTITY} has no rank to cut; leave it out or give {head_dim}")
+    ranks = ranks or default_rank_grid(head_dim)
+    for rank in ranks:
+        if not 1 <= rank <= head_dim:
+            raise PluginError(f"--rank-grid: rank {rank} is out of range, this model has head_dim {head_dim}")
+    for width in bits:
+        quantizer_for_bits(width)
+    cells = [Cell(r, b) for r, b in itertools.product(ranks, bits) if not (r == head_dim and b == 16)]
+    if not cells:
+        raise PluginError("--rank-grid and --bits leave nothing to try: rank = head_dim at 16 bits compresses nothing")
+    return cells
+
+
+def study_name(key: dict) -> str:
+    """Name of the study that belongs to a search: the same search resumes, another one starts afresh."""
+    return "auto-tune-" + hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def open_study(path: Path, name: str) -> optuna.Study:
+    """Open or create a study in an SQLite file."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path):  # two processes creating the tables at once trip over each other
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///{path}",
+            engine_kwargs={"connect_args": {"timeout": 60}},
+            heartbeat_interval=HEARTBEAT_SECONDS,
+            grace_period=STALE_SECONDS,
+        )
+        return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+
+
+def run_grid(
+    study: optuna.Study,
+    path: Path,
+    cells: Sequence[Cell],
+    evaluate: Callable[[Cell], Trial],
+    report: Callable[[list[Trial], str], None] = lambda trials, note: None,
+    poll_seconds: float = 2.0,
+) -> list[Trial]:
+    """Work on the study until every cell is measured, by this process or by others; return all trials.
+
+    evaluate: measures a cell. report: called after each step with the trials so far and a line on what goes on.
+    """
+    wanted = {_key(cell): cell for cell in cells}
+
+    def objective(trial: optuna.Trial) -> float:
+        cell = wanted.get(trial.user_attrs.get("cell", ""))
+        if cell is None:  # another worker took the last cell between our look and our claim
+            raise optuna.TrialPruned
+        # The cell was enqueued with its values, this records them; the ranges must suit every grid of the study
+        trial.suggest_int("rank", 1, 1 << 16)
+        trial.suggest_int("bits", 1, 16)
+        measured = evaluate(cell)
+        trial.set_user_attr("ppl_delta", measured.ppl_delta)
+        trial.set_user_attr("details", measured.details)
+        return measured.compression_ratio
+
+    while True:
+        waiting, running = _enqueue_missing(study, path, wanted)
+        report(finished(study, cells), f"{running} running elsewhere" if running else "")
+        if waiting:
+            study.optimize(objective, n_trials=1)
+        elif running:
+            time.sleep(poll_seconds)
+        else:
+            return finished(study, cells)
+
+
+def _enqueue_missing(study: optuna.Study, path: Path, wanted: dict[str, Cell]) -> tuple[int, int]:
+    """Enqueue every cell that is neither done, waiting nor being worked on. Returns how many wait and how many run."""
+    with _locked(path):
+        optuna.storages.fail_stale_trials(study)
+        at = {state: set() for state in (TrialState.COMPLETE, TrialState.WAITING, TrialState.RUNNING)}
+        for trial in study.get_trials(deepcopy=False, states=tuple(at)):
+            at[trial.state].add(trial.user_attrs.get("cell"))
+        taken = set().union(*at.values())
+        for key in (key for key in wanted if key not in taken):
+            study.enqueue_trial(asdict(wanted[key]), user_attrs={"cell": key})
+            at[TrialState.WAITING].add(key)
+    return len(at[TrialState.WAITING] & wanted.keys()), len(at[TrialState.RUNNING] & wanted.keys())
+
+
+def finished(study: optuna.Study, cells: Sequence[Cell]) -> list[Trial]:
+    """Measured cells, in the grid's order."""
+    done = {t.user_attrs["cell"]: t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
+    return [_trial(cell, done[_key(cell)]) for cell in cells if _key(cell) in done]
+
+
+def within_budget(trials: Sequence[Trial], budget: float) -> list[Trial]:
+    """Trials within the budget, highest compression first."""
+    return sorted((t for t in trials if t.ppl_delta <= budget), key=lambda t: (-t.compression_ratio, t.ppl_delta))
+
+
+def confirm_best(
+    trials: Sequence[Trial], budget: float, confirm: Callable[[Cell], dict]
+) -> tuple[Trial, dict, list[tuple[Trial, dict]]]:
+    """The most compressed trial whose change also holds on other text, its figures there, and those that failed there.
+
+    Raises BudgetNotMet, with the nearest result and what helps, when none does.
+    """
+    failed = []
+    for trial in within_budget(trials, budget):
+        record = confirm(trial.cell)
+        if record["ppl_delta"] <= budget:
+            return trial, record, failed
+        failed.append((trial, record))
+    nearest = min(trials, key=lambda t: t.ppl_delta)
+    held = f"; {len(failed)} met it on tuning text but not on evaluation text" if failed else ""
+    raise BudgetNotMet(
+        f"PPL degradation too high: nothing stays within {budget:+.1%}{held}. Nearest: {nearest.cell} at "
+        f"{nearest.ppl_delta:+.2%} ({nearest.compression_ratio:.2f}x). No preset was written.\n{ADVICE}"
+    )
+
+
+def _key(cell: Cell) -> str:
+    return f"rank={cell.rank},bits={cell.bits}"
+
+
+def _trial(cell: Cell, frozen: FrozenTrial) -> Trial:
+    return Trial(cell, frozen.user_attrs["ppl_delta"], frozen.value, frozen.user_attrs["details"])
+
+
+def _locked(path: Path) -> FileLock:
+    return FileLock(f"{path}.lock")

@@ -1,0 +1,341 @@
+"""The calibration file: made by one pass over a model, read with every shape checked.
+
+One file serves every rank and every basis: it holds the full-rank basis it was fitted with, and the statistics from
+which another basis is fitted when it is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import zipfile
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+from gpt2 import results
+from gpt2.compression.capture import Moments, Statistics, collect
+from gpt2.compression.codecs import (
+    BASES,
+    IDENTITY,
+    Compressor,
+    IdentityCompressor,
+    Quantizer,
+    Transform,
+    codec_name,
+    quantizer_for_bits,
+)
+from gpt2.data import Text
+from gpt2.errors import BadArtefact, PluginError
+from gpt2.models import Geometry, LoadedModel
+
+FORMAT = "kv-plugin-calibration/1"
+SIDES = ("k", "v")
+TARGETS = {"v": ("v",), "k": ("k",), "kv": ("k", "v")}
+META = {
+    "model": str,
+    "fingerprint": str,
+    "num_layers": int,
+    "num_kv_heads": int,
+    "head_dim": int,
+    "rank": int,
+    "codec": str,
+    "sink_tokens": int,
+    "samples": int,
+    "seq_len": int,
+    "seed": int,
+    "text": str,
+    "text_spec": str,
+    "text_sha256": str,
+    "tokens": int,
+    "dtype": str,
+    "versions": dict,
+}
+
+
+@dataclass
+class Calibration:
+    """Contents of a calibration file. `bases[side]` has mean [L, H, d], E and D [L, H, d, d], spectrum [L, H, d]."""
+
+    meta: dict
+    statistics: Statistics
+    bases: dict[str, dict[str, Tensor]]
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.meta["num_layers"], self.meta["num_kv_heads"], self.meta["head_dim"])
+
+    def energy(self, side: str) -> Tensor:
+        """Share of the variance that the first r coordinates keep, [L, H, d]; all of it where there is none."""
+        kept = self.bases[side]["spectrum"].double().cumsum(-1)
+        return torch.where(kept[..., -1:] > 0, kept / kept[..., -1:], torch.ones_like(kept))
+
+    def compressors(
+        self,
+        side: str,
+        rank: int | None,
+        quantizer: Quantizer,
+        codec: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> list[Compressor]:
+        """One compressor per layer for `side` ("k" or "v").
+
+        rank: coordinates kept, the file's default when None. codec: the file's own basis when None; another one is
+        fitted to the statistics. dtype: of the transform's arithmetic.
+        """
+        codec = codec_name(codec or self.meta["codec"])
+        if codec == IDENTITY:
+            return [Compressor(quantizer) for _ in range(self.geometry.num_layers)]
+        basis = self.bases[side] if codec == self.meta["codec"] else fit(codec, getattr(self.statistics, side))
+        rank = rank or self.meta["rank"]
+
+        def one(layer: int) -> Compressor:
+            parts = (basis[name][layer].to(device=device, dtype=dtype) for name in ("E", "D", "mean"))
+            return Compressor(quantizer, Transform(*parts).truncate(rank))
+
+        return [one(layer) for layer in range(self.geometry.num_layers)]
+
+    def check_model(self, fingerprint: str, spec: str, where: str) -> None:
+        """Raise BadArtefact unless this calibration is of the model with that config fingerprint."""
+        if self.meta["fingerprint"] != fingerprint:
+            raise BadArtefact(
+                f"{where}: calibrated on {self.meta['model']} (config {self.meta['fingerprint']}), but the model is "
+                f"{spec} (config {fingerprint}): calibrate this model"
+            )
+
+
+def compressors_for(
+    target: str,
+    bits: int,
+    num_layers: int,
+    calibration: Calibration | None,
+    *,
+    rank: int | None = None,
+    codec: str | None = None,
+    layers: Container[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> tuple[list[Compressor], list[Compressor]]:
+    """K and V compressors: a codec on the sides of `target` ("v", "k" or "kv"), identity on the other.
+
+    layers: only these, all when None. calibration: None only for codecs that need none. The rest is as in
+    `Calibration.compressors`.
+    """
+    quantizer = quantizer_for_bits(bits)
+
+    def side(name: str) -> list[Compressor]:
+        plain: list[Compressor] = [IdentityCompressor() for _ in range(num_layers)]
+        if name not in TARGETS[target]:
+            return plain
+        if calibration is None:
+            coded = [Compressor(quantizer) for _ in range(num_layers)]
+        else:
+            coded = calibration.compressors(name, rank, quantizer, codec, dtype, device)
+        return [coded[i] if layers is None or i in layers else plain[i] for i in range(num_layers)]
+
+    return side("k"), side("v")
+
+
+def fit(codec: str, moments: Moments) -> dict[str, Tensor]:
+    """Fit a basis to every layer: mean, E, D, spectrum as in `Calibration.bases`, float32."""
+    fitted = [BASES[codec].fit(moments, layer) for layer in range(len(moments.count))]
+    E, D, spectrum = (torch.stack(parts).float().contiguous() for parts in zip(*fitted, strict=True))
+    return {"mean": moments.mean.float(), "E": E, "D": D, "spectrum": spectrum}
+
+
+def calibrate(
+    loaded: LoadedModel,
+    text: Text,
+    *,
+    rank: int,
+    samples: int = 100,
+    seq_len: int = 1024,
+    seed: int = 0,
+    sink_tokens: int = 4,
+    codec: str = "pca",
+    progress=iter,
+) -> Calibration:
+    """Calibrate a model on the calibration part of a text.
+
+    samples: sequences of `seq_len` tokens, drawn by `seed`; fewer where the text has fewer, which `meta` tells.
+    progress: wraps the iterable of windows, such as tqdm.
+    """
+    if not 1 <= rank <= loaded.geometry.head_dim:
+        raise PluginError(f"rank {rank} is out of range: {loaded.spec} has head_dim {loaded.geometry.head_dim}")
+    loaded.require_context(seq_len)
+    windows = text.segments("calibration", loaded.tokenizer, seq_len, samples, seed)
+    statistics = collect(loaded, progress(windows), sink_tokens)
+    meta = calibration_key(loaded, text, samples, seq_len, seed, sink_tokens) | {
+        "model": loaded.spec,
+        "num_layers": loaded.geometry.num_layers,
+        "head_dim": loaded.geometry.head_dim,
+        "num_kv_heads": loaded.geometry.num_kv_heads,
+        "rank": rank,
+        "codec": codec_name(codec),
+        "text": text.name,
+        "text_spec": text.spec,
+        "tokens": windows.numel(),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
+    }
+    return Calibration(meta, statistics, {side: fit(codec, getattr(statistics, side)) for side in SIDES})
+
+
+def calibration_key(loaded: LoadedModel, text: Text, samples: int, seq_len: int, seed: int, sink_tokens: int) -> dict:
+    """What decides a calibration's statistics: a file with the same values can be used again."""
+    return {
+        "fingerprint": loaded.fingerprint,
+        "text_sha256": text.sha256("calibration"),
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "sink_tokens": sink_tokens,
+    }
+
+
+def save_calibration(calibration: Calibration, path: str | Path) -> Path:
+    """Write a calibration atomically."""
+    moments = {
+        f"{side}_{name}": getattr(getattr(calibration.statistics, side), name)
+        for side in SIDES
+        for name in ("count", "mean", "scatter")
+    }
+    record = {
+        "format": FORMAT,
+        "meta": calibration.meta,
+        "bases": calibration.bases,
+        "energy": {side: calibration.energy(side).float() for side in SIDES},
+        "statistics": moments
+        | {"queries": calibration.statistics.queries, "query_count": calibration.statistics.query_count},
+    }
+    return results.write_torch(path, record)
+
+
+def load_calibration(path: str | Path) -> Calibration:
+    """Read a calibration. Raises BadArtefact, naming file, field, expected and found; never runs code from the file."""
+    path = Path(path)
+    try:
+        record = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise BadArtefact(f"{path}: not a readable calibration file ({type(error).__name__}): make it again") from error
+    return _parse(record, path)
+
+
+def _parse(record, path: Path) -> Calibration:
+    def expect(good: bool, field: str, expected, found) -> None:
+        if not good:
+            raise BadArtefact(f"{path}: field {field!r}: expected {expected}, found {found}: make the file again")
+
+    expect(isinstance(record, dict), "file", "a dict", type(record).__name__)
+    expect(record.get("format") == FORMAT, "format", FORMAT, record.get("format"))
+    meta = record.get("meta")
+    expect(isinstance(meta, dict), "meta", "a dict", type(meta).__name__)
+    for name, kind in META.items():
+        expect(type(meta.get(name)) is kind, f"meta.{name}", kind.__name__, repr(meta.get(name)))
+    L, H, d = meta["num_layers"], meta["num_kv_heads"], meta["head_dim"]
+    expect(1 <= meta["rank"] <= d, "meta.rank", f"1 to {d}", meta["rank"])
+    expect(meta["codec"] in BASES, "meta.codec", " or ".join(BASES), repr(meta["codec"]))
+
+    def tensor(group: str, name: str, *shape: int) -> Tensor:
+        value = record.get(group)
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        expect(isinstance(value, Tensor) and list(value.shape) == list(shape), f"{group}.{name}", list(shape), found)
+        expect(bool(torch.isfinite(value).all()), f"{group}.{name}", "finite numbers", "NaN or infinity")
+        return value
+
+    shapes = {"mean": (L, H, d), "E": (L, H, d, d), "D": (L, H, d, d), "spectrum": (L, H, d)}
+    bases = {
+        side: {name: tensor("bases", f"{side}.{name}", *shape) for name, shape in shapes.items()} for side in SIDES
+    }
+    moments = [
+        Moments(
+            tensor("statistics", f"{side}_count", L),
+            tensor("statistics", f"{side}_mean", L, H, d),
+            tensor("statistics", f"{side}_scatter", L, H, d, d),
+        )
+        for side in SIDES
+    ]
+    has_queries = record["statistics"].get("queries") is not None
+    queries = tensor("statistics", "queries", L, H, d, d) if has_queries else None
+    return Calibration(meta, Statistics(*moments, queries, int(record["statistics"].get("query_count", 0))), bases)
+
+
+def obtain_calibration(
+    loaded: LoadedModel,
+    text: Text,
+    *,
+    given: Path | None,
+    output: Path | None = None,
+    rank: int,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    sink_tokens: int,
+    progress=iter,
+) -> tuple[Calibration, Path]:
+    """The calibration to work with and its file: the one given, else a matching one made before, else a new one.
+
+    Matching is by model, text, samples, length, seed and sinks; looked for in results/calibrations and the working
+    folder. A new one is written to `output`, by default into results/calibrations.
+    """
+    made_from = {"samples": samples, "seq_len": seq_len, "seed": seed, "sink_tokens": sink_tokens}
+    path = given or find_reusable(calibration_key(loaded, text, **made_from), (*calibration_folders(), Path(".")))
+    if path:
+        print(f"calibration: using {path}", flush=True)
+        calibration = load_calibration(path)
+        calibration.check_model(loaded.fingerprint, loaded.spec, str(path))
+        return calibration, path
+    path = output or calibration_folders()[0] / f"kv_lowrank_calib_{loaded.slug}_{text.sha256('calibration')[:8]}.pt"
+    results.check_writable(path)
+    calibration = calibrate(loaded, text, rank=rank, progress=progress, **made_from)
+    return calibration, save_calibration(calibration, path)
+
+
+def find_reusable(key: dict, folders: Iterable[Path]) -> Path | None:
+    """The first calibration file in `folders` made with the same `calibration_key`; other files are passed over."""
+    for path in (path for folder in folders for path in sorted(folder.glob("*.pt"))):
+        try:
+            meta = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["meta"]
+        except Exception:  # any foreign .pt may lie in a user's folder; whatever is wrong with it, it isn't ours
+            continue
+        if isinstance(meta, dict) and key.items() <= meta.items():
+            return path
+    return None
+
+
+def calibration_folders() -> list[Path]:
+    """Where calibrations lie: results/calibrations of the working folder and of this checkout."""
+    here = Path("results") / "calibrations"
+    return [here] if here.resolve() == (results.RESULTS / "calibrations") else [here, results.RESULTS / "calibrations"]
+
+
+def load_calibrated_compressors(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantize_bits: int | None = None,
+    *,
+    rank: int | None = None,
+    codec: str | None = None,
+) -> tuple[list[Compressor], list[Compressor], dict]:
+    """Compressors for every layer's K and V from a calibration file, and the file's metadata.
+
+    quantize_bits: 16 (also None: no quantization), 8 or 4. rank: the file's default when None. The lists are the
+    caller's to edit layer by layer before a CompressedDynamicCache is made of them (guide, per-layer compression).
+    """
+    calibration = load_calibration(path)
+    quantizer = quantizer_for_bits(quantize_bits or 16)
+    k, v = (calibration.compressors(side, rank, quantizer, codec, dtype, device) for side in SIDES)
+    return k, v, dict(calibration.meta)
+
+
+def suggested_rank(head_dim: int) -> int:
+    """Three quarters of head_dim, where the guide starts."""
+    return math.ceil(head_dim * 0.75)

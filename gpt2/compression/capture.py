@@ -1,0 +1,154 @@
+"""One streaming pass over a model: what later fits need of K, V and Q, in memory that doesn't grow with the text.
+
+Per layer and KV head: count, mean and centred scatter of K and V, and the second moment of the queries that read
+that head (all after RoPE, as they are cached). Activations are never kept: O(layers · heads · head_dim²).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gpt2.errors import PluginError
+from gpt2.models import Geometry, LoadedModel
+
+CAPTURE_ATTENTION = "kv_plugin_capture"  # names with "flash", "sdpa" or "/" are special to transformers
+
+
+@dataclass
+class Moments:
+    """Running count, mean [L, H, d] and centred scatter Σ(x−mean)(x−mean)ᵀ [L, H, d, d], in float64 on the CPU.
+
+    Batches are merged by the pairwise update of Chan, Golub and LeVeque (1983): unlike Σx and Σxxᵀ it keeps its
+    precision for keys whose bias is hundreds of times their spread, and two passes merge the same way.
+    """
+
+    count: Tensor
+    mean: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def zeros(cls, geometry: Geometry) -> Moments:
+        L, H, d = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
+        zeros = [torch.zeros(shape, dtype=torch.float64) for shape in ((L,), (L, H, d), (L, H, d, d))]
+        return cls(*zeros)
+
+    def update(self, layer: int, x: Tensor) -> None:
+        """Add the vectors x [B, H, T, d] of one layer. Raises PluginError where one is NaN or infinite."""
+        x = x.transpose(0, 1).flatten(1, 2).float()  # [H, B·T, d]
+        n = x.shape[1]
+        mean = x.mean(1)
+        centred = x - mean[:, None]
+        scatter = (centred.mT @ centred).double().cpu()
+        mean = mean.double().cpu()
+        if not torch.isfinite(scatter).all():
+            raise PluginError(
+                f"layer {layer}: NaN or infinite activations, nothing was written. Try --dtype float32 or bfloat16, "
+                "and check that the weights load"
+            )
+        total = self.count[layer] + n
+        shift = mean - self.mean[layer]
+        self.scatter[layer] += scatter + shift[..., None] * shift[..., None, :] * (self.count[layer] * n / total)
+        self.mean[layer] += shift * (n / total)
+        self.count[layer] = total
+
+    def covariance(self, layer: int) -> Tensor:
+        """Centred covariance of every KV head, [H, d, d] float64."""
+        return self.scatter[layer] / self.count[layer].clamp_min(1)
+
+
+@dataclass
+class Statistics:
+    """Everything a basis may be fitted to. `queries` is Σqqᵀ / n over the query heads of a KV head, [L, H, d, d]."""
+
+    k: Moments
+    v: Moments
+    queries: Tensor | None
+    query_count: int
+
+
+class _Tap(DynamicCache):
+    """Hands K and V of each layer to a function and stores nothing: every sequence is one forward pass."""
+
+    def __init__(self, record):
+        super().__init__()
+        self.record = record
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        self.record(layer_idx, key_states, value_states)
+        return key_states, value_states
+
+
+def collect(loaded: LoadedModel, windows: Iterable[Tensor], sink_tokens: int) -> Statistics:
+    """Run token windows [T] through the model, one at a time, and gather statistics of all but the sink tokens.
+
+    The first tokens act as attention sinks: their K and V are outliers that would bend the basis, and the cache
+    keeps them exact anyway (Xiao et al. 2023).
+    """
+    model, geometry = loaded.model, loaded.geometry
+    k, v = Moments.zeros(geometry), Moments.zeros(geometry)
+    queries = _QueryMoments(geometry, sink_tokens)
+
+    def record(layer: int, keys: Tensor, values: Tensor) -> None:
+        k.update(layer, keys[:, :, sink_tokens:])
+        v.update(layer, values[:, :, sink_tokens:])
+
+    body = model.base_model  # the statistics need no logits
+    with torch.no_grad(), _tapped_queries(model, queries.update) as has_queries:
+        for window in windows:
+            body(input_ids=window[None].to(loaded.device), past_key_values=_Tap(record), use_cache=True)
+    if not k.count.min():
+        raise PluginError(f"no vectors to calibrate on: sequences must be longer than the {sink_tokens} sink tokens")
+    return Statistics(k, v, queries.mean() if has_queries else None, queries.count)
+
+
+class _QueryMoments:
+    """Σqqᵀ per layer and KV head, summed over the query heads that share it."""
+
+    def __init__(self, geometry: Geometry, sink_tokens: int):
+        shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, geometry.head_dim)
+        self.total = torch.zeros(shape, dtype=torch.float64)
+        self.count = 0
+        self.sink_tokens = sink_tokens
+
+    def update(self, layer: int, q: Tensor) -> None:
+        """q [B, Hq, T, d]: query heads of one KV head are neighbours."""
+        H = self.total.shape[1]
+        q = q[:, :, self.sink_tokens :].transpose(0, 1).float()
+        q = q.reshape(H, -1, q.shape[-1])  # [H, Hq/H · B · T, d]
+        self.total[layer] += (q.mT @ q).double().cpu()
+        self.count += q.shape[1] if layer == 0 else 0
+
+    def mean(self) -> Tensor:
+        return self.total / max(self.count, 1)
+
+
+@contextmanager
+def _tapped_queries(model, record):
+    """Let `record(layer, q)` see every layer's queries while the block runs; yields False where the model can't."""
+    if not getattr(type(model), "_can_set_attn_implementation", lambda: False)():
+        yield False  # its attention is hard-wired: K and V statistics still come from the cache
+        return
+    previous = model.config._attn_implementation
+
+    def attend(module, query, *args, **kwargs):
+        record(module.layer_idx, query)
+        # eager attention isn't registered: every modeling file has its own
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        return ALL_ATTENTION_FUNCTIONS.get(previous, eager)(module, query, *args, **kwargs)
+
+    AttentionInterface.register(CAPTURE_ATTENTION, attend)
+    AttentionMaskInterface.register(CAPTURE_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS[previous])
+    model.set_attn_implementation(CAPTURE_ATTENTION)
+    try:
+        yield True
+    finally:
+        model.set_attn_implementation(previous)

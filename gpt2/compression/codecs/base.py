@@ -1,0 +1,163 @@
+"""The two halves of every codec, and the compressor that joins them.
+
+    codec  =  linear transform   ∘   quantizer
+              z = (x − mean) @ E     fields = quantize(z)
+              x̂ = ẑ @ D + mean       ẑ = dequantize(fields)
+
+Shapes used throughout:
+    x       [B, H, T, d]   K (after RoPE) or V of one layer: batch, KV heads, tokens, head_dim
+    group   one or more KV heads that share a basis; their channels side by side, w = d · H / G
+    z       [B, G, T, r]   coordinates in the group's basis
+    E, D    [G, w, r], [G, r, w]; mean [G, w]
+    fields  dict of what a quantizer stores, each tensor [B, G, T / block_tokens, …]
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gpt2.compression.capture import Moments
+from gpt2.errors import PluginError
+
+Fields = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """An affine map into r coordinates per group and back. A rank is cut from the full basis by `truncate`."""
+
+    E: Tensor
+    D: Tensor
+    mean: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.E.shape[-1]
+
+    def truncate(self, rank: int) -> Transform:
+        """Keep the first `rank` coordinates; the basis is ordered by what it loses least."""
+        if not 1 <= rank <= self.rank:
+            raise PluginError(
+                f"rank {rank} is out of range: this basis has {self.rank} coordinates, use 1 to {self.rank}"
+            )
+        return replace(self, E=self.E[..., :rank].contiguous(), D=self.D[:, :rank].contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, H, T, d] → z [B, G, T, r], in the basis's own dtype."""
+        grouped = _join_heads(x, groups=len(self.E)).to(self.E.dtype)
+        return (grouped - self.mean[:, None]) @ self.E
+
+    def inverse(self, z: Tensor, head_dim: int) -> Tensor:
+        """z [B, G, T, r] → x̂ [B, H, T, d]."""
+        return _split_heads(z.to(self.D.dtype) @ self.D + self.mean[:, None], head_dim)
+
+    def to(self, device: torch.device) -> Transform:
+        return replace(self, E=self.E.to(device), D=self.D.to(device), mean=self.mean.to(device))
+
+    def nbytes(self) -> int:
+        return self.E.nbytes + self.D.nbytes + self.mean.nbytes
+
+
+def _join_heads(x: Tensor, groups: int) -> Tensor:
+    """[B, H, T, d] → [B, G, T, w]: the heads of a group side by side."""
+    B, H, T, d = x.shape
+    if groups == H:
+        return x
+    return x.view(B, groups, H // groups, T, d).transpose(2, 3).reshape(B, groups, T, -1)
+
+
+def _split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """[B, G, T, w] → [B, H, T, d], the inverse of `_join_heads`."""
+    B, G, T, w = x.shape
+    if w == head_dim:
+        return x
+    return x.view(B, G, T, w // head_dim, head_dim).transpose(2, 3).reshape(B, -1, T, head_dim)
+
+
+class Quantizer(ABC):
+    """Turns coordinates into what is stored, and back.
+
+    `block_tokens` is how many tokens are encoded together: 1 where each token stands for itself. `compress` is
+    always given a multiple of it, and every stored tensor has one entry per block in its third dimension, so that
+    blocks can be appended, cropped and reordered without looking inside.
+    """
+
+    name: str
+    bits: int
+    block_tokens = 1
+    lossless = False
+
+    @abstractmethod
+    def quantize(self, z: Tensor) -> Fields:
+        """z [B, G, T, r] → fields, each [B, G, T / block_tokens, …]."""
+
+    @abstractmethod
+    def dequantize(self, fields: Fields, rank: int) -> Tensor:
+        """Fields → ẑ [B, G, T, r]."""
+
+
+class Basis(ABC):
+    """A way to fit a transform to one layer's statistics: the `E`, `D` of full rank, best coordinates first."""
+
+    name: str
+
+    @abstractmethod
+    def fit(self, moments: Moments, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Fit every KV head of a layer. Returns E [H, d, d], D [H, d, d], spectrum [H, d] (variance per coordinate)."""
+
+
+class Compressor:
+    """Codec of one layer's K or V: an optional transform and a quantizer. Holds no cached token, so caches share it."""
+
+    def __init__(self, quantizer: Quantizer, transform: Transform | None = None):
+        self.quantizer = quantizer
+        self.transform = transform
+
+    @property
+    def exact(self) -> bool:
+        """Whether what comes back is bit for bit what went in."""
+        return self.transform is None and self.quantizer.lossless
+
+    @property
+    def block_tokens(self) -> int:
+        return self.quantizer.block_tokens
+
+    def compress(self, x: Tensor) -> Fields:
+        """x [B, H, T, d] → fields; T a multiple of `block_tokens`."""
+        z = x if self.transform is None else self.transform.forward(x)
+        # What isn't quantized is held in the model's dtype, not in the basis's
+        return self.quantizer.quantize(z.to(x.dtype) if self.quantizer.lossless else z)
+
+    def expand(self, fields: Fields, head_dim: int, dtype: torch.dtype) -> Tensor:
+        """Fields → x̂ [B, H, T, d] in `dtype`."""
+        z = self.quantizer.dequantize(fields, self.transform.rank if self.transform else head_dim)
+        return (z if self.transform is None else self.transform.inverse(z, head_dim)).to(dtype)
+
+    def to(self, device: torch.device) -> Compressor:
+        """This compressor on a device: itself if it is there already, else a copy."""
+        if self.transform is None or self.transform.E.device == device:
+            return self
+        return Compressor(self.quantizer, self.transform.to(device))
+
+    def check_shape(self, heads: int, head_dim: int, where: str) -> None:
+        """Raise PluginError unless the transform fits a cache of `heads` KV heads of `head_dim` channels."""
+        if self.transform is None:
+            return
+        groups, width, _ = self.transform.E.shape
+        if groups * width != heads * head_dim or width % head_dim:
+            raise PluginError(
+                f"{where}: the codec was calibrated for {groups} groups of {width} channels, but the model has "
+                f"{heads} KV heads of {head_dim}: calibrate this model"
+            )
+
+    def nbytes(self) -> int:
+        """Bytes of the transform: shared by all sequences, as weights are."""
+        return self.transform.nbytes() if self.transform else 0
+
+    def __repr__(self) -> str:
+        rank = f", rank={self.transform.rank}" if self.transform else ""
+        return f"{type(self).__name__}({self.quantizer.name}{rank})"

@@ -1,0 +1,59 @@
+"""Asymmetric uniform integers, one scale and one offset per token and group (the guide's int8 and int4).
+
+ẑ = code · scale + offset, both in float16: 32 bits of metadata over r coordinates. The offset and the scale are
+rounded first and the codes are taken against the rounded values, so that rounding them costs no accuracy beyond
+half a step, also for keys with a large bias.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from gpt2.compression.codecs.base import Fields, Quantizer
+
+HALF = torch.finfo(torch.float16)
+# Smallest scale: a subnormal one would lose its precision, and zero would divide
+SMALLEST = HALF.tiny
+
+
+class Int8(Quantizer):
+    """8 bits per coordinate, one code a byte."""
+
+    name = "int8"
+    bits = 8
+
+    def quantize(self, z: Tensor) -> Fields:
+        levels = 2**self.bits - 1
+        z = z.float()
+        low, high = z.amin(-1, keepdim=True), z.amax(-1, keepdim=True)
+        offset = low.clamp(HALF.min, HALF.max).half()
+        scale = ((high - offset.float()) / levels).clamp(SMALLEST, HALF.max).half()
+        codes = ((z - offset.float()) / scale.float()).round_().clamp_(0, levels).to(torch.uint8)
+        return {"codes": self.pack(codes), "scale": scale, "offset": offset}
+
+    def dequantize(self, fields: Fields, rank: int) -> Tensor:
+        codes = self.unpack(fields["codes"], rank)
+        return torch.addcmul(fields["offset"].float(), codes.float(), fields["scale"].float())
+
+    def pack(self, codes: Tensor) -> Tensor:
+        return codes
+
+    def unpack(self, packed: Tensor, rank: int) -> Tensor:
+        return packed
+
+
+class Int4(Int8):
+    """4 bits per coordinate, two codes a byte: the first half of the channels in the low nibbles, the others above."""
+
+    name = "int4"
+    bits = 4
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """[…, r] uint8 below 16 → […, ⌈r / 2⌉]."""
+        codes = pad(codes, (0, codes.shape[-1] % 2))
+        low, high = codes.chunk(2, dim=-1)
+        return low | high << 4
+
+    def unpack(self, packed: Tensor, rank: int) -> Tensor:
+        """The inverse of `pack`, […, rank]."""
+        return torch.cat((packed & 15, packed >> 4), dim=-1)[..., :rank]

@@ -1,0 +1,19 @@
+"""Low rank by a random orthonormal basis: the control that shows what calibration is worth."""
+
+import torch
+from torch import Tensor
+
+from gpt2.compression.capture import Moments
+from gpt2.compression.codecs.base import Basis
+
+
+class RandomProjection(Basis):
+    """Q of the QR decomposition of a Gaussian matrix, seeded by the layer; centred on the calibrated mean as PCA is."""
+
+    name = "random"
+
+    def fit(self, moments: Moments, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        C = moments.covariance(layer)
+        gaussian = torch.randn(C.shape, generator=torch.Generator().manual_seed(layer), dtype=C.dtype)
+        E = torch.linalg.qr(gaussian).Q
+        return E, E.mT, (E.mT @ C @ E).diagonal(dim1=-2, dim2=-1)

@@ -1,0 +1,161 @@
+"""A compressed KV cache that drops into `model.generate(past_key_values=cache)`.
+
+    k_comp, v_comp, metadata = load_calibrated_compressors("calibration.pt", quantize_bits=8)
+    cache = CompressedDynamicCache(k_comp, v_comp)
+
+The cache is a list of layers, as every transformers cache is; a layer only replaces how K and V are stored. A cache
+holds one conversation: make a new one, or `reset()` it, for the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from gpt2.compression.calibration import load_calibrated_compressors
+from gpt2.compression.codecs import Compressor, IdentityCompressor
+from gpt2.compression.storage import TokenStore
+from gpt2.errors import PluginError
+
+__all__ = ["CompressedDynamicCache", "CompressedLayer", "IdentityCompressor", "load_calibrated_compressors"]
+
+# Two unrelated sets of vectors are about 1.4 of their norm apart, the worst codec's reconstruction far less
+SAME_VECTORS = 0.7
+
+
+class CompressedLayer(CacheLayerMixin):
+    """Storage of one layer. `update` returns reconstructions, so any model and attention works with it."""
+
+    is_sliding = False  # everything is stored; the attention mask applies a sliding window
+    is_croppable = True
+    is_compileable = False
+    supports_early_init = False  # shapes and devices come with the first tokens
+
+    def __init__(self, k: Compressor, v: Compressor, sink_tokens: int, recent_tokens: int, index: int):
+        super().__init__()
+        self.stores = {"K": TokenStore(k, sink_tokens, recent_tokens), "V": TokenStore(v, sink_tokens, recent_tokens)}
+        self.index = index
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        for (side, store), x in zip(self.stores.items(), (key_states, value_states), strict=True):
+            store.prepare(x, f"layer {self.index}, {side}")
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Store new tokens, [B, H, n, d] each; return all tokens, [B, H, T, d] each, as they are stored."""
+        self.store(key_states, value_states)
+        return tuple(store.read() for store in self.stores.values())
+
+    def store(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Store new tokens, [B, H, n, d] each, and read nothing back: the cost doesn't depend on what is held."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check(value_states)
+        for store, x in zip(self.stores.values(), (key_states, value_states), strict=True):
+            store.append(x.detach())
+
+    def _check(self, values: Tensor) -> None:
+        """Refuse a batch of another size, and the whole prompt fed again."""
+        store = self.stores["V"]
+        if values.shape[0] != store.sinks.shape[0]:
+            raise PluginError(
+                f"the cache holds a batch of {store.sinks.shape[0]}, but {values.shape[0]} sequences came: reset() "
+                "it, make a new one, or use batch_repeat_interleave before beam search"
+            )
+        # use_cache=False feeds prompt + 1 token at every step to a cache that keeps them all. In the first layer V
+        # depends on the token alone, so the tokens that are held already can be recognised.
+        held = len(store)
+        if self.index == 0 and held and values.shape[2] == held + 1:
+            stored = store.read().float()
+            if (values[:, :, :held] - stored).norm() < SAME_VECTORS * stored.norm():
+                raise PluginError(
+                    "the whole prompt was fed again to a cache that holds it, as generate(use_cache=False) does: "
+                    "use use_cache=True with this cache, or pass no past_key_values"
+                )
+
+    def get_seq_length(self) -> int:
+        return len(self.stores["K"])
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        for store in self.stores.values():
+            store.clear()
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens: a negative number, as transformers has it; 0 does nothing."""
+        if tokens_to_remove > 0:
+            raise PluginError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}")
+        if tokens_to_remove and self.is_initialized:
+            for store in self.stores.values():
+                store.crop(-tokens_to_remove)
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        for store in self.stores.values():
+            store.map_(fn)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda t: t[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def offload(self) -> None:
+        self._map(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._map(lambda t: t.to(self.device, non_blocking=True))
+
+
+class CompressedDynamicCache(Cache):
+    """Drop-in for DynamicCache that stores K and V through one compressor per layer and side.
+
+    k_compressors, v_compressors: one per layer. num_layers: checked against them when given.
+    sink_tokens: first tokens kept exact; attention sinks carry activations no codec should touch. With left padding
+    the padding comes first: add the longest padding to it. recent_tokens: latest tokens kept exact, beside what is
+    left of an unfinished block.
+    """
+
+    def __init__(
+        self,
+        k_compressors: Sequence[Compressor],
+        v_compressors: Sequence[Compressor],
+        num_layers: int | None = None,
+        *,
+        sink_tokens: int = 4,
+        recent_tokens: int = 0,
+    ):
+        counts = {len(k_compressors), len(v_compressors), num_layers or len(k_compressors)}
+        if len(counts) > 1 or not len(k_compressors):
+            raise PluginError(
+                f"one K and one V compressor per layer: got {len(k_compressors)} and {len(v_compressors)} for "
+                f"num_layers={num_layers}"
+            )
+        if sink_tokens < 0 or recent_tokens < 0:
+            raise PluginError(f"sink_tokens={sink_tokens}, recent_tokens={recent_tokens}: neither can be negative")
+        pairs = zip(k_compressors, v_compressors, strict=True)
+        super().__init__(
+            layers=[CompressedLayer(k, v, sink_tokens, recent_tokens, i) for i, (k, v) in enumerate(pairs)]
+        )
+
+    def codec_bytes(self) -> int:
+        """Bytes of the transforms, which all sequences share as they share weights."""
+        return sum(store.compressor.nbytes() for layer in self.layers for store in layer.stores.values())
+
+
+def identity_cache(num_layers: int) -> CompressedDynamicCache:
+    """A cache of ours that stores everything as it comes: the control for all measurements."""
+    identity = [IdentityCompressor() for _ in range(num_layers)]
+    return CompressedDynamicCache(identity, identity)

@@ -1,0 +1,254 @@
+"""Presets: everything a compressed cache is made from, as a JSON that people pass around.
+
+    cache = create_cache_from_preset(get_preset_info("smollm2-135m", "int4-vonly"))
+
+A preset's own keys are the guide's (`GUIDE_KEYS`); further keys have defaults, so that older files load.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from gpt2 import results
+from gpt2.compression.calibration import (
+    TARGETS,
+    Calibration,
+    calibration_folders,
+    compressors_for,
+    load_calibration,
+)
+from gpt2.compression.codecs import IDENTITY, Compressor, codec_name, quantizer_for_bits
+from gpt2.compression.compressed_cache import CompressedDynamicCache
+from gpt2.errors import BadArtefact, CalibrationNotFound, PluginError
+from gpt2.models import LoadedModel
+
+FORMAT = "kv-plugin-preset/1"
+GUIDE_KEYS = {
+    "model": str,
+    "rank": int,
+    "target": str,
+    "bits": int,
+    "compression_ratio": float,
+    "baseline_ppl": float,
+    "compressed_ppl": float,
+    "ppl_delta": float,
+    "calibration_file": str,
+    "head_dim": int,
+    "num_layers": int,
+}
+# Figures may be unknown (null); without the rest there is no cache to make
+FIGURES = ("compression_ratio", "baseline_ppl", "compressed_ppl", "ppl_delta")
+DEFAULTS = {"codec": "pca", "sink_tokens": 4, "recent_tokens": 0}
+BUILT_IN = (results.ROOT / "configs" / "presets", results.RESULTS / "presets")
+
+
+def get_preset_info(model: str, name: str) -> dict:
+    """A built-in preset as a dict of the caller's own. Raises PluginError, listing what exists, for an unknown name."""
+    known = built_in_presets()
+    if model not in known:
+        raise PluginError(
+            f"no built-in presets for model {model!r}{_near(model, known)} (there are some for: "
+            f"{', '.join(known)}); make one with scripts/auto_tune_kv_compression.py"
+        )
+    if name not in known[model]:
+        raise PluginError(
+            f"no preset {name!r} for {model}{_near(name, known[model])} (there are: {', '.join(known[model])})"
+        )
+    return load_preset(known[model][name])
+
+
+def resolve_preset(preset: str | Path, model: str) -> dict:
+    """A --preset value: a file where there is one or it looks like one, else a built-in preset of the model."""
+    is_file = str(preset).endswith(".json") or Path(preset).is_file()
+    return load_preset(preset) if is_file else get_preset_info(model, str(preset))
+
+
+def built_in_presets() -> dict[str, dict[str, Path]]:
+    """Model to preset name to file: configs/presets has the guide's, results/presets what was measured here."""
+    known: dict[str, dict[str, Path]] = {}
+    for path in sorted(path for folder in BUILT_IN for path in folder.glob("*.json")):
+        preset = load_preset(path)
+        known.setdefault(preset["model"], {})[preset.get("name", path.stem)] = path
+    return known
+
+
+def load_preset(path: str | Path) -> dict:
+    """Read and check a preset file; its calibration is then also looked for beside it."""
+    path = Path(path)
+    try:
+        preset = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except FileNotFoundError as error:
+        raise PluginError(f"no preset file {path}: make one with scripts/auto_tune_kv_compression.py") from error
+    except (OSError, ValueError) as error:
+        raise BadArtefact(f"{path}: not a readable preset: {error}") from error
+    return check_preset(preset, str(path)) | {"folder": str(path.parent)}
+
+
+def check_preset(preset: dict, where: str = "preset") -> dict:
+    """A preset with its defaults filled in. Raises PluginError for a missing key or an absurd value, naming it."""
+    if not isinstance(preset, dict):
+        raise BadArtefact(f"{where}: expected a JSON object, found {type(preset).__name__}")
+    preset = DEFAULTS | preset
+    for key, kind in GUIDE_KEYS.items():
+        value = preset.get(key)
+        if value is None and key in FIGURES:
+            continue
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise BadArtefact(f"{where}: key {key!r}: expected {kind.__name__}, found {value!r}")
+    if preset.get("format", FORMAT) != FORMAT:
+        raise BadArtefact(f"{where}: key 'format': expected {FORMAT!r}, found {preset['format']!r}")
+    if preset["target"] not in TARGETS:
+        raise BadArtefact(f"{where}: key 'target': expected v, k or kv, found {preset['target']!r}")
+    if not 1 <= preset["rank"] <= preset["head_dim"]:
+        raise BadArtefact(f"{where}: key 'rank': expected 1 to head_dim {preset['head_dim']}, found {preset['rank']}")
+    for key in ("num_layers", "sink_tokens", "recent_tokens"):
+        if type(preset[key]) is not int or preset[key] < (key == "num_layers"):
+            raise BadArtefact(f"{where}: key {key!r}: expected a whole number, found {preset[key]!r}")
+    codec_name(preset["codec"])
+    quantizer_for_bits(preset["bits"])
+    return preset
+
+
+def create_cache_from_preset(
+    preset: dict | str | Path,
+    device: str | torch.device | None = None,
+    *,
+    model: LoadedModel | None = None,
+    dtype: torch.dtype = torch.float32,
+    **overrides: int,
+) -> CompressedDynamicCache:
+    """A fresh cache from a preset, a dict or a path.
+
+    device: where the transforms are put at once; None moves each to its layer's device with the first tokens.
+    model: checks that the calibration is of this model. dtype: of the transforms' arithmetic. overrides:
+    `sink_tokens` or `recent_tokens` other than the preset's.
+    """
+    k, v = compressors_from_preset(preset, device, model=model, dtype=dtype)
+    preset = _read(preset)
+    if unknown := set(overrides) - {"sink_tokens", "recent_tokens"}:
+        raise PluginError(f"create_cache_from_preset: unknown {', '.join(sorted(unknown))}")
+    windows = {key: overrides.get(key, preset[key]) for key in ("sink_tokens", "recent_tokens")}
+    return CompressedDynamicCache(k, v, num_layers=preset["num_layers"], **windows)
+
+
+def compressors_from_preset(
+    preset: dict | str | Path,
+    device: str | torch.device | None = None,
+    *,
+    model: LoadedModel | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[list[Compressor], list[Compressor]]:
+    """K and V compressors of a preset, to make many caches that share them; arguments as `create_cache_from_preset`."""
+    preset = _read(preset)
+    calibration = None
+    if preset["codec"] != IDENTITY:
+        path = find_calibration(preset)
+        calibration = load_calibration(path)
+        check_calibration(calibration, preset, path, model)
+    return compressors_for(
+        preset["target"],
+        preset["bits"],
+        preset["num_layers"],
+        calibration,
+        rank=preset["rank"],
+        codec=preset["codec"],
+        dtype=dtype,
+        device=device or "cpu",
+    )
+
+
+def new_preset(
+    loaded: LoadedModel,
+    calibration: Calibration | None,
+    calibration_file: str,
+    *,
+    compression_ratio: float,
+    measured: dict,
+    **more,
+) -> dict:
+    """A preset from what a search found.
+
+    measured: as `perplexity.compare` gives it. more: target, rank, bits, codec, sink_tokens and any further key.
+    """
+    preset = {
+        "model": loaded.spec,
+        "compression_ratio": round(compression_ratio, 4),
+        "baseline_ppl": round(measured["baseline_ppl"], 4),
+        "compressed_ppl": round(measured["ppl"], 4),
+        "ppl_delta": round(measured["ppl_delta"], 6),
+        "calibration_file": calibration_file,
+        "head_dim": loaded.geometry.head_dim,
+        "num_layers": loaded.geometry.num_layers,
+        "format": FORMAT,
+        "figures": measured,
+    }
+    if calibration:
+        preset["made_by"] = made_by(calibration.meta, calibration_file)
+    return check_preset(preset | more, "new preset")
+
+
+def made_by(meta: dict, calibration_file: str) -> str:
+    """The command that makes a calibration again from its metadata."""
+    words = {"model": meta["model"], "rank": meta["rank"], "samples": meta["samples"], "seq-len": meta["seq_len"]}
+    words |= {"seed": meta["seed"], "sink-tokens": meta["sink_tokens"], "text": meta["text_spec"]}
+    output = calibration_folders()[0] / Path(calibration_file).name
+    flags = " ".join(f"--{key} {value}" for key, value in words.items())
+    return f"python scripts/calibrate_kv_lowrank.py {flags} --output {output}"
+
+
+def check_calibration(calibration: Calibration, preset: dict, path: Path, model: LoadedModel | None) -> None:
+    """Raise BadArtefact where a calibration isn't of the preset's model, or of the model that is about to run."""
+    for key in ("head_dim", "num_layers"):
+        if calibration.meta[key] != preset[key]:
+            raise BadArtefact(
+                f"{path}: field 'meta.{key}': the preset for {preset['model']} expects {preset[key]}, "
+                f"found {calibration.meta[key]}: calibrate that model"
+            )
+    if model is not None:
+        calibration.check_model(model.fingerprint, model.spec, str(path))
+
+
+def find_calibration(preset: dict) -> Path:
+    """A preset's calibration file: as given, beside the preset, in results/calibrations.
+
+    Raises CalibrationNotFound with the places tried and the command that makes it.
+    """
+    given = Path(preset["calibration_file"]).expanduser()
+    places = [given, *(Path(preset[key]) / given for key in ("folder",) if key in preset)]
+    places += [folder / given.name for folder in calibration_folders()]
+    for place in dict.fromkeys(places):
+        if place.is_file():
+            return place
+    command = (
+        f"python scripts/calibrate_kv_lowrank.py --model {preset['model']} --rank {preset['rank']} "
+        f"--output {calibration_folders()[0] / given.name}"
+    )
+    raise CalibrationNotFound(
+        f"Calibration file not found: {given}. Looked at: {', '.join(str(place) for place in dict.fromkeys(places))}. "
+        f"Give its full path as preset['calibration_file'], or make it: {preset.get('made_by', command)}"
+    )
+
+
+def reference_to(calibration: Path, preset_path: Path) -> str:
+    """How a preset names its calibration so that the look-up finds it, also after both folders move together."""
+    if calibration.resolve().parent in [folder.resolve() for folder in calibration_folders()]:
+        return calibration.name
+    return os.path.relpath(calibration.resolve(), preset_path.resolve().parent)
+
+
+def _read(preset: dict | str | Path) -> dict:
+    return load_preset(preset) if isinstance(preset, (str, Path)) else check_preset(preset)
+
+
+def _refuse_constant(word: str):
+    raise ValueError(f"{word} is no number that JSON has")
+
+
+def _near(word: str, words) -> str:
+    near = difflib.get_close_matches(word, list(words), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""

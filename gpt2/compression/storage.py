@@ -1,0 +1,146 @@
+"""Where cached tokens live: growing tensors that never move what they hold, and one side of one layer made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gpt2.compression.codecs import Compressor
+from gpt2.errors import PluginError
+
+SMALLEST_PIECE = 64  # entries; with 1/32 of what is held already, under 5 % is unused from 2k tokens on
+GROWTH = 32
+
+
+class Pieces:
+    """A tensor [B, G, n, …] that grows along its third dimension, in pieces that are never copied when it grows.
+
+    A new piece has room for what is being appended, at least `SMALLEST_PIECE` entries and at least 1/32 of what is
+    held: appending is amortised O(1), the number of pieces grows with the logarithm, and unused room stays small.
+    """
+
+    def __init__(self):
+        self.parts: list[Tensor] = []
+        self.length = 0
+        self.room = 0  # unused entries at the end of the last part
+
+    def append(self, x: Tensor) -> None:
+        while x.shape[2]:
+            if not self.room:
+                self.room = max(x.shape[2], SMALLEST_PIECE, self.length // GROWTH)
+                self.parts.append(x.new_empty((*x.shape[:2], self.room, *x.shape[3:])))
+            last, taken = self.parts[-1], x[:, :, : self.room]
+            start = last.shape[2] - self.room
+            last[:, :, start : start + taken.shape[2]] = taken
+            x = x[:, :, self.room :]
+            self.room -= taken.shape[2]
+            self.length += taken.shape[2]
+
+    def views(self) -> list[Tensor]:
+        """What is held, piece by piece, without a copy."""
+        return [*self.parts[:-1], *(last[:, :, : last.shape[2] - self.room] for last in self.parts[-1:])]
+
+    def truncate(self, length: int) -> None:
+        """Forget all entries from `length` on."""
+        drop, self.length = self.length - length, length
+        while drop:
+            used = self.parts[-1].shape[2] - self.room
+            if drop < used:
+                self.room += drop
+                return
+            self.parts.pop()
+            drop, self.room = drop - used, 0
+
+    def map_(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self.parts = [fn(part) for part in self.parts]
+
+
+class TokenStore:
+    """K or V of one layer, [B, H, T, d] seen from outside: exact sinks | compressed blocks | exact tail.
+
+    The tail has less than one block of the codec plus `recent_tokens`. What `read` returns is always what is stored:
+    the reconstruction of the blocks, also of tokens that were appended a moment ago.
+    """
+
+    def __init__(self, compressor: Compressor, sink_tokens: int, recent_tokens: int):
+        self.compressor = compressor
+        # An exact codec needs no exact sinks or tail beside it
+        self.sink_tokens = 0 if compressor.exact else sink_tokens
+        self.recent_tokens = 0 if compressor.exact else recent_tokens
+        self.clear()
+
+    def clear(self) -> None:
+        self.sinks: Tensor | None = None
+        self.tail: Tensor | None = None
+        self.blocks: dict[str, Pieces] = {}
+
+    def prepare(self, x: Tensor, where: str) -> None:
+        """Take device, dtype and shape from the first tokens x [B, H, T, d]."""
+        self.compressor.check_shape(x.shape[1], x.shape[3], where)
+        self.compressor = self.compressor.to(x.device)
+        self.sinks = self.tail = x.new_empty((*x.shape[:2], 0, x.shape[3]))
+
+    @property
+    def compressed_tokens(self) -> int:
+        return next((pieces.length for pieces in self.blocks.values()), 0) * self.compressor.block_tokens
+
+    def __len__(self) -> int:
+        return 0 if self.sinks is None else self.sinks.shape[2] + self.compressed_tokens + self.tail.shape[2]
+
+    def append(self, x: Tensor) -> None:
+        """Add tokens x [B, H, n, d]; blocks that become full are compressed, nothing that is stored is touched."""
+        missing = self.sink_tokens - self.sinks.shape[2]
+        if missing > 0:
+            self.sinks = torch.cat((self.sinks, x[:, :, :missing]), dim=2)
+            x = x[:, :, missing:]
+        waiting = torch.cat((self.tail, x), dim=2) if self.tail.shape[2] else x
+        block = self.compressor.block_tokens
+        full = max(waiting.shape[2] - self.recent_tokens, 0) // block * block
+        if full:
+            for name, field in self.compressor.compress(waiting[:, :, :full]).items():
+                self.blocks.setdefault(name, Pieces()).append(field)
+        # A copy: a slice would keep the whole prompt's activations alive
+        self.tail = waiting[:, :, full:].clone()
+
+    def read(self) -> Tensor:
+        """All tokens, [B, H, T, d]."""
+        parts = [part for part in (self.sinks, self._expand(), self.tail) if part is not None and part.shape[2]]
+        if not parts:
+            return self.sinks
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def _expand(self, start_block: int = 0) -> Tensor | None:
+        """Reconstruction of the blocks from `start_block` on."""
+        if not self.compressed_tokens:
+            return None
+        fields = {name: _joined(pieces.views())[:, :, start_block:] for name, pieces in self.blocks.items()}
+        return self.compressor.expand(fields, self.sinks.shape[3], self.sinks.dtype)
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens. What stays of a block that is cut joins the tail as its reconstruction."""
+        length = len(self) - tokens
+        if length < 0:
+            raise PluginError(f"can't crop {tokens} tokens from a cache of {len(self)}")
+        in_tail = length - self.sinks.shape[2] - self.compressed_tokens
+        if in_tail >= 0:
+            self.tail = self.tail[:, :, :in_tail].clone()
+            return
+        blocks, rest = divmod(max(length - self.sinks.shape[2], 0), self.compressor.block_tokens)
+        self.tail = self._expand(blocks)[:, :, :rest].clone() if rest else self.tail[:, :, :0]
+        for pieces in self.blocks.values():
+            pieces.truncate(blocks)
+        self.sinks = self.sinks[:, :, :length].clone()
+
+    def map_(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply `fn` to every stored tensor: batch selection, or a move between devices."""
+        if self.sinks is None:
+            return
+        self.sinks, self.tail = fn(self.sinks), fn(self.tail)
+        for pieces in self.blocks.values():
+            pieces.map_(fn)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

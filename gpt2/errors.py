@@ -1,0 +1,25 @@
+"""Errors that a user can act on. Scripts print them as one line and exit with `exit_code`; no traceback."""
+
+
+class PluginError(ValueError):
+    """Something the user can put right: names the thing, what was expected and what to do."""
+
+    exit_code = 2
+
+
+class UnsupportedModel(PluginError):
+    """The model's cache can't be compressed by this toolkit; the message has the reason."""
+
+
+class CalibrationNotFound(PluginError):
+    """No calibration file at any of the places looked at."""
+
+
+class BadArtefact(PluginError):
+    """A calibration or preset file is damaged, foreign, or of another model."""
+
+
+class BudgetNotMet(PluginError):
+    """No configuration kept the perplexity within the budget."""
+
+    exit_code = 3

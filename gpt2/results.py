@@ -1,0 +1,98 @@
+"""Write results so that they can be trusted: atomically, and with what they were made from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2.errors import PluginError
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+
+
+@contextmanager
+def atomic(path: str | Path):
+    """Yield a temporary path beside `path`, moved onto it when the block succeeds and removed when it doesn't."""
+    path = Path(path)
+    check_writable(path)
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    part = Path(part)
+    try:
+        yield part
+        part.chmod(0o644)
+        os.replace(part, path)
+    except OSError as error:
+        raise PluginError(f"can't write {path}: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> Path:
+    """Create the folder of `path` and refuse now what could not be written after an hour of work."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PluginError(f"can't make the folder of {path}: {error.strerror}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise PluginError(f"can't write {path}: {'it is a folder' if path.is_dir() else 'its folder is read-only'}")
+    return path
+
+
+def write_json(path: str | Path, record: dict) -> Path:
+    """Write a dict as JSON; not-a-number is refused, since no reader agrees on it."""
+    with atomic(path) as part:
+        part.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+    return Path(path)
+
+
+def write_torch(path: str | Path, record: dict) -> Path:
+    """Write tensors and plain types for `torch.load(weights_only=True)`."""
+    with atomic(path) as part:
+        torch.save(record, part)
+    return Path(path)
+
+
+def write_figure(path: str | Path, figure) -> Path:
+    """Write a matplotlib figure as PNG."""
+    with atomic(path) as part:
+        figure.savefig(part, format="png", dpi=150, bbox_inches="tight")
+    return Path(path)
+
+
+def provenance(args: Any = None, **more) -> dict:
+    """What a result was made from: arguments, commit, versions, device, time; more keys as given."""
+    packages = ("torch", "transformers", "numpy", "optuna")
+    return {
+        "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()} if args else {},
+        "git_commit": git_commit(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **more,
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout, with `-dirty` where tracked code differs from it; None outside a checkout."""
+
+    def run(*words: str) -> str:
+        return subprocess.run(("git", "-C", str(ROOT), *words), capture_output=True, text=True, check=True).stdout
+
+    try:
+        dirty = run("status", "--porcelain", "--untracked-files=no", "--", "gpt2", "scripts", "configs").strip()
+        return run("rev-parse", "--short=12", "HEAD").strip() + ("-dirty" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

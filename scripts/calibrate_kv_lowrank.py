@@ -1,0 +1,79 @@
+"""Calibrate low-rank bases for a model's KV cache: one pass over a text, one file for every rank.
+
+    python scripts/calibrate_kv_lowrank.py
+    python scripts/calibrate_kv_lowrank.py --model Qwen/Qwen2.5-7B --rank 120 --samples 100 --output calib_qwen7b.pt
+
+The first `--sink-tokens` of each sequence stay out of the statistics, since the cache keeps them exact. `--rank` is
+the file's default; any other rank is cut from the same file. Good first ranks: 60, 56, 48 for head_dim 64, and 120,
+112, 96 for head_dim 128. Beside the .pt a PNG shows what each rank would lose in every layer.
+"""
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from gpt2 import cli, data, models, plots, results
+from gpt2.compression.calibration import Calibration, calibrate, calibration_folders, save_calibration, suggested_rank
+from gpt2.compression.codecs import BASES
+
+
+def main() -> None:
+    p = cli.parser(__doc__)
+    cli.add_model_flags(p)
+    cli.add_text_flags(p)
+    cli.add_calibration_flags(p)
+    p.add_argument("--rank", type=cli.positive_int, help="default rank of the file; 3/4 of head_dim if omitted")
+    p.add_argument("--codec", choices=list(BASES), default="pca", help="how the basis is fitted")
+    p.add_argument("--output", type=Path, help="calibration file; under results/calibrations if omitted")
+    p.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass; PCA has none, so nothing changes for it",
+    )
+    args = p.parse_args()
+    if args.output:
+        results.check_writable(args.output)
+
+    text = data.load_text(args.text, args.model)
+    loaded = models.load(args.model, args.device, args.dtype)
+    if args.gradient_checkpointing:
+        print("note: PCA statistics need no gradients; --gradient-checkpointing changes nothing here")
+    rank = args.rank or suggested_rank(loaded.geometry.head_dim)
+    default = calibration_folders()[0] / f"kv_lowrank_calib_{loaded.slug}_r{rank}.pt"
+    output = results.check_writable(args.output or default)
+    calibration = calibrate(
+        loaded,
+        text,
+        rank=rank,
+        samples=args.samples,
+        seq_len=args.seq_len,
+        seed=args.seed,
+        sink_tokens=args.sink_tokens,
+        codec=args.codec,
+        progress=lambda windows: tqdm(windows, desc="calibrating", unit="seq"),
+    )
+    save_calibration(calibration, output)
+    used = calibration.meta["tokens"] // args.seq_len
+    if used < args.samples:
+        print(f"note: {text.name} has text for {used} sequences of {args.seq_len}; all of them were used")
+    print_summary(calibration, rank)
+    energy = {side: calibration.energy(side).numpy() for side in ("k", "v")}
+    picture = plots.spectra(energy, rank, f"{args.model}: {calibration.meta['tokens']:,} tokens of {text.name}")
+    print(f"wrote {output} and {results.write_figure(output.with_suffix('.png'), picture)}")
+
+
+def print_summary(calibration: Calibration, rank: int) -> None:
+    """Energy kept at the rank, worst and mean over the KV heads of each layer, and how flat the spectrum is."""
+    print(f"\nenergy kept at rank {rank} of {calibration.geometry.head_dim}, and rank that keeps 99 %")
+    print(f"{'layer':>5}  {'K mean':>8} {'K worst':>8} {'K r99':>6}  {'V mean':>8} {'V worst':>8} {'V r99':>6}")
+    for layer in range(calibration.geometry.num_layers):
+        cells = []
+        for side in ("k", "v"):
+            kept = calibration.energy(side)[layer]  # [H, d]
+            r99 = int((kept < 0.99).sum(-1).max()) + 1
+            cells.append(f"{kept[:, rank - 1].mean():8.2%} {kept[:, rank - 1].min():8.2%} {r99:6d}")
+        print(f"{layer:5d}  {cells[0]}  {cells[1]}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
