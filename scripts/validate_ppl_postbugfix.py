@@ -10,14 +10,11 @@ Writes results/runs/validate_ppl_MODEL.json and results/plots/validate_ppl_MODEL
 
 from pathlib import Path
 
-import numpy as np
-
 from gpt2 import cli, data, models, plots, results
 from gpt2.compression.autotune import default_rank_grid
 from gpt2.compression.calibration import obtain_calibration
 from gpt2.errors import PluginError
-from gpt2.evaluation import memory, perplexity
-from gpt2.evaluation.ablation import GROUPS, Ablation
+from gpt2.evaluation.ablation import GROUPS, Ablation, measure
 
 
 def main() -> None:
@@ -51,7 +48,14 @@ def main() -> None:
     )
     ablation = Ablation(calibration, ranks, args.bits, args.sink_tokens, args.layer_groups)
     segments = cli.evaluation_segments(args, loaded, text, "evaluation")
-    rows = [row for group in args.groups for row in measure(loaded, segments, ablation, group, args)]
+    rows, known = [], {}
+    for group in args.groups:
+        records = measure(
+            loaded, segments, ablation.rows(group), known, seed=args.seed, chunk=args.chunk,
+            batch_size=args.batch_size, progress=cli.bar(group, "batch"),
+        )  # fmt: skip
+        print_group(records)
+        rows += records
 
     record = results.provenance(
         args,
@@ -72,29 +76,14 @@ def main() -> None:
     check_cache_is_on_the_path(rows)
 
 
-def measure(loaded, segments, ablation: Ablation, group: str, args) -> list[dict]:
-    """Score one group's rows beside the baseline and print them."""
-    rows = ablation.rows(group)
-    caches = {perplexity.BASELINE: perplexity.baseline_factory(loaded)} | {row.label: row.make for row in rows}
-    scores = perplexity.score(
-        loaded, segments, caches, chunk=args.chunk, batch_size=args.batch_size, progress=cli.bar(group, "batch")
-    )
-    baseline = scores[perplexity.BASELINE]
+def print_group(records: list[dict]) -> None:
+    group, baseline = records[0]["group"], records[0]["baseline_ppl"]
     print(f"\n{group:<46} {'PPL':>8} {'Δ PPL':>9}  {'95 % interval':>20} {'KL':>8} {'top-1':>7} {'ratio':>6}")
-    print(f"{'16-bit cache':<46} {baseline.perplexity:8.3f}", flush=True)
-    records = []
-    for row in rows:
-        record = {"group": group, "label": row.label, **perplexity.compare(baseline, scores[row.label], args.seed)}
-        record["compression_ratio_2048"] = memory.compression_ratio(row.make, loaded.geometry)
-        record["largest_nll_change"] = float(np.abs(scores[row.label].nll - baseline.nll).max())
-        records.append(record)
-        low, high = record["ppl_delta_interval"]
-        print(
-            f"{row.label:<46} {record['ppl']:8.3f} {record['ppl_delta']:+9.2%}  [{low:+8.2%}, {high:+8.2%}] "
-            f"{record['kl_nats']:8.5f} {record['top1_agreement']:7.2%} {record['compression_ratio_2048']:5.2f}x",
-            flush=True,
-        )
-    return records
+    print(f"{'16-bit cache':<46} {baseline:8.3f}")
+    for r in records:
+        low, high = r["ppl_delta_interval"]
+        figures = f"{r['ppl']:8.3f} {r['ppl_delta']:+9.2%}  [{low:+8.2%}, {high:+8.2%}] {r['kl_nats']:8.5f}"
+        print(f"{r['label']:<46} {figures} {r['top1_agreement']:7.2%} {r['compression_ratio_2048']:5.2f}x", flush=True)
 
 
 def check_cache_is_on_the_path(rows: list[dict]) -> None:

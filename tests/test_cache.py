@@ -9,6 +9,7 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
+from gpt2.compression import storage
 from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor, Quantizer, Transform
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.storage import Pieces, TokenStore
@@ -258,8 +259,9 @@ def test_batch_operations_on_an_empty_cache_do_nothing(operation):
 @pytest.mark.parametrize("seed", range(3))
 @every_layout
 @every_compressor
-def test_long_histories(compressor, layout, seed):
-    """Whatever happens in whatever order, as beam search and assisted decoding mix it."""
+def test_long_histories(compressor, layout, seed, monkeypatch):
+    """Whatever happens in whatever order, as beam search and assisted decoding mix it; over many small pieces."""
+    monkeypatch.setattr(storage, "SMALLEST_PIECE", 3)
     choose = torch.Generator().manual_seed(seed)
 
     def pick(n: int) -> int:
@@ -313,6 +315,21 @@ def test_appending_codes_each_block_once(monkeypatch):
     monkeypatch.setattr(Compressor, "compress", lambda self, x: (coded.append(x.shape[2]), compress(self, x))[1])
     store = filled(COMPRESSORS["block"], (4, 0), tokens(200).split(1, dim=2))
     assert coded == [4] * 49 and len(store) == 200
+
+
+def test_pieces_read_as_one_tensor():
+    """Cut anywhere, on and beside every piece's edge, then grown again."""
+    x = tokens(310)
+    for length in range(301):
+        pieces = Pieces()
+        for chunk in x[:, :, :300].split(50, dim=2):
+            pieces.append(chunk)
+        assert len(pieces.parts) == 5
+        pieces.truncate(length)
+        held = torch.cat((x[:, :, :0], *pieces.views()), dim=2)
+        assert pieces.length == length and torch.equal(held, x[:, :, :length])
+        pieces.append(x[:, :, 300:])
+        assert torch.equal(torch.cat(pieces.views(), dim=2), torch.cat((x[:, :, :length], x[:, :, 300:]), dim=2))
 
 
 def test_pieces_stay_few():

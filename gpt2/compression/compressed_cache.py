@@ -150,6 +150,10 @@ class CompressedDynamicCache(Cache):
             layers=[CompressedLayer(k, v, sink_tokens, recent_tokens, i) for i, (k, v) in enumerate(pairs)]
         )
 
+    def nbytes(self) -> int:
+        """Bytes held for the cached tokens, all of them: exact parts, codes, scales, and allocated room."""
+        return sum(store.nbytes() for layer in self.layers for store in layer.stores.values())
+
     def codec_bytes(self) -> int:
         """Bytes of the transforms, which all sequences share as they share weights."""
         return sum(store.compressor.nbytes() for layer in self.layers for store in layer.stores.values())

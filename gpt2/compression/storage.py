@@ -133,6 +133,11 @@ class TokenStore:
             pieces.truncate(blocks)
         self.sinks = self.sinks[:, :, :length].clone()
 
+    def nbytes(self) -> int:
+        """Bytes held: sinks, codes with their metadata, tail, and room in the pieces that isn't used yet."""
+        pieces = [part for pieces in self.blocks.values() for part in pieces.parts]
+        return sum(t.nbytes for t in (self.sinks, self.tail, *pieces) if t is not None)
+
     def map_(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn` to every stored tensor: batch selection, or a move between devices."""
         if self.sinks is None:

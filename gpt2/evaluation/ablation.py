@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from torch import Tensor
+
 from gpt2.compression.calibration import Calibration, compressors_for
 from gpt2.compression.codecs import IDENTITY
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
-from gpt2.evaluation.perplexity import CacheFactory
+from gpt2.evaluation.memory import compression_ratio
+from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory, compare, score
+from gpt2.models import LoadedModel
 
 GROUPS = ("control", "basis", "target", "rank", "bits", "sinks", "layers")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One cache of the ablation."""
+    """One cache of the ablation. Rows of several groups may be the same cache: then they have the same key."""
 
     group: str
     label: str
+    key: tuple
     make: CacheFactory
 
 
@@ -36,74 +42,79 @@ class Ablation:
         """Rows of a group, by the method of its name."""
         return getattr(self, f"_{group}")()
 
-    def _cache(self, target: str, rank: int, bits: int, *, codec: str = "pca", sinks: int | None = None, layers=None):
-        """Factory of a cache with `target` compressed, in `layers` only when given."""
-        k, v = compressors_for(
-            target,
-            bits,
-            self.calibration.geometry.num_layers,
-            self.calibration,
-            rank=rank,
-            codec=codec,
-            layers=layers,
-        )
+    def _row(self, group, label, target, rank, bits=16, *, codec="pca", sinks=None, layers=None) -> Row:
+        """A cache with a codec on `target`, in `layers` only when given."""
         sinks = self.sink_tokens if sinks is None else sinks
-        return lambda: CompressedDynamicCache(k, v, sink_tokens=sinks)
+        L = self.calibration.geometry.num_layers
+        k, v = compressors_for(target, bits, L, self.calibration, rank=rank, codec=codec, layers=layers)
+        key = (target, rank, bits, codec, sinks, layers)
+        return Row(group, label, key, lambda: CompressedDynamicCache(k, v, sink_tokens=sinks))
 
     def _control(self) -> list[Row]:
-        half = self.calibration.geometry.head_dim // 2
-        lossy = self._cache("kv", half, 16, codec="random")
-        return [
-            Row("control", "identity", lambda: identity_cache(self.calibration.geometry.num_layers)),
-            Row("control", f"lossy on purpose: K and V, random rank {half}", lossy),
-        ]
+        L, half = self.calibration.geometry.num_layers, self.calibration.geometry.head_dim // 2
+        lossy = f"lossy on purpose: K and V, random rank {half}"
+        identity = Row("control", "identity", (IDENTITY,), lambda: identity_cache(L))
+        return [identity, self._row("control", lossy, "kv", half, codec="random")]
 
     def _basis(self) -> list[Row]:
-        return [
-            Row("basis", f"V rank {rank}, {codec}", self._cache("v", rank, 16, codec=codec))
-            for rank in self.ranks[:2]
-            for codec in ("pca", "random")
-        ]
+        bases = [(rank, codec) for rank in self.ranks[:2] for codec in ("pca", "random")]
+        return [self._row("basis", f"V rank {rank}, {codec}", "v", rank, codec=codec) for rank, codec in bases]
 
     def _target(self) -> list[Row]:
         rank = self.ranks[0]
-        return [
-            Row("target", f"{target.upper()} rank {rank}", self._cache(target, rank, 16)) for target in ("v", "k", "kv")
-        ]
+        return [self._row("target", f"{target.upper()} rank {rank}", target, rank) for target in ("v", "k", "kv")]
 
     def _rank(self) -> list[Row]:
-        return [Row("rank", f"V rank {rank}", self._cache("v", rank, 16)) for rank in self.ranks]
+        return [self._row("rank", f"V rank {rank}", "v", rank) for rank in self.ranks]
 
     def _bits(self) -> list[Row]:
         d = self.calibration.geometry.head_dim
         rows = []
         for bits in self.bits:
             if bits != 16:
-                rows.append(Row("bits", f"V int{bits}, no basis", self._cache("v", d, bits, codec=IDENTITY)))
-            rows += [
-                Row("bits", f"V rank {rank}, {bits} bits", self._cache("v", rank, bits)) for rank in (d, self.ranks[0])
-            ]
+                rows.append(self._row("bits", f"V int{bits}, no basis", "v", d, bits, codec=IDENTITY))
+            for rank in (d, self.ranks[0]):
+                rows.append(self._row("bits", f"V rank {rank}, {bits} bits", "v", rank, bits))
         return rows
 
     def _sinks(self) -> list[Row]:
         rank, d = self.ranks[0], self.calibration.geometry.head_dim
-        settings = (("v", rank, 16, "pca"), ("k", rank, 16, "pca"), ("v", d, 4, IDENTITY))
+        settings = {
+            f"V rank {rank}": ("v", rank, 16, "pca"),
+            f"K rank {rank}": ("k", rank, 16, "pca"),
+            "V int4, no basis": ("v", d, 4, IDENTITY),
+        }
+        counts = dict.fromkeys((0, 1, self.sink_tokens))
         return [
-            Row(
-                "sinks",
-                f"{target.upper()} rank {r}, {bits} bits, {sinks} exact sinks",
-                self._cache(target, r, bits, codec=codec, sinks=sinks),
-            )
-            for target, r, bits, codec in settings
-            for sinks in dict.fromkeys((0, 1, self.sink_tokens))
+            self._row("sinks", f"{label}, {n} exact sinks", target, rank, bits, codec=codec, sinks=n)
+            for label, (target, rank, bits, codec) in settings.items()
+            for n in counts
         ]
 
     def _layers(self) -> list[Row]:
         """The lowest rank of the ladder in a few neighbouring layers at a time: which layers are sensitive."""
         L, rank = self.calibration.geometry.num_layers, self.ranks[-1]
         edges = [L * i // self.layer_groups for i in range(self.layer_groups + 1)]
+        stretches = [range(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
         return [
-            Row("layers", f"V rank {rank} in layers {a}–{b - 1} only", self._cache("v", rank, 16, layers=range(a, b)))
-            for a, b in zip(edges, edges[1:], strict=False)
-            if b > a
+            self._row("layers", f"V rank {rank} in layers {part[0]}–{part[-1]} only", "v", rank, layers=part)
+            for part in stretches
         ]
+
+
+def measure(
+    loaded: LoadedModel, segments: Tensor, rows: Sequence[Row], known: dict[tuple, dict], *, seed: int = 0, **scoring
+) -> list[dict]:
+    """Score rows beside the baseline; one results record per row.
+
+    known: measurements by key from earlier calls, added to; their caches are not scored again. scoring: as `score`.
+    """
+    new = {row.label: row for row in rows if row.key not in known}
+    caches = {BASELINE: baseline_factory(loaded)} | {label: row.make for label, row in new.items()}
+    scores = score(loaded, segments, caches, **scoring) if new else {}
+    for label, row in new.items():
+        known[row.key] = compare(scores[BASELINE], scores[label], seed) | {
+            "compression_ratio_2048": compression_ratio(row.make, loaded.geometry),
+            "largest_nll_change": float(np.abs(scores[label].nll - scores[BASELINE].nll).max()),
+        }
+    return [{"group": row.group, "label": row.label, **known[row.key]} for row in rows]

@@ -1,0 +1,106 @@
+"""A few truths on real weights: the embedded SmolLM2-135M and text that Python carries."""
+
+import json
+
+import pytest
+import torch
+
+from gpt2 import data, models
+from gpt2.compression.calibration import calibrate, compressors_for, save_calibration
+from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
+from gpt2.compression.presets import create_cache_from_preset, get_preset_info
+from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
+
+pytestmark = pytest.mark.real
+PROMPT = "The capital of France is Paris. The capital of Italy is Rome. The capital of Spain is Madrid. The capital of"
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return models.load()
+
+
+@pytest.fixture(scope="module")
+def text():
+    return data.load_text(None)
+
+
+@pytest.fixture(scope="module")
+def calibration(loaded, text):
+    return calibrate(loaded, text, rank=60, samples=8, seq_len=512)
+
+
+@pytest.fixture(scope="module")
+def figures(loaded, text, calibration):
+    """Change of perplexity of a few caches on 1,024 tokens that calibration didn't see."""
+
+    def cache(bits, rank, codec, sinks):
+        k, v = compressors_for("v", bits, 30, calibration, rank=rank, codec=codec)
+        return lambda: CompressedDynamicCache(k, v, sink_tokens=sinks)
+
+    caches = {
+        BASELINE: baseline_factory(loaded),
+        "identity": lambda: identity_cache(30),
+        "int8": cache(8, 64, "identity", 4),
+        "int4": cache(4, 64, "identity", 4),
+        "rank 60": cache(16, 60, "pca", 4),
+        "rank 48": cache(16, 48, "pca", 4),
+        "rank 60, random": cache(16, 60, "random", 4),
+        "rank 60, no sinks": cache(16, 60, "pca", 0),
+    }
+    segments = text.segments("evaluation", loaded.tokenizer, 512, 2)
+    scores = score(loaded, segments, caches, batch_size=2)
+    return {name: compare(scores[BASELINE], scores[name]) for name in caches}
+
+
+def test_the_embedded_model_is_a_language_model(loaded, figures):
+    assert loaded.geometry == models.Geometry(num_layers=30, num_kv_heads=3, head_dim=64)
+    assert 2 < figures["identity"]["baseline_ppl"] < 40
+
+
+def test_identity_moves_nothing(figures):
+    assert figures["identity"]["ppl_delta"] == 0 and figures["identity"]["kl_nats"] == 0
+
+
+def test_more_is_lost_by_fewer_bits_lower_ranks_a_worse_basis_and_no_sinks(figures):
+    kl = {name: record.get("kl_nats") for name, record in figures.items()}
+    assert kl["int8"] < 1e-3 < kl["int4"] < kl["rank 60"] < kl["rank 48"]
+    assert kl["rank 60"] < kl["rank 60, random"] and kl["rank 60"] < kl["rank 60, no sinks"]
+    assert abs(figures["int8"]["ppl_delta"]) < 0.002
+    assert 0.01 < figures["rank 60"]["ppl_delta"] < 0.3
+
+
+def test_calibration_is_deterministic(loaded, text, calibration):
+    again = calibrate(loaded, text, rank=60, samples=8, seq_len=512)
+    assert torch.equal(again.statistics.v.scatter, calibration.statistics.v.scatter)
+    assert torch.equal(again.bases["k"]["E"], calibration.bases["k"]["E"])
+
+
+def test_step_4_of_the_guide(loaded, calibration, tmp_path):
+    """A preset read from JSON, handed over as a dict, generates what the uncompressed cache does on an easy prompt."""
+    save_calibration(calibration, tmp_path / "calib.pt")
+    preset = {
+        "model": "smollm2-135m", "rank": 60, "target": "v", "bits": 8, "compression_ratio": 1.3, "baseline_ppl": 10.0,
+        "compressed_ppl": 10.5, "ppl_delta": 0.05, "calibration_file": str(tmp_path / "calib.pt"), "head_dim": 64,
+        "num_layers": 30,
+    }  # fmt: skip
+    (tmp_path / "preset.json").write_text(json.dumps(preset))
+    cache = create_cache_from_preset(json.loads((tmp_path / "preset.json").read_text()), device="cpu")
+    inputs = loaded.tokenizer(PROMPT, return_tensors="pt")
+    outputs = loaded.model.generate(
+        inputs["input_ids"], past_key_values=cache, use_cache=True, max_new_tokens=8, do_sample=False
+    )
+    assert cache.get_seq_length() == outputs.shape[1] - 1
+    text = loaded.tokenizer.decode(outputs[0])
+    assert text.startswith("The capital of France") and "is" in text[len(PROMPT) :]
+
+
+@pytest.mark.parametrize("name", ["int8-vonly", "int4-vonly"])
+def test_built_in_presets_that_need_no_calibration_work_in_a_fresh_clone(loaded, name):
+    preset = get_preset_info("smollm2-135m", name)
+    assert preset["compression_ratio"] > 1.2 and preset["figures"]["tokens"] > 4000
+    inputs = loaded.tokenizer(PROMPT, return_tensors="pt")
+    cache = create_cache_from_preset(preset)
+    outputs = loaded.model.generate(**inputs, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    reference = loaded.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert torch.equal(outputs, reference)

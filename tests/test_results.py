@@ -1,0 +1,125 @@
+"""Writing: all or nothing, and with what it was made from."""
+
+import argparse
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2 import results
+from gpt2.errors import PluginError
+from gpt2.results import atomic, check_writable, provenance, write_json, write_torch
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text("old")
+    return path
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_the_old_file_and_nothing_else(path, error):
+    with pytest.raises(error), atomic(path) as part:
+        part.write_text("half of the n")
+        raise error
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+def test_until_the_end_of_the_block_the_old_file_is_there(path):
+    with atomic(path) as part:
+        part.write_text("new")
+        assert path.read_text() == "old" and part.parent == path.parent, "a rename is atomic within a file system"
+    assert path.read_text() == "new" and list(path.parent.iterdir()) == [path]
+
+
+def test_folders_are_made_and_the_file_is_readable_by_others(tmp_path):
+    path = write_json(tmp_path / "a" / "b" / "r.json", {"x": 1})
+    assert json.loads(path.read_text()) == {"x": 1} and path.stat().st_mode & 0o777 == 0o644
+
+
+def test_two_writers_dont_share_a_temporary_file(path):
+    with atomic(path) as a, atomic(path) as b:
+        assert a != b
+        a.write_text("a")
+        b.write_text("b")
+    assert path.read_text() == "a" and list(path.parent.iterdir()) == [path], "the outer one ends last"
+
+
+def test_a_path_that_cannot_be_written_is_refused(path):
+    """Root may write into read-only folders, but nobody below a file."""
+    for write in (lambda p: write_json(p, {}), lambda p: write_torch(p, {}), check_writable):
+        with pytest.raises(PluginError, match="can't make the folder of .*r.json/x/y.json: "):
+            write(path / "x" / "y.json")
+    assert path.read_text() == "old"
+
+
+def test_a_read_only_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(results.os, "access", lambda *a: False)
+    with pytest.raises(PluginError, match="can't write .*r.json: its folder is read-only"):
+        write_json(tmp_path / "r.json", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_the_files_place_is_refused(tmp_path):
+    with pytest.raises(PluginError, match="it is a folder"):
+        write_json(tmp_path, {})
+
+
+def test_a_full_disk_is_one_line(path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(PluginError, match="can't write .*r.json: No space left on device"):
+        write_torch(path, {})
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_json_refuses_what_json_has_not(path, value):
+    with pytest.raises(ValueError):
+        write_json(path, {"deep": [{"ppl": value}]})
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+def test_torch_files_load_without_running_code(tmp_path):
+    record = {"t": torch.arange(3), "meta": {"name": "x", "n": 1, "list": [1.5, None, True]}}
+    back = torch.load(write_torch(tmp_path / "c.pt", record), weights_only=True)
+    assert torch.equal(back.pop("t"), record.pop("t")) and back == record
+
+
+def test_provenance_has_what_a_result_was_made_from(monkeypatch):
+    args = argparse.Namespace(model="m", output=Path("a/b.json"), ranks=[60, 56], seed=0)
+    record = provenance(args, text_sha256="abc")
+    assert record["args"] == {"model": "m", "output": "a/b.json", "ranks": [60, 56], "seed": 0}
+    assert {"torch", "transformers", "numpy"} <= set(record["versions"]) and all(record["versions"].values())
+    assert record["text_sha256"] == "abc" and record["device"] and record["threads"] >= 1
+    assert record["created_utc"].endswith("Z")
+    json.dumps(record, allow_nan=False)
+
+
+def git(folder, *words):
+    who = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+    run = subprocess.run(("git", "-C", str(folder), *who, *words), capture_output=True, text=True, check=True)
+    return run.stdout.strip()
+
+
+def test_the_commit_says_when_code_differs_from_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    assert results.git_commit() is None, "no checkout"
+    git(tmp_path, "init", "-q")
+    assert results.git_commit() is None, "no commit"
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "a.py").write_text("1")
+    (tmp_path / "README").write_text("1")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "first")
+    commit = git(tmp_path, "rev-parse", "--short=12", "HEAD")
+    assert results.git_commit() == commit == provenance()["git_commit"]
+    (tmp_path / "README").write_text("2")
+    assert results.git_commit() == commit, "only code counts"
+    (tmp_path / "gpt2" / "a.py").write_text("2")
+    assert results.git_commit() == f"{commit}-dirty"

@@ -1,0 +1,40 @@
+"""Tables come from results: README can't show a figure that no committed file holds."""
+
+import json
+import subprocess
+
+import pytest
+
+from gpt2 import results, tables
+from gpt2.errors import PluginError
+
+
+def test_readme_shows_what_the_results_say():
+    readme = (results.ROOT / "README.md").read_text(encoding="utf-8")
+    assert tables.fill(readme, results.RESULTS / "runs") == readme, "run scripts/update_readme.py"
+    assert len(tables.REGION.findall(readme)) >= 5
+
+
+def test_a_changed_figure_is_noticed():
+    readme = (results.ROOT / "README.md").read_text(encoding="utf-8")
+    start = readme.index("| V rank 60")
+    tampered = readme[:start] + readme[start:].replace("%", "0 %", 1)
+    assert tables.fill(tampered, results.RESULTS / "runs") == readme != tampered
+
+
+def test_a_missing_results_file_is_named():
+    text = "<!-- results: validate_ppl_nothing -->\n<!-- end -->"
+    with pytest.raises(PluginError, match="validate_ppl_nothing.json"):
+        tables.fill(text, results.RESULTS / "runs")
+
+
+def test_committed_results_have_provenance():
+    for path in (results.RESULTS / "runs").glob("*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        assert {"args", "git_commit", "versions", "device"} <= record.keys(), path.name
+
+
+def test_nothing_tracked_names_a_folder_of_somebodys_machine():
+    tracked = subprocess.run(["git", "-C", str(results.ROOT), "grep", "-lIE", r'["= ]/(home|root|work|tmp|Users)/'],
+                             capture_output=True, text=True).stdout.split()  # fmt: skip
+    assert [name for name in tracked if name != "tests/test_tables.py"] == []
