@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from tqdm import tqdm
 
-from gpt2 import models
+from gpt2 import models, results
 from gpt2.data import Text
 from gpt2.errors import PluginError
 
@@ -119,6 +119,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main; what a user can put right is one line on stderr and a non-zero exit, not a traceback."""
+    results.git_commit()  # now: in an hour, when results are written, the checkout may have moved on
     try:
         main()
     except PluginError as error:

@@ -94,9 +94,12 @@ def by_official_split(name: str, spec: str, valid: str, test: str) -> Text:
 
 
 def _line_end(text: str, fraction: float) -> int:
-    """Position just after the first line break past a fraction of the text, so that no sentence is shared."""
+    """Position just past a fraction of the text, after a line break or at least a word where one is near."""
     start = int(len(text) * fraction)
-    return text.find("\n", start) + 1 or start
+    for separator in ("\n", " "):
+        if found := text.find(separator, start, start + len(text) // 20) + 1:
+            return found
+    return start
 
 
 def _checked(text: Text) -> Text:

@@ -216,11 +216,13 @@ def _dequantize() -> dict:
 
 
 def _source(spec: str) -> str:
-    looks_like_path = spec.startswith((".", "/", "~")) or Path(spec).exists()
     folder = Path(spec).expanduser()
-    if looks_like_path and not (folder / "config.json").exists():
+    if (folder / "config.json").exists():
+        return str(folder)
+    # A folder without a model doesn't hide a hub id: run from a checkout, `gpt2` is also this package's folder
+    if not spec or spec.startswith((".", "/", "~")) or ("/" in spec and folder.exists()):
         raise PluginError(f"no model in {spec!r}: expected a folder with a config.json, as save_pretrained writes it")
-    return str(folder) if looks_like_path else spec
+    return spec
 
 
 def _hint(spec: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -85,11 +86,13 @@ def provenance(args: Any = None, **more) -> dict:
     }
 
 
+@functools.cache
 def git_commit() -> str | None:
-    """Commit of the checkout, with `-dirty` where tracked code differs from it; None outside a checkout."""
+    """Commit of the checkout when first asked, with `-dirty` where tracked code differs from it; None outside a checkout."""
 
     def run(*words: str) -> str:
-        return subprocess.run(("git", "-C", str(ROOT), *words), capture_output=True, text=True, check=True).stdout
+        command = ("git", "-C", str(ROOT), *words)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     try:
         dirty = run("status", "--porcelain", "--untracked-files=no", "--", "gpt2", "scripts", "configs").strip()

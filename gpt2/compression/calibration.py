@@ -7,8 +7,6 @@ which another basis is fitted when it is asked for.
 from __future__ import annotations
 
 import math
-import pickle
-import zipfile
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +90,7 @@ class Calibration:
         if codec == IDENTITY:
             return [Compressor(quantizer) for _ in range(self.geometry.num_layers)]
         basis = self.bases[side] if codec == self.meta["codec"] else fit(codec, getattr(self.statistics, side))
-        rank = rank or self.meta["rank"]
+        rank = self.meta["rank"] if rank is None else rank
 
         def one(layer: int) -> Compressor:
             parts = (basis[name][layer].to(device=device, dtype=dtype) for name in ("E", "D", "mean"))
@@ -221,7 +219,7 @@ def load_calibration(path: str | Path) -> Calibration:
     path = Path(path)
     try:
         record = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damage shows as any of a dozen types, and nothing but reading happens in the block
         raise BadArtefact(f"{path}: not a readable calibration file ({type(error).__name__}): make it again") from error
     return _parse(record, path)
 
@@ -264,7 +262,9 @@ def _parse(record, path: Path) -> Calibration:
     ]
     has_queries = record["statistics"].get("queries") is not None
     queries = tensor("statistics", "queries", L, H, d, d) if has_queries else None
-    return Calibration(meta, Statistics(*moments, queries, int(record["statistics"].get("query_count", 0))), bases)
+    query_count = record["statistics"].get("query_count")
+    expect(type(query_count) is int, "statistics.query_count", "int", repr(query_count))
+    return Calibration(meta, Statistics(*moments, queries, query_count), bases)
 
 
 def obtain_calibration(

@@ -45,15 +45,13 @@ class Moments:
         """Add the vectors x [B, H, T, d] of one layer. Raises PluginError where one is NaN or infinite."""
         x = x.transpose(0, 1).flatten(1, 2).float()  # [H, B·T, d]
         n = x.shape[1]
+        if not n:
+            return
         mean = x.mean(1)
         centred = x - mean[:, None]
         scatter = (centred.mT @ centred).double().cpu()
         mean = mean.double().cpu()
-        if not torch.isfinite(scatter).all():
-            raise PluginError(
-                f"layer {layer}: NaN or infinite activations, nothing was written. Try --dtype float32 or bfloat16, "
-                "and check that the weights load"
-            )
+        _refuse_non_finite(scatter, layer)
         total = self.count[layer] + n
         shift = mean - self.mean[layer]
         self.scatter[layer] += scatter + shift[..., None] * shift[..., None, :] * (self.count[layer] * n / total)
@@ -124,11 +122,21 @@ class _QueryMoments:
         H = self.total.shape[1]
         q = q[:, :, self.sink_tokens :].transpose(0, 1).float()
         q = q.reshape(H, -1, q.shape[-1])  # [H, Hq/H · B · T, d]
-        self.total[layer] += (q.mT @ q).double().cpu()
+        products = (q.mT @ q).double().cpu()
+        _refuse_non_finite(products, layer)
+        self.total[layer] += products
         self.count += q.shape[1] if layer == 0 else 0
 
     def mean(self) -> Tensor:
         return self.total / max(self.count, 1)
+
+
+def _refuse_non_finite(products: Tensor, layer: int) -> None:
+    if not torch.isfinite(products).all():
+        raise PluginError(
+            f"layer {layer}: NaN or infinite activations, nothing was written. Try --dtype float32 or bfloat16, "
+            "and check that the weights load"
+        )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from gpt2.compression.calibration import (
     compressors_for,
     load_calibration,
 )
-from gpt2.compression.codecs import IDENTITY, Compressor, codec_name, quantizer_for_bits
+from gpt2.compression.codecs import BITS, CODECS, IDENTITY, Compressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.errors import BadArtefact, CalibrationNotFound, PluginError
 from gpt2.models import LoadedModel
@@ -43,7 +44,7 @@ GUIDE_KEYS = {
 }
 # Figures may be unknown (null); without the rest there is no cache to make
 FIGURES = ("compression_ratio", "baseline_ppl", "compressed_ppl", "ppl_delta")
-DEFAULTS = {"codec": "pca", "sink_tokens": 4, "recent_tokens": 0}
+DEFAULTS = {"format": FORMAT, "codec": "pca", "sink_tokens": 4, "recent_tokens": 0}
 BUILT_IN = (results.ROOT / "configs" / "presets", results.RESULTS / "presets")
 
 
@@ -90,27 +91,30 @@ def load_preset(path: str | Path) -> dict:
 
 
 def check_preset(preset: dict, where: str = "preset") -> dict:
-    """A preset with its defaults filled in. Raises PluginError for a missing key or an absurd value, naming it."""
+    """A preset with its defaults filled in. Raises BadArtefact for a missing key or an absurd value, naming it."""
     if not isinstance(preset, dict):
         raise BadArtefact(f"{where}: expected a JSON object, found {type(preset).__name__}")
     preset = DEFAULTS | preset
+
+    def expect(good: bool, key: str, expected: str) -> None:
+        if not good:
+            raise BadArtefact(f"{where}: key {key!r}: expected {expected}, found {preset.get(key)!r}")
+
     for key, kind in GUIDE_KEYS.items():
         value = preset.get(key)
-        if value is None and key in FIGURES:
-            continue
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise BadArtefact(f"{where}: key {key!r}: expected {kind.__name__}, found {value!r}")
-    if preset.get("format", FORMAT) != FORMAT:
-        raise BadArtefact(f"{where}: key 'format': expected {FORMAT!r}, found {preset['format']!r}")
-    if preset["target"] not in TARGETS:
-        raise BadArtefact(f"{where}: key 'target': expected v, k or kv, found {preset['target']!r}")
-    if not 1 <= preset["rank"] <= preset["head_dim"]:
-        raise BadArtefact(f"{where}: key 'rank': expected 1 to head_dim {preset['head_dim']}, found {preset['rank']}")
+        if key in FIGURES:
+            number = type(value) in (int, float) and math.isfinite(value)
+            expect(value is None or (number and value > (-1 if key == "ppl_delta" else 0)), key, kind.__name__)
+        else:
+            expect(type(value) is kind, key, kind.__name__)
+    expect(preset["format"] == FORMAT, "format", repr(FORMAT))
+    expect(preset["target"] in TARGETS, "target", "v, k or kv")
+    expect(1 <= preset["rank"] <= preset["head_dim"], "rank", f"1 to head_dim {preset['head_dim']}")
     for key in ("num_layers", "sink_tokens", "recent_tokens"):
-        if type(preset[key]) is not int or preset[key] < (key == "num_layers"):
-            raise BadArtefact(f"{where}: key {key!r}: expected a whole number, found {preset[key]!r}")
-    codec_name(preset["codec"])
-    quantizer_for_bits(preset["bits"])
+        least = int(key == "num_layers")
+        expect(type(preset[key]) is int and preset[key] >= least, key, f"a whole number from {least}")
+    expect(type(preset["codec"]) is str and preset["codec"] in CODECS, "codec", " or ".join(CODECS))
+    expect(preset["bits"] in BITS, "bits", " or ".join(map(str, sorted(BITS))))
     return preset
 
 
@@ -145,6 +149,8 @@ def compressors_from_preset(
 ) -> tuple[list[Compressor], list[Compressor]]:
     """K and V compressors of a preset, to make many caches that share them; arguments as `create_cache_from_preset`."""
     preset = _read(preset)
+    if model is not None:
+        check_geometry(preset, model)
     calibration = None
     if preset["codec"] != IDENTITY:
         path = find_calibration(preset)
@@ -199,6 +205,14 @@ def made_by(meta: dict, calibration_file: str) -> str:
     output = calibration_folders()[0] / Path(calibration_file).name
     flags = " ".join(f"--{key} {value}" for key, value in words.items())
     return f"python scripts/calibrate_kv_lowrank.py {flags} --output {output}"
+
+
+def check_geometry(preset: dict, model: LoadedModel) -> None:
+    """Raise BadArtefact where a preset was made for a cache of another shape than the model's."""
+    for key in ("num_layers", "head_dim"):
+        if preset[key] != getattr(model.geometry, key):
+            raise BadArtefact(f"preset for {preset['model']}: key {key!r}: expected {getattr(model.geometry, key)} for "
+                              f"{model.spec}, found {preset[key]}: this preset is of another model")  # fmt: skip
 
 
 def check_calibration(calibration: Calibration, preset: dict, path: Path, model: LoadedModel | None) -> None:

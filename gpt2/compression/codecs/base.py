@@ -24,6 +24,7 @@ from gpt2.compression.capture import Moments
 from gpt2.errors import PluginError
 
 Fields = dict[str, Tensor]
+HALF_MAX = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,10 @@ class Compressor:
     def expand(self, fields: Fields, head_dim: int, dtype: torch.dtype) -> Tensor:
         """Fields → x̂ [B, H, T, d] in `dtype`."""
         z = self.quantizer.dequantize(fields, self.transform.rank if self.transform else head_dim)
-        return (z if self.transform is None else self.transform.inverse(z, head_dim)).to(dtype)
+        x = z if self.transform is None else self.transform.inverse(z, head_dim)
+        if dtype == torch.float16 and x.dtype != dtype:  # a step beyond the largest number would be infinite
+            x = x.clamp(-HALF_MAX, HALF_MAX)
+        return x.to(dtype)
 
     def to(self, device: torch.device) -> Compressor:
         """This compressor on a device: itself if it is there already, else a copy."""

@@ -1,8 +1,7 @@
 """Asymmetric uniform integers, one scale and one offset per token and group (the guide's int8 and int4).
 
-ẑ = code · scale + offset, both in float16: 32 bits of metadata over r coordinates. The offset and the scale are
-rounded first and the codes are taken against the rounded values, so that rounding them costs no accuracy beyond
-half a step, also for keys with a large bias.
+ẑ = code · scale + offset, both in float16: 32 bits of metadata over r coordinates. The offset is rounded down and the
+codes are taken against the rounded values: a large common bias widens the range by one float16 step, no more.
 """
 
 import torch
@@ -26,7 +25,7 @@ class Int8(Quantizer):
         levels = 2**self.bits - 1
         z = z.float()
         low, high = z.amin(-1, keepdim=True), z.amax(-1, keepdim=True)
-        offset = low.clamp(HALF.min, HALF.max).half()
+        offset = _half_not_above(low.clamp(HALF.min, HALF.max))
         scale = ((high - offset.float()) / levels).clamp(SMALLEST, HALF.max).half()
         codes = ((z - offset.float()) / scale.float()).round_().clamp_(0, levels).to(torch.uint8)
         return {"codes": self.pack(codes), "scale": scale, "offset": offset}
@@ -57,3 +56,13 @@ class Int4(Int8):
     def unpack(self, packed: Tensor, rank: int) -> Tensor:
         """The inverse of `pack`, […, rank]."""
         return torch.cat((packed & 15, packed >> 4), dim=-1)[..., :rank]
+
+
+def _half_not_above(x: Tensor) -> Tensor:
+    """The nearest float16 that is not above x: an offset above the lowest value would leave it without a code."""
+    rounded = x.half()
+    # float16 has no nextafter everywhere; its next lower neighbour is one bit pattern away
+    bits = rounded.view(torch.int16)
+    below = torch.where(rounded > 0, bits - 1, bits + 1).view(torch.float16)
+    below = torch.where(rounded == 0, torch.full_like(rounded, -HALF.smallest_normal), below)
+    return torch.where(rounded.float() > x, below, rounded)
