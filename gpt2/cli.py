@@ -7,12 +7,12 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from gpt2 import models, results
 from gpt2.data import Text
-from gpt2.errors import PluginError
+from gpt2.errors import PluginError, is_out_of_memory
 
 OUT_OF_MEMORY = """error: out of memory. What helps, in this order:
   1. reduce --samples (50 is often enough)
@@ -39,7 +39,7 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
 def add_text_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--text",
-        help="embedded, wikitext2, a file, or a folder with *valid* and *test* files; "
+        help="embedded, wikitext2, a file, or a folder with *valid*.txt and *test*.txt; "
         "by default embedded for the embedded model, else wikitext2",
     )
     p.add_argument("--seed", type=int, default=0, help="draws the calibration windows and the bootstrap")
@@ -63,7 +63,7 @@ def add_evaluation_flags(p: argparse.ArgumentParser, tokens: int) -> None:
     p.add_argument("--batch-size", type=positive_int, default=4, help="segments evaluated together")
 
 
-def evaluation_segments(args: argparse.Namespace, loaded: models.LoadedModel, text: Text, part: str) -> torch.Tensor:
+def evaluation_segments(args: argparse.Namespace, loaded: models.LoadedModel, text: Text, part: str) -> Tensor:
     """The token segments that --eval-tokens and --eval-seq-len ask for, [n, length]."""
     length = min(args.eval_seq_len, args.eval_tokens)
     loaded.require_context(length)
@@ -110,11 +110,6 @@ def fraction(word: str) -> float:
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{word} is out of range: 0.05 means 5 %, give a number between 0 and 1")
     return value
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """CUDA has an exception of its own; PyTorch's CPU allocator only a message."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -4,7 +4,7 @@ spec         what it is                                        parts
 embedded     prose that Python itself carries (pydoc topics)   by position: 60 %, 20 %, 20 %
 wikitext2    WikiText-2 from the hub, through `datasets`       validation 80 % / 20 %, test
 a file       any UTF-8 text                                    by position: 60 %, 20 %, 20 %
-a folder     files named *valid* and *test*                    validation 80 % / 20 %, test
+a folder     one *valid*.txt and one *test*.txt                validation 80 % / 20 %, test
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def load_text(spec: str | None, model_spec: str = EMBEDDED) -> Text:
     if path.is_file():
         return by_position(path.name, spec, _read(path))
     raise PluginError(
-        f"no text {spec!r}: give embedded, wikitext2, a text file, or a folder with *valid* and *test* files"
+        f"no text {spec!r}: give embedded, wikitext2, a text file, or a folder with *valid*.txt and *test*.txt"
     )
 
 
@@ -123,7 +123,7 @@ def _wikitext2() -> tuple[str, str]:
     except Exception as error:  # every way in which the hub can fail, and there are many: the advice is the same
         raise PluginError(
             f"can't load wikitext2 ({type(error).__name__}): the hub is out of reach or the data set is not cached. "
-            "Give --text embedded, a text file, or a folder with *valid* and *test* files"
+            "Give --text embedded, a text file, or a folder with *valid*.txt and *test*.txt"
         ) from error
     return tuple("".join(splits[name]["text"]) for name in ("validation", "test"))
 

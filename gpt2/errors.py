@@ -1,5 +1,7 @@
 """Errors that a user can act on. Scripts print them as one line and exit with `exit_code`; no traceback."""
 
+import torch
+
 
 class PluginError(ValueError):
     """Something the user can put right: names the thing, what was expected and what to do."""
@@ -23,3 +25,8 @@ class BudgetNotMet(PluginError):
     """No configuration kept the perplexity within the budget."""
 
     exit_code = 3
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """CUDA has an exception of its own for it; PyTorch's CPU allocator only a message."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

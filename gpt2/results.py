@@ -88,7 +88,7 @@ def provenance(args: Any = None, **more) -> dict:
 
 @functools.cache
 def git_commit() -> str | None:
-    """Commit of the checkout when first asked, with `-dirty` where tracked code differs from it; None outside a checkout."""
+    """Commit of the checkout when first asked, `-dirty` where tracked code differs from it; None outside one."""
 
     def run(*words: str) -> str:
         command = ("git", "-C", str(ROOT), *words)

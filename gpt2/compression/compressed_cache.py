@@ -132,7 +132,7 @@ class CompressedDynamicCache(Cache):
         sink_tokens: int = 4,
         recent_tokens: int = 0,
     ):
-        counts = {len(k_compressors), len(v_compressors), num_layers or len(k_compressors)}
+        counts = {len(k_compressors), len(v_compressors), len(k_compressors) if num_layers is None else num_layers}
         if len(counts) > 1 or not len(k_compressors):
             raise PluginError(
                 f"one K and one V compressor per layer: got {len(k_compressors)} and {len(v_compressors)} for "
@@ -144,6 +144,15 @@ class CompressedDynamicCache(Cache):
         super().__init__(
             layers=[CompressedLayer(k, v, sink_tokens, recent_tokens, i) for i, (k, v) in enumerate(pairs)]
         )
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """As `CompressedLayer.update`, for one layer of the model."""
+        if layer_idx >= len(self.layers):
+            raise PluginError(
+                f"the model has a layer {layer_idx}, but this cache was made for {len(self.layers)} layers: "
+                "its preset or calibration is of another model"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def nbytes(self) -> int:
         """Bytes held for the cached tokens, all of them: exact parts, codes, scales, and allocated room."""

@@ -107,6 +107,7 @@ def check_preset(preset: dict, where: str = "preset") -> dict:
             expect(value is None or (number and value > (-1 if key == "ppl_delta" else 0)), key, kind.__name__)
         else:
             expect(type(value) is kind, key, kind.__name__)
+    expect(type(preset.get("folder", "")) is str, "folder", "a path")
     expect(preset["format"] == FORMAT, "format", repr(FORMAT))
     expect(preset["target"] in TARGETS, "target", "v, k or kv")
     expect(1 <= preset["rank"] <= preset["head_dim"], "rank", f"1 to head_dim {preset['head_dim']}")

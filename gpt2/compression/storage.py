@@ -10,18 +10,19 @@ from torch import Tensor
 from gpt2.compression.codecs import Compressor
 from gpt2.errors import PluginError
 
-SMALLEST_PIECE = 64  # entries; with 1/32 of what is held already, under 5 % is unused from 2k tokens on
+SMALLEST_PIECE = 64  # tokens; with 1/32 of what is held already, under 5 % is unused from 2k tokens on
 GROWTH = 32
 
 
 class Pieces:
     """A tensor [B, G, n, …] that grows along its third dimension, in pieces that are never copied when it grows.
 
-    A new piece has room for what is being appended, at least `SMALLEST_PIECE` entries and at least 1/32 of what is
-    held: appending is amortised O(1), the number of pieces grows with the logarithm, and unused room stays small.
+    A new piece has room for what is being appended, at least `smallest` entries and at least 1/32 of what is held:
+    appending is amortised O(1), the number of pieces grows with the logarithm, and unused room stays small.
     """
 
-    def __init__(self):
+    def __init__(self, smallest: int = SMALLEST_PIECE):
+        self.smallest = smallest
         self.parts: list[Tensor] = []
         self.length = 0
         self.room = 0  # unused entries at the end of the last part
@@ -29,7 +30,7 @@ class Pieces:
     def append(self, x: Tensor) -> None:
         while x.shape[2]:
             if not self.room:
-                self.room = max(x.shape[2], SMALLEST_PIECE, self.length // GROWTH)
+                self.room = max(x.shape[2], self.smallest, self.length // GROWTH)
                 with torch.inference_mode(False):  # a piece made in inference mode couldn't be written outside it
                     self.parts.append(x.new_empty((*x.shape[:2], self.room, *x.shape[3:])))
             last, taken = self.parts[-1], x[:, :, : self.room]
@@ -55,7 +56,8 @@ class Pieces:
             drop, self.room = drop - used, 0
 
     def map_(self, fn: Callable[[Tensor], Tensor]) -> None:
-        self.parts = [fn(part) for part in self.parts]
+        with torch.inference_mode(False):  # as in append: what is written to later can't be an inference tensor
+            self.parts = [fn(part) for part in self.parts]
 
 
 class TokenStore:
@@ -101,7 +103,7 @@ class TokenStore:
         full = max(waiting.shape[2] - self.recent_tokens, 0) // block * block
         if full:
             for name, field in self.compressor.compress(waiting[:, :, :full]).items():
-                self.blocks.setdefault(name, Pieces()).append(field)
+                self.blocks.setdefault(name, Pieces(max(SMALLEST_PIECE // block, 1))).append(field)
         # A copy: a slice would keep the whole prompt's activations alive
         self.tail = waiting[:, :, full:].clone()
 
@@ -137,7 +139,7 @@ class TokenStore:
             self.tail = self.tail[:, :, :in_tail].clone()
             return
         blocks, rest = divmod(max(length - self.sinks.shape[2], 0), self.compressor.block_tokens)
-        self.tail = self._expand(blocks)[:, :, :rest].clone() if rest else self.tail[:, :, :0]
+        self.tail = self._expand(blocks)[:, :, :rest].clone() if rest else self.tail[:, :, :0].clone()
         for pieces in self.blocks.values():
             pieces.truncate(blocks)
         self.sinks = self.sinks[:, :, :length].clone()

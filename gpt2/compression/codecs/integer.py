@@ -11,8 +11,8 @@ from torch.nn.functional import pad
 from gpt2.compression.codecs.base import Fields, Quantizer
 
 HALF = torch.finfo(torch.float16)
-# Smallest scale: a subnormal one would lose its precision, and zero would divide
-SMALLEST = HALF.tiny
+# Smallest scale: below it float16 steps by more than a hundredth, and zero would divide
+SMALLEST = 2.0**-17
 
 
 class Int8(Quantizer):
