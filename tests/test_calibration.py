@@ -171,7 +171,6 @@ def test_nan_activations_are_refused_by_layer_and_nothing_is_written(projection,
     assert broken.model.config._attn_implementation == own_llama().model.config._attn_implementation
 
 
-@pytest.mark.xfail(strict=True, reason="query moments are never checked: a file is made that load_calibration refuses")
 def test_nan_queries_are_refused_as_well():
     broken = own_llama()
     broken.model.model.layers[-1].self_attn.q_proj.weight[0, 0] = float("nan")  # no K or V comes after it
@@ -179,7 +178,6 @@ def test_nan_queries_are_refused_as_well():
         collect(broken, windows(1, 20), 4)
 
 
-@pytest.mark.xfail(strict=True, reason="0 · 0 / 0 in the merge of an empty batch makes every later mean NaN")
 def test_a_window_without_a_vector_after_the_sinks_adds_nothing(llama):
     short, long = windows(1, 4)[0], windows(1, 20)[0]
     found = collect(llama, [short, long], 4)
@@ -331,7 +329,7 @@ def test_another_basis_is_fitted_from_the_same_file(path):
 
 @pytest.mark.parametrize(
     "rank",
-    [13, -1, pytest.param(0, marks=pytest.mark.xfail(strict=True, reason="`rank or default` takes 0 for not given"))],
+    [13, -1, 0],
 )
 def test_a_rank_that_the_file_has_not_is_refused(path, rank):
     with pytest.raises(PluginError, match=f"rank {rank} is out of range"):
@@ -353,20 +351,16 @@ def test_a_truncated_file_is_refused(path, part):
     refused(path, "not a readable calibration file", "make it again")
 
 
-ESCAPES = pytest.mark.xfail(
-    strict=True, reason="IndexError and struct.error of torch.load are not in the except clause"
-)
-
-
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(
     "start",
     [
         b"PK\x03\x04",
         b"\x80\x04\x95",
         b"{",
-        pytest.param(b"", marks=ESCAPES),
-        pytest.param(b"\x80\x02", marks=ESCAPES),
-        pytest.param(b"\x80\x02}q\x00", marks=ESCAPES),
+        b"",
+        b"\x80\x02",
+        b"\x80\x02}q\x00",
     ],
 )
 def test_random_bytes_are_refused(tmp_path, start):
@@ -395,6 +389,7 @@ class Payload:
         return os.mkdir, (self.mark,)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("write", ["torch", "torch_meta", "pickle"])
 def test_code_in_a_file_does_not_run(path, tmp_path, write):
     mark = tmp_path / "ran"
@@ -464,9 +459,7 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("change", "words"), DAMAGE, ids=[change.label for change, _ in DAMAGE])
-def test_damage_is_named(path, change, words, request):
-    if change.label == "statistics.query_count=many":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="int() of whatever the file has"))
+def test_damage_is_named(path, change, words):
     record = torch.load(path, weights_only=True)
     change(record)
     torch.save(record, path)

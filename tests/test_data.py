@@ -167,7 +167,6 @@ def test_an_empty_or_short_file_is_refused(tmp_path, content):
         load_text(str(tmp_path / "t.txt"))
 
 
-@pytest.mark.xfail(strict=True, reason="the only line break is the end, which all three parts then wait for")
 def test_a_long_file_of_one_line_is_not_too_short(tmp_path):
     (tmp_path / "t.txt").write_text(NUMBERED.replace("\n", " ") + "\n")
     assert load_text(str(tmp_path / "t.txt")).evaluation

@@ -254,7 +254,6 @@ def test_a_positive_crop_is_refused():
     assert cache.get_seq_length() == 12
 
 
-@pytest.mark.xfail(strict=True, reason="pieces made under inference_mode can't be written outside it")
 def test_a_cache_filled_in_inference_mode_goes_on_without_it():
     """`generate` runs in no_grad: a prompt that was read under inference_mode comes before it in real programs."""
     model = model_of("llama")
@@ -267,14 +266,20 @@ def test_a_cache_filled_in_inference_mode_goes_on_without_it():
     assert torch.equal(tokens(identity(model)), tokens(DynamicCache(config=model.config)))
 
 
-looks_alike = pytest.mark.xfail(strict=True, reason="use_cache=False is told by the norm of V in the first layer alone")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_use_cache_false_is_refused_on_16_bit_models(dtype):
+    """Where the same token, read again beside more tokens, may come out a rounding apart."""
+    model = in_dtype(dtype)
+    for name, length in (("none", 3), ("int8", 70), ("int4", 12)):
+        with pytest.raises(PluginError, match="use_cache=True"):
+            generate(model, quantized(model, name), prompt(length), use_cache=False)
 
 
-@looks_alike
 @pytest.mark.parametrize("length", [1, 12])
-def test_text_that_repeats_is_not_taken_for_use_cache_false(length):
+@every_family
+def test_text_that_repeats_is_not_taken_for_use_cache_false(family, length):
     """One token more than is held, beginning with the same text at its new place: a user may well say it twice."""
-    model = model_of("llama")
+    model = model_of(family)
     ids = prompt(length)
 
     def tokens(cache) -> Tensor:
@@ -284,7 +289,6 @@ def test_text_that_repeats_is_not_taken_for_use_cache_false(length):
     assert torch.equal(tokens(identity(model)), tokens(DynamicCache(config=model.config)))
 
 
-@looks_alike
 def test_values_with_a_large_mean_are_not_taken_for_use_cache_false():
     """A bias on V makes unrelated tokens look alike by norm."""
     model = tiny_model("qwen2")

@@ -59,7 +59,7 @@ def test_the_dtype_is_asked_for(llama_folder, dtype, expected):
     assert load(str(llama_folder), device="cpu", dtype=dtype).model.dtype == expected
 
 
-@pytest.mark.parametrize("name", ["empty", "/no/such/folder", "./none", "~/none", ""])
+@pytest.mark.parametrize("name", ["./empty", "/no/such/folder", "./none", "~/none", ""])
 def test_a_folder_without_a_model_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -84,7 +84,6 @@ def test_a_typo_of_the_embedded_name_suggests_it(typo):
     one_line(typo, f"Did you mean {EMBEDDED!r}?")
 
 
-@pytest.mark.xfail(strict=True, reason="run from the checkout, the hub's most famous id is its own package folder")
 def test_a_hub_id_that_is_also_a_folder_is_still_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2").mkdir()
@@ -103,7 +102,6 @@ def write(name: str, content: bytes):
     return lambda folder: (folder / name).write_bytes(content)
 
 
-NOT_CAUGHT = pytest.mark.xfail(strict=True, reason="load's except clause hasn't this error: a traceback, not a line")
 DAMAGE = {
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "config is not JSON": write("config.json", b"{"),
@@ -115,13 +113,12 @@ DAMAGE = {
     "weights of another shape": change_config(hidden_size=96),
     "config of a wrong type": change_config(num_hidden_layers="3"),
 }
-TRACEBACKS = ("weights cut off", "weights of another shape", "config of a wrong type")
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=NOT_CAUGHT if c in TRACEBACKS else ()) for c in DAMAGE])
+@pytest.mark.parametrize("case", DAMAGE)
 def test_a_damaged_folder_is_one_line(tmp_path, case):
     DAMAGE[case](saved(tmp_path))
-    one_line(str(tmp_path), "can't load model")
+    one_line(str(tmp_path), "can't load model", *(["no file named model.safetensors"] if case == "no weights" else []))
 
 
 @pytest.mark.parametrize("device", ["tpu", "", "cuda:x", "gpu", "cpu:cpu"])
@@ -137,7 +134,6 @@ def test_cuda_on_a_machine_without_is_refused(device, monkeypatch):
         load("never looked at", device=device)
 
 
-@pytest.mark.xfail(strict=True, reason="torch knows these devices, the message's list doesn't: fails after loading")
 @pytest.mark.parametrize("device", ["mps", "xpu", "meta"])
 def test_a_device_that_is_not_supported_is_refused(device):
     with pytest.raises(PluginError, match="use auto, cpu, cuda or cuda:N"):
@@ -249,3 +245,16 @@ def test_use_cache_false_is_refused_in_memory_too():
     model = tiny_model("llama", use_cache=False)
     with pytest.raises(UnsupportedModel, match="use_cache is False"):
         wrap(model, word_tokenizer(), "mine")
+
+
+def test_weights_that_are_not_in_the_files_are_not_made_up(tmp_path):
+    """transformers fills missing layers with noise: half a model must not be measured as one."""
+    change_config(num_hidden_layers=5)(saved(tmp_path))
+    one_line(str(tmp_path), "its files lack", "model.layers.3.", "config.json")
+
+
+def test_code_of_a_model_folder_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked"))
+    change_config(model_type="zzz", auto_map={"AutoConfig": "evil.Config"})(saved(tmp_path))
+    (tmp_path / "evil.py").write_text("raise SystemExit('run')")
+    one_line(str(tmp_path), "can't load model")

@@ -1,11 +1,13 @@
 """A few truths on real weights: the embedded SmolLM2-135M and text that Python carries."""
 
 import json
+import re
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpt2 import data, models
+from gpt2 import data, models, results
 from gpt2.compression.calibration import calibrate, compressors_for, save_calibration
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.presets import create_cache_from_preset, get_preset_info
@@ -93,6 +95,29 @@ def test_step_4_of_the_guide(loaded, calibration, tmp_path):
     assert cache.get_seq_length() == outputs.shape[1] - 1
     text = loaded.tokenizer.decode(outputs[0])
     assert text.startswith("The capital of France") and "is" in text[len(PROMPT) :]
+
+
+def test_quick_start_of_the_guide(loaded):
+    """Its own way to load a model, its own calls; only the model's name and the device are ours."""
+    model_name = str(models.embedded_folder())
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    model = AutoModelForCausalLM.from_pretrained(model_name, torch_dtype=torch.float32, device_map="cpu")
+    preset = get_preset_info("smollm2-135m", "int8-vonly")
+    cache = create_cache_from_preset(preset)
+    outputs = model.generate(
+        tokenizer("Hello, my name is", return_tensors="pt")["input_ids"],
+        max_new_tokens=8,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    assert tokenizer.decode(outputs[0]).startswith("Hello, my name is")
+
+
+def test_the_lines_in_readme_run(capsys):
+    readme = (results.ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("The history of tea begins")
 
 
 @pytest.mark.parametrize("name", ["int8-vonly", "int4-vonly"])

@@ -107,19 +107,32 @@ def git(folder, *words):
     return run.stdout.strip()
 
 
-def test_the_commit_says_when_code_differs_from_it(tmp_path, monkeypatch):
+@pytest.fixture
+def asked():
+    """The commit as a new process finds it: a run asks once, before the work, and remembers."""
+
+    def ask():
+        results.git_commit.cache_clear()
+        return results.git_commit()
+
+    yield ask
+    results.git_commit.cache_clear()
+
+
+def test_the_commit_says_when_code_differs_from_it(tmp_path, monkeypatch, asked):
     monkeypatch.setattr(results, "ROOT", tmp_path)
-    assert results.git_commit() is None, "no checkout"
+    assert asked() is None, "no checkout"
     git(tmp_path, "init", "-q")
-    assert results.git_commit() is None, "no commit"
+    assert asked() is None, "no commit"
     (tmp_path / "gpt2").mkdir()
     (tmp_path / "gpt2" / "a.py").write_text("1")
     (tmp_path / "README").write_text("1")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "first")
     commit = git(tmp_path, "rev-parse", "--short=12", "HEAD")
-    assert results.git_commit() == commit == provenance()["git_commit"]
+    assert asked() == commit == provenance()["git_commit"]
     (tmp_path / "README").write_text("2")
-    assert results.git_commit() == commit, "only code counts"
+    assert asked() == commit, "only code counts"
     (tmp_path / "gpt2" / "a.py").write_text("2")
-    assert results.git_commit() == f"{commit}-dirty"
+    assert results.git_commit() == commit, "what a run began with"
+    assert asked() == f"{commit}-dirty"

@@ -1,6 +1,7 @@
 """Scripts from the outside, on a tiny model: flags, files, messages, exit codes."""
 
 import json
+import os
 import runpy
 import shutil
 import signal
@@ -36,6 +37,7 @@ def space(tmp_path, monkeypatch, model_folder):
     return ["--model", str(model_folder), "--text", "words.txt"]
 
 
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # as conftest has it for this process
 SMALL = ["--samples", "3", "--seq-len", "64"]
 SMALL_EVAL = ["--eval-tokens", "128", "--eval-seq-len", "64", "--chunk", "16"]
 
@@ -209,7 +211,9 @@ def test_out_of_memory_gives_advice(space, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "collect", explode)
     assert run(CALIBRATE, *space, *SMALL, "--output", "c.pt") == 4
     err = capsys.readouterr().err
-    assert "out of memory" in err and "--samples" in err and "--seq-len 512" in err and "--gradient-checkpointing" in err
+    assert (
+        "out of memory" in err and "--samples" in err and "--seq-len 512" in err and "--gradient-checkpointing" in err
+    )
     assert "c.pt" not in files(tmp_path)
 
 
@@ -218,7 +222,9 @@ def test_an_interrupted_tuning_resumes(signal_sent, space, tmp_path, capsys):
     flags = [*space, *SMALL, "--eval-tokens", "192", "--eval-seq-len", "192", "--chunk", "1", "--bits", "16,8,4"]
     flags += ["--rank-grid", "12,8", "--target-ppl-delta", "0.9", "--study", "s.db", "--output", "p.json"]
     command = [sys.executable, str(results.ROOT / "scripts" / f"{TUNE}.py"), *flags]
-    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
+    )
     for line in child.stdout:
         if "2 measured" in line:
             break
@@ -239,7 +245,7 @@ def test_scripts_run_from_another_folder(tmp_path, model_folder):
     (tmp_path / "words.txt").write_text(word_text(3000))
     script = results.ROOT / "scripts" / f"{CALIBRATE}.py"
     command = [sys.executable, script, "--model", model_folder, "--text", "words.txt", *SMALL, "--output", "c.pt"]
-    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     assert {"c.pt", "c.png"} <= files(tmp_path)
     shutil.rmtree(tmp_path)
