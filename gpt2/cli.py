@@ -18,7 +18,8 @@ OUT_OF_MEMORY = """error: out of memory. What helps, in this order:
   1. reduce --samples (50 is often enough)
   2. use --seq-len 512 instead of the default 1024
   3. use --gradient-checkpointing (only for metrics that need gradients)
-  4. a smaller --dtype (bfloat16) or --device cpu"""
+  4. while evaluating, a smaller --batch-size
+  5. a smaller --dtype (bfloat16) or --device cpu"""
 
 
 def parser(manual: str) -> argparse.ArgumentParser:
@@ -58,15 +59,17 @@ def bar(label: str, unit: str) -> Callable[[Iterable], Iterable]:
 
 def add_evaluation_flags(p: argparse.ArgumentParser, tokens: int) -> None:
     p.add_argument("--eval-tokens", type=positive_int, default=tokens, help="tokens per perplexity")
-    p.add_argument("--eval-seq-len", type=positive_int, default=2048, help="tokens per evaluated segment")
+    p.add_argument(
+        "--eval-seq-len", type=positive_int, help="tokens per evaluated segment; 2048 or the model's context"
+    )
     p.add_argument("--chunk", type=positive_int, default=64, help="tokens fed to the cache at a time")
     p.add_argument("--batch-size", type=positive_int, default=4, help="segments evaluated together")
 
 
 def evaluation_segments(args: argparse.Namespace, loaded: models.LoadedModel, text: Text, part: str) -> Tensor:
     """The token segments that --eval-tokens and --eval-seq-len ask for, [n, length]."""
-    length = min(args.eval_seq_len, args.eval_tokens)
-    loaded.require_context(length)
+    length = min(args.eval_seq_len or min(2048, loaded.max_context or 2048), args.eval_tokens)
+    loaded.require_context(length, "--eval-seq-len")
     segments = text.segments(part, loaded.tokenizer, length, args.eval_tokens // length)
     if segments.numel() < args.eval_tokens:
         print(f"note: the {part} part of {text.name} gives {segments.numel():,} tokens, not {args.eval_tokens:,}")

@@ -46,16 +46,26 @@ class Text:
         In reading order, or drawn at random with a seed. Raises PluginError when the text is shorter than one window.
         """
         ids = self.tokens(part, tokenizer)
-        available = len(ids) // length
+        start = start_tokens(tokenizer)
+        width = length - len(start)
+        available = len(ids) // width
         if available == 0:
             raise PluginError(
                 f"the {part} part of text {self.name!r} has {len(ids)} tokens, fewer than one segment of {length}: "
                 "give a longer --text or a shorter --seq-len"
             )
-        windows = ids[: available * length].view(available, length)
+        windows = ids[: available * width].view(available, width)
+        windows = torch.cat((start.expand(available, -1), windows), dim=1)
         if seed is not None:
             windows = windows[torch.randperm(available, generator=torch.Generator().manual_seed(seed))]
         return windows[:count]
+
+
+def start_tokens(tokenizer) -> torch.Tensor:
+    """What the tokenizer puts before every text, [n]: models trained with a start token read badly without it."""
+    with_start, without = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
+    bos = tokenizer.bos_token_id
+    return torch.tensor([bos] if bos is not None and with_start[0] == bos != without[0] else [], dtype=torch.long)
 
 
 def default_text(model_spec: str) -> str:

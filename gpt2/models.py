@@ -68,12 +68,12 @@ class LoadedModel:
         """Longest trained context in tokens, None where the config doesn't say."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
-    def require_context(self, tokens: int) -> None:
+    def require_context(self, tokens: int, flag: str = "--seq-len") -> None:
         """Refuse a context longer than the model was trained for."""
         if self.max_context and tokens > self.max_context:
             raise PluginError(
                 f"a context of {tokens} tokens is longer than the {self.max_context} that {self.spec} was trained "
-                f"for: use --seq-len {self.max_context} or less"
+                f"for: use {flag} {self.max_context} or less"
             )
 
 
@@ -112,7 +112,7 @@ def wrap(model: PreTrainedModel, tokenizer, spec: str) -> LoadedModel:
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModel(f"Model doesn't have past_key_values: {spec}'s forward takes none; {SUPPORTED}")
     model.eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, spec, probe_geometry(model, spec), config_fingerprint(model.config))
+    return LoadedModel(model, tokenizer, spec, probe_geometry(model, spec), fingerprint(model))
 
 
 def resolve_device(device: str) -> torch.device:
@@ -176,13 +176,20 @@ def probe_geometry(model: PreTrainedModel, spec: str) -> Geometry:
     return Geometry(len(layers), heads, head_dim)
 
 
-def config_fingerprint(config) -> str:
-    """Hash of the config fields that decide what K and V look like; the same from a hub id and a local copy."""
-    text = config.get_text_config(decoder=True)
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hash that tells a model from others, also from a fine-tune of itself; the same from a hub id and a local copy.
+
+    Config fields that shape the cache, and the signs of a few weights of every matrix: signs survive a change of dtype.
+    """
+    text = model.config.get_text_config(decoder=True)
     names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     names += ("num_attention_heads", "num_key_value_heads", "head_dim")
     fields = {name: getattr(text, name, None) for name in names}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    for name, weight in sorted(model.named_parameters()):
+        if weight.dim() > 1:
+            digest.update(name.encode() + bytes((weight.flatten()[:64] > 0).tolist()))
+    return digest.hexdigest()[:16]
 
 
 def embedded_folder() -> Path:
@@ -228,7 +235,6 @@ def _source(spec: str) -> str:
     folder = Path(spec).expanduser()
     if (folder / "config.json").exists():
         return str(folder)
-    # A folder without a model doesn't hide a hub id: run from a checkout, `gpt2` is also this package's folder
     if not spec or spec.startswith((".", "/", "~")) or ("/" in spec and folder.exists()):
         raise PluginError(f"no model in {spec!r}: expected a folder with a config.json, as save_pretrained writes it")
     return spec
@@ -236,7 +242,8 @@ def _source(spec: str) -> str:
 
 def _hint(spec: str) -> str:
     if Path(spec).expanduser().is_dir():
-        return "The folder must be complete, as save_pretrained writes it: config, weights and tokenizer."
+        hidden = "" if (Path(spec) / "config.json").exists() else f"A folder named {spec} hides a hub id of that name. "
+        return f"{hidden}A model's folder is complete as save_pretrained writes it: config, weights and tokenizer"
     if difflib.get_close_matches(spec, [EMBEDDED]):
         return f"Did you mean {EMBEDDED!r}?"
     offline = " HF_HUB_OFFLINE is set, so only what is already on this machine can be used." if _offline() else ""

@@ -76,14 +76,29 @@ def provenance(args: Any = None, **more) -> dict:
     """What a result was made from: arguments, commit, versions, device, time; more keys as given."""
     packages = ("torch", "transformers", "numpy", "optuna")
     return {
-        "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()} if args else {},
+        "args": {
+            key: shown(value) if isinstance(value, Path) else value
+            for key, value in (vars(args) if args else {}).items()
+        },
         "git_commit": git_commit(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": device_name(getattr(args, "device", "auto")),
         "threads": torch.get_num_threads(),
         "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **more,
     }
+
+
+def device_name(device: str) -> str:
+    """The processor behind a --device value: the GPU's name where it means one."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    return torch.cuda.get_device_name(None if device == "auto" else device)
+
+
+def shown(path: Path) -> str:
+    """A path as results and messages have it: from the checkout inside it, so no machine shows."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 @functools.cache

@@ -21,6 +21,8 @@ REGION = re.compile(r"(<!-- results: (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", 
 
 def validation(record: dict, groups: list[str]) -> str:
     """Rows of the perplexity ablation, of some groups or of all."""
+    if missing := set(groups) - {row["group"] for row in record["rows"]}:
+        raise PluginError(f"the results have no rows of group {', '.join(sorted(missing))}: run the script with them")
     rows = [row for row in record["rows"] if not groups or row["group"] in groups]
     lines = [
         "| cache | Δ perplexity | 95 % interval | KL, nats | top-1 | whole-KV ratio |",
@@ -55,7 +57,8 @@ def calibrating(record: dict, _: list[str]) -> str:
     lines = [
         "| cost of calibration | |",
         "|---|---|",
-        f"| time against bare forward passes | {record['ratio_to_forward']:.2f}x |",
+        f"| time against bare forward passes | {record['ratio_to_forward']['body']:.2f}x |",
+        f"| the same, the forward passes with logits | {record['ratio_to_forward']['with_logits']:.2f}x |",
     ]
     sizes = record["peak_rss_mb_by_samples"].items()
     return "\n".join(lines + [f"| peak memory with {n} samples | {size:,.0f} MB |" for n, size in sizes])

@@ -15,7 +15,7 @@ from pathlib import Path
 from gpt2 import cli, data, models, plots, results
 from gpt2.compression import autotune, presets
 from gpt2.compression.calibration import TARGETS, obtain_calibration
-from gpt2.compression.codecs import CODECS, IDENTITY
+from gpt2.compression.codecs import CODECS, needs_basis
 from gpt2.compression.search import Search
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     name = args.name or f"{args.target}-{100 * budget:g}pct"
     output = results.check_writable(args.output or results.RESULTS / "presets" / f"{loaded.slug}-{name}.json")
     calibration, calibration_file = None, ""
-    if args.codec != IDENTITY:
+    if needs_basis(args.codec):
         calibration, path = obtain_calibration(
             loaded, text, given=args.calibration, rank=cells[0].rank, samples=args.samples, seq_len=args.seq_len,
             seed=args.seed, sink_tokens=args.sink_tokens, progress=cli.bar("calibrating", "seq"),
@@ -70,6 +70,7 @@ def main() -> None:
         loaded, calibration, calibration_file, compression_ratio=best.compression_ratio, measured=confirmed, name=name,
         target=args.target, rank=best.cell.rank, bits=best.cell.bits, codec=args.codec, sink_tokens=args.sink_tokens,
         trials=[trial.record() for trial in trials],
+        refused_on_evaluation_text=[{"label": str(trial.cell)} | record for trial, record in failed],
         provenance=results.provenance(args, text=text.name, text_sha256=text.sha256("evaluation")),
     )  # fmt: skip
     results.write_json(output, preset)

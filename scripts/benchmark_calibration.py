@@ -3,8 +3,8 @@
     python scripts/benchmark_calibration.py
     python scripts/benchmark_calibration.py --model Qwen/Qwen2.5-7B --device cuda --samples 8,64
 
-Time: forward passes with and without the statistics alternate in this process. Memory: every number of samples runs
-the calibration script in a process of its own and reads its peak resident size from the operating system.
+Time: bare forward passes, without and with logits, alternate with calibration in this process. Memory: every number
+of samples runs the calibration script in a process of its own and reads its peak resident size.
 Writes results/runs/benchmark_calibration_MODEL.json.
 """
 
@@ -29,33 +29,36 @@ def main() -> None:
     cli.add_text_flags(p)
     p.add_argument("--samples", type=cli.int_list, default=[8, 64], help="numbers of sequences for the memory figure")
     p.add_argument("--seq-len", type=cli.positive_int, default=1024, help="tokens per sequence")
-    p.add_argument("--repeats", type=cli.positive_int, default=5, help="timed pairs")
+    p.add_argument("--repeats", type=cli.positive_int, default=9, help="timed rounds")
     p.add_argument("--output", type=Path, help="JSON file")
     args = p.parse_args()
-    loaded = models.load(args.model, args.device, args.dtype)
-    output = results.check_writable(
-        args.output or results.RESULTS / "runs" / f"benchmark_calibration_{loaded.slug}.json"
-    )
-    windows = data.load_text(args.text, args.model).segments(
-        "calibration", loaded.tokenizer, args.seq_len, args.repeats
-    )
-    pairs = [time_pair(loaded, window) for window in windows]
-    ratio = statistics.median(with_statistics / bare for bare, with_statistics in pairs)
-    print(f"calibrating costs {ratio:.2f}x the bare forward pass (median of {len(pairs)} pairs)")
-    del loaded
-    memory = {str(n): peak_megabytes(args, n) for n in args.samples}
+    memory = {str(n): peak_megabytes(args, n) for n in args.samples}  # first: a child's peak starts at its parent's
     for samples, size in memory.items():
-        print(f"peak resident size with {samples:>3} samples: {size:,.0f} MB")
-    record = results.provenance(args, ratio_to_forward=ratio, pairs_s=pairs, peak_rss_mb_by_samples=memory)
+        print(f"peak resident size with {samples:>3} samples: {size:,.0f} MB", flush=True)
+    loaded = models.load(args.model, args.device, args.dtype)
+    output = args.output or results.RESULTS / "runs" / f"benchmark_calibration_{loaded.slug}.json"
+    text = data.load_text(args.text, args.model)
+    windows = text.segments("calibration", loaded.tokenizer, args.seq_len, args.repeats + 1)
+    times = [time_all(loaded, window, turn) for turn, window in enumerate(windows)][1:]  # the first one warms up
+    ratios = {name: statistics.median(t["capture"] / t[name] for t in times) for name in ("body", "with_logits")}
+    for name, ratio in ratios.items():
+        print(f"calibrating costs {ratio:.2f}x a bare forward pass, {name} (median of {len(times)})")
+    record = results.provenance(args, ratio_to_forward=ratios, times_s=times, peak_rss_mb_by_samples=memory)
     results.write_json(output, record)
     print(f"wrote {output}")
 
 
 @torch.no_grad()
-def time_pair(loaded: models.LoadedModel, window: torch.Tensor) -> tuple[float, float]:
-    """Seconds of one forward pass as a user would run it, with logits, and of the same tokens through capture."""
+def time_all(loaded: models.LoadedModel, window: torch.Tensor, turn: int) -> dict[str, float]:
+    """Seconds for the same tokens: layers alone, with logits, and through capture, in changing order."""
     ids = window[None].to(loaded.device)
-    return clock(lambda: loaded.model(ids, use_cache=True)), clock(lambda: collect(loaded, [window], sink_tokens=4))
+    works = {
+        "body": lambda: loaded.model.base_model(input_ids=ids, use_cache=True),
+        "with_logits": lambda: loaded.model(ids, use_cache=True),
+        "capture": lambda: collect(loaded, [window], sink_tokens=4),
+    }
+    order = list(works)[turn % 3 :] + list(works)[: turn % 3]
+    return {name: clock(works[name]) for name in order}
 
 
 def clock(work) -> float:

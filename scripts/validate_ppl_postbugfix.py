@@ -46,7 +46,7 @@ def main() -> None:
         sink_tokens=args.sink_tokens,
         progress=cli.bar("calibrating", "seq"),
     )
-    ablation = Ablation(calibration, ranks, args.bits, args.sink_tokens, args.layer_groups)
+    ablation = Ablation(calibration, ranks, args.bits, args.sink_tokens, args.layer_groups, loaded.device)
     segments = cli.evaluation_segments(args, loaded, text, "evaluation")
     rows, known = [], {}
     for group in args.groups:
@@ -92,12 +92,16 @@ def check_cache_is_on_the_path(rows: list[dict]) -> None:
     if not control:
         return
     identity, lossy = control
-    if identity["largest_nll_change"] != 0 or abs(lossy["ppl_delta"]) < 0.001:
+    # Not exactly zero: DynamicCache drops what a sliding window hides, and sums of another length round differently
+    if identity["largest_nll_change"] > 1e-3 or abs(lossy["ppl_delta"]) < 0.001:
         raise PluginError(
             f"the controls failed: identity moved a token by {identity['largest_nll_change']:.2e} nats, "
             f"the lossy codec moved perplexity by {lossy['ppl_delta']:+.2%}"
         )
-    print(f"the cache is on the path: identity moves no token, the lossy codec {lossy['ppl_delta']:+.0%}")
+    print(
+        f"the cache is on the path: identity moves no token by more than {identity['largest_nll_change']:.0e} nats, "
+        f"the lossy codec perplexity by {lossy['ppl_delta']:+.0%}"
+    )
 
 
 if __name__ == "__main__":

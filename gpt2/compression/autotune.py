@@ -18,8 +18,9 @@ from pathlib import Path
 import optuna
 from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
-from gpt2.compression.codecs import IDENTITY, codec_name, quantizer_for_bits
+from gpt2.compression.codecs import codec_name, needs_basis, quantizer_for_bits
 from gpt2.errors import BudgetNotMet, PluginError
 
 # Heartbeats have been in Optuna since 2021 and are marked experimental still
@@ -73,10 +74,10 @@ def grid(ranks: Sequence[int] | None, bits: Sequence[int], head_dim: int, codec:
 
     ranks: those of `default_rank_grid` when None; without a basis there is only the full one.
     """
-    if codec_name(codec) == IDENTITY:
+    if not needs_basis(codec_name(codec)):
         ranks = ranks or [head_dim]
         if ranks != [head_dim]:
-            raise PluginError(f"--rank-grid: codec {IDENTITY} has no rank to cut; leave it out or give {head_dim}")
+            raise PluginError(f"--rank-grid: codec {codec} has no rank to cut; leave it out or give {head_dim}")
     ranks = ranks or default_rank_grid(head_dim)
     for rank in ranks:
         if not 1 <= rank <= head_dim:
@@ -98,14 +99,18 @@ def open_study(path: Path, name: str) -> optuna.Study:
     """Open or create a study in an SQLite file."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path):  # two processes creating the tables at once trip over each other
-        storage = optuna.storages.RDBStorage(
-            f"sqlite:///{path}",
-            engine_kwargs={"connect_args": {"timeout": 60}},
-            heartbeat_interval=HEARTBEAT_SECONDS,
-            grace_period=STALE_SECONDS,
-        )
-        return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+    try:
+        with _locked(path):  # two processes creating the tables at once trip over each other
+            storage = optuna.storages.RDBStorage(
+                f"sqlite:///{path}",
+                engine_kwargs={"connect_args": {"timeout": 60}},
+                heartbeat_interval=HEARTBEAT_SECONDS,
+                grace_period=STALE_SECONDS,
+            )
+            return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+    except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+        reason = str(error).splitlines()[0]
+        raise PluginError(f"can't use {path} as a study ({reason}): give --study another file") from error
 
 
 def run_grid(

@@ -6,6 +6,8 @@ which another basis is fitted when it is asked for.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
@@ -19,16 +21,16 @@ from gpt2 import results
 from gpt2.compression.capture import Moments, Statistics, collect
 from gpt2.compression.codecs import (
     BASES,
-    IDENTITY,
     Compressor,
     IdentityCompressor,
     Quantizer,
     Transform,
     codec_name,
+    needs_basis,
     quantizer_for_bits,
 )
 from gpt2.data import Text
-from gpt2.errors import BadArtefact, PluginError
+from gpt2.errors import BadArtefact, CalibrationNotFound, PluginError
 from gpt2.models import Geometry, LoadedModel
 
 FORMAT = "kv-plugin-calibration/1"
@@ -87,7 +89,7 @@ class Calibration:
         fitted to the statistics. dtype: of the transform's arithmetic.
         """
         codec = codec_name(codec or self.meta["codec"])
-        if codec == IDENTITY:
+        if not needs_basis(codec):
             return [Compressor(quantizer) for _ in range(self.geometry.num_layers)]
         basis = self.bases[side] if codec == self.meta["codec"] else fit(codec, getattr(self.statistics, side))
         rank = self.meta["rank"] if rank is None else rank
@@ -217,6 +219,11 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
 def load_calibration(path: str | Path) -> Calibration:
     """Read a calibration. Raises BadArtefact, naming file, field, expected and found; never runs code from the file."""
     path = Path(path)
+    if not path.exists():
+        raise CalibrationNotFound(
+            f"Calibration file not found: {path}. Give its full path, or make it: "
+            f"python scripts/calibrate_kv_lowrank.py --output {path}"
+        )
     try:
         record = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage shows as any of a dozen types, and nothing but reading happens in the block
@@ -292,7 +299,9 @@ def obtain_calibration(
         calibration = load_calibration(path)
         calibration.check_model(loaded.fingerprint, loaded.spec, str(path))
         return calibration, path
-    path = output or calibration_folders()[0] / f"kv_lowrank_calib_{loaded.slug}_{text.sha256('calibration')[:8]}.pt"
+    key = calibration_key(loaded, text, **made_from)
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
+    path = output or calibration_folders()[0] / f"kv_lowrank_calib_{loaded.slug}_{digest}.pt"
     results.check_writable(path)
     calibration = calibrate(loaded, text, rank=rank, progress=progress, **made_from)
     return calibration, save_calibration(calibration, path)

@@ -23,7 +23,7 @@ from gpt2.compression.calibration import (
     compressors_for,
     load_calibration,
 )
-from gpt2.compression.codecs import BITS, CODECS, IDENTITY, Compressor
+from gpt2.compression.codecs import BITS, CODECS, Compressor, needs_basis
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.errors import BadArtefact, CalibrationNotFound, PluginError
 from gpt2.models import LoadedModel
@@ -153,7 +153,7 @@ def compressors_from_preset(
     if model is not None:
         check_geometry(preset, model)
     calibration = None
-    if preset["codec"] != IDENTITY:
+    if needs_basis(preset["codec"]):
         path = find_calibration(preset)
         calibration = load_calibration(path)
         check_calibration(calibration, preset, path, model)

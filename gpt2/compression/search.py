@@ -15,6 +15,8 @@ from gpt2.evaluation import memory
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory, Scores, baseline_factory, compare, score
 from gpt2.models import LoadedModel
 
+TRIAL_FORMAT = 1  # raise it when a codec or the measurement changes: trials of an older study then count no longer
+
 
 @dataclass
 class Search:
@@ -49,7 +51,8 @@ class Search:
         make = self.factory(cell)
         measured = self._score(self.tuning, {str(cell): make})[str(cell)]
         record = compare(self._tuning_baseline, measured, self.seed)
-        return Trial(cell, record["ppl_delta"], memory.compression_ratio(make, self.loaded.geometry), record)
+        ratio = memory.compression_ratio(make, self.loaded.geometry, config=self.loaded.model.config)
+        return Trial(cell, record["ppl_delta"], ratio, record)
 
     def confirm(self, cell: Cell) -> dict:
         """A cell on evaluation text, beside the baseline, with KL and agreement."""
@@ -76,5 +79,9 @@ class Search:
             "seed": self.seed,
             "text": [text_sha256, *self.tuning.shape],
             "sink_tokens": self.sink_tokens,
-            "calibration": [meta.get(name) for name in ("text_sha256", "tokens", "seed", "sink_tokens")],
+            "calibration": [
+                meta.get(name) for name in ("text_sha256", "samples", "seq_len", "seed", "sink_tokens", "dtype")
+            ],
+            "device": self.loaded.device.type,
+            "format": TRIAL_FORMAT,
         }

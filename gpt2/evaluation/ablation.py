@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gpt2.compression.calibration import Calibration, compressors_for
@@ -37,6 +38,7 @@ class Ablation:
     bits: Sequence[int]
     sink_tokens: int
     layer_groups: int
+    device: str | torch.device = "cpu"
 
     def rows(self, group: str) -> list[Row]:
         """Rows of a group, by the method of its name."""
@@ -46,7 +48,9 @@ class Ablation:
         """A cache with a codec on `target`, in `layers` only when given."""
         sinks = self.sink_tokens if sinks is None else sinks
         L = self.calibration.geometry.num_layers
-        k, v = compressors_for(target, bits, L, self.calibration, rank=rank, codec=codec, layers=layers)
+        k, v = compressors_for(
+            target, bits, L, self.calibration, rank=rank, codec=codec, layers=layers, device=self.device
+        )
         key = (target, rank, bits, codec, sinks, layers)
         return Row(group, label, key, lambda: CompressedDynamicCache(k, v, sink_tokens=sinks))
 
@@ -114,7 +118,7 @@ def measure(
     scores = score(loaded, segments, caches, **scoring) if new else {}
     for label, row in new.items():
         known[row.key] = compare(scores[BASELINE], scores[label], seed) | {
-            "compression_ratio_2048": compression_ratio(row.make, loaded.geometry),
+            "compression_ratio_2048": compression_ratio(row.make, loaded.geometry, config=loaded.model.config),
             "largest_nll_change": float(np.abs(scores[label].nll - scores[BASELINE].nll).max()),
         }
     return [{"group": row.group, "label": row.label, **known[row.key]} for row in rows]

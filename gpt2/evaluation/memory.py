@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from gpt2.compression.codecs import Compressor
@@ -39,18 +40,24 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def compression_ratio(
-    make_cache: Callable[[], Cache], geometry: Geometry, tokens: int = 2048, dtype: torch.dtype = torch.bfloat16
+    make_cache: Callable[[], Cache],
+    geometry: Geometry,
+    tokens: int = 2048,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    config=None,
 ) -> float:
     """Bytes of a 16-bit DynamicCache over bytes that a cache of `make_cache` holds, for one sequence of `tokens`.
 
-    Measured on a cache that is filled as generation fills it, a prompt of half the length and then token by token
-    in chunks of 64, with noise in a 16-bit dtype: sizes don't depend on the values.
+    Both are measured, filled by a prompt of half the length and then in chunks of 64, with noise in a 16-bit dtype:
+    sizes don't depend on the values. config: of the model; DynamicCache keeps only the window of sliding layers.
     """
-    cache = make_cache()
+    cache, reference = make_cache(), DynamicCache(config=config)
     shape = (1, geometry.num_kv_heads, tokens, geometry.head_dim)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     for chunk in (x[:, :, : tokens // 2], *x[:, :, tokens // 2 :].split(64, dim=2)):
-        for layer in cache.layers:
+        for index, layer in enumerate(cache.layers):
             # `update` would also expand all that is stored, which the size doesn't need
             layer.store(chunk, chunk)
-    return tokens * geometry.bytes_per_token() / cache_bytes(cache)
+            reference.update(chunk, chunk, index)
+    return cache_bytes(reference) / cache_bytes(cache)

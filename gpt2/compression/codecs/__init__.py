@@ -16,6 +16,8 @@ QUANTIZERS: dict[str, Quantizer] = {q.name: q() for q in (Unquantized, Int8, Int
 BITS = {quantizer.bits: name for name, quantizer in QUANTIZERS.items()}
 IDENTITY = "identity"  # no basis at all: the quantizer works on the model's own channels
 CODECS = (IDENTITY, *BASES)
+if len(BITS) < len(QUANTIZERS):
+    raise ImportError("two quantizers have the same `bits`, which presets tell them apart by")
 
 __all__ = [
     "BASES",
@@ -29,6 +31,7 @@ __all__ = [
     "Quantizer",
     "Transform",
     "codec_name",
+    "needs_basis",
     "quantizer_for_bits",
 ]
 
@@ -45,6 +48,11 @@ def quantizer_for_bits(bits: int) -> Quantizer:
     if bits not in BITS:
         raise PluginError(f"bits {bits!r} is not available: use {', '.join(map(str, sorted(BITS)))}")
     return QUANTIZERS[BITS[bits]]
+
+
+def needs_basis(codec: str) -> bool:
+    """Whether a codec has a basis to calibrate and a rank to cut."""
+    return codec in BASES
 
 
 def codec_name(name: str) -> str:

@@ -117,6 +117,7 @@ class Compressor:
     def __init__(self, quantizer: Quantizer, transform: Transform | None = None):
         self.quantizer = quantizer
         self.transform = transform
+        self._elsewhere: dict[torch.device, Compressor] = {}
 
     @property
     def exact(self) -> bool:
@@ -142,10 +143,12 @@ class Compressor:
         return x.to(dtype)
 
     def to(self, device: torch.device) -> Compressor:
-        """This compressor on a device: itself if it is there already, else a copy."""
+        """This compressor on a device: itself if it is there already, else a copy that all caches there share."""
         if self.transform is None or self.transform.E.device == device:
             return self
-        return Compressor(self.quantizer, self.transform.to(device))
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Compressor(self.quantizer, self.transform.to(device))
+        return self._elsewhere[device]
 
     def check_shape(self, heads: int, head_dim: int, where: str) -> None:
         """Raise PluginError unless the transform fits a cache of `heads` KV heads of `head_dim` channels."""
