@@ -66,7 +66,7 @@ def deltas(rows: list[dict], title: str) -> Figure:
     axis.invert_yaxis()
     axis.set_xscale("symlog", linthresh=1)
     axis.set(title=title, xlabel="change of perplexity, % (bars: paired bootstrap, 95 %)")
-    axis.margins(x=0.15)
+    axis.margins(x=0.15, y=0.01)
     axis.grid(axis="x", alpha=0.3)
     return figure
 

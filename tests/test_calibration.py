@@ -18,7 +18,7 @@ from gpt2.compression.capture import Moments, Statistics, collect
 from gpt2.compression.codecs import QUANTIZERS, IdentityCompressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache, load_calibrated_compressors
 from gpt2.data import by_position
-from gpt2.errors import BadArtefact, PluginError
+from gpt2.errors import BadArtefact, CalibrationNotFound, PluginError
 from gpt2.models import Geometry, wrap
 
 TEXT = by_position("words", "words.txt", word_text(3000))
@@ -373,7 +373,8 @@ def test_random_bytes_are_refused(tmp_path, start):
 
 
 def test_other_files_are_refused(tmp_path):
-    refused(tmp_path / "none.pt", "FileNotFoundError")
+    with pytest.raises(CalibrationNotFound, match=r"Calibration file not found: .*none\.pt.*calibrate_kv_lowrank\.py"):
+        load_calibration(tmp_path / "none.pt")
     refused(tmp_path, "not a readable calibration file")
     (tmp_path / "text.pt").write_text("{}")
     refused(tmp_path / "text.pt")

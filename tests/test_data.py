@@ -203,3 +203,21 @@ def test_wikitext2_is_cut_at_its_own_splits(monkeypatch):
     text = load_text(None, "some/model")
     assert (text.name, text.evaluation) == ("wikitext2", "t\n" * 100)
     assert text.calibration + text.tuning == "v\n" * 100
+
+
+class StartingTokenizer:
+    """Puts a start token before every text, as Llama's and Gemma's do."""
+
+    bos_token_id = 1
+
+    def __call__(self, text, add_special_tokens=True, return_tensors=None, **_):
+        ids = [1] * add_special_tokens + [ord(c) for c in text]
+        return type("Encoded", (), {"input_ids": torch.tensor([ids]) if return_tensors else ids})
+
+
+def test_every_segment_starts_as_the_tokenizer_starts_a_text():
+    text = by_position("t", "t", "abcdefgh\n" * 40)
+    segments = text.segments("calibration", StartingTokenizer(), 9)
+    assert (segments[:, 0] == 1).all() and segments.shape[1] == 9
+    joined = "".join(map(chr, segments[:, 1:].flatten().tolist()))
+    assert text.calibration.startswith(joined), "no character is lost between segments"

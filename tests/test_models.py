@@ -84,10 +84,11 @@ def test_a_typo_of_the_embedded_name_suggests_it(typo):
     one_line(typo, f"Did you mean {EMBEDDED!r}?")
 
 
-def test_a_hub_id_that_is_also_a_folder_is_still_a_hub_id(tmp_path, monkeypatch):
+def test_a_folder_that_hides_a_hub_id_is_named(tmp_path, monkeypatch):
+    """In a checkout `gpt2` is the package's folder, and transformers looks there before it asks the hub."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2").mkdir()
-    one_line("gpt2", "can't load model 'gpt2'", "HF_HUB_OFFLINE")
+    one_line("gpt2", "can't load model 'gpt2'", "A folder named gpt2 hides a hub id of that name")
 
 
 def change_config(**changes):
@@ -180,12 +181,15 @@ def test_geometry(family):
 def test_a_saved_and_reloaded_model_has_the_same_fingerprint(family, tmp_path):
     model = tiny_model(family)
     back = load(str(saved(tmp_path, model)))
-    assert back.fingerprint == models.config_fingerprint(model.config) and back.geometry == Geometry(*GEOMETRY[family])
+    assert back.fingerprint == models.fingerprint(model) and back.geometry == Geometry(*GEOMETRY[family])
 
 
-def test_the_fingerprint_doesnt_depend_on_dtype_or_weights():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_fingerprint_depends_on_weights_but_not_on_dtype(dtype):
+    """A fine-tune has its base model's config: taken for it, it would get the other's calibration and figures."""
     a, b = tiny_loaded("llama"), tiny_loaded("llama", seed=1)
-    assert a.fingerprint == b.fingerprint == wrap(a.model.to(torch.bfloat16), a.tokenizer, "x").fingerprint
+    assert a.fingerprint != b.fingerprint
+    assert a.fingerprint == wrap(a.model.to(dtype), a.tokenizer, "x").fingerprint
 
 
 CHANGES = [
@@ -195,9 +199,11 @@ CHANGES = [
 
 
 def test_another_shape_has_another_fingerprint():
-    configs = [AutoConfig.for_model("llama", **FAMILIES["llama"] | change) for change in ({}, *CHANGES)]
-    configs += [AutoConfig.for_model(family, **FAMILIES[family]) for family in ("qwen2", "mistral")]
-    assert len({models.config_fingerprint(config) for config in configs}) == len(configs)
+    different = [tiny_model("llama", **change) for change in ({}, *CHANGES)] + [
+        tiny_model("qwen2"),
+        tiny_model("mistral"),
+    ]
+    assert len({models.fingerprint(model) for model in different}) == len(different)
 
 
 # --- refusals

@@ -28,6 +28,12 @@ def test_a_missing_results_file_is_named():
         tables.fill(text, results.RESULTS / "runs")
 
 
+def test_a_group_that_was_not_run_is_named(tmp_path):
+    (tmp_path / "validate_ppl_x.json").write_text(json.dumps({"rows": [{"group": "rank"}]}))
+    with pytest.raises(PluginError, match="no rows of group sinks"):
+        tables.fill("<!-- results: validate_ppl_x sinks -->\n<!-- end -->", tmp_path)
+
+
 def test_committed_results_have_provenance():
     for path in (results.RESULTS / "runs").glob("*.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
