@@ -49,8 +49,9 @@ def compression_ratio(
 ) -> float:
     """Bytes of a 16-bit DynamicCache over bytes that a cache of `make_cache` holds, for one sequence of `tokens`.
 
-    Both are measured, filled by a prompt of half the length and then in chunks of 64, with noise in a 16-bit dtype:
-    sizes don't depend on the values. config: of the model; DynamicCache keeps only the window of sliding layers.
+    Both are measured, filled by a prompt of half the length and then in chunks of 64, with noise: sizes don't depend on
+    the values. dtype: of what the cache keeps exact. config: of the model; DynamicCache keeps only the window of
+    sliding layers.
     """
     cache, reference = make_cache(), DynamicCache(config=config)
     shape = (1, geometry.num_kv_heads, tokens, geometry.head_dim)
@@ -59,5 +60,5 @@ def compression_ratio(
         for index, layer in enumerate(cache.layers):
             # `update` would also expand all that is stored, which the size doesn't need
             layer.store(chunk, chunk)
-            reference.update(chunk, chunk, index)
+            reference.update(chunk.bfloat16(), chunk.bfloat16(), index)
     return cache_bytes(reference) / cache_bytes(cache)
