@@ -6,7 +6,8 @@
 The first `--sink-tokens` of each sequence stay out of the statistics, since the cache keeps them exact. `--rank` is
 the file's default; any other rank is cut from the same file. Good first ranks: 60, 56, 48 for head_dim 64, and 120,
 112, 96 for head_dim 128. To compress K as well, choose --seq-len as long as the contexts to come: rotary positions
-turn keys, and a basis doesn't hold for positions that it never saw. Beside the .pt a PNG shows what each rank would lose in every layer.
+turn keys, and a basis doesn't hold for positions that it never saw. Beside the .pt a PNG shows what each rank would
+lose in every layer.
 """
 
 from pathlib import Path
