@@ -45,9 +45,10 @@ def frontier(points: list[dict], budget: float, chosen: str | None, title: str) 
         axis.scatter(x, y, s=70 if picked else 28, marker="*" if picked else "o", color=color, zorder=3)
         axis.annotate(point["label"], (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
     axis.axhline(100 * budget, color="tab:red", linestyle="--", linewidth=1, label=f"budget {budget:+.1%}")
-    axis.set_yscale("symlog", linthresh=1)
+    axis.set_yscale("symlog", linthresh=0.1)
+    axis.margins(x=0.15, y=0.12)
     axis.set(title=title, xlabel="whole-KV compression against a 16-bit cache", ylabel="change of perplexity, %")
-    axis.legend(loc="upper left")
+    axis.legend(loc="lower left")
     axis.grid(alpha=0.3)
     return figure
 
