@@ -563,3 +563,14 @@ def test_a_model_with_more_layers_is_refused():
         model(torch.tensor([[2, 3]]), past_key_values=cache)
     with pytest.raises(PluginError, match="num_layers=0"):
         CompressedDynamicCache([IdentityCompressor()], [IdentityCompressor()], num_layers=0)
+
+
+def test_crop_takes_a_tensor():
+    """transformers 5.17 counts the tokens to remove on the device."""
+    cache = CompressedDynamicCache([IdentityCompressor()], [IdentityCompressor()])
+    x = tokens(9)
+    cache.layers[0].store(x, x)
+    cache.crop(torch.tensor(-4))
+    assert cache.get_seq_length() == 5
+    cache.crop(torch.tensor(0))
+    torch.testing.assert_close(cache.layers[0].stores["K"].read(), x[:, :, :5])

@@ -87,6 +87,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens: a negative number, as transformers has it; 0 does nothing."""
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding of transformers 5.17 passes a tensor
         if tokens_to_remove > 0:
             raise PluginError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}")
         if tokens_to_remove and self.is_initialized:
