@@ -65,3 +65,8 @@ def word_text(words: int, seed: int = 0) -> str:
     """Random words of the tiny vocabulary, ten a line."""
     ids = torch.randint(2, 97, (words,), generator=torch.Generator().manual_seed(seed)).tolist()
     return "\n".join(" ".join(f"w{i}" for i in ids[a : a + 10]) for a in range(0, words, 10))
+
+
+def windows(count: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random token windows of the tiny vocabulary, [count, length]."""
+    return torch.randint(2, 97, (count, length), generator=torch.Generator().manual_seed(seed))
