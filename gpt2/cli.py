@@ -11,6 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpt2 import models, results
+from gpt2.compression.choice import CacheChoice, from_policy, from_preset
+from gpt2.compression.codecs import CODECS, codec_name
+from gpt2.compression.kv_policies import KVPolicyName
 from gpt2.data import Text
 from gpt2.errors import PluginError, is_out_of_memory
 
@@ -33,7 +36,7 @@ def parser(manual: str) -> argparse.ArgumentParser:
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", default=models.EMBEDDED, help="embedded model's name, local folder, or hub id")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, or all: layers over every GPU")
     p.add_argument("--dtype", default="auto", help="auto (float32 on CPU), float32, float16, bfloat16")
 
 
@@ -50,6 +53,40 @@ def add_calibration_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--samples", type=positive_int, default=100, help="calibration sequences")
     p.add_argument("--seq-len", type=positive_int, default=1024, help="tokens per calibration sequence")
     p.add_argument("--sink-tokens", type=natural, default=4, help="first tokens, kept exact and out of statistics")
+
+
+def add_codec_flag(p: argparse.ArgumentParser, what: str) -> None:
+    names = f"{', '.join(CODECS)}, or bases joined by +, such as ln_nullspace+pca"
+    p.add_argument("--codec", type=codec, default="pca", help=f"{what}: {names}")
+
+
+def codec(word: str) -> str:
+    """A codec's name, with the nearest one where there is none."""
+    try:
+        return codec_name(word)
+    except PluginError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_cache_flags(p: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """--preset and --policy: which compressed cache to measure, or which ones."""
+    how = {"nargs": "+", "default": []} if several else {}
+    group = p if several else p.add_mutually_exclusive_group()
+    group.add_argument("--preset", help="preset file, or name of a built-in preset of the model", **how)
+    group.add_argument("--policy", choices=list(KVPolicyName), help="a policy instead of a preset", **how)
+
+
+def chosen_caches(args: argparse.Namespace, loaded: models.LoadedModel) -> list[CacheChoice]:
+    """The caches that --preset and --policy name, checked against the model."""
+
+    def words(value) -> list[str]:
+        return value if isinstance(value, list) else [value] if value else []
+
+    chosen = [from_preset(word, loaded) for word in words(args.preset)]
+    chosen += [from_policy(word, loaded) for word in words(args.policy)]
+    if not chosen:
+        raise PluginError("nothing to measure: give --preset (a file or a built-in name) or --policy")
+    return chosen
 
 
 def bar(label: str, unit: str) -> Callable[[Iterable], Iterable]:

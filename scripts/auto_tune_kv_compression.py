@@ -14,8 +14,9 @@ from pathlib import Path
 
 from gpt2 import cli, data, models, plots, results
 from gpt2.compression import autotune, presets
-from gpt2.compression.calibration import TARGETS, obtain_calibration
-from gpt2.compression.codecs import CODECS, needs_basis
+from gpt2.compression.calibration import obtain_calibration
+from gpt2.compression.codecs import needs_calibration
+from gpt2.compression.plan import TARGETS
 from gpt2.compression.search import Search
 
 
@@ -29,7 +30,7 @@ def parse():
     p.add_argument("--target", choices=list(TARGETS), default="v", help="what to compress: V, K or both")
     p.add_argument("--rank-grid", type=cli.int_list, help="ranks to try, such as 60,56,48; from head_dim if omitted")
     p.add_argument("--bits", type=cli.int_list, default=[16, 8, 4], help="bits to try")
-    p.add_argument("--codec", choices=list(CODECS), default="pca", help="basis of the search")
+    cli.add_codec_flag(p, "basis of the search")
     p.add_argument("--calibration", type=Path, help="calibration file; a matching one is found or made if omitted")
     p.add_argument("--study", type=Path, default=results.RESULTS / "studies" / "auto_tune.db", help="SQLite file")
     p.add_argument("--name", help="name of the preset; from target and budget if omitted")
@@ -50,7 +51,7 @@ def main() -> None:
     name = args.name or f"{args.target}-{100 * budget:g}pct"
     output = results.check_writable(args.output or results.RESULTS / "presets" / f"{loaded.slug}-{name}.json")
     calibration, calibration_file = None, ""
-    if needs_basis(args.codec):
+    if needs_calibration(args.codec):
         calibration, path = obtain_calibration(
             loaded, text, given=args.calibration, rank=cells[0].rank, samples=args.samples, seq_len=args.seq_len,
             seed=args.seed, sink_tokens=args.sink_tokens, progress=cli.bar("calibrating", "seq"),

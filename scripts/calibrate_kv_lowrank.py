@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from gpt2 import cli, data, models, plots, results
 from gpt2.compression.calibration import Calibration, calibrate, calibration_folders, save_calibration, suggested_rank
-from gpt2.compression.codecs import BASES
 
 
 def main() -> None:
@@ -25,7 +24,7 @@ def main() -> None:
     cli.add_text_flags(p)
     cli.add_calibration_flags(p)
     p.add_argument("--rank", type=cli.positive_int, help="default rank of the file; 3/4 of head_dim if omitted")
-    p.add_argument("--codec", choices=list(BASES), default="pca", help="how the basis is fitted")
+    cli.add_codec_flag(p, "how the basis is fitted")
     p.add_argument("--output", type=Path, help="calibration file; under results/calibrations if omitted")
     p.add_argument(
         "--gradient-checkpointing",

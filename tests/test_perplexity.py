@@ -8,9 +8,9 @@ import torch
 from tiny import tiny_loaded
 from transformers import DynamicCache
 
-from gpt2.compression.calibration import compressors_for
 from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor, Transform
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
+from gpt2.compression.plan import compressors_for
 from gpt2.errors import PluginError
 from gpt2.evaluation.memory import cache_bytes, compression_ratio
 from gpt2.evaluation.perplexity import BASELINE, Scores, baseline_factory, compare, score

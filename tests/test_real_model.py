@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt2 import data, models, results
-from gpt2.compression.calibration import calibrate, compressors_for, save_calibration
+from gpt2.compression.calibration import calibrate, save_calibration
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
+from gpt2.compression.plan import compressors_for
 from gpt2.compression.presets import create_cache_from_preset, get_preset_info
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
 

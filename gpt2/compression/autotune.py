@@ -20,7 +20,7 @@ from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from gpt2.compression.codecs import codec_name, needs_basis, quantizer_for_bits
+from gpt2.compression.codecs import full_rank, needs_calibration, quantizer_for_bits
 from gpt2.errors import BudgetNotMet, PluginError
 
 # Heartbeats have been in Optuna since 2021 and are marked experimental still
@@ -70,17 +70,18 @@ def default_rank_grid(head_dim: int) -> list[int]:
 
 
 def grid(ranks: Sequence[int] | None, bits: Sequence[int], head_dim: int, codec: str) -> list[Cell]:
-    """All cells that compress: the full rank at 16 bits would be a rotation that saves nothing.
+    """All cells that compress: every coordinate at 16 bits would be a rotation that saves nothing.
 
-    ranks: those of `default_rank_grid` when None; without a basis there is only the full one.
+    ranks: those of `default_rank_grid` when None; a codec without calibration has only its full one.
     """
-    if not needs_basis(codec_name(codec)):
-        ranks = ranks or [head_dim]
-        if ranks != [head_dim]:
-            raise PluginError(f"--rank-grid: codec {codec} has no rank to cut; leave it out or give {head_dim}")
-    ranks = ranks or default_rank_grid(head_dim)
+    full = full_rank(codec, head_dim)
+    if not needs_calibration(codec):
+        ranks = ranks or [full]
+        if ranks != [full]:
+            raise PluginError(f"--rank-grid: codec {codec} has no rank to cut; leave it out or give {full}")
+    ranks = ranks or [rank for rank in default_rank_grid(head_dim) if rank <= full]
     for rank in ranks:
-        if not 1 <= rank <= head_dim:
+        if not 1 <= rank <= full:
             raise PluginError(f"--rank-grid: rank {rank} is out of range, this model has head_dim {head_dim}")
     for width in bits:
         quantizer_for_bits(width)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,23 +19,13 @@ from torch import Tensor
 
 from gpt2 import results
 from gpt2.compression.capture import Moments, Statistics, collect
-from gpt2.compression.codecs import (
-    BASES,
-    Compressor,
-    IdentityCompressor,
-    Quantizer,
-    Transform,
-    codec_name,
-    needs_basis,
-    quantizer_for_bits,
-)
+from gpt2.compression.codecs import Transform, basis_of, codec_name, full_rank, needs_calibration
 from gpt2.data import Text
 from gpt2.errors import BadArtefact, CalibrationNotFound, PluginError
 from gpt2.models import Geometry, LoadedModel
 
 FORMAT = "kv-plugin-calibration/1"
 SIDES = ("k", "v")
-TARGETS = {"v": ("v",), "k": ("k",), "kv": ("k", "v")}
 META = {
     "model": str,
     "fingerprint": str,
@@ -59,11 +49,15 @@ META = {
 
 @dataclass
 class Calibration:
-    """Contents of a calibration file. `bases[side]` has mean [L, H, d], E and D [L, H, d, d], spectrum [L, H, d]."""
+    """Contents of a calibration file.
+
+    `bases[side]` has mean [L, H, d], E [L, H, d, r], D [L, H, r, d], spectrum [L, H, r], with r the codec's full rank.
+    """
 
     meta: dict
     statistics: Statistics
     bases: dict[str, dict[str, Tensor]]
+    _others: dict[tuple[str, str], dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def geometry(self) -> Geometry:
@@ -74,31 +68,21 @@ class Calibration:
         kept = self.bases[side]["spectrum"].double().cumsum(-1)
         return torch.where(kept[..., -1:] > 0, kept / kept[..., -1:], torch.ones_like(kept))
 
-    def compressors(
-        self,
-        side: str,
-        rank: int | None,
-        quantizer: Quantizer,
-        codec: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-    ) -> list[Compressor]:
-        """One compressor per layer for `side` ("k" or "v").
+    def transform(self, side: str, layer: int, rank: int | None = None, codec: str | None = None) -> Transform:
+        """The transform of one layer's K or V (`side` "k" or "v"), on the CPU.
 
-        rank: coordinates kept, the file's default when None. codec: the file's own basis when None; another one is
-        fitted to the statistics. dtype: of the transform's arithmetic.
+        rank: coordinates kept, the file's default when None. codec: the file's own when None; another one is fitted to
+        the file's statistics.
         """
-        codec = codec_name(codec or self.meta["codec"])
-        if not needs_basis(codec):
-            return [Compressor(quantizer) for _ in range(self.geometry.num_layers)]
-        basis = self.bases[side] if codec == self.meta["codec"] else fit(codec, getattr(self.statistics, side))
-        rank = self.meta["rank"] if rank is None else rank
-
-        def one(layer: int) -> Compressor:
-            parts = (basis[name][layer].to(device=device, dtype=dtype) for name in ("E", "D", "mean"))
-            return Compressor(quantizer, Transform(*parts).truncate(rank))
-
-        return [one(layer) for layer in range(self.geometry.num_layers)]
+        codec = codec or self.meta["codec"]
+        if codec == self.meta["codec"]:
+            basis = self.bases[side]
+        else:
+            if (side, codec) not in self._others:
+                self._others[side, codec] = fit(codec, getattr(self.statistics, side))
+            basis = self._others[side, codec]
+        whole = Transform(*(basis[name][layer] for name in ("E", "D", "mean")))
+        return whole.truncate(min(self.meta["rank"], whole.rank) if rank is None else rank)
 
     def check_model(self, fingerprint: str, spec: str, where: str) -> None:
         """Raise BadArtefact unless this calibration is of the model with that config fingerprint."""
@@ -109,43 +93,16 @@ class Calibration:
             )
 
 
-def compressors_for(
-    target: str,
-    bits: int,
-    num_layers: int,
-    calibration: Calibration | None,
-    *,
-    rank: int | None = None,
-    codec: str | None = None,
-    layers: Container[int] | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-) -> tuple[list[Compressor], list[Compressor]]:
-    """K and V compressors: a codec on the sides of `target` ("v", "k" or "kv"), identity on the other.
-
-    layers: only these, all when None. calibration: None only for codecs that need none. The rest is as in
-    `Calibration.compressors`.
-    """
-    quantizer = quantizer_for_bits(bits)
-
-    def side(name: str) -> list[Compressor]:
-        plain: list[Compressor] = [IdentityCompressor() for _ in range(num_layers)]
-        if name not in TARGETS[target]:
-            return plain
-        if calibration is None:
-            coded = [Compressor(quantizer) for _ in range(num_layers)]
-        else:
-            coded = calibration.compressors(name, rank, quantizer, codec, dtype, device)
-        return [coded[i] if layers is None or i in layers else plain[i] for i in range(num_layers)]
-
-    return side("k"), side("v")
-
-
 def fit(codec: str, moments: Moments) -> dict[str, Tensor]:
-    """Fit a basis to every layer: mean, E, D, spectrum as in `Calibration.bases`, float32."""
-    fitted = [BASES[codec].fit(moments, layer) for layer in range(len(moments.count))]
-    E, D, spectrum = (torch.stack(parts).float().contiguous() for parts in zip(*fitted, strict=True))
-    return {"mean": moments.mean.float(), "E": E, "D": D, "spectrum": spectrum}
+    """Fit a codec's basis to every layer: mean, E, D, spectrum as in `Calibration.bases`, float32."""
+    basis = basis_of(codec)
+    fitted = [basis.fit(moments, layer) for layer in range(len(moments.count))]
+
+    def stacked(parts: Iterable[Tensor]) -> Tensor:
+        return torch.stack(list(parts)).float().contiguous()
+
+    parts = {name: stacked(getattr(transform, name) for transform, _ in fitted) for name in ("mean", "E", "D")}
+    return parts | {"spectrum": stacked(spectrum for _, spectrum in fitted)}
 
 
 def calibrate(
@@ -184,6 +141,20 @@ def calibrate(
         "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
     }
     return Calibration(meta, statistics, {side: fit(codec, getattr(statistics, side)) for side in SIDES})
+
+
+def stand_in(loaded: LoadedModel) -> Calibration:
+    """A calibration fitted to noise, for a model without weights: the cost of a basis doesn't depend on its values."""
+    geometry = loaded.geometry
+    moments = [Moments.zeros(geometry) for _ in SIDES]
+    generator = torch.Generator().manual_seed(0)
+    for side in moments:
+        for layer in range(geometry.num_layers):
+            side.update(layer, torch.randn(1, geometry.num_kv_heads, 64, geometry.head_dim, generator=generator))
+    meta = {"model": loaded.spec, "codec": "pca", "rank": geometry.head_dim, "num_layers": geometry.num_layers}
+    meta |= {"num_kv_heads": geometry.num_kv_heads, "head_dim": geometry.head_dim}
+    bases = {side: fit("pca", own) for side, own in zip(SIDES, moments, strict=True)}
+    return Calibration(meta, Statistics(*moments, None, 0), bases)
 
 
 def calibration_key(loaded: LoadedModel, text: Text, samples: int, seq_len: int, seed: int, sink_tokens: int) -> dict:
@@ -244,7 +215,8 @@ def _parse(record, path: Path) -> Calibration:
         expect(type(meta.get(name)) is kind, f"meta.{name}", kind.__name__, repr(meta.get(name)))
     L, H, d = meta["num_layers"], meta["num_kv_heads"], meta["head_dim"]
     expect(1 <= meta["rank"] <= d, "meta.rank", f"1 to {d}", meta["rank"])
-    expect(meta["codec"] in BASES, "meta.codec", " or ".join(BASES), repr(meta["codec"]))
+    expect(_is_calibrated(meta["codec"]), "meta.codec", "a calibrated codec, such as pca", repr(meta["codec"]))
+    r = full_rank(meta["codec"], d)
 
     def tensor(group: str, name: str, *shape: int) -> Tensor:
         value = record.get(group)
@@ -255,7 +227,7 @@ def _parse(record, path: Path) -> Calibration:
         expect(bool(torch.isfinite(value).all()), f"{group}.{name}", "finite numbers", "NaN or infinity")
         return value
 
-    shapes = {"mean": (L, H, d), "E": (L, H, d, d), "D": (L, H, d, d), "spectrum": (L, H, d)}
+    shapes = {"mean": (L, H, d), "E": (L, H, d, r), "D": (L, H, r, d), "spectrum": (L, H, r)}
     bases = {
         side: {name: tensor("bases", f"{side}.{name}", *shape) for name, shape in shapes.items()} for side in SIDES
     }
@@ -272,6 +244,13 @@ def _parse(record, path: Path) -> Calibration:
     query_count = record["statistics"].get("query_count")
     expect(type(query_count) is int, "statistics.query_count", "int", repr(query_count))
     return Calibration(meta, Statistics(*moments, queries, query_count), bases)
+
+
+def _is_calibrated(codec: str) -> bool:
+    try:
+        return needs_calibration(codec)
+    except PluginError:
+        return False
 
 
 def obtain_calibration(
@@ -323,26 +302,6 @@ def calibration_folders() -> list[Path]:
     """Where calibrations lie: results/calibrations of the working folder and of this checkout."""
     here = Path("results") / "calibrations"
     return [here] if here.resolve() == (results.RESULTS / "calibrations") else [here, results.RESULTS / "calibrations"]
-
-
-def load_calibrated_compressors(
-    path: str | Path,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    quantize_bits: int | None = None,
-    *,
-    rank: int | None = None,
-    codec: str | None = None,
-) -> tuple[list[Compressor], list[Compressor], dict]:
-    """Compressors for every layer's K and V from a calibration file, and the file's metadata.
-
-    quantize_bits: 16 (also None: no quantization), 8 or 4. rank: the file's default when None. The lists are the
-    caller's to edit layer by layer before a CompressedDynamicCache is made of them (guide, per-layer compression).
-    """
-    calibration = load_calibration(path)
-    quantizer = quantizer_for_bits(quantize_bits or 16)
-    k, v = (calibration.compressors(side, rank, quantizer, codec, dtype, device) for side in SIDES)
-    return k, v, dict(calibration.meta)
 
 
 def suggested_rank(head_dim: int) -> int:

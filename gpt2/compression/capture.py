@@ -7,9 +7,10 @@ that head (all after RoPE, as they are cached). Activations are never kept: O(la
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gpt2.errors import PluginError
 from gpt2.models import Geometry, LoadedModel
+
+if TYPE_CHECKING:
+    from gpt2.compression.codecs.base import Transform
 
 CAPTURE_ATTENTION = "kv_plugin_capture"  # names with "flash", "sdpa" or "/" are special to transformers
 
@@ -57,6 +61,12 @@ class Moments:
         self.scatter[layer] += scatter + shift[..., None] * shift[..., None, :] * (self.count[layer] * n / total)
         self.mean[layer] += shift * (n / total)
         self.count[layer] = total
+
+    def through(self, transform: Transform, layer: int) -> Moments:
+        """Moments of one layer in a transform's coordinates, as those of a model that has this layer alone."""
+        E = transform.E.to(self.scatter.dtype)
+        mean = ((self.mean[layer] - transform.mean)[:, None] @ E)[:, 0]
+        return Moments(self.count[layer : layer + 1], mean[None], (E.mT @ self.scatter[layer] @ E)[None])
 
     def covariance(self, layer: int) -> Tensor:
         """Centred covariance of every KV head, [H, d, d] float64."""
@@ -139,21 +149,32 @@ def _refuse_non_finite(products: Tensor, layer: int) -> None:
         )
 
 
-@contextmanager
 def _tapped_queries(model, record):
     """Let `record(layer, q)` see every layer's queries while the block runs; yields False where the model can't."""
+
+    def tap(attention):
+        def attend(module, query, *args, **kwargs):
+            record(module.layer_idx, query)
+            return attention(module, query, *args, **kwargs)
+
+        return attend
+
+    return wrapped_attention(model, tap)
+
+
+@contextmanager
+def wrapped_attention(model, wrap: Callable[[Callable], Callable]):
+    """Put `wrap(attention function)` in the place of the model's attention function while the block runs.
+
+    Yields False where the model can't: its attention is hard-wired, and nothing was changed.
+    """
     if not getattr(type(model), "_can_set_attn_implementation", lambda: False)():
-        yield False  # its attention is hard-wired: K and V statistics still come from the cache
+        yield False
         return
     previous = model.config._attn_implementation
-
-    def attend(module, query, *args, **kwargs):
-        record(module.layer_idx, query)
-        # eager attention isn't registered: every modeling file has its own
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        return ALL_ATTENTION_FUNCTIONS.get(previous, eager)(module, query, *args, **kwargs)
-
-    AttentionInterface.register(CAPTURE_ATTENTION, attend)
+    # eager attention isn't registered: every modeling file has its own
+    eager = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)
+    AttentionInterface.register(CAPTURE_ATTENTION, wrap(ALL_ATTENTION_FUNCTIONS.get(previous, eager)))
     AttentionMaskInterface.register(CAPTURE_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS[previous])
     model.set_attn_implementation(CAPTURE_ATTENTION)
     try:

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from gpt2.compression.calibration import load_calibrated_compressors
 from gpt2.compression.codecs import Compressor, IdentityCompressor
+from gpt2.compression.plan import load_calibrated_compressors
 from gpt2.compression.storage import TokenStore
 from gpt2.errors import PluginError
 

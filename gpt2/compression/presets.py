@@ -16,15 +16,10 @@ from pathlib import Path
 import torch
 
 from gpt2 import results
-from gpt2.compression.calibration import (
-    TARGETS,
-    Calibration,
-    calibration_folders,
-    compressors_for,
-    load_calibration,
-)
-from gpt2.compression.codecs import BITS, CODECS, Compressor, needs_basis
+from gpt2.compression.calibration import SIDES, Calibration, calibration_folders, load_calibration, stand_in
+from gpt2.compression.codecs import BITS, IDENTITY, Compressor, codec_name, full_rank
 from gpt2.compression.compressed_cache import CompressedDynamicCache
+from gpt2.compression.plan import TARGETS, Plan, Setting, build, needs_calibration_file, uniform
 from gpt2.errors import BadArtefact, CalibrationNotFound, PluginError
 from gpt2.models import LoadedModel
 
@@ -110,13 +105,56 @@ def check_preset(preset: dict, where: str = "preset") -> dict:
     expect(type(preset.get("folder", "")) is str, "folder", "a path")
     expect(preset["format"] == FORMAT, "format", repr(FORMAT))
     expect(preset["target"] in TARGETS, "target", "v, k or kv")
-    expect(1 <= preset["rank"] <= preset["head_dim"], "rank", f"1 to head_dim {preset['head_dim']}")
     for key in ("num_layers", "sink_tokens", "recent_tokens"):
         least = int(key == "num_layers")
         expect(type(preset[key]) is int and preset[key] >= least, key, f"a whole number from {least}")
-    expect(type(preset["codec"]) is str and preset["codec"] in CODECS, "codec", " or ".join(CODECS))
-    expect(preset["bits"] in BITS, "bits", " or ".join(map(str, sorted(BITS))))
+    expect(preset["head_dim"] >= 1, "head_dim", "a whole number from 1")
+    _check_setting(preset, preset["head_dim"], where)
+    if preset.get("layers") is not None:
+        _check_layers(preset, where)
     return preset
+
+
+def _check_setting(setting: dict, head_dim: int, where: str) -> None:
+    """Raise BadArtefact unless codec, rank and bits exist and fit together."""
+    try:
+        most = full_rank(codec_name(setting["codec"]), head_dim)
+    except PluginError as error:
+        raise BadArtefact(f"{where}: key 'codec': {error}") from error
+    rank, bits = setting["rank"], setting["bits"]
+    if type(rank) is not int or not 1 <= rank <= most:
+        full = f"1 to head_dim {most}" if most == head_dim else f"1 to {most}, as {setting['codec']} has coordinates"
+        raise BadArtefact(f"{where}: key 'rank': expected {full}, found {rank!r}")
+    if type(bits) is not int or bits not in BITS:
+        raise BadArtefact(f"{where}: key 'bits': expected {' or '.join(map(str, sorted(BITS)))}, found {bits!r}")
+
+
+def _check_layers(preset: dict, where: str) -> None:
+    """Raise BadArtefact unless `layers` has a list of settings for K, V or both, one per layer."""
+    layers, L = preset["layers"], preset["num_layers"]
+    if not isinstance(layers, dict) or not layers or set(layers) - set(SIDES):
+        raise BadArtefact(f"{where}: key 'layers': expected an object with 'k', 'v' or both, found {layers!r:.80}")
+    for side, settings in layers.items():
+        if not isinstance(settings, list) or len(settings) != L:
+            found = len(settings) if isinstance(settings, list) else type(settings).__name__
+            raise BadArtefact(f"{where}: key 'layers.{side}': expected a list of {L} entries, found {found}")
+        for layer, setting in enumerate(settings):
+            place = f"{where}: layers.{side}[{layer}]"
+            if setting is None:
+                continue
+            if not isinstance(setting, dict) or set(setting) != {"codec", "rank", "bits"}:
+                raise BadArtefact(f"{place}: expected null or codec, rank and bits, found {setting!r:.80}")
+            _check_setting(setting | {"rank": setting["rank"] or preset["rank"]}, preset["head_dim"], place)
+
+
+def plan_of(preset: dict) -> Plan:
+    """What a preset stores each layer's K and V with: its `layers` where it has them, else one setting for all."""
+    L = preset["num_layers"]
+    if layers := preset.get("layers"):
+        plan = {side: layers.get(side) or [None] * L for side in SIDES}
+        return {side: [setting and Setting(**setting) for setting in settings] for side, settings in plan.items()}
+    rank = None if preset["codec"] == IDENTITY else preset["rank"]
+    return uniform(preset["target"], L, Setting(preset["codec"], rank, preset["bits"]))
 
 
 def create_cache_from_preset(
@@ -151,22 +189,28 @@ def compressors_from_preset(
     """K and V compressors of a preset, to make many caches that share them; arguments as `create_cache_from_preset`."""
     preset = _read(preset)
     if model is not None:
+        preset = preset_for_shape(preset, model) if model.random_weights else preset
         check_geometry(preset, model)
-    calibration = None
-    if needs_basis(preset["codec"]):
-        path = find_calibration(preset)
-        calibration = load_calibration(path)
-        check_calibration(calibration, preset, path, model)
-    return compressors_for(
-        preset["target"],
-        preset["bits"],
-        preset["num_layers"],
-        calibration,
-        rank=preset["rank"],
-        codec=preset["codec"],
-        dtype=dtype,
-        device=device or "cpu",
-    )
+    plan, calibration = plan_of(preset), None
+    if needs_calibration_file(plan):
+        if model is not None and model.random_weights:
+            calibration = stand_in(model)
+        else:
+            path = find_calibration(preset)
+            calibration = load_calibration(path)
+            check_calibration(calibration, preset, path, model)
+    return build(plan, preset["head_dim"], calibration, dtype=dtype, device=device or "cpu")
+
+
+def preset_for_shape(preset: dict, model: LoadedModel) -> dict:
+    """A preset on a model without weights, which has other layers: the settings stay, for speed and memory alone."""
+    if preset.get("layers") and preset["num_layers"] != model.geometry.num_layers:
+        raise PluginError(f"preset for {preset['model']} has a setting for each of {preset['num_layers']} layers: "
+                          f"it can't be put on {model.geometry.num_layers}")  # fmt: skip
+    head_dim = model.geometry.head_dim
+    rank = full_rank(preset["codec"], head_dim) - full_rank(preset["codec"], preset["head_dim"]) + preset["rank"]
+    shape = {"num_layers": model.geometry.num_layers, "head_dim": head_dim, "rank": max(rank, 1)}
+    return check_preset(preset | shape)
 
 
 def new_preset(

@@ -9,8 +9,9 @@ from functools import cached_property
 from torch import Tensor
 
 from gpt2.compression.autotune import Cell, Trial
-from gpt2.compression.calibration import Calibration, compressors_for
+from gpt2.compression.calibration import Calibration
 from gpt2.compression.compressed_cache import CompressedDynamicCache
+from gpt2.compression.plan import compressors_for
 from gpt2.evaluation import memory
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory, Scores, baseline_factory, compare, score
 from gpt2.models import LoadedModel
@@ -42,7 +43,14 @@ class Search:
         """Caches of a cell, which share their compressors."""
         L, device = self.loaded.geometry.num_layers, self.loaded.device
         k, v = compressors_for(
-            self.target, cell.bits, L, self.calibration, rank=cell.rank, codec=self.codec, device=device
+            self.target,
+            cell.bits,
+            L,
+            self.calibration,
+            rank=cell.rank,
+            codec=self.codec,
+            device=device,
+            head_dim=self.loaded.geometry.head_dim,
         )
         return lambda: CompressedDynamicCache(k, v, sink_tokens=self.sink_tokens)
 

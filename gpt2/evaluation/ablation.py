@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2.compression.calibration import Calibration, compressors_for
+from gpt2.compression.calibration import Calibration
 from gpt2.compression.codecs import IDENTITY
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
+from gpt2.compression.plan import compressors_for
 from gpt2.evaluation.memory import compression_ratio
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory, compare, score
 from gpt2.models import LoadedModel

@@ -1,17 +1,22 @@
-"""Registry of codecs. A new way to fit a basis, or a new quantizer, is one file here and one name in a line below."""
+"""Registry of codecs. A new way to fit a basis, or a new quantizer, is one file here and one name in a line below.
+
+A codec's name is `identity`, a basis, or bases joined by `+`, applied in that order: `ln_nullspace+pca`.
+"""
 
 from __future__ import annotations
 
 import difflib
+from functools import reduce
 
-from gpt2.compression.codecs.base import Basis, Compressor, Quantizer, Transform
+from gpt2.compression.codecs.base import Basis, Composed, Compressor, FixedBasis, Quantizer, Transform
 from gpt2.compression.codecs.integer import Int4, Int8
+from gpt2.compression.codecs.ln_nullspace import LayerNormNullspace
 from gpt2.compression.codecs.none import Unquantized
 from gpt2.compression.codecs.pca import PCA
 from gpt2.compression.codecs.random_projection import RandomProjection
 from gpt2.errors import PluginError
 
-BASES: dict[str, Basis] = {basis.name: basis() for basis in (PCA, RandomProjection)}
+BASES: dict[str, Basis] = {basis.name: basis() for basis in (PCA, RandomProjection, LayerNormNullspace)}
 QUANTIZERS: dict[str, Quantizer] = {q.name: q() for q in (Unquantized, Int8, Int4)}
 BITS = {quantizer.bits: name for name, quantizer in QUANTIZERS.items()}
 IDENTITY = "identity"  # no basis at all: the quantizer works on the model's own channels
@@ -27,11 +32,14 @@ __all__ = [
     "QUANTIZERS",
     "Basis",
     "Compressor",
+    "FixedBasis",
     "IdentityCompressor",
     "Quantizer",
     "Transform",
+    "basis_of",
     "codec_name",
-    "needs_basis",
+    "full_rank",
+    "needs_calibration",
     "quantizer_for_bits",
 ]
 
@@ -50,15 +58,30 @@ def quantizer_for_bits(bits: int) -> Quantizer:
     return QUANTIZERS[BITS[bits]]
 
 
-def needs_basis(codec: str) -> bool:
-    """Whether a codec has a basis to calibrate and a rank to cut."""
-    return codec in BASES
+def basis_of(codec: str) -> Basis | None:
+    """The basis of a codec, composed where its name has several; None for identity."""
+    parts = [BASES[part] for part in codec_name(codec).split("+") if part != IDENTITY]
+    return reduce(Composed, parts) if parts else None
+
+
+def needs_calibration(codec: str) -> bool:
+    """Whether a codec is fitted to statistics; only such a codec has a rank to cut."""
+    basis = basis_of(codec)
+    return basis is not None and basis.calibrated
+
+
+def full_rank(codec: str, head_dim: int) -> int:
+    """Coordinates that a codec stores of a head's vector when no rank is cut."""
+    basis = basis_of(codec)
+    return basis.full_rank(head_dim) if basis else head_dim
 
 
 def codec_name(name: str) -> str:
     """Check a codec's name. Raises PluginError with the nearest one for a name that isn't registered."""
-    if name not in CODECS:
-        near = difflib.get_close_matches(str(name), CODECS, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise PluginError(f"unknown codec {name!r}{hint} (there are: {', '.join(CODECS)})")
+    parts = str(name).split("+")
+    for part in parts:
+        if part not in (BASES if len(parts) > 1 else CODECS):
+            near = difflib.get_close_matches(part, CODECS, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise PluginError(f"unknown codec {name!r}{hint} (there are: {', '.join(CODECS)}, and bases joined by +)")
     return name

@@ -8,7 +8,7 @@ Shapes used throughout:
     x       [B, H, T, d]   K (after RoPE) or V of one layer: batch, KV heads, tokens, head_dim
     group   one or more KV heads that share a basis; their channels side by side, w = d · H / G
     z       [B, G, T, r]   coordinates in the group's basis
-    E, D    [G, w, r], [G, r, w]; mean [G, w]
+    E, D    [G, w, r], [G, r, w]; mean [G, w]. With w = d and a first dimension of 1, every head uses the same one.
     fields  dict of what a quantizer stores, each tensor [B, G, T / block_tokens, …]
 """
 
@@ -47,27 +47,33 @@ class Transform:
             )
         return replace(self, E=self.E[..., :rank].contiguous(), D=self.D[:, :rank].contiguous())
 
+    def then(self, second: Transform) -> Transform:
+        """This transform followed by one of its coordinates, as a single product. Needs D @ E = I."""
+        return Transform(self.E @ second.E, second.D @ self.D, self.mean + (second.mean[:, None] @ self.D)[:, 0])
+
     def forward(self, x: Tensor) -> Tensor:
         """x [B, H, T, d] → z [B, G, T, r], in the basis's own dtype."""
-        grouped = _join_heads(x, groups=len(self.E)).to(self.E.dtype)
+        grouped = _join_heads(x, width=self.E.shape[1]).to(self.E.dtype)
         return (grouped - self.mean[:, None]) @ self.E
 
     def inverse(self, z: Tensor, head_dim: int) -> Tensor:
         """z [B, G, T, r] → x̂ [B, H, T, d]."""
         return _split_heads(z.to(self.D.dtype) @ self.D + self.mean[:, None], head_dim)
 
-    def to(self, device: torch.device) -> Transform:
-        return replace(self, E=self.E.to(device), D=self.D.to(device), mean=self.mean.to(device))
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Transform:
+        E, D, mean = (part.to(device=device, dtype=dtype) for part in (self.E, self.D, self.mean))
+        return replace(self, E=E, D=D, mean=mean)
 
     def nbytes(self) -> int:
         return self.E.nbytes + self.D.nbytes + self.mean.nbytes
 
 
-def _join_heads(x: Tensor, groups: int) -> Tensor:
+def _join_heads(x: Tensor, width: int) -> Tensor:
     """[B, H, T, d] → [B, G, T, w]: the heads of a group side by side."""
     B, H, T, d = x.shape
-    if groups == H:
+    if width == d:
         return x
+    groups = H * d // width
     return x.view(B, groups, H // groups, T, d).transpose(2, 3).reshape(B, groups, T, -1)
 
 
@@ -102,13 +108,57 @@ class Quantizer(ABC):
 
 
 class Basis(ABC):
-    """A way to fit a transform to one layer's statistics: the `E`, `D` of full rank, best coordinates first."""
+    """A way to find a transform for one layer's K or V, best coordinates first."""
 
     name: str
+    calibrated = True  # fitted to statistics, so that its coordinates have an order and a rank can be cut
 
     @abstractmethod
-    def fit(self, moments: Moments, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Fit every KV head of a layer. Returns E [H, d, d], D [H, d, d], spectrum [H, d] (variance per coordinate)."""
+    def fit(self, moments: Moments, layer: int) -> tuple[Transform, Tensor]:
+        """Fit every KV head of a layer. Returns the transform at full rank, and its spectrum: variance, [H, r]."""
+
+    def full_rank(self, width: int) -> int:
+        """Coordinates of the transform at full rank for vectors of `width` channels."""
+        return width
+
+
+class FixedBasis(Basis):
+    """A basis that is known without calibration and the same for all heads."""
+
+    calibrated = False
+
+    @abstractmethod
+    def transform(self, width: int) -> Transform:
+        """For vectors of `width` channels: E [1, width, r], D [1, r, width], mean [1, width], float64."""
+
+    def fit(self, moments: Moments, layer: int) -> tuple[Transform, Tensor]:
+        transform = self.transform(moments.mean.shape[-1])
+        return transform, moments.through(transform, layer).covariance(0).diagonal(dim1=-2, dim2=-1)
+
+    def full_rank(self, width: int) -> int:
+        return self.transform(width).rank
+
+
+class Composed(Basis):
+    """One basis after another, `first+second`: the second is fitted to the coordinates of the first."""
+
+    def __init__(self, first: Basis, second: Basis):
+        self.first, self.second = first, second
+        self.name = f"{first.name}+{second.name}"
+        self.calibrated = first.calibrated or second.calibrated
+
+    def fit(self, moments: Moments, layer: int) -> tuple[Transform, Tensor]:
+        first, _ = self.first.fit(moments, layer)
+        second, spectrum = self.second.fit(moments.through(first, layer), 0)
+        return first.then(second), spectrum
+
+    def transform(self, width: int) -> Transform:
+        """As `FixedBasis.transform`, where both halves are fixed."""
+        first = self.first.transform(width)
+        return first.then(self.second.transform(first.rank))
+
+    def full_rank(self, width: int) -> int:
+        return self.second.full_rank(self.first.full_rank(width))
 
 
 class Compressor:
@@ -155,7 +205,8 @@ class Compressor:
         if self.transform is None:
             return
         groups, width, _ = self.transform.E.shape
-        if groups * width != heads * head_dim or width % head_dim:
+        shared = width == head_dim and groups == 1
+        if not shared and (groups * width != heads * head_dim or width % head_dim):
             raise PluginError(
                 f"{where}: the codec was calibrated for {groups} groups of {width} channels, but the model has "
                 f"{heads} KV heads of {head_dim}: calibrate this model"

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gpt2.compression.capture import Moments
-from gpt2.compression.codecs.base import Basis
+from gpt2.compression.codecs.base import Basis, Transform
 
 
 class PCA(Basis):
@@ -12,7 +12,7 @@ class PCA(Basis):
 
     name = "pca"
 
-    def fit(self, moments: Moments, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    def fit(self, moments: Moments, layer: int) -> tuple[Transform, Tensor]:
         values, vectors = torch.linalg.eigh(moments.covariance(layer))  # ascending
         E = vectors.flip(-1)
-        return E, E.mT, values.flip(-1).clamp_min(0)
+        return Transform(E, E.mT, moments.mean[layer]), values.flip(-1).clamp_min(0)

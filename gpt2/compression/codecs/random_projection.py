@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gpt2.compression.capture import Moments
-from gpt2.compression.codecs.base import Basis
+from gpt2.compression.codecs.base import Basis, Transform
 
 
 class RandomProjection(Basis):
@@ -12,8 +12,8 @@ class RandomProjection(Basis):
 
     name = "random"
 
-    def fit(self, moments: Moments, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    def fit(self, moments: Moments, layer: int) -> tuple[Transform, Tensor]:
         C = moments.covariance(layer)
         gaussian = torch.randn(C.shape, generator=torch.Generator().manual_seed(layer), dtype=C.dtype)
         E = torch.linalg.qr(gaussian).Q
-        return E, E.mT, (E.mT @ C @ E).diagonal(dim1=-2, dim2=-1)
+        return Transform(E, E.mT, moments.mean[layer]), (E.mT @ C @ E).diagonal(dim1=-2, dim2=-1)
