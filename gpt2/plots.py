@@ -8,6 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 SIDE_COLORS = {"k": "tab:orange", "v": "tab:blue"}
 
@@ -82,4 +83,97 @@ def appending(tokens: list[int], milliseconds: dict[str, list[float]], title: st
     axis.set(title=title, xlabel="tokens held", ylabel="ms to append one token, all layers")
     axis.legend()
     axis.grid(alpha=0.3)
+    return figure
+
+
+STEP_COLORS = {"compress": "tab:red", "expand": "tab:orange", "copies": "tab:olive", "attention": "tab:blue"}
+STEP_COLORS |= {"rest": "lightgray"}
+
+
+def profiles(rows: list[dict], title: str) -> Figure:
+    """Throughput and cache size over context length, and where a decode step's time goes; a line of panels per batch.
+
+    rows: as `timing.measure_cell` gives them. Caches that ran out of memory have no point and no bar.
+    """
+    rows = [row for row in rows if not row.get("out_of_memory")]
+    caches = list(dict.fromkeys(row["cache"] for row in rows))
+    batches = list(dict.fromkeys(row["batch_size"] for row in rows))
+    bars = max((sum(row["batch_size"] == batch for row in rows) for batch in batches), default=1)
+    height = max(3.2, 0.24 * bars + 1.2)
+    figure, grid = plt.subplots(
+        max(len(batches), 1), 3, figsize=(15, height * max(len(batches), 1) + 0.6), squeeze=False, layout="constrained",
+        gridspec_kw={"width_ratios": [1, 1, 1.3]},
+    )  # fmt: skip
+    for axes, batch in zip(grid, batches, strict=False):
+        cells = [row for row in rows if row["batch_size"] == batch]
+        for index, cache in enumerate(caches):
+            own = sorted((row for row in cells if row["cache"] == cache), key=lambda row: row["context_tokens"])
+            _profile_lines(axes[:2], own, cache, plt.cm.tab10(index % 10))
+        _step_bars(axes[2], cells)
+        contexts = sorted({row["context_tokens"] for row in cells})
+        for axis, label in zip(axes[:2], ("tokens per second, whole batch", "MiB of cache, whole batch"), strict=True):
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(contexts, [f"{n:,}" for n in contexts])
+            axis.set_xlim(contexts[0] / 1.2, contexts[-1] * 1.2)
+            axis.set_ylim(bottom=0)
+            axis.set(title=f"batch {batch}", xlabel="context, tokens", ylabel=label)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        axes[2].set_title(f"batch {batch}: where a decode step's time goes")
+    grid[0][0].legend(fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
+def _profile_lines(axes, rows: list[dict], label: str, color) -> None:
+    contexts = [row["context_tokens"] for row in rows]
+    speed = np.array([row["tokens_per_s_median"] for row in rows])
+    low, high = np.array([row["tokens_per_s_quartiles"] for row in rows]).reshape(-1, 2).T
+    style = {"marker": "o", "markersize": 4, "label": label, "color": color}
+    axes[0].errorbar(contexts, speed, [speed - low, high - speed], capsize=3, **style)
+    axes[1].plot(contexts, [row["cache_bytes"] / 2**20 for row in rows], **style)
+
+
+def _step_bars(axis, rows: list[dict]) -> None:
+    """A stacked bar per context and cache, the caches of a context together."""
+    rows = sorted(rows, key=lambda row: row["context_tokens"])
+    contexts = list(dict.fromkeys(row["context_tokens"] for row in rows))
+    places = [index + 0.6 * contexts.index(row["context_tokens"]) for index, row in enumerate(rows)]
+    left = np.zeros(len(rows))
+    for part, color in STEP_COLORS.items():
+        widths = np.array([100 * row["share_of_step"].get(part, 0) for row in rows])
+        axis.barh(places, widths, left=left, color=color, label=part, height=0.75)
+        left += widths
+    for y, row in zip(places, rows, strict=True):
+        axis.annotate(f" {row['token_ms_median']:.3g} ms", (100, y), va="center", fontsize=7)
+    axis.set_yticks(places, [f"{row['cache']}, {row['context_tokens']:,}" for row in rows], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 112)
+    axis.set_xticks(range(0, 101, 20))
+    axis.set_xlabel("share of an instrumented step, % (at the end: ms of one that isn't)")
+    axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=len(STEP_COLORS), fontsize=7, frameon=False)
+
+
+def layer_losses(rows: list[dict], title: str) -> Figure:
+    """KL divergence when one layer alone is compressed: a line per setting over the layers, a panel per side.
+
+    rows: as `sensitivity.ablate` gives them.
+    """
+    sides = list(dict.fromkeys(row["side"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(sides), figsize=(2 + 5.5 * len(sides), 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, side in zip(axes[0], sides, strict=True):
+        own = [row for row in rows if row["side"] == side]
+        for rank, bits in sorted({(row["rank"], row["bits"]) for row in own}):
+            line = sorted((row["layer"], row["kl_nats"]) for row in own if (row["rank"], row["bits"]) == (rank, bits))
+            layers, losses = zip(*line, strict=True)
+            label = f"rank {rank}, {bits} bits"
+            axis.semilogy(layers, np.clip(losses, 1e-6, None), marker="o", markersize=3, linewidth=1, label=label)
+        axis.set(title=f"{side.upper()} cache", xlabel="layer that is compressed")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("KL from the uncompressed model, nats")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.suptitle(title)
     return figure

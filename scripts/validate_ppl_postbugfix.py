@@ -4,7 +4,8 @@
     python scripts/validate_ppl_postbugfix.py --text ../wikitext --eval-tokens 16384 --groups control,rank,bits
 
 Groups: control (identity must not move a token, a lossy codec must), basis (PCA against random), target (V, K, both),
-rank, bits, sinks (with and without exact first tokens), layers (one stretch of layers at a time).
+rank, bits, sinks (with and without exact first tokens), layers (one stretch of layers at a time), nullspace (the
+all-ones direction against other directions of the same bytes), policies (each with what it stores).
 Writes results/runs/validate_ppl_MODEL.json and results/plots/validate_ppl_MODEL.png, or where --output says.
 """
 
@@ -46,7 +47,7 @@ def main() -> None:
         sink_tokens=args.sink_tokens,
         progress=cli.bar("calibrating", "seq"),
     )
-    ablation = Ablation(calibration, ranks, args.bits, args.sink_tokens, args.layer_groups, loaded.device)
+    ablation = Ablation(loaded, calibration, ranks, args.bits, args.sink_tokens, args.layer_groups)
     segments = cli.evaluation_segments(args, loaded, text, "evaluation")
     rows, known = [], {}
     for group in args.groups:

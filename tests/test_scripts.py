@@ -16,6 +16,7 @@ from tiny import tiny_model, word_text, word_tokenizer
 from gpt2 import results
 from gpt2.compression.calibration import load_calibration
 from gpt2.compression.presets import create_cache_from_preset
+from gpt2.evaluation.ablation import GROUPS
 
 SCRIPTS = sorted((results.ROOT / "scripts").glob("*.py"))
 CALIBRATE, TUNE = "calibrate_kv_lowrank", "auto_tune_kv_compression"
@@ -108,6 +109,20 @@ def test_tune_writes_a_preset_that_makes_a_cache(space, tmp_path, capsys, model_
     assert "calibration: using" in (said := capsys.readouterr().out) and "tuning: 3 measured" in said.splitlines()[1]
 
 
+def test_tune_per_layer(space, tmp_path, capsys):
+    flags = [*space, *SMALL_EVAL, "--codec", "identity", "--bits", "8,4", "--target", "kv", "--study", "s.db"]
+    assert run(TUNE, *flags, "--layer-ablation", "--output", "a.json") == 0
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert len(rows) == 3 * 2 * 2 and files(tmp_path) == {"words.txt", "a.json", "a.png"}, "an ablation, no search"
+    largest = max(row["kl_nats"] for row in rows)
+    assert f"KL {largest:.5f}" in capsys.readouterr().out
+    assert run(TUNE, *flags, "--per-layer", "--target-ppl-delta", "0.05", "--output", "p.json") == 0
+    preset = json.loads((tmp_path / "p.json").read_text())
+    assert any(trial["label"].startswith("per layer: ") for trial in preset["trials"])
+    cache = create_cache_from_preset(preset)
+    assert cache.layers[0].stores["V"].compressor.quantizer.bits in (4, 8, 16)
+
+
 def test_tune_without_a_basis_needs_no_calibration(space, tmp_path):
     flags = [*SMALL_EVAL, "--codec", "identity", "--bits", "8", "--study", "s.db", "--output", "p.json"]
     assert run(TUNE, *space, *flags, "--target", "kv", "--target-ppl-delta", "0.9") == 0
@@ -129,7 +144,7 @@ def test_validate_proves_that_the_cache_is_on_the_path(space, tmp_path, capsys):
     assert code == 0 and "the cache is on the path: identity moves no token" in said
     record = json.loads((tmp_path / "v.json").read_text())
     assert (tmp_path / "v.png").exists()
-    assert {row["group"] for row in record["rows"]} == {"control", "basis", "target", "rank", "bits", "sinks", "layers"}
+    assert {row["group"] for row in record["rows"]} == set(GROUPS)
     identity, lossy = (row for row in record["rows"] if row["group"] == "control")
     assert identity["largest_nll_change"] == 0 and identity["kl_nats"] == 0
     assert record["text_sha256"] and record["calibration"]["fingerprint"] == record["fingerprint"]

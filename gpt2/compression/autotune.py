@@ -11,8 +11,9 @@ import itertools
 import json
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
@@ -20,7 +21,9 @@ from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from gpt2.compression.calibration import SIDES
 from gpt2.compression.codecs import full_rank, needs_calibration, quantizer_for_bits
+from gpt2.compression.plan import Plan, Setting, plan_record, uniform
 from gpt2.errors import BudgetNotMet, PluginError
 
 # Heartbeats have been in Optuna since 2021 and are marked experimental still
@@ -36,13 +39,30 @@ ADVICE = """What helps:
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration of the search."""
+    """One configuration of the search. layers: settings of K and V per layer; then rank and bits are the smallest."""
 
     rank: int
     bits: int
+    layers: tuple[tuple[Setting | None, ...], tuple[Setting | None, ...]] | None = None
+
+    @classmethod
+    def of_plan(cls, plan: Plan) -> Cell:
+        """A cell that has a setting of its own for every layer."""
+        used = [setting for settings in plan.values() for setting in settings if setting]
+        layers = tuple(tuple(plan[side]) for side in SIDES)
+        return cls(min(s.rank for s in used), min(s.bits for s in used), layers)
+
+    def plan(self, target: str, codec: str, num_layers: int) -> Plan:
+        """What each layer is stored with."""
+        if self.layers is None:
+            return uniform(target, num_layers, Setting(codec, self.rank, self.bits))
+        return {side: list(settings) for side, settings in zip(SIDES, self.layers, strict=True)}
 
     def __str__(self) -> str:
-        return f"rank {self.rank}, {self.bits} bits"
+        if self.layers is None:
+            return f"rank {self.rank}, {self.bits} bits"
+        counts = Counter("exact" if s is None else f"r{s.rank} {s.bits} bits" for side in self.layers if any(side) for s in side)
+        return "per layer: " + ", ".join(f"{n} × {kind}" for kind, n in sorted(counts.items()))
 
 
 @dataclass(frozen=True)
@@ -58,7 +78,8 @@ class Trial:
         """For results files, and for the frontier plot."""
         return {
             "label": str(self.cell),
-            **asdict(self.cell),
+            "rank": self.cell.rank,
+            "bits": self.cell.bits,
             "compression_ratio": self.compression_ratio,
             **self.details,
         }
@@ -160,7 +181,7 @@ def _enqueue_missing(study: optuna.Study, path: Path, wanted: dict[str, Cell]) -
             at[trial.state].add(trial.user_attrs.get("cell"))
         taken = set().union(*at.values())
         for key in (key for key in wanted if key not in taken):
-            study.enqueue_trial(asdict(wanted[key]), user_attrs={"cell": key})
+            study.enqueue_trial({"rank": wanted[key].rank, "bits": wanted[key].bits}, user_attrs={"cell": key})
             at[TrialState.WAITING].add(key)
     return len(at[TrialState.WAITING] & wanted.keys()), len(at[TrialState.RUNNING] & wanted.keys())
 
@@ -198,7 +219,11 @@ def confirm_best(
 
 
 def _key(cell: Cell) -> str:
-    return f"rank={cell.rank},bits={cell.bits}"
+    key = f"rank={cell.rank},bits={cell.bits}"
+    if cell.layers is None:
+        return key
+    record = json.dumps(plan_record(dict(zip(SIDES, cell.layers, strict=True))))
+    return f"{key},layers={hashlib.sha256(record.encode()).hexdigest()[:16]}"
 
 
 def _trial(cell: Cell, frozen: FrozenTrial) -> Trial:

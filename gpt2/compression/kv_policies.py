@@ -1,17 +1,275 @@
-"""Named trade-offs between memory, quality and speed, for people who say what they need rather than choose codecs."""
+"""Policies: named trade-offs between memory, quality and speed, for people who would rather not choose a codec.
+
+    choice = choose_policy_for_run(model.config, "Qwen/Qwen2.5-7B", vram_gb=24, batch_size=8, max_context=32768)
+    print(choice.explanation)
+    cache = create_cache_from_policy(model.config, choice.policy)
+
+Every policy works on any supported model at once: none needs a calibration. What each costs in perplexity was measured
+on the embedded model only (results/runs); another model's own figures come from scripts/auto_tune_kv_compression.py.
+"""
 
 from __future__ import annotations
 
+import copy
+import json
+from dataclasses import asdict, dataclass
 from enum import StrEnum
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from gpt2 import results
+from gpt2.compression.calibration import SIDES
+from gpt2.compression.codecs import full_rank
+from gpt2.compression.codecs.ln_nullspace import LayerNormNullspace
+from gpt2.compression.compressed_cache import CompressedDynamicCache
+from gpt2.compression.plan import Setting, build
+from gpt2.compression.presets import check_preset, create_cache_from_preset
+from gpt2.errors import PluginError
+from gpt2.evaluation.memory import compression_ratio
+from gpt2.models import EMBEDDED, Geometry, probe_geometry, refuse_unsupported
+
+GIB = 2**30
+# Left for activations, the allocator's gaps and the runtime: a rule of thumb, not a measurement
+RESERVED = 0.1
+# A decode step expands one layer's K and V: in the arithmetic's 32 bits, in the model's 16, and joined with exact parts
+EXPANSION = 4
+_GEOMETRIES: dict[str, tuple[Geometry, int]] = {}
+MEASURED = results.RESULTS / "runs" / f"validate_ppl_{EMBEDDED}.json"
 
 
 class KVPolicyName(StrEnum):
-    """The tiers of the guide."""
+    """The guide's tiers, mildest first."""
 
     DEFAULT = "default"
     HIGH_COMPRESSION = "high_compression"
     MEMORY_EMERGENCY = "memory_emergency"
 
 
+@dataclass(frozen=True)
+class Policy:
+    """What a policy stores K and V with, in every layer; ppl_budget: relative rise of perplexity it is meant for."""
+
+    k: Setting | None
+    v: Setting | None
+    ppl_budget: float
+    use_case: str
+    sink_tokens: int = 4
+
+
+POLICIES = {
+    KVPolicyName.DEFAULT: Policy(Setting(bits=8), Setting(bits=8), 0.01, "standard production: no loss that shows"),
+    KVPolicyName.HIGH_COMPRESSION: Policy(
+        Setting(bits=8), Setting(bits=4), 0.03, "longer contexts or more users, for a little quality"
+    ),
+    # The guide's last tier drops the all-ones direction of V. At 4 bits that saves no byte (63 codes fill as many bytes
+    # as 64) and it costs quality: it is here because the guide has it, and results/runs say what it does.
+    KVPolicyName.MEMORY_EMERGENCY: Policy(
+        Setting(bits=4), Setting("ln_nullspace", bits=4), 0.20, "memory is at its limit: slower and worse is accepted"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a policy would need in GiB (weights excluded from kv_gib), and whether that fits memory and budget.
+
+    kv_gib includes one layer's expansion. room_gib: the device less its reserve. ppl_delta: measured on the embedded
+    model, None where nothing was measured.
+    """
+
+    policy: KVPolicyName
+    compression_ratio: float
+    kv_gib: float
+    total_gib: float
+    room_gib: float
+    ppl_delta: float | None
+    fits_memory: bool
+    within_budget: bool
+
+    def __str__(self) -> str:
+        cost = (
+            "perplexity not measured" if self.ppl_delta is None else f"{self.ppl_delta:+.2%} perplexity on {EMBEDDED}"
+        )
+        memory = f"{self.total_gib:.2f} of {self.room_gib:.2f} GiB, {'fits' if self.fits_memory else 'too much'}"
+        return f"  {self.policy}: {self.compression_ratio:.2f}x, {memory}; {cost}" + (
+            "" if self.within_budget else ", over budget"
+        )
+
+
+@dataclass(frozen=True)
+class PolicyChoice:
+    """policy: the mildest that fits, None when none does; explanation: why, in sentences for people."""
+
+    policy: KVPolicyName | None
+    explanation: str
+    estimates: list[Estimate]
+
+    @property
+    def fits(self) -> bool:
+        return self.policy is not None
+
+
+def checked(name: KVPolicyName | str) -> KVPolicyName:
+    """A policy's name. Raises PluginError, listing what exists, for another."""
+    try:
+        return KVPolicyName(name)
+    except ValueError as error:
+        raise PluginError(f"unknown policy {name!r}: use {', '.join(KVPolicyName)}") from error
+
+
+def build_compressor_config_for_policy(model_config, model_id: str, policy_name: KVPolicyName | str) -> dict[str, Any]:
+    """A policy for one model as a dict: codec, rank and bits of K and of V, windows, and the cache's shape.
+
+    `use_ln_nullspace_k` and `use_ln_nullspace_v` tell whether that side drops the all-ones direction;
+    `compression_ratio` is of the whole KV cache at 2048 tokens, measured on noise in this shape. Raises
+    UnsupportedModel for a model whose cache can't be compressed, PluginError for an unknown policy.
+    """
+    name = checked(policy_name)
+    policy, (geometry, _) = POLICIES[name], geometry_of(model_config, model_id)
+    return {
+        "policy": str(name),
+        "use_case": policy.use_case,
+        "ppl_budget": policy.ppl_budget,
+        "model": model_id,
+        "num_layers": geometry.num_layers,
+        "num_kv_heads": geometry.num_kv_heads,
+        "head_dim": geometry.head_dim,
+        "k": _shown(policy.k, geometry.head_dim),
+        "v": _shown(policy.v, geometry.head_dim),
+        "use_ln_nullspace_k": _uses_nullspace(policy.k),
+        "use_ln_nullspace_v": _uses_nullspace(policy.v),
+        "sink_tokens": policy.sink_tokens,
+        "recent_tokens": 0,
+        "compression_ratio": round(policy_ratio(policy, geometry, 2048), 4),
+    }
+
+
 def preset_for_policy(model_config, model_id: str, policy_name: KVPolicyName | str) -> dict:
-    raise NotImplementedError
+    """A policy as a preset, which says nothing of perplexity: that is for this model to be measured."""
+    config = build_compressor_config_for_policy(model_config, model_id, policy_name)
+    coded = {side: config[side] for side in SIDES if config[side]}
+    taken = ("model", "num_layers", "head_dim", "sink_tokens", "recent_tokens", "compression_ratio")
+    return check_preset(
+        {key: config[key] for key in taken}
+        | {
+            "name": config["policy"],
+            "target": "".join(coded),
+            **coded.get("v", coded.get("k")),
+            "calibration_file": "",
+            "layers": {side: [setting] * config["num_layers"] for side, setting in coded.items()},
+        }
+    )
+
+
+def create_cache_from_policy(
+    model_config, policy_name: KVPolicyName | str, model_id: str = "model", device: str | torch.device | None = None
+) -> CompressedDynamicCache:
+    """A fresh cache of a policy for a model, by its config alone."""
+    return create_cache_from_preset(preset_for_policy(model_config, model_id, policy_name), device)
+
+
+def choose_policy_for_run(
+    model_config,
+    model_id: str,
+    vram_gb: float,
+    batch_size: int = 1,
+    max_context: int = 4096,
+    ppl_budget: float = 0.03,
+) -> PolicyChoice:
+    """The mildest policy with which a run fits into memory and a perplexity budget.
+
+    vram_gb: GiB of the device. Needed: the weights in the config's dtype (16 bits where it names none), the cache of
+    `batch_size` sequences of `max_context` tokens by the model's KV heads, and one layer's expansion.
+    """
+    if not (vram_gb > 0 and batch_size >= 1 and max_context >= 1 and ppl_budget > 0):
+        raise PluginError(
+            f"choose_policy_for_run: vram_gb={vram_gb}, batch_size={batch_size}, max_context={max_context}, "
+            f"ppl_budget={ppl_budget}: all must be positive"
+        )
+    geometry, weights = geometry_of(model_config, model_id)
+    tokens = batch_size * max_context
+    estimates = [_estimate(name, geometry, weights, tokens, max_context, vram_gb, ppl_budget) for name in KVPolicyName]
+    chosen = next((e.policy for e in estimates if e.fits_memory and e.within_budget), None)
+    head = (
+        f"{model_id}, {batch_size} × {max_context:,} tokens on {vram_gb:g} GiB: the weights take {weights / GIB:.2f} "
+        f"GiB, and a 16-bit cache of {geometry.num_layers} layers × {geometry.num_kv_heads} KV heads × "
+        f"{geometry.head_dim} would take {geometry.bytes_per_token() * tokens / GIB:.2f} GiB."
+    )
+    verdict = f"Chosen: {chosen}, the mildest that fits." if chosen else _what_would_fit(estimates, tokens)
+    return PolicyChoice(chosen, "\n".join([head, *map(str, estimates), verdict]), estimates)
+
+
+def _estimate(name, geometry, weights, tokens, max_context, vram_gb, ppl_budget) -> Estimate:
+    policy, plain = POLICIES[name], geometry.bytes_per_token() * tokens
+    # Sinks weigh less the longer the context, and noise for more tokens than this tells nothing new
+    ratio = policy_ratio(policy, geometry, min(max_context, 4096))
+    kv = plain / ratio + EXPANSION * plain / geometry.num_layers
+    total, delta = weights + kv, measured_delta(name)
+    room = vram_gb * GIB * (1 - RESERVED)
+    return Estimate(
+        name, ratio, kv / GIB, total / GIB, room / GIB, delta, total <= room, _within(delta, name, ppl_budget)
+    )
+
+
+def _within(delta: float | None, name: KVPolicyName, ppl_budget: float) -> bool:
+    """By what was measured; where nothing was, by what the policy is meant for."""
+    return (POLICIES[name].ppl_budget if delta is None else delta) <= ppl_budget
+
+
+def _what_would_fit(estimates: list[Estimate], tokens: int) -> str:
+    smallest = min(estimates, key=lambda e: e.kv_gib)
+    left = smallest.room_gib - (smallest.total_gib - smallest.kv_gib)
+    if left <= 0:
+        return "Nothing fits: the weights alone leave no room for a cache. Use a larger device or a smaller model."
+    if not any(e.fits_memory for e in estimates):
+        most = int(tokens * left / smallest.kv_gib)
+        return (f"Nothing fits. With {smallest.policy}, about {most:,} tokens over all sequences would: use a shorter "
+                "context, a smaller batch, or a larger device.")  # fmt: skip
+    return "Nothing fits: what fits the memory is over the perplexity budget. Raise the budget or shorten the context."
+
+
+def geometry_of(model_config, model_id: str) -> tuple[Geometry, int]:
+    """Shape of a model's cache and bytes of its weights, from its config: nothing is allocated."""
+    refuse_unsupported(model_config, model_id)
+    key = model_config.to_json_string(use_diff=False)
+    if key not in _GEOMETRIES:  # a model of 80 layers takes seconds to lay out
+        _GEOMETRIES[key] = _laid_out(model_config, model_id)
+    return _GEOMETRIES[key]
+
+
+def _laid_out(model_config, model_id: str) -> tuple[Geometry, int]:
+    model_config = copy.deepcopy(model_config)
+    # With a padding token some models look for it among the probe's tokens, which have no values here
+    model_config.get_text_config(decoder=True).pad_token_id = None
+    dtype = getattr(model_config, "dtype", None)
+    dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    return probe_geometry(model, model_id), sum(p.numel() for p in model.parameters()) * dtype.itemsize
+
+
+def policy_ratio(policy: Policy, geometry: Geometry, tokens: int) -> float:
+    """Whole-KV compression at `tokens`, measured on one layer's cache: all layers are alike."""
+    plan = {"k": [policy.k], "v": [policy.v]}
+    k, v = build(plan, geometry.head_dim)
+    one_layer = Geometry(1, geometry.num_kv_heads, geometry.head_dim)
+    return compression_ratio(lambda: CompressedDynamicCache(k, v, sink_tokens=policy.sink_tokens), one_layer, tokens)
+
+
+def measured_delta(name: KVPolicyName) -> float | None:
+    """Relative change of perplexity that the policy costs the embedded model, from the committed results."""
+    try:
+        rows = json.loads(MEASURED.read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return next((row["ppl_delta"] for row in rows if row.get("policy") == name), None)
+
+
+def _shown(setting: Setting | None, head_dim: int) -> dict | None:
+    return setting and asdict(setting) | {"rank": full_rank(setting.codec, head_dim)}
+
+
+def _uses_nullspace(setting: Setting | None) -> bool:
+    return setting is not None and LayerNormNullspace.name in setting.codec.split("+")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 
 from torch import Tensor
 
 from gpt2.compression.autotune import Cell, Trial
 from gpt2.compression.calibration import Calibration
 from gpt2.compression.compressed_cache import CompressedDynamicCache
-from gpt2.compression.plan import compressors_for
+from gpt2.compression.plan import Setting, build
+from gpt2.compression.sensitivity import ablate, plans
 from gpt2.evaluation import memory
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory, Scores, baseline_factory, compare, score
 from gpt2.models import LoadedModel
@@ -41,18 +43,24 @@ class Search:
 
     def factory(self, cell: Cell) -> CacheFactory:
         """Caches of a cell, which share their compressors."""
-        L, device = self.loaded.geometry.num_layers, self.loaded.device
-        k, v = compressors_for(
-            self.target,
-            cell.bits,
-            L,
-            self.calibration,
-            rank=cell.rank,
-            codec=self.codec,
-            device=device,
-            head_dim=self.loaded.geometry.head_dim,
-        )
-        return lambda: CompressedDynamicCache(k, v, sink_tokens=self.sink_tokens)
+        geometry = self.loaded.geometry
+        plan = cell.plan(self.target, self.codec, geometry.num_layers)
+        k, v = build(plan, geometry.head_dim, self.calibration, device=self.loaded.device)
+        return partial(CompressedDynamicCache, k, v, sink_tokens=self.sink_tokens)
+
+    def ablate(self, cells: Sequence[Cell], path: Path, text_sha256: str, provenance: dict) -> list[dict]:
+        """Every layer alone in the setting of every cell, on tuning text; `path` is resumed and written."""
+        settings = [Setting(self.codec, cell.rank, cell.bits) for cell in cells]
+        rows = ablate(
+            self.loaded, self.tuning, self.calibration, self.target, settings, path=path, key=self.key(text_sha256),
+            sink_tokens=self.sink_tokens, provenance=provenance, progress=self.bar("layer by layer", "layer"),
+            chunk=self.chunk, batch_size=self.batch_size,
+        )  # fmt: skip
+        return [row for row in rows if Setting(row["codec"], row["rank"], row["bits"]) in settings]
+
+    def per_layer(self, rows: Sequence[dict], budget: float) -> list[Cell]:
+        """Cells with a setting of its own for every layer, predicted near the budget by the rows of `ablate`."""
+        return [Cell.of_plan(plan) for plan in plans(rows, self.loaded.geometry, budget)]
 
     def evaluate(self, cell: Cell) -> Trial:
         """A cell on tuning text, against a baseline that is scored once."""

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gpt2.compression.calibration import Calibration
-from gpt2.compression.codecs import IDENTITY
+from gpt2.compression.codecs import IDENTITY, Compressor, IdentityCompressor, Transform, quantizer_for_bits
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
+from gpt2.compression.kv_policies import KVPolicyName, preset_for_policy
 from gpt2.compression.plan import compressors_for
+from gpt2.compression.presets import compressors_from_preset
 from gpt2.evaluation.memory import compression_ratio
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory, compare, score
 from gpt2.models import LoadedModel
 
-GROUPS = ("control", "basis", "target", "rank", "bits", "sinks", "layers")
+GROUPS = ("control", "basis", "target", "rank", "bits", "sinks", "layers", "nullspace", "policies")
 
 
 @dataclass(frozen=True)
@@ -28,18 +31,19 @@ class Row:
     label: str
     key: tuple
     make: CacheFactory
+    more: dict = field(default_factory=dict)  # what else its results record says
 
 
 @dataclass(frozen=True)
 class Ablation:
     """Builds rows from one calibration. ranks: the ladder, best first; the first also serves the other groups."""
 
+    loaded: LoadedModel
     calibration: Calibration
     ranks: Sequence[int]
     bits: Sequence[int]
     sink_tokens: int
     layer_groups: int
-    device: str | torch.device = "cpu"
 
     def rows(self, group: str) -> list[Row]:
         """Rows of a group, by the method of its name."""
@@ -50,10 +54,10 @@ class Ablation:
         sinks = self.sink_tokens if sinks is None else sinks
         L = self.calibration.geometry.num_layers
         k, v = compressors_for(
-            target, bits, L, self.calibration, rank=rank, codec=codec, layers=layers, device=self.device
+            target, bits, L, self.calibration, rank=rank, codec=codec, layers=layers, device=self.loaded.device
         )
         key = (target, rank, bits, codec, sinks, layers)
-        return Row(group, label, key, lambda: CompressedDynamicCache(k, v, sink_tokens=sinks))
+        return Row(group, label, key, partial(CompressedDynamicCache, k, v, sink_tokens=sinks))
 
     def _control(self) -> list[Row]:
         L, half = self.calibration.geometry.num_layers, self.calibration.geometry.head_dim // 2
@@ -106,6 +110,54 @@ class Ablation:
             for part in stretches
         ]
 
+    def _nullspace(self) -> list[Row]:
+        """The all-ones direction against other ways to drop one direction, at the same bytes."""
+        d = self.calibration.geometry.head_dim
+        rows = [self._row("nullspace", f"{target.upper()} LN nullspace", target, d - 1, codec="ln_nullspace")
+                for target in ("v", "k", "kv")]  # fmt: skip
+        rows += [
+            self._row("nullspace", "V PCA, one direction dropped", "v", d - 1),
+            self._row("nullspace", "V random, one direction dropped", "v", d - 1, codec="random"),
+            *self._least_energy_of_w_v(),
+        ]
+        for bits in (bits for bits in self.bits if bits < 16):
+            rows += [
+                self._row("nullspace", f"V int{bits}, no basis", "v", d, bits, codec=IDENTITY),
+                self._row("nullspace", f"V LN nullspace, {bits} bits", "v", d - 1, bits, codec="ln_nullspace"),
+                self._row(
+                    "nullspace", f"V LN nullspace + PCA, {bits} bits", "v", d - 1, bits, codec="ln_nullspace+pca"
+                ),
+                self._row("nullspace", f"V PCA, one dropped, {bits} bits", "v", d - 1, bits),
+            ]
+        return rows
+
+    def _least_energy_of_w_v(self) -> list[Row]:
+        """Each head without the direction that its rows of W_v write least into; no row where a model has no v_proj."""
+        weights = [module.v_proj.weight for module in self.loaded.model.modules() if hasattr(module, "v_proj")]
+        geometry = self.calibration.geometry
+        if len(weights) != geometry.num_layers:
+            return []
+        v = []
+        for layer, weight in enumerate(weights):
+            heads = weight.detach().double().view(geometry.num_kv_heads, geometry.head_dim, -1)  # [H, d, hidden]
+            E = torch.linalg.svd(heads, full_matrices=False).U[:, :, : geometry.head_dim - 1]
+            mean = self.calibration.statistics.v.mean[layer].to(E.device)
+            transform = Transform(E, E.mT.contiguous(), mean).to(self.loaded.device, torch.float32)
+            v.append(Compressor(quantizer_for_bits(16), transform))
+        k = [IdentityCompressor()] * geometry.num_layers
+        make = partial(CompressedDynamicCache, k, v, sink_tokens=self.sink_tokens)
+        return [Row("nullspace", "V without the least direction of W_v", ("w_v",), make)]
+
+    def _policies(self) -> list[Row]:
+        return [self._policy(name) for name in KVPolicyName]
+
+    def _policy(self, name: KVPolicyName) -> Row:
+        preset = preset_for_policy(self.loaded.model.config, self.loaded.spec, name)
+        k, v = compressors_from_preset(preset, self.loaded.device)
+        label = f"policy {name}"
+        make = partial(CompressedDynamicCache, k, v, sink_tokens=preset["sink_tokens"])
+        return Row("policies", label, (label,), make, {"policy": str(name)})
+
 
 def measure(
     loaded: LoadedModel, segments: Tensor, rows: Sequence[Row], known: dict[tuple, dict], *, seed: int = 0, **scoring
@@ -122,4 +174,4 @@ def measure(
             "compression_ratio_2048": compression_ratio(row.make, loaded.geometry, config=loaded.model.config),
             "largest_nll_change": float(np.abs(scores[label].nll - scores[BASELINE].nll).max()),
         }
-    return [{"group": row.group, "label": row.label, **known[row.key]} for row in rows]
+    return [{"group": row.group, "label": row.label, **row.more, **known[row.key]} for row in rows]
