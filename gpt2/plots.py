@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 SIDE_COLORS = {"k": "tab:orange", "v": "tab:blue"}
 
@@ -115,12 +115,15 @@ def profiles(rows: list[dict], title: str) -> Figure:
             axis.set_xscale("log", base=2)
             axis.set_xticks(contexts, [f"{n:,}" for n in contexts])
             axis.set_xlim(contexts[0] / 1.2, contexts[-1] * 1.2)
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
             axis.set(title=f"batch {batch}", xlabel="context, tokens", ylabel=label)
             axis.minorticks_off()
             axis.grid(alpha=0.3)
         axes[2].set_title(f"batch {batch}: where a decode step's time goes")
-    grid[0][0].legend(fontsize=8)
+    for axis, side in ((grid[0][0], "left"), (grid[0][2], "right")):
+        handles, labels = axis.get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc=f"outside lower {side}", ncols=5, fontsize=8, frameon=False)
     figure.suptitle(title)
     return figure
 
@@ -146,12 +149,13 @@ def _step_bars(axis, rows: list[dict]) -> None:
         left += widths
     for y, row in zip(places, rows, strict=True):
         axis.annotate(f" {row['token_ms_median']:.3g} ms", (100, y), va="center", fontsize=7)
-    axis.set_yticks(places, [f"{row['cache']}, {row['context_tokens']:,}" for row in rows], fontsize=7)
+    names = [row["cache"] if len(row["cache"]) <= 28 else "…" + row["cache"][-27:] for row in rows]
+    labels = [f"{name}, {row['context_tokens']:,}" for name, row in zip(names, rows, strict=True)]
+    axis.set_yticks(places, labels, fontsize=7)
     axis.invert_yaxis()
     axis.set_xlim(0, 112)
     axis.set_xticks(range(0, 101, 20))
     axis.set_xlabel("share of an instrumented step, % (at the end: ms of one that isn't)")
-    axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=len(STEP_COLORS), fontsize=7, frameon=False)
 
 
 def layer_losses(rows: list[dict], title: str) -> Figure:
@@ -176,4 +180,31 @@ def layer_losses(rows: list[dict], title: str) -> Figure:
     axes[0][0].set_ylabel("KL from the uncompressed model, nats")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(title)
+    return figure
+
+
+def stability(rows: list[dict], metrics: dict[str, str], title: str) -> Figure:
+    """A panel per metric: every run as a dot in its factor's column, and the mean of all runs as a line.
+
+    rows: as `stability.measure` gives them; metrics: record key to label.
+    """
+    factors = list(dict.fromkeys(row["factor"] for row in rows))
+    across = min(3, len(metrics))
+    down = -(-len(metrics) // across)
+    figure, axes = plt.subplots(down, across, figsize=(4.2 * across, 3 * down), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(metrics) :]:
+        axis.set_visible(False)
+    for axis, (metric, label) in zip(axes.flat, metrics.items(), strict=False):
+        values = [row[metric] for row in rows]
+        places = [factors.index(row["factor"]) for row in rows]
+        axis.scatter(places, values, color=[plt.cm.tab10(place) for place in places], s=28, zorder=3)
+        axis.axhline(np.mean(values), color="tab:gray", linewidth=1, linestyle="--")
+        axis.set_xticks(range(len(factors)), factors, fontsize=8)
+        axis.set_xlim(-0.5, len(factors) - 0.5)
+        axis.margins(y=0.2)
+        axis.set_title(label, fontsize=10)
+        if metric == "ppl_delta":
+            axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
+        axis.grid(axis="y", alpha=0.3)
+    figure.suptitle(f"{title}\n(dots: runs; dashed: mean of all)", fontsize=11)
     return figure

@@ -61,7 +61,8 @@ class Cell:
     def __str__(self) -> str:
         if self.layers is None:
             return f"rank {self.rank}, {self.bits} bits"
-        counts = Counter("exact" if s is None else f"r{s.rank} {s.bits} bits" for side in self.layers if any(side) for s in side)
+        coded = [setting for side in self.layers if any(side) for setting in side]
+        counts = Counter("exact" if s is None else f"r{s.rank} {s.bits} bits" for s in coded)
         return "per layer: " + ", ".join(f"{n} × {kind}" for kind, n in sorted(counts.items()))
 
 

@@ -143,6 +143,22 @@ def calibrate(
     return Calibration(meta, statistics, {side: fit(codec, getattr(statistics, side)) for side in SIDES})
 
 
+def recalibrate(calibration: Calibration, loaded: LoadedModel, text: Text, number: int, progress=iter) -> Calibration:
+    """The same calibration from other samples of a text: `number` > 0 moves the seed.
+
+    At most half of the text's windows are drawn: with all of them, every seed would draw the same.
+    """
+    meta = calibration.meta
+    available = len(text.segments("calibration", loaded.tokenizer, meta["seq_len"]))
+    if available < 2:
+        raise PluginError(f"the calibration part of text {text.name!r} has one window of {meta['seq_len']} tokens: "
+                          "there are no other samples to draw")  # fmt: skip
+    return calibrate(
+        loaded, text, rank=meta["rank"], samples=min(meta["samples"], available // 2), seq_len=meta["seq_len"],
+        seed=meta["seed"] + number, sink_tokens=meta["sink_tokens"], codec=meta["codec"], progress=progress,
+    )  # fmt: skip
+
+
 def stand_in(loaded: LoadedModel) -> Calibration:
     """A calibration fitted to noise, for a model without weights: the cost of a basis doesn't depend on its values."""
     geometry = loaded.geometry

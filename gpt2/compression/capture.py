@@ -104,13 +104,21 @@ def collect(loaded: LoadedModel, windows: Iterable[Tensor], sink_tokens: int) ->
     model, geometry = loaded.model, loaded.geometry
     k, v = Moments.zeros(geometry), Moments.zeros(geometry)
     queries = _QueryMoments(geometry, sink_tokens)
+    newest: int | None = None
 
     def record(layer: int, keys: Tensor, values: Tensor) -> None:
+        nonlocal newest
+        newest = layer
         k.update(layer, keys[:, :, sink_tokens:])
         v.update(layer, values[:, :, sink_tokens:])
 
+    def record_queries(q: Tensor) -> None:
+        # They read what the cache took last. A module's own layer_idx won't do: it may run for several cache layers
+        if newest is not None:
+            queries.update(newest, q)
+
     body = model.base_model  # the statistics need no logits
-    with torch.no_grad(), _tapped_queries(model, queries.update) as has_queries:
+    with torch.no_grad(), _tapped_queries(model, record_queries) as has_queries:
         for window in windows:
             body(input_ids=window[None].to(loaded.device), past_key_values=_Tap(record), use_cache=True)
     if not k.count.min():
@@ -150,11 +158,11 @@ def _refuse_non_finite(products: Tensor, layer: int) -> None:
 
 
 def _tapped_queries(model, record):
-    """Let `record(layer, q)` see every layer's queries while the block runs; yields False where the model can't."""
+    """Let `record(q)` see every layer's queries in turn while the block runs; yields False where the model can't."""
 
     def tap(attention):
         def attend(module, query, *args, **kwargs):
-            record(module.layer_idx, query)
+            record(query)
             return attention(module, query, *args, **kwargs)
 
         return attend

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+from gpt2.compression.calibration import Calibration
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.kv_policies import preset_for_policy
 from gpt2.compression.presets import compressors_from_preset, resolve_preset
@@ -25,18 +27,20 @@ class CacheChoice:
         return {"label": self.label} | {key: value for key, value in self.preset.items() if key not in left_out}
 
 
-def from_preset(preset: str | dict, loaded: LoadedModel, **overrides: int) -> CacheChoice:
+def from_preset(
+    preset: str | dict, loaded: LoadedModel, calibration: Calibration | None = None, **overrides: int
+) -> CacheChoice:
     """A --preset value (a file, or the name of a built-in preset of the model) or a preset as a dict.
 
-    overrides: `sink_tokens` or `recent_tokens` other than the preset's. Raises PluginError where the preset or its
-    calibration isn't of this model.
+    calibration: used in place of the preset's own. overrides: `sink_tokens` or `recent_tokens` other than the preset's.
+    Raises PluginError where the preset or its calibration isn't of this model.
     """
     label = str(preset) if not isinstance(preset, dict) else ""
     preset = resolve_preset(preset, loaded.spec) if not isinstance(preset, dict) else preset
-    k, v = compressors_from_preset(preset, loaded.device, model=loaded)
+    k, v = compressors_from_preset(preset, loaded.device, model=loaded, calibration=calibration)
     windows = {key: overrides.get(key, preset[key]) for key in ("sink_tokens", "recent_tokens")}
     name = preset.get("name") or label or f"{preset['target']} rank {preset['rank']}, {preset['bits']} bits"
-    return CacheChoice(name, preset, lambda: CompressedDynamicCache(k, v, **windows))
+    return CacheChoice(name, preset, partial(CompressedDynamicCache, k, v, **windows))
 
 
 def from_policy(policy: str, loaded: LoadedModel, **overrides: int) -> CacheChoice:

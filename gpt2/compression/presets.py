@@ -185,21 +185,28 @@ def compressors_from_preset(
     *,
     model: LoadedModel | None = None,
     dtype: torch.dtype = torch.float32,
+    calibration: Calibration | None = None,
 ) -> tuple[list[Compressor], list[Compressor]]:
-    """K and V compressors of a preset, to make many caches that share them; arguments as `create_cache_from_preset`."""
+    """K and V compressors of a preset, to make many caches that share them; arguments as `create_cache_from_preset`.
+
+    calibration: used in place of the preset's file.
+    """
     preset = _read(preset)
     if model is not None:
         preset = preset_for_shape(preset, model) if model.random_weights else preset
         check_geometry(preset, model)
-    plan, calibration = plan_of(preset), None
-    if needs_calibration_file(plan):
-        if model is not None and model.random_weights:
-            calibration = stand_in(model)
-        else:
-            path = find_calibration(preset)
-            calibration = load_calibration(path)
-            check_calibration(calibration, preset, path, model)
+    plan = plan_of(preset)
+    if calibration is None and needs_calibration_file(plan):
+        calibration = stand_in(model) if model is not None and model.random_weights else calibration_of(preset, model)
     return build(plan, preset["head_dim"], calibration, dtype=dtype, device=device or "cpu")
+
+
+def calibration_of(preset: dict, model: LoadedModel | None = None) -> Calibration:
+    """A preset's calibration, found and checked against the preset and the model."""
+    path = find_calibration(preset)
+    calibration = load_calibration(path)
+    check_calibration(calibration, preset, path, model)
+    return calibration
 
 
 def preset_for_shape(preset: dict, model: LoadedModel) -> dict:

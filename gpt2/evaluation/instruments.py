@@ -1,0 +1,199 @@
+"""Instruments that look inside a forward pass: where its time goes, and the most memory it takes.
+
+They cost time themselves, so what they see is measured in a pass of its own, never in one whose time is reported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from gpt2.compression.capture import wrapped_attention
+from gpt2.compression.codecs import Compressor
+
+# Part of a step to the methods that do it, also in classes that inherit them. `copies` is what is left of a cache's
+# update: joining what is held with what is new. The last two lines are what transformers' quantized caches call theirs.
+WATCHED = (
+    ("copies", Cache, "update"),
+    ("compress", Compressor, "compress"),
+    ("expand", Compressor, "expand"),
+    ("compress", CacheLayerMixin, "_quantize"),
+    ("expand", CacheLayerMixin, "_dequantize"),
+)
+ATTENTION, REST = "attention", "rest"
+PARTS = ("compress", "expand", "copies", ATTENTION, REST)
+SAMPLE_S = 0.002
+
+
+def cuda_devices(model: PreTrainedModel) -> list[torch.device]:
+    """The GPUs that hold weights of a model; none on a CPU."""
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+
+def synchronizer(model: PreTrainedModel) -> Callable[[], None]:
+    """A function that waits until all that was asked of a model's devices is done."""
+    devices = cuda_devices(model)
+
+    def wait() -> None:
+        for device in devices:
+            torch.cuda.synchronize(device)
+
+    return wait
+
+
+class Stopwatch:
+    """Seconds per part of a stretch of work. A part that calls another stops while that one runs: the sum is the whole.
+
+    wait: called before the clock is read, so that work which a GPU still has in hand counts for the part that asked.
+    """
+
+    def __init__(self, wait: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.perf_counter):
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._wait, self._clock = wait, clock
+        self._running: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the time of the block for a part, except for what other parts take of it."""
+        self._lap()
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._lap()
+            self._running.pop()
+
+    def _lap(self) -> None:
+        self._wait()
+        now = self._clock()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._since
+        self._since = now
+
+    def timed(self, name: str) -> Callable[[Callable], Callable]:
+        """A decorator that counts calls of a function for a part."""
+
+        def decorate(fn: Callable) -> Callable:
+            @functools.wraps(fn)
+            def call(*args, **kwargs):
+                with self.part(name):
+                    return fn(*args, **kwargs)
+
+            return call
+
+        return decorate
+
+    def shares(self) -> dict[str, float]:
+        """Every part's share of the whole; they add up to 1."""
+        whole = sum(self.seconds.values())
+        return {name: seconds / whole for name, seconds in self.seconds.items()}
+
+
+@contextmanager
+def watched(model: PreTrainedModel, watch: Stopwatch) -> Iterator[None]:
+    """Let a stopwatch tell the parts of what the model does in the block; what is no other part is the rest.
+
+    Attention stays in the rest where a model's is hard-wired: then `watch.seconds` has no such part.
+    """
+    with ExitStack() as patches:
+        for part, base, method in WATCHED:
+            for owner in _owners(base, method):
+                patches.enter_context(_decorated(owner, method, watch.timed(part)))
+        if not patches.enter_context(wrapped_attention(model, watch.timed(ATTENTION))):
+            watch.seconds.pop(ATTENTION)
+        with watch.part(REST):
+            yield
+
+
+def _owners(base: type, method: str) -> list[type]:
+    """The class and its subclasses that define the method themselves."""
+    found, waiting = [], [base]
+    while waiting:
+        owner = waiting.pop()
+        waiting += owner.__subclasses__()
+        if method in vars(owner) and owner not in found:
+            found.append(owner)
+    return found
+
+
+@contextmanager
+def _decorated(owner: type, method: str, decorate: Callable[[Callable], Callable]) -> Iterator[None]:
+    original = vars(owner)[method]
+    setattr(owner, method, decorate(original))
+    try:
+        yield
+    finally:
+        setattr(owner, method, original)
+
+
+@dataclass
+class Memory:
+    """Bytes in use when a block began, and the most at any time in it."""
+
+    start: int
+    peak: int
+
+
+def memory_method(devices: Sequence[torch.device]) -> str:
+    """How `peak_memory` measures, for results files."""
+    if devices:
+        return "torch.cuda.max_memory_allocated" + (", summed over the GPUs" if len(devices) > 1 else "")
+    return f"resident size of the process, sampled every {1000 * SAMPLE_S:g} ms"
+
+
+@contextmanager
+def peak_memory(devices: Sequence[torch.device]) -> Iterator[Memory]:
+    """Watch memory while the block runs: of the GPUs given, or the process's resident size where there are none.
+
+    On GPUs it is what tensors take, to the byte; the resident size has all of the process, and what falls between two
+    samples is missed. What earlier work left behind is returned to the system first.
+    """
+    gc.collect()
+    if devices:
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
+        memory = Memory(*2 * (sum(torch.cuda.memory_allocated(device) for device in devices),))
+        yield memory
+        memory.peak = sum(torch.cuda.max_memory_allocated(device) for device in devices)
+        return
+    _return_free_memory()
+    memory = Memory(*2 * (resident_bytes(),))
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(SAMPLE_S):
+            memory.peak = max(memory.peak, resident_bytes())
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield memory
+    finally:
+        done.set()
+        sampler.join()
+        memory.peak = max(memory.peak, resident_bytes())
+
+
+def resident_bytes() -> int:
+    """Bytes of this process that are in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _return_free_memory() -> None:
+    """Free memory that the C library keeps for later would count for whoever runs next; not every library can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
