@@ -128,7 +128,7 @@ def refuse_offloaded(model: PreTrainedModel, spec: str, target: torch.device) ->
 
 def wrap(model: PreTrainedModel, tokenizer, spec: str) -> LoadedModel:
     """Check a model that is already in memory and measure its cache's shape."""
-    refuse_unsupported(model.config, spec)
+    refuse_unsupported(model.config, spec, model)
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModel(f"Model doesn't have past_key_values: {spec}'s forward takes none; {SUPPORTED}")
     model.eval().requires_grad_(False)
@@ -160,25 +160,48 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     return DTYPES[dtype]
 
 
-def refuse_unsupported(config, spec: str) -> None:
-    """Raise UnsupportedModel, with the reason, for caches that aren't one K and one V per layer and KV head."""
+def refuse_unsupported(config, spec: str, model: PreTrainedModel | None = None) -> None:
+    """Raise UnsupportedModel, with the reason, for caches that aren't one K and one V per layer and KV head.
+
+    model: where there is one already; the text part of a larger model has a config that no list names.
+    """
     text = config.get_text_config(decoder=True)
-    layer_types = set(getattr(text, "layer_types", None) or ()) - ATTENTION_LAYERS
+    layer_types = set(_field(text, "layer_types") or ()) - ATTENTION_LAYERS
+    causal = model.can_generate() if model is not None else type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     reason = None
     if config.is_encoder_decoder:
         reason = "it is an encoder-decoder"
-    elif getattr(text, "kv_lora_rank", None) or getattr(text, "qk_rope_head_dim", None):
+    elif _field(text, "kv_lora_rank") or _field(text, "qk_rope_head_dim"):
         reason = "multi-head latent attention already stores a compressed latent"
     elif layer_types:
         reason = f"it has layers without a plain KV cache ({', '.join(sorted(layer_types))})"
-    elif getattr(text, "num_kv_shared_layers", None):
+    elif _field(text, "num_kv_shared_layers"):
         reason = "its layers share one another's KV cache"
-    elif type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    elif not causal:
         reason = "it is no causal language model"
     elif not getattr(text, "use_cache", True):
         reason = "Model doesn't have past_key_values (config.use_cache is False)"
     if reason:
         raise UnsupportedModel(f"{spec} ({config.model_type}) can't be compressed: {reason}; {SUPPORTED}")
+
+
+def _field(config, name: str):
+    """A config's field, None where it has none; the first layer's where layers differ, and no other may be asked."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # AmbiguousGlobalPerLayerAttributeError, which older transformers lack
+        return getattr(config.per_layer_config[0], name, None)
+
+
+def _window_without_mask(model: PreTrainedModel, cache: DynamicCache) -> bool:
+    """Whether a sliding window comes from transformers' cache alone, which forgets, and no mask of the model has it.
+
+    Moshi is so: a cache that keeps every token would show it more than it was trained to see.
+    """
+    files = {type(module).__module__ for module in model.modules()}
+    masks = {name for file in files for name in vars(sys.modules[file]) if name.startswith("create_")}
+    windows = any(layer.is_sliding for layer in cache.layers)
+    return windows and not any("sliding" in name or "chunked" in name for name in masks)
 
 
 @torch.no_grad()
@@ -189,6 +212,8 @@ def probe_geometry(model: PreTrainedModel, spec: str) -> Geometry:
     layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     if getattr(output, "past_key_values", None) is None or not layers:
         raise UnsupportedModel(f"Model doesn't have past_key_values: {spec} returned no cache; {SUPPORTED}")
+    if _window_without_mask(model, cache):
+        raise UnsupportedModel(f"{spec}: only transformers' own cache applies its sliding window; {SUPPORTED}")
     shapes = {tuple(t.shape) for layer in layers for t in (layer.keys, layer.values)}
     if len(shapes) > 1 or len(layers) != len(cache.layers):
         raise UnsupportedModel(f"{spec}: layers with different KV shapes {sorted(shapes)}; {SUPPORTED}")
@@ -204,7 +229,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     text = model.config.get_text_config(decoder=True)
     names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     names += ("num_attention_heads", "num_key_value_heads", "head_dim")
-    fields = {name: getattr(text, name, None) for name in names}
+    fields = {name: _field(text, name) for name in names}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, weight in sorted(model.named_parameters()):
         if weight.dim() > 1:

@@ -208,3 +208,56 @@ def stability(rows: list[dict], metrics: dict[str, str], title: str) -> Figure:
         axis.grid(axis="y", alpha=0.3)
     figure.suptitle(f"{title}\n(dots: runs; dashed: mean of all)", fontsize=11)
     return figure
+
+
+def needles(cells: list[dict], title: str) -> Figure:
+    """Heat maps over context length and depth: for each cache exact match beside the baseline's, and the change of the
+    answer's log-probability. cells: as `evaluation.needle.cells` makes them; a failing baseline's are hatched."""
+    names = list(dict.fromkeys(cell["cache"] for cell in cells if "verdict" in cell))
+    lengths, depths = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("context_tokens", "depth"))
+    width, height = 1.6 + 0.75 * len(lengths), 1.1 + 0.42 * len(depths)
+    figure, axes = plt.subplots(
+        len(names), 3, figsize=(max(3 * width, 8.5), max(height, 2.2) * len(names) + 0.4), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    grid = {(cell["cache"], cell["depth"], cell["context_tokens"]): cell for cell in cells}
+    reference = next(cell["cache"] for cell in cells if "verdict" not in cell)
+    largest = max(abs(cell.get("logprob_change_nats", 0)) for cell in cells)
+    for row, name in zip(axes, names, strict=True):
+        for axis, cache, key, label in (
+            (row[0], reference, "exact_match", f"{reference}: exact match"),
+            (row[1], name, "exact_match", f"{name}: exact match"),
+            (row[2], name, "logprob_change_nats", f"{name}: change of log p"),
+        ):
+            values = np.array([[grid[cache, depth, length][key] for length in lengths] for depth in depths])
+            colors = ("viridis", 0, 1) if key == "exact_match" else ("RdBu", -max(largest, 0.1), max(largest, 0.1))
+            image = axis.imshow(values, aspect="auto", cmap=colors[0], vmin=colors[1], vmax=colors[2])
+            _write_cells(axis, image, values, "{:.0%}" if key == "exact_match" else "{:+.2f}")
+            working = [[grid[reference, depth, length]["baseline_works"] for length in lengths] for depth in depths]
+            _hatch(axis, np.array(working))
+            axis.set_title(label, fontsize=9)
+            axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+            axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+            figure.colorbar(image, ax=axis, label="share of prompts" if key == "exact_match" else "nats per answer")
+        row[0].set_ylabel("depth of the needle")
+    for axis in axes[-1]:
+        axis.set_xlabel("context, tokens")
+    hatched = any(not cell.get("baseline_works", True) for cell in cells)
+    figure.suptitle(title + ("\nhatched: the baseline fails there, so nothing can be said" if hatched else ""))
+    return figure
+
+
+def _write_cells(axis, image, values: np.ndarray, form: str) -> None:
+    """Every cell's figure in it, in black or white, whichever its color lets through."""
+    for (y, x), value in np.ndenumerate(values):
+        red, green, blue, _ = image.cmap(image.norm(value))
+        color = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
+        axis.text(x, y, form.format(value), ha="center", va="center", fontsize=8, color=color)
+
+
+def _hatch(axis, working: np.ndarray) -> None:
+    """Strike out cells that say nothing."""
+    for y, x in np.argwhere(~working):
+        axis.add_patch(
+            plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="///", edgecolor="tab:gray", linewidth=0)
+        )

@@ -64,10 +64,94 @@ def calibrating(record: dict, _: list[str]) -> str:
     return "\n".join(lines + [f"| peak memory with {n} samples | {size:,.0f} MB |" for n, size in sizes])
 
 
+def profile(record: dict, words: list[str]) -> str:
+    """Latency, throughput and memory, a row per cell and cache; of some batch sizes or of all."""
+    batches = [int(word) for word in words]
+    rows = [row for row in record["rows"] if not batches or row["batch_size"] in batches]
+    if not rows:
+        raise PluginError(f"the profile has no rows of batch size {', '.join(words)}: run the script with them")
+    lines = [
+        "| batch | context | cache | first token | per token | tokens/s | against baseline | cache | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        start = f"| {row['batch_size']} | {row['context_tokens']:,} | {row['cache']} |"
+        if row.get("out_of_memory"):
+            lines.append(f"{start} out of memory | | | | | |")
+            continue
+        ratio = "1.00x"
+        if "ratio_to_baseline" in row:
+            low, high = row["ratio_to_baseline"]["tokens_per_s_quartiles"]
+            ratio = f"{row['ratio_to_baseline']['tokens_per_s_median']:.2f}x ({low:.2f} … {high:.2f})"
+        lines.append(
+            f"{start} {row['ttft_ms_median']:,.0f} ms | {row['token_ms_median']:,.1f} ms "
+            f"| {row['tokens_per_s_median']:,.1f} | {ratio} | {row['cache_bytes'] / 2**20:,.1f} MiB "
+            f"| {row['peak_memory_bytes'] / 2**20:,.0f} MiB |"
+        )
+    args = record["args"]
+    weights = "" if record["weights"] == "trained" else f" Weights are {record['weights']}."
+    return "\n".join(lines) + (
+        f"\n\n{record['model']} in {record['dtype']} on {record['device']}, {args['decode_tokens']} tokens decoded, "
+        f"medians of {args['repeats']} repeats, quartiles in brackets. Peak memory: {record['peak_memory']}.{weights}"
+    )
+
+
+def architectures(record: dict, _: list[str]) -> str:
+    """Decoder families by what happens to them, a line per mode or per reason for refusing."""
+    works = {"direct-capable": "works; its attention can be replaced", "reconstruct-only": "works; its attention can't"}
+    order = [*works, "refused", "not tried", "failed"]
+    groups: dict[str, list[str]] = {}
+    for row in sorted(record["rows"], key=lambda row: order.index(row["mode"])):
+        reason = row["reason"] or ""
+        if row["mode"] != "failed":  # a bug is told in full; elsewhere the kind of reason will do
+            reason = re.sub(r": .*| \(.*", "", reason)
+        label = works.get(row["mode"]) or f"{row['mode']}: {reason}".replace("|", "\\|")
+        groups.setdefault(label, []).append(row["model_type"])
+    lines = ["| what happens | families | which |", "|---|---|---|"]
+    lines += [f"| {label} | {len(names)} | {', '.join(names)} |" for label, names in groups.items()]
+    tried = f"{len(record['rows'])} families of transformers {record['versions']['transformers']}"
+    return "\n".join(lines) + f"\n\n{tried}, each tried as a small random model of its default config."
+
+
+def stability(record: dict, _: list[str]) -> str:
+    """Mean, deviation and range of Δ perplexity, by factor, and what the other metrics did over all runs."""
+    lines = ["| varied | metric | runs | mean | std | range |", "|---|---|---|---|---|---|"]
+    percent = {"ppl_delta", "top1_agreement", "needle_accuracy", "needle_accuracy_change"}
+    for row in record["summary"]:
+        if row["factor"] != "all" and row["metric"] != "ppl_delta":
+            continue
+        form = "{:+.2%}" if row["metric"] == "ppl_delta" else "{:.1%}" if row["metric"] in percent else "{:.4f}"
+        mean, std, low, high = (form.format(row[key]) for key in ("mean", "std", "min", "max"))
+        name = record["metrics"][row["metric"]]
+        lines.append(f"| {row['factor']} | {name} | {row['runs']} | {mean} | {std.lstrip('+')} | {low} … {high} |")
+    return "\n".join(lines) + f"\n\n{record['model']}, {record['cache']['label']}: {record['verdict']['line']}."
+
+
+def layer_ablation(record: dict, _: list[str]) -> str:
+    """The layers that lose most and least when they alone are compressed, a row per setting."""
+    settings = sorted({(row["side"], row["rank"], row["bits"]) for row in record["rows"]})
+    lines = ["| alone in | sum over layers | most sensitive | least sensitive |", "|---|---|---|---|"]
+    for side, rank, bits in settings:
+        own = sorted(
+            (row for row in record["rows"] if (row["side"], row["rank"], row["bits"]) == (side, rank, bits)),
+            key=lambda row: -row["kl_nats"],
+        )
+        most, least = (
+            ", ".join(f"{row['layer']} ({row['kl_nats']:.5f})" for row in some) for some in (own[:3], own[-3:])
+        )
+        total = sum(row["kl_nats"] for row in own)
+        lines.append(f"| {side.upper()} rank {rank}, {bits} bits | {total:.4f} | {most} | {least} |")
+    return "\n".join(lines) + f"\n\nKL in nats on {record['rows'][0]['tokens']:,} tokens of {record['text']}, by layer."
+
+
 TABLES: dict[str, Callable[[dict, list[str]], str]] = {
     "validate_ppl": validation,
     "benchmark_append": appending,
     "benchmark_calibration": calibrating,
+    "architectures": architectures,
+    "layer_ablation": layer_ablation,
+    "profile": profile,
+    "stability": stability,
 }
 
 

@@ -36,7 +36,7 @@ RESERVED = 0.1
 # A decode step expands one layer's K and V: in the arithmetic's 32 bits, in the model's 16, and joined with exact parts
 EXPANSION = 4
 _GEOMETRIES: dict[str, tuple[Geometry, int]] = {}
-MEASURED = results.RESULTS / "runs" / f"validate_ppl_{EMBEDDED}.json"
+MEASURED = results.RESULTS / "runs" / f"validate_ppl_policies_{EMBEDDED}.json"
 
 
 class KVPolicyName(StrEnum):

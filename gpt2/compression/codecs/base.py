@@ -169,6 +169,10 @@ class Compressor:
         self.transform = transform
         self._elsewhere: dict[torch.device, Compressor] = {}
 
+    def __deepcopy__(self, memo: dict) -> Compressor:
+        """A copied cache shares its compressors, as every other cache does."""
+        return self
+
     @property
     def exact(self) -> bool:
         """Whether what comes back is bit for bit what went in."""
