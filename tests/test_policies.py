@@ -7,6 +7,7 @@ import torch
 from tiny import FAMILIES, tiny_loaded, tiny_model
 from transformers import AutoConfig, DynamicCache
 
+from gpt2 import architectures
 from gpt2.compression import kv_policies
 from gpt2.compression.choice import from_policy
 from gpt2.compression.kv_policies import (
@@ -19,6 +20,7 @@ from gpt2.compression.kv_policies import (
 )
 from gpt2.errors import PluginError, UnsupportedModel
 from gpt2.evaluation.memory import cache_bytes, compression_ratio
+from gpt2.models import wrap
 
 QWEN = AutoConfig.for_model(
     "qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
@@ -93,6 +95,15 @@ def test_scripts_take_a_policy_as_a_cache():
         loaded.model(PROMPT.repeat(1, 8), past_key_values=cache)
     assert cache_bytes(held) < cache_bytes(plain) / 2
     assert {repr(layer.stores["V"].compressor) for layer in held.layers} == {"Compressor(int4)"}
+
+
+def test_a_config_that_does_not_tell_the_shape_is_said_and_the_loaded_model_helps():
+    """BioGPT reads values while it lays out positions: there are none without weights."""
+    model = architectures.tiny_family("biogpt")
+    with pytest.raises(PluginError, match="its config alone doesn't tell the shape.*from_policy"):
+        create_cache_from_policy(model.config, "default", model_id="biogpt")
+    cache = from_policy("default", wrap(model, None, "biogpt")).make()
+    assert model.generate(PROMPT, past_key_values=cache, max_new_tokens=3).shape == (1, 43)
 
 
 # --- choosing

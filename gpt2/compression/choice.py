@@ -45,4 +45,5 @@ def from_preset(
 
 def from_policy(policy: str, loaded: LoadedModel, **overrides: int) -> CacheChoice:
     """A --policy value: the cache that the policy of that name makes of this model."""
-    return from_preset(preset_for_policy(loaded.model.config, loaded.spec, policy), loaded, **overrides)
+    preset = preset_for_policy(loaded.model.config, loaded.spec, policy, geometry=loaded.geometry)
+    return from_preset(preset, loaded, **overrides)

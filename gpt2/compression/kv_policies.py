@@ -119,15 +119,18 @@ def checked(name: KVPolicyName | str) -> KVPolicyName:
         raise PluginError(f"unknown policy {name!r}: use {', '.join(KVPolicyName)}") from error
 
 
-def build_compressor_config_for_policy(model_config, model_id: str, policy_name: KVPolicyName | str) -> dict[str, Any]:
+def build_compressor_config_for_policy(
+    model_config, model_id: str, policy_name: KVPolicyName | str, *, geometry: Geometry | None = None
+) -> dict[str, Any]:
     """A policy for one model as a dict: codec, rank and bits of K and of V, windows, and the cache's shape.
 
-    `use_ln_nullspace_k` and `use_ln_nullspace_v` tell whether that side drops the all-ones direction;
-    `compression_ratio` is of the whole KV cache at 2048 tokens, measured on noise in this shape. Raises
-    UnsupportedModel for a model whose cache can't be compressed, PluginError for an unknown policy.
+    geometry: the shape where it is known already; read off the config when None. `use_ln_nullspace_k` and
+    `use_ln_nullspace_v` tell whether that side drops the all-ones direction; `compression_ratio` is of the whole KV
+    cache at 2048 tokens, measured on noise in this shape. Raises UnsupportedModel for a model whose cache can't be
+    compressed, PluginError for an unknown policy.
     """
     name = checked(policy_name)
-    policy, (geometry, _) = POLICIES[name], geometry_of(model_config, model_id)
+    policy, geometry = POLICIES[name], geometry or geometry_of(model_config, model_id)[0]
     return {
         "policy": str(name),
         "use_case": policy.use_case,
@@ -146,9 +149,14 @@ def build_compressor_config_for_policy(model_config, model_id: str, policy_name:
     }
 
 
-def preset_for_policy(model_config, model_id: str, policy_name: KVPolicyName | str) -> dict:
-    """A policy as a preset, which says nothing of perplexity: that is for this model to be measured."""
-    config = build_compressor_config_for_policy(model_config, model_id, policy_name)
+def preset_for_policy(
+    model_config, model_id: str, policy_name: KVPolicyName | str, *, geometry: Geometry | None = None
+) -> dict:
+    """A policy as a preset, which says nothing of perplexity: that is for this model to be measured.
+
+    Arguments and errors as `build_compressor_config_for_policy`.
+    """
+    config = build_compressor_config_for_policy(model_config, model_id, policy_name, geometry=geometry)
     coded = {side: config[side] for side in SIDES if config[side]}
     taken = ("model", "num_layers", "head_dim", "sink_tokens", "recent_tokens", "compression_ratio")
     return check_preset(
@@ -240,14 +248,25 @@ def geometry_of(model_config, model_id: str) -> tuple[Geometry, int]:
 
 
 def _laid_out(model_config, model_id: str) -> tuple[Geometry, int]:
-    model_config = copy.deepcopy(model_config)
-    # With a padding token some models look for it among the probe's tokens, which have no values here
-    model_config.get_text_config(decoder=True).pad_token_id = None
     dtype = getattr(model_config, "dtype", None)
     dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-    return probe_geometry(model, model_id), sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    # With a padding token some models look for it among the probe's tokens, which have no values here; others need one
+    for padded in (False, True):
+        try:
+            config = copy.deepcopy(model_config)
+            config.pad_token_id = config.pad_token_id if padded else None
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            size = sum(weights.numel() for weights in model.parameters()) * dtype.itemsize
+            return probe_geometry(model, model_id), size
+        except PluginError:
+            raise
+        except Exception as error:  # code that reads values where there are none fails in many ways
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+    raise PluginError(
+        f"{model_id} ({model_config.model_type}): its config alone doesn't tell the shape of its cache ({reason}): "
+        "load the model and use gpt2.compression.choice.from_policy, or give geometry="
+    )
 
 
 def policy_ratio(policy: Policy, geometry: Geometry, tokens: int) -> float:
