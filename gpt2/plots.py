@@ -202,6 +202,8 @@ def stability(rows: list[dict], metrics: dict[str, str], title: str) -> Figure:
         axis.set_xticks(range(len(factors)), factors, fontsize=8)
         axis.set_xlim(-0.5, len(factors) - 0.5)
         axis.margins(y=0.2)
+        if np.ptp(values) < 1e-12:  # all the same: no axis of millionths of nothing
+            axis.set_ylim(values[0] - 0.05, values[0] + 0.05)
         axis.set_title(label, fontsize=10)
         if metric == "ppl_delta":
             axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))

@@ -93,7 +93,7 @@ def device_name(device: str) -> str:
     """The processor behind a --device value: the GPU's name where it means one."""
     if device == "cpu" or not torch.cuda.is_available():
         return "cpu"
-    return torch.cuda.get_device_name(None if device == "auto" else device)
+    return torch.cuda.get_device_name(None if device in ("auto", "all") else device)
 
 
 def shown(path: Path) -> str:

@@ -9,7 +9,7 @@ from functools import partial
 from gpt2.compression.calibration import Calibration
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.kv_policies import preset_for_policy
-from gpt2.compression.presets import compressors_from_preset, resolve_preset
+from gpt2.compression.presets import compressors_from_preset, preset_for_shape, resolve_preset
 from gpt2.models import LoadedModel
 
 
@@ -32,11 +32,15 @@ def from_preset(
 ) -> CacheChoice:
     """A --preset value (a file, or the name of a built-in preset of the model) or a preset as a dict.
 
+    A model without weights takes the settings of any preset, for it has none of its own.
+
     calibration: used in place of the preset's own. overrides: `sink_tokens` or `recent_tokens` other than the preset's.
     Raises PluginError where the preset or its calibration isn't of this model.
     """
     label = str(preset) if not isinstance(preset, dict) else ""
-    preset = resolve_preset(preset, loaded.spec) if not isinstance(preset, dict) else preset
+    if not isinstance(preset, dict):
+        preset = resolve_preset(preset, loaded)
+    preset = preset_for_shape(preset, loaded) if loaded.random_weights else preset
     k, v = compressors_from_preset(preset, loaded.device, model=loaded, calibration=calibration)
     windows = {key: overrides.get(key, preset[key]) for key in ("sink_tokens", "recent_tokens")}
     name = preset.get("name") or label or f"{preset['target']} rank {preset['rank']}, {preset['bits']} bits"

@@ -58,10 +58,21 @@ def get_preset_info(model: str, name: str) -> dict:
     return load_preset(known[model][name])
 
 
-def resolve_preset(preset: str | Path, model: str) -> dict:
-    """A --preset value: a file where there is one or it looks like one, else a built-in preset of the model."""
-    is_file = str(preset).endswith(".json") or Path(preset).is_file()
-    return load_preset(preset) if is_file else get_preset_info(model, str(preset))
+def resolve_preset(preset: str | Path, model: LoadedModel | str) -> dict:
+    """A --preset value: a file where there is one or it looks like one, else a built-in preset of the model.
+
+    A model without weights has none of its own: it takes another's of that name, of the same head_dim where there is one.
+    """
+    if str(preset).endswith(".json") or Path(preset).is_file():
+        return load_preset(preset)
+    if isinstance(model, str) or not model.random_weights:
+        return get_preset_info(model if isinstance(model, str) else model.spec, str(preset))
+    known = built_in_presets()
+    named = [load_preset(names[preset]) for names in known.values() if preset in names]
+    if not named:
+        every = sorted({name for names in known.values() for name in names})
+        raise PluginError(f"no preset {preset!r}{_near(preset, every)} (there are: {', '.join(every)})")
+    return min(named, key=lambda found: found["head_dim"] != model.geometry.head_dim)
 
 
 def built_in_presets() -> dict[str, dict[str, Path]]:
@@ -193,7 +204,6 @@ def compressors_from_preset(
     """
     preset = _read(preset)
     if model is not None:
-        preset = preset_for_shape(preset, model) if model.random_weights else preset
         check_geometry(preset, model)
     plan = plan_of(preset)
     if calibration is None and needs_calibration_file(plan):
@@ -210,14 +220,15 @@ def calibration_of(preset: dict, model: LoadedModel | None = None) -> Calibratio
 
 
 def preset_for_shape(preset: dict, model: LoadedModel) -> dict:
-    """A preset on a model without weights, which has other layers: the settings stay, for speed and memory alone."""
+    """A preset on a model without weights, which has other layers: settings without figures, for speed and memory."""
     if preset.get("layers") and preset["num_layers"] != model.geometry.num_layers:
         raise PluginError(f"preset for {preset['model']} has a setting for each of {preset['num_layers']} layers: "
                           f"it can't be put on {model.geometry.num_layers}")  # fmt: skip
     head_dim = model.geometry.head_dim
     rank = full_rank(preset["codec"], head_dim) - full_rank(preset["codec"], preset["head_dim"]) + preset["rank"]
     shape = {"num_layers": model.geometry.num_layers, "head_dim": head_dim, "rank": max(rank, 1)}
-    return check_preset(preset | shape)
+    measured = (*FIGURES, "figures", "figures_from", "made_by", "trials", "provenance")
+    return check_preset({key: value for key, value in preset.items() if key not in measured} | shape)
 
 
 def new_preset(

@@ -1,0 +1,106 @@
+"""Speed and memory of compressed caches beside the uncompressed one: first token, every token after, bytes, and why.
+
+    python scripts/profile_kv_performance.py --preset int4-vonly
+    python scripts/profile_kv_performance.py --preset int8-vonly int4-vonly --identity --batch-sizes 1,8 --repeats 9
+    python scripts/profile_kv_performance.py --model configs/models/qwen2.5-0.5b.json --layers 2 --policy default
+
+Caches take turns in one process, in alternating order, each time fresh and after a warm-up; figures are medians with
+quartiles, ratios are paired by repeat. Tokens per second count the whole batch. Where a step's time goes and the peak
+of memory come from a pass of its own, whose instruments cost time. A model's shape from configs/models gets random
+weights: speed and memory don't depend on them.
+Writes results/runs/profile_MODEL.json and results/plots/profile_MODEL.png, or where --output says.
+"""
+
+from pathlib import Path
+
+from gpt2 import cli, plots, results, shapes
+from gpt2.compression.compressed_cache import identity_cache
+from gpt2.errors import PluginError
+from gpt2.evaluation.instruments import cuda_devices, memory_method
+from gpt2.evaluation.perplexity import BASELINE, baseline_factory
+from gpt2.evaluation.timing import measure_cell
+from gpt2.models import LoadedModel
+
+
+def parse():
+    p = cli.parser(__doc__)
+    cli.add_model_flags(p)
+    cli.add_cache_flags(p, several=True)
+    p.add_argument("--identity", action="store_true", help="also our cache without a codec, as a control")
+    p.add_argument("--context-lengths", type=cli.int_list, default=[512, 1024, 2048], help="tokens before decoding")
+    p.add_argument("--batch-sizes", type=cli.int_list, default=[1, 4], help="sequences side by side")
+    p.add_argument("--decode-tokens", type=cli.positive_int, default=16, help="tokens decoded per repeat")
+    p.add_argument("--repeats", type=cli.positive_int, default=3, help="timed runs per cache, context and batch")
+    p.add_argument("--layers", type=cli.positive_int, help="layers of a shape without weights; all if omitted")
+    p.add_argument("--seed", type=int, default=0, help="draws the tokens that fill the caches")
+    p.add_argument("--output", type=Path, help="JSON file; the PNG goes beside it")
+    return p.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    loaded = shapes.load(args.model, args.device, args.dtype, args.layers)
+    loaded.require_context(max(args.context_lengths), "--context-lengths", after=args.decode_tokens)
+    output = results.check_writable(args.output or results.RESULTS / "runs" / f"profile_{loaded.slug}.json")
+    choices = cli.chosen_caches(args, loaded)
+    caches = {BASELINE: baseline_factory(loaded)}
+    if args.identity:
+        caches["identity"] = lambda: identity_cache(loaded.geometry.num_layers)
+    for choice in choices:
+        if choice.label in caches:
+            raise PluginError(f"two caches are called {choice.label!r}: give one of them another name")
+        caches[choice.label] = choice.make
+
+    if loaded.random_weights:
+        print("note: the weights are random; neither speed nor memory depends on what they say")
+    rows = []
+    for batch in args.batch_sizes:
+        for context in args.context_lengths:
+            progress = cli.bar(f"batch {batch}, {context} tokens", "run")
+            rows += measure_cell(
+                loaded, caches, context, batch, decode_tokens=args.decode_tokens, repeats=args.repeats, seed=args.seed,
+                progress=progress,
+            )  # fmt: skip
+            print_cell(rows[-len(caches) :])
+    record = results.provenance(
+        args,
+        model=loaded.spec,
+        fingerprint=loaded.fingerprint,
+        weights="random" if loaded.random_weights else "trained",
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        peak_memory=memory_method(cuda_devices(loaded.model)),
+        caches=[choice.record() for choice in choices],
+        rows=rows,
+    )
+    results.write_json(output, record)
+    picture = output.with_suffix(".png") if args.output else results.RESULTS / "plots" / f"{output.stem}.png"
+    results.write_figure(picture, plots.profiles(rows, title(record, loaded)))
+    print(f"\nwrote {output} and {picture}")
+
+
+def title(record: dict, loaded: LoadedModel) -> str:
+    args = record["args"]
+    made = f"{args['decode_tokens']} tokens decoded, medians of {args['repeats']} repeats with quartiles"
+    return f"{loaded.spec}, {record['dtype']} on {record['device']}: {made}"
+
+
+def print_cell(rows: list[dict]) -> None:
+    head = f"batch {rows[0]['batch_size']}, {rows[0]['context_tokens']:,} tokens"
+    print(f"\n{head:<30} {'first token':>12} {'per token':>18} {'tok/s':>8} {'vs':>6} {'cache':>10} {'peak':>9}")
+    for r in rows:
+        if r.get("out_of_memory"):
+            print(f"{r['cache']:<30} {'out of memory':>12}")
+            continue
+        low, high = r["token_ms_quartiles"]
+        ratio = f"{r['ratio_to_baseline']['tokens_per_s_median']:5.2f}x" if "ratio_to_baseline" in r else ""
+        print(
+            f"{r['cache']:<30} {r['ttft_ms_median']:9,.0f} ms {r['token_ms_median']:7.1f} [{low:.1f}, {high:.1f}] ms "
+            f"{r['tokens_per_s_median']:8,.1f} {ratio:>6} {r['cache_bytes'] / 2**20:6.1f} MiB "
+            f"{r['peak_memory_bytes'] / 2**20:5,.0f} MiB"
+        )
+        shares = ", ".join(f"{part} {share:.0%}" for part, share in r["share_of_step"].items() if share >= 0.005)
+        print(f"{'':<6}a step: {shares}", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)
