@@ -61,7 +61,7 @@ def get_preset_info(model: str, name: str) -> dict:
 def resolve_preset(preset: str | Path, model: LoadedModel | str) -> dict:
     """A --preset value: a file where there is one or it looks like one, else a built-in preset of the model.
 
-    A model without weights has none of its own: it takes another's of that name, of the same head_dim where there is one.
+    A model without weights has none of its own: it takes another's of that name, of the same head_dim if there is one.
     """
     if str(preset).endswith(".json") or Path(preset).is_file():
         return load_preset(preset)
