@@ -1,12 +1,16 @@
 # make demo: the main job on the embedded model, start to end     make test: all tests
+# make workflow: calibrate two ranks, tune, needle test, stability check
 # Both create .venv and install everything on first use; later runs start at once.
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
 DEMO := results/demo
+WORKFLOW := results/workflow
+# As a user has it: in a folder of their own, with the scripts somewhere else
+IN_WORKFLOW := cd $(WORKFLOW) && HF_HUB_OFFLINE=1 $(CURDIR)/$(VENV)/bin/python $(CURDIR)/scripts
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo workflow test lint benchmark clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +29,22 @@ demo: $(VENV)/.installed
 	$(RUN) scripts/generate_with_preset.py --preset $(DEMO)/preset.json
 	@echo "Look at $(DEMO)/calibration.png and $(DEMO)/preset.png"
 
+workflow: $(VENV)/.installed
+	mkdir -p $(WORKFLOW)
+	@echo "== 1/4 calibrate two ranks"
+	$(IN_WORKFLOW)/calibrate_kv_lowrank.py --rank 64 --samples 16 --output kv_calib_smollm2_r64.pt
+	$(IN_WORKFLOW)/calibrate_kv_lowrank.py --rank 60 --samples 16 --output kv_calib_smollm2_r60.pt
+	@echo "== 2/4 tune within 5 % of perplexity"
+	$(IN_WORKFLOW)/auto_tune_kv_compression.py --target-ppl-delta 0.05 --rank-grid 64,60 --samples 16 \
+		--eval-tokens 4096 --study study.db --output kv_preset_smollm2_v9.json
+	@echo "== 3/4 needle in a haystack"
+	$(IN_WORKFLOW)/eval_long_context_needle.py --preset kv_preset_smollm2_v9.json --context-lengths 512,1024 \
+		--num-trials 2 --output needle.json
+	@echo "== 4/4 stability"
+	$(IN_WORKFLOW)/eval_stability.py --preset kv_preset_smollm2_v9.json --num-runs 3 --eval-tokens 2048 \
+		--output stability.json
+	@echo "Look at the pictures in $(WORKFLOW)"
+
 test: $(VENV)/.installed
 	$(RUN) -m pytest
 
@@ -37,4 +57,4 @@ benchmark: $(VENV)/.installed
 	$(RUN) scripts/benchmark_append.py
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) $(WORKFLOW)

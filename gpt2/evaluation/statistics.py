@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 BLOCK = 64  # tokens that are resampled together: neighbours in a text aren't independent
@@ -22,3 +24,17 @@ def paired_bootstrap(difference: np.ndarray, seed: int = 0, level: float = 0.95)
     means = sums[drawn].sum(1) / sizes[drawn].sum(1)
     low, high = np.expm1(np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
     return float(low), float(high)
+
+
+def mean_interval(values: np.ndarray, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of independent values [n], such as paired differences."""
+    drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.quantile(values[drawn].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def sign_test(first: int, second: int) -> float:
+    """Two-sided exact p of `first` pairs that favour one side and `second` the other, if both were equally good."""
+    pairs = first + second
+    tail = sum(math.comb(pairs, k) for k in range(min(first, second) + 1))
+    return min(1.0, 2 * tail / 2**pairs)

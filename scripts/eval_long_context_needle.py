@@ -1,0 +1,114 @@
+"""Needle in a haystack: does a compressed cache still find one sentence in a long context, where the baseline does?
+
+    python scripts/eval_long_context_needle.py --preset int4-vonly --context-lengths 512,1024 --num-trials 3
+    python scripts/eval_long_context_needle.py --model YourOrg/YourModel --preset kv_preset_yourmodel_v9.json \\
+        --context-lengths 512,1024,2048 --num-trials 5
+    python scripts/eval_long_context_needle.py --preset int8-vonly int4-vonly --output needle.json
+
+A sentence such as "The locker number of Anna is 48213." lies at a share of the haystack (--needle-positions), among
+sentences of the same form about others (--distractors), in text of the evaluation part of --text. The prompt ends with
+"The locker number of Anna is" and `generate` goes on, with the uncompressed cache and with each compressed one. Beside
+exact match stands the log-probability of the answer: it moves before an answer is lost. A context length counts the
+prompt and --max-new-tokens of room for the answer.
+
+A cell where the baseline itself answers less than 60 % of its prompts says 'baseline fails' and counts neither for nor
+against the compressed cache. Writes results/runs/needle_MODEL.json and a PNG in results/plots, or where --output says.
+"""
+
+import argparse
+from pathlib import Path
+
+from gpt2 import cli, data, models, plots, results
+from gpt2.evaluation import needle
+from gpt2.evaluation.perplexity import BASELINE, baseline_factory
+
+
+def positions(words: str) -> list[float]:
+    """`0.1,0.9` to [0.1, 0.9], in the order given, each once."""
+    values = list(dict.fromkeys(float(word) for word in words.split(",")))
+    if outside := [value for value in values if not 0 <= value <= 1]:
+        raise argparse.ArgumentTypeError(f"{outside[0]} is out of range: 0 is the prompt's beginning, 1 its end")
+    return values
+
+
+def parse() -> argparse.Namespace:
+    p = cli.parser(__doc__)
+    cli.add_model_flags(p)
+    cli.add_text_flags(p)
+    cli.add_cache_flags(p, several=True)
+    p.add_argument("--context-lengths", type=cli.int_list, default=[512, 1024, 2048], help="tokens, prompt and answer")
+    p.add_argument("--needle-positions", type=positions, default=[0.1, 0.3, 0.5, 0.7, 0.9], help="share before it")
+    p.add_argument("--num-trials", type=cli.positive_int, default=5, help="prompts per length and position")
+    p.add_argument("--distractors", type=cli.natural, default=1, help="needles about others in each prompt")
+    p.add_argument("--max-new-tokens", type=cli.positive_int, default=12, help="tokens to generate")
+    p.add_argument("--prefill-chunk", type=cli.positive_int, help="tokens of the prompt fed at a time; by default all")
+    p.add_argument("--output", type=Path, help="JSON file; the PNG goes beside it")
+    return p.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    if args.output:
+        results.check_writable(args.output)
+    text = data.load_text(args.text, args.model)
+    loaded = models.load(args.model, args.device, args.dtype)
+    output = results.check_writable(args.output or results.RESULTS / "runs" / f"needle_{loaded.slug}.json")
+    chosen = cli.chosen_caches(args, loaded)
+    rows = needle.measure(
+        loaded, text.tokens("evaluation", loaded.tokenizer),
+        {BASELINE: baseline_factory(loaded)} | {choice.label: choice.make for choice in chosen},
+        lengths=args.context_lengths, depths=args.needle_positions, trials=args.num_trials, seed=args.seed,
+        prefill_chunk=args.prefill_chunk, distractors=args.distractors, max_new_tokens=args.max_new_tokens,
+        progress=cli.bar("needles", "prompt"),
+    )  # fmt: skip
+    cells, summaries = needle.cells(rows), needle.summarize(rows, args.seed)
+    for summary in summaries:
+        print_cells(summary["cache"], cells)
+        print_summary(summary)
+    print_bytes(cells, str(loaded.model.dtype).removeprefix("torch."))
+
+    record = results.provenance(
+        args, model=loaded.spec, fingerprint=loaded.fingerprint, dtype=str(loaded.model.dtype), text=text.name,
+        text_sha256=text.sha256("evaluation"), caches=[choice.record() for choice in chosen],
+        baseline_works_from_exact_match=needle.WORKING_BASELINE, guessing_a_key=1 / (1 + args.distractors),
+        summary=summaries, cells=cells, rows=rows,
+    )  # fmt: skip
+    results.write_json(output, record)
+    picture = output.with_suffix(".png") if args.output else results.RESULTS / "plots" / f"{output.stem}.png"
+    title = f"{loaded.spec}, {text.name}, {args.num_trials} prompts per cell, {args.distractors} distractors"
+    results.write_figure(picture, plots.needles(cells, title))
+    print(f"\nwrote {results.shown(output)} and {results.shown(picture)}")
+
+
+def print_cells(name: str, cells: list[dict]) -> None:
+    """One line per cell: exact match of both, log-probability of the answer, verdict."""
+    reference = {(c["context_tokens"], c["depth"]): c for c in cells if c["cache"] == BASELINE}
+    print(f"\n{name}\n{'context':>8} {'depth':>6} | {'exact match':^21} | {'log p of the answer, nats':^30} |")
+    print(f"{'':15} | {'baseline':>10} {'compressed':>10} | {'baseline':>9} {'compressed':>10} {'change':>9} | verdict")
+    for c in (c for c in cells if c["cache"] == name):
+        b = reference[c["context_tokens"], c["depth"]]
+        print(f"{c['context_tokens']:8,} {c['depth']:6.2f} | {b['exact_match']:10.0%} {c['exact_match']:10.0%} | "
+              f"{b['answer_logprob_nats']:9.2f} {c['answer_logprob_nats']:10.2f} {c['logprob_change_nats']:+9.3f} | "
+              f"{c['verdict']}")  # fmt: skip
+
+
+def print_summary(s: dict) -> None:
+    low, high = s["logprob_change_nats_interval"]
+    print(f"{s['cache']} matches the baseline at {s['cells_matched']} of {s['cells_where_baseline_works']} cells where "
+          f"the baseline works, of {s['cells']} in all")  # fmt: skip
+    print(f"all {s['prompts']} prompts: exact match {s['exact_match']:.1%}, baseline {s['baseline_exact_match']:.1%}; "
+          f"{s['only_baseline_right']} right with the baseline only, {s['only_compressed_right']} with the compressed "
+          f"cache only (sign test p = {s['sign_test_p']:.2g}); log p {s['logprob_change_nats']:+.3f} nats per answer "
+          f"[{low:+.3f}, {high:+.3f}]")  # fmt: skip
+
+
+def print_bytes(cells: list[dict], dtype: str) -> None:
+    print(f"\ncache of a prompt, beside the baseline in {dtype}:")
+    for length in dict.fromkeys(cell["context_tokens"] for cell in cells):
+        held = {c["cache"]: c["cache_bytes"] for c in cells if c["context_tokens"] == length}
+        words = [f"{name} {n:,.0f} bytes ({held[BASELINE] / n:.2f}x)" for name, n in held.items()]
+        print(f"{length:8,} tokens: {', '.join(words)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,114 @@
+"""Is a compressed cache as good on other text, with another calibration, on other questions? Mean, spread, verdict.
+
+    python scripts/eval_stability.py --preset int4-vonly
+    python scripts/eval_stability.py --preset kv_preset_mistral_v9.json --num-runs 3 --vary text,calibration
+    python scripts/eval_stability.py --policy high_compression --max-ppl-delta 0.03
+
+Run 0 takes everything as given; then each factor alone takes --num-runs - 1 other values: text (another window of the
+evaluation text), calibration (other samples of the calibration text; only for a cache that is calibrated), seed (other
+needle prompts). The exit code is 3 where the verdict is 'NOT stable'; results are written in any case.
+Writes results/runs/stability_MODEL_CACHE.json and a PNG in results/plots, or where --output says.
+"""
+
+import sys
+from functools import cache
+from pathlib import Path
+
+from gpt2 import cli, data, models, plots, results
+from gpt2.compression.calibration import recalibrate
+from gpt2.compression.choice import CacheChoice, from_preset
+from gpt2.compression.plan import needs_calibration_file
+from gpt2.compression.presets import calibration_of, plan_of
+from gpt2.evaluation import stability
+from gpt2.evaluation.stability import FACTORS, METRICS, Setup
+
+
+def parse():
+    p = cli.parser(__doc__)
+    cli.add_model_flags(p)
+    cli.add_text_flags(p)
+    cli.add_evaluation_flags(p, tokens=4096)
+    cli.add_cache_flags(p)
+    p.add_argument("--num-runs", type=cli.positive_int, default=3, help="values that each factor takes")
+    p.add_argument("--vary", type=cli.word_list(FACTORS), default=list(FACTORS), help="factors, one at a time")
+    p.add_argument("--needle-length", type=cli.positive_int, default=512, help="context of the needle test, tokens")
+    p.add_argument("--needle-trials", type=cli.positive_int, default=4, help="needle prompts per depth and run")
+    p.add_argument("--max-ppl-delta", type=cli.fraction, default=0.05, help="verdict: worst allowed rise of perplexity")
+    p.add_argument("--max-std", type=cli.fraction, default=0.01, help="verdict: allowed deviation of that rise")
+    p.add_argument("--output", type=Path, help="JSON file; the PNG goes beside it")
+    return p.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    if args.output:
+        results.check_writable(args.output)
+    text = data.load_text(args.text, args.model)
+    loaded = models.load(args.model, args.device, args.dtype)
+    (choice,) = cli.chosen_caches(args, loaded)
+    slug = f"stability_{loaded.slug}_{choice.label.replace('/', '-')}"
+    output = results.check_writable(args.output or results.RESULTS / "runs" / f"{slug}.json")
+    factors = usable(args.vary, choice)
+    setup = prepare(args, loaded, text, choice, args.num_runs if "text" in factors else 1)
+    rows = []
+    for number, run in enumerate(stability.schedule(factors, args.num_runs, args.seed)):
+        rows.append(stability.measure(setup, run, cli.bar(f"run {number}, {run.factor}", "batch")))
+        print_run(number, rows[-1])
+    summary = stability.summarize(rows)
+    print_summary(summary)
+    verdict = stability.verdict(summary, args.max_ppl_delta, args.max_std)
+    record = results.provenance(
+        args, model=loaded.spec, fingerprint=loaded.fingerprint, text=text.name,
+        text_sha256=text.sha256("evaluation"), cache=choice.record(), metrics=METRICS, rows=rows, summary=summary,
+        verdict=verdict,
+    )  # fmt: skip
+    results.write_json(output, record)
+    picture = output.with_suffix(".png") if args.output else results.RESULTS / "plots" / f"{output.stem}.png"
+    results.write_figure(picture, plots.stability(rows, METRICS, f"{loaded.spec}, {choice.label}, {text.name}"))
+    print(f"\n{verdict['line']}\nwrote {results.shown(output)} and {results.shown(picture)}")
+    sys.exit(0 if verdict["stable"] else 3)
+
+
+def usable(factors: list[str], choice: CacheChoice) -> list[str]:
+    """The factors that this cache has."""
+    if "calibration" not in factors or needs_calibration_file(plan_of(choice.preset)):
+        return factors
+    print(f"note: {choice.label} is not calibrated, so there is no calibration to vary")
+    return [factor for factor in factors if factor != "calibration"]
+
+
+def prepare(args, loaded: models.LoadedModel, text: data.Text, choice: CacheChoice, num_windows: int) -> Setup:
+    """Text windows, and a cache factory for every calibration number: 0 is the preset's own."""
+    length = cli.evaluation_length(args, loaded)
+    per_run = args.eval_tokens // length
+    segments = text.segments("evaluation", loaded.tokenizer, length)
+
+    @cache
+    def make(number: int):
+        if not number:
+            return choice.make
+        bar = cli.bar(f"calibrating on other samples, {number}", "seq")
+        other = recalibrate(calibration_of(choice.preset, loaded), loaded, text, number, bar)
+        return from_preset(choice.preset, loaded, other).make
+
+    return Setup(
+        loaded, stability.windows_of(segments, num_windows, per_run), text.tokens("evaluation", loaded.tokenizer), make,
+        args.chunk, args.batch_size, args.needle_length, args.needle_trials, min(512, args.needle_length),
+    )  # fmt: skip
+
+
+def print_run(number: int, row: dict) -> None:
+    print(f"run {number} ({row['factor']}): Δ perplexity {row['ppl_delta']:+.2%}, KL {row['kl_nats']:.4f} nats, top-1 "
+          f"{row['top1_agreement']:.1%}, needle {row['needle_accuracy']:.0%} (baseline "
+          f"{row['needle_accuracy_baseline']:.0%}), speed {row['speed_ratio']:.2f}x", flush=True)  # fmt: skip
+
+
+def print_summary(summary: list[dict]) -> None:
+    print(f"\n{'factor':<12} {'metric':<20} {'runs':>4} {'mean':>10} {'std':>10} {'min':>10} {'max':>10}")
+    for row in summary:
+        figures = " ".join(f"{row[key]:10.5f}" for key in ("mean", "std", "min", "max"))
+        print(f"{row['factor']:<12} {METRICS[row['metric']]:<20} {row['runs']:4d} {figures}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
