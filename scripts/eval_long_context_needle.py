@@ -7,12 +7,12 @@
 
 A sentence such as "The locker number of Anna is 48213." lies at a share of the haystack (--needle-positions), among
 sentences of the same form about others (--distractors), in text of the evaluation part of --text. The prompt ends with
-"The locker number of Anna is" and `generate` goes on, with the uncompressed cache and with each compressed one. Beside
+a question and "The locker number of Anna is", and `generate` goes on, with the uncompressed cache and with each compressed one. Beside
 exact match stands the log-probability of the answer: it moves before an answer is lost. A context length counts the
 prompt and --max-new-tokens of room for the answer.
 
-A cell where the baseline itself answers less than 60 % of its prompts says 'baseline fails' and counts neither for nor
-against the compressed cache. Writes results/runs/needle_MODEL.json and a PNG in results/plots, or where --output says.
+A cell where the baseline itself is nearer to guessing among the sentences than to always right says 'baseline fails',
+and counts neither for nor against a compressed cache. Writes results/runs/needle_MODEL.json and a PNG in results/plots, or where --output says.
 """
 
 import argparse
@@ -70,8 +70,7 @@ def main() -> None:
     record = results.provenance(
         args, model=loaded.spec, fingerprint=loaded.fingerprint, dtype=str(loaded.model.dtype), text=text.name,
         text_sha256=text.sha256("evaluation"), caches=[choice.record() for choice in chosen],
-        baseline_works_from_exact_match=needle.WORKING_BASELINE, guessing_a_key=1 / (1 + args.distractors),
-        summary=summaries, cells=cells, rows=rows,
+        baseline_works_from=needle.works_from(args.distractors), summary=summaries, cells=cells, rows=rows,
     )  # fmt: skip
     results.write_json(output, record)
     picture = output.with_suffix(".png") if args.output else results.RESULTS / "plots" / f"{output.stem}.png"

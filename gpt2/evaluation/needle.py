@@ -1,8 +1,9 @@
 """Needle in a haystack: can the model still read one sentence out of a long context when its cache is compressed?
 
 A sentence with an answer nobody could guess (the needle) lies at some depth of ordinary text (the haystack), among
-sentences of the same form about somebody else (distractors). The prompt ends with the beginning of the needle again, and
-the model goes on. All but the prompt's last token is read into the cache first. Both figures come from what is stored:
+sentences of the same form about somebody else (distractors). The prompt ends with a question and the beginning of its
+answer, and the model goes on. All but the prompt's last token is read into the cache first, so that both figures come
+from what is stored:
 
     exact match      greedy `generate`, the same call for every cache, starts with the answer
     log-probability  of the answer's tokens, fed one after another; graded, where exact match is all or nothing
@@ -32,53 +33,69 @@ from gpt2.evaluation.perplexity import BASELINE, CacheFactory
 from gpt2.evaluation.statistics import mean_interval, sign_test
 from gpt2.models import LoadedModel
 
-# A cell whose baseline answers fewer of its prompts than this can't tell what compression costs: it "fails". With one
-# distractor, guessing among the keys that were read gives 0.5
-WORKING_BASELINE = 0.6
 FAILS, MATCHES, LOSES = "baseline fails", "matches", "loses"
 
-NAMES = tuple(
-    "Anna Peter Maria Thomas Laura Henry Julia Oscar Simon Emily Victor Diana Martin Sophie George Helen".split()
-)
-TOWNS = tuple("Lisbon Vienna Dublin Prague Athens Cairo Madrid Berlin London Boston Denver Tokyo Sydney Milan".split())
+NAMES = "Anna Peter Maria Thomas Laura Henry Julia Oscar Simon Emily Victor Diana Martin Sophie George Helen"
+TOWNS = "Lisbon Vienna Dublin Prague Athens Cairo Madrid Berlin London Boston Denver Tokyo Sydney Milan Geneva Oslo"
+COUNTRIES = "Norway Spain Poland Greece Turkey Brazil Canada Mexico Egypt Kenya India Japan Chile Peru Sweden Austria"
 
 
 @dataclass(frozen=True)
 class Template:
-    """One form of needle. `sentence` has {subject} and {answer}; `question` has {subject}, and the answer goes on
-    from it after a space. answers: what to choose from; five digits when empty."""
+    """One form of needle. sentence: with {subject} and {answer}; question: with {subject}, and the answer would follow
+    after a space. answers: words to choose from, as subjects; without them the answer is five digits."""
 
     name: str
     sentence: str
     question: str
-    subjects: tuple[str, ...]
-    answers: tuple[str, ...] = ()
+    answers: str = ""
+    subjects: str = NAMES
 
     def draw(self, rng: np.random.Generator, count: int, taken: str) -> list[tuple[str, str]]:
         """`count` different subjects with different answers, none of which is in the text `taken`."""
-        subjects = [word for word in self.subjects if word not in taken]
-        answers = self.answers or tuple(map(str, rng.integers(10_000, 100_000, size=10 * count)))
-        answers = [word for word in dict.fromkeys(answers) if word not in taken]
+        answers = self.answers.split() or rng.integers(10_000, 100_000, size=10 * count).astype(str).tolist()
+        subjects, answers = (
+            [w for w in dict.fromkeys(words) if w not in taken] for words in (self.subjects.split(), answers)
+        )
         if count > min(len(subjects), len(answers)):
             raise PluginError(
-                f"needle template {self.name!r} has no {count} subjects and answers that its haystack doesn't: use "
-                "fewer --distractors or another --text"
+                f"needle template {self.name!r} lacks {count} subjects and answers that don't occur in the text anyway: "
+                "use fewer --distractors or another --text"
             )
         pick = [rng.choice(words, size=count, replace=False).tolist() for words in (subjects, answers)]
         return list(zip(*pick, strict=True))
 
 
+# Asked for a whole sentence, a small model answers up to twice as far as without a question (tried on SmolLM2-135M)
 TEMPLATES = (
-    Template("locker", "The locker number of {subject} is {answer}.", "The locker number of {subject} is", NAMES),
-    Template("town", "The home town of {subject} is {answer}.", "The home town of {subject} is", NAMES, TOWNS),
-    Template("magic", "The special magic number for {subject} is {answer}.",
-             "The special magic number for {subject} is", TOWNS),
-)  # fmt: skip
+    Template(
+        "locker",
+        "The locker number of {subject} is {answer}.",
+        "Question: What is the locker number of {subject}?\nAnswer: The locker number of {subject} is",
+    ),
+    Template(
+        "town",
+        "The home town of {subject} is {answer}.",
+        "Question: What is the home town of {subject}?\nAnswer: The home town of {subject} is",
+        TOWNS,
+    ),
+    Template(
+        "account",
+        "The account number of {subject} is {answer}.",
+        "Question: What is the account number of {subject}?\nAnswer: The account number of {subject} is",
+    ),
+    Template(
+        "country",
+        "{subject} comes from {answer}.",
+        "Question: Where does {subject} come from?\nAnswer: {subject} comes from",
+        COUNTRIES,
+    ),
+)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question. ids: [T], what the model reads; answer_ids: [n], what should follow; needle: tokens [start, end)."""
+    """One question. ids: [T], what the model reads; answer_ids: [n], what should follow; needle: where it is, [start, end)."""
 
     ids: Tensor
     answer: str
@@ -152,7 +169,8 @@ class Needles:
             )
         if len(answer_ids) >= self.max_new_tokens:
             raise PluginError(
-                f"the answer {answer!r} has {len(answer_ids)} tokens: use --max-new-tokens {len(answer_ids) + 1} or more"
+                f"the answer {answer!r} has {len(answer_ids)} tokens: use --max-new-tokens {len(answer_ids) + 1} or "
+                "more"
             )
         return question, answer_ids
 
@@ -229,6 +247,7 @@ def ask(
         "answer": prompt.answer,
         "generated": text,
         "exact_match": answers(text, prompt.answer),
+        "distractors": len(prompt.distractor_answers),
         "distractor_match": any(answers(text, other) for other in prompt.distractor_answers),
         "answer_logprob_nats": log_p,
         "answer_tokens": len(prompt.answer_ids),
@@ -299,11 +318,18 @@ def _cell(cache: str, length: int, depth: float, group: list[dict]) -> dict:
         "answer_logprob_nats": _mean(row["answer_logprob_nats"] for row in group),
         "answer_logprob_nats_per_token": _mean(row["answer_logprob_nats"] / row["answer_tokens"] for row in group),
         "cache_bytes": _mean(row["cache_bytes"] for row in group),
+        "baseline_works_from": works_from(group[0]["distractors"]),
     }
 
 
+def works_from(distractors: int) -> float:
+    """Exact match from which a baseline works: halfway between guessing among the answers it has read and always
+    right. Below it a cell can't tell what compression costs."""
+    return (1 + (1 / (1 + distractors) if distractors else 0)) / 2
+
+
 def _against(cell: dict, reference: dict) -> dict:
-    works = reference["exact_match"] >= WORKING_BASELINE
+    works = reference["exact_match"] >= reference["baseline_works_from"]
     verdict = {"baseline_works": works}
     if cell is not reference:
         verdict["logprob_change_nats"] = cell["answer_logprob_nats"] - reference["answer_logprob_nats"]
