@@ -8,7 +8,7 @@ RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
 DEMO := results/demo
 WORKFLOW := results/workflow
 # As a user has it: in a folder of their own, with the scripts somewhere else
-IN_WORKFLOW := cd $(WORKFLOW) && HF_HUB_OFFLINE=1 $(CURDIR)/$(VENV)/bin/python $(CURDIR)/scripts
+IN_WORKFLOW := cd $(WORKFLOW) && HF_HUB_OFFLINE=1 $(abspath $(VENV))/bin/python $(CURDIR)/scripts
 
 .PHONY: demo workflow test lint benchmark clean
 
@@ -42,7 +42,7 @@ workflow: $(VENV)/.installed
 		--num-trials 2 --output needle.json
 	@echo "== 4/4 stability"
 	$(IN_WORKFLOW)/eval_stability.py --preset kv_preset_smollm2_v9.json --num-runs 3 --eval-tokens 2048 \
-		--output stability.json
+		--output stability.json || test $$? -eq 3  # 'NOT stable' is a result too
 	@echo "Look at the pictures in $(WORKFLOW)"
 
 test: $(VENV)/.installed

@@ -6,23 +6,41 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
 
 from gpt2 import models, results
 from gpt2.compression.choice import CacheChoice, from_policy, from_preset
-from gpt2.compression.codecs import CODECS, codec_name
+from gpt2.compression.codecs import CODECS, IDENTITY, codec_name
 from gpt2.compression.kv_policies import KVPolicyName
 from gpt2.data import Text
 from gpt2.errors import PluginError, is_out_of_memory
+from gpt2.evaluation.perplexity import BASELINE
 
-OUT_OF_MEMORY = """error: out of memory. What helps, in this order:
-  1. reduce --samples (50 is often enough)
-  2. use --seq-len 512 instead of the default 1024
-  3. use --gradient-checkpointing (only for metrics that need gradients)
-  4. while evaluating, a smaller --batch-size
-  5. a smaller --dtype (bfloat16) or --device cpu"""
+# Flag to what it does against it, in the order to try; a script shows those that it has
+AGAINST_OUT_OF_MEMORY = {
+    "--samples": "reduce --samples (50 is often enough)",
+    "--seq-len": "use --seq-len 512 instead of the default 1024",
+    "--gradient-checkpointing": "use --gradient-checkpointing (only for metrics that need gradients)",
+    "--batch-size": "while evaluating, a smaller --batch-size",
+    "--batch-sizes": "smaller --batch-sizes",
+    "--prefill-chunk": "read the prompt in pieces: --prefill-chunk 512",
+    "--context-lengths": "shorter --context-lengths",
+    "--dtype": "a smaller --dtype (bfloat16)",
+    "--device": "--device cpu",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Remembers the latest one made, so that advice names flags that the script has."""
+
+    latest: Parser | None = None
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        Parser.latest = self
 
 
 def parser(manual: str) -> argparse.ArgumentParser:
@@ -31,7 +49,38 @@ def parser(manual: str) -> argparse.ArgumentParser:
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         pass
 
-    return argparse.ArgumentParser(description=manual, formatter_class=Formatter, allow_abbrev=False)
+    return Parser(description=manual, formatter_class=Formatter, allow_abbrev=False)
+
+
+def out_of_memory() -> str:
+    """The error that scripts print, with the flags of this one that help."""
+    known = Parser.latest._option_string_actions if Parser.latest else AGAINST_OUT_OF_MEMORY
+    helps = [words for flag, words in AGAINST_OUT_OF_MEMORY.items() if flag in known]
+    lines = [f"  {number}. {words}" for number, words in enumerate(helps, start=1)]
+    return "\n".join(["error: out of memory. What helps, in this order:", *lines])
+
+
+def add_output_flag(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--output", type=output_path, help="JSON file; the PNG goes beside it")
+
+
+def output_path(word: str) -> Path:
+    """A file to write, refused before any work where it, or the picture beside it, can't be."""
+    path = Path(word)
+    try:
+        results.check_writable(path)
+        results.check_writable(results.picture_beside(path))
+    except PluginError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
+
+
+def output_files(given: Path | None, stem: str) -> tuple[Path, Path]:
+    """Where a script writes its JSON and its picture: beside each other where --output says, else under results/."""
+    if given is not None:
+        return given, results.picture_beside(given)
+    record, picture = results.RESULTS / "runs" / f"{stem}.json", results.RESULTS / "plots" / f"{stem}.png"
+    return results.check_writable(record), results.check_writable(picture)
 
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:
@@ -86,6 +135,11 @@ def chosen_caches(args: argparse.Namespace, loaded: models.LoadedModel) -> list[
     chosen += [from_policy(word, loaded) for word in words(args.policy)]
     if not chosen:
         raise PluginError("nothing to measure: give --preset (a file or a built-in name) or --policy")
+    taken = {BASELINE, IDENTITY}  # as the caches beside them are called
+    for choice in chosen:
+        if choice.label in taken:
+            raise PluginError(f"two caches are called {choice.label!r}: give one of them another name")
+        taken.add(choice.label)
     return chosen
 
 
@@ -113,7 +167,7 @@ def evaluation_length(args: argparse.Namespace, loaded: models.LoadedModel) -> i
 def evaluation_segments(args: argparse.Namespace, loaded: models.LoadedModel, text: Text, part: str) -> Tensor:
     """The token segments that --eval-tokens and --eval-seq-len ask for, [n, length]."""
     length = evaluation_length(args, loaded)
-    segments = text.segments(part, loaded.tokenizer, length, args.eval_tokens // length)
+    segments = text.segments(part, loaded.tokenizer, length, args.eval_tokens // length, flag="--eval-seq-len")
     if segments.numel() < args.eval_tokens:
         print(f"note: the {part} part of {text.name} gives {segments.numel():,} tokens, not {args.eval_tokens:,}")
     return segments
@@ -169,7 +223,7 @@ def run(main: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(OUT_OF_MEMORY, file=sys.stderr)
+        print(out_of_memory(), file=sys.stderr)
         sys.exit(4)
     except KeyboardInterrupt:
         print("\ninterrupted: nothing half-written was left behind", file=sys.stderr)

@@ -40,10 +40,14 @@ class Text:
         encoded = tokenizer(getattr(self, part), return_tensors="pt", add_special_tokens=False, verbose=False)
         return encoded.input_ids[0]
 
-    def segments(self, part: str, tokenizer, length: int, count: int | None = None, seed: int | None = None):
+    def segments(
+        self, part: str, tokenizer, length: int, count: int | None = None, seed: int | None = None, *,
+        flag: str = "--seq-len",
+    ):  # fmt: skip
         """Up to `count` windows of `length` tokens that don't overlap, [count, length]; all when count is None.
 
-        In reading order, or drawn at random with a seed. Raises PluginError when the text is shorter than one window.
+        In reading order, or drawn at random with a seed. Raises PluginError when the text is shorter than one window;
+        `flag` is what the user would change.
         """
         ids = self.tokens(part, tokenizer)
         start = start_tokens(tokenizer)
@@ -52,7 +56,7 @@ class Text:
         if available == 0:
             raise PluginError(
                 f"the {part} part of text {self.name!r} has {len(ids)} tokens, fewer than one segment of {length}: "
-                "give a longer --text or a shorter --seq-len"
+                f"give a longer --text or a shorter {flag}"
             )
         windows = ids[: available * width].view(available, width)
         windows = torch.cat((start.expand(available, -1), windows), dim=1)

@@ -195,14 +195,16 @@ def stability(rows: list[dict], metrics: dict[str, str], title: str) -> Figure:
     for axis in axes.flat[len(metrics) :]:
         axis.set_visible(False)
     for axis, (metric, label) in zip(axes.flat, metrics.items(), strict=False):
-        values = [row[metric] for row in rows]
-        places = [factors.index(row["factor"]) for row in rows]
+        shown = [row for row in rows if row[metric] is not None]
+        values = [row[metric] for row in shown]
+        places = [factors.index(row["factor"]) for row in shown]
         axis.scatter(places, values, color=[plt.cm.tab10(place) for place in places], s=28, zorder=3)
-        axis.axhline(np.mean(values), color="tab:gray", linewidth=1, linestyle="--")
+        if values:
+            axis.axhline(np.mean(values), color="tab:gray", linewidth=1, linestyle="--")
         axis.set_xticks(range(len(factors)), factors, fontsize=8)
         axis.set_xlim(-0.5, len(factors) - 0.5)
         axis.margins(y=0.2)
-        if np.ptp(values) < 1e-12:  # all the same: no axis of millionths of nothing
+        if values and np.ptp(values) < 1e-12:  # all the same: no axis of millionths of nothing
             axis.set_ylim(values[0] - 0.05, values[0] + 0.05)
         axis.set_title(label, fontsize=10)
         if metric == "ppl_delta":
@@ -213,53 +215,48 @@ def stability(rows: list[dict], metrics: dict[str, str], title: str) -> Figure:
 
 
 def needles(cells: list[dict], title: str) -> Figure:
-    """Heat maps over context length and depth: for each cache exact match beside the baseline's, and the change of the
-    answer's log-probability. cells: as `evaluation.needle.cells` makes them; a failing baseline's are hatched."""
+    """Heat maps over context length and depth, a row per cache: the baseline's exact match, its own, and the change of
+    the answer's log-probability. cells: as `evaluation.needle.cells` makes them."""
+    reference = next(cell["cache"] for cell in cells if "verdict" not in cell)
     names = list(dict.fromkeys(cell["cache"] for cell in cells if "verdict" in cell))
     lengths, depths = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("context_tokens", "depth"))
-    width, height = 1.6 + 0.75 * len(lengths), 1.1 + 0.42 * len(depths)
-    figure, axes = plt.subplots(
-        len(names), 3, figsize=(max(3 * width, 8.5), max(height, 2.2) * len(names) + 0.4), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    grid = {(cell["cache"], cell["depth"], cell["context_tokens"]): cell for cell in cells}
-    reference = next(cell["cache"] for cell in cells if "verdict" not in cell)
-    largest = max(abs(cell.get("logprob_change_nats", 0)) for cell in cells)
+    size = (3 * max(1.5 + 0.85 * len(lengths), 3.2), (1.1 + max(0.45 * len(depths), 1)) * len(names) + 0.6)
+    figure, axes = plt.subplots(len(names), 3, figsize=size, squeeze=False, layout="constrained")
+    found = {(cell["cache"], cell["depth"], cell["context_tokens"]): cell for cell in cells}
+    largest = max(1, *(abs(cell.get("logprob_change_nats", 0)) for cell in cells))
     for row, name in zip(axes, names, strict=True):
-        for axis, cache, key, label in (
-            (row[0], reference, "exact_match", f"{reference}: exact match"),
-            (row[1], name, "exact_match", f"{name}: exact match"),
-            (row[2], name, "logprob_change_nats", f"{name}: change of log p"),
-        ):
-            values = np.array([[grid[cache, depth, length][key] for length in lengths] for depth in depths])
-            colors = ("viridis", 0, 1) if key == "exact_match" else ("RdBu", -max(largest, 0.1), max(largest, 0.1))
-            image = axis.imshow(values, aspect="auto", cmap=colors[0], vmin=colors[1], vmax=colors[2])
-            _write_cells(axis, image, values, "{:.0%}" if key == "exact_match" else "{:+.2f}")
-            working = [[grid[reference, depth, length]["baseline_works"] for length in lengths] for depth in depths]
-            _hatch(axis, np.array(working))
-            axis.set_title(label, fontsize=9)
+        panels = ((reference, "exact_match"), (name, "exact_match"), (name, "logprob_change_nats"))
+        for axis, (cache, key) in zip(row, panels, strict=True):
+            grid = [[found[cache, depth, length] for length in lengths] for depth in depths]
+            if key == "exact_match":
+                image = _heat_map(axis, grid, key, "{:.0%}", cmap="viridis", vmin=0, vmax=1)
+                figure.colorbar(image, ax=axis, label="prompts answered", format="{x:.0%}")
+            else:
+                image = _heat_map(axis, grid, key, "{:+.2f}", cmap="RdBu", vmin=-largest, vmax=largest)
+                figure.colorbar(image, ax=axis, label="nats per answer")
+            axis.set_title(f"{cache}: {'exact match' if key == 'exact_match' else 'change of log p'}", fontsize=9)
             axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-            axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-            figure.colorbar(image, ax=axis, label="share of prompts" if key == "exact_match" else "nats per answer")
+            axis.set_yticks(range(len(depths)), [f"{100 * depth:g}%" for depth in depths])
         row[0].set_ylabel("depth of the needle")
     for axis in axes[-1]:
         axis.set_xlabel("context, tokens")
-    hatched = any(not cell.get("baseline_works", True) for cell in cells)
-    figure.suptitle(title + ("\nhatched: the baseline fails there, so nothing can be said" if hatched else ""))
+    figure.suptitle(title)
     return figure
 
 
-def _write_cells(axis, image, values: np.ndarray, form: str) -> None:
-    """Every cell's figure in it, in black or white, whichever its color lets through."""
+def _heat_map(axis, grid: list[list[dict]], key: str, form: str, **colors):
+    """One panel, every cell's figure in it; a cell whose baseline fails says so and is struck out."""
+    values = np.array([[cell[key] for cell in row] for row in grid])
+    image = axis.imshow(values, aspect="auto", **colors)
     for (y, x), value in np.ndenumerate(values):
         red, green, blue, _ = image.cmap(image.norm(value))
         color = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
-        axis.text(x, y, form.format(value), ha="center", va="center", fontsize=8, color=color)
-
-
-def _hatch(axis, working: np.ndarray) -> None:
-    """Strike out cells that say nothing."""
-    for y, x in np.argwhere(~working):
-        axis.add_patch(
-            plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="///", edgecolor="tab:gray", linewidth=0)
-        )
+        words = form.format(round(value, 2) + 0.0)  # no "-0.00"
+        if not grid[y][x]["baseline_works"]:
+            box = plt.Rectangle(
+                (x - 0.5, y - 0.5), 1, 1, fill=False, hatch="///", edgecolor=color, linewidth=0, alpha=0.2
+            )
+            axis.add_patch(box)
+            words += "\nbaseline fails"
+        axis.text(x, y, words, ha="center", va="center", fontsize=7, color=color)
+    return image

@@ -51,6 +51,14 @@ def check_writable(path: str | Path) -> Path:
     return path
 
 
+def picture_beside(path: Path) -> Path:
+    """The PNG that goes with an output file. Raises PluginError where it would overwrite the output itself."""
+    picture = path.with_suffix(".png")
+    if picture == path:
+        raise PluginError(f"can't write {path}: the picture goes there, give --output another ending, such as .json")
+    return picture
+
+
 def write_json(path: str | Path, record: dict) -> Path:
     """Write a dict as JSON; not-a-number is refused, since no reader agrees on it."""
     with atomic(path) as part:

@@ -113,6 +113,30 @@ def architectures(record: dict, _: list[str]) -> str:
     return "\n".join(lines) + f"\n\n{tried}, each tried as a small random model of its default config."
 
 
+def needle(record: dict, _: list[str]) -> str:
+    """Exact match and log-probability by context length, over depths, and where the baseline itself fails."""
+    lines = [
+        "| cache | context | exact match | baseline's | change of log p, nats | matches where the baseline works |",
+        "|---|---|---|---|---|---|",
+    ]
+    cells = {(c["cache"], c["context_tokens"], c["depth"]): c for c in record["cells"]}
+    groups = dict.fromkeys((c["cache"], c["context_tokens"]) for c in record["cells"] if "verdict" in c)
+    for cache, length in groups:
+        own = [c for (name, tokens, _), c in cells.items() if (name, tokens) == (cache, length)]
+        base = [cells["baseline", length, c["depth"]] for c in own]
+        works = [c for c in own if c["baseline_works"]]
+        exact, reference = (sum(c["exact_match"] for c in some) / len(some) for some in (own, base))
+        change = sum(c["logprob_change_nats"] for c in own) / len(own)
+        matched = sum(c["verdict"] == "matches" for c in works)
+        verdict = f"{matched} of {len(works)} depths" if works else "the baseline fails"
+        lines.append(f"| {cache} | {length:,} | {exact:.0%} | {reference:.0%} | {change:+.3f} | {verdict} |")
+    prompts = sum(c["trials"] for c in record["cells"] if c["cache"] == "baseline")
+    return "\n".join(lines) + (
+        f"\n\n{record['model']}, {prompts} prompts per cache in {record['text']}; a baseline works from "
+        f"{record['baseline_works_from']:.0%} exact match on."
+    )
+
+
 def stability(record: dict, _: list[str]) -> str:
     """Mean, deviation and range of Δ perplexity, by factor, and what the other metrics did over all runs."""
     lines = ["| varied | metric | runs | mean | std | range |", "|---|---|---|---|---|---|"]
@@ -150,6 +174,7 @@ TABLES: dict[str, Callable[[dict, list[str]], str]] = {
     "benchmark_calibration": calibrating,
     "architectures": architectures,
     "layer_ablation": layer_ablation,
+    "needle": needle,
     "profile": profile,
     "stability": stability,
 }

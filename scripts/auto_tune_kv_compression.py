@@ -39,15 +39,14 @@ def parse():
     p.add_argument("--calibration", type=Path, help="calibration file; a matching one is found or made if omitted")
     p.add_argument("--study", type=Path, default=results.RESULTS / "studies" / "auto_tune.db", help="SQLite file")
     p.add_argument("--name", help="name of the preset; from target and budget if omitted")
-    p.add_argument("--output", type=Path, help="preset file; results/presets/MODEL-NAME.json if omitted")
+    p.add_argument("--output", type=cli.output_path, help="preset file; results/presets/MODEL-NAME.json if omitted")
     return p.parse_args()
 
 
 def main() -> None:
     args = parse()
     budget = args.target_ppl_delta
-    for path in filter(None, (args.output, args.study)):
-        results.check_writable(path)
+    results.check_writable(args.study)
     text = data.load_text(args.text, args.model)
     loaded = models.load(args.model, args.device, args.dtype)
     head_dim = loaded.geometry.head_dim
@@ -90,7 +89,8 @@ def main() -> None:
         provenance=results.provenance(args, text=text.name, text_sha256=text.sha256("evaluation")),
     )  # fmt: skip
     results.write_json(output, preset)
-    picture = output.with_suffix(".png") if args.output else results.RESULTS / "plots" / f"frontier_{output.stem}.png"
+    frontier = results.RESULTS / "plots" / f"frontier_{output.stem}.png"
+    picture = results.picture_beside(output) if args.output else frontier
     title = f"{args.model}, target {args.target}: {tuning.numel():,} tuning tokens of {text.name}"
     results.write_figure(picture, plots.frontier(preset["trials"], budget, str(best.cell), title))
     low, high = confirmed["ppl_delta_interval"]
@@ -101,7 +101,7 @@ def main() -> None:
 
 def report_layers(rows: list[dict], path: Path, title: str) -> None:
     """The layers that lose most, and a picture of all."""
-    picture = results.write_figure(path.with_suffix(".png"), plots.layer_losses(rows, title))
+    picture = results.write_figure(results.picture_beside(path), plots.layer_losses(rows, title))
     print(f"\nlayer by layer, the most sensitive first ({results.shown(path)}, {results.shown(picture)}):")
     for row in sorted(rows, key=lambda row: -row["kl_nats"])[:10]:
         print(f"  layer {row['layer']:2d} {row['side'].upper()}, rank {row['rank']}, {row['bits']} bits: "

@@ -10,7 +10,6 @@ turn keys, and a basis doesn't hold for positions that it never saw. Beside the 
 lose in every layer.
 """
 
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -25,15 +24,13 @@ def main() -> None:
     cli.add_calibration_flags(p)
     p.add_argument("--rank", type=cli.positive_int, help="default rank of the file; 3/4 of head_dim if omitted")
     cli.add_codec_flag(p, "how the basis is fitted")
-    p.add_argument("--output", type=Path, help="calibration file; under results/calibrations if omitted")
+    p.add_argument("--output", type=cli.output_path, help="calibration file; under results/calibrations if omitted")
     p.add_argument(
         "--gradient-checkpointing",
         action="store_true",
         help="recompute activations in the backward pass; PCA has none, so nothing changes for it",
     )
     args = p.parse_args()
-    if args.output:
-        results.check_writable(args.output)
 
     text = data.load_text(args.text, args.model)
     loaded = models.load(args.model, args.device, args.dtype)
@@ -60,7 +57,7 @@ def main() -> None:
     print_summary(calibration, rank)
     energy = {side: calibration.energy(side).numpy() for side in ("k", "v")}
     picture = plots.spectra(energy, rank, f"{args.model}: {calibration.meta['tokens']:,} tokens of {text.name}")
-    print(f"wrote {output} and {results.write_figure(output.with_suffix('.png'), picture)}")
+    print(f"wrote {output} and {results.write_figure(results.picture_beside(output), picture)}")
 
 
 def print_summary(calibration: Calibration, rank: int) -> None:

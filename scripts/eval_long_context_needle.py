@@ -7,16 +7,15 @@
 
 A sentence such as "The locker number of Anna is 48213." lies at a share of the haystack (--needle-positions), among
 sentences of the same form about others (--distractors), in text of the evaluation part of --text. The prompt ends with
-a question and "The locker number of Anna is", and `generate` goes on, with the uncompressed cache and with each compressed one. Beside
-exact match stands the log-probability of the answer: it moves before an answer is lost. A context length counts the
-prompt and --max-new-tokens of room for the answer.
+a question and "The locker number of Anna is", and `generate` goes on, with the uncompressed cache and with each
+compressed one. Beside exact match stands the log-probability of the answer: it moves before an answer is lost.
 
-A cell where the baseline itself is nearer to guessing among the sentences than to always right says 'baseline fails',
-and counts neither for nor against a compressed cache. Writes results/runs/needle_MODEL.json and a PNG in results/plots, or where --output says.
+A context length counts the prompt and --max-new-tokens of room for the answer. A cell where the baseline itself is
+nearer to guessing among the sentences than to being always right says 'baseline fails': it counts neither for nor
+against a compressed cache. Writes results/runs/needle_MODEL.json and a PNG in results/plots, or where --output says.
 """
 
 import argparse
-from pathlib import Path
 
 from gpt2 import cli, data, models, plots, results
 from gpt2.evaluation import needle
@@ -42,24 +41,22 @@ def parse() -> argparse.Namespace:
     p.add_argument("--distractors", type=cli.natural, default=1, help="needles about others in each prompt")
     p.add_argument("--max-new-tokens", type=cli.positive_int, default=12, help="tokens to generate")
     p.add_argument("--prefill-chunk", type=cli.positive_int, help="tokens of the prompt fed at a time; by default all")
-    p.add_argument("--output", type=Path, help="JSON file; the PNG goes beside it")
+    cli.add_output_flag(p)
     return p.parse_args()
 
 
 def main() -> None:
     args = parse()
-    if args.output:
-        results.check_writable(args.output)
     text = data.load_text(args.text, args.model)
     loaded = models.load(args.model, args.device, args.dtype)
-    output = results.check_writable(args.output or results.RESULTS / "runs" / f"needle_{loaded.slug}.json")
+    output, picture = cli.output_files(args.output, f"needle_{loaded.slug}")
     chosen = cli.chosen_caches(args, loaded)
+    caches = {BASELINE: baseline_factory(loaded)} | {choice.label: choice.make for choice in chosen}
     rows = needle.measure(
-        loaded, text.tokens("evaluation", loaded.tokenizer),
-        {BASELINE: baseline_factory(loaded)} | {choice.label: choice.make for choice in chosen},
+        loaded, text.tokens("evaluation", loaded.tokenizer), caches,
         lengths=args.context_lengths, depths=args.needle_positions, trials=args.num_trials, seed=args.seed,
         prefill_chunk=args.prefill_chunk, distractors=args.distractors, max_new_tokens=args.max_new_tokens,
-        progress=cli.bar("needles", "prompt"),
+        haystack_name=f"the evaluation part of text {text.name!r}", progress=cli.bar("needles", "prompt"),
     )  # fmt: skip
     cells, summaries = needle.cells(rows), needle.summarize(rows, args.seed)
     for summary in summaries:
@@ -73,8 +70,7 @@ def main() -> None:
         baseline_works_from=needle.works_from(args.distractors), summary=summaries, cells=cells, rows=rows,
     )  # fmt: skip
     results.write_json(output, record)
-    picture = output.with_suffix(".png") if args.output else results.RESULTS / "plots" / f"{output.stem}.png"
-    title = f"{loaded.spec}, {text.name}, {args.num_trials} prompts per cell, {args.distractors} distractors"
+    title = f"{loaded.spec}, {text.name}, {args.num_trials} prompts per cell, distractors: {args.distractors}"
     results.write_figure(picture, plots.needles(cells, title))
     print(f"\nwrote {results.shown(output)} and {results.shown(picture)}")
 

@@ -12,13 +12,13 @@ Writes results/runs/stability_MODEL_CACHE.json and a PNG in results/plots, or wh
 
 import sys
 from functools import cache
-from pathlib import Path
 
 from gpt2 import cli, data, models, plots, results
-from gpt2.compression.calibration import recalibrate
+from gpt2.compression.calibration import check_samples, recalibrate
 from gpt2.compression.choice import CacheChoice, from_preset
 from gpt2.compression.plan import needs_calibration_file
 from gpt2.compression.presets import calibration_of, plan_of
+from gpt2.errors import PluginError
 from gpt2.evaluation import stability
 from gpt2.evaluation.stability import FACTORS, METRICS, Setup
 
@@ -35,20 +35,18 @@ def parse():
     p.add_argument("--needle-trials", type=cli.positive_int, default=4, help="needle prompts per depth and run")
     p.add_argument("--max-ppl-delta", type=cli.fraction, default=0.05, help="verdict: worst allowed rise of perplexity")
     p.add_argument("--max-std", type=cli.fraction, default=0.01, help="verdict: allowed deviation of that rise")
-    p.add_argument("--output", type=Path, help="JSON file; the PNG goes beside it")
+    cli.add_output_flag(p)
     return p.parse_args()
 
 
 def main() -> None:
     args = parse()
-    if args.output:
-        results.check_writable(args.output)
     text = data.load_text(args.text, args.model)
     loaded = models.load(args.model, args.device, args.dtype)
     (choice,) = cli.chosen_caches(args, loaded)
     slug = f"stability_{loaded.slug}_{choice.label.replace('/', '-')}"
-    output = results.check_writable(args.output or results.RESULTS / "runs" / f"{slug}.json")
-    factors = usable(args.vary, choice)
+    output, picture = cli.output_files(args.output, slug)
+    factors = usable(args, loaded, text, choice)
     setup = prepare(args, loaded, text, choice, args.num_runs if "text" in factors else 1)
     rows = []
     for number, run in enumerate(stability.schedule(factors, args.num_runs, args.seed)):
@@ -63,44 +61,56 @@ def main() -> None:
         verdict=verdict,
     )  # fmt: skip
     results.write_json(output, record)
-    picture = output.with_suffix(".png") if args.output else results.RESULTS / "plots" / f"{output.stem}.png"
     results.write_figure(picture, plots.stability(rows, METRICS, f"{loaded.spec}, {choice.label}, {text.name}"))
     print(f"\n{verdict['line']}\nwrote {results.shown(output)} and {results.shown(picture)}")
-    sys.exit(0 if verdict["stable"] else 3)
+    sys.exit(3 if verdict["stable"] is False else 0)
 
 
-def usable(factors: list[str], choice: CacheChoice) -> list[str]:
-    """The factors that this cache has."""
-    if "calibration" not in factors or needs_calibration_file(plan_of(choice.preset)):
-        return factors
-    print(f"note: {choice.label} is not calibrated, so there is no calibration to vary")
-    return [factor for factor in factors if factor != "calibration"]
+def usable(args, loaded: models.LoadedModel, text: data.Text, choice: CacheChoice) -> list[str]:
+    """The factors that can be varied: a calibration only where there is one, of this text, with other samples."""
+    if args.num_runs < 2:
+        raise PluginError("--num-runs 1 varies nothing: use 2 or more")
+    if "calibration" not in args.vary:
+        return args.vary
+    try:
+        if not needs_calibration_file(plan_of(choice.preset)):
+            raise PluginError(f"{choice.label} has none")
+        check_samples(calibration_of(choice.preset, loaded), loaded, text)
+        return args.vary
+    except PluginError as error:
+        print(f"note: the calibration is not varied: {error}")
+        return [factor for factor in args.vary if factor != "calibration"]
 
 
 def prepare(args, loaded: models.LoadedModel, text: data.Text, choice: CacheChoice, num_windows: int) -> Setup:
     """Text windows, and a cache factory for every calibration number: 0 is the preset's own."""
-    length = cli.evaluation_length(args, loaded)
+    length, speed_context = cli.evaluation_length(args, loaded), min(512, args.needle_length)
+    loaded.require_context(args.needle_length, "--needle-length")
+    loaded.require_context(speed_context, "--needle-length", after=8)
     per_run = args.eval_tokens // length
-    segments = text.segments("evaluation", loaded.tokenizer, length)
+    segments = text.segments("evaluation", loaded.tokenizer, length, flag="--eval-seq-len")
 
     @cache
     def make(number: int):
         if not number:
             return choice.make
-        bar = cli.bar(f"calibrating on other samples, {number}", "seq")
-        other = recalibrate(calibration_of(choice.preset, loaded), loaded, text, number, bar)
+        given = calibration_of(choice.preset, loaded)
+        other = recalibrate(given, loaded, text, number, cli.bar(f"calibration {number}", "seq"))
+        print(f"calibration {number}: {other.meta['tokens']:,} tokens drawn anew; the preset's has "
+              f"{given.meta['tokens']:,}", flush=True)  # fmt: skip
         return from_preset(choice.preset, loaded, other).make
 
     return Setup(
         loaded, stability.windows_of(segments, num_windows, per_run), text.tokens("evaluation", loaded.tokenizer), make,
-        args.chunk, args.batch_size, args.needle_length, args.needle_trials, min(512, args.needle_length),
+        args.chunk, args.batch_size, args.needle_length, args.needle_trials, speed_context,
     )  # fmt: skip
 
 
 def print_run(number: int, row: dict) -> None:
+    fails = "" if row["needle_baseline_works"] else ", which fails"
     print(f"run {number} ({row['factor']}): Δ perplexity {row['ppl_delta']:+.2%}, KL {row['kl_nats']:.4f} nats, top-1 "
           f"{row['top1_agreement']:.1%}, needle {row['needle_accuracy']:.0%} (baseline "
-          f"{row['needle_accuracy_baseline']:.0%}), speed {row['speed_ratio']:.2f}x", flush=True)  # fmt: skip
+          f"{row['needle_accuracy_baseline']:.0%}{fails}), speed {row['speed_ratio']:.2f}x", flush=True)  # fmt: skip
 
 
 def print_summary(summary: list[dict]) -> None:

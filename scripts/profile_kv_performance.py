@@ -11,11 +11,8 @@ weights: speed and memory don't depend on them.
 Writes results/runs/profile_MODEL.json and results/plots/profile_MODEL.png, or where --output says.
 """
 
-from pathlib import Path
-
 from gpt2 import cli, plots, results, shapes
 from gpt2.compression.compressed_cache import identity_cache
-from gpt2.errors import PluginError
 from gpt2.evaluation.instruments import cuda_devices, memory_method
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
 from gpt2.evaluation.timing import measure_cell
@@ -33,7 +30,7 @@ def parse():
     p.add_argument("--repeats", type=cli.positive_int, default=3, help="timed runs per cache, context and batch")
     p.add_argument("--layers", type=cli.positive_int, help="layers of a shape without weights; all if omitted")
     p.add_argument("--seed", type=int, default=0, help="draws the tokens that fill the caches")
-    p.add_argument("--output", type=Path, help="JSON file; the PNG goes beside it")
+    cli.add_output_flag(p)
     return p.parse_args()
 
 
@@ -41,15 +38,12 @@ def main() -> None:
     args = parse()
     loaded = shapes.load(args.model, args.device, args.dtype, args.layers)
     loaded.require_context(max(args.context_lengths), "--context-lengths", after=args.decode_tokens)
-    output = results.check_writable(args.output or results.RESULTS / "runs" / f"profile_{loaded.slug}.json")
+    output, picture = cli.output_files(args.output, f"profile_{loaded.slug}")
     choices = cli.chosen_caches(args, loaded)
     caches = {BASELINE: baseline_factory(loaded)}
     if args.identity:
         caches["identity"] = lambda: identity_cache(loaded.geometry.num_layers)
-    for choice in choices:
-        if choice.label in caches:
-            raise PluginError(f"two caches are called {choice.label!r}: give one of them another name")
-        caches[choice.label] = choice.make
+    caches |= {choice.label: choice.make for choice in choices}
 
     if loaded.random_weights:
         print("note: the weights are random; neither speed nor memory depends on what they say")
@@ -73,7 +67,6 @@ def main() -> None:
         rows=rows,
     )
     results.write_json(output, record)
-    picture = output.with_suffix(".png") if args.output else results.RESULTS / "plots" / f"{output.stem}.png"
     results.write_figure(picture, plots.profiles(rows, title(record, loaded)))
     print(f"\nwrote {output} and {picture}")
 

@@ -29,12 +29,12 @@ def main() -> None:
     p.add_argument("--ranks", type=cli.int_list, help="rank ladder, best first; from head_dim if omitted")
     p.add_argument("--bits", type=cli.int_list, default=[16, 8, 4], help="quantizer widths")
     p.add_argument("--layer-groups", type=cli.positive_int, default=5, help="stretches of layers in group `layers`")
-    p.add_argument("--output", type=Path, help="JSON file; the PNG goes beside it")
+    cli.add_output_flag(p)
     args = p.parse_args()
 
     text = data.load_text(args.text, args.model)
     loaded = models.load(args.model, args.device, args.dtype)
-    output = results.check_writable(args.output or results.RESULTS / "runs" / f"validate_ppl_{loaded.slug}.json")
+    output, picture = cli.output_files(args.output, f"validate_ppl_{loaded.slug}")
     ranks = args.ranks or default_rank_grid(loaded.geometry.head_dim)[1:4]
     calibration, path = obtain_calibration(
         loaded,
@@ -49,10 +49,11 @@ def main() -> None:
     )
     ablation = Ablation(loaded, calibration, ranks, args.bits, args.sink_tokens, args.layer_groups)
     segments = cli.evaluation_segments(args, loaded, text, "evaluation")
+    wanted = {group: ablation.rows(group) for group in args.groups}  # all: none may fail after hours of others
     rows, known = [], {}
-    for group in args.groups:
+    for group, compared in wanted.items():
         records = measure(
-            loaded, segments, ablation.rows(group), known, seed=args.seed, chunk=args.chunk,
+            loaded, segments, compared, known, seed=args.seed, chunk=args.chunk,
             batch_size=args.batch_size, progress=cli.bar(group, "batch"),
         )  # fmt: skip
         print_group(records)
@@ -70,7 +71,6 @@ def main() -> None:
         rows=rows,
     )
     results.write_json(output, record)
-    picture = output.with_suffix(".png") if args.output else results.RESULTS / "plots" / f"{output.stem}.png"
     title = f"{loaded.spec}, {segments.numel():,} tokens of {text.name}"
     results.write_figure(picture, plots.deltas(rows, title))
     print(f"\nwrote {output} and {picture}")

@@ -110,6 +110,9 @@ def test_energy_is_cumulative_and_ends_at_one(made):
         ({"seq_len": 513}, "513 tokens is longer than the 512 that tiny-llama was trained for: use --seq-len 512"),
         ({"seq_len": 500, "text": by_position("short", "s", word_text(300))}, "fewer than one segment of 500"),
         ({"seq_len": 4}, "longer than the 4 sink tokens"),
+        ({"codec": "identity"}, "codec identity needs no calibration"),
+        ({"codec": "ln_nullspace"}, "codec ln_nullspace needs no calibration"),
+        ({"codec": "ln_nullspace+pca", "rank": 12}, "head_dim 12, of which .* stores 11"),
         ({"codec": "pcaa"}, "unknown codec 'pcaa', did you mean 'pca'"),
     ],
 )

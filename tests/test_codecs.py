@@ -169,6 +169,20 @@ def test_after_the_nullspace_pca_keeps_the_most_variance_that_is_left():
         assert torch.allclose(composed, alone, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("codec", "message"),
+    [("pca+ln_nullspace", "can only come first"), ("+".join(["ln_nullspace"] * D), "leaves nothing of a head_dim"),
+     ("identity+pca", "unknown codec"), ("pca+", "unknown codec"), ("", "unknown codec")],
+)  # fmt: skip
+def test_names_that_make_no_codec_are_refused(codec, message):
+    with pytest.raises(PluginError, match=message):
+        full_rank(codec, D)
+
+
+def test_a_full_rank_is_told_without_making_the_basis():
+    assert full_rank("ln_nullspace", 10**12) == 10**12 - 1
+
+
 def test_fixed_bases_compose_without_statistics():
     twice = basis_of("ln_nullspace+ln_nullspace")
     assert not twice.calibrated and twice.transform(D).rank == twice.full_rank(D) == D - 2

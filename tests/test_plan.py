@@ -100,6 +100,8 @@ BAD_LAYERS = [
     ({"v": [SOME, SOME, 4]}, r"layers.v\[2\]: expected null or codec, rank and bits, found 4"),
     ({"v": [SOME, {"codec": "pca"}, SOME]}, r"layers.v\[1\]: expected null or codec, rank and bits"),
     ({"v": [SOME | {"rank": 13}, SOME, SOME]}, r"layers.v\[0\]: key 'rank': expected 1 to head_dim 12, found 13"),
+    ({"v": [SOME | {"rank": 0}, SOME, SOME]}, r"layers.v\[0\]: key 'rank': .*found 0"),
+    ({"v": [SOME | {"rank": {}}, SOME, SOME]}, r"layers.v\[0\]: key 'rank': .*found {}"),
     ({"v": [SOME | {"bits": 5}, SOME, SOME]}, r"layers.v\[0\]: key 'bits': expected 4 or 8 or 16, found 5"),
     ({"v": [SOME | {"codec": "pac"}, SOME, SOME]}, r"layers.v\[0\]: key 'codec': .*did you mean 'pca'"),
     ({"k": [SOME | {"codec": "ln_nullspace", "rank": 12}, None, None]}, r"layers.k\[0\]: key 'rank': expected 1 to 11"),
@@ -196,15 +198,20 @@ def test_plans_are_the_lower_hull_of_all_assignments():
         assert not [other for other in every if other[0] < kl - 1e-12 and other[1] <= size]
 
 
-def test_no_plan_near_the_budget_is_said():
-    with pytest.raises(PluginError, match="no plan per layer is predicted near"):
-        sensitivity.plans(rows({0: (1.0, 2.0)}), Geometry(1, 2, 12), budget=0.001)
+def test_far_inside_the_budget_the_smallest_plan_is_offered():
+    found = sensitivity.plans(rows({0: (1e-6, 2e-6), 1: (1e-6, 3e-6)}), Geometry(2, 2, 12), budget=0.5)
+    assert [[s.bits for s in plan["v"]] for plan in found] == [[4, 4]]
+
+
+def test_where_even_the_mildest_loses_too_much_there_is_no_plan():
+    assert sensitivity.plans(rows({0: (1.0, 2.0)}), Geometry(1, 2, 12), budget=0.001) == []
 
 
 def test_cells_of_plans_have_a_name_and_a_key_of_their_own():
     from gpt2.compression.autotune import _key
 
     first, second = (Cell.of_plan({"k": [None] * 3, "v": list(v)}) for v in ((INT4, INT8, None), (INT8, INT4, None)))
-    assert str(first) == "per layer: 1 × exact, 1 × r12 4 bits, 1 × r12 8 bits" and (first.rank, first.bits) == (12, 4)
+    assert str(first) == f"per layer {first.digest[:4]}: V 1 × exact + 1 × r12 4 bits + 1 × r12 8 bits"
+    assert str(first) != str(second) and (first.rank, first.bits) == (12, 4)
     assert len({_key(first), _key(second), _key(Cell(12, 4))}) == 3
     assert first.plan("v", "identity", 3) == {"k": [None] * 3, "v": [INT4, INT8, None]}

@@ -81,9 +81,13 @@ def test_a_cache_in_one_call_for_every_family(family, name):
     assert out.shape == (1, 44) and cache.get_seq_length() == 43
     config = build_compressor_config_for_policy(model.config, family, name)
     assert config["compression_ratio"] == pytest.approx(
-        compression_ratio(lambda: create_cache_from_policy(model.config, name), geometry_of(model.config, family)[0]),
+        compression_ratio(
+            lambda: create_cache_from_policy(model.config, name),
+            geometry_of(model.config, family)[0],
+            config=model.config,
+        ),
         rel=0.01,
-    ), "one layer is measured for all"
+    ), "one layer is measured for all, against what transformers keeps"
 
 
 def test_scripts_take_a_policy_as_a_cache():
@@ -131,6 +135,20 @@ def test_needs_are_weights_cache_and_one_layers_expansion():
     plain = 57_344 * 8 * 32768 / GIB
     assert default.kv_gib == pytest.approx(plain / default.compression_ratio + 4 * plain / 28)
     assert default.total_gib == pytest.approx(default.kv_gib + geometry_of(QWEN, "q")[1] / GIB)
+
+
+def test_a_sliding_window_counts_for_transformers_too():
+    """Its own cache forgets what the window hides; a ratio against a full one would promise what isn't there."""
+    config = AutoConfig.for_model("gemma3_text", hidden_size=256, num_hidden_layers=12, num_attention_heads=4,
+                                  num_key_value_heads=1, head_dim=64, sliding_window=64, vocab_size=1000)  # fmt: skip
+    choice = choose_policy_for_run(config, "g", vram_gb=8, max_context=8192)
+    assert choice.policy is None and "Use DynamicCache" in choice.explanation
+    assert all(estimate.compression_ratio < 1 for estimate in choice.estimates)
+
+
+def test_a_budget_that_no_policy_meets_where_the_plain_cache_fits():
+    choice = choose_policy_for_run(QWEN, "q", vram_gb=80, ppl_budget=0.0001)
+    assert choice.policy is None and "uncompressed cache fits: use DynamicCache" in choice.explanation
 
 
 def test_a_policy_over_the_budget_is_not_chosen_and_that_is_said():

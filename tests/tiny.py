@@ -56,9 +56,23 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", unk_token="<pad>")
 
 
-def tiny_loaded(family: str = "llama", **overrides) -> LoadedModel:
-    """A tiny model as `gpt2.models.load` returns it."""
-    return wrap(tiny_model(family, **overrides), word_tokenizer(), f"tiny-{family}")
+def char_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character of ASCII, for texts with names and numbers; as many ids as the tiny models have."""
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.decoders import Fuse
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+
+    characters = ["<pad>", "<s>", "\n", *map(chr, range(ord(" "), ord("~")))]
+    tokenizer = Tokenizer(WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", unk_token="<pad>")
+
+
+def tiny_loaded(family: str = "llama", tokenizer=None, **overrides) -> LoadedModel:
+    """A tiny model as `gpt2.models.load` returns it, with a tokenizer of words unless given."""
+    return wrap(tiny_model(family, **overrides), tokenizer or word_tokenizer(), f"tiny-{family}")
 
 
 def word_text(words: int, seed: int = 0) -> str:

@@ -61,9 +61,19 @@ class Cell:
     def __str__(self) -> str:
         if self.layers is None:
             return f"rank {self.rank}, {self.bits} bits"
-        coded = [setting for side in self.layers if any(side) for setting in side]
-        counts = Counter("exact" if s is None else f"r{s.rank} {s.bits} bits" for s in coded)
-        return "per layer: " + ", ".join(f"{n} × {kind}" for kind, n in sorted(counts.items()))
+        sides = []
+        for side, settings in zip(SIDES, self.layers, strict=True):
+            if any(settings):
+                counts = Counter("exact" if s is None else f"r{s.rank} {s.bits} bits" for s in settings)
+                words = " + ".join(f"{n} × {kind}" for kind, n in sorted(counts.items()))
+                sides.append(f"{side.upper()} {words}")
+        return f"per layer {self.digest[:4]}: {', '.join(sides)}"
+
+    @property
+    def digest(self) -> str:
+        """A name for the settings of all layers."""
+        record = json.dumps(plan_record(dict(zip(SIDES, self.layers, strict=True))))
+        return hashlib.sha256(record.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -221,10 +231,7 @@ def confirm_best(
 
 def _key(cell: Cell) -> str:
     key = f"rank={cell.rank},bits={cell.bits}"
-    if cell.layers is None:
-        return key
-    record = json.dumps(plan_record(dict(zip(SIDES, cell.layers, strict=True))))
-    return f"{key},layers={hashlib.sha256(record.encode()).hexdigest()[:16]}"
+    return key if cell.layers is None else f"{key},layers={cell.digest}"
 
 
 def _trial(cell: Cell, frozen: FrozenTrial) -> Trial:

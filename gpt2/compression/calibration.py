@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gpt2 import results
 from gpt2.compression.capture import Moments, Statistics, collect
-from gpt2.compression.codecs import Transform, basis_of, codec_name, full_rank, needs_calibration
+from gpt2.compression.codecs import Transform, basis_of, full_rank, needs_calibration
 from gpt2.data import Text
 from gpt2.errors import BadArtefact, CalibrationNotFound, PluginError
 from gpt2.models import Geometry, LoadedModel
@@ -122,8 +122,12 @@ def calibrate(
     samples: sequences of `seq_len` tokens, drawn by `seed`; fewer where the text has fewer, which `meta` tells.
     progress: wraps the iterable of windows, such as tqdm.
     """
-    if not 1 <= rank <= loaded.geometry.head_dim:
-        raise PluginError(f"rank {rank} is out of range: {loaded.spec} has head_dim {loaded.geometry.head_dim}")
+    if not needs_calibration(codec):
+        raise PluginError(f"codec {codec} needs no calibration: give its name to a preset or to the tuner as it is")
+    head_dim, most = loaded.geometry.head_dim, full_rank(codec, loaded.geometry.head_dim)
+    if not 1 <= rank <= most:
+        limit = "" if most == head_dim else f", of which {codec} stores {most}"
+        raise PluginError(f"rank {rank} is out of range: {loaded.spec} has head_dim {head_dim}{limit}")
     loaded.require_context(seq_len)
     windows = text.segments("calibration", loaded.tokenizer, seq_len, samples, seed)
     statistics = collect(loaded, progress(windows), sink_tokens)
@@ -133,7 +137,7 @@ def calibrate(
         "head_dim": loaded.geometry.head_dim,
         "num_kv_heads": loaded.geometry.num_kv_heads,
         "rank": rank,
-        "codec": codec_name(codec),
+        "codec": codec,
         "text": text.name,
         "text_spec": text.spec,
         "tokens": windows.numel(),
@@ -144,19 +148,31 @@ def calibrate(
 
 
 def recalibrate(calibration: Calibration, loaded: LoadedModel, text: Text, number: int, progress=iter) -> Calibration:
-    """The same calibration from other samples of a text: `number` > 0 moves the seed.
+    """The same calibration from other samples of the same text: `number` > 0 moves the seed.
 
-    At most half of the text's windows are drawn: with all of them, every seed would draw the same.
+    At most half of the text's windows are drawn: with all of them, every seed would draw the same. Raises PluginError
+    for a text other than the calibration's, and for one with no other samples.
     """
     meta = calibration.meta
+    check_samples(calibration, loaded, text)
     available = len(text.segments("calibration", loaded.tokenizer, meta["seq_len"]))
-    if available < 2:
-        raise PluginError(f"the calibration part of text {text.name!r} has one window of {meta['seq_len']} tokens: "
-                          "there are no other samples to draw")  # fmt: skip
     return calibrate(
         loaded, text, rank=meta["rank"], samples=min(meta["samples"], available // 2), seq_len=meta["seq_len"],
         seed=meta["seed"] + number, sink_tokens=meta["sink_tokens"], codec=meta["codec"], progress=progress,
     )  # fmt: skip
+
+
+def check_samples(calibration: Calibration, loaded: LoadedModel, text: Text) -> None:
+    """Raise PluginError unless `recalibrate` can draw other samples of the same text."""
+    meta = calibration.meta
+    if meta["text_sha256"] != text.sha256("calibration"):
+        raise PluginError(
+            f"the calibration was made from another text than {text.name!r}: give --text {meta['text_spec']}, "
+            "or other samples would mean another text too"
+        )
+    if len(text.segments("calibration", loaded.tokenizer, meta["seq_len"])) < 2:
+        raise PluginError(f"the calibration part of text {text.name!r} has one window of {meta['seq_len']} tokens: "
+                          "there are no other samples to draw")  # fmt: skip
 
 
 def stand_in(loaded: LoadedModel) -> Calibration:

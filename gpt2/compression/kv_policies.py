@@ -14,6 +14,7 @@ import copy
 import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.plan import Setting, build
 from gpt2.compression.presets import check_preset, create_cache_from_preset
 from gpt2.errors import PluginError
-from gpt2.evaluation.memory import compression_ratio
+from gpt2.evaluation.memory import held_bytes, plain_bytes
 from gpt2.models import EMBEDDED, Geometry, probe_geometry, refuse_unsupported
 
 GIB = 2**30
@@ -131,6 +132,7 @@ def build_compressor_config_for_policy(
     """
     name = checked(policy_name)
     policy, geometry = POLICIES[name], geometry or geometry_of(model_config, model_id)[0]
+    plain = plain_bytes(geometry, 2048, config=model_config)
     return {
         "policy": str(name),
         "use_case": policy.use_case,
@@ -145,7 +147,7 @@ def build_compressor_config_for_policy(
         "use_ln_nullspace_v": _uses_nullspace(policy.v),
         "sink_tokens": policy.sink_tokens,
         "recent_tokens": 0,
-        "compression_ratio": round(policy_ratio(policy, geometry, 2048), 4),
+        "compression_ratio": round(plain / policy_bytes(policy, geometry, 2048), 4),
     }
 
 
@@ -197,28 +199,42 @@ def choose_policy_for_run(
             f"ppl_budget={ppl_budget}: all must be positive"
         )
     geometry, weights = geometry_of(model_config, model_id)
-    tokens = batch_size * max_context
-    estimates = [_estimate(name, geometry, weights, tokens, max_context, vram_gb, ppl_budget) for name in KVPolicyName]
-    chosen = next((e.policy for e in estimates if e.fits_memory and e.within_budget), None)
+    plain = plain_bytes(geometry, max_context, config=model_config) * batch_size
+    room = vram_gb * GIB * (1 - RESERVED)
+    run = _Run(geometry, weights, plain, batch_size, max_context, room, ppl_budget)
+    estimates = [_estimate(name, run) for name in KVPolicyName]
+    chosen = next((e.policy for e in estimates if e.fits_memory and e.within_budget and e.compression_ratio > 1), None)
     head = (
         f"{model_id}, {batch_size} × {max_context:,} tokens on {vram_gb:g} GiB: the weights take {weights / GIB:.2f} "
-        f"GiB, and a 16-bit cache of {geometry.num_layers} layers × {geometry.num_kv_heads} KV heads × "
-        f"{geometry.head_dim} would take {geometry.bytes_per_token() * tokens / GIB:.2f} GiB."
+        f"GiB, and a 16-bit cache ({geometry.num_layers} layers, {geometry.num_kv_heads} KV heads of "
+        f"{geometry.head_dim}) would take {plain / GIB:.2f} GiB."
     )
-    verdict = f"Chosen: {chosen}, the mildest that fits." if chosen else _what_would_fit(estimates, tokens)
+    verdict = f"Chosen: {chosen}, the mildest that fits." if chosen else _why_none(estimates, run)
     return PolicyChoice(chosen, "\n".join([head, *map(str, estimates), verdict]), estimates)
 
 
-def _estimate(name, geometry, weights, tokens, max_context, vram_gb, ppl_budget) -> Estimate:
-    policy, plain = POLICIES[name], geometry.bytes_per_token() * tokens
-    # Sinks weigh less the longer the context, and noise for more tokens than this tells nothing new
-    ratio = policy_ratio(policy, geometry, min(max_context, 4096))
-    kv = plain / ratio + EXPANSION * plain / geometry.num_layers
-    total, delta = weights + kv, measured_delta(name)
-    room = vram_gb * GIB * (1 - RESERVED)
+@dataclass(frozen=True)
+class _Run:
+    """What a run asks for, in bytes; plain: transformers' own 16-bit cache of all its sequences."""
+
+    geometry: Geometry
+    weights: int
+    plain: int
+    batch_size: int
+    max_context: int
+    room: float
+    ppl_budget: float
+
+
+def _estimate(name: KVPolicyName, run: _Run) -> Estimate:
+    held = policy_bytes(POLICIES[name], run.geometry, run.max_context) * run.batch_size
+    one_layer = run.geometry.bytes_per_token() * run.max_context * run.batch_size / run.geometry.num_layers
+    kv = held + EXPANSION * one_layer
+    total, delta = run.weights + kv, measured_delta(name)
     return Estimate(
-        name, ratio, kv / GIB, total / GIB, room / GIB, delta, total <= room, _within(delta, name, ppl_budget)
-    )
+        name, run.plain / held, kv / GIB, total / GIB, run.room / GIB, delta, total <= run.room,
+        _within(delta, name, run.ppl_budget),
+    )  # fmt: skip
 
 
 def _within(delta: float | None, name: KVPolicyName, ppl_budget: float) -> bool:
@@ -226,16 +242,23 @@ def _within(delta: float | None, name: KVPolicyName, ppl_budget: float) -> bool:
     return (POLICIES[name].ppl_budget if delta is None else delta) <= ppl_budget
 
 
-def _what_would_fit(estimates: list[Estimate], tokens: int) -> str:
+def _why_none(estimates: list[Estimate], run: _Run) -> str:
+    """Why no policy was chosen, and what would do."""
     smallest = min(estimates, key=lambda e: e.kv_gib)
-    left = smallest.room_gib - (smallest.total_gib - smallest.kv_gib)
+    left = run.room - run.weights
     if left <= 0:
         return "Nothing fits: the weights alone leave no room for a cache. Use a larger device or a smaller model."
+    if all(e.compression_ratio <= 1 for e in estimates):
+        return ("No policy saves anything: transformers' own cache forgets what a sliding window hides, these keep "
+                "every token. Use DynamicCache.")  # fmt: skip
+    if run.plain <= left:
+        return "Nothing that saves memory stays within the budget, but the uncompressed cache fits: use DynamicCache."
     if not any(e.fits_memory for e in estimates):
-        most = int(tokens * left / smallest.kv_gib)
+        most = int(run.batch_size * run.max_context * left / (smallest.kv_gib * GIB))
         return (f"Nothing fits. With {smallest.policy}, about {most:,} tokens over all sequences would: use a shorter "
                 "context, a smaller batch, or a larger device.")  # fmt: skip
-    return "Nothing fits: what fits the memory is over the perplexity budget. Raise the budget or shorten the context."
+    return ("Nothing fits: what fits the memory is over the perplexity budget. Raise ppl_budget, or ask for a shorter "
+            "context or a smaller batch.")  # fmt: skip
 
 
 def geometry_of(model_config, model_id: str) -> tuple[Geometry, int]:
@@ -269,12 +292,16 @@ def _laid_out(model_config, model_id: str) -> tuple[Geometry, int]:
     )
 
 
-def policy_ratio(policy: Policy, geometry: Geometry, tokens: int) -> float:
-    """Whole-KV compression at `tokens`, measured on one layer's cache: all layers are alike."""
-    plan = {"k": [policy.k], "v": [policy.v]}
-    k, v = build(plan, geometry.head_dim)
+def policy_bytes(policy: Policy, geometry: Geometry, tokens: int) -> float:
+    """Bytes that a policy holds for one sequence of `tokens`, measured on one layer, since all layers are alike.
+
+    From 4096 tokens on it is taken to grow in proportion: sinks and unused room weigh less and less.
+    """
+    k, v = build({"k": [policy.k], "v": [policy.v]}, geometry.head_dim)
     one_layer = Geometry(1, geometry.num_kv_heads, geometry.head_dim)
-    return compression_ratio(lambda: CompressedDynamicCache(k, v, sink_tokens=policy.sink_tokens), one_layer, tokens)
+    measured = min(tokens, 4096)
+    make = partial(CompressedDynamicCache, k, v, sink_tokens=policy.sink_tokens)
+    return held_bytes(make, one_layer, measured) * geometry.num_layers * tokens / measured
 
 
 def measured_delta(name: KVPolicyName) -> float | None:

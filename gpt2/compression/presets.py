@@ -17,7 +17,7 @@ import torch
 
 from gpt2 import results
 from gpt2.compression.calibration import SIDES, Calibration, calibration_folders, load_calibration, stand_in
-from gpt2.compression.codecs import BITS, IDENTITY, Compressor, codec_name, full_rank
+from gpt2.compression.codecs import BITS, Compressor, codec_name, full_rank
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.plan import TARGETS, Plan, Setting, build, needs_calibration_file, uniform
 from gpt2.errors import BadArtefact, CalibrationNotFound, PluginError
@@ -114,6 +114,7 @@ def check_preset(preset: dict, where: str = "preset") -> dict:
         else:
             expect(type(value) is kind, key, kind.__name__)
     expect(type(preset.get("folder", "")) is str, "folder", "a path")
+    expect(type(preset.get("name", "")) is str, "name", "a word")
     expect(preset["format"] == FORMAT, "format", repr(FORMAT))
     expect(preset["target"] in TARGETS, "target", "v, k or kv")
     for key in ("num_layers", "sink_tokens", "recent_tokens"):
@@ -128,16 +129,21 @@ def check_preset(preset: dict, where: str = "preset") -> dict:
 
 def _check_setting(setting: dict, head_dim: int, where: str) -> None:
     """Raise BadArtefact unless codec, rank and bits exist and fit together."""
-    try:
-        most = full_rank(codec_name(setting["codec"]), head_dim)
-    except PluginError as error:
-        raise BadArtefact(f"{where}: key 'codec': {error}") from error
+    most = full_rank_of(setting["codec"], head_dim, where)
     rank, bits = setting["rank"], setting["bits"]
     if type(rank) is not int or not 1 <= rank <= most:
         full = f"1 to head_dim {most}" if most == head_dim else f"1 to {most}, as {setting['codec']} has coordinates"
         raise BadArtefact(f"{where}: key 'rank': expected {full}, found {rank!r}")
     if type(bits) is not int or bits not in BITS:
         raise BadArtefact(f"{where}: key 'bits': expected {' or '.join(map(str, sorted(BITS)))}, found {bits!r}")
+
+
+def full_rank_of(codec, head_dim: int, where: str) -> int:
+    """Coordinates of a preset's codec. Raises BadArtefact for a name that isn't one's."""
+    try:
+        return full_rank(codec_name(codec), head_dim)
+    except PluginError as error:
+        raise BadArtefact(f"{where}: key 'codec': {error}") from error
 
 
 def _check_layers(preset: dict, where: str) -> None:
@@ -155,7 +161,8 @@ def _check_layers(preset: dict, where: str) -> None:
                 continue
             if not isinstance(setting, dict) or set(setting) != {"codec", "rank", "bits"}:
                 raise BadArtefact(f"{place}: expected null or codec, rank and bits, found {setting!r:.80}")
-            _check_setting(setting | {"rank": setting["rank"] or preset["rank"]}, preset["head_dim"], place)
+            full = full_rank_of(setting["codec"], preset["head_dim"], place)
+            _check_setting(setting | ({"rank": full} if setting["rank"] is None else {}), preset["head_dim"], place)
 
 
 def plan_of(preset: dict) -> Plan:
@@ -164,8 +171,7 @@ def plan_of(preset: dict) -> Plan:
     if layers := preset.get("layers"):
         plan = {side: layers.get(side) or [None] * L for side in SIDES}
         return {side: [setting and Setting(**setting) for setting in settings] for side, settings in plan.items()}
-    rank = None if preset["codec"] == IDENTITY else preset["rank"]
-    return uniform(preset["target"], L, Setting(preset["codec"], rank, preset["bits"]))
+    return uniform(preset["target"], L, Setting(preset["codec"], preset["rank"], preset["bits"]))
 
 
 def create_cache_from_preset(
@@ -221,12 +227,21 @@ def calibration_of(preset: dict, model: LoadedModel | None = None) -> Calibratio
 
 def preset_for_shape(preset: dict, model: LoadedModel) -> dict:
     """A preset on a model without weights, which has other layers: settings without figures, for speed and memory."""
-    if preset.get("layers") and preset["num_layers"] != model.geometry.num_layers:
+    head_dim, L = model.geometry.head_dim, model.geometry.num_layers
+    layers = preset.get("layers")
+    if layers and preset["num_layers"] != L:
         raise PluginError(f"preset for {preset['model']} has a setting for each of {preset['num_layers']} layers: "
-                          f"it can't be put on {model.geometry.num_layers}")  # fmt: skip
-    head_dim = model.geometry.head_dim
-    rank = full_rank(preset["codec"], head_dim) - full_rank(preset["codec"], preset["head_dim"]) + preset["rank"]
-    shape = {"num_layers": model.geometry.num_layers, "head_dim": head_dim, "rank": max(rank, 1)}
+                          f"it can't be put on {L}")  # fmt: skip
+
+    def scaled(setting: dict) -> dict:
+        """All coordinates stay all, a share of them stays that share."""
+        old, new = (full_rank(setting["codec"], width) for width in (preset["head_dim"], head_dim))
+        rank = old if setting["rank"] is None else setting["rank"]
+        return {"rank": new if rank == old else min(max(round(rank * head_dim / preset["head_dim"]), 1), new)}
+
+    shape = {"num_layers": L, "head_dim": head_dim, **scaled(preset)}
+    if layers:
+        shape["layers"] = {side: [s and s | scaled(s) for s in settings] for side, settings in layers.items()}
     measured = (*FIGURES, "figures", "figures_from", "made_by", "trials", "provenance")
     return check_preset({key: value for key, value in preset.items() if key not in measured} | shape)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from gpt2.compression.autotune import Cell, Trial
 from gpt2.compression.calibration import Calibration
 from gpt2.compression.compressed_cache import CompressedDynamicCache
-from gpt2.compression.plan import Setting, build
+from gpt2.compression.plan import TARGETS, Setting, build
 from gpt2.compression.sensitivity import ablate, plans
 from gpt2.evaluation import memory
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory, Scores, baseline_factory, compare, score
@@ -49,14 +49,15 @@ class Search:
         return partial(CompressedDynamicCache, k, v, sink_tokens=self.sink_tokens)
 
     def ablate(self, cells: Sequence[Cell], path: Path, text_sha256: str, provenance: dict) -> list[dict]:
-        """Every layer alone in the setting of every cell, on a quarter of the tuning text; `path` is resumed and written.
+        """Every layer alone in the setting of every cell, on a quarter of the tuning text; resumes and writes `path`.
 
         KL needs fewer tokens than perplexity for the same precision, and this is by far the most of a search.
         """
         part = self.tuning[: max(1, len(self.tuning) // 4)]
         settings = [Setting(self.codec, cell.rank, cell.bits) for cell in cells]
+        key = self.key(text_sha256) | {"ablated": list(part.shape)}
         rows = ablate(
-            self.loaded, part, self.calibration, self.target, settings, path=path, key=self.key(text_sha256),
+            self.loaded, part, self.calibration, self.target, settings, path=path, key=key,
             sink_tokens=self.sink_tokens, provenance=provenance, progress=self.bar("layer by layer", "layer"),
             chunk=self.chunk, batch_size=self.batch_size,
         )  # fmt: skip
@@ -64,7 +65,9 @@ class Search:
 
     def per_layer(self, rows: Sequence[dict], budget: float) -> list[Cell]:
         """Cells with a setting of its own for every layer, predicted near the budget by the rows of `ablate`."""
-        return [Cell.of_plan(plan) for plan in plans(rows, self.loaded.geometry, budget)]
+        found = plans(rows, self.loaded.geometry, budget)
+        mixed = [plan for plan in found if len({s for side in TARGETS[self.target] for s in plan[side]}) > 1]
+        return [Cell.of_plan(plan) for plan in mixed]  # the others are in the grid already
 
     def evaluate(self, cell: Cell) -> Trial:
         """A cell on tuning text, against a baseline that is scored once."""

@@ -25,7 +25,7 @@ from gpt2.compression.calibration import SIDES, Calibration
 from gpt2.compression.codecs import Compressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.plan import TARGETS, Plan, Setting, build, uniform
-from gpt2.errors import BadArtefact, PluginError
+from gpt2.errors import BadArtefact
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
 from gpt2.models import Geometry, LoadedModel
 
@@ -102,19 +102,18 @@ def plans(rows: Sequence[dict], geometry: Geometry, budget: float, count: int = 
 
     For a price λ of a byte every layer takes the setting with the least KL + λ · bytes; sweeping λ gives the lower
     convex hull of (bytes, ΣKL) over all assignments. budget: relative rise of perplexity, compared with ΣKL in nats;
-    plans predicted from a quarter of it to twice it are returned, least loss first.
+    plans predicted from a quarter of it to twice it are returned, least loss first, and always the smallest that is
+    predicted below twice it. None where even the mildest loses more.
     """
     items, nats = _choices(rows, geometry), math.log1p(budget)
-    near: list[Plan] = []
+    found: list[tuple[float, Plan]] = []
     for price in _prices(items):
         picks = {place: min(options, key=lambda o: o.kl + price * o.size) for place, options in items.items()}
-        plan = _plan(picks, geometry.num_layers)
-        if nats / 4 <= sum(o.kl for o in picks.values()) <= 2 * nats and plan not in near:
-            near.append(plan)
-    if not near:
-        raise PluginError(
-            f"no plan per layer is predicted near the budget {budget:+.1%}: try other --rank-grid or --bits"
-        )
+        loss, plan = sum(o.kl for o in picks.values()), _plan(picks, geometry.num_layers)
+        if loss <= 2 * nats and any(map(any, plan.values())) and plan not in [other for _, other in found]:
+            found.append((loss, plan))
+    # Prices rise, and with them the loss
+    near = [plan for index, (loss, plan) in enumerate(found) if loss >= nats / 4 or index == len(found) - 1]
     return [near[i] for i in np.linspace(0, len(near) - 1, min(count, len(near))).round().astype(int)]
 
 

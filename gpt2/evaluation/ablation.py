@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from gpt2.compression.calibration import Calibration
+from gpt2.compression.choice import from_policy
 from gpt2.compression.codecs import IDENTITY, Compressor, IdentityCompressor, Transform, quantizer_for_bits
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
-from gpt2.compression.kv_policies import KVPolicyName, preset_for_policy
-from gpt2.compression.plan import compressors_for
-from gpt2.compression.presets import compressors_from_preset
+from gpt2.compression.kv_policies import KVPolicyName
+from gpt2.compression.plan import Setting, compressors_for, fixed_transform
 from gpt2.evaluation.memory import compression_ratio
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory, compare, score
 from gpt2.models import LoadedModel
@@ -118,7 +118,8 @@ class Ablation:
         rows += [
             self._row("nullspace", "V PCA, one direction dropped", "v", d - 1),
             self._row("nullspace", "V random, one direction dropped", "v", d - 1, codec="random"),
-            *self._least_energy_of_w_v(),
+            *self._projected("V LN nullspace", self._helmert(), about_mean=(True,)),
+            *self._projected("V without the least direction of W_v", self._most_of_w_v()),
         ]
         for bits in (bits for bits in self.bits if bits < 16):
             rows += [
@@ -131,32 +132,45 @@ class Ablation:
             ]
         return rows
 
-    def _least_energy_of_w_v(self) -> list[Row]:
-        """Each head without the direction that its rows of W_v write least into; no row where a model has no v_proj."""
+    def _helmert(self) -> list[Tensor]:
+        geometry = self.calibration.geometry
+        E = fixed_transform(Setting("ln_nullspace"), geometry.head_dim).E
+        return [E.expand(geometry.num_kv_heads, -1, -1)] * geometry.num_layers
+
+    def _most_of_w_v(self) -> list[Tensor] | None:
+        """Per layer, all but the direction that a head's rows of W_v write least into; None without v_proj."""
         weights = [module.v_proj.weight for module in self.loaded.model.modules() if hasattr(module, "v_proj")]
         geometry = self.calibration.geometry
         if len(weights) != geometry.num_layers:
-            return []
-        v = []
-        for layer, weight in enumerate(weights):
-            heads = weight.detach().double().view(geometry.num_kv_heads, geometry.head_dim, -1)  # [H, d, hidden]
-            E = torch.linalg.svd(heads, full_matrices=False).U[:, :, : geometry.head_dim - 1]
-            mean = self.calibration.statistics.v.mean[layer].to(E.device)
-            transform = Transform(E, E.mT.contiguous(), mean).to(self.loaded.device, torch.float32)
-            v.append(Compressor(quantizer_for_bits(16), transform))
-        k = [IdentityCompressor()] * geometry.num_layers
-        make = partial(CompressedDynamicCache, k, v, sink_tokens=self.sink_tokens)
-        return [Row("nullspace", "V without the least direction of W_v", ("w_v",), make)]
+            return None
+        heads = [w.detach().double().cpu().view(geometry.num_kv_heads, geometry.head_dim, -1) for w in weights]
+        return [torch.linalg.svd(w, full_matrices=False).U[..., : geometry.head_dim - 1] for w in heads]
+
+    def _projected(self, label: str, bases: list[Tensor] | None, about_mean=(False, True)) -> list[Row]:
+        """V in every layer projected onto E [H, d, r]: about zero, and about its mean, which PCA gives back too."""
+        rows = []
+        for centred in about_mean if bases else ():
+            means = self.calibration.statistics.v.mean * float(centred)
+            v = [
+                Compressor(quantizer_for_bits(16), Transform(E, E.mT, mean).to(self.loaded.device, torch.float32))
+                for E, mean in zip(bases, means, strict=True)
+            ]
+            make = partial(CompressedDynamicCache, [IdentityCompressor()] * len(v), v, sink_tokens=self.sink_tokens)
+            name = label + (", about the mean" if centred else "")
+            rows.append(Row("nullspace", name, (name,), make))
+        return rows
 
     def _policies(self) -> list[Row]:
-        return [self._policy(name) for name in KVPolicyName]
-
-    def _policy(self, name: KVPolicyName) -> Row:
-        preset = preset_for_policy(self.loaded.model.config, self.loaded.spec, name)
-        k, v = compressors_from_preset(preset, self.loaded.device)
-        label = f"policy {name}"
-        make = partial(CompressedDynamicCache, k, v, sink_tokens=preset["sink_tokens"])
-        return Row("policies", label, (label,), make, {"policy": str(name)})
+        return [
+            Row(
+                "policies",
+                f"policy {name}",
+                ("policy", name),
+                from_policy(name, self.loaded).make,
+                {"policy": str(name)},
+            )
+            for name in KVPolicyName
+        ]
 
 
 def measure(

@@ -29,7 +29,8 @@ def cache_bytes(cache: Cache) -> int:
         seen.add(id(item))
         if isinstance(item, Tensor):
             storage = item.untyped_storage()
-            storages[item.device, storage.data_ptr()] = storage.nbytes()
+            # Without memory behind it a storage has no address, but is still one of its own
+            storages[item.device, storage.data_ptr() or storage._cdata] = storage.nbytes()
         elif isinstance(item, dict):
             waiting += item.values()
         elif isinstance(item, (list, tuple, set)):
@@ -49,16 +50,38 @@ def compression_ratio(
 ) -> float:
     """Bytes of a 16-bit DynamicCache over bytes that a cache of `make_cache` holds, for one sequence of `tokens`.
 
-    Both are measured, filled by a prompt of half the length and then in chunks of 64, with noise: sizes don't depend on
-    the values. dtype: of what the cache keeps exact. config: of the model; DynamicCache keeps only the window of
-    sliding layers.
+    config: of the model; DynamicCache keeps only the window of sliding layers. The rest as in `held_bytes`.
     """
-    cache, reference = make_cache(), DynamicCache(config=config)
+    return plain_bytes(geometry, tokens, config=config) / held_bytes(make_cache, geometry, tokens, dtype)
+
+
+def held_bytes(
+    make_cache: Callable[[], Cache], geometry: Geometry, tokens: int, dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """Bytes that a cache holds for one sequence of `tokens`, measured.
+
+    It is filled by a prompt of half the length and then in chunks of 64, with noise: sizes don't depend on the values.
+    dtype: of what the cache keeps exact.
+    """
+    cache = make_cache()
     shape = (1, geometry.num_kv_heads, tokens, geometry.head_dim)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     for chunk in (x[:, :, : tokens // 2], *x[:, :, tokens // 2 :].split(64, dim=2)):
-        for index, layer in enumerate(cache.layers):
+        for layer in cache.layers:
             # `update` would also expand all that is stored, which the size doesn't need
             layer.store(chunk, chunk)
-            reference.update(chunk.bfloat16(), chunk.bfloat16(), index)
-    return cache_bytes(reference) / cache_bytes(cache)
+    return cache_bytes(cache)
+
+
+def plain_bytes(geometry: Geometry, tokens: int, *, config=None) -> int:
+    """Bytes that transformers' own cache holds for one sequence of `tokens` in 16 bits; nothing is allocated.
+
+    config: of the model, whose sliding layers keep only their window; None takes every layer for a full one.
+    """
+    cache = DynamicCache(config=config)
+    shape = (1, geometry.num_kv_heads, tokens, geometry.head_dim)
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    for chunk in x.split([tokens - tokens // 2, tokens // 2] if tokens < 128 else [tokens - 64, 64], dim=2):
+        for index in range(geometry.num_layers):
+            cache.update(chunk, chunk, index)
+    return cache_bytes(cache)

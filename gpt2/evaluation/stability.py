@@ -5,7 +5,7 @@ told from what moved it:
 
     text         another window of the evaluation text; windows don't overlap
     calibration  other samples of the calibration text, for a cache that is calibrated
-    seed         other needle prompts, and other tokens in the speed test
+    seed         other needle prompts, and other tokens in the speed test; it can't move perplexity, KL or agreement
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from gpt2.models import LoadedModel
 
 FACTORS = ("text", "calibration", "seed")
 AS_GIVEN = "as given"
-# Record key to what people read; a larger figure is better for the last three
+MOVES_PREDICTIONS = ("text", "calibration")
+PREDICTIONS = ("ppl_delta", "kl_nats", "top1_agreement")
+# Record key to what people read
 METRICS = {
     "ppl_delta": "Δ perplexity",
     "kl_nats": "KL, nats",
@@ -61,6 +63,7 @@ class Setup:
     needle_length: int = 512
     needle_trials: int = 4
     speed_context: int = 512
+    distractors: int = 1
 
 
 def schedule(factors: Sequence[str], num_runs: int, seed: int = 0) -> list[Run]:
@@ -98,32 +101,48 @@ def measure(setup: Setup, run: Run, progress=iter) -> dict:
         batch_size=setup.batch_size,
         progress=progress,
     )
-    found = needle.accuracy(
+    answered = needle.accuracy(
         loaded, setup.haystack, caches, lengths=[setup.needle_length], depths=[0.1, 0.5, 0.9],
-        trials=setup.needle_trials, seed=run.seed,
+        trials=setup.needle_trials, seed=run.seed, distractors=setup.distractors,
     )  # fmt: skip
+    works = answered[BASELINE] >= needle.works_from(setup.distractors)
     speed = measure_cell(loaded, caches, setup.speed_context, 1, decode_tokens=8, repeats=3, seed=run.seed)
     timed = next(row for row in speed if row["cache"] == "compressed")
+    if "ratio_to_baseline" not in timed:
+        raise PluginError(
+            f"the speed test ran out of memory at {setup.speed_context} tokens: use a smaller --needle-length"
+        )
     return {
         **asdict(run),
         **compare(scores[BASELINE], scores["compressed"], run.seed),
-        "needle_accuracy": found["compressed"],
-        "needle_accuracy_baseline": found[BASELINE],
-        "needle_accuracy_change": found["compressed"] - found[BASELINE],
+        "needle_accuracy": answered["compressed"],
+        "needle_accuracy_baseline": answered[BASELINE],
+        "needle_baseline_works": works,
+        # Where the baseline itself fails, no change is no sign of anything
+        "needle_accuracy_change": answered["compressed"] - answered[BASELINE] if works else None,
         "token_ms": timed["token_ms_median"],
         "speed_ratio": timed["ratio_to_baseline"]["tokens_per_s_median"],
     }
 
 
 def summarize(rows: Sequence[dict]) -> list[dict]:
-    """Mean, standard deviation (of a sample) and range of every metric, for each factor with run 0 and for all runs."""
+    """Mean, standard deviation (of a sample) and range of every metric, for each factor with run 0 and for all runs.
+
+    Runs of a factor that can't move a metric are left out of its rows: copies would make a spread look smaller.
+    """
     factors = list(dict.fromkeys(row["factor"] for row in rows if row["factor"] != AS_GIVEN))
     groups = {factor: [row for row in rows if row["factor"] in (AS_GIVEN, factor)] for factor in factors}
-    return [
-        {"factor": factor, "metric": metric, **_spread([row[metric] for row in own])}
-        for factor, own in (groups | {"all": list(rows)}).items()
-        for metric in METRICS
-    ]
+    summary = []
+    for factor, own in (groups | {"all": list(rows)}).items():
+        for metric in METRICS:
+            moved = [row[metric] for row in own if _moves(row["factor"], metric) and row[metric] is not None]
+            if moved and (factor == "all" or _moves(factor, metric)):
+                summary.append({"factor": factor, "metric": metric, **_spread(moved)})
+    return summary
+
+
+def _moves(factor: str, metric: str) -> bool:
+    return factor in (*MOVES_PREDICTIONS, AS_GIVEN) or metric not in PREDICTIONS
 
 
 def _spread(values: Sequence[float]) -> dict:
@@ -134,14 +153,20 @@ def _spread(values: Sequence[float]) -> dict:
 def verdict(summary: Sequence[dict], max_delta: float, max_std: float) -> dict:
     """Stable when the worst run's Δ perplexity, and its deviation under the factor that moves it most, are in bounds.
 
-    Not the deviation over all runs: those of a factor that moves nothing would make it small.
+    Not the deviation over all runs, which would dilute one factor's with another's. `stable` is None where nothing was
+    varied that could move perplexity.
     """
     ppl = {row["factor"]: row for row in summary if row["metric"] == "ppl_delta"}
-    worst, runs = ppl["all"]["max"], ppl["all"]["runs"]
-    mover = max((row for factor, row in ppl.items() if factor != "all" or len(ppl) == 1), key=lambda row: row["std"])
+    over_all = ppl.pop("all")
+    limits = {"max_ppl_delta": max_delta, "max_std": max_std}
+    if not ppl:
+        line = f"no verdict: nothing was varied that moves perplexity (that is {' and '.join(MOVES_PREDICTIONS)})"
+        return {"stable": None, "line": line, **limits}
+    worst, mover = over_all["max"], max(ppl.values(), key=lambda row: row["std"])
     stable = worst <= max_delta and mover["std"] <= max_std
     line = (
-        f"{'stable' if stable else 'NOT stable'}: worst Δ perplexity {worst:+.2%} (limit {max_delta:+.2%}) over {runs} "
-        f"runs, largest standard deviation {mover['std']:.2%} (limit {max_std:.2%}), by {mover['factor']}"
+        f"{'stable' if stable else 'NOT stable'}: worst Δ perplexity {worst:+.2%} (limit {max_delta:+.2%}) over "
+        f"{over_all['runs']} runs, largest standard deviation {mover['std']:.2%} (limit {max_std:.2%}), by "
+        f"{mover['factor']}"
     )
-    return {"stable": stable, "line": line, "max_ppl_delta": max_delta, "max_std": max_std}
+    return {"stable": stable, "line": line, **limits}

@@ -73,7 +73,10 @@ def needs_calibration(codec: str) -> bool:
 def full_rank(codec: str, head_dim: int) -> int:
     """Coordinates that a codec stores of a head's vector when no rank is cut."""
     basis = basis_of(codec)
-    return basis.full_rank(head_dim) if basis else head_dim
+    rank = basis.full_rank(head_dim) if basis else head_dim
+    if rank < 1:
+        raise PluginError(f"codec {codec} leaves nothing of a head_dim of {head_dim}")
+    return rank
 
 
 def codec_name(name: str) -> str:

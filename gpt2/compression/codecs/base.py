@@ -131,12 +131,13 @@ class FixedBasis(Basis):
     def transform(self, width: int) -> Transform:
         """For vectors of `width` channels: E [1, width, r], D [1, r, width], mean [1, width], float64."""
 
+    @abstractmethod
+    def full_rank(self, width: int) -> int:
+        """Coordinates of `transform`, without making it."""
+
     def fit(self, moments: Moments, layer: int) -> tuple[Transform, Tensor]:
         transform = self.transform(moments.mean.shape[-1])
         return transform, moments.through(transform, layer).covariance(0).diagonal(dim1=-2, dim2=-1)
-
-    def full_rank(self, width: int) -> int:
-        return self.transform(width).rank
 
 
 class Composed(Basis):
@@ -145,7 +146,9 @@ class Composed(Basis):
     def __init__(self, first: Basis, second: Basis):
         self.first, self.second = first, second
         self.name = f"{first.name}+{second.name}"
-        self.calibrated = first.calibrated or second.calibrated
+        self.calibrated = second.calibrated
+        if first.calibrated and not second.calibrated:  # its coordinates would lose their order
+            raise PluginError(f"codec {self.name}: {second.name} needs no calibration and can only come first")
 
     def fit(self, moments: Moments, layer: int) -> tuple[Transform, Tensor]:
         first, _ = self.first.fit(moments, layer)

@@ -17,6 +17,9 @@ class LayerNormNullspace(FixedBasis):
 
     name = "ln_nullspace"
 
+    def full_rank(self, width: int) -> int:
+        return width - 1
+
     def transform(self, width: int) -> Transform:
         E = torch.zeros(width, width - 1, dtype=torch.float64)
         for j in range(1, width):

@@ -1,0 +1,191 @@
+"""Prompts of the needle test: one sentence in a long text, sentences like it about others, a question at the end.
+
+    text … "The locker number of Anna is 48213." … text … "The locker number of Tom is 90157." … text
+    "Question: What is the locker number of Anna?  Answer: The locker number of Anna is"
+
+Prompts are put together from token ids, not from text: then a prompt has exactly as many tokens as it should have, and
+nothing that comes later cuts the needle or takes it away. Every prompt is checked for it all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gpt2.data import start_tokens
+from gpt2.errors import PluginError
+
+NAMES = "Anna Peter Maria Thomas Laura Henry Julia Oscar Simon Emily Victor Diana Martin Sophie George Helen"
+TOWNS = "Lisbon Vienna Dublin Prague Athens Cairo Madrid Berlin London Boston Denver Tokyo Sydney Milan Geneva Oslo"
+COUNTRIES = "Norway Spain Poland Greece Turkey Brazil Canada Mexico Egypt Kenya India Japan Chile Peru Sweden Austria"
+
+
+@dataclass(frozen=True)
+class Template:
+    """One form of needle.
+
+    sentence: with {subject} and {answer}. question: with {subject}; the answer would follow after a space.
+    answers, subjects: words to choose from; without answers it is five digits.
+    """
+
+    name: str
+    sentence: str
+    question: str
+    answers: str = ""
+    subjects: str = NAMES
+
+    def draw(self, rng: np.random.Generator, count: int, taken: str) -> list[tuple[str, str]]:
+        """`count` different subjects with different answers, none of which is in the text `taken`."""
+        numbers = rng.integers(10_000, 100_000, size=10 * count).astype(str).tolist()
+        picked = []
+        for words in (self.subjects.split(), self.answers.split() or numbers):
+            free = [word for word in dict.fromkeys(words) if word not in taken]
+            if len(free) < count:
+                raise PluginError(
+                    f"needle template {self.name!r} has no {count} subjects and answers that the text hasn't: use "
+                    "fewer --distractors, shorter --context-lengths or another --text"
+                )
+            picked.append(rng.choice(free, size=count, replace=False).tolist())
+        return list(zip(*picked, strict=True))
+
+
+# With the question before the answer's beginning, SmolLM2-135M finds at 2,048 tokens what it otherwise doesn't
+TEMPLATES = (
+    Template(
+        "locker",
+        "The locker number of {subject} is {answer}.",
+        "Question: What is the locker number of {subject}?\nAnswer: The locker number of {subject} is",
+    ),
+    Template(
+        "town",
+        "The home town of {subject} is {answer}.",
+        "Question: What is the home town of {subject}?\nAnswer: The home town of {subject} is",
+        TOWNS,
+    ),
+    Template(
+        "account",
+        "The account number of {subject} is {answer}.",
+        "Question: What is the account number of {subject}?\nAnswer: The account number of {subject} is",
+    ),
+    Template(
+        "country",
+        "{subject} comes from {answer}.",
+        "Question: Where does {subject} come from?\nAnswer: {subject} comes from",
+        COUNTRIES,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question. ids: [T], what the model reads; answer_ids: [n], what should follow; needle: its [start, end)."""
+
+    ids: Tensor
+    answer: str
+    answer_ids: Tensor
+    needle: tuple[int, int]
+    template: str
+    other_answers: tuple[str, ...]  # the distractors'
+
+
+@dataclass(frozen=True)
+class Needles:
+    """Builds prompts. haystack: token ids [n] of ordinary text, and its name for errors; distractors: per prompt.
+
+    A context length counts the prompt and room for the answer: prompts have exactly `length − max_new_tokens` tokens.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    haystack: Tensor
+    templates: Sequence[Template] = TEMPLATES
+    distractors: int = 1
+    max_new_tokens: int = 12
+    haystack_name: str = "the text"
+
+    def build(self, length: int, depth: float, trial: int, seed: int = 0) -> Prompt:
+        """The prompt of a cell's trial: it depends on these four numbers, not on what else is measured.
+
+        depth: share of the haystack's tokens before the needle, 0 … 1. Raises PluginError where the context or the
+        text is too short, or the needle doesn't arrive whole.
+        """
+        self._check_cell(length, depth)
+        rng = np.random.default_rng([seed % 2**32, trial, length, round(depth * 10_000)])
+        template = self.templates[trial % len(self.templates)]
+        begin = int(rng.integers(len(self.haystack) - length + 1))
+        window = self.haystack[begin : begin + length]
+        drawn = template.draw(rng, 1 + self.distractors, self.tokenizer.decode(window))
+        sentences = [self._tokens(f"\n{template.sentence}\n".format(subject=s, answer=a)) for s, a in drawn]
+        question, answer_ids = self._question(template, *drawn[0])
+
+        start = start_tokens(self.tokenizer)
+        fixed = len(start) + len(question) + sum(map(len, sentences)) + self.max_new_tokens
+        space = length - fixed  # tokens of haystack
+        if space < 1:
+            raise PluginError(
+                f"a context of {length} tokens has no room for needle, {self.distractors} distractors, question and "
+                f"answer: use --context-lengths {fixed + 1} or more"
+            )
+        places = [round(depth * space), *rng.integers(space + 1, size=self.distractors).tolist()]
+        ids, first = _insert(window[:space], sentences, places)
+        needle = (len(start) + first, len(start) + first + len(sentences[0]))
+        others = tuple(answer for _, answer in drawn[1:])
+        prompt = Prompt(torch.cat((start, ids, question)), drawn[0][1], answer_ids, needle, template.name, others)
+        self._check(prompt, sentences[0], question, length)
+        return prompt
+
+    def _check_cell(self, length: int, depth: float) -> None:
+        if not 0 <= depth <= 1:
+            raise PluginError(f"needle position {depth} is out of range: 0 is the text's beginning, 1 its end")
+        if length > len(self.haystack):
+            raise PluginError(
+                f"{self.haystack_name} has {len(self.haystack):,} tokens, fewer than a context of {length:,}: give a "
+                "longer --text or shorter --context-lengths"
+            )
+
+    def _tokens(self, text: str) -> Tensor:
+        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+
+    def _question(self, template: Template, subject: str, answer: str) -> tuple[Tensor, Tensor]:
+        """Tokens of the question, and of the answer as it follows in one text with the question."""
+        text = f"\n{template.question}".format(subject=subject)
+        question, both = self._tokens(text), self._tokens(f"{text} {answer}")
+        answer_ids = both[len(question) :]
+        if not torch.equal(both[: len(question)], question) or self.tokenizer.decode(answer_ids).strip() != answer:
+            raise PluginError(
+                f"needle template {template.name!r}: this tokenizer doesn't give the answer {answer!r} back from "
+                "tokens of its own"
+            )
+        if (n := len(answer_ids)) >= self.max_new_tokens:
+            raise PluginError(f"the answer {answer!r} has {n} tokens: use --max-new-tokens {n + 1} or more")
+        return question, answer_ids
+
+    def _check(self, prompt: Prompt, sentence: Tensor, question: Tensor, length: int) -> None:
+        """A needle that isn't there, or not whole, would make every cache look bad, or no loss look like one."""
+        held = prompt.ids[slice(*prompt.needle)]
+        problems = {
+            "the needle is not whole": not torch.equal(held, sentence),
+            "the answer can't be read from the needle": prompt.answer not in self.tokenizer.decode(held),
+            "the question is not at the end": not torch.equal(prompt.ids[-len(question) :], question),
+            "its length is wrong": len(prompt.ids) != length - self.max_new_tokens,
+        }
+        if any(problems.values()):
+            what = ", ".join(text for text, there in problems.items() if there)
+            raise PluginError(f"needle prompt of {len(prompt.ids)} tokens for a context of {length}: {what}")
+
+
+def _insert(haystack: Tensor, sentences: Sequence[Tensor], places: Sequence[int]) -> tuple[Tensor, int]:
+    """The haystack with sentences put before its tokens at `places`; where the first sentence begins."""
+    parts, done, size, first = [], 0, 0, 0
+    for index in sorted(range(len(places)), key=places.__getitem__):
+        parts += [haystack[done : places[index]], sentences[index]]
+        size += places[index] - done
+        if index == 0:
+            first = size
+        size += len(sentences[index])
+        done = places[index]
+    return torch.cat((*parts, haystack[done:])), first
