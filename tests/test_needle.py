@@ -110,7 +110,7 @@ def test_prompts_differ_by_trial_seed_and_cell_and_by_nothing_else(builder):
 
 
 BAD_CELLS = [
-    ({"length": 100}, "a context of 100 tokens has no room for needle, 1 distractors, question and answer: use"),
+    ({"length": 100}, "a context of 100 tokens has no room for needle, distractors \\(1\\), question and answer: use"),
     ({"length": 3001}, "the text has 3,000 tokens, fewer than a context of 3,001"),
     ({"depth": 1.1}, "needle position 1.1 is out of range"),
     ({"depth": -0.1}, "needle position -0.1 is out of range"),
@@ -370,6 +370,11 @@ def test_the_summary_counts_pairs():
     assert summary["logprob_change_nats"] == pytest.approx(-2 / 12)
     low, high = summary["logprob_change_nats_interval"]
     assert low < -2 / 12 < high
+
+
+def test_one_prompt_has_no_interval():
+    (summary,) = needle.summarize(rows_of({BASELINE: {0.5: [1]}, "small": {0.5: [0]}}))
+    assert summary["logprob_change_nats"] == -1 and summary["logprob_change_nats_interval"] is None
 
 
 def test_the_sign_test_is_exact():

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt2 import data, models, results
 from gpt2.compression.calibration import calibrate, save_calibration
+from gpt2.compression.choice import from_policy, from_preset
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
+from gpt2.compression.kv_policies import KVPolicyName
 from gpt2.compression.plan import compressors_for
 from gpt2.compression.presets import create_cache_from_preset, get_preset_info
+from gpt2.evaluation import needle
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
 
 pytestmark = pytest.mark.real
@@ -130,3 +134,30 @@ def test_built_in_presets_that_need_no_calibration_work_in_a_fresh_clone(loaded,
     outputs = loaded.model.generate(**inputs, past_key_values=cache, max_new_tokens=4, do_sample=False)
     reference = loaded.model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert torch.equal(outputs, reference)
+
+
+def test_a_needle_is_found_by_the_baseline_and_by_four_bit_values(loaded, text):
+    """Without the baseline above chance, the needle test could tell nothing about any cache."""
+    haystack = text.tokens("evaluation", loaded.tokenizer)
+    caches = {BASELINE: baseline_factory(loaded), "int4": from_preset("int4-vonly", loaded).make}
+    many = "+".join(["ln_nullspace"] * 40)  # a cache that loses most of what it was given
+    lossy = compressors_for("kv", 16, 30, None, codec=many, head_dim=64)
+    caches["lossy"] = partial(CompressedDynamicCache, *lossy)
+    found = needle.accuracy(loaded, haystack, caches, lengths=[256], depths=[0.2, 0.8], trials=2)
+    assert found[BASELINE] >= needle.works_from(1) and found["int4"] >= found[BASELINE] > found["lossy"]
+
+
+def test_policies_cost_what_their_order_says(loaded, text):
+    segments = text.segments("evaluation", loaded.tokenizer, 512, 1)
+    caches = {name: from_policy(name, loaded).make for name in KVPolicyName}
+    scores = score(loaded, segments, {BASELINE: baseline_factory(loaded)} | caches, batch_size=1)
+    kl = [compare(scores[BASELINE], scores[name])["kl_nats"] for name in KVPolicyName]
+    assert kl == sorted(kl) and kl[0] < 0.002 < kl[1] < 0.02 < kl[2]
+
+
+def test_dropping_the_all_ones_direction_is_not_free(loaded, text):
+    """The guide takes it for free; cached values have a mean over their channels like any other coordinate."""
+    segments = text.segments("evaluation", loaded.tokenizer, 512, 1)
+    make = partial(CompressedDynamicCache, *compressors_for("v", 16, 30, None, codec="ln_nullspace", head_dim=64))
+    scores = score(loaded, segments, {BASELINE: baseline_factory(loaded), "nullspace": make}, batch_size=1)
+    assert compare(scores[BASELINE], scores["nullspace"])["kl_nats"] > 0.005
