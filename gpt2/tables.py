@@ -161,10 +161,10 @@ def layer_ablation(record: dict, _: list[str]) -> str:
             key=lambda row: -row["kl_nats"],
         )
         most, least = (
-            ", ".join(f"{row['layer']} ({row['kl_nats']:.5f})" for row in some) for some in (own[:3], own[-3:])
+            ", ".join(f"{row['layer']} ({row['kl_nats']:.2g})" for row in some) for some in (own[:3], own[-3:])
         )
         total = sum(row["kl_nats"] for row in own)
-        lines.append(f"| {side.upper()} rank {rank}, {bits} bits | {total:.4f} | {most} | {least} |")
+        lines.append(f"| {side.upper()} rank {rank}, {bits} bits | {total:.2g} | {most} | {least} |")
     return "\n".join(lines) + f"\n\nKL in nats on {record['rows'][0]['tokens']:,} tokens of {record['text']}, by layer."
 
 

@@ -36,7 +36,7 @@ def parse() -> argparse.Namespace:
     cli.add_text_flags(p)
     cli.add_cache_flags(p, several=True)
     p.add_argument("--context-lengths", type=cli.int_list, default=[512, 1024, 2048], help="tokens, prompt and answer")
-    p.add_argument("--needle-positions", type=positions, default=[0.1, 0.3, 0.5, 0.7, 0.9], help="share before it")
+    p.add_argument("--needle-positions", type=positions, default=[0.1, 0.3, 0.5, 0.7, 0.9], help="share of text before")
     p.add_argument("--num-trials", type=cli.positive_int, default=5, help="prompts per length and position")
     p.add_argument("--distractors", type=cli.natural, default=1, help="needles about others in each prompt")
     p.add_argument("--max-new-tokens", type=cli.positive_int, default=12, help="tokens to generate")
@@ -88,13 +88,14 @@ def print_cells(name: str, cells: list[dict]) -> None:
 
 
 def print_summary(s: dict) -> None:
-    low, high = s["logprob_change_nats_interval"]
+    edges = s["logprob_change_nats_interval"]
+    interval = f"[{edges[0]:+.3f}, {edges[1]:+.3f}]" if edges else "(one prompt, no interval)"
     print(f"{s['cache']} matches the baseline at {s['cells_matched']} of {s['cells_where_baseline_works']} cells where "
           f"the baseline works, of {s['cells']} in all")  # fmt: skip
     print(f"all {s['prompts']} prompts: exact match {s['exact_match']:.1%}, baseline {s['baseline_exact_match']:.1%}; "
           f"{s['only_baseline_right']} right with the baseline only, {s['only_compressed_right']} with the compressed "
           f"cache only (sign test p = {s['sign_test_p']:.2g}); log p {s['logprob_change_nats']:+.3f} nats per answer "
-          f"[{low:+.3f}, {high:+.3f}]")  # fmt: skip
+          f"{interval}")  # fmt: skip
 
 
 def print_bytes(cells: list[dict], dtype: str) -> None:

@@ -98,7 +98,7 @@ def _answer_log_p(loaded: LoadedModel, cache: Cache, prompt: Prompt) -> float:
     """Log-probability of the answer, in nats, from a cache that holds the prompt without its last token."""
     fed = torch.cat((prompt.ids[-1:], prompt.answer_ids[:-1]))[None].to(loaded.device)
     logits = loaded.model(fed, past_key_values=cache, use_cache=True).logits[0].float()
-    wanted = prompt.answer_ids[:, None].to(loaded.device)
+    wanted = prompt.answer_ids[:, None].to(logits.device)
     return float(torch.log_softmax(logits, dim=-1).gather(-1, wanted).sum())
 
 
@@ -204,6 +204,7 @@ def _paired(reference: Sequence[dict], own: Sequence[dict], seed: int) -> dict:
     change = np.array(
         [b["answer_logprob_nats"] - a["answer_logprob_nats"] for a, b in zip(reference, own, strict=True)]
     )
+    interval = list(mean_interval(change, seed)) if len(change) > 1 else None  # one prompt has no spread
     return {
         "prompts": len(right),
         "baseline_exact_match": _mean(first for first, _ in right),
@@ -212,7 +213,7 @@ def _paired(reference: Sequence[dict], own: Sequence[dict], seed: int) -> dict:
         "only_compressed_right": won,
         "sign_test_p": sign_test(lost, won),
         "logprob_change_nats": float(change.mean()),
-        "logprob_change_nats_interval": list(mean_interval(change, seed)),
+        "logprob_change_nats_interval": interval,
     }
 
 

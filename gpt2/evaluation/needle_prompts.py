@@ -54,7 +54,7 @@ class Template:
         return list(zip(*picked, strict=True))
 
 
-# With the question before the answer's beginning, SmolLM2-135M finds at 2,048 tokens what it otherwise doesn't
+# A question before the beginning of its answer helps: SmolLM2-135M then finds more at 2,048 tokens
 TEMPLATES = (
     Template(
         "locker",
@@ -127,8 +127,8 @@ class Needles:
         space = length - fixed  # tokens of haystack
         if space < 1:
             raise PluginError(
-                f"a context of {length} tokens has no room for needle, {self.distractors} distractors, question and "
-                f"answer: use --context-lengths {fixed + 1} or more"
+                f"a context of {length} tokens has no room for needle, distractors ({self.distractors}), question "
+                f"and answer: use --context-lengths {fixed + 1} or more"
             )
         places = [round(depth * space), *rng.integers(space + 1, size=self.distractors).tolist()]
         ids, first = _insert(window[:space], sentences, places)
