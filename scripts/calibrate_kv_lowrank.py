@@ -10,7 +10,6 @@ turn keys, and a basis doesn't hold for positions that it never saw. Beside the 
 lose in every layer.
 """
 
-
 from tqdm import tqdm
 
 from gpt2 import cli, data, models, plots, results
