@@ -95,7 +95,7 @@ def add_text_flags(p: argparse.ArgumentParser) -> None:
         help="embedded, wikitext2, a file, or a folder with *valid*.txt and *test*.txt; "
         "by default embedded for the embedded model, else wikitext2",
     )
-    p.add_argument("--seed", type=int, default=0, help="draws the calibration windows and the bootstrap")
+    p.add_argument("--seed", type=int, default=0, help="draws calibration windows, needle prompts and the bootstrap")
 
 
 def add_calibration_flags(p: argparse.ArgumentParser) -> None:
