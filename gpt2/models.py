@@ -95,10 +95,8 @@ def load(spec: str = EMBEDDED, device: str = "auto", dtype: str = "auto") -> Loa
     target = resolve_device(device)
     if not sys.stderr.isatty():  # a log file wants no progress bars
         transformers.utils.logging.disable_progress_bar()
-    source = embedded_folder() if spec == EMBEDDED else _source(spec)
+    config, source = read_config(spec), _source(spec)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        refuse_unsupported(config, spec)
         model, report = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=resolve_dtype(dtype, target), output_loading_info=True,
             trust_remote_code=False, device_map=SPREAD.get(device),
@@ -109,7 +107,7 @@ def load(spec: str = EMBEDDED, device: str = "auto", dtype: str = "auto") -> Loa
     except Exception as error:  # a damaged folder shows as anything from a parser's to a shape's error
         if is_out_of_memory(error):
             raise
-        raise PluginError(f"can't load model {spec!r}: {_first_line(error)}. {_hint(spec)}") from error
+        raise PluginError(_cant_load(spec, error)) from error
     if missing := sorted(report["missing_keys"]):  # transformers would fill them with noise and only log it
         raise PluginError(f"model {spec!r}: its files lack {len(missing)} weights that its config asks for, such as "
                           f"{missing[0]}: the checkpoint and its config.json don't belong together")  # fmt: skip
@@ -118,6 +116,17 @@ def load(spec: str = EMBEDDED, device: str = "auto", dtype: str = "auto") -> Loa
     else:
         model = model.to(target)
     return wrap(model, tokenizer, spec)
+
+
+def read_config(spec: str) -> transformers.PretrainedConfig:
+    """A model's config, without its weights. Raises PluginError, as `load` does, where there is none to be had."""
+    source = _source(spec)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a damaged file shows as anything
+        raise PluginError(_cant_load(spec, error)) from error
+    refuse_unsupported(config, spec)
+    return config
 
 
 def refuse_offloaded(model: PreTrainedModel, spec: str, target: torch.device) -> None:
@@ -237,10 +246,14 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
+def cache_folder() -> Path:
+    """Where what is made once and used again lies: KV_PLUGIN_CACHE, or a folder in the user's own."""
+    return Path(os.environ.get("KV_PLUGIN_CACHE", Path.home() / ".cache" / "kv-plugin"))
+
+
 def embedded_folder() -> Path:
     """Folder of the embedded model as safetensors; converted from its package's GGUF file on first use."""
-    root = Path(os.environ.get("KV_PLUGIN_CACHE", Path.home() / ".cache" / "kv-plugin"))
-    folder = root / f"{EMBEDDED_PACKAGE.replace('==', '-')}"
+    folder = cache_folder() / f"{EMBEDDED_PACKAGE.replace('==', '-')}"
     if not (folder / "config.json").exists():
         _convert_embedded(folder)
     return folder
@@ -277,6 +290,9 @@ def _dequantize() -> dict:
 
 
 def _source(spec: str) -> str:
+    """Folder or hub id of a spec, as transformers takes it."""
+    if spec == EMBEDDED:
+        return str(embedded_folder())
     folder = Path(spec).expanduser()
     if (folder / "config.json").exists():
         return str(folder)
@@ -285,6 +301,10 @@ def _source(spec: str) -> str:
     if not spec or spec.startswith((".", "/", "~")) or ("/" in spec and folder.exists()):
         raise PluginError(f"no model in {spec!r}: expected a folder with a config.json, as save_pretrained writes it")
     return spec
+
+
+def _cant_load(spec: str, error: Exception) -> str:
+    return f"can't load model {spec!r}: {_first_line(error)}. {_hint(spec)}"
 
 
 def _hint(spec: str) -> str:

@@ -38,7 +38,7 @@ def main() -> None:
     loaded = models.load(args.model, args.device, args.dtype)
     output = args.output or results.RESULTS / "runs" / f"benchmark_calibration_{loaded.slug}.json"
     text = data.load_text(args.text, args.model)
-    windows = text.segments("calibration", loaded.tokenizer, args.seq_len, args.repeats + 1)
+    windows = text.segments("calibration", loaded, args.seq_len, args.repeats + 1)
     times = [time_all(loaded, window, turn) for turn, window in enumerate(windows)][1:]  # the first one warms up
     ratios = {name: statistics.median(t["capture"] / t[name] for t in times) for name in ("body", "with_logits")}
     for name, ratio in ratios.items():

@@ -53,7 +53,7 @@ def main() -> None:
     chosen = cli.chosen_caches(args, loaded)
     caches = {BASELINE: baseline_factory(loaded)} | {choice.label: choice.make for choice in chosen}
     rows = needle.measure(
-        loaded, text.tokens("evaluation", loaded.tokenizer), caches,
+        loaded, text.tokens("evaluation", loaded), caches,
         lengths=args.context_lengths, depths=args.needle_positions, trials=args.num_trials, seed=args.seed,
         prefill_chunk=args.prefill_chunk, distractors=args.distractors, max_new_tokens=args.max_new_tokens,
         haystack_name=f"the evaluation part of text {text.name!r}", progress=cli.bar("needles", "prompt"),

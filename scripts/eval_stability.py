@@ -88,7 +88,8 @@ def prepare(args, loaded: models.LoadedModel, text: data.Text, choice: CacheChoi
     loaded.require_context(args.needle_length, "--needle-length")
     loaded.require_context(speed_context, "--needle-length", after=8)
     per_run = args.eval_tokens // length
-    segments = text.segments("evaluation", loaded.tokenizer, length, flag="--eval-seq-len")
+    haystack = text.tokens("evaluation", loaded)
+    segments = text.segments("evaluation", loaded, length, num_windows * per_run, flag="--eval-seq-len")
 
     @cache
     def make(number: int):
@@ -101,8 +102,8 @@ def prepare(args, loaded: models.LoadedModel, text: data.Text, choice: CacheChoi
         return from_preset(choice.preset, loaded, other).make
 
     return Setup(
-        loaded, stability.windows_of(segments, num_windows, per_run), text.tokens("evaluation", loaded.tokenizer), make,
-        args.chunk, args.batch_size, args.needle_length, args.needle_trials, speed_context,
+        loaded, stability.windows_of(segments, num_windows, per_run), haystack, make, args.chunk, args.batch_size,
+        args.needle_length, args.needle_trials, speed_context,
     )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt2 import data, models, results
-from gpt2.compression.calibration import calibrate, save_calibration
+from gpt2.compression.calibration import calibrate
+from gpt2.compression.calibration_file import save_calibration
 from gpt2.compression.choice import from_policy, from_preset
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.kv_policies import KVPolicyName
@@ -55,7 +56,7 @@ def figures(loaded, text, calibration):
         "rank 48, random": cache(16, 48, "random", 4),
         "rank 60, no sinks": cache(16, 60, "pca", 0),
     }
-    segments = text.segments("evaluation", loaded.tokenizer, 512, 2)
+    segments = text.segments("evaluation", loaded, 512, 2)
     scores = score(loaded, segments, caches, batch_size=2)
     return {name: compare(scores[BASELINE], scores[name]) for name in caches}
 
@@ -138,7 +139,7 @@ def test_built_in_presets_that_need_no_calibration_work_in_a_fresh_clone(loaded,
 
 def test_a_needle_is_found_by_the_baseline_and_by_four_bit_values(loaded, text):
     """Without the baseline above chance, the needle test could tell nothing about any cache."""
-    haystack = text.tokens("evaluation", loaded.tokenizer)
+    haystack = text.tokens("evaluation", loaded)
     caches = {BASELINE: baseline_factory(loaded), "int4": from_preset("int4-vonly", loaded).make}
     many = "+".join(["ln_nullspace"] * 40)  # a cache that loses most of what it was given
     lossy = compressors_for("kv", 16, 30, None, codec=many, head_dim=64)
@@ -148,7 +149,7 @@ def test_a_needle_is_found_by_the_baseline_and_by_four_bit_values(loaded, text):
 
 
 def test_policies_cost_what_their_order_says(loaded, text):
-    segments = text.segments("evaluation", loaded.tokenizer, 512, 1)
+    segments = text.segments("evaluation", loaded, 512, 1)
     caches = {name: from_policy(name, loaded).make for name in KVPolicyName}
     scores = score(loaded, segments, {BASELINE: baseline_factory(loaded)} | caches, batch_size=1)
     kl = [compare(scores[BASELINE], scores[name])["kl_nats"] for name in KVPolicyName]
@@ -157,7 +158,7 @@ def test_policies_cost_what_their_order_says(loaded, text):
 
 def test_dropping_the_all_ones_direction_is_not_free(loaded, text):
     """The guide takes it for free; cached values have a mean over their channels like any other coordinate."""
-    segments = text.segments("evaluation", loaded.tokenizer, 512, 1)
+    segments = text.segments("evaluation", loaded, 512, 1)
     make = partial(CompressedDynamicCache, *compressors_for("v", 16, 30, None, codec="ln_nullspace", head_dim=64))
     scores = score(loaded, segments, {BASELINE: baseline_factory(loaded), "nullspace": make}, batch_size=1)
     assert compare(scores[BASELINE], scores["nullspace"])["kl_nats"] > 0.005
