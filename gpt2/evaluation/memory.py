@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
@@ -27,7 +28,10 @@ def cache_bytes(cache: Cache) -> int:
         if id(item) in seen or isinstance(item, (Compressor, type)):
             continue
         seen.add(id(item))
-        if isinstance(item, Tensor):
+        if is_traceable_wrapper_subclass(item):
+            # Such as quanto's: it claims the size of what it stands for, and only its inner tensors have memory
+            waiting += [getattr(item, name) for name in item.__tensor_flatten__()[0]]
+        elif isinstance(item, Tensor):
             storage = item.untyped_storage()
             # Without memory behind it a storage has no address, but is still one of its own
             storages[item.device, storage.data_ptr() or storage._cdata] = storage.nbytes()
@@ -56,20 +60,26 @@ def compression_ratio(
 
 
 def held_bytes(
-    make_cache: Callable[[], Cache], geometry: Geometry, tokens: int, dtype: torch.dtype = torch.bfloat16
+    make_cache: Callable[[], Cache],
+    geometry: Geometry,
+    tokens: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    chunk: int | None = None,
 ) -> int:
     """Bytes that a cache holds for one sequence of `tokens`, measured.
 
-    It is filled by a prompt of half the length and then in chunks of 64, with noise: sizes don't depend on the values.
-    dtype: of what the cache keeps exact.
+    It is filled with noise: sizes don't depend on the values. dtype: of what the cache keeps exact. chunk: tokens that
+    are fed at a time, as streamed perplexity does; None feeds a prompt of half the length and then chunks of 64.
     """
     cache = make_cache()
     shape = (1, geometry.num_kv_heads, tokens, geometry.head_dim)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    for chunk in (x[:, :, : tokens // 2], *x[:, :, tokens // 2 :].split(64, dim=2)):
+    pieces = x.split(chunk, dim=2) if chunk else (x[:, :, : tokens // 2], *x[:, :, tokens // 2 :].split(64, dim=2))
+    for piece in pieces:
         for layer in cache.layers:
-            # `update` would also expand all that is stored, which the size doesn't need
-            layer.store(chunk, chunk)
+            # `update` would also expand all that is stored, which the size doesn't need; others' caches have only that
+            getattr(layer, "store", layer.update)(piece, piece)
     return cache_bytes(cache)
 
 

@@ -1,0 +1,109 @@
+"""Compare our compressed caches with other people's: the same text, the same streamed perplexity, the same bytes.
+
+    python scripts/compare_peers.py
+    python scripts/compare_peers.py --text ../wikitext --eval-tokens 4096 --peers kivi,fp8 --preset int4-vonly
+    python scripts/compare_peers.py --model YourOrg/YourModel --preset kv_preset_yourmodel_v9.json
+
+Peers: transformers' QuantizedCache with quanto, hqq (pip install -r requirements-peers.txt) and fp8; KIVI with 4, 3 and
+2 bits; and the guide's low rank, where the model has such a preset. Ours: --preset, by default every built-in preset of
+the model. What isn't installed, or fails, has a row 'not run' with the reason, and the rest goes on.
+
+transformers' caches keep the chunk that is being read exact, and beside it a residual of exact latest tokens: a row has
+their default of 128, another none. KIVI and ours read also the new chunk as it is stored. Bytes are what a cache holds
+for 2048 tokens of a 16-bit model, fed --chunk at a time. The needle's prompts are fed in chunks as well.
+Writes results/runs/peers_MODEL.json and results/plots/peers_MODEL.png, or where --output says.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+
+from gpt2 import cli, data, models, plots, results
+from gpt2.evaluation import needle, peers
+from gpt2.evaluation.perplexity import BASELINE
+
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def lengths(words: str) -> list[int]:
+    """`512,1024` to [512, 1024]; `none` and `0` to []."""
+    return [] if words in ("none", "0") else cli.int_list(words)
+
+
+def parse() -> argparse.Namespace:
+    p = cli.parser(__doc__)
+    cli.add_model_flags(p)
+    cli.add_text_flags(p)
+    cli.add_evaluation_flags(p, tokens=32768)
+    p.set_defaults(batch_size=1)  # fp8 has one scale for all that is read together
+    p.add_argument("--peers", type=cli.word_list(peers.PEERS), default=list(peers.PEERS), help="whose caches to run")
+    p.add_argument("--preset", nargs="*", help="preset files or built-in names; all of the model's if omitted")
+    p.add_argument("--needle-context-lengths", type=lengths, default=[1024], help="tokens; none or 0 asks no needles")
+    p.add_argument("--num-trials", type=cli.positive_int, default=3, help="needle prompts per length and depth")
+    cli.add_output_flag(p)
+    return p.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    text = data.load_text(args.text, args.model)
+    loaded = models.load(args.model, args.device, args.dtype)
+    output, picture = cli.output_files(args.output, f"peers_{loaded.slug}")
+    compared = peers.entries(loaded, args.peers, args.preset)
+    segments = cli.evaluation_segments(args, loaded, text, "evaluation")
+    grid = {"lengths": args.needle_context_lengths, "depths": DEPTHS, "trials": args.num_trials, "seed": args.seed,
+            "prefill_chunk": args.chunk, "haystack_name": f"the evaluation part of text {text.name!r}"}  # fmt: skip
+    if args.needle_context_lengths:
+        haystack = text.tokens("evaluation", loaded)
+        needle.measure(loaded, haystack, {}, **grid)  # builds the prompts: what is wrong with them shows now
+
+    rows = peers.measure(
+        loaded, segments, compared, seed=args.seed, chunk=args.chunk, batch_size=args.batch_size,
+        weighing=cli.bar("weighing", "cache"), progress=cli.bar("perplexity of all caches", "batch"),
+    )  # fmt: skip
+    asked = None
+    if args.needle_context_lengths:
+        asked = peers.ask_needles(
+            loaded, haystack, compared, rows, progress=lambda label: cli.bar(f"needles, {label}", "prompt"), **grid
+        )
+    print_rows(rows)
+
+    record = results.provenance(
+        args, model=loaded.spec, fingerprint=loaded.fingerprint, dtype=str(loaded.model.dtype), text=text.name,
+        text_sha256=text.sha256("evaluation"), segments=list(segments.shape), peer_versions=peer_versions(),
+        rows=rows, needle=asked,
+    )  # fmt: skip
+    results.write_json(output, record)
+    title = f"{loaded.spec}, {segments.numel():,} tokens of {text.name}"
+    results.write_figure(picture, plots.peers(rows, title))
+    print(f"\nwrote {results.shown(output)} and {results.shown(picture)}")
+
+
+def peer_versions() -> dict[str, str]:
+    """Versions of the optional packages that are installed."""
+    versions = {}
+    for _, package in peers.PACKAGES.values():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def print_rows(rows: list[dict]) -> None:
+    print(f"\n{'cache':<32} {'bytes/token':>11} {'ratio':>6} {'PPL':>9} {'Δ PPL':>10}  {'95 % interval':>22} {'KL':>8} "
+          f"{'top-1':>7} {'needle':>7}")  # fmt: skip
+    for r in rows:
+        label = "16-bit cache" if r["label"] == BASELINE else r["label"]
+        if "not_run" in r:
+            print(f"{label:<32} not run: {r['not_run']}")
+            continue
+        low, high = r["ppl_delta_interval"]
+        found = f"{r['needle_exact_match']:7.0%}" if "needle_exact_match" in r else f"{'–':>7}"
+        print(f"{label:<32} {r['bytes_per_token']:11,.0f} {r['compression_ratio_2048']:5.2f}x {r['ppl']:9.3f} "
+              f"{r['ppl_delta']:+10.2%}  [{low:+9.2%}, {high:+9.2%}] {r['kl_nats']:8.5f} {r['top1_agreement']:7.2%} "
+              f"{found}")  # fmt: skip
+    for r in (r for r in rows if "needle_not_run" in r):
+        print(f"needle not run with {r['label']}: {r['needle_not_run']}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
