@@ -92,8 +92,8 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
 def add_text_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--text",
-        help="embedded, wikitext2, a file, or a folder with *valid*.txt and *test*.txt; "
-        "by default embedded for the embedded model, else wikitext2",
+        help="embedded, wikitext2, a file, a folder with *valid*.txt and *test*.txt, self (the model's own samples), "
+        "or several joined by +, in equal shares; by default embedded for the embedded model, else wikitext2",
     )
     p.add_argument("--seed", type=int, default=0, help="draws calibration windows, needle prompts and the bootstrap")
 
@@ -104,9 +104,9 @@ def add_calibration_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--sink-tokens", type=natural, default=4, help="first tokens, kept exact and out of statistics")
 
 
-def add_codec_flag(p: argparse.ArgumentParser, what: str) -> None:
+def add_codec_flag(p: argparse.ArgumentParser, what: str, default: str | None = "pca") -> None:
     names = f"{', '.join(CODECS)}, or bases joined by +, such as ln_nullspace+pca"
-    p.add_argument("--codec", type=codec, default="pca", help=f"{what}: {names}")
+    p.add_argument("--codec", type=codec, default=default, help=f"{what}: {names}")
 
 
 def codec(word: str) -> str:
@@ -167,7 +167,7 @@ def evaluation_length(args: argparse.Namespace, loaded: models.LoadedModel) -> i
 def evaluation_segments(args: argparse.Namespace, loaded: models.LoadedModel, text: Text, part: str) -> Tensor:
     """The token segments that --eval-tokens and --eval-seq-len ask for, [n, length]."""
     length = evaluation_length(args, loaded)
-    segments = text.segments(part, loaded.tokenizer, length, args.eval_tokens // length, flag="--eval-seq-len")
+    segments = text.segments(part, loaded, length, args.eval_tokens // length, flag="--eval-seq-len")
     if segments.numel() < args.eval_tokens:
         print(f"note: the {part} part of {text.name} gives {segments.numel():,} tokens, not {args.eval_tokens:,}")
     return segments
@@ -190,6 +190,14 @@ def natural(word: str) -> int:
 def int_list(word: str) -> list[int]:
     """`60,56,48` to [60, 56, 48], in the order given, each once."""
     return list(dict.fromkeys(positive_int(part) for part in word.split(",")))
+
+
+def ratio_list(word: str) -> list[float]:
+    """`2,3.5,4` to [2.0, 3.5, 4.0], each above 1 and once."""
+    ratios = list(dict.fromkeys(float(part) for part in word.split(",")))
+    if not all(1 < ratio < 64 for ratio in ratios):
+        raise argparse.ArgumentTypeError(f"{word}: a compression ratio lies between 1 and 64")
+    return ratios
 
 
 def word_list(allowed: Sequence[str]) -> Callable[[str], list[str]]:

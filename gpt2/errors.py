@@ -21,6 +21,14 @@ class BadArtefact(PluginError):
     """A calibration or preset file is damaged, foreign, or of another model."""
 
 
+class LossNotFinite(PluginError):
+    """A model's loss with a cache is NaN or infinite. cache: the cache's name."""
+
+    def __init__(self, message: str, cache: str):
+        super().__init__(message)
+        self.cache = cache
+
+
 class BudgetNotMet(PluginError):
     """No configuration kept the perplexity within the budget."""
 

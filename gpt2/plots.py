@@ -8,7 +8,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.transforms import Bbox
 
 SIDE_COLORS = {"k": "tab:orange", "v": "tab:blue"}
 
@@ -36,9 +38,12 @@ def spectra(energy: dict[str, np.ndarray], rank: int, title: str) -> Figure:
 
 
 def frontier(points: list[dict], budget: float, chosen: str | None, title: str) -> Figure:
-    """Compression against change of perplexity. points: dicts with label, compression_ratio and ppl_delta."""
+    """Compression against change of perplexity. points: dicts with label, compression_ratio and ppl_delta.
+
+    Those without a finite loss (None) have no place.
+    """
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for point in points:
+    for point in (point for point in points if point["ppl_delta"] is not None):
         x, y = point["compression_ratio"], 100 * point["ppl_delta"]
         picked = point["label"] == chosen
         inside = point["ppl_delta"] <= budget
@@ -52,6 +57,90 @@ def frontier(points: list[dict], budget: float, chosen: str | None, title: str) 
     axis.legend(loc="lower left")
     axis.grid(alpha=0.3)
     return figure
+
+
+FAMILY_STYLES = {
+    "baseline": ("black", "*"), "quanto": ("tab:orange", "s"), "hqq": ("tab:green", "D"), "fp8": ("tab:brown", "P"),
+    "kivi": ("tab:purple", "^"), "lowrank": ("tab:gray", "v"), "ours": ("tab:blue", "o"),
+}  # fmt: skip
+
+
+def peers(rows: list[dict], title: str) -> Figure:
+    """Bytes per token against what they cost, a colour and a marker per family: perplexity large, KL and top-1 beside.
+
+    rows: as `evaluation.peers.measure` gives them; what wasn't run has no point.
+    """
+    rows = [row for row in rows if "not_run" not in row]
+    figure, axes = plt.subplot_mosaic(
+        [["ppl", "kl"], ["ppl", "top1"]], figsize=(15, 8.5), width_ratios=[2.6, 1], layout="constrained"
+    )
+    for family in (name for name in FAMILY_STYLES if name in {row["family"] for row in rows}):
+        own = [row for row in rows if row["family"] == family]
+        x, y = [row["bytes_per_token"] for row in own], np.array([100 * row["ppl_delta"] for row in own])
+        low, high = 100 * np.array([row["ppl_delta_interval"] for row in own]).T
+        color, marker = FAMILY_STYLES[family]
+        style = {"color": color, "marker": marker, "linestyle": "", "markersize": 6}
+        # A percentile interval may leave out its own estimate, which a bar's length can't
+        bars = [np.maximum(y - low, 0), np.maximum(high - y, 0)]
+        axes["ppl"].errorbar(x, y, bars, capsize=3, elinewidth=1, label=family, zorder=3, **style)
+        if family != "baseline":  # it has no distance from itself, and log axes no zero
+            axes["kl"].plot(x, np.clip([row["kl_nats"] for row in own], 1e-6, None), **style)
+        axes["top1"].plot(x, [100 * row["top1_agreement"] for row in own], **style)
+    axes["ppl"].set_yscale("symlog", linthresh=0.1)
+    axes["kl"].set_yscale("log")
+    axes["ppl"].set(title=title, ylabel="change of perplexity, % (bars: paired bootstrap, 95 %)")
+    axes["kl"].set_ylabel("KL from the uncompressed model, nats")
+    axes["top1"].set_ylabel("top-1 agreement, %")
+    for axis in axes.values():
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis.tick_params(axis="x", labelsize=8)
+        axis.set_xlabel("bytes per token of one sequence of 2,048, as of a 16-bit model")
+        axis.margins(x=0.15, y=0.1)
+        axis.grid(alpha=0.3)
+    axes["ppl"].axhline(0, color="black", linewidth=0.8)
+    axes["ppl"].legend(loc="upper right")
+    points = [(row["bytes_per_token"], 100 * row["ppl_delta"]) for row in rows]
+    bars = [(x, 100 * edge) for (x, _), row in zip(points, rows, strict=True) for edge in row["ppl_delta_interval"]]
+    spread_labels(axes["ppl"], [row["label"] for row in rows], points, bars)
+    return figure
+
+
+def spread_labels(axis, labels: list[str], points: list[tuple], bars: list[tuple]) -> None:
+    """Write labels near their points (x, y), with a thin line to each, so that none lies on another label, a point, the
+    legend, and where there is room a bar or the zero line. bars: their ends, two of each after another."""
+    axis.figure.canvas.draw()  # only now is it known where on the canvas a point lies
+    renderer, inside = axis.figure.canvas.get_renderer(), axis.get_window_extent()
+    spots, ends = axis.transData.transform(points), axis.transData.transform(bars).reshape(-1, 2, 2)
+    zero = axis.transData.transform((points[0][0], 0))[1]
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in spots]
+    taken.append(axis.get_legend().get_window_extent(renderer))
+    lines = [Bbox([low - 2, high + 2]) for low, high in ends]  # where a label must lie on something, then on these
+    lines.append(Bbox([(inside.x0, zero - 1), (inside.x1, zero + 1)]))
+    line = {"arrowstyle": "-", "color": "tab:gray", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+    pixels = axis.figure.dpi / 72  # per point, in which offsets are given
+    directions = np.radians([0, 30, -30, 60, -60, 180, 150, -150, 120, -120])
+    offsets = [radius * np.array([np.cos(a), np.sin(a)]) for radius in range(9, 200, 5) for a in directions]
+    for text, point, spot in zip(labels, points, spots, strict=True):
+        note = axis.annotate(
+            text, point, xytext=(0, 0), textcoords="offset points", fontsize=7, va="center", arrowprops=line
+        )
+        note.set_in_layout(False)
+        width, height = Text.get_window_extent(note, renderer).padded(1.5).size
+
+        def box_at(offset, spot=spot, width=width, height=height) -> Bbox:
+            x, y = spot + pixels * offset
+            return Bbox.from_bounds(x - 1.5 if offset[0] > 0 else x - width + 1.5, y - height / 2, width, height)
+
+        def clashes(offset, box_at=box_at) -> int:
+            box = box_at(offset)
+            outside = not all(inside.contains(x, y) for x, y in (box.min, box.max))
+            return 1000 * (outside + box.count_overlaps(taken)) + box.count_overlaps(lines)
+
+        best = min(offsets, key=clashes)  # the first of equals, so the nearest
+        note.set(ha="left" if best[0] > 0 else "right", position=best)
+        taken.append(box_at(best))
 
 
 def deltas(rows: list[dict], title: str) -> Figure:

@@ -168,13 +168,71 @@ def layer_ablation(record: dict, _: list[str]) -> str:
     return "\n".join(lines) + f"\n\nKL in nats on {record['rows'][0]['tokens']:,} tokens of {record['text']}, by layer."
 
 
+def peers(record: dict, families: list[str]) -> str:
+    """Our caches beside other people's, of some families or of all; the uncompressed one always."""
+    if missing := set(families) - {row["family"] for row in record["rows"]}:
+        raise PluginError(f"the results have no rows of family {', '.join(sorted(missing))}: run the script with them")
+    lines = [
+        "| cache | bytes per token | ratio | Δ perplexity | 95 % interval | KL, nats | top-1 | needle |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    baseline = next(row for row in record["rows"] if row["family"] == "baseline")
+    for row in record["rows"]:
+        if families and row["family"] not in families and row is not baseline:
+            continue
+        if "not_run" in row:
+            why = row["not_run"].replace("|", "\\|")
+            lines.append(f"| {row['label']} | not run: {why} | | | | | | |")
+            continue
+        low, high = row["ppl_delta_interval"]
+        found = format(row["needle_exact_match"], ".0%") if "needle_exact_match" in row else "–"
+        lines.append(
+            f"| {'16-bit cache' if row is baseline else row['label']} | {row['bytes_per_token']:,.0f} "
+            f"| {row['compression_ratio_2048']:.2f}x | {row['ppl_delta']:+.2%} | {low:+.2%} … {high:+.2%} "
+            f"| {row['kl_nats']:.4f} | {row['top1_agreement']:.1%} | {found} |"
+        )
+    words = f"{record['model']}, {baseline['tokens']:,} tokens of {record['text']}, uncompressed perplexity "
+    words += f"{baseline['ppl']:.3f}."
+    if record["needle"]:
+        context = " and ".join(f"{n:,}" for n in record["args"]["needle_context_lengths"])
+        words += f" Needle: exact match over {record['needle']['summary'][0]['prompts']} prompts of {context} tokens."
+        words += "".join(
+            f" Not asked: {row['label']} ({row['needle_not_run']})."
+            for row in record["rows"]
+            if "needle_not_run" in row
+        )
+    return "\n".join(lines) + f"\n\n{words}"
+
+
+def ladder(record: dict, _: list[str]) -> str:
+    """Presets by ratio, one row each."""
+    lines = [
+        "| preset | ratio | bits | Δ perplexity | 95 % interval | KL, nats | top-1 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        low, high = row["ppl_delta_interval"]
+        lines.append(
+            f"| {row['label']} | {row['compression_ratio_2048']:.2f}x | {row['bits']:.2f} | {row['ppl_delta']:+.2%} "
+            f"| {low:+.2%} … {high:+.2%} | {row['kl_nats']:.5f} | {row['top1_agreement']:.1%} |"
+        )
+    tokens, baseline = record["rows"][0]["tokens"], record["rows"][0]["baseline_ppl"]
+    meta = record["calibration"]
+    return "\n".join(lines) + (
+        f"\n\n{record['model']}, {tokens:,} tokens of {record['text']}, uncompressed perplexity {baseline:.3f}; "
+        f"calibrated on {meta['tokens']:,} tokens of {meta['text']}."
+    )
+
+
 TABLES: dict[str, Callable[[dict, list[str]], str]] = {
     "validate_ppl": validation,
     "benchmark_append": appending,
     "benchmark_calibration": calibrating,
     "architectures": architectures,
+    "ladder": ladder,
     "layer_ablation": layer_ablation,
     "needle": needle,
+    "peers": peers,
     "profile": profile,
     "stability": stability,
 }

@@ -13,7 +13,9 @@ lose in every layer.
 from tqdm import tqdm
 
 from gpt2 import cli, data, models, plots, results
-from gpt2.compression.calibration import Calibration, calibrate, calibration_folders, save_calibration, suggested_rank
+from gpt2.compression.calibration import Calibration, calibrate, suggested_rank
+from gpt2.compression.calibration_file import calibration_folders, save_calibration
+from gpt2.compression.codecs import metric_of
 
 
 def main() -> None:
@@ -22,19 +24,30 @@ def main() -> None:
     cli.add_text_flags(p)
     cli.add_calibration_flags(p)
     p.add_argument("--rank", type=cli.positive_int, help="default rank of the file; 3/4 of head_dim if omitted")
-    cli.add_codec_flag(p, "how the basis is fitted")
+    p.add_argument(
+        "--metric",
+        choices=("pca", "attention", "fisher"),
+        help="what error the basis keeps small: of K and V as they are (pca), of what attention reads (attention), of "
+        "the loss (fisher: takes gradients, and gives codecs fisher and joint); what --codec needs if omitted",
+    )
+    cli.add_codec_flag(p, "how the file's own basis is fitted; of --metric if omitted", default=None)
+    p.add_argument(
+        "--compact", action="store_true", help="keep the joint codec alone, in half precision: a few MB for presets"
+    )
     p.add_argument("--output", type=cli.output_path, help="calibration file; under results/calibrations if omitted")
     p.add_argument(
         "--gradient-checkpointing",
         action="store_true",
-        help="recompute activations in the backward pass; PCA has none, so nothing changes for it",
+        help="recompute activations in the backward pass of --metric fisher: less memory, more time, the same result",
     )
     args = p.parse_args()
 
     text = data.load_text(args.text, args.model)
     loaded = models.load(args.model, args.device, args.dtype)
-    if args.gradient_checkpointing:
-        print("note: PCA statistics need no gradients; --gradient-checkpointing changes nothing here")
+    codec = args.codec or args.metric or "pca"
+    metric = args.metric or metric_of(codec)
+    if args.gradient_checkpointing and metric != "fisher":
+        print(f"note: {metric} statistics need no gradients; --gradient-checkpointing changes nothing here")
     rank = args.rank or suggested_rank(loaded.geometry.head_dim)
     default = calibration_folders()[0] / f"kv_lowrank_calib_{loaded.slug}_r{rank}.pt"
     output = results.check_writable(args.output or default)
@@ -46,10 +59,12 @@ def main() -> None:
         seq_len=args.seq_len,
         seed=args.seed,
         sink_tokens=args.sink_tokens,
-        codec=args.codec,
+        codec=codec,
+        metric=metric,
+        checkpointing=args.gradient_checkpointing,
         progress=lambda windows: tqdm(windows, desc="calibrating", unit="seq"),
     )
-    save_calibration(calibration, output)
+    save_calibration(calibration.compact() if args.compact else calibration, output)
     used = calibration.meta["tokens"] // args.seq_len
     if used < args.samples:
         print(f"note: {text.name} has text for {used} sequences of {args.seq_len}; all of them were used")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gpt2 import cli, data, models, plots, results
 from gpt2.compression.autotune import default_rank_grid
-from gpt2.compression.calibration import obtain_calibration
+from gpt2.compression.calibration_file import obtain_calibration
 from gpt2.errors import PluginError
 from gpt2.evaluation.ablation import GROUPS, Ablation, measure
 

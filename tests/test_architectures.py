@@ -14,7 +14,8 @@ from transformers import DynamicCache
 
 from gpt2 import architectures, results, tables
 from gpt2.architectures import DIRECT, FAILED, NEW, NOT_TRIED, PROMPT, RECONSTRUCT, REFUSED, WORKING
-from gpt2.compression.calibration import calibrate, save_calibration
+from gpt2.compression.calibration import calibrate
+from gpt2.compression.calibration_file import save_calibration
 from gpt2.compression.codecs import Compressor, quantizer_for_bits
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.presets import create_cache_from_preset, new_preset

@@ -10,8 +10,9 @@ from tiny import tiny_model
 from torch import Tensor
 
 from gpt2.compression import storage
-from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor, Quantizer, Transform
+from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor, JointTransform, Quantizer, Transform
 from gpt2.compression.compressed_cache import CompressedDynamicCache
+from gpt2.compression.rotary import Rotary
 from gpt2.compression.storage import Pieces, TokenStore
 from gpt2.errors import PluginError
 from gpt2.evaluation.memory import cache_bytes
@@ -41,6 +42,12 @@ def transform(rank: int, groups: int = H, width: int = D) -> Transform:
     return Transform(E, E.mT, torch.randn(groups, width, generator=generator, dtype=torch.float64))
 
 
+def joint(rank: int, layout: str) -> JointTransform:
+    """One basis for K and V of a single head, keys turned by their position."""
+    basis = transform(rank, groups=1, width=2 * D)
+    return JointTransform(basis.E, basis.D, basis.mean, Rotary(torch.logspace(0, -2, D // 2), layout))
+
+
 COMPRESSORS = {
     "identity": IdentityCompressor(),
     "int8": Compressor(QUANTIZERS["int8"]),
@@ -50,9 +57,11 @@ COMPRESSORS = {
     "low-rank-int4": Compressor(QUANTIZERS["int4"], transform(5)),  # an odd rank: half of the last byte is empty
     "joint-int8": Compressor(QUANTIZERS["int8"], transform(20, groups=1, width=H * D)),
     "low-rank-block": Compressor(BlockInt8(), transform(7)),
+    "kv-int8": Compressor(QUANTIZERS["int8"], joint(20, "half")),
+    "kv-block": Compressor(BlockInt8(), joint(2 * D, "interleaved")),
 }
 every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS.values(), ids=COMPRESSORS)
-NOTHING_EXACT_BESIDE, USUAL, BOTH_ENDS = (0, 0), (4, 0), (3, 6)
+NOTHING_EXACT_BESIDE, USUAL, BOTH_ENDS = (0, 0), (4, 0), (5, 6)  # 5 sinks cut into a block
 every_layout = pytest.mark.parametrize("layout", [NOTHING_EXACT_BESIDE, USUAL, BOTH_ENDS], ids=str)
 
 
@@ -75,23 +84,38 @@ def filled(compressor: Compressor, layout: tuple[int, int], chunks: list[Tensor]
     return store
 
 
+def as_sides(compressor: Compressor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """K, and V alike, as a model gives them to a layer, and what its stores hold of them."""
+    if not compressor.joint:
+        return x, x
+    side = x[:, : H // 2]
+    return side, torch.cat((side, side), dim=1)
+
+
 class Reference:
     """All tokens in a list, coded anew, one block at a time, whenever they are read."""
 
     def __init__(self, compressor: Compressor, layout: tuple[int, int]):
         self.compressor, self.block = compressor, compressor.block_tokens
         self.sinks, self.recent = (0, 0) if compressor.exact else layout
+        self.lead = self.sinks % self.block  # places of the first block that sinks have
         self.tokens: list[Tensor] = []  # each [B, H, 1, d]
         self.blocks = 0
 
     def append(self, x: Tensor) -> None:
         self.tokens += x.split(1, dim=2) if x.shape[2] else ()
-        self.blocks = max(self.blocks, (len(self.tokens) - self.sinks - self.recent) // self.block)
+        self.blocks = max(self.blocks, (len(self.tokens) - self.start(0) - self.recent) // self.block)
+
+    def start(self, block: int) -> int:
+        return self.sinks - self.lead + block * self.block
 
     def decoded(self, block: int) -> tuple[Tensor, ...]:
-        start = self.sinks + block * self.block
-        x = torch.cat(self.tokens[start : start + self.block], dim=2)
-        return self.compressor.expand(self.compressor.compress(x), x.shape[3], x.dtype).split(1, dim=2)
+        """Tokens of a block behind the sinks, as decoded."""
+        start = self.start(block)
+        own = self.tokens[max(start, self.sinks) : start + self.block]
+        x = torch.cat([own[0]] * (self.block - len(own)) + own, dim=2)
+        back = self.compressor.expand(self.compressor.compress(x, start), x.shape[3], x.dtype, start)
+        return back.split(1, dim=2)[self.block - len(own) :]
 
     def read(self) -> Tensor:
         coded = [token for block in range(self.blocks) for token in self.decoded(block)]
@@ -99,10 +123,10 @@ class Reference:
 
     def crop(self, n: int) -> None:
         length = len(self.tokens) - n
-        whole = max(length - self.sinks, 0) // self.block
+        whole = (length - self.start(0)) // self.block if length > self.sinks else 0
         if whole < self.blocks:  # what stays of a block that is cut is only known as it was decoded
-            start = self.sinks + whole * self.block
-            self.tokens[start : start + self.block] = self.decoded(whole)
+            start = self.start(whole)
+            self.tokens[max(start, self.sinks) : start + self.block] = self.decoded(whole)
             self.blocks = whole
         del self.tokens[length:]
 
@@ -153,7 +177,7 @@ def test_exact_ends(compressor, layout):
         if compressor.exact:
             assert all(exact)
             continue
-        unfinished = (31 - sinks - recent) % compressor.block_tokens
+        unfinished = (31 - recent) % compressor.block_tokens
         coded = 31 - sinks - recent - unfinished
         assert exact == [True] * sinks + [False] * coded + [True] * (recent + unfinished)
 
@@ -240,10 +264,11 @@ ROWS = {"reorder": [2, 0, 0], "repeat": [0, 0, 1, 1, 2, 2], "select": [2, 1]}
 def test_batch_operations_move_sinks_blocks_and_tail(compressor, layout, operation):
     x, more, rows = tokens(30, batch=3), tokens(9, batch=3, seed=1), ROWS[operation]
     cache = CompressedDynamicCache([compressor], [compressor], sink_tokens=layout[0], recent_tokens=layout[1])
+    (x, held), (more, later) = as_sides(compressor, x), as_sides(compressor, more)
     fill(cache, x)
     BATCH_OPERATIONS[operation](cache)
     fill(cache, more[rows])
-    expected = filled(compressor, layout, [x[rows], more[rows]]).read()
+    expected = filled(compressor, layout, [held[rows], later[rows]]).read()
     for store in cache.layers[0].stores.values():
         torch.testing.assert_close(store.read(), expected)
 
@@ -294,6 +319,94 @@ def test_long_histories(compressor, layout, seed, monkeypatch):
         assert_same(store, reference)
 
 
+# Reconstructions that are kept
+
+
+@pytest.mark.parametrize("seed", range(2))
+@every_layout
+@every_compressor
+def test_keeping_reconstructions_changes_no_reading(compressor, layout, seed):
+    """Whatever happens in whatever order, read after some of it."""
+    choose = torch.Generator().manual_seed(100 + seed)
+
+    def pick(n: int) -> int:
+        return int(torch.randint(n, (), generator=choose))
+
+    batch = 2
+    plain, kept = (make_store(compressor, layout, tokens(1)) for _ in range(2))
+    kept.keep_expanded = True
+    for step in range(25):
+        operation = ("append", "append", "crop", "rows", "clear")[pick(5) if step % 9 == 8 else pick(4)]
+        rows = torch.randint(batch, (1 + pick(3),), generator=choose)
+        x, n = tokens(1 + pick(9), batch=batch, seed=step), pick(min(len(plain), 12) + 1)
+        for store in (plain, kept):
+            if operation == "append":
+                store.append(x)
+            elif operation == "crop":
+                store.crop(n)
+            elif operation == "rows":
+                store.map_(lambda t, rows=rows: t.index_select(0, rows))
+            else:
+                store.clear()
+                store.prepare(x[:1], "test")
+        batch = {"rows": len(rows), "clear": 1}.get(operation, batch)
+        if pick(3):
+            torch.testing.assert_close(kept.read(), plain.read())
+            held = 0 if kept.expanded is None else kept.expanded.nbytes
+            blocks = kept.compressed_blocks * compressor.block_tokens
+            assert held == blocks * (tokens(1, batch=batch).nbytes if blocks else 0), "what is kept is all of it"
+            assert kept.nbytes() == plain.nbytes() + held, "and counted"
+
+
+def test_kept_reconstructions_are_made_once(monkeypatch):
+    expanded, expand = [], Compressor.expand
+
+    def counted(self, fields, *args):
+        expanded.append(fields["codes"].shape[2])
+        return expand(self, fields, *args)
+
+    monkeypatch.setattr(Compressor, "expand", counted)
+    cache = make_cache("block").keep_expanded()
+    for token in tokens(40).split(1, dim=2):
+        cache.update(token, token, 0)
+    assert expanded == [1] * 2 * (36 // 4), "K and V, each block as it becomes full"
+    assert cache_bytes(cache) == cache.nbytes() > make_cache("block").nbytes()
+
+
+# Where blocks lie
+
+
+@pytest.mark.parametrize("recent", [0, 3])
+@pytest.mark.parametrize("sinks", [0, 1, 3, 4, 6, 70])
+def test_blocks_end_at_multiples_of_their_length(sinks, recent):
+    """So that a prompt of whole blocks leaves no tail, whatever the sinks."""
+    store = make_store(COMPRESSORS["block"], (sinks, recent), tokens(1))
+    for n, token in enumerate(tokens(90).split(1, dim=2), start=1):
+        store.append(token)
+        behind = max(n - sinks, 0)
+        expected = min((n - recent) % 4 + recent, behind) if n - recent >= sinks - sinks % 4 + 4 else behind
+        assert (store.tail.shape[2], len(store)) == (expected, n)
+        assert store.compressed_tokens == behind - expected
+
+
+@pytest.mark.parametrize("layout", [(0, 0), (4, 0), (70, 0), (63, 5), (70, 64)], ids=str)
+@pytest.mark.parametrize("name", ["mixed", "kv-mixed"])
+def test_blocks_of_64_tokens(name, layout):
+    """The longest there are, from sinks within the first block and beyond it."""
+    basis = joint(2 * D, "half") if name == "kv-mixed" else transform(D)
+    compressor = Compressor(QUANTIZERS["mixed"].at(5), basis)
+    store, reference = make_store(compressor, layout, tokens(1)), Reference(compressor, layout)
+    for step, n in enumerate([3, 59, 1, 1, 1, 70, 10, 130]):
+        for side in (store, reference):
+            side.append(tokens(n, seed=step))
+        assert_same(store, reference)
+    for n in (9, 70, 100, 40):
+        for operation, argument in (("crop", n), ("append", tokens(20, seed=n))):
+            for side in (store, reference):
+                getattr(side, operation)(argument)
+            assert_same(store, reference)
+
+
 # Nothing moves
 
 
@@ -322,7 +435,7 @@ def test_appending_never_touches_what_is_stored(compressor):
 def test_appending_codes_each_block_once(monkeypatch):
     """The cost of a token doesn't depend on what is held."""
     coded, compress = [], Compressor.compress
-    monkeypatch.setattr(Compressor, "compress", lambda self, x: (coded.append(x.shape[2]), compress(self, x))[1])
+    monkeypatch.setattr(Compressor, "compress", lambda self, x, start: (coded.append(x.shape[2]), compress(self, x))[1])
     store = filled(COMPRESSORS["block"], (4, 0), tokens(200).split(1, dim=2))
     assert coded == [4] * 49 and len(store) == 200
 
@@ -410,7 +523,7 @@ def test_unused_room_is_under_5_percent(name, chunk):
 @every_compressor
 def test_slices_of_large_tensors_are_let_go(compressor, layout):
     """A view that is kept would keep a whole prompt's activations alive."""
-    huge = tokens(4000)
+    huge, _ = as_sides(compressor, tokens(4000))
     cache = CompressedDynamicCache([compressor], [compressor], sink_tokens=layout[0], recent_tokens=layout[1])
     for start in range(0, 120, 3):
         fill(cache, huge[:, :, start : start + 3])
@@ -476,14 +589,14 @@ def test_caches_share_compressors_but_no_state():
 def test_a_deep_copy_goes_its_own_way(compressor):
     """How a shared prompt is kept and continued more than once."""
     cache = CompressedDynamicCache([compressor], [compressor], recent_tokens=2)
-    x = tokens(30)
+    x, held = as_sides(compressor, tokens(30))
     fill(cache, x[:, :, :20])
     fork = copy.deepcopy(cache)
-    fill(cache, tokens(7, seed=1))  # would write into the room that both have, if they shared it
+    fill(cache, x[:, :, 3:10] + 1)  # would write into the room that both have, if they shared it
     cache.reorder_cache(torch.tensor([1, 1]))
     fill(fork, x[:, :, 20:])
     for store in fork.layers[0].stores.values():
-        torch.testing.assert_close(store.read(), filled(compressor, (4, 2), [x]).read())
+        torch.testing.assert_close(store.read(), filled(compressor, (4, 2), [held]).read())
 
 
 def test_offload_and_prefetch_keep_the_content():

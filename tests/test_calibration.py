@@ -9,8 +9,9 @@ import torch
 from tiny import FAMILIES, tiny_loaded, windows, word_text, word_tokenizer
 
 from gpt2 import results
-from gpt2.compression import calibration as cal
-from gpt2.compression.calibration import Calibration, calibrate, load_calibration, save_calibration
+from gpt2.compression import calibration_file
+from gpt2.compression.calibration import Calibration, calibrate
+from gpt2.compression.calibration_file import load_calibration, save_calibration
 from gpt2.compression.capture import Statistics
 from gpt2.compression.codecs import QUANTIZERS, IdentityCompressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache, load_calibrated_compressors
@@ -41,7 +42,8 @@ def tensors(calibration: Calibration) -> dict[str, torch.Tensor]:
     """Everything with numbers in a calibration, by name."""
     found = {f"{side}.{name}": t for side, basis in calibration.bases.items() for name, t in basis.items()}
     for side in ("k", "v"):
-        found |= {f"{side}.{name}": t for name, t in vars(getattr(calibration.statistics, side)).items()}
+        own = vars(getattr(calibration.statistics, side))
+        found |= {f"{side}.{name}": t for name, t in (own | own["metrics"]).items() if name != "metrics"}
     return found | {"queries": calibration.statistics.queries}
 
 
@@ -73,7 +75,8 @@ def test_meta_says_what_it_was_made_from(llama, made):
         "text_sha256": TEXT.sha256("calibration"), "dtype": "float32",
     }  # fmt: skip
     assert expected.items() <= made.meta.items()
-    assert set(made.meta["versions"]) == {"torch", "transformers"} and set(made.meta) == set(cal.META)
+    assert set(made.meta["versions"]) == {"torch", "transformers"}
+    assert set(made.meta) == {*calibration_file.META, "metric"}
 
 
 def test_a_seed_repeats_and_another_one_draws_other_windows(llama, made):
@@ -91,7 +94,7 @@ def test_only_the_calibration_part_is_read(llama, made):
 
 
 def test_fewer_windows_than_samples_use_all_and_say_so(llama):
-    available = len(TEXT.tokens("calibration", llama.tokenizer)) // 300
+    available = len(TEXT.tokens("calibration", llama)) // 300
     meta = calibrate(llama, TEXT, rank=9, samples=100, seq_len=300).meta
     assert 0 < available < 100 and meta["samples"] == 100 and meta["tokens"] == available * 300
 
@@ -229,7 +232,7 @@ def test_code_in_a_file_does_not_run(path, tmp_path, write):
         record["meta"]["versions"] = Payload(mark)
         torch.save(Payload(mark) if write == "torch" else record, path)
     refused(path)
-    assert cal.find_reusable({}, [tmp_path]) is None
+    assert calibration_file.find_reusable({}, [tmp_path]) is None
     assert not mark.exists()
     with open(path, "rb") as file:  # the test can fail: loaded carelessly, it does run
         torch.load(file, weights_only=False) if write != "pickle" else pickle.load(file)
@@ -354,13 +357,13 @@ def folders(tmp_path, monkeypatch):
 
 
 def obtain(loaded, text=TEXT, **changes):
-    return cal.obtain_calibration(loaded, text, **{"given": None, "rank": 9} | SMALL | changes)
+    return calibration_file.obtain_calibration(loaded, text, **{"given": None, "rank": 9} | SMALL | changes)
 
 
 def test_a_new_calibration_goes_to_results_and_is_used_again(folders, llama, made, monkeypatch):
     first, path = obtain(llama)
-    assert path.parent == cal.calibration_folders()[0] and "tiny-llama" in path.name and same(first, made)
-    monkeypatch.setattr(cal, "calibrate", None)  # it would fail
+    assert path.parent == calibration_file.calibration_folders()[0] and "tiny-llama" in path.name and same(first, made)
+    monkeypatch.setattr(calibration_file, "calibrate", None)  # it would fail
     second, again = obtain(llama)
     assert again == path and same(second, first)
     assert obtain(llama, rank=5)[1] == path, "the file serves every rank"
@@ -408,7 +411,7 @@ def test_a_given_file_is_used_as_it_is_but_not_for_another_model(folders, llama,
 
 def test_output_that_cannot_be_written_is_refused_before_the_work(folders, llama, monkeypatch):
     (folders / "file").write_text("")
-    monkeypatch.setattr(cal, "calibrate", None)
+    monkeypatch.setattr(calibration_file, "calibrate", None)
     with pytest.raises(PluginError, match="can't make the folder"):
         obtain(llama, output=folders / "file" / "c.pt")
 

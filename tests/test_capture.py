@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from gpt2 import results
-from gpt2.compression import calibration as cal
+from gpt2.compression import calibration_file
 from gpt2.compression.capture import Moments, collect
 from gpt2.data import by_position
 from gpt2.errors import PluginError
@@ -129,7 +129,7 @@ def test_nan_activations_are_refused_by_layer_and_nothing_is_written(projection,
     with pytest.raises(PluginError, match="^layer 1: NaN or infinite activations.*--dtype float32"):
         made_from = {"samples": 3, "seq_len": 48, "seed": 0, "sink_tokens": 4}
         text = by_position("words", "words.txt", word_text(3000))
-        cal.obtain_calibration(broken, text, given=None, output=output, rank=9, **made_from)
+        calibration_file.obtain_calibration(broken, text, given=None, output=output, rank=9, **made_from)
     assert not list(tmp_path.rglob("*.*"))
     assert broken.model.config._attn_implementation == own_llama().model.config._attn_implementation
 
@@ -182,7 +182,9 @@ def test_collect_keeps_no_activations(llama):
     finally:
         gc.unfreeze()
     assert len(set(alive[1:])) == 1, "live bytes don't grow with the windows"
-    held = [*vars(found.k).values(), *vars(found.v).values(), found.queries]
+    sides = vars(found.k) | {f"v {name}": value for name, value in vars(found.v).items()}
+    assert sides.pop("metrics")["attention"] is found.queries
+    held = [*sides.pop("v metrics").values(), *sides.values(), found.queries]
     L, H, d = vars(llama.geometry).values()
-    assert sum(t.untyped_storage().nbytes() for t in held) == 8 * (2 * L + 2 * L * H * d + 3 * L * H * d * d)
+    assert sum(t.untyped_storage().nbytes() for t in held) == 8 * (2 * L + 2 * L * H * d + 4 * L * H * d * d)
     assert set(vars(found)) == {"k", "v", "queries", "query_count"}, "nothing beside"

@@ -13,18 +13,28 @@ from gpt2.compression.codecs import (
     QUANTIZERS,
     Compressor,
     IdentityCompressor,
+    JointTransform,
+    Quantizer,
     Transform,
     basis_of,
     full_rank,
+    is_joint,
+    metric_of,
     needs_calibration,
 )
+from gpt2.compression.codecs.joint import heads_per_group, side_by_side
+from gpt2.compression.codecs.mixed import MixedFixed, cheapest, errors
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.plan import compressors_for
+from gpt2.compression.rotary import Rotary
 from gpt2.errors import PluginError
 from gpt2.models import Geometry
 
-H, D, T = 3, 12, 256
-BY_BITS = sorted(QUANTIZERS.values(), key=lambda q: q.bits)
+H, D, T = 4, 12, 256  # heads of K or V; of both together for a codec that takes them so
+BY_BITS = sorted((q for q in QUANTIZERS.values() if q.by_bits), key=lambda q: q.bits)
+# Quantizers that are one another with fewer or more bits
+LADDERS = {"by bits": BY_BITS}
+LADDERS |= {q.name: [q.at(bits) for bits in (2, 3.5, 5, 8)] for q in QUANTIZERS.values() if q.adjustable}
 INTEGERS = [q for q in BY_BITS if q.name in ("int8", "int4")]
 NAMES = (*CODECS, "ln_nullspace+pca", "pca+random")
 COMPLETE = [c for c in NAMES if full_rank(c, D) == D]  # the others lose a direction whatever the rank
@@ -40,21 +50,41 @@ def vectors(seed: int = 0, heads: int = H, tokens: int = T) -> torch.Tensor:
 
 
 def moments_of(x: torch.Tensor) -> Moments:
+    """Moments of one layer, with a mild metric of each kind, another one in every head."""
     moments = Moments.zeros(Geometry(1, x.shape[1], x.shape[3]))
     moments.update(0, x)
+    generator = torch.Generator().manual_seed(1)
+    for metric in ("attention", "fisher"):
+        gaussian = torch.randn(1, *x.shape[1::2], x.shape[3], generator=generator, dtype=torch.float64)
+        weights = torch.linspace(0.7, 1.4, x.shape[3], dtype=torch.float64)
+        axes = torch.linalg.qr(gaussian).Q
+        moments.metrics[metric] = axes * weights @ axes.mT
     return moments
 
 
+def fit(codec: str, x: torch.Tensor) -> tuple[Transform, torch.Tensor]:
+    """A codec's transform of x, in float64, and its spectrum; the first half of the heads is K where it is joint."""
+    if not is_joint(codec):
+        return basis_of(codec).fit(moments_of(x), 0)
+    k, v = x.chunk(2, dim=1)
+    groups = k.shape[1] // heads_per_group(k.shape[1], D)
+    transform, spectrum = basis_of(codec).fit(moments_of(side_by_side(k, v, groups)), 0)
+    return JointTransform(transform.E, transform.D, transform.mean, Rotary(torch.zeros(0), "none")), spectrum
+
+
 def fitted(codec: str, x: torch.Tensor) -> Transform | None:
-    if codec == IDENTITY:
-        return None
-    transform, _ = basis_of(codec).fit(moments_of(x), 0)
-    return transform.to("cpu", torch.float32)
+    return None if codec == IDENTITY else fit(codec, x)[0].to("cpu", torch.float32)
 
 
-def compressor(codec: str, quantizer: str, x: torch.Tensor, rank: int = D) -> Compressor:
-    transform = fitted(codec, x)
-    return Compressor(QUANTIZERS[quantizer], transform and transform.truncate(min(rank, transform.rank)))
+def compressor(codec: str, quantizer: str | Quantizer, x: torch.Tensor, rank: int = D) -> Compressor:
+    """rank: of the D coordinates of one head; where a basis is of several, as many for each."""
+    quantizer = QUANTIZERS.get(quantizer, quantizer)
+    if transform := fitted(codec, x):
+        transform = transform.truncate(min(rank * transform.E.shape[1] // D, transform.rank))
+    if isinstance(quantizer, MixedFixed):
+        error = errors(transform.forward(x) if transform else x).mean((0, 2))
+        quantizer = MixedFixed(quantizer.bits, cheapest(error, int(quantizer.bits * 8 * error.shape[1])))
+    return Compressor(quantizer, transform)
 
 
 def round_trip(c: Compressor, x: torch.Tensor) -> torch.Tensor:
@@ -69,21 +99,23 @@ def error(c: Compressor, x: torch.Tensor) -> float:
 @pytest.mark.parametrize(("codec", "quantizer"), [pair for pair in EVERY_CODEC if pair[0] in COMPLETE])
 def test_round_trip_error_is_bounded_and_falls_with_rank(codec, quantizer):
     x = vectors()
-    ranks = [D] if codec == IDENTITY else [2, 6, 9, D]
-    errors = [error(compressor(codec, quantizer, x, rank), x) for rank in ranks]
-    assert errors == sorted(errors, reverse=True) and len(set(errors)) == len(errors)
-    assert errors[0] < 1, "never worse than storing the mean"
+    ranks = [2, 6, 9, D] if needs_calibration(codec) else [D]  # the others have no order to cut by
+    lost = [error(compressor(codec, quantizer, x, rank), x) for rank in ranks]
+    assert lost == sorted(lost, reverse=True) and len(set(lost)) == len(lost)
+    assert lost[0] < 1, "never worse than storing the mean"
     # Uniform noise of one step in 2^bits over a range of some six deviations: (6 / 2^bits)² / 12
-    bits = QUANTIZERS[quantizer].bits
-    assert errors[-1] < 3 * 2.0 ** (-2 * bits) + 1e-10
+    metadata = 0.5 if QUANTIZERS[quantizer].adjustable else 0  # bits of an adjustable one are all that it stores
+    bits = QUANTIZERS[quantizer].bits - metadata
+    assert lost[-1] < 3 * 2.0 ** (-2 * bits) + 1e-10
 
 
+@pytest.mark.parametrize("ladder", LADDERS)
 @pytest.mark.parametrize("codec", NAMES)
 @pytest.mark.parametrize("rank", [6, D])
-def test_error_falls_with_bits(codec, rank):
+def test_error_falls_with_bits(codec, rank, ladder):
     x = vectors()
-    errors = [error(compressor(codec, q.name, x, D if codec == IDENTITY else rank), x) for q in BY_BITS]
-    assert errors == sorted(errors, reverse=True) and errors[0] > errors[-1]
+    lost = [error(compressor(codec, q, x, D if codec == IDENTITY else rank), x) for q in LADDERS[ladder]]
+    assert lost == sorted(lost, reverse=True) and lost[0] > lost[-1]
 
 
 @pytest.mark.parametrize("codec", COMPLETE)
@@ -107,19 +139,24 @@ def test_fields_have_one_entry_per_block_and_head(codec, quantizer):
     """What the cache relies on to append, crop and reorder without looking inside."""
     c = compressor(codec, quantizer, vectors(), 7)
     fields = c.compress(vectors())
-    assert all(field.shape[:3] == (2, H, T // c.block_tokens) for field in fields.values())
+    groups = c.transform.E.shape[0] if c.joint else H
+    assert all(field.shape[:3] == (2, groups, T // c.block_tokens) for field in fields.values())
     part = c.compress(vectors()[:, :, : 2 * c.block_tokens])
     assert all(torch.allclose(part[n].float(), fields[n][:, :, :2].float(), atol=1e-5) for n in fields), "independent"
 
 
 @pytest.mark.parametrize("codec", [name for name in NAMES if name != IDENTITY])
-def test_bases_are_orthonormal_and_tell_their_variance(codec):
+def test_bases_undo_themselves_and_tell_their_variance(codec):
     x = vectors()
-    transform, spectrum = basis_of(codec).fit(moments_of(x), 0)
+    transform, spectrum = fit(codec, x)
     r = full_rank(codec, D)
-    assert transform.E.shape in {(H, D, r), (1, D, r)} and transform.D.shape[1:] == (r, D)
-    assert torch.allclose(transform.E.mT @ transform.E, torch.eye(r, dtype=torch.float64), atol=1e-9)
-    assert torch.allclose(transform.D, transform.E.mT, atol=1e-12)
+    if is_joint(codec):
+        assert transform.E.shape == transform.D.shape == (1, H * D, H * D)
+    else:
+        assert transform.E.shape in {(H, D, r), (1, D, r)} and transform.D.shape[1:] == (r, D)
+    assert torch.allclose(transform.D @ transform.E, torch.eye(transform.rank, dtype=torch.float64), atol=1e-9)
+    if metric_of(codec) == "pca":
+        assert torch.allclose(transform.D, transform.E.mT, atol=1e-12), "orthonormal"
     z = transform.forward(x.double())
     assert torch.allclose(z.var((0, 2), correction=0), spectrum, rtol=1e-4), "variance per coordinate"
 
@@ -221,7 +258,7 @@ def test_grouped_heads_are_concatenated(groups):
 
 
 def test_check_shape_names_the_layer_and_both_shapes():
-    with pytest.raises(PluginError, match=r"layer 3, K.*3 groups of 12.*2 KV heads of 12"):
+    with pytest.raises(PluginError, match=rf"layer 3, K.*{H} groups of 12.*2 KV heads of 12"):
         compressor("pca", "none", vectors()).check_shape(2, D, "layer 3, K")
 
 
@@ -340,7 +377,7 @@ def test_unknown_width_lists_those_that_exist(bits):
 
 def test_names_and_bits_are_unique():
     assert all(name == entry.name for table in (BASES, QUANTIZERS) for name, entry in table.items())
-    assert len(codecs.BITS) == len(QUANTIZERS) and IDENTITY not in BASES
+    assert len(codecs.BITS) == sum(q.by_bits for q in QUANTIZERS.values()) and IDENTITY not in BASES
 
 
 class Block6(codecs.Quantizer):
@@ -372,8 +409,8 @@ def test_a_new_quantizer_needs_only_its_registry_line(monkeypatch):
     out = loaded.model.generate(prompt, past_key_values=cache, max_new_tokens=12, do_sample=False)
     assert out.shape == (1, 37)
     store = cache.layers[0].stores["V"]
-    # The last token is not fed back: 36 = 2 sinks + 4 blocks of 8 + a tail of 2
-    assert len(store) == 36 and store.compressed_tokens == 32 and store.tail.shape[2] == 2
+    # The last token is not fed back: 36 = 4 blocks of 8, the first of which begins with the 2 sinks, + a tail of 4
+    assert len(store) == 36 and store.compressed_tokens == 30 and store.tail.shape[2] == 4
     assert store.read().shape[2] == 36 and torch.isfinite(store.read()).all()
 
 

@@ -8,7 +8,8 @@ from tiny import tiny_loaded, windows, word_text
 
 from gpt2.compression import sensitivity
 from gpt2.compression.autotune import Cell
-from gpt2.compression.calibration import calibrate, save_calibration
+from gpt2.compression.calibration import calibrate
+from gpt2.compression.calibration_file import save_calibration
 from gpt2.compression.compressed_cache import CompressedDynamicCache, IdentityCompressor, load_calibrated_compressors
 from gpt2.compression.plan import Setting, build, needs_calibration_file, plan_record, uniform
 from gpt2.compression.presets import create_cache_from_preset, plan_of
@@ -119,6 +120,26 @@ def test_plan_records_come_back_the_same(preset):
     plan = uniform("kv", 3, Setting("pca", 7, 8), layers=[1]) | {"k": [INT4, None, INT8]}
     again = plan_of(preset | {"layers": json.loads(json.dumps(plan_record(plan)))})
     assert again == plan and needs_calibration_file(plan) and not needs_calibration_file(uniform("v", 3, INT4))
+
+
+def test_a_named_quantizer_comes_back_and_others_keep_their_record(preset):
+    plan = uniform("v", 3, Setting("pca", 7, 3.5, "mixed"), layers=[1]) | {"k": [INT4, None, None]}
+    record = json.loads(json.dumps(plan_record(plan)))
+    assert record["v"][1] == {"codec": "pca", "rank": 7, "bits": 3.5, "quantizer": "mixed"}
+    assert record["k"][0] == {"codec": "identity", "rank": 12, "bits": 4}, "as older versions read it"
+    assert plan_of(preset | {"layers": record}) == plan
+    cache = create_cache_from_preset(preset | {"layers": record})
+    assert shown(cache)["V"][1] == "Compressor(mixed, rank=7)"
+    assert cache.layers[1].stores["V"].compressor.quantizer.bits == 3.5
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [(Setting("pca", 7, 8), "pca rank 7, 8 bits"), (Setting("pca", 7, 3.5, "mixed"), "pca rank 7, 3.5 bits mixed"),
+     (Setting("joint", 12, 3, "mixed"), "joint, 3 bits mixed"), (INT4, "identity, 4 bits")],
+)  # fmt: skip
+def test_a_setting_says_what_it_is(setting, text):
+    assert str(setting) == text
 
 
 def test_a_calibrated_codec_without_a_calibration_is_named():

@@ -9,7 +9,8 @@ from tiny import tiny_loaded, word_text
 
 from gpt2 import results
 from gpt2.compression import presets
-from gpt2.compression.calibration import calibrate, save_calibration
+from gpt2.compression.calibration import calibrate
+from gpt2.compression.calibration_file import save_calibration
 from gpt2.compression.presets import GUIDE_KEYS, create_cache_from_preset, get_preset_info, load_preset
 from gpt2.data import by_position
 from gpt2.errors import BadArtefact, CalibrationNotFound, PluginError
@@ -232,7 +233,8 @@ def test_a_foreign_model_is_refused_without_a_calibration_too(preset):
 def test_each_missing_key_is_named(space, preset, key):
     del preset[key]
     path = write(space / "p.json", preset)
-    with pytest.raises(BadArtefact, match=rf"p\.json: key '{key}': expected {GUIDE_KEYS[key].__name__}, found None"):
+    kind = "4 or 8 or 16" if key == "bits" else GUIDE_KEYS[key].__name__
+    with pytest.raises(BadArtefact, match=rf"p\.json: key '{key}': expected {kind}, found None"):
         load_preset(path)
 
 
@@ -246,6 +248,33 @@ ABSURD = [
     ("recent_tokens", -1), ("recent_tokens", "64"), ("codec", "pcaa"), ("codec", None), ("codec", ["pca"]),
     ("format", "kv-plugin-preset/2"), ("format", None),
 ]  # fmt: skip
+
+
+ABSURD_QUANTIZERS = [
+    ("mixd", 4, "unknown quantizer 'mixd', did you mean 'mixed'"), ("mixed", 0, "takes 0.25 to"),
+    ("mixed", 99.5, "takes 0.25 to"), ("mixed", "4", "expected a number, found '4'"),
+    ("mixed", None, "expected a number"), ("mixed", True, "expected a number, found True"),
+    ("mixed", [4], "expected a number"), ("int4", 8, "bits 8: quantizer int4 has 4"), ("int8", 7.5, "quantizer int8 has 8"),
+    (3, 4, "unknown quantizer"), (["mixed"], 4, "unknown quantizer"), (None, 3.5, "expected 4 or 8 or 16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("quantizer", "bits", "message"), ABSURD_QUANTIZERS)
+def test_absurd_quantizers_are_named(preset, quantizer, bits, message):
+    absurd = {"quantizer": quantizer, "bits": bits}
+    with pytest.raises(BadArtefact, match=f"key.*bits'.*{message}") as error:
+        create_cache_from_preset(preset | absurd)
+    assert "\n" not in str(error.value)
+    with pytest.raises(BadArtefact, match=r"layers.v\[1\]: key"):
+        layers = {"v": [None, absurd | {"codec": "identity", "rank": 12}, None]}
+        create_cache_from_preset(preset | {"layers": layers})
+
+
+@pytest.mark.parametrize(("quantizer", "bits"), [("mixed", 3.5), ("mixed", 4), ("int4", 4), ("none", 16)])
+def test_a_quantizer_is_named_beside_its_bits(preset, quantizer, bits):
+    cache = create_cache_from_preset(preset | {"quantizer": quantizer, "bits": bits})
+    found = cache.layers[1].stores["V"].compressor.quantizer
+    assert (found.name, found.bits) == (quantizer, bits)
 
 
 @pytest.mark.parametrize(("key", "value"), ABSURD, ids=lambda x: str(x))
@@ -332,8 +361,8 @@ def test_a_built_in_presets_calibration_is_looked_for_beside_it(built_in, space,
     [
         ("tiny-lama", "int8-vonly", r"model 'tiny-lama', did you mean 'tiny-llama'\? \(there are some for: tiny-"),
         ("zzz", "int8-vonly", r"model 'zzz' \(there are some for: tiny-llama, other-model\)"),
-        ("tiny-llama", "int8-v", r"'int8-v' for tiny-llama, did you mean 'int8-vonly'\? \(there are: int8-vonly, b-"),
-        ("other-model", "zzz", r"no preset 'zzz' for other-model \(there are: only\)"),
+        ("tiny-llama", "int8-v", r"'int8-v' for tiny-llama, did you mean 'int8-vonly'\? \(there are: int8-vonly, b-.*, kv8, kv4\)"),
+        ("other-model", "zzz", r"no preset 'zzz' for other-model \(there are: only, kv8, kv4\)"),
     ],
 )  # fmt: skip
 def test_unknown_names_list_what_exists(built_in, model, name, message):

@@ -14,7 +14,7 @@ import torch
 from tiny import tiny_model, word_text, word_tokenizer
 
 from gpt2 import results
-from gpt2.compression.calibration import load_calibration
+from gpt2.compression.calibration_file import load_calibration
 from gpt2.compression.presets import create_cache_from_preset
 from gpt2.evaluation.ablation import GROUPS
 
@@ -154,8 +154,8 @@ def test_validate_fails_when_its_controls_fail(space, tmp_path, capsys, monkeypa
     """A cache that ignores its codec would make every figure look perfect: that must not pass."""
     from gpt2.compression.codecs import Compressor
 
-    monkeypatch.setattr(Compressor, "compress", lambda self, x: {"x": x})
-    monkeypatch.setattr(Compressor, "expand", lambda self, fields, head_dim, dtype: fields["x"])
+    monkeypatch.setattr(Compressor, "compress", lambda self, x, start=0: {"x": x})
+    monkeypatch.setattr(Compressor, "expand", lambda self, fields, head_dim, dtype, start=0: fields["x"])
     flags = [*space, *SMALL, *SMALL_EVAL, "--groups", "control", "--output", "v.json"]
     assert run("validate_ppl_postbugfix", *flags) == 2
     assert "the controls failed" in capsys.readouterr().err

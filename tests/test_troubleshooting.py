@@ -12,7 +12,7 @@ from test_scripts import SMALL, SMALL_EVAL, files, run
 from tiny import tiny_model, word_text, word_tokenizer
 
 from gpt2 import models, results, shapes
-from gpt2.compression.calibration import load_calibration
+from gpt2.compression.calibration_file import load_calibration
 from gpt2.compression.presets import create_cache_from_preset
 
 CALIBRATE, TUNE, VALIDATE = "calibrate_kv_lowrank", "auto_tune_kv_compression", "validate_ppl_postbugfix"

@@ -9,11 +9,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
+import sqlite3
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import optuna
@@ -58,6 +62,10 @@ class Cell:
             return uniform(target, num_layers, Setting(codec, self.rank, self.bits))
         return {side: list(settings) for side, settings in zip(SIDES, self.layers, strict=True)}
 
+    def record(self) -> dict:
+        """For results files."""
+        return {"rank": self.rank, "bits": self.bits}
+
     def __str__(self) -> str:
         if self.layers is None:
             return f"rank {self.rank}, {self.bits} bits"
@@ -78,7 +86,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Trial:
-    """A cell with what was measured: relative change of perplexity and whole-KV compression ratio."""
+    """A cell with what was measured: relative change of perplexity and whole-KV compression ratio.
+
+    cell: of the grid, or another configuration that has `record()` and a name as str. ppl_delta: infinite where the
+    loss is not finite; details then have None, as JSON can't say it.
+    """
 
     cell: Cell
     ppl_delta: float
@@ -89,8 +101,7 @@ class Trial:
         """For results files, and for the frontier plot."""
         return {
             "label": str(self.cell),
-            "rank": self.cell.rank,
-            "bits": self.cell.bits,
+            **self.cell.record(),
             "compression_ratio": self.compression_ratio,
             **self.details,
         }
@@ -159,42 +170,95 @@ def run_grid(
     evaluate: measures a cell. report: called after each step with the trials so far and a line on what goes on.
     """
     wanted = {_key(cell): cell for cell in cells}
+    parameters = {key: {"rank": cell.rank, "bits": cell.bits} for key, cell in wanted.items()}
 
-    def objective(trial: optuna.Trial) -> float:
-        cell = wanted.get(trial.user_attrs.get("cell", ""))
-        if cell is None:  # another worker took the last cell between our look and our claim
-            raise optuna.TrialPruned
+    def objective(trial: optuna.Trial, key: str) -> float:
         # The cell was enqueued with its values, this records them; the ranges must suit every grid of the study
         trial.suggest_int("rank", 1, 1 << 16)
         trial.suggest_int("bits", 1, 16)
-        measured = evaluate(cell)
-        trial.set_user_attr("ppl_delta", measured.ppl_delta)
-        trial.set_user_attr("details", measured.details)
-        return measured.compression_ratio
+        return record_measured(trial, evaluate(wanted[key]))
+
+    run_queue(study, path, lambda: parameters, objective, lambda note: report(finished(study, cells), note),
+              poll_seconds)  # fmt: skip
+    return finished(study, cells)
+
+
+def record_measured(trial: optuna.Trial, measured: Trial) -> float:
+    """Write what was measured into a study's trial; returns its value, the compression ratio."""
+    trial.set_user_attr("ppl_delta", measured.ppl_delta if math.isfinite(measured.ppl_delta) else None)
+    trial.set_user_attr("details", measured.details)
+    return measured.compression_ratio
+
+
+def run_queue(
+    study: optuna.Study,
+    path: Path,
+    wanted: Callable[[], dict[str, dict]],
+    objective: Callable[[optuna.Trial, str], float],
+    report: Callable[[str], None] = lambda note: None,
+    poll_seconds: float = 2.0,
+) -> None:
+    """Work on a study until all that is wanted is done, by this process or by others.
+
+    wanted: key of everything that is to be tried to its parameters; those that are left out are the sampler's to
+    choose. objective: gets a trial and its key. A trial that is pruned counts as done if it has a user attribute
+    `skipped`. report: called after each step with a line on what goes on.
+    """
+
+    def claimed(trial: optuna.Trial) -> float:
+        key = trial.user_attrs.get("cell")
+        if key not in wanted():  # another worker took the last one between our look and our claim
+            raise optuna.TrialPruned
+        return objective(trial, key)
 
     while True:
         waiting, running = _enqueue_missing(study, path, wanted)
-        report(finished(study, cells), f"{running} running elsewhere" if running else "")
+        report(f"{running} running elsewhere" if running else "")
         if waiting:
-            study.optimize(objective, n_trials=1)
+            study.optimize(claimed, n_trials=1)
         elif running:
             time.sleep(poll_seconds)
         else:
-            return finished(study, cells)
+            return
 
 
-def _enqueue_missing(study: optuna.Study, path: Path, wanted: dict[str, Cell]) -> tuple[int, int]:
-    """Enqueue every cell that is neither done, waiting nor being worked on. Returns how many wait and how many run."""
+def _enqueue_missing(study: optuna.Study, path: Path, wanted: Callable[[], dict[str, dict]]) -> tuple[int, int]:
+    """Enqueue all that is neither done, waiting nor being worked on. Returns how many wait and how many run."""
     with _locked(path):
-        optuna.storages.fail_stale_trials(study)
-        at = {state: set() for state in (TrialState.COMPLETE, TrialState.WAITING, TrialState.RUNNING)}
-        for trial in study.get_trials(deepcopy=False, states=tuple(at)):
-            at[trial.state].add(trial.user_attrs.get("cell"))
+        _fail_stale(study, path)
+        parameters = wanted()
+        at, lost = {state: set() for state in TrialState}, {}
+        for trial in study.get_trials(deepcopy=False):
+            key = trial.user_attrs.get("cell")
+            if trial.state == TrialState.FAIL:
+                lost.setdefault(key, []).append(trial.params)
+            elif trial.state != TrialState.PRUNED or "skipped" in trial.user_attrs:
+                at[trial.state].add(key)
         taken = set().union(*at.values())
-        for key in (key for key in wanted if key not in taken):
-            study.enqueue_trial({"rank": wanted[key].rank, "bits": wanted[key].bits}, user_attrs={"cell": key})
+        for key in (key for key in parameters if key not in taken):
+            # What a dead worker was trying is tried again, once: it may be what kills workers
+            again = lost[key][0] if len(lost.get(key, [])) == 1 else {}
+            study.enqueue_trial(parameters[key] | again, user_attrs={"cell": key})
             at[TrialState.WAITING].add(key)
-    return len(at[TrialState.WAITING] & wanted.keys()), len(at[TrialState.RUNNING] & wanted.keys())
+    return tuple(len(at[state] & parameters.keys()) for state in (TrialState.WAITING, TrialState.RUNNING))
+
+
+def _fail_stale(study: optuna.Study, path: Path) -> None:
+    """Fail the trials of dead workers, also of those that died before their first heartbeat."""
+    optuna.storages.fail_stale_trials(study)
+    silent = _without_heartbeat(path, study.study_name)
+    oldest = datetime.now() - timedelta(seconds=STALE_SECONDS)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if trial.number in silent and trial.datetime_start < oldest:
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+
+def _without_heartbeat(path: Path, study_name: str) -> set[int]:
+    """Numbers of running trials that never had a heartbeat, which Optuna never takes for stale."""
+    query = """SELECT number FROM trials JOIN studies USING (study_id) LEFT JOIN trial_heartbeats USING (trial_id)
+               WHERE study_name = ? AND state = 'RUNNING' AND heartbeat IS NULL"""
+    with closing(sqlite3.connect(path, timeout=60)) as database:
+        return {number for (number,) in database.execute(query, (study_name,))}
 
 
 def finished(study: optuna.Study, cells: Sequence[Cell]) -> list[Trial]:
@@ -208,8 +272,13 @@ def within_budget(trials: Sequence[Trial], budget: float) -> list[Trial]:
     return sorted((t for t in trials if t.ppl_delta <= budget), key=lambda t: (-t.compression_ratio, t.ppl_delta))
 
 
+def percent(delta: float | None) -> str:
+    """A relative change of perplexity for people; None or infinite where the loss is not finite."""
+    return "no finite loss" if delta is None or math.isinf(delta) else f"{delta:+.2%}"
+
+
 def confirm_best(
-    trials: Sequence[Trial], budget: float, confirm: Callable[[Cell], dict]
+    trials: Sequence[Trial], budget: float, confirm: Callable[[Cell], dict], advice: str = ADVICE
 ) -> tuple[Trial, dict, list[tuple[Trial, dict]]]:
     """The most compressed trial whose change also holds on other text, its figures there, and those that failed there.
 
@@ -218,14 +287,16 @@ def confirm_best(
     failed = []
     for trial in within_budget(trials, budget):
         record = confirm(trial.cell)
-        if record["ppl_delta"] <= budget:
+        if record["ppl_delta"] is not None and record["ppl_delta"] <= budget:
             return trial, record, failed
         failed.append((trial, record))
+    if not trials:
+        raise BudgetNotMet(f"nothing could be measured. No preset was written.\n{advice}")
     nearest = min(trials, key=lambda t: t.ppl_delta)
     held = f"; {len(failed)} met it on tuning text but not on evaluation text" if failed else ""
     raise BudgetNotMet(
         f"PPL degradation too high: nothing stays within {budget:+.1%}{held}. Nearest: {nearest.cell} at "
-        f"{nearest.ppl_delta:+.2%} ({nearest.compression_ratio:.2f}x). No preset was written.\n{ADVICE}"
+        f"{percent(nearest.ppl_delta)} ({nearest.compression_ratio:.2f}x). No preset was written.\n{advice}"
     )
 
 
@@ -235,7 +306,8 @@ def _key(cell: Cell) -> str:
 
 
 def _trial(cell: Cell, frozen: FrozenTrial) -> Trial:
-    return Trial(cell, frozen.user_attrs["ppl_delta"], frozen.value, frozen.user_attrs["details"])
+    delta = frozen.user_attrs["ppl_delta"]
+    return Trial(cell, math.inf if delta is None else delta, frozen.value, frozen.user_attrs["details"])
 
 
 def _locked(path: Path) -> FileLock:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +24,7 @@ from gpt2.models import Geometry, LoadedModel
 if TYPE_CHECKING:
     from gpt2.compression.codecs.base import Transform
 
+OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")  # what models call an attention's output projection
 CAPTURE_ATTENTION = "kv_plugin_capture"  # names with "flash", "sdpa" or "/" are special to transformers
 
 
@@ -38,6 +39,8 @@ class Moments:
     count: Tensor
     mean: Tensor
     scatter: Tensor
+    # What squared error weighs, by name: [L, H, d, d] each
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def zeros(cls, geometry: Geometry) -> Moments:
@@ -66,7 +69,9 @@ class Moments:
         """Moments of one layer in a transform's coordinates, as those of a model that has this layer alone."""
         E = transform.E.to(self.scatter.dtype)
         mean = ((self.mean[layer] - transform.mean)[:, None] @ E)[:, 0]
-        return Moments(self.count[layer : layer + 1], mean[None], (E.mT @ self.scatter[layer] @ E)[None])
+        D = transform.D.to(E.dtype)  # an error of coordinates is felt as what it becomes
+        metrics = {name: (D @ metric[layer] @ D.mT)[None] for name, metric in self.metrics.items()}
+        return Moments(self.count[layer : layer + 1], mean[None], (E.mT @ self.scatter[layer] @ E)[None], metrics)
 
     def covariance(self, layer: int) -> Tensor:
         """Centred covariance of every KV head, [H, d, d] float64."""
@@ -123,7 +128,31 @@ def collect(loaded: LoadedModel, windows: Iterable[Tensor], sink_tokens: int) ->
             body(input_ids=window[None].to(loaded.device), past_key_values=_Tap(record), use_cache=True)
     if not k.count.min():
         raise PluginError(f"no vectors to calibrate on: sequences must be longer than the {sink_tokens} sink tokens")
-    return Statistics(k, v, queries.mean() if has_queries else None, queries.count)
+    if has_queries:
+        k.metrics["attention"] = queries.mean()
+    if (outputs := output_metric(model, geometry)) is not None:
+        v.metrics["attention"] = outputs
+    return Statistics(k, v, k.metrics.get("attention"), queries.count)
+
+
+def output_metric(model, geometry: Geometry) -> Tensor | None:
+    """Σ WᵀW of each KV head's part of the output projections, [L, H, d, d] float64; None where they aren't found.
+
+    What an error of V weighs in the output of its layer, with all attention on one token.
+    """
+    L, H, d = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
+    found = []
+    for module in model.modules():
+        projection = next((getattr(module, name) for name in OUTPUTS if hasattr(module, name)), None)
+        if not hasattr(module, "layer_idx") or getattr(projection, "weight", None) is None:
+            continue
+        w = projection.weight.detach()
+        w = w.T if type(projection).__name__ == "Conv1D" else w  # [hidden, query heads · d]
+        if w.shape[1] % (H * d):
+            return None
+        w = w.double().cpu().T.reshape(H, -1, d, w.shape[0])  # [H, heads that share it, d, hidden]
+        found.append((w @ w.mT).sum(1))
+    return torch.stack(found) if len(found) == L else None
 
 
 class _QueryMoments:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -32,31 +33,51 @@ class CompressedLayer(CacheLayerMixin):
 
     def __init__(self, k: Compressor, v: Compressor, sink_tokens: int, recent_tokens: int, index: int):
         super().__init__()
-        self.stores = {"K": TokenStore(k, sink_tokens, recent_tokens), "V": TokenStore(v, sink_tokens, recent_tokens)}
+        compressors = {"KV": k} if k.joint else {"K": k, "V": v}
+        self.stores = {side: TokenStore(c, sink_tokens, recent_tokens) for side, c in compressors.items()}
         self.index = index
+        if k is not v and (k.joint or v.joint):
+            raise PluginError(f"layer {index}: a joint codec is for K and V together, the same object for both")
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        for (side, store), x in zip(self.stores.items(), (key_states, value_states), strict=True):
+        if "KV" in self.stores and key_states.shape != value_states.shape:
+            shapes = f"{list(key_states.shape)} and {list(value_states.shape)}"
+            raise PluginError(
+                f"layer {self.index}: a joint codec needs K and V of one shape, this model has {shapes}: use a codec of "
+                "each side"
+            )
+        for (side, store), x in zip(self.stores.items(), self._parts(key_states, value_states), strict=True):
             store.prepare(x, f"layer {self.index}, {side}")
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Store new tokens, [B, H, n, d] each; return all tokens, [B, H, T, d] each, as they are stored."""
         self.store(key_states, value_states)
-        return tuple(store.read() for store in self.stores.values())
+        read = [store.read() for store in self.stores.values()]
+        return tuple(read) if len(read) == 2 else read[0].chunk(2, dim=1)
+
+    def _parts(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        """K and V as the stores take them: apart, or as one tensor of 2H heads."""
+        return (torch.cat((keys, values), dim=1),) if "KV" in self.stores else (keys, values)
+
+    @property
+    def _first(self) -> TokenStore:
+        """The store that has K, alone or with V."""
+        return next(iter(self.stores.values()))
 
     def store(self, key_states: Tensor, value_states: Tensor) -> None:
         """Store new tokens, [B, H, n, d] each, and read nothing back: the cost doesn't depend on what is held."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._check(key_states)
-        for store, x in zip(self.stores.values(), (key_states, value_states), strict=True):
+        parts = self._parts(key_states, value_states)
+        self._check(parts[0])
+        for store, x in zip(self.stores.values(), parts, strict=True):
             store.append(x.detach())
 
     def _check(self, keys: Tensor) -> None:
         """Refuse a batch of another size, and the whole prompt fed again."""
-        store = self.stores["K"]
+        store = self._first
         if keys.shape[0] != store.sinks.shape[0]:
             raise PluginError(
                 f"the cache holds a batch of {store.sinks.shape[0]}, but {keys.shape[0]} sequences came: reset() "
@@ -72,7 +93,7 @@ class CompressedLayer(CacheLayerMixin):
             )
 
     def get_seq_length(self) -> int:
-        return len(self.stores["K"])
+        return len(self._first)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -154,6 +175,16 @@ class CompressedDynamicCache(Cache):
                 "its preset or calibration is of another model"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def keep_expanded(self) -> CompressedDynamicCache:
+        """Hold reconstructions beside the codes, for evaluations that read all of them at every step; returns self.
+
+        What is read is the same; the memory that compression saves is taken again, and counted.
+        """
+        for layer in self.layers:
+            for store in layer.stores.values():
+                store.keep_expanded = True
+        return self
 
     def nbytes(self) -> int:
         """Bytes held for the cached tokens, all of them: exact parts, codes, scales, and allocated room."""

@@ -10,33 +10,31 @@ on the embedded model only (results/runs); another model's own figures come from
 
 from __future__ import annotations
 
-import copy
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from gpt2 import results
 from gpt2.compression.calibration import SIDES
+from gpt2.compression.calibration_free import held_by
 from gpt2.compression.codecs import full_rank
 from gpt2.compression.codecs.ln_nullspace import LayerNormNullspace
 from gpt2.compression.compressed_cache import CompressedDynamicCache
-from gpt2.compression.plan import Setting, build
+from gpt2.compression.plan import Setting, setting_record
 from gpt2.compression.presets import check_preset, create_cache_from_preset
 from gpt2.errors import PluginError
-from gpt2.evaluation.memory import held_bytes, plain_bytes
-from gpt2.models import EMBEDDED, Geometry, probe_geometry, refuse_unsupported
+from gpt2.evaluation.memory import plain_bytes
+from gpt2.layout import geometry_of
+from gpt2.models import EMBEDDED, Geometry
 
 GIB = 2**30
 # Left for activations, the allocator's gaps and the runtime: a rule of thumb, not a measurement
 RESERVED = 0.1
 # A decode step expands one layer's K and V: in the arithmetic's 32 bits, in the model's 16, and joined with exact parts
 EXPANSION = 4
-_GEOMETRIES: dict[str, tuple[Geometry, int]] = {}
 MEASURED = results.RESULTS / "runs" / f"validate_ppl_policies_{EMBEDDED}.json"
 
 
@@ -60,14 +58,22 @@ class Policy:
 
 
 POLICIES = {
-    KVPolicyName.DEFAULT: Policy(Setting(bits=8), Setting(bits=8), 0.01, "standard production: no loss that shows"),
+    KVPolicyName.DEFAULT: Policy(
+        Setting(bits=8, quantizer="int8_channel"), Setting(bits=8), 0.01, "standard production: no loss that shows"
+    ),
     KVPolicyName.HIGH_COMPRESSION: Policy(
-        Setting(bits=8), Setting(bits=4), 0.03, "longer contexts or more users, for a little quality"
+        Setting(bits=8, quantizer="int8_channel"),
+        Setting(bits=4),
+        0.03,
+        "longer contexts or more users, for a little quality",
     ),
     # The guide's last tier drops the all-ones direction of V. At 4 bits that saves no byte (63 codes fill as many bytes
     # as 64) and it costs quality: it is here because the guide has it, and results/runs say what it does.
     KVPolicyName.MEMORY_EMERGENCY: Policy(
-        Setting(bits=4), Setting("ln_nullspace", bits=4), 0.20, "memory is at its limit: slower and worse is accepted"
+        Setting(bits=4, quantizer="int4_channel"),
+        Setting("ln_nullspace", bits=4),
+        0.20,
+        "memory is at its limit: slower and worse is accepted",
     ),
 }
 
@@ -168,7 +174,7 @@ def preset_for_policy(
             "target": "".join(coded),
             **coded.get("v", coded.get("k")),
             "calibration_file": "",
-            "layers": {side: [setting] * config["num_layers"] for side, setting in coded.items()},
+            "layers": coded,
         }
     )
 
@@ -261,47 +267,9 @@ def _why_none(estimates: list[Estimate], run: _Run) -> str:
             "context or a smaller batch.")  # fmt: skip
 
 
-def geometry_of(model_config, model_id: str) -> tuple[Geometry, int]:
-    """Shape of a model's cache and bytes of its weights, from its config: nothing is allocated."""
-    refuse_unsupported(model_config, model_id)
-    key = model_config.to_json_string(use_diff=False)
-    if key not in _GEOMETRIES:  # a model of 80 layers takes seconds to lay out
-        _GEOMETRIES[key] = _laid_out(model_config, model_id)
-    return _GEOMETRIES[key]
-
-
-def _laid_out(model_config, model_id: str) -> tuple[Geometry, int]:
-    dtype = getattr(model_config, "dtype", None)
-    dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-    # With a padding token some models look for it among the probe's tokens, which have no values here; others need one
-    for padded in (False, True):
-        try:
-            config = copy.deepcopy(model_config)
-            config.pad_token_id = config.pad_token_id if padded else None
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            size = sum(weights.numel() for weights in model.parameters()) * dtype.itemsize
-            return probe_geometry(model, model_id), size
-        except PluginError:
-            raise
-        except Exception as error:  # code that reads values where there are none fails in many ways
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-    raise PluginError(
-        f"{model_id} ({model_config.model_type}): its config alone doesn't tell the shape of its cache ({reason}): "
-        "load the model and use gpt2.compression.choice.from_policy, or give geometry="
-    )
-
-
 def policy_bytes(policy: Policy, geometry: Geometry, tokens: int) -> float:
-    """Bytes that a policy holds for one sequence of `tokens`, measured on one layer, since all layers are alike.
-
-    From 4096 tokens on it is taken to grow in proportion: sinks and unused room weigh less and less.
-    """
-    k, v = build({"k": [policy.k], "v": [policy.v]}, geometry.head_dim)
-    one_layer = Geometry(1, geometry.num_kv_heads, geometry.head_dim)
-    measured = min(tokens, 4096)
-    make = partial(CompressedDynamicCache, k, v, sink_tokens=policy.sink_tokens)
-    return held_bytes(make, one_layer, measured) * geometry.num_layers * tokens / measured
+    """Bytes that a policy holds for one sequence of `tokens`."""
+    return held_by(policy.k, policy.v, geometry, tokens, policy.sink_tokens)
 
 
 def measured_delta(name: KVPolicyName) -> float | None:
@@ -314,7 +282,7 @@ def measured_delta(name: KVPolicyName) -> float | None:
 
 
 def _shown(setting: Setting | None, head_dim: int) -> dict | None:
-    return setting and asdict(setting) | {"rank": full_rank(setting.codec, head_dim)}
+    return setting and setting_record(setting) | {"rank": full_rank(setting.codec, head_dim)}
 
 
 def _uses_nullspace(setting: Setting | None) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from gpt2.compression.calibration import SIDES, Calibration, load_calibration
+from gpt2.compression.calibration import SIDES, Calibration
+from gpt2.compression.calibration_file import load_calibration
 from gpt2.compression.codecs import (
     IDENTITY,
     Compressor,
@@ -16,8 +17,9 @@ from gpt2.compression.codecs import (
     Transform,
     basis_of,
     full_rank,
+    is_joint,
     needs_calibration,
-    quantizer_for_bits,
+    quantizer_of,
 )
 from gpt2.errors import PluginError
 
@@ -26,15 +28,21 @@ TARGETS = {"v": ("v",), "k": ("k",), "kv": ("k", "v")}
 
 @dataclass(frozen=True)
 class Setting:
-    """Codec of one layer's K or V. rank: coordinates kept; None is the calibration's default, or all there are."""
+    """Codec of one layer's K or V; K and V of a layer have the same where it is joint.
+
+    rank: coordinates kept; None is the calibration's default, or all there are. bits: per coordinate; of an adjustable
+    quantizer, everything counted and on average over the layers. quantizer: the one that `bits` means when None.
+    """
 
     codec: str = IDENTITY
     rank: int | None = None
-    bits: int = 16
+    bits: float = 16
+    quantizer: str | None = None
 
     def __str__(self) -> str:
-        basis = f"{self.codec} rank {self.rank}" if needs_calibration(self.codec) else self.codec
-        return f"{basis}, {self.bits} bits"
+        ranked = needs_calibration(self.codec) and not is_joint(self.codec)
+        basis = f"{self.codec} rank {self.rank}" if ranked else self.codec
+        return f"{basis}, {self.bits:g} bits" + (f" {self.quantizer}" if self.quantizer else "")
 
 
 # Side, "k" or "v", to a setting per layer; None stores the layer's vectors as they are
@@ -70,14 +78,27 @@ def build(
         if setting is None or not needs_calibration(setting.codec):
             if setting not in fixed:
                 transform = fixed_transform(setting, head_dim)
-                fixed[setting] = Compressor(quantizer_for_bits(setting.bits), transform and transform.to(device, dtype))
+                quantizer = quantizer_of(setting.quantizer, setting.bits)
+                fixed[setting] = Compressor(quantizer, transform and transform.to(device, dtype))
             return fixed[setting]
         if calibration is None:
             raise PluginError(f"layer {layer}, {side.upper()}: codec {setting.codec} needs a calibration")
+        quantizer = quantizer_of(setting.quantizer, setting.bits)
+        if is_joint(setting.codec):
+            quantizer = calibration.joint_codec().quantizer(quantizer, layer)
         transform = calibration.transform(side, layer, setting.rank, setting.codec)
-        return Compressor(quantizer_for_bits(setting.bits), transform.to(device, dtype))
+        return Compressor(quantizer, transform.to(device, dtype))
 
-    return tuple([one(side, layer, setting) for layer, setting in enumerate(plan[side])] for side in SIDES)
+    def pair(layer: int, k: Setting | None, v: Setting | None) -> tuple[Compressor, Compressor]:
+        if not any(setting and is_joint(setting.codec) for setting in (k, v)):
+            return one("k", layer, k), one("v", layer, v)
+        if k != v:
+            raise PluginError(f"layer {layer}: a joint codec is for K and V together: give both sides the same setting")
+        both = one("k", layer, k)
+        return both, both
+
+    pairs = [pair(layer, k, v) for layer, (k, v) in enumerate(zip(plan["k"], plan["v"], strict=True))]
+    return [k for k, _ in pairs], [v for _, v in pairs]
 
 
 def fixed_transform(setting: Setting, head_dim: int) -> Transform | None:
@@ -88,12 +109,13 @@ def fixed_transform(setting: Setting, head_dim: int) -> Transform | None:
 
 def compressors_for(
     target: str,
-    bits: int,
+    bits: float,
     num_layers: int,
     calibration: Calibration | None,
     *,
     rank: int | None = None,
     codec: str | None = None,
+    quantizer: str | None = None,
     head_dim: int | None = None,
     layers: Container[int] | None = None,
     dtype: torch.dtype = torch.float32,
@@ -106,7 +128,7 @@ def compressors_for(
     """
     codec = codec or (calibration.meta["codec"] if calibration else IDENTITY)
     head_dim = calibration.geometry.head_dim if calibration else head_dim
-    plan = uniform(target, num_layers, Setting(codec, rank, bits), layers)
+    plan = uniform(target, num_layers, Setting(codec, rank, bits, quantizer), layers)
     return build(plan, head_dim, calibration, dtype=dtype, device=device)
 
 
@@ -134,4 +156,9 @@ def load_calibrated_compressors(
 
 def plan_record(plan: Plan) -> dict[str, list[dict | None]]:
     """A plan as a preset's `layers` key has it."""
-    return {side: [setting and asdict(setting) for setting in settings] for side, settings in plan.items()}
+    return {side: [setting and setting_record(setting) for setting in settings] for side, settings in plan.items()}
+
+
+def setting_record(setting: Setting) -> dict:
+    """A setting as a preset has it: without a quantizer where `bits` means it."""
+    return {key: value for key, value in asdict(setting).items() if key != "quantizer" or value is not None}

@@ -2,7 +2,10 @@
 
     cache = create_cache_from_preset(get_preset_info("smollm2-135m", "int4-vonly"))
 
-A preset's own keys are the guide's (`GUIDE_KEYS`); further keys have defaults, so that older files load.
+`kv8` and `kv4` exist for every model, made from its config alone.
+
+A preset's own keys are the guide's (`GUIDE_KEYS`); further keys have defaults, so that older files load. `layers` has a
+setting for all layers' K or V, or a list with one for each layer.
 """
 
 from __future__ import annotations
@@ -16,19 +19,22 @@ from pathlib import Path
 import torch
 
 from gpt2 import results
-from gpt2.compression.calibration import SIDES, Calibration, calibration_folders, load_calibration, stand_in
-from gpt2.compression.codecs import BITS, Compressor, codec_name, full_rank
+from gpt2.compression.calibration import SIDES, Calibration, stand_in
+from gpt2.compression.calibration_file import calibration_folders, load_calibration
+from gpt2.compression.calibration_free import ANY_MODEL, preset_for_any_model
+from gpt2.compression.codecs import BITS, Compressor, codec_name, full_rank, quantizer_of
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.plan import TARGETS, Plan, Setting, build, needs_calibration_file, uniform
 from gpt2.errors import BadArtefact, CalibrationNotFound, PluginError
-from gpt2.models import LoadedModel
+from gpt2.layout import geometry_of
+from gpt2.models import LoadedModel, read_config
 
 FORMAT = "kv-plugin-preset/1"
 GUIDE_KEYS = {
     "model": str,
     "rank": int,
     "target": str,
-    "bits": int,
+    "bits": (int, float),
     "compression_ratio": float,
     "baseline_ppl": float,
     "compressed_ppl": float,
@@ -39,23 +45,27 @@ GUIDE_KEYS = {
 }
 # Figures may be unknown (null); without the rest there is no cache to make
 FIGURES = ("compression_ratio", "baseline_ppl", "compressed_ppl", "ppl_delta")
-DEFAULTS = {"format": FORMAT, "codec": "pca", "sink_tokens": 4, "recent_tokens": 0}
+DEFAULTS = {"format": FORMAT, "codec": "pca", "quantizer": None, "sink_tokens": 4, "recent_tokens": 0}
 BUILT_IN = (results.ROOT / "configs" / "presets", results.RESULTS / "presets")
 
 
 def get_preset_info(model: str, name: str) -> dict:
-    """A built-in preset as a dict of the caller's own. Raises PluginError, listing what exists, for an unknown name."""
+    """A built-in preset as a dict of the caller's own. Raises PluginError, listing what exists, for an unknown name.
+
+    model: as in `built_in_presets`; for `kv8` and `kv4` any folder or hub id, of which only the config is read.
+    """
     known = built_in_presets()
+    if name in known.get(model, {}):
+        return load_preset(known[model][name])
+    if name in ANY_MODEL:
+        config = read_config(model)
+        return check_preset(preset_for_any_model(name, model, geometry_of(config, model)[0], config), name)
     if model not in known:
         raise PluginError(
-            f"no built-in presets for model {model!r}{_near(model, known)} (there are some for: "
-            f"{', '.join(known)}); make one with scripts/auto_tune_kv_compression.py"
+            f"no built-in presets for model {model!r}{_near(model, known)} (there are some for: {', '.join(known)}), "
+            f"only those of any: {', '.join(ANY_MODEL)}; make one with scripts/auto_tune_kv_compression.py"
         )
-    if name not in known[model]:
-        raise PluginError(
-            f"no preset {name!r} for {model}{_near(name, known[model])} (there are: {', '.join(known[model])})"
-        )
-    return load_preset(known[model][name])
+    raise PluginError(_no_preset(name, f" for {model}", [*known[model], *ANY_MODEL]))
 
 
 def resolve_preset(preset: str | Path, model: LoadedModel | str) -> dict:
@@ -65,14 +75,22 @@ def resolve_preset(preset: str | Path, model: LoadedModel | str) -> dict:
     """
     if str(preset).endswith(".json") or Path(preset).is_file():
         return load_preset(preset)
-    if isinstance(model, str) or not model.random_weights:
-        return get_preset_info(model if isinstance(model, str) else model.spec, str(preset))
+    preset = str(preset)
+    if isinstance(model, str):
+        return get_preset_info(model, preset)
     known = built_in_presets()
+    if preset in ANY_MODEL and preset not in known.get(model.spec, {}):
+        return check_preset(preset_for_any_model(preset, model.spec, model.geometry, model.model.config), preset)
+    if not model.random_weights:
+        return get_preset_info(model.spec, preset)
     named = [load_preset(names[preset]) for names in known.values() if preset in names]
     if not named:
-        every = sorted({name for names in known.values() for name in names})
-        raise PluginError(f"no preset {preset!r}{_near(preset, every)} (there are: {', '.join(every)})")
+        raise PluginError(_no_preset(preset, "", sorted({*ANY_MODEL, *(name for n in known.values() for name in n)})))
     return min(named, key=lambda found: found["head_dim"] != model.geometry.head_dim)
+
+
+def _no_preset(name: str, for_model: str, there_are: list[str]) -> str:
+    return f"no preset {name!r}{for_model}{_near(name, there_are)} (there are: {', '.join(there_are)})"
 
 
 def built_in_presets() -> dict[str, dict[str, Path]]:
@@ -111,7 +129,7 @@ def check_preset(preset: dict, where: str = "preset") -> dict:
         if key in FIGURES:
             number = type(value) in (int, float) and math.isfinite(value)
             expect(value is None or (number and value > (-1 if key == "ppl_delta" else 0)), key, kind.__name__)
-        else:
+        elif key != "bits":  # whose kind depends on the quantizer
             expect(type(value) is kind, key, kind.__name__)
     expect(type(preset.get("folder", "")) is str, "folder", "a path")
     expect(type(preset.get("name", "")) is str, "name", "a word")
@@ -130,12 +148,20 @@ def check_preset(preset: dict, where: str = "preset") -> dict:
 def _check_setting(setting: dict, head_dim: int, where: str) -> None:
     """Raise BadArtefact unless codec, rank and bits exist and fit together."""
     most = full_rank_of(setting["codec"], head_dim, where)
-    rank, bits = setting["rank"], setting["bits"]
+    rank, bits, quantizer = setting["rank"], setting.get("bits"), setting.get("quantizer")
     if type(rank) is not int or not 1 <= rank <= most:
         full = f"1 to head_dim {most}" if most == head_dim else f"1 to {most}, as {setting['codec']} has coordinates"
         raise BadArtefact(f"{where}: key 'rank': expected {full}, found {rank!r}")
-    if type(bits) is not int or bits not in BITS:
+    if quantizer is None and (type(bits) is not int or bits not in BITS):
         raise BadArtefact(f"{where}: key 'bits': expected {' or '.join(map(str, sorted(BITS)))}, found {bits!r}")
+    if type(bits) not in (int, float):
+        raise BadArtefact(f"{where}: key 'bits': expected a number, found {bits!r}")
+    if type(bits) not in (int, float):
+        raise BadArtefact(f"{where}: key 'bits': expected a number of bits, found {bits!r}")
+    try:
+        quantizer_of(quantizer, bits)
+    except (PluginError, TypeError) as error:
+        raise BadArtefact(f"{where}: keys 'quantizer' and 'bits': {error}") from error
 
 
 def full_rank_of(codec, head_dim: int, where: str) -> int:
@@ -147,22 +173,27 @@ def full_rank_of(codec, head_dim: int, where: str) -> int:
 
 
 def _check_layers(preset: dict, where: str) -> None:
-    """Raise BadArtefact unless `layers` has a list of settings for K, V or both, one per layer."""
+    """Raise BadArtefact unless `layers` has, for K, V or both, a setting for all layers or a list with one for each."""
     layers, L = preset["layers"], preset["num_layers"]
     if not isinstance(layers, dict) or not layers or set(layers) - set(SIDES):
         raise BadArtefact(f"{where}: key 'layers': expected an object with 'k', 'v' or both, found {layers!r:.80}")
     for side, settings in layers.items():
+        if isinstance(settings, dict):
+            _check_layer(settings, preset["head_dim"], f"{where}: layers.{side}")
+            continue
         if not isinstance(settings, list) or len(settings) != L:
             found = len(settings) if isinstance(settings, list) else type(settings).__name__
             raise BadArtefact(f"{where}: key 'layers.{side}': expected a list of {L} entries, found {found}")
         for layer, setting in enumerate(settings):
-            place = f"{where}: layers.{side}[{layer}]"
-            if setting is None:
-                continue
-            if not isinstance(setting, dict) or set(setting) != {"codec", "rank", "bits"}:
-                raise BadArtefact(f"{place}: expected null or codec, rank and bits, found {setting!r:.80}")
-            full = full_rank_of(setting["codec"], preset["head_dim"], place)
-            _check_setting(setting | ({"rank": full} if setting["rank"] is None else {}), preset["head_dim"], place)
+            if setting is not None:
+                _check_layer(setting, preset["head_dim"], f"{where}: layers.{side}[{layer}]")
+
+
+def _check_layer(setting: dict, head_dim: int, place: str) -> None:
+    if not isinstance(setting, dict) or set(setting) - {"quantizer"} != {"codec", "rank", "bits"}:
+        raise BadArtefact(f"{place}: expected null or codec, rank and bits, found {setting!r:.80}")
+    full = full_rank_of(setting["codec"], head_dim, place)
+    _check_setting(setting | ({"rank": full} if setting["rank"] is None else {}), head_dim, place)
 
 
 def plan_of(preset: dict) -> Plan:
@@ -170,8 +201,9 @@ def plan_of(preset: dict) -> Plan:
     L = preset["num_layers"]
     if layers := preset.get("layers"):
         plan = {side: layers.get(side) or [None] * L for side in SIDES}
+        plan = {side: [settings] * L if isinstance(settings, dict) else settings for side, settings in plan.items()}
         return {side: [setting and Setting(**setting) for setting in settings] for side, settings in plan.items()}
-    return uniform(preset["target"], L, Setting(preset["codec"], preset["rank"], preset["bits"]))
+    return uniform(preset["target"], L, Setting(preset["codec"], preset["rank"], preset["bits"], preset["quantizer"]))
 
 
 def create_cache_from_preset(
@@ -229,7 +261,7 @@ def preset_for_shape(preset: dict, model: LoadedModel) -> dict:
     """A preset on a model without weights, which has other layers: settings without figures, for speed and memory."""
     head_dim, L = model.geometry.head_dim, model.geometry.num_layers
     layers = preset.get("layers")
-    if layers and preset["num_layers"] != L:
+    if preset["num_layers"] != L and any(isinstance(settings, list) for settings in (layers or {}).values()):
         raise PluginError(f"preset for {preset['model']} has a setting for each of {preset['num_layers']} layers: "
                           f"it can't be put on {L}")  # fmt: skip
 
@@ -241,7 +273,10 @@ def preset_for_shape(preset: dict, model: LoadedModel) -> dict:
 
     shape = {"num_layers": L, "head_dim": head_dim, **scaled(preset)}
     if layers:
-        shape["layers"] = {side: [s and s | scaled(s) for s in settings] for side, settings in layers.items()}
+        shape["layers"] = {
+            side: settings | scaled(settings) if isinstance(settings, dict) else [s and s | scaled(s) for s in settings]
+            for side, settings in layers.items()
+        }
     measured = (*FIGURES, "figures", "figures_from", "made_by", "trials", "provenance")
     return check_preset({key: value for key, value in preset.items() if key not in measured} | shape)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,8 +13,9 @@ from torch import Tensor
 from gpt2.compression.autotune import Cell, Trial
 from gpt2.compression.calibration import Calibration
 from gpt2.compression.compressed_cache import CompressedDynamicCache
-from gpt2.compression.plan import TARGETS, Setting, build
+from gpt2.compression.plan import TARGETS, Plan, Setting, build, plan_record
 from gpt2.compression.sensitivity import ablate, plans
+from gpt2.errors import LossNotFinite
 from gpt2.evaluation import memory
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory, Scores, baseline_factory, compare, score
 from gpt2.models import LoadedModel
@@ -43,10 +45,13 @@ class Search:
 
     def factory(self, cell: Cell) -> CacheFactory:
         """Caches of a cell, which share their compressors."""
-        geometry = self.loaded.geometry
-        plan = cell.plan(self.target, self.codec, geometry.num_layers)
-        k, v = build(plan, geometry.head_dim, self.calibration, device=self.loaded.device)
-        return partial(CompressedDynamicCache, k, v, sink_tokens=self.sink_tokens)
+        plan = cell.plan(self.target, self.codec, self.loaded.geometry.num_layers)
+        return self.caches(plan, sink_tokens=self.sink_tokens)
+
+    def caches(self, plan: Plan, **windows: int) -> CacheFactory:
+        """Caches of a plan, which share their compressors. windows: as CompressedDynamicCache has them."""
+        k, v = build(plan, self.loaded.geometry.head_dim, self.calibration, device=self.loaded.device)
+        return partial(CompressedDynamicCache, k, v, **windows)
 
     def ablate(self, cells: Sequence[Cell], path: Path, text_sha256: str, provenance: dict) -> list[dict]:
         """Every layer alone in the setting of every cell, on a quarter of the tuning text; resumes and writes `path`.
@@ -69,26 +74,53 @@ class Search:
         mixed = [plan for plan in found if len({s for side in TARGETS[self.target] for s in plan[side]}) > 1]
         return [Cell.of_plan(plan) for plan in mixed]  # the others are in the grid already
 
-    def evaluate(self, cell: Cell) -> Trial:
-        """A cell on tuning text, against a baseline that is scored once."""
-        make = self.factory(cell)
-        measured = self._score(self.tuning, {str(cell): make})[str(cell)]
-        record = compare(self._tuning_baseline, measured, self.seed)
-        ratio = memory.compression_ratio(make, self.loaded.geometry, config=self.loaded.model.config)
-        return Trial(cell, record["ppl_delta"], ratio, record)
+    def ratio(self, cell: Cell) -> float:
+        """Whole-KV compression of a cell's caches. No model runs: sizes don't depend on values."""
+        return memory.compression_ratio(self.factory(cell), self.loaded.geometry, config=self.loaded.model.config)
+
+    def evaluate(self, cell: Cell, ratio: float | None = None) -> Trial:
+        """A cell on tuning text, against a baseline that is scored once. ratio: of `ratio`, where it is known."""
+        baseline = self._tuning_baseline
+        record = self._compared(
+            lambda: (baseline, self._score(self.tuning, {str(cell): self.factory(cell)})[str(cell)])
+        )
+        delta = math.inf if record["ppl_delta"] is None else record["ppl_delta"]
+        return Trial(cell, delta, self.ratio(cell) if ratio is None else ratio, record)
 
     def confirm(self, cell: Cell) -> dict:
         """A cell on evaluation text, beside the baseline, with KL and agreement."""
-        scores = self._score(self.evaluation, {BASELINE: baseline_factory(self.loaded), str(cell): self.factory(cell)})
-        return compare(scores[BASELINE], scores[str(cell)], self.seed)
+        caches = {BASELINE: baseline_factory(self.loaded), str(cell): self.factory(cell)}
+        return self._compared(lambda: tuple(self._score(self.evaluation, caches)[name] for name in caches))
+
+    def _compared(self, measure: Callable[[], tuple[Scores, Scores]]) -> dict:
+        """Figures of what `measure` returns, baseline first; without a finite loss `ppl_delta` is None.
+
+        A baseline that has none is an error as everywhere.
+        """
+        try:
+            return compare(*measure(), self.seed)
+        except LossNotFinite as error:
+            if error.cache == BASELINE:
+                raise
+            return {"ppl_delta": None, "ppl_delta_interval": None, "note": str(error)}
+        except OverflowError:  # finite, but its exponential is not
+            return {"ppl_delta": None, "ppl_delta_interval": None, "note": "the perplexity is beyond all numbers"}
+
+    def preset_keys(self, cell: Cell) -> dict:
+        """What a preset says of the cache that a cell makes."""
+        plan = cell.plan(self.target, self.codec, self.loaded.geometry.num_layers)
+        keys = {"target": self.target, **cell.record(), "codec": self.codec, "sink_tokens": self.sink_tokens}
+        return keys | {"layers": cell.layers and plan_record(plan)}
 
     @cached_property
     def _tuning_baseline(self) -> Scores:
         return self._score(self.tuning, {BASELINE: baseline_factory(self.loaded)})[BASELINE]
 
     def _score(self, segments: Tensor, caches: dict[str, CacheFactory]) -> dict[str, Scores]:
+        """Scores of ours and the baseline. Reconstructions are kept, which reads the same and is several times faster."""
         bar = self.bar(" and ".join(caches), "batch")
-        return score(self.loaded, segments, caches, chunk=self.chunk, batch_size=self.batch_size, progress=bar)
+        kept = {name: make if name == BASELINE else _kept(make) for name, make in caches.items()}
+        return score(self.loaded, segments, kept, chunk=self.chunk, batch_size=self.batch_size, progress=bar)
 
     def key(self, text_sha256: str) -> dict:
         """All that a trial's figures depend on: a search with another key is another study."""
@@ -108,3 +140,7 @@ class Search:
             "device": self.loaded.device.type,
             "format": TRIAL_FORMAT,
         }
+
+
+def _kept(make: CacheFactory) -> CacheFactory:
+    return lambda: make().keep_expanded()

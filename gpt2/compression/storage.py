@@ -63,8 +63,13 @@ class Pieces:
 class TokenStore:
     """K or V of one layer, [B, H, T, d] seen from outside: exact sinks | compressed blocks | exact tail.
 
-    The tail has less than one block of the codec plus `recent_tokens`. What `read` returns is always what is stored:
-    the reconstruction of the blocks, also of tokens that were appended a moment ago.
+    Blocks begin at multiples of the codec's `block_tokens`: sinks that don't fill one leave the first with a lead of
+    copies in their place, and a prompt that ends with a block leaves no tail. The tail has less than one block plus
+    `recent_tokens`. What `read` returns is always what is stored: the reconstruction of the blocks, also of tokens
+    that were appended a moment ago.
+
+    keep_expanded: hold the reconstruction beside the blocks, so that each block is expanded once. It takes the memory
+    that compression saves and is counted: for evaluations that read the whole history at every step.
     """
 
     def __init__(self, compressor: Compressor, sink_tokens: int, recent_tokens: int):
@@ -72,12 +77,15 @@ class TokenStore:
         # An exact codec needs no exact sinks or tail beside it
         self.sink_tokens = 0 if compressor.exact else sink_tokens
         self.recent_tokens = 0 if compressor.exact else recent_tokens
+        self.lead = self.sink_tokens % compressor.block_tokens
+        self.keep_expanded = False
         self.clear()
 
     def clear(self) -> None:
         self.sinks: Tensor | None = None
         self.tail: Tensor | None = None
         self.blocks: dict[str, Pieces] = {}
+        self.expanded: Tensor | None = None
 
     def prepare(self, x: Tensor, where: str) -> None:
         """Take device, dtype and shape from the first tokens x [B, H, T, d]."""
@@ -86,8 +94,12 @@ class TokenStore:
         self.sinks = self.tail = x.new_empty((*x.shape[:2], 0, x.shape[3]))
 
     @property
+    def compressed_blocks(self) -> int:
+        return next((pieces.length for pieces in self.blocks.values()), 0)
+
+    @property
     def compressed_tokens(self) -> int:
-        return next((pieces.length for pieces in self.blocks.values()), 0) * self.compressor.block_tokens
+        return max(self.compressed_blocks * self.compressor.block_tokens - self.lead, 0)
 
     def __len__(self) -> int:
         return 0 if self.sinks is None else self.sinks.shape[2] + self.compressed_tokens + self.tail.shape[2]
@@ -100,12 +112,25 @@ class TokenStore:
             x = x[:, :, missing:]
         waiting = torch.cat((self.tail, x), dim=2) if self.tail.shape[2] else x
         block = self.compressor.block_tokens
-        full = max(waiting.shape[2] - self.recent_tokens, 0) // block * block
-        if full:
-            for name, field in self.compressor.compress(waiting[:, :, :full]).items():
-                self.blocks.setdefault(name, Pieces(max(SMALLEST_PIECE // block, 1))).append(field)
+        lead = 0 if self.compressed_blocks else self.lead
+        full = max(lead + waiting.shape[2] - self.recent_tokens, 0) // block * block - lead
+        if full > 0:
+            self._compress(waiting[:, :, :full], lead)
+            waiting = waiting[:, :, full:]
         # A copy: a slice would keep the whole prompt's activations alive
-        self.tail = waiting[:, :, full:].clone()
+        self.tail = waiting.clone()
+
+    def _compress(self, x: Tensor, lead: int) -> None:
+        """Store whole blocks: `lead` places that sinks have left, and tokens x [B, H, n, d]."""
+        if lead:
+            x = torch.cat((x[:, :, :1].expand(-1, -1, lead, -1), x), dim=2)
+        block = self.compressor.block_tokens
+        for name, field in self.compressor.compress(x, self._position(self.compressed_blocks)).items():
+            self.blocks.setdefault(name, Pieces(max(SMALLEST_PIECE // block, 1))).append(field)
+
+    def _position(self, block: int) -> int:
+        """Position in the sequence of a block's first place."""
+        return self.sink_tokens - self.lead + block * self.compressor.block_tokens
 
     def read(self) -> Tensor:
         """All tokens, [B, H, T, d]."""
@@ -126,8 +151,24 @@ class TokenStore:
         """Reconstruction of the blocks from `start_block` on."""
         if not self.compressed_tokens:
             return None
+        if self.keep_expanded:
+            return self._kept(start_block)
+        x = self._expand_from(start_block)
+        return x if start_block else x[:, :, self.lead :]
+
+    def _kept(self, start_block: int) -> Tensor:
+        """As `_expand`, from the reconstruction that is held, to which new blocks are added first."""
+        block = self.compressor.block_tokens
+        known = 0 if self.expanded is None else self.expanded.shape[2] // block
+        if known < self.compressed_blocks:
+            new = self._expand_from(known)
+            self.expanded = new if self.expanded is None else torch.cat((self.expanded, new), dim=2)
+        return self.expanded[:, :, start_block * block or self.lead :]
+
+    def _expand_from(self, start_block: int) -> Tensor:
+        """Reconstruction of whole blocks, the lead included."""
         fields = {name: _joined(pieces.views())[:, :, start_block:] for name, pieces in self.blocks.items()}
-        return self.compressor.expand(fields, self.sinks.shape[3], self.sinks.dtype)
+        return self.compressor.expand(fields, self.sinks.shape[3], self.sinks.dtype, self._position(start_block))
 
     def crop(self, tokens: int) -> None:
         """Forget the last `tokens` tokens. What stays of a block that is cut joins the tail as its reconstruction."""
@@ -138,22 +179,27 @@ class TokenStore:
         if in_tail >= 0:
             self.tail = self.tail[:, :, :in_tail].clone()
             return
-        blocks, rest = divmod(max(length - self.sinks.shape[2], 0), self.compressor.block_tokens)
+        behind_sinks = max(length - self.sinks.shape[2], 0)
+        blocks, rest = divmod(behind_sinks + self.lead, self.compressor.block_tokens) if behind_sinks else (0, 0)
+        rest = min(rest, behind_sinks)  # in the first block the lead is no token
         self.tail = self._expand(blocks)[:, :, :rest].clone() if rest else self.tail[:, :, :0].clone()
         for pieces in self.blocks.values():
             pieces.truncate(blocks)
+        if self.expanded is not None:
+            self.expanded = self.expanded[:, :, : blocks * self.compressor.block_tokens].clone() if blocks else None
         self.sinks = self.sinks[:, :, :length].clone()
 
     def nbytes(self) -> int:
         """Bytes held: sinks, codes with their metadata, tail, and room in the pieces that isn't used yet."""
         pieces = [part for pieces in self.blocks.values() for part in pieces.parts]
-        return sum(t.nbytes for t in (self.sinks, self.tail, *pieces) if t is not None)
+        return sum(t.nbytes for t in (self.sinks, self.tail, self.expanded, *pieces) if t is not None)
 
     def map_(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn` to every stored tensor: batch selection, or a move between devices."""
         if self.sinks is None:
             return
         self.sinks, self.tail = fn(self.sinks), fn(self.tail)
+        self.expanded = None if self.expanded is None else fn(self.expanded)
         for pieces in self.blocks.values():
             pieces.map_(fn)
 

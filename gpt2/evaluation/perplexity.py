@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from gpt2.errors import PluginError
+from gpt2.compression.compressed_cache import CompressedDynamicCache
+from gpt2.errors import LossNotFinite
 from gpt2.evaluation.statistics import paired_bootstrap
 from gpt2.models import LoadedModel
 
@@ -62,32 +64,63 @@ def score(
     chunk: int = 64,
     batch_size: int = 4,
     progress=iter,
+    failed: dict[str, Exception] | None = None,
 ) -> dict[str, Scores]:
     """Score token segments [n, T] through a fresh cache of every factory, in lockstep.
 
     With a cache called "baseline" among them, which then runs first, the others get KL and agreement as well.
-    progress: wraps the iterable of batches, such as tqdm. Raises PluginError where a loss isn't finite.
+    progress: wraps the iterable of batches, such as tqdm. Raises LossNotFinite where a loss isn't finite. failed: given,
+    a cache other than the baseline that raises goes there with its error, and the others go on without it.
     """
     names = sorted(caches, key=lambda name: name != BASELINE)
     pending = {name: _Pending() for name in names}
+    lost = {} if failed is None else failed
     for batch in progress(segments.split(batch_size)):
         parts = {name: _Pending() for name in names}
-        live = {name: caches[name]() for name in names}
+        live = {name: _quick(caches[name]()) for name in names if name not in lost}
         for start in range(0, batch.shape[1], chunk):
-            _score_chunk(loaded, batch, start, chunk, live, parts)
+            _score_chunk(loaded, batch, start, chunk, live, parts, failed)
         for name, part in parts.items():
             for measure, values in vars(part).items():
                 if values:
                     getattr(pending[name], measure).append(torch.cat(values, dim=1).cpu())
-    return {name: _finish(name, measured) for name, measured in pending.items()}
+    scores = {}
+    for name in names:
+        with _kept_apart(name, failed):
+            if name not in lost:
+                scores[name] = _finish(name, pending[name])
+    return scores
 
 
-def _score_chunk(loaded: LoadedModel, batch: Tensor, start: int, chunk: int, live: dict, parts: dict) -> None:
+def _quick(cache: Cache) -> Cache:
+    """A cache of ours expands each block once: every chunk reads all of them, and what it reads is the same."""
+    return cache.keep_expanded() if isinstance(cache, CompressedDynamicCache) else cache
+
+
+@contextmanager
+def _kept_apart(name: str, failed: dict[str, Exception] | None):
+    """Put what one cache raises into `failed`, where there is such a dict and it isn't the baseline."""
+    try:
+        yield
+    except Exception as error:  # of other people's code: it may be any
+        if failed is None or name == BASELINE:
+            raise
+        failed[name] = error.with_traceback(None)  # which would keep its caches and logits alive
+
+
+def _score_chunk(
+    loaded: LoadedModel, batch: Tensor, start: int, chunk: int, live: dict, parts: dict, failed: dict | None
+) -> None:
     tokens = batch[:, start : start + chunk].to(loaded.device)
     labels = batch[:, start + 1 : start + chunk + 1].to(loaded.device)
     reference = None
-    for name, cache in live.items():
-        logits = loaded.model(tokens, past_key_values=cache, use_cache=True).logits[:, : labels.shape[1]]
+    for name, cache in list(live.items()):
+        logits = None
+        with _kept_apart(name, failed):
+            logits = loaded.model(tokens, past_key_values=cache, use_cache=True).logits[:, : labels.shape[1]]
+        if logits is None:
+            del live[name]
+            continue
         log_p = torch.log_softmax(logits.float(), dim=-1)
         parts[name].nll.append(-log_p.gather(-1, labels[..., None])[..., 0])
         if name == BASELINE:
@@ -101,7 +134,7 @@ def _score_chunk(loaded: LoadedModel, batch: Tensor, start: int, chunk: int, liv
 def _finish(name: str, measured: _Pending) -> Scores:
     scores = Scores(*(torch.cat(values).double().numpy() if values else None for values in vars(measured).values()))
     if not np.isfinite(scores.nll).all():
-        raise PluginError(f"the loss with cache {name!r} is NaN or infinite: try --dtype float32, or more bits")
+        raise LossNotFinite(f"the loss with cache {name!r} is NaN or infinite: try --dtype float32, or more bits", name)
     return scores
 
 

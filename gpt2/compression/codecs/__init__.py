@@ -9,19 +9,29 @@ import difflib
 from functools import reduce
 
 from gpt2.compression.codecs.base import Basis, Composed, Compressor, FixedBasis, Quantizer, Transform
+from gpt2.compression.codecs.hadamard import Hadamard
 from gpt2.compression.codecs.integer import Int4, Int8
+from gpt2.compression.codecs.joint import Joint, JointTransform
 from gpt2.compression.codecs.ln_nullspace import LayerNormNullspace
+from gpt2.compression.codecs.metric import Attention, Fisher
+from gpt2.compression.codecs.mixed import Mixed, MixedFixed
 from gpt2.compression.codecs.none import Unquantized
 from gpt2.compression.codecs.pca import PCA
+from gpt2.compression.codecs.per_channel import Int4Channel, Int8Channel
 from gpt2.compression.codecs.random_projection import RandomProjection
 from gpt2.errors import PluginError
 
-BASES: dict[str, Basis] = {basis.name: basis() for basis in (PCA, RandomProjection, LayerNormNullspace)}
-QUANTIZERS: dict[str, Quantizer] = {q.name: q() for q in (Unquantized, Int8, Int4)}
-BITS = {quantizer.bits: name for name, quantizer in QUANTIZERS.items()}
+BASES: dict[str, Basis] = {
+    basis.name: basis() for basis in (PCA, Attention, Fisher, Joint, RandomProjection, LayerNormNullspace, Hadamard)
+}
+QUANTIZERS: dict[str, Quantizer] = {
+    q.name: q() for q in (Unquantized, Int8, Int4, Int8Channel, Int4Channel, Mixed, MixedFixed)
+}
+# What a setting means that names its bits and no quantizer
+BITS = {quantizer.bits: name for name, quantizer in QUANTIZERS.items() if quantizer.by_bits}
 IDENTITY = "identity"  # no basis at all: the quantizer works on the model's own channels
 CODECS = (IDENTITY, *BASES)
-if len(BITS) < len(QUANTIZERS):
+if len(BITS) < sum(quantizer.by_bits for quantizer in QUANTIZERS.values()):
     raise ImportError("two quantizers have the same `bits`, which presets tell them apart by")
 
 __all__ = [
@@ -34,13 +44,17 @@ __all__ = [
     "Compressor",
     "FixedBasis",
     "IdentityCompressor",
+    "JointTransform",
     "Quantizer",
     "Transform",
     "basis_of",
     "codec_name",
     "full_rank",
+    "is_joint",
+    "metric_of",
     "needs_calibration",
     "quantizer_for_bits",
+    "quantizer_of",
 ]
 
 
@@ -56,6 +70,34 @@ def quantizer_for_bits(bits: int) -> Quantizer:
     if bits not in BITS:
         raise PluginError(f"bits {bits!r} is not available: use {', '.join(map(str, sorted(BITS)))}")
     return QUANTIZERS[BITS[bits]]
+
+
+def quantizer_of(name: str | None, bits: float) -> Quantizer:
+    """A quantizer by name, at `bits` where it is adjustable; without a name, the one that `bits` means."""
+    if name is None:
+        return quantizer_for_bits(bits)
+    if not isinstance(name, str) or name not in QUANTIZERS:
+        near = difflib.get_close_matches(str(name), QUANTIZERS, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise PluginError(f"unknown quantizer {name!r}{hint} (there are: {', '.join(QUANTIZERS)})")
+    quantizer = QUANTIZERS[name]
+    if quantizer.adjustable:
+        return quantizer.at(bits)
+    if bits != quantizer.bits:
+        raise PluginError(f"bits {bits!r}: quantizer {name} has {quantizer.bits}")
+    return quantizer
+
+
+def is_joint(codec: str) -> bool:
+    """Whether a codec has one basis for K and V of a layer together."""
+    basis = basis_of(codec)
+    return basis is not None and basis.joint
+
+
+def metric_of(codec: str) -> str:
+    """The statistics that a codec is fitted to: pca, attention or fisher; what is named first weighs most."""
+    metrics = {BASES[part].metric for part in codec_name(codec).split("+") if part != IDENTITY}
+    return next((metric for metric in ("fisher", "attention") if metric in metrics), "pca")
 
 
 def basis_of(codec: str) -> Basis | None:

@@ -10,6 +10,8 @@ Shapes used throughout:
     z       [B, G, T, r]   coordinates in the group's basis
     E, D    [G, w, r], [G, r, w]; mean [G, w]. With w = d and a first dimension of 1, every head uses the same one.
     fields  dict of what a quantizer stores, each tensor [B, G, T / block_tokens, …]
+    start   position in the sequence of x's first token, for transforms that depend on it
+A joint codec sees K and V of a layer as one x of 2H heads, K's first.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ class Transform:
     D: Tensor
     mean: Tensor
 
+    joint = False  # whether x is K and V of a layer together
+
     @property
     def rank(self) -> int:
         return self.E.shape[-1]
@@ -51,12 +55,12 @@ class Transform:
         """This transform followed by one of its coordinates, as a single product. Needs D @ E = I."""
         return Transform(self.E @ second.E, second.D @ self.D, self.mean + (second.mean[:, None] @ self.D)[:, 0])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """x [B, H, T, d] → z [B, G, T, r], in the basis's own dtype."""
         grouped = _join_heads(x, width=self.E.shape[1]).to(self.E.dtype)
         return (grouped - self.mean[:, None]) @ self.E
 
-    def inverse(self, z: Tensor, head_dim: int) -> Tensor:
+    def inverse(self, z: Tensor, head_dim: int, start: int = 0) -> Tensor:
         """z [B, G, T, r] → x̂ [B, H, T, d]."""
         return _split_heads(z.to(self.D.dtype) @ self.D + self.mean[:, None], head_dim)
 
@@ -94,9 +98,15 @@ class Quantizer(ABC):
     """
 
     name: str
-    bits: int
+    bits: float
     block_tokens = 1
     lossless = False
+    by_bits = True  # whether a setting's `bits` alone can mean it; else a setting names it
+    adjustable = False  # comes in any number of bits per coordinate, through `at`
+
+    def at(self, bits: float) -> Quantizer:
+        """This quantizer with another budget. Raises PluginError where it is out of reach."""
+        raise PluginError(f"quantizer {self.name} has {self.bits} bits and no others")
 
     @abstractmethod
     def quantize(self, z: Tensor) -> Fields:
@@ -112,6 +122,8 @@ class Basis(ABC):
 
     name: str
     calibrated = True  # fitted to statistics, so that its coordinates have an order and a rank can be cut
+    joint = False  # one basis for K and V of a layer together
+    metric = "pca"  # what statistics it is fitted to
 
     @abstractmethod
     def fit(self, moments: Moments, layer: int) -> tuple[Transform, Tensor]:
@@ -147,6 +159,8 @@ class Composed(Basis):
         self.first, self.second = first, second
         self.name = f"{first.name}+{second.name}"
         self.calibrated = second.calibrated
+        if first.joint or second.joint:
+            raise PluginError(f"codec {self.name}: a joint basis doesn't combine with another")
         if first.calibrated and not second.calibrated:  # its coordinates would lose their order
             raise PluginError(f"codec {self.name}: {second.name} needs no calibration and can only come first")
 
@@ -182,19 +196,24 @@ class Compressor:
         return self.transform is None and self.quantizer.lossless
 
     @property
+    def joint(self) -> bool:
+        """Whether it takes K and V of a layer as one tensor of 2H heads."""
+        return self.transform is not None and self.transform.joint
+
+    @property
     def block_tokens(self) -> int:
         return self.quantizer.block_tokens
 
-    def compress(self, x: Tensor) -> Fields:
-        """x [B, H, T, d] → fields; T a multiple of `block_tokens`."""
-        z = x if self.transform is None else self.transform.forward(x)
+    def compress(self, x: Tensor, start: int = 0) -> Fields:
+        """x [B, H, T, d] from position `start` on → fields; T a multiple of `block_tokens`."""
+        z = x if self.transform is None else self.transform.forward(x, start)
         # What isn't quantized is held in the model's dtype, not in the basis's
         return self.quantizer.quantize(z.to(x.dtype) if self.quantizer.lossless else z)
 
-    def expand(self, fields: Fields, head_dim: int, dtype: torch.dtype) -> Tensor:
-        """Fields → x̂ [B, H, T, d] in `dtype`."""
+    def expand(self, fields: Fields, head_dim: int, dtype: torch.dtype, start: int = 0) -> Tensor:
+        """Fields → x̂ [B, H, T, d] in `dtype`; start: position of the first token."""
         z = self.quantizer.dequantize(fields, self.transform.rank if self.transform else head_dim)
-        x = z if self.transform is None else self.transform.inverse(z, head_dim)
+        x = z if self.transform is None else self.transform.inverse(z, head_dim, start)
         if dtype == torch.float16 and x.dtype != dtype:  # a step beyond the largest number would be infinite
             x = x.clamp(-HALF_MAX, HALF_MAX)
         return x.to(dtype)

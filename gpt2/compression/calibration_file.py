@@ -1,0 +1,205 @@
+"""The calibration file: written atomically, read with every shape checked, found again when it fits.
+
+A whole file has statistics and bases for every codec; a compact one has a joint codec alone, with its basis in half
+precision: small enough to be kept beside the presets that share it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gpt2 import results
+from gpt2.compression.calibration import SIDES, Calibration, calibrate, calibration_key
+from gpt2.compression.capture import Moments, Statistics
+from gpt2.compression.codecs import full_rank, is_joint, needs_calibration
+from gpt2.compression.joint import parse_joint
+from gpt2.errors import BadArtefact, CalibrationNotFound, PluginError
+from gpt2.models import LoadedModel
+from gpt2.texts import Text
+
+FORMAT = "kv-plugin-calibration/1"
+META = {
+    "model": str,
+    "fingerprint": str,
+    "num_layers": int,
+    "num_kv_heads": int,
+    "head_dim": int,
+    "rank": int,
+    "codec": str,
+    "sink_tokens": int,
+    "samples": int,
+    "seq_len": int,
+    "seed": int,
+    "text": str,
+    "text_spec": str,
+    "text_sha256": str,
+    "tokens": int,
+    "dtype": str,
+    "versions": dict,
+}
+
+
+def save_calibration(calibration: Calibration, path: str | Path) -> Path:
+    """Write a calibration atomically."""
+    record = {"format": FORMAT, "meta": calibration.meta}
+    if calibration.statistics is not None:
+        record |= {
+            "bases": calibration.bases,
+            "energy": {side: calibration.energy(side).float() for side in SIDES},
+            "statistics": _statistics_record(calibration.statistics),
+        }
+    if calibration.joint is not None:
+        record["joint"] = calibration.joint.record()
+    return results.write_torch(path, record)
+
+
+def _statistics_record(statistics: Statistics) -> dict:
+    record = {"queries": statistics.queries, "query_count": statistics.query_count, "metrics": {}}
+    for side in SIDES:
+        moments = getattr(statistics, side)
+        record |= {f"{side}_{name}": getattr(moments, name) for name in ("count", "mean", "scatter")}
+        record["metrics"][side] = dict(moments.metrics)
+    return record
+
+
+def load_calibration(path: str | Path) -> Calibration:
+    """Read a calibration. Raises BadArtefact, naming file, field, expected and found; never runs code from the file."""
+    path = Path(path)
+    if not path.exists():
+        raise CalibrationNotFound(
+            f"Calibration file not found: {path}. Give its full path, or make it: "
+            f"python scripts/calibrate_kv_lowrank.py --output {path}"
+        )
+    try:
+        record = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damage shows as any of a dozen types, and nothing but reading happens in the block
+        raise BadArtefact(f"{path}: not a readable calibration file ({type(error).__name__}): make it again") from error
+    return _parse(record, path)
+
+
+def _parse(record, path: Path) -> Calibration:
+    def expect(good: bool, field: str, expected, found) -> None:
+        if not good:
+            raise BadArtefact(f"{path}: field {field!r}: expected {expected}, found {found}: make the file again")
+
+    expect(isinstance(record, dict), "file", "a dict", type(record).__name__)
+    expect(record.get("format") == FORMAT, "format", FORMAT, record.get("format"))
+    meta = record.get("meta")
+    expect(isinstance(meta, dict), "meta", "a dict", type(meta).__name__)
+    for name, kind in META.items():
+        expect(type(meta.get(name)) is kind, f"meta.{name}", kind.__name__, repr(meta.get(name)))
+    L, H, d = meta["num_layers"], meta["num_kv_heads"], meta["head_dim"]
+    expect(1 <= meta["rank"] <= d, "meta.rank", f"1 to {d}", meta["rank"])
+    expect(_is_calibrated(meta["codec"]), "meta.codec", "a calibrated codec, such as pca", repr(meta["codec"]))
+    has_joint, compact = "joint" in record, "statistics" not in record and "joint" in record
+    joint = parse_joint(record["joint"], L, H, d, expect) if has_joint else None
+    expect(has_joint or not is_joint(meta["codec"]), "joint", "a joint codec, as meta.codec says", "none")
+    if compact:
+        return Calibration(meta, None, {}, joint)
+
+    def tensor(group: str, name: str, *shape: int) -> Tensor:
+        value = record.get(group)
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        expect(isinstance(value, Tensor) and list(value.shape) == list(shape), f"{group}.{name}", list(shape), found)
+        expect(bool(torch.isfinite(value).all()), f"{group}.{name}", "finite numbers", "NaN or infinity")
+        return value
+
+    r = full_rank("fisher" if is_joint(meta["codec"]) else meta["codec"], d)
+    shapes = {"mean": (L, H, d), "E": (L, H, d, r), "D": (L, H, r, d), "spectrum": (L, H, r)}
+    bases = {
+        side: {name: tensor("bases", f"{side}.{name}", *shape) for name, shape in shapes.items()} for side in SIDES
+    }
+    moments = [
+        Moments(
+            tensor("statistics", f"{side}_count", L),
+            tensor("statistics", f"{side}_mean", L, H, d),
+            tensor("statistics", f"{side}_scatter", L, H, d, d),
+        )
+        for side in SIDES
+    ]
+    has_queries = record["statistics"].get("queries") is not None
+    queries = tensor("statistics", "queries", L, H, d, d) if has_queries else None
+    query_count = record["statistics"].get("query_count")
+    expect(type(query_count) is int, "statistics.query_count", "int", repr(query_count))
+    metrics = record["statistics"].get("metrics", {})  # older files have none
+    for side, own in zip(SIDES, moments, strict=True):
+        names = metrics.get(side, {}) if isinstance(metrics, dict) else metrics
+        expect(isinstance(names, dict), "statistics.metrics", "a dict of each side", type(names).__name__)
+        own.metrics = {name: tensor("statistics", f"metrics.{side}.{name}", L, H, d, d) for name in names}
+    return Calibration(meta, Statistics(*moments, queries, query_count), bases, joint)
+
+
+def _is_calibrated(codec: str) -> bool:
+    try:
+        return needs_calibration(codec)
+    except PluginError:
+        return False
+
+
+def obtain_calibration(
+    loaded: LoadedModel,
+    text: Text,
+    *,
+    given: Path | None,
+    output: Path | None = None,
+    rank: int,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    sink_tokens: int,
+    metric: str = "pca",
+    checkpointing: bool = False,
+    progress=iter,
+) -> tuple[Calibration, Path]:
+    """The calibration to work with and its file: the one given, else a matching one made before, else a new one.
+
+    Matching is by model, text, samples, length, seed and sinks, and by having what `metric` needs; looked for in
+    results/calibrations and the working folder. A new one is written to `output`, by default into results/calibrations.
+    """
+    made_from = {"samples": samples, "seq_len": seq_len, "seed": seed, "sink_tokens": sink_tokens}
+    needed = {"metric": metric} if metric == "fisher" else {}  # the others are always there
+    path = given or find_reusable(
+        calibration_key(loaded, text, **made_from) | needed, (*calibration_folders(), Path("."))
+    )
+    if path:
+        print(f"calibration: using {path}", flush=True)
+        calibration = load_calibration(path)
+        calibration.check_model(loaded.fingerprint, loaded.spec, str(path))
+        return calibration, path
+    key = calibration_key(loaded, text, **made_from) | needed
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
+    path = output or calibration_folders()[0] / f"kv_lowrank_calib_{loaded.slug}_{digest}.pt"
+    results.check_writable(path)
+    calibration = calibrate(
+        loaded, text, rank=rank, metric=metric, checkpointing=checkpointing, progress=progress, **made_from
+    )
+    return calibration, save_calibration(calibration, path)
+
+
+def find_reusable(key: dict, places: Iterable[Path]) -> Path | None:
+    """The first calibration file in `places`, folders or files, whose metadata has what `key` has.
+
+    Other files are passed over; so are compact ones unless the key asks for them, for they lack most of what is used.
+    """
+    for path in (path for place in places for path in (sorted(place.glob("*.pt")) if place.is_dir() else [place])):
+        try:
+            meta = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["meta"]
+        except Exception:  # any foreign .pt may lie in a user's folder; whatever is wrong with it, it isn't ours
+            continue
+        if isinstance(meta, dict) and ({"compact": False} | key).items() <= ({"compact": False} | meta).items():
+            return path
+    return None
+
+
+def calibration_folders() -> list[Path]:
+    """Where calibrations lie: results/calibrations of the working folder and of this checkout."""
+    here = Path("results") / "calibrations"
+    return [here] if here.resolve() == (results.RESULTS / "calibrations") else [here, results.RESULTS / "calibrations"]

@@ -1,0 +1,282 @@
+"""Mixed widths: every channel of every block gets 0 to 10 bits, by least squared error within the block's bytes.
+
+A block is 64 tokens of r channels and always takes the same number of bytes, so blocks can be indexed, reordered and
+preallocated. Inside, rate–distortion decides: the widths minimise Σ error + λ · bytes, with the λ at which they fit.
+
+    block   uint8 [B, G, n, bytes]
+            codes: channels by falling width, a channel of b bits as b planes of 64 bits (8 bytes; bit t of plane j is
+            bit j of token t's code), so equal widths lie together and every width reads the same way
+            metadata behind them: scale and offset, a byte each, for channels that have codes, in the same order
+    widths  uint8 [B, G, n, 3 · ⌈r / 8⌉]: index into WIDTHS, three planes of r bits. Absent where widths are fixed.
+
+ẑ = scale · (code − (2ᵇ − 1) / 2 + offset · max(2ᵇ / 64, 1 / 4)), scale = 2^(byte / 8 − 20). A channel
+without codes reads as 0, which is the calibrated mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from gpt2.compression.codecs.base import Fields, Quantizer
+from gpt2.errors import PluginError
+
+# One bit never pays beside its metadata; ten do, for the few channels with most of the variance
+WIDTHS = (0, 2, 3, 4, 5, 6, 8, 10)
+PLANES = max(WIDTHS)
+BLOCK = 64
+PLANE = BLOCK // 8  # bytes of one bit of a channel's 64 tokens
+METADATA = 2  # bytes of a channel that has codes
+COSTS = tuple(PLANE * b + METADATA * (b > 0) for b in WIDTHS)  # bytes of a channel in a block
+OCTAVE = 8  # scales per doubling
+SCALE_ZERO = 20 * OCTAVE  # byte of scale 1: steps from 1e-6 to 3,700
+# Shares of a block's range to try: narrow codes lose less by cutting extremes off than by a step that reaches them,
+# wide ones must reach them although scale and offset are rounded
+NARROW, WIDE = (1.0, 0.9, 0.8, 0.7), (1.0, 1.06)
+WIDEST_NARROW = 4
+
+
+class Mixed(Quantizer):
+    """bits: stored per coordinate, metadata and widths included."""
+
+    name = "mixed"
+    block_tokens = BLOCK
+    by_bits = False
+    adjustable = True
+
+    def __init__(self, bits: float = 4.0):
+        self.bits = bits
+
+    def at(self, bits: float) -> Mixed:
+        if not 0.25 <= bits <= 10.5:  # for all layers together: a single one may take less
+            raise PluginError(f"bits {bits!r}: quantizer {self.name} takes 0.25 to 10.5 bits per coordinate")
+        return type(self)(float(bits))
+
+    def quantize(self, z: Tensor) -> Fields:
+        y = in_blocks(z)
+        error, scale, offset = (torch.stack(parts, dim=-1) for parts in zip(*_grids(y), strict=True))
+        choice = cheapest(error, self._payload(z.shape[-1]))
+        scale, offset = (part.gather(-1, choice[..., None])[..., 0] for part in (scale, offset))
+        block = _pack(y, scale, offset, _width(choice), self._payload(z.shape[-1]))
+        return {"block": block, "widths": _pack_indices(choice)}
+
+    def dequantize(self, fields: Fields, rank: int) -> Tensor:
+        return _unpack(fields["block"], _width(_unpack_indices(fields["widths"], rank)))
+
+    def _payload(self, rank: int) -> int:
+        """Bytes for codes and metadata of a block: what the widths leave, in whole planes."""
+        left = self.bits * BLOCK * rank / 8 - width_bytes(rank)
+        return max(int(left) // PLANE, 1) * PLANE
+
+
+class MixedFixed(Mixed):
+    """The same with widths that were chosen once, at calibration: nothing to store for them or to search.
+
+    widths: index into WIDTHS of every channel, [G, r]; the calibration of a joint codec has them.
+    """
+
+    name = "mixed_fixed"
+
+    def __init__(self, bits: float = 4.0, widths: Tensor | None = None):
+        super().__init__(bits)
+        self.widths = widths
+
+    def quantize(self, z: Tensor) -> Fields:
+        y = in_blocks(z)
+        choice = self._choice(y)
+        scale, offset = torch.zeros_like(y[..., 0]), torch.zeros_like(y[..., 0])
+        for index, (_, own_scale, own_offset) in enumerate(_grids(y)):
+            scale = torch.where(choice == index, own_scale, scale)
+            offset = torch.where(choice == index, own_offset, offset)
+        payload = int(torch.tensor(COSTS)[self.widths.cpu()].sum(-1).max())
+        return {"block": _pack(y, scale, offset, _width(choice), payload)}
+
+    def dequantize(self, fields: Fields, rank: int) -> Tensor:
+        return _unpack(fields["block"], _width(self._choice(fields["block"])))
+
+    def _choice(self, like: Tensor) -> Tensor:
+        """Width indices for blocks [B, G, n, …]: [B, G, n, r]."""
+        if self.widths is None:
+            raise PluginError(f"quantizer {self.name} takes its widths from a calibration of a joint codec")
+        return self.widths.to(like.device)[None, :, None].expand(*like.shape[:3], -1)
+
+
+def width_bytes(rank: int) -> int:
+    """Bytes of a block's width indices."""
+    return 3 * -(-rank // 8)
+
+
+def errors(z: Tensor) -> Tensor:
+    """Squared error of every block, channel and width: z [B, G, T, r] → [B, G, n, r, len(WIDTHS)]."""
+    return torch.stack([error for error, _, _ in _grids(in_blocks(z))], dim=-1)
+
+
+def cheapest(error: Tensor, budget: int, steps: int = 40) -> Tensor:
+    """Widths of least total error within `budget` bytes per block: error [..., r, W] → indices [..., r].
+
+    Lagrangian: bisection on λ, all blocks at once. What it leaves unspent is less than one channel's step.
+    """
+    costs = torch.tensor(COSTS, device=error.device, dtype=error.dtype)
+    few = torch.full(error.shape[:-2], 1e-30, device=error.device, dtype=torch.float64)
+    many = error.double().sum((-1, -2)) + 1e-30  # a byte never saves more than all there is
+
+    def chosen(price: Tensor) -> Tensor:
+        return (error + price[..., None, None].to(error.dtype) * costs).argmin(-1)
+
+    for _ in range(steps):
+        price = (few * many).sqrt()
+        fits = costs[chosen(price)].sum(-1) <= budget
+        few, many = torch.where(fits, few, price), torch.where(fits, price, many)
+    return chosen(many)
+
+
+def in_blocks(z: Tensor) -> Tensor:
+    """[B, G, T, r] → [B, G, n, r, 64]: what is reduced over lies together."""
+    return z.float().unflatten(2, (-1, BLOCK)).mT.contiguous()
+
+
+def _grids(y: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For every width the best uniform grid of a block's channel: squared error, scale, offset, [..., r] each."""
+    nothing = torch.zeros_like(y[..., 0])
+    grids = [(y.square().sum(-1), nothing, nothing)]
+    return grids + [best_grid(y, bits, NARROW if bits <= WIDEST_NARROW else WIDE) for bits in WIDTHS[1:]]
+
+
+def best_grid(
+    y: Tensor, bits: int, shares: tuple[float, ...], reach: int = 127, unit: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The uniform grid of least squared error for every channel of y [..., r, 64]: error, scale, offset, [..., r] each.
+
+    shares: of the range, to try. reach: largest offset, in units of `unit` steps, `offset_unit` when None.
+    """
+    unit = float(offset_unit(torch.tensor(bits))) if unit is None else unit
+    low, high = y.amin(-1), y.amax(-1)
+    best = None
+    for share in shares:
+        scale, offset = _rounded(low, high, share / (2**bits - 1), reach, unit)
+        step, origin, last = levels(scale, unit * offset, torch.full_like(scale, 2**bits - 1))
+        error = (y - quantized(y, step, origin, last).mul_(step).add_(origin)).square_().sum(-1)
+        found = (error, scale, offset)
+        best = found if best is None else _better(found, best)
+    return best
+
+
+def offset_unit(widths: Tensor) -> Tensor:
+    """Steps per unit of an offset, for codes of so many bits."""
+    return (2.0**widths / 64).clamp_min(0.25)
+
+
+def _better(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Per channel the one with the smaller error, which comes first."""
+    return tuple(torch.where(a[0] < b[0], x, y) for x, y in zip(a, b, strict=True))
+
+
+def _rounded(low: Tensor, high: Tensor, share: float, reach: int, unit: float) -> tuple[Tensor, Tensor]:
+    """Step on its grid of eighth octaves, and the middle of the range in units of steps, as the bytes hold them."""
+    middle = (low + high) / 2
+    # An offset that it can't reach, also when the step is rounded down, would put the whole block off: then the step
+    # must be wider
+    scale = torch.maximum((high - low) * share, middle.abs() / (reach * unit) * 2 ** (0.5 / OCTAVE))
+    exponent = (scale.clamp_min(1e-30).log2() * OCTAVE).round().clamp(-SCALE_ZERO, 255 - SCALE_ZERO)
+    scale = (exponent / OCTAVE).exp2()
+    return scale, (middle / scale / unit).round().clamp(-reach - 1, reach)
+
+
+def levels(scale: Tensor, offset: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Step, value of code 0 and last code of every channel, [..., r, 1] each; offset: of the middle, in steps."""
+    return scale[..., None], (scale * (offset - last / 2))[..., None], last[..., None]
+
+
+def quantized(y: Tensor, step: Tensor, origin: Tensor, last: Tensor) -> Tensor:
+    """Codes of y, as floats."""
+    return ((y - origin) / step).round_().clamp_(min=0).minimum(last)
+
+
+def _pack(y: Tensor, scale: Tensor, offset: Tensor, widths: Tensor, payload: int) -> Tensor:
+    """y [..., r, 64] on its grids [..., r] → block [..., payload] uint8."""
+    widths, order = widths.sort(dim=-1, descending=True, stable=True)
+    scale, offset = scale.gather(-1, order), offset.gather(-1, order)
+    step = torch.where(widths > 0, scale, torch.ones_like(scale))  # where there are no codes there is no step
+    grid = levels(step, offset_unit(widths) * offset, 2.0**widths - 1)
+    codes = quantized(y.gather(-2, order[..., None].expand_as(y)), *grid).to(torch.int16)
+    exponent = (step.log2() * OCTAVE).round() + SCALE_ZERO
+    metadata = torch.stack((exponent, offset + 128), dim=-1).to(torch.uint8)
+    block = torch.zeros(*widths.shape[:-1], payload, dtype=torch.uint8, device=y.device)
+    in_codes, in_metadata = _places(widths, payload)
+    block[in_codes] = _planes(codes)[_taken(widths)].flatten()
+    block[in_metadata] = metadata[widths > 0].flatten()
+    return block
+
+
+def _unpack(block: Tensor, widths: Tensor) -> Tensor:
+    """block [B, G, n, bytes], widths [B, G, n, r] → ẑ [B, G, T, r]."""
+    widths, order = widths.sort(dim=-1, descending=True, stable=True)
+    in_codes, in_metadata = _places(widths, block.shape[-1])
+    planes = block.new_zeros(*widths.shape, PLANES, PLANE)
+    planes[_taken(widths)] = block[in_codes].view(-1, PLANE)
+    metadata = block.new_zeros(*widths.shape, METADATA)
+    metadata[widths > 0] = block[in_metadata].view(-1, METADATA)
+    scale = ((metadata[..., 0].float() - SCALE_ZERO) / OCTAVE).exp2() * (widths > 0)
+    step, origin, _ = levels(scale, offset_unit(widths) * (metadata[..., 1].float() - 128), 2.0**widths - 1)
+    z = torch.addcmul(origin, _from_planes(planes, int(widths.max())).float(), step)
+    z = torch.empty_like(z).scatter_(-2, order[..., None].expand_as(z), z)
+    return z.mT.flatten(2, 3)
+
+
+def _places(widths: Tensor, payload: int) -> tuple[Tensor, Tensor]:
+    """Which bytes of a block hold codes and which metadata, [..., payload] bool each."""
+    place = torch.arange(payload, device=widths.device)
+    codes = PLANE * widths.sum(-1, keepdim=True)
+    metadata = codes + METADATA * (widths > 0).sum(-1, keepdim=True)
+    return place < codes, (place >= codes) & (place < metadata)
+
+
+def _taken(widths: Tensor) -> Tensor:
+    """Which planes a channel has, [..., r, PLANES]."""
+    return torch.arange(PLANES, device=widths.device) < widths[..., None]
+
+
+def _planes(codes: Tensor) -> Tensor:
+    """int16 [..., 64] → its bits by plane, [..., PLANES, 8 bytes] uint8."""
+    planes = torch.arange(PLANES, device=codes.device, dtype=torch.int16)
+    bits = ((codes[..., None, :] >> planes[:, None]) & 1).to(torch.uint8)
+    return _to_bytes(bits)
+
+
+def _from_planes(planes: Tensor, count: int) -> Tensor:
+    """The first `count` planes [..., PLANES, 8 bytes] → int16 codes [..., 64]."""
+    codes = torch.zeros(*planes.shape[:-2], BLOCK, dtype=torch.int16, device=planes.device)
+    for plane in range(count):
+        codes |= _to_bits(planes[..., plane, :]).to(torch.int16) << plane
+    return codes
+
+
+def _to_bytes(bits: Tensor) -> Tensor:
+    """uint8 0 or 1, [..., 8 n] → [..., n]: bit i of a byte is the i-th of its eight."""
+    places = torch.arange(8, device=bits.device, dtype=torch.uint8)
+    return (bits.unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8)
+
+
+def _to_bits(packed: Tensor) -> Tensor:
+    """The inverse of `_to_bytes`."""
+    places = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    return ((packed[..., None] >> places) & 1).flatten(-2)
+
+
+def _width(indices: Tensor) -> Tensor:
+    return torch.tensor(WIDTHS, device=indices.device)[indices]
+
+
+def _pack_indices(indices: Tensor) -> Tensor:
+    """Indices below 8, [..., r] → three planes, [..., 3 · ⌈r / 8⌉] uint8."""
+    padded = pad(indices.to(torch.uint8), (0, -indices.shape[-1] % 8))
+    planes = torch.arange(3, device=indices.device, dtype=torch.uint8)
+    return _to_bytes((padded[..., None, :] >> planes[:, None]) & 1).flatten(-2)
+
+
+def _unpack_indices(packed: Tensor, rank: int) -> Tensor:
+    """The inverse of `_pack_indices`, [..., rank] int64."""
+    planes = torch.arange(3, device=packed.device, dtype=torch.uint8)
+    bits = _to_bits(packed.unflatten(-1, (3, -1)))  # [..., 3, r]
+    return (bits << planes[:, None]).sum(-2)[..., :rank].long()

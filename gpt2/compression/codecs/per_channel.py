@@ -1,0 +1,91 @@
+"""Uniform integers with a scale and an offset per channel, in blocks of 64 tokens (KIVI, Liu et al. 2024).
+
+Keys have channels that are large in every token, or far from zero (Qwen2.5's have a bias of many times their spread).
+Coded by token, those set the step of all others; by channel each has a step and an offset of its own. A block holds
+
+    codes   uint8 [B, G, n, 64 · bits / 8, r]: at 4 bits the first 32 tokens in the low nibbles, the others above
+    scale   uint8 [B, G, n, 1, r], on the grid of `mixed`: step = 2^(byte / 8 − 20)
+    offset  float16 [B, G, n, 1, r], the value of code 0
+
+ẑ = code · step + offset: 24 bits of metadata over 64 codes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpt2.compression.codecs.base import HALF_MAX, Fields, Quantizer
+from gpt2.compression.codecs.mixed import BLOCK, NARROW, OCTAVE, SCALE_ZERO
+
+
+class Int8Channel(Quantizer):
+    """8 bits per coordinate, and 24 per channel and block."""
+
+    name = "int8_channel"
+    bits = 8
+    block_tokens = BLOCK
+    by_bits = False
+    # Shares of the range to try. Half a step of the scales' grid above 1: rounded down, it still reaches the extremes
+    shares = (2 ** (0.5 / OCTAVE),)
+
+    def quantize(self, z: Tensor) -> Fields:
+        y = z.float().unflatten(2, (-1, BLOCK))
+        low, high = y.amin(-2, keepdim=True), y.amax(-2, keepdim=True)
+        scale, offset = self._grid(low, high, self.shares[0])
+        least = self._error(y, scale, offset)
+        for share in self.shares[1:]:
+            narrower = self._grid(low, high, share)
+            error = self._error(y, *narrower)
+            better = error < least
+            least = torch.where(better, error, least)
+            scale, offset = torch.where(better, narrower[0], scale), torch.where(better, narrower[1], offset)
+        codes = self._codes(y, scale, offset).to(torch.uint8)
+        return {"codes": self.pack(codes), "scale": scale, "offset": offset}
+
+    def dequantize(self, fields: Fields, rank: int) -> Tensor:
+        codes = self.unpack(fields["codes"]).float()
+        return torch.addcmul(fields["offset"].float(), codes, _step(fields["scale"])).flatten(2, 3)
+
+    def _grid(self, low: Tensor, high: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Scale and offset, as they are stored, of codes over the middle share `share` of a range."""
+        levels = 2**self.bits - 1
+        exponent = ((high - low) * (share / levels)).clamp_min(1e-30).log2() * OCTAVE
+        scale = (exponent.round() + SCALE_ZERO).clamp(0, 255).to(torch.uint8)
+        offset = (low + high) / 2 - _step(scale) * (levels / 2)
+        return scale, offset.clamp(-HALF_MAX, HALF_MAX).half()
+
+    def _codes(self, y: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        return ((y - offset.float()) / _step(scale)).round_().clamp_(0, 2**self.bits - 1)
+
+    def _error(self, y: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        """Squared error of every channel of a block, [..., 1, r]."""
+        back = self._codes(y, scale, offset).mul_(_step(scale)).add_(offset.float())
+        return (y - back).square_().sum(-2, keepdim=True)
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """[..., 64, r] uint8 → the bytes that are stored."""
+        return codes
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """The inverse of `pack`."""
+        return packed
+
+
+class Int4Channel(Int8Channel):
+    """4 bits per coordinate, and 24 per channel and block. Cutting extremes off may cost less than reaching them."""
+
+    name = "int4_channel"
+    bits = 4
+    shares = NARROW
+
+    def pack(self, codes: Tensor) -> Tensor:
+        low, high = codes.chunk(2, dim=-2)
+        return low | high << 4
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        return torch.cat((packed & 15, packed >> 4), dim=-2)
+
+
+def _step(scale: Tensor) -> Tensor:
+    return ((scale.float() - SCALE_ZERO) / OCTAVE).exp2()

@@ -1,0 +1,200 @@
+"""The calibrated part of a joint codec: its basis, and how bytes are shared out between layers and channels.
+
+Squared error in its coordinates is loss, so one price per byte is fair to all layers, to K and to V: a layer gets the
+bytes that it would buy at the price at which the whole model meets its budget.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gpt2.compression.codecs import JointTransform, Quantizer
+from gpt2.compression.codecs.joint import Joint, heads_per_group
+from gpt2.compression.codecs.mixed import BLOCK, COSTS, PLANE, WIDTHS, Mixed, MixedFixed, errors, width_bytes
+from gpt2.compression.gradients import JointStatistics
+from gpt2.compression.rotary import LAYOUTS, Rotary
+from gpt2.errors import BadArtefact, PluginError
+
+PRICES = 64  # at which the layers' demand is measured
+
+
+@dataclass
+class JointCodec:
+    """Basis of every layer and group, [L, G, w, w], and what its quantization was measured to cost.
+
+    mean [L, G, w]; spectrum [L, G, w]: variance of each coordinate. errors [L, G, w, widths]: mean squared error of a
+    coordinate in a block at each of `mixed.WIDTHS`. prices [N], demand [N, L]: bytes per block that a group of a layer
+    buys at each price when every block chooses for itself.
+    """
+
+    mean: Tensor
+    E: Tensor
+    spectrum: Tensor
+    rotary: list[Rotary]
+    errors: Tensor
+    prices: Tensor
+    demand: Tensor
+
+    @cached_property
+    def D(self) -> Tensor:
+        """The way back: the inverse of E as it is stored, in whatever precision."""
+        inverse, failed = torch.linalg.inv_ex(self.E.double())
+        if failed.any():
+            raise BadArtefact("the calibration's joint basis has no inverse: make the calibration again")
+        return inverse.float()
+
+    def transform(self, layer: int) -> JointTransform:
+        return JointTransform(self.E[layer].float(), self.D[layer], self.mean[layer].float(), rotary=self.rotary[layer])
+
+    def quantizer(self, quantizer: Quantizer, layer: int) -> Quantizer:
+        """A quantizer of one layer, of a budget that is meant for the mean of all layers."""
+        if isinstance(quantizer, MixedFixed):
+            return MixedFixed(quantizer.bits, self.widths(quantizer.bits)[layer])
+        return Mixed(self.layer_bits(quantizer.bits)[layer]) if isinstance(quantizer, Mixed) else quantizer
+
+    def layer_bits(self, bits: float) -> list[float]:
+        """Bits per coordinate of each layer, `bits` on average: all layers buy at one price."""
+        w = self.E.shape[-1]
+        wanted = bits * BLOCK * w / 8 - width_bytes(w)
+        total = self.demand.double().mean(1)  # falls with the price
+        if not float(total[-1]) <= wanted <= float(total[0]):
+            low, high = self.bits_range()
+            raise PluginError(f"bits {bits:g}: this codec takes {low:.2f} to {high:.2f} bits per coordinate")
+        after = int((total > wanted).sum())
+        before = max(after - 1, 0)
+        gap = float(total[before] - total[after])
+        share = (float(total[before]) - wanted) / gap if gap else 0.0
+        spent = torch.lerp(self.demand[before].double(), self.demand[after].double(), share)
+        planes = (spent / PLANE).floor() * PLANE
+        return [(float(p) + width_bytes(w)) * 8 / BLOCK / w + 1e-9 for p in planes]
+
+    def bits_range(self) -> tuple[float, float]:
+        """Least and most bits per coordinate, on average over the layers, that `layer_bits` can share out."""
+        w, total = self.E.shape[-1], self.demand.double().mean(1)
+        low, high = ((float(t) + width_bytes(w)) * 8 / BLOCK / w for t in (total[-1], total[0]))
+        return low, high
+
+    def widths(self, bits: float) -> Tensor:
+        """Width index of every channel, [L, G, w], for codes and metadata of `bits` per coordinate on average.
+
+        Of least total error within the budget: Lagrangian, by bisection on the price.
+        """
+        costs = torch.tensor(COSTS, dtype=torch.float64)
+        budget = bits * BLOCK / 8 * self.errors[..., 0].numel()
+        low, high = -60.0, 60.0
+        for _ in range(100):
+            middle = (low + high) / 2
+            spent = float(costs[self._at_price(math.exp(middle))].sum())
+            low, high = (low, middle) if spent <= budget else (middle, high)
+        return self._at_price(math.exp(high))
+
+    def _at_price(self, price: float) -> Tensor:
+        return (self.errors.double() + price * torch.tensor(COSTS, dtype=torch.float64)).argmin(-1)
+
+    def record(self, half: bool = False) -> dict:
+        """Tensors and plain types for a calibration file; half: the basis in float16."""
+        return {
+            "mean": self.mean,
+            "E": self.E.half() if half else self.E,
+            "spectrum": self.spectrum,
+            "frequencies": [rotary.frequencies for rotary in self.rotary],
+            "layouts": [rotary.layout for rotary in self.rotary],
+            "widths": list(WIDTHS),
+            "errors": self.errors,
+            "prices": self.prices,
+            "demand": self.demand,
+        }
+
+
+def fit_joint(statistics: JointStatistics) -> JointCodec:
+    """Fit the basis of every layer, and measure on the reservoir what each width costs."""
+    if not statistics.reservoir.shape[2]:
+        raise PluginError(f"a joint codec is measured on blocks of {BLOCK} tokens: give a longer --seq-len")
+    moments = statistics.moments
+    fitted = [Joint().fit(moments, layer) for layer in range(len(moments.count))]
+    spectrum = torch.stack([variances for _, variances in fitted])
+    # One factor for the whole model, so that steps lie well inside what a scale's byte can say
+    unit = spectrum.mean().clamp_min(1e-30).sqrt()
+    E = torch.stack([transform.E for transform, _ in fitted]) / unit
+    codec = JointCodec(
+        moments.mean.float(), E.float(), (spectrum / unit**2).float(), statistics.rotary,
+        torch.empty(0), torch.empty(0), torch.empty(0),
+    )  # fmt: skip
+    per_layer = [errors(_coordinates(codec, statistics.reservoir, layer))[0] for layer in range(len(fitted))]
+    codec.errors = torch.stack([error.mean(1) for error in per_layer])  # [L, G, w, widths]
+    codec.prices, codec.demand = _demand(per_layer)
+    return codec
+
+
+def joint_stand_in(num_layers: int, num_kv_heads: int, head_dim: int) -> JointCodec:
+    """A joint codec of no model: the cost of one doesn't depend on its values."""
+    G = num_kv_heads // heads_per_group(num_kv_heads, head_dim)
+    w = 2 * num_kv_heads * head_dim // G
+    E = torch.linalg.qr(torch.randn(w, w, generator=torch.Generator().manual_seed(0))).Q
+    rotary = Rotary(10_000 ** -(torch.arange(0, head_dim // 2 * 2, 2) / head_dim))
+    error = torch.logspace(0, -4, w)[:, None] * 0.25 ** torch.tensor(WIDTHS)
+    prices, demand = _demand([error[None, None]])
+    return JointCodec(
+        torch.zeros(num_layers, G, w), E.expand(num_layers, G, w, w), torch.ones(num_layers, G, w),
+        [rotary] * num_layers, error.expand(num_layers, G, w, -1), prices, demand.expand(-1, num_layers),
+    )  # fmt: skip
+
+
+def _coordinates(codec: JointCodec, reservoir: Tensor, layer: int) -> Tensor:
+    """The reservoir of one layer in its basis, [1, G, T, w]."""
+    return (reservoir[layer].float() - codec.mean[layer, :, None]) @ codec.E[layer][None]
+
+
+def _demand(per_layer: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prices [N], and bytes per block that each layer [G, n, w, widths] buys at them, [N, L]."""
+    costs = torch.tensor(COSTS, dtype=torch.float32)
+    highest = max(float(error.amax()) for error in per_layer)
+    prices = torch.logspace(-12, math.log10(highest + 1e-30) + 1, PRICES)
+    demand = [
+        torch.stack([costs[(error + price * costs).argmin(-1)].sum(-1).mean() for error in per_layer])
+        for price in prices
+    ]
+    return prices, torch.stack(demand)
+
+
+def parse_joint(record, num_layers: int, num_kv_heads: int, head_dim: int, expect) -> JointCodec:
+    """Check a file's record and make the codec of it. expect(good, field, expected, found) raises."""
+
+    def tensor(name: str, *shape: int) -> Tensor:
+        value = record.get(name)
+        found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        expect(isinstance(value, Tensor) and list(value.shape) == list(shape), f"joint.{name}", list(shape), found)
+        expect(bool(torch.isfinite(value).all()), f"joint.{name}", "finite numbers", "NaN or infinity")
+        return value.float()
+
+    expect(isinstance(record, dict), "joint", "a dict", type(record).__name__)
+    E = record.get("E")
+    expect(isinstance(E, Tensor) and E.ndim == 4, "joint.E", "a tensor [L, G, w, w]", type(E).__name__)
+    L, G, w = num_layers, E.shape[1], E.shape[2]
+    expect(G * w == 2 * num_kv_heads * head_dim, "joint.E", f"{2 * num_kv_heads * head_dim} channels", G * w)
+    expect(record.get("widths") == list(WIDTHS), "joint.widths", list(WIDTHS), record.get("widths"))
+    n = record["prices"].numel() if isinstance(record.get("prices"), Tensor) else 0
+    expect(n > 1, "joint.prices", "two or more numbers", n)
+    return JointCodec(
+        tensor("mean", L, G, w), tensor("E", L, G, w, w), tensor("spectrum", L, G, w),
+        _parse_rotary(record, L, head_dim, expect),
+        tensor("errors", L, G, w, len(WIDTHS)), tensor("prices", n), tensor("demand", n, L),
+    )  # fmt: skip
+
+
+def _parse_rotary(record: dict, num_layers: int, head_dim: int, expect) -> list[Rotary]:
+    layouts, frequencies = record.get("layouts"), record.get("frequencies")
+    for name, value in (("layouts", layouts), ("frequencies", frequencies)):
+        right = isinstance(value, list) and len(value) == num_layers
+        expect(right, f"joint.{name}", f"a list of {num_layers}", type(value).__name__)
+    for layout, own in zip(layouts, frequencies, strict=True):
+        expect(layout in LAYOUTS, "joint.layouts", " or ".join(LAYOUTS), repr(layout))
+        right = isinstance(own, Tensor) and own.ndim == 1 and 2 * len(own) <= head_dim
+        right = right and bool(torch.isfinite(own).all())
+        expect(right, "joint.frequencies", f"at most {head_dim // 2} finite numbers", type(own).__name__)
+    return [Rotary(own.float(), layout) for layout, own in zip(layouts, frequencies, strict=True)]

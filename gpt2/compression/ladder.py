@@ -1,0 +1,86 @@
+"""Presets by ratio: one joint codec, a rung for every compression ratio that people ask for.
+
+    calibration = joint_calibration(loaded, text, path, samples=48)
+    rungs = [make_rung(loaded, calibration, ratio) for ratio in RATIOS]
+
+All rungs share one compact calibration file; they differ in bits alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from gpt2 import results
+from gpt2.compression.calibration import Calibration, calibrate, calibration_key
+from gpt2.compression.calibration_file import find_reusable, load_calibration, save_calibration
+from gpt2.compression.compressed_cache import CompressedDynamicCache
+from gpt2.compression.plan import compressors_for
+from gpt2.errors import PluginError
+from gpt2.evaluation import memory
+from gpt2.evaluation.perplexity import CacheFactory
+from gpt2.models import LoadedModel
+from gpt2.texts import Text
+
+RATIOS = (2.0, 3.5, 4.0, 4.6, 5.3, 6.4, 8.0)
+TOKENS = 2048  # of the sequence at which the ratio is meant
+STEP = 0.01  # bits by which a rung gives way until its ratio holds
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A cache of at least `ratio`. compression_ratio: what it has; bits: per coordinate; make: fresh caches."""
+
+    ratio: float
+    bits: float
+    compression_ratio: float
+    make: CacheFactory
+
+    @property
+    def name(self) -> str:
+        return f"kv-{self.ratio:g}x"
+
+
+def joint_calibration(
+    loaded: LoadedModel, text: Text, path: Path, *, samples: int, seq_len: int, seed: int, sink_tokens: int,
+    checkpointing: bool = False, progress=iter,
+) -> Calibration:  # fmt: skip
+    """The compact calibration at `path` where it was made in the same way, else a new one that is written there."""
+    made_from = {"samples": samples, "seq_len": seq_len, "seed": seed, "sink_tokens": sink_tokens}
+    results.check_writable(path)
+    key = calibration_key(loaded, text, **made_from) | {"compact": True}
+    if find_reusable(key, [path]):
+        print(f"calibration: using {path}", flush=True)
+        return load_calibration(path)
+    calibration = calibrate(
+        loaded, text, rank=loaded.geometry.head_dim, codec="joint", checkpointing=checkpointing, progress=progress,
+        **made_from,
+    ).compact()  # fmt: skip
+    save_calibration(calibration, path)
+    return calibration
+
+
+def make_rung(
+    loaded: LoadedModel, calibration: Calibration, ratio: float, *, quantizer: str = "mixed", sink_tokens: int = 4,
+) -> Rung:  # fmt: skip
+    """The most bits at which a sequence of `TOKENS` still takes 1 / `ratio` of a 16-bit cache, everything counted."""
+    left_over = 16 * (sink_tokens + (TOKENS % 64)) / TOKENS  # bits per token that stay exact
+    bits = 16 / ratio - left_over
+    if ratio <= 1 or bits <= 0:
+        raise PluginError(f"ratio {ratio:g} is out of range: with {sink_tokens} exact sinks give 1.5 to 40")
+    while True:
+        make = factory(loaded, calibration, bits, quantizer, sink_tokens)
+        held = memory.compression_ratio(make, loaded.geometry, TOKENS, config=loaded.model.config)
+        if held >= ratio:
+            return Rung(ratio, round(bits, 4), held, make)
+        bits = round(bits - STEP, 4)
+
+
+def factory(
+    loaded: LoadedModel, calibration: Calibration, bits: float, quantizer: str, sink_tokens: int
+) -> CacheFactory:
+    """Joint caches of so many bits per coordinate, which share their compressors."""
+    L = loaded.geometry.num_layers
+    k, v = compressors_for("kv", bits, L, calibration, codec="joint", quantizer=quantizer, device=loaded.device)
+    return partial(CompressedDynamicCache, k, v, sink_tokens=sink_tokens)

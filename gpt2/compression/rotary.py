@@ -1,0 +1,65 @@
+"""Rotary positions taken off keys and put back, so that a codec sees keys that don't depend on where they stand.
+
+Correctness never depends on having found the model's own rotation: what is turned back by one angle is turned forward
+by the same. A rotation that isn't the model's only costs compression, so it is chosen by what compresses best.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+LAYOUTS = ("none", "half", "interleaved")  # which two channels turn together: c and c + n/2, or 2c and 2c + 1
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotation of a layer's keys: radians per position of each pair of channels, [n / 2], and how pairs lie."""
+
+    frequencies: Tensor
+    layout: str = "half"
+
+    def turn(self, x: Tensor, start: int, sign: int) -> Tensor:
+        """x [..., T, d] turned by sign · position; position `start` is that of the first token."""
+        n = 2 * len(self.frequencies)
+        if self.layout == "none" or not n:
+            return x
+        positions = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float32)
+        angle = positions[:, None] * self.frequencies.to(x.device, torch.float32)
+        cos, sin = angle.cos().to(x.dtype), sign * angle.sin().to(x.dtype)
+        head = x[..., :n]
+        a, b = head.chunk(2, dim=-1) if self.layout == "half" else (head[..., 0::2], head[..., 1::2])
+        pair = (a * cos - b * sin, b * cos + a * sin)
+        turned = torch.cat(pair, dim=-1) if self.layout == "half" else torch.stack(pair, dim=-1).flatten(-2)
+        return torch.cat((turned, x[..., n:]), dim=-1)
+
+    def to(self, device: torch.device | str) -> Rotary:
+        return Rotary(self.frequencies.to(device), self.layout)
+
+
+def candidates(model: nn.Module, head_dim: int) -> list[Rotary]:
+    """No rotation, and every one that the model's buffers of frequencies allow, in both layouts."""
+    found = [Rotary(torch.zeros(0), "none")]
+    seen = set()
+    for name, buffer in model.named_buffers():
+        fits = name.endswith("inv_freq") and buffer.ndim == 1 and 0 < 2 * len(buffer) <= head_dim
+        key = tuple(buffer.tolist()) if fits else None
+        if fits and key not in seen:
+            seen.add(key)
+            found += [Rotary(buffer.detach().float().cpu(), layout) for layout in LAYOUTS[1:]]
+    return found
+
+
+def fitting(keys: Tensor, start: int, choices: list[Rotary]) -> Rotary:
+    """The rotation under which keys [H, T, d] take the fewest bits: the least log-determinant of their covariance."""
+
+    def bits(rotary: Rotary) -> float:
+        x = rotary.turn(keys.double(), start, -1)
+        x = x - x.mean(-2, keepdim=True)
+        covariance = x.mT @ x / x.shape[-2]
+        floor = 1e-6 * covariance.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(x.shape[-1], dtype=x.dtype)
+        return float(torch.linalg.slogdet(covariance + floor).logabsdet.sum())
+
+    return min(choices, key=bits)

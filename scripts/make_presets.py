@@ -1,0 +1,101 @@
+"""Make presets by compression ratio for a model: kv-2x, kv-3.5x, kv-4x, kv-4.6x, kv-5.3x, kv-6.4x and kv-8x.
+
+    python scripts/make_presets.py --model Qwen/Qwen2.5-0.5B
+    python scripts/make_presets.py --text ../wikitext+embedded+self --eval-text ../wikitext
+
+Calibrates a joint codec of K and V once (two passes over the text, the second with gradients), writes it in compact
+form, finds for every ratio the bits at which everything that is stored takes that much less than a 16-bit cache of
+2,048 tokens, and measures what each costs on evaluation text that took no part. Then
+
+    create_cache_from_preset(get_preset_info("MODEL", "kv-4x"))
+
+works wherever results/presets and results/calibrations are. The text may be a mixture, joined by +; self is sampled
+from the model. --tag measures without writing presets: for other calibration texts, other quantizers, other seeds.
+Writes results/runs/ladder_MODEL[_TAG].json and a PNG of the frontier.
+"""
+
+from pathlib import Path
+
+from gpt2 import cli, data, models, plots, results
+from gpt2.compression import presets
+from gpt2.compression.calibration_file import calibration_folders
+from gpt2.compression.ladder import RATIOS, Rung, joint_calibration, make_rung
+from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
+
+
+def parse():
+    p = cli.parser(__doc__)
+    cli.add_model_flags(p)
+    cli.add_text_flags(p)
+    cli.add_calibration_flags(p)
+    cli.add_evaluation_flags(p, tokens=16384)
+    p.set_defaults(samples=48)
+    p.add_argument("--eval-text", help="text to measure on; --text if omitted")
+    p.add_argument("--ratios", type=cli.ratio_list, default=list(RATIOS), help="such as 2,4,8")
+    p.add_argument("--quantizer", choices=("mixed", "mixed_fixed"), default="mixed", help="widths per block, or once")
+    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory and more time for the gradients")
+    p.add_argument("--calibration-file", type=Path, help="results/calibrations/kv_joint_MODEL[_TAG].pt if omitted")
+    p.add_argument("--tag", help="only measure, and write ladder_MODEL_TAG.json")
+    return p.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    text = data.load_text(args.text, args.model)
+    eval_text = data.load_text(args.eval_text or args.text, args.model)
+    loaded = models.load(args.model, args.device, args.dtype)
+    slug = loaded.slug + (f"_{args.tag}" if args.tag else "")
+    segments = cli.evaluation_segments(args, loaded, eval_text, "evaluation")
+    path = args.calibration_file or calibration_folders()[0] / f"kv_joint_{slug}.pt"
+    calibration = joint_calibration(
+        loaded, text, path, samples=args.samples, seq_len=args.seq_len, seed=args.seed, sink_tokens=args.sink_tokens,
+        checkpointing=args.gradient_checkpointing, progress=cli.bar("calibrating", "seq"),
+    )  # fmt: skip
+    options = {"quantizer": args.quantizer, "sink_tokens": args.sink_tokens}
+    rungs = [make_rung(loaded, calibration, ratio, **options) for ratio in cli.bar("sizing", "preset")(args.ratios)]
+    caches = {BASELINE: baseline_factory(loaded)} | {rung.name: rung.make for rung in rungs}
+    scores = score(loaded, segments, caches, chunk=args.chunk, batch_size=args.batch_size,
+                   progress=cli.bar("measuring", "batch"))  # fmt: skip
+    measured = {rung.name: compare(scores[BASELINE], scores[rung.name], args.seed) for rung in rungs}
+    rows = [row(rung, measured[rung.name], args.quantizer) for rung in rungs]
+    print_table(rows)
+
+    made = results.provenance(args, text=eval_text.name, text_sha256=eval_text.sha256("evaluation"))
+    record = made | {"model": loaded.spec, "fingerprint": loaded.fingerprint, "calibration": calibration.meta}
+    output = results.write_json(results.RESULTS / "runs" / f"ladder_{slug}.json", record | {"rows": rows})
+    title = f"{loaded.spec}, calibrated on {calibration.meta['text']}: {segments.numel():,} tokens of {eval_text.name}"
+    picture = results.RESULTS / "plots" / f"ladder_{slug}.png"
+    print(f"\nwrote {output} and {results.write_figure(picture, plots.ladder(rows, title))}")
+    if not args.tag:
+        write_presets(args, loaded, calibration, path, rungs, measured, made)
+
+
+def row(rung: Rung, measured: dict, quantizer: str) -> dict:
+    sizes = {"target_ratio": rung.ratio, "compression_ratio_2048": rung.compression_ratio, "bits": rung.bits}
+    return {"label": rung.name, "quantizer": quantizer, **sizes, **measured}
+
+
+def print_table(rows: list[dict]) -> None:
+    print(f"\n{'preset':<10} {'ratio':>7} {'bits':>6} {'Δ PPL':>8}  {'95 % interval':>18} {'KL':>8} {'top-1':>7}")
+    for r in rows:
+        low, high = r["ppl_delta_interval"]
+        print(f"{r['label']:<10} {r['compression_ratio_2048']:6.3f}x {r['bits']:6.3f} {r['ppl_delta']:+8.2%}  "
+              f"[{low:+7.2%}, {high:+7.2%}] {r['kl_nats']:8.5f} {r['top1_agreement']:7.2%}")  # fmt: skip
+
+
+def write_presets(args, loaded, calibration, path: Path, rungs: list[Rung], measured: dict, made: dict) -> None:
+    flags = {"model": loaded.spec, "text": calibration.meta["text_spec"], "samples": args.samples}
+    flags |= {"seq-len": args.seq_len, "seed": args.seed, "sink-tokens": args.sink_tokens}
+    made_by = "python scripts/make_presets.py " + " ".join(f"--{key} {value}" for key, value in flags.items())
+    for rung in rungs:
+        output = results.RESULTS / "presets" / f"{loaded.slug}-{rung.name}.json"
+        preset = presets.new_preset(
+            loaded, None, presets.reference_to(path, output), compression_ratio=rung.compression_ratio,
+            measured=measured[rung.name], name=rung.name, target="kv", rank=loaded.geometry.head_dim, bits=rung.bits,
+            codec="joint", quantizer=args.quantizer, sink_tokens=args.sink_tokens, made_by=made_by, provenance=made,
+        )  # fmt: skip
+        print(f"wrote {results.write_json(output, preset)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
