@@ -9,9 +9,10 @@ Calibrates once (or takes a matching file), measures candidates on tuning text, 
 text that took no part. --search grid, the default, scores every (rank, bits) of one codec. --search codec looks through
 all codecs for whatever compresses most: K and V together or apart, bits down to fractions, ranks, quantizers by token
 or by channel, and how many first tokens stay exact. It starts with a sensible point of each codec and lets Optuna's
-constrained TPE choose from there; --num-trials is how many are measured, and as many again may be skipped, because
-their compression, known without running the model, can't beat the best so far. It takes gradients for the calibration
-where a codec needs them: a --calibration of your own should be made with --metric fisher, or those codecs are left out.
+constrained TPE choose from there; --num-trials is how many are measured. Others are skipped, at most as many again,
+because their compression, known without running the model, can't beat the best so far. Where a codec needs gradients
+the calibration takes them: a --calibration of your own should be made with --metric fisher, or it leaves such codecs
+out.
 
 The search is an Optuna study in SQLite: interrupt it and run the same command to go on, or run the command twice to
 share the work; more --num-trials add to those that are done. --layer-ablation compresses each layer alone, shows which

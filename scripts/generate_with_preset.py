@@ -3,8 +3,8 @@
     python scripts/generate_with_preset.py --preset results/presets/smollm2-135m-v-5pct.json
     python scripts/generate_with_preset.py --preset int4-vonly --prompt "The history of tea begins"
 
---preset takes a preset file or the name of a built-in preset of the model. Decoding is greedy, so that both texts can
-be compared; a small difference early on may still send them apart.
+--preset takes a preset file, the name of a built-in preset of the model, or kv8 or kv4, which fit any model. Decoding
+is greedy, so that both texts can be compared; a small difference early on may still send them apart.
 """
 
 import torch
@@ -22,7 +22,7 @@ was wide and slow, and in spring it flooded the fields on both banks. When the r
 def main() -> None:
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
-    p.add_argument("--preset", required=True, help="preset file, or name of a built-in preset")
+    p.add_argument("--preset", required=True, help="preset file, built-in name, or kv8 or kv4")
     p.add_argument("--prompt", default=PROMPT, help="text to continue")
     p.add_argument("--max-new-tokens", type=cli.positive_int, default=96)
     args = p.parse_args()

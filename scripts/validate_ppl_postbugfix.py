@@ -3,7 +3,8 @@
     python scripts/validate_ppl_postbugfix.py
     python scripts/validate_ppl_postbugfix.py --text ../wikitext --eval-tokens 16384 --groups control,rank,bits
 
-Groups: control (identity must not move a token, a lossy codec must), basis (PCA against random), target (V, K, both),
+Groups: control (identity must not move a token, a lossy codec must), basis (PCA against random), metric (PCA
+against the metrics of attention and of the loss; takes gradients), target (V, K, both),
 rank, bits, sinks (with and without exact first tokens), layers (one stretch of layers at a time), nullspace (the
 all-ones direction against other directions of the same bytes), policies (each with what it stores).
 Writes results/runs/validate_ppl_MODEL.json and results/plots/validate_ppl_MODEL.png, or where --output says.
@@ -45,6 +46,7 @@ def main() -> None:
         seq_len=args.seq_len,
         seed=args.seed,
         sink_tokens=args.sink_tokens,
+        metric="fisher" if "metric" in args.groups else "pca",
         progress=cli.bar("calibrating", "seq"),
     )
     ablation = Ablation(loaded, calibration, ranks, args.bits, args.sink_tokens, args.layer_groups)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import transformers
@@ -87,8 +87,7 @@ class Calibration:
 
     def compact(self) -> Calibration:
         """The joint codec alone, its basis in half precision."""
-        joint = self.joint_codec()
-        return Calibration(self.meta | {"codec": "joint", "compact": True}, None, {}, replace(joint, E=joint.E.half()))
+        return Calibration(self.meta | {"codec": "joint", "compact": True}, None, {}, self.joint_codec().compact())
 
     def check_model(self, fingerprint: str, spec: str, where: str) -> None:
         """Raise BadArtefact unless this calibration is of the model with that config fingerprint."""
@@ -139,8 +138,10 @@ def calibrate(
         raise PluginError(f"rank {rank} is out of range: {loaded.spec} has head_dim {head_dim}{limit}")
     loaded.require_context(seq_len)
     if is_joint(codec) and seq_len < sink_tokens + BLOCK:
-        raise PluginError(f"codec {codec} is measured on blocks of {BLOCK} tokens behind the sinks: --seq-len {seq_len} "
-                          f"is too short, give {sink_tokens + BLOCK} or more")  # fmt: skip
+        raise PluginError(
+            f"codec {codec} is measured on blocks of {BLOCK} tokens behind the sinks: --seq-len {seq_len} is too short, "
+            f"give {sink_tokens + BLOCK} or more"
+        )
     windows = text.segments("calibration", loaded, seq_len, samples, seed)
     statistics = collect(loaded, progress(windows), sink_tokens)
     metric = metric or metric_of(codec)
@@ -181,7 +182,8 @@ def recalibrate(calibration: Calibration, loaded: LoadedModel, text: Text, numbe
     available = text.available("calibration", loaded, meta["seq_len"])
     return calibrate(
         loaded, text, rank=meta["rank"], samples=min(meta["samples"], available // 2), seq_len=meta["seq_len"],
-        seed=meta["seed"] + number, sink_tokens=meta["sink_tokens"], codec=meta["codec"], metric=meta.get("metric"), progress=progress,
+        seed=meta["seed"] + number, sink_tokens=meta["sink_tokens"], codec=meta["codec"], metric=meta.get("metric"),
+        progress=progress,
     )  # fmt: skip
 
 

@@ -53,11 +53,8 @@ class CodecSearch(Search):
     def key(self, text_sha256: str) -> dict:
         """As of the grid's search; the budget decides what is feasible and what is skipped."""
         of_choices = {"target": None, "codec": None, "sink_tokens": None}
-        return (
-            super().key(text_sha256)
-            | of_choices
-            | {"search": "codec", "space": self.space.key(), "budget": self.budget}
-        )
+        of_search = {"search": "codec", "space": self.space.key(), "budget": self.budget}
+        return super().key(text_sha256) | of_choices | of_search
 
 
 class _BisectingTPE(BaseSampler):
@@ -137,7 +134,7 @@ def run_search(
 ) -> list[Trial]:
     """Work on the study until `num_trials` choices are measured, by this process or by others; return all measured.
 
-    As many again may be skipped unmeasured: then fewer are measured than were asked for. ratio: compression of a
+    A choice that is skipped unmeasured is replaced by another, up to `num_trials` of them. ratio: compression of a
     choice, cheap. evaluate: measures a choice whose ratio is known. report: as in `autotune.run_grid`.
     """
     study.sampler = _BisectingTPE(seed, budget)

@@ -208,5 +208,5 @@ def space_for(
 
 def _bits_range(calibration: Calibration | None) -> tuple[float, float]:
     """Bits that adjustable quantizers are tried with: those that the calibration's joint codec can share out."""
-    low, high = calibration.joint.bits_range() if calibration and calibration.joint else (0.0, math.inf)
+    low, high = calibration.joint.bits_range() if calibration and calibration.joint else (LOWEST_BITS, HIGHEST_BITS)
     return max(LOWEST_BITS, math.ceil(100 * low) / 100), min(HIGHEST_BITS, math.floor(100 * high) / 100)

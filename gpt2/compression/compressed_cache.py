@@ -44,8 +44,8 @@ class CompressedLayer(CacheLayerMixin):
         if "KV" in self.stores and key_states.shape != value_states.shape:
             shapes = f"{list(key_states.shape)} and {list(value_states.shape)}"
             raise PluginError(
-                f"layer {self.index}: a joint codec needs K and V of one shape, this model has {shapes}: use a codec of "
-                "each side"
+                f"layer {self.index}: a joint codec needs K and V of one shape, this model has {shapes}: use a codec "
+                "of each side"
             )
         for (side, store), x in zip(self.stores.items(), self._parts(key_states, value_states), strict=True):
             store.prepare(x, f"layer {self.index}, {side}")

@@ -7,7 +7,7 @@ bytes that it would buy at the price at which the whole model meets its budget.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -29,7 +29,7 @@ class JointCodec:
 
     mean [L, G, w]; spectrum [L, G, w]: variance of each coordinate. errors [L, G, w, widths]: mean squared error of a
     coordinate in a block at each of `mixed.WIDTHS`. prices [N], demand [N, L]: bytes per block that a group of a layer
-    buys at each price when every block chooses for itself.
+    buys at each price when every block chooses for itself. half: whether a file holds E in half precision.
     """
 
     mean: Tensor
@@ -39,6 +39,7 @@ class JointCodec:
     errors: Tensor
     prices: Tensor
     demand: Tensor
+    half: bool = False
 
     @cached_property
     def D(self) -> Tensor:
@@ -89,18 +90,30 @@ class JointCodec:
         low, high = -60.0, 60.0
         for _ in range(100):
             middle = (low + high) / 2
-            spent = float(costs[self._at_price(math.exp(middle))].sum())
+            taken = costs[self._at_price(math.exp(middle))].sum(-1)  # [L, G]
+            spent = float((taken.amax(1) * taken.shape[1]).sum())  # a layer's groups are stored alike
             low, high = (low, middle) if spent <= budget else (middle, high)
         return self._at_price(math.exp(high))
 
     def _at_price(self, price: float) -> Tensor:
         return (self.errors.double() + price * torch.tensor(COSTS, dtype=torch.float64)).argmin(-1)
 
-    def record(self, half: bool = False) -> dict:
-        """Tensors and plain types for a calibration file; half: the basis in float16."""
+    def compact(self) -> JointCodec:
+        """This codec with its basis as a file in half precision holds it."""
+        scale = self._scale()
+        return replace(self, E=(self.E / scale).half().float() * scale, half=True)
+
+    def _scale(self) -> Tensor:
+        """A power of two not below any entry of a group's basis, [L, G, 1, 1]: half precision then has range enough."""
+        return self.E.abs().amax((-1, -2), keepdim=True).clamp_min(1e-30).log2().ceil().exp2()
+
+    def record(self) -> dict:
+        """Tensors and plain types for a calibration file."""
+        E, scale = self.E / self._scale(), self._scale()
         return {
             "mean": self.mean,
-            "E": self.E.half() if half else self.E,
+            "E": E.half() if self.half else E,
+            "scale": scale,
             "spectrum": self.spectrum,
             "frequencies": [rotary.frequencies for rotary in self.rotary],
             "layouts": [rotary.layout for rotary in self.rotary],
@@ -181,9 +194,10 @@ def parse_joint(record, num_layers: int, num_kv_heads: int, head_dim: int, expec
     n = record["prices"].numel() if isinstance(record.get("prices"), Tensor) else 0
     expect(n > 1, "joint.prices", "two or more numbers", n)
     return JointCodec(
-        tensor("mean", L, G, w), tensor("E", L, G, w, w), tensor("spectrum", L, G, w),
+        tensor("mean", L, G, w), tensor("E", L, G, w, w) * tensor("scale", L, G, 1, 1), tensor("spectrum", L, G, w),
         _parse_rotary(record, L, head_dim, expect),
         tensor("errors", L, G, w, len(WIDTHS)), tensor("prices", n), tensor("demand", n, L),
+        half=E.dtype == torch.float16,
     )  # fmt: skip
 
 

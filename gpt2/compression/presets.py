@@ -315,6 +315,8 @@ def made_by(meta: dict, calibration_file: str) -> str:
     """The command that makes a calibration again from its metadata."""
     words = {"model": meta["model"], "rank": meta["rank"], "samples": meta["samples"], "seq-len": meta["seq_len"]}
     words |= {"seed": meta["seed"], "sink-tokens": meta["sink_tokens"], "text": meta["text_spec"]}
+    if meta.get("metric") == "fisher":  # gradients, which codecs may need that the file's own doesn't name
+        words["metric"] = "fisher"
     output = calibration_folders()[0] / Path(calibration_file).name
     flags = " ".join(f"--{key} {value}" for key, value in words.items())
     return f"python scripts/calibrate_kv_lowrank.py {flags} --output {output}"

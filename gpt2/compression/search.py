@@ -117,10 +117,8 @@ class Search:
         return self._score(self.tuning, {BASELINE: baseline_factory(self.loaded)})[BASELINE]
 
     def _score(self, segments: Tensor, caches: dict[str, CacheFactory]) -> dict[str, Scores]:
-        """Scores of ours and the baseline. Reconstructions are kept, which reads the same and is several times faster."""
         bar = self.bar(" and ".join(caches), "batch")
-        kept = {name: make if name == BASELINE else _kept(make) for name, make in caches.items()}
-        return score(self.loaded, segments, kept, chunk=self.chunk, batch_size=self.batch_size, progress=bar)
+        return score(self.loaded, segments, caches, chunk=self.chunk, batch_size=self.batch_size, progress=bar)
 
     def key(self, text_sha256: str) -> dict:
         """All that a trial's figures depend on: a search with another key is another study."""
@@ -140,7 +138,3 @@ class Search:
             "device": self.loaded.device.type,
             "format": TRIAL_FORMAT,
         }
-
-
-def _kept(make: CacheFactory) -> CacheFactory:
-    return lambda: make().keep_expanded()

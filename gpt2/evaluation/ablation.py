@@ -20,7 +20,7 @@ from gpt2.evaluation.memory import compression_ratio
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory, compare, score
 from gpt2.models import LoadedModel
 
-GROUPS = ("control", "basis", "target", "rank", "bits", "sinks", "layers", "nullspace", "policies")
+GROUPS = ("control", "basis", "metric", "target", "rank", "bits", "sinks", "layers", "nullspace", "policies")
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,15 @@ class Ablation:
     def _basis(self) -> list[Row]:
         bases = [(rank, codec) for rank in self.ranks[:2] for codec in ("pca", "random")]
         return [self._row("basis", f"V rank {rank}, {codec}", "v", rank, codec=codec) for rank, codec in bases]
+
+    def _metric(self) -> list[Row]:
+        """The same rank of K and of V in three metrics: variance, what attention reads, what the loss feels."""
+        return [
+            self._row("metric", f"{target.upper()} rank {rank}, {codec}", target, rank, codec=codec)
+            for target in ("k", "v")
+            for rank in self.ranks[:2]
+            for codec in ("pca", "attention", "fisher")
+        ]
 
     def _target(self) -> list[Row]:
         rank = self.ranks[0]

@@ -69,8 +69,8 @@ def score(
     """Score token segments [n, T] through a fresh cache of every factory, in lockstep.
 
     With a cache called "baseline" among them, which then runs first, the others get KL and agreement as well.
-    progress: wraps the iterable of batches, such as tqdm. Raises LossNotFinite where a loss isn't finite. failed: given,
-    a cache other than the baseline that raises goes there with its error, and the others go on without it.
+    progress: wraps the iterable of batches, such as tqdm. Raises LossNotFinite where a loss isn't finite. failed:
+    given, a cache other than the baseline that raises goes there with its error, and the others go on without it.
     """
     names = sorted(caches, key=lambda name: name != BASELINE)
     pending = {name: _Pending() for name in names}
