@@ -121,7 +121,7 @@ def add_cache_flags(p: argparse.ArgumentParser, *, several: bool = False) -> Non
     """--preset and --policy: which compressed cache to measure, or which ones."""
     how = {"nargs": "+", "default": []} if several else {}
     group = p if several else p.add_mutually_exclusive_group()
-    group.add_argument("--preset", help="preset file, or name of a built-in preset of the model", **how)
+    group.add_argument("--preset", help="preset file, built-in name, or kv8 or kv4 for any model", **how)
     group.add_argument("--policy", choices=list(KVPolicyName), help="a policy instead of a preset", **how)
 
 

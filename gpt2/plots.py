@@ -59,6 +59,27 @@ def frontier(points: list[dict], budget: float, chosen: str | None, title: str) 
     return figure
 
 
+def ladder(rows: list[dict], title: str) -> Figure:
+    """Presets by ratio: change of perplexity with its interval, and KL beside, over the whole-KV compression."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    x = [row["compression_ratio_2048"] for row in rows]
+    y = 100 * np.array([row["ppl_delta"] for row in rows])
+    low, high = 100 * np.array([row["ppl_delta_interval"] for row in rows]).T
+    axes[0].errorbar(x, y, [np.maximum(y - low, 0), np.maximum(high - y, 0)], fmt="o-", capsize=3)
+    axes[0].axhline(0, color="black", linewidth=0.8)
+    axes[0].set_ylabel("change of perplexity, % (bars: paired bootstrap, 95 %)")
+    axes[1].semilogy(x, [row["kl_nats"] for row in rows], "o-")
+    axes[1].set_ylabel("KL from the uncompressed model, nats")
+    for axis, values in zip(axes, (y, [row["kl_nats"] for row in rows]), strict=True):
+        for row, at, value in zip(rows, x, values, strict=True):
+            axis.annotate(row["label"], (at, value), textcoords="offset points", xytext=(-4, 8), ha="right", fontsize=8)
+        axis.set_xlabel("whole-KV compression against a 16-bit cache of 2,048 tokens")
+        axis.margins(x=0.12, y=0.12)
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    return figure
+
+
 FAMILY_STYLES = {
     "baseline": ("black", "*"), "quanto": ("tab:orange", "s"), "hqq": ("tab:green", "D"), "fp8": ("tab:brown", "P"),
     "kivi": ("tab:purple", "^"), "lowrank": ("tab:gray", "v"), "ours": ("tab:blue", "o"),
