@@ -59,8 +59,12 @@ def frontier(points: list[dict], budget: float, chosen: str | None, title: str) 
     return figure
 
 
-def ladder(rows: list[dict], title: str) -> Figure:
-    """Presets by ratio: change of perplexity with its interval, and KL beside, over the whole-KV compression."""
+def ladder(record: dict) -> Figure:
+    """Presets by ratio: change of perplexity with its interval, and KL beside, over the whole-KV compression.
+
+    record: as scripts/make_presets.py writes it.
+    """
+    rows, meta = record["rows"], record["calibration"]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     x = [row["compression_ratio_2048"] for row in rows]
     y = 100 * np.array([row["ppl_delta"] for row in rows])
@@ -71,12 +75,16 @@ def ladder(rows: list[dict], title: str) -> Figure:
     axes[1].semilogy(x, [row["kl_nats"] for row in rows], "o-")
     axes[1].set_ylabel("KL from the uncompressed model, nats")
     for axis, values in zip(axes, (y, [row["kl_nats"] for row in rows]), strict=True):
-        for row, at, value in zip(rows, x, values, strict=True):
-            axis.annotate(row["label"], (at, value), textcoords="offset points", xytext=(-4, 8), ha="right", fontsize=8)
+        for i, (row, at, value) in enumerate(zip(rows, x, values, strict=True)):
+            where = (-6, 7, "right") if i % 2 else (6, -13, "left")  # neighbours on either side of the line
+            axis.annotate(row["label"], (at, value), where[:2], textcoords="offset points", ha=where[2], fontsize=8)
         axis.set_xlabel("whole-KV compression against a 16-bit cache of 2,048 tokens")
         axis.margins(x=0.12, y=0.12)
         axis.grid(alpha=0.3)
-    figure.suptitle(title)
+    figure.suptitle(
+        f"{record['model']}: calibrated on {meta['tokens']:,} calibration tokens of {meta['text']},\n"
+        f"measured on {rows[0]['tokens']:,} evaluation tokens of {record['text']}"
+    )
     return figure
 
 

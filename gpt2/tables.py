@@ -219,8 +219,8 @@ def ladder(record: dict, _: list[str]) -> str:
     tokens, baseline = record["rows"][0]["tokens"], record["rows"][0]["baseline_ppl"]
     meta = record["calibration"]
     return "\n".join(lines) + (
-        f"\n\n{record['model']}, {tokens:,} tokens of {record['text']}, uncompressed perplexity {baseline:.3f}; "
-        f"calibrated on {meta['tokens']:,} tokens of {meta['text']}."
+        f"\n\n{record['model']}, {tokens:,} evaluation tokens of {record['text']}, uncompressed perplexity "
+        f"{baseline:.3f}; calibrated on {meta['tokens']:,} calibration tokens of {meta['text']}."
     )
 
 

@@ -62,10 +62,10 @@ def main() -> None:
 
     made = results.provenance(args, text=eval_text.name, text_sha256=eval_text.sha256("evaluation"))
     record = made | {"model": loaded.spec, "fingerprint": loaded.fingerprint, "calibration": calibration.meta}
-    output = results.write_json(results.RESULTS / "runs" / f"ladder_{slug}.json", record | {"rows": rows})
-    title = f"{loaded.spec}, calibrated on {calibration.meta['text']}: {segments.numel():,} tokens of {eval_text.name}"
-    picture = results.RESULTS / "plots" / f"ladder_{slug}.png"
-    print(f"\nwrote {output} and {results.write_figure(picture, plots.ladder(rows, title))}")
+    record["rows"] = rows
+    output = results.write_json(results.RESULTS / "runs" / f"ladder_{slug}.json", record)
+    picture = results.write_figure(results.RESULTS / "plots" / f"ladder_{slug}.png", plots.ladder(record))
+    print(f"\nwrote {output} and {picture}")
     if not args.tag:
         write_presets(args, loaded, calibration, path, rungs, measured, made)
 
