@@ -116,7 +116,7 @@ def test_cutting_extremes_off_pays_at_four_bits():
     torch.manual_seed(0)
     x = torch.distributions.Laplace(0.0, 1.0).sample((1, 4, 640, 16))
     lost = [(q.dequantize(q.quantize(x), 16) - x).square().mean().item() for q in (Int4Channel(), Whole())]
-    assert lost[0] < 0.95 * lost[1]
+    assert lost[0] < 0.98 * lost[1]
 
 
 @pytest.mark.parametrize(("quantizer", "codes"), [("int8_channel", 64 * 7), ("int4_channel", 32 * 7)])

@@ -293,7 +293,7 @@ def test_needles_go_on_without_the_cache_that_fails(llama):
 
 
 def test_reasons_name_no_folder_of_the_machine():
-    lost = CalibrationNotFound("Calibration file not found: c.pt. Looked at: /home/me/c.pt. Make it")
+    lost = CalibrationNotFound("Calibration file not found: c.pt. Looked at: /srv/me/c.pt. Make it")
     assert peers.reason(lost) == "Calibration file not found: c.pt."
     assert peers.reason(OSError(f"bad {results.ROOT}/gpt2/x.py")) == "OSError: bad gpt2/x.py"
     assert peers.reason(RuntimeError("can't allocate memory")) == "out of memory"
