@@ -194,7 +194,10 @@ def int_list(word: str) -> list[int]:
 
 def ratio_list(word: str) -> list[float]:
     """`2,3.5,4` to [2.0, 3.5, 4.0], each above 1 and once."""
-    ratios = list(dict.fromkeys(float(part) for part in word.split(",")))
+    try:
+        ratios = list(dict.fromkeys(float(part) for part in word.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{word}: give compression ratios, such as 2,3.5,4") from error
     if not all(1 < ratio < 64 for ratio in ratios):
         raise argparse.ArgumentTypeError(f"{word}: a compression ratio lies between 1 and 64")
     return ratios

@@ -24,9 +24,9 @@ exit code is 3.
 from pathlib import Path
 
 from gpt2 import cli, data, models, plots, plots_codecs, results
-from gpt2.compression import autotune, codec_search, codec_space, presets, tuning
+from gpt2.compression import autotune, codec_search, codec_space, preset_calibration, tuning
 from gpt2.compression.calibration_file import obtain_calibration
-from gpt2.compression.codecs import metric_of, needs_calibration
+from gpt2.compression.codecs import is_joint, metric_of, needs_calibration
 from gpt2.compression.plan import TARGETS
 from gpt2.compression.search import Search
 
@@ -61,6 +61,8 @@ def parse():
     for name in ONLY[other]:
         if getattr(args, name) != p.get_default(name):
             p.error(f"--{name.replace('_', '-')} belongs to --search {other}")
+    if is_joint(args.codec):
+        p.error(f"--codec {args.codec} has no grid of ranks: use --search codec --codecs joint+mixed")
     return args
 
 
@@ -141,7 +143,7 @@ def measured_with(args, loaded, text, output: Path, metric: str | None, rank: in
         loaded, text, given=args.calibration, rank=rank, samples=args.samples, seq_len=args.seq_len, seed=args.seed,
         sink_tokens=args.sink_tokens, metric=metric, progress=cli.bar("calibrating", "seq"),
     )  # fmt: skip
-    return parts, presets.reference_to(path, output)
+    return parts, preset_calibration.reference_to(path, output)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from gpt2 import cli, data, models, plots, results
 from gpt2.compression.calibration import Calibration, calibrate, suggested_rank
 from gpt2.compression.calibration_file import calibration_folders, save_calibration
 from gpt2.compression.codecs import metric_of
+from gpt2.errors import PluginError
 
 
 def main() -> None:
@@ -42,10 +43,13 @@ def main() -> None:
     )
     args = p.parse_args()
 
-    text = data.load_text(args.text, args.model)
-    loaded = models.load(args.model, args.device, args.dtype)
     codec = args.codec or args.metric or "pca"
     metric = args.metric or metric_of(codec)
+    if args.compact and metric != "fisher":  # now, and not after an hour
+        raise PluginError(f"--compact keeps the joint codec alone, and codec joint needs gradients, which --metric "
+                          f"{metric} doesn't take: give --metric fisher or --codec joint")  # fmt: skip
+    text = data.load_text(args.text, args.model)
+    loaded = models.load(args.model, args.device, args.dtype)
     if args.gradient_checkpointing and metric != "fisher":
         print(f"note: {metric} statistics need no gradients; --gradient-checkpointing changes nothing here")
     rank = args.rank or suggested_rank(loaded.geometry.head_dim)
@@ -59,7 +63,7 @@ def main() -> None:
         seq_len=args.seq_len,
         seed=args.seed,
         sink_tokens=args.sink_tokens,
-        codec=codec,
+        codec="joint" if args.compact else codec,
         metric=metric,
         checkpointing=args.gradient_checkpointing,
         progress=lambda windows: tqdm(windows, desc="calibrating", unit="seq"),

@@ -11,16 +11,19 @@ form, finds for every ratio the bits at which everything that is stored takes th
 
 works wherever results/presets and results/calibrations are. The text may be a mixture, joined by +; self is sampled
 from the model. --tag measures without writing presets: for other calibration texts, other quantizers, other seeds.
-Writes results/runs/ladder_MODEL[_TAG].json and a PNG of the frontier.
+Writes results/runs/ladder_MODEL[_TAG].json and a PNG of the frontier, or
+the same below --output.
 """
 
 from pathlib import Path
 
 from gpt2 import cli, data, models, plots, results
-from gpt2.compression import presets
+from gpt2.compression import preset_calibration, presets
 from gpt2.compression.calibration_file import calibration_folders
 from gpt2.compression.ladder import RATIOS, Rung, joint_calibration, make_rung
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
+
+MADE_FROM = ("fingerprint", "text_sha256", "samples", "seq_len", "seed", "sink_tokens")  # a preset's figures hold for
 
 
 def parse():
@@ -36,6 +39,7 @@ def parse():
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory and more time for the gradients")
     p.add_argument("--calibration-file", type=Path, help="results/calibrations/kv_joint_MODEL[_TAG].pt if omitted")
     p.add_argument("--tag", help="only measure, and write ladder_MODEL_TAG.json")
+    p.add_argument("--output", type=Path, help="folder for presets, calibrations, runs, plots; else results")
     return p.parse_args()
 
 
@@ -46,7 +50,9 @@ def main() -> None:
     loaded = models.load(args.model, args.device, args.dtype)
     slug = loaded.slug + (f"_{args.tag}" if args.tag else "")
     segments = cli.evaluation_segments(args, loaded, eval_text, "evaluation")
-    path = args.calibration_file or calibration_folders()[0] / f"kv_joint_{slug}.pt"
+    root = args.output or results.RESULTS
+    calibrations = args.output / "calibrations" if args.output else calibration_folders()[0]
+    path = args.calibration_file or calibrations / f"kv_joint_{slug}.pt"
     calibration = joint_calibration(
         loaded, text, path, samples=args.samples, seq_len=args.seq_len, seed=args.seed, sink_tokens=args.sink_tokens,
         checkpointing=args.gradient_checkpointing, progress=cli.bar("calibrating", "seq"),
@@ -59,15 +65,17 @@ def main() -> None:
     measured = {rung.name: compare(scores[BASELINE], scores[rung.name], args.seed) for rung in rungs}
     rows = [row(rung, measured[rung.name], args.quantizer) for rung in rungs]
     print_table(rows)
+    codec_bytes = rungs[0].make().codec_bytes()
+    print(f"beside the ratio: {codec_bytes:,} bytes of the basis, which caches that share their compressors hold once")
 
     made = results.provenance(args, text=eval_text.name, text_sha256=eval_text.sha256("evaluation"))
     record = made | {"model": loaded.spec, "fingerprint": loaded.fingerprint, "calibration": calibration.meta}
-    record["rows"] = rows
-    output = results.write_json(results.RESULTS / "runs" / f"ladder_{slug}.json", record)
-    picture = results.write_figure(results.RESULTS / "plots" / f"ladder_{slug}.png", plots.ladder(record))
+    record |= {"codec_bytes": codec_bytes, "rows": rows}
+    output = results.write_json(root / "runs" / f"ladder_{slug}.json", record)
+    picture = results.write_figure(root / "plots" / f"ladder_{slug}.png", plots.ladder(record))
     print(f"\nwrote {output} and {picture}")
     if not args.tag:
-        write_presets(args, loaded, calibration, path, rungs, measured, made)
+        write_presets(args, root / "presets", loaded, calibration, path, rungs, measured, made)
 
 
 def row(rung: Rung, measured: dict, quantizer: str) -> dict:
@@ -83,16 +91,20 @@ def print_table(rows: list[dict]) -> None:
               f"[{low:+7.2%}, {high:+7.2%}] {r['kl_nats']:8.5f} {r['top1_agreement']:7.2%}")  # fmt: skip
 
 
-def write_presets(args, loaded, calibration, path: Path, rungs: list[Rung], measured: dict, made: dict) -> None:
+def write_presets(args, folder, loaded, calibration, path, rungs: list[Rung], measured: dict, made: dict) -> None:
     flags = {"model": loaded.spec, "text": calibration.meta["text_spec"], "samples": args.samples}
     flags |= {"seq-len": args.seq_len, "seed": args.seed, "sink-tokens": args.sink_tokens}
-    made_by = "python scripts/make_presets.py " + " ".join(f"--{key} {value}" for key, value in flags.items())
+    flags |= {"eval-text": args.eval_text, "quantizer": args.quantizer, "calibration-file": args.calibration_file}
+    flags["ratios"] = ",".join(f"{rung.ratio:g}" for rung in rungs)
+    words = [f"--{key} {value}" for key, value in flags.items() if value is not None]
+    made_by = "python scripts/make_presets.py " + " ".join(words)
     for rung in rungs:
-        output = results.RESULTS / "presets" / f"{loaded.slug}-{rung.name}.json"
+        output = folder / f"{loaded.slug}-{rung.name}.json"
         preset = presets.new_preset(
-            loaded, None, presets.reference_to(path, output), compression_ratio=rung.compression_ratio,
+            loaded, None, preset_calibration.reference_to(path, output), compression_ratio=rung.compression_ratio,
             measured=measured[rung.name], name=rung.name, target="kv", rank=loaded.geometry.head_dim, bits=rung.bits,
             codec="joint", quantizer=args.quantizer, sink_tokens=args.sink_tokens, made_by=made_by, provenance=made,
+            calibrated_with={key: calibration.meta[key] for key in MADE_FROM},
         )  # fmt: skip
         print(f"wrote {results.write_json(output, preset)}")
 

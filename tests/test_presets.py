@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_loaded, word_text
 
 from gpt2 import results
-from gpt2.compression import presets
+from gpt2.compression import preset_calibration, presets
 from gpt2.compression.calibration import calibrate
 from gpt2.compression.calibration_file import save_calibration
 from gpt2.compression.presets import GUIDE_KEYS, create_cache_from_preset, get_preset_info, load_preset
@@ -156,7 +156,7 @@ def test_look_up_order(space, made, first):
     """From the working folder, beside the preset, in results/calibrations of the working folder, of the checkout."""
     placed(space, made, *LOOKED_AT[first:])
     preset = load_preset(write(space / "presets" / "p.json", PRESET))
-    assert presets.find_calibration(preset).resolve() == space / LOOKED_AT[first]
+    assert preset_calibration.find_calibration(preset).resolve() == space / LOOKED_AT[first]
     create_cache_from_preset(preset)
 
 
@@ -197,12 +197,15 @@ def test_calibration_not_found(space, make):
 def test_reference_survives_a_move(space, made):
     """A preset and its calibration moved together, or the calibration in results/calibrations, are found again."""
     placed(space, made, "a/calibrations/c.pt", "work/results/calibrations/d.pt")
-    reference = presets.reference_to(space / "a/calibrations/c.pt", space / "a/presets/p.json")
+    reference = preset_calibration.reference_to(space / "a/calibrations/c.pt", space / "a/presets/p.json")
     assert reference == os.path.join("..", "calibrations", "c.pt")
     write(space / "a/presets/p.json", PRESET | {"calibration_file": reference})
     (space / "a").rename(space / "b")
     create_cache_from_preset(space / "b/presets/p.json")
-    assert presets.reference_to(space / "work/results/calibrations/d.pt", space / "b/presets/p.json") == "d.pt"
+    reference = preset_calibration.reference_to(space / "work/results/calibrations/d.pt", space / "b/presets/p.json")
+    assert reference == "d.pt"
+        preset_calibration.reference_to(space / "work/results/calibrations/d.pt", space / "b/presets/p.json") == "d.pt"
+    )
 
 
 # --- refusals

@@ -259,7 +259,7 @@ def test_an_interrupted_tuning_resumes(signal_sent, space, tmp_path, capsys):
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
     )
     for line in child.stdout:
-        if "2 measured" in line:
+        if "1 measured" in line:
             break
     time.sleep(0.1)
     child.send_signal(signal_sent)
@@ -270,7 +270,7 @@ def test_an_interrupted_tuning_resumes(signal_sent, space, tmp_path, capsys):
     if signal_sent == signal.SIGINT:  # the killed worker's trial is waited for first: test_autotune has that case
         assert run(TUNE, *flags) == 0
         first = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("tuning:"))
-        assert int(first.split()[1]) >= 2, "what was measured before the interrupt is not measured again"
+        assert int(first.split()[1]) >= 1, "what was measured before the interrupt is not measured again"
 
 
 def test_scripts_run_from_another_folder(tmp_path, model_folder):

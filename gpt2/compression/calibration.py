@@ -139,12 +139,14 @@ def calibrate(
     loaded.require_context(seq_len)
     if is_joint(codec) and seq_len < sink_tokens + BLOCK:
         raise PluginError(
-            f"codec {codec} is measured on blocks of {BLOCK} tokens behind the sinks: --seq-len {seq_len} is too short, "
-            f"give {sink_tokens + BLOCK} or more"
+            f"codec {codec} is measured on blocks of {BLOCK} tokens behind the sinks: --seq-len {seq_len} is too "
+            f"short, give {sink_tokens + BLOCK} or more"
         )
+    metric = metric or metric_of(codec)
+    if metric_of(codec) == "fisher" != metric:
+        raise PluginError(f"codec {codec} needs gradients, which metric {metric} doesn't take: use --metric fisher")
     windows = text.segments("calibration", loaded, seq_len, samples, seed)
     statistics = collect(loaded, progress(windows), sink_tokens)
-    metric = metric or metric_of(codec)
     joint = None
     if metric == "fisher":
         gradients = collect_fisher(

@@ -7,7 +7,7 @@ bytes that it would buy at the price at which the whole model meets its budget.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -40,6 +40,7 @@ class JointCodec:
     prices: Tensor
     demand: Tensor
     half: bool = False
+    _widths: dict[float, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def D(self) -> Tensor:
@@ -55,7 +56,9 @@ class JointCodec:
     def quantizer(self, quantizer: Quantizer, layer: int) -> Quantizer:
         """A quantizer of one layer, of a budget that is meant for the mean of all layers."""
         if isinstance(quantizer, MixedFixed):
-            return MixedFixed(quantizer.bits, self.widths(quantizer.bits)[layer])
+            if quantizer.bits not in self._widths:
+                self._widths[quantizer.bits] = self.widths(quantizer.bits)
+            return MixedFixed(quantizer.bits, self._widths[quantizer.bits][layer])
         return Mixed(self.layer_bits(quantizer.bits)[layer]) if isinstance(quantizer, Mixed) else quantizer
 
     def layer_bits(self, bits: float) -> list[float]:

@@ -53,6 +53,9 @@ def joint_calibration(
     if find_reusable(key, [path]):
         print(f"calibration: using {path}", flush=True)
         return load_calibration(path)
+    if path.exists():
+        print(f"note: {path} was made otherwise: it will be replaced, and presets that name it then read the new one; "
+              "another --tag or --calibration-file keeps it", flush=True)  # fmt: skip
     calibration = calibrate(
         loaded, text, rank=loaded.geometry.head_dim, codec="joint", checkpointing=checkpointing, progress=progress,
         **made_from,
@@ -65,16 +68,21 @@ def make_rung(
     loaded: LoadedModel, calibration: Calibration, ratio: float, *, quantizer: str = "mixed", sink_tokens: int = 4,
 ) -> Rung:  # fmt: skip
     """The most bits at which a sequence of `TOKENS` still takes 1 / `ratio` of a 16-bit cache, everything counted."""
-    left_over = 16 * (sink_tokens + (TOKENS % 64)) / TOKENS  # bits per token that stay exact
-    bits = 16 / ratio - left_over
-    if ratio <= 1 or bits <= 0:
-        raise PluginError(f"ratio {ratio:g} is out of range: with {sink_tokens} exact sinks give 1.5 to 40")
+    exact = 16 * sink_tokens / TOKENS  # bits per coordinate that sinks take
+    bits = round(16 / ratio - exact, 4)  # as presets say it, so that what is measured is what they make
     while True:
-        make = factory(loaded, calibration, bits, quantizer, sink_tokens)
+        try:
+            make = factory(loaded, calibration, bits, quantizer, sink_tokens)
+        except PluginError as error:
+            raise PluginError(
+                f"ratio {ratio:g} is out of range, it means about 16 / {ratio:g} bits with {sink_tokens} exact sinks "
+                f"counted; {error}"
+            ) from error
         held = memory.compression_ratio(make, loaded.geometry, TOKENS, config=loaded.model.config)
         if held >= ratio:
-            return Rung(ratio, round(bits, 4), held, make)
-        bits = round(bits - STEP, 4)
+            return Rung(ratio, bits, held, make)
+        # In one go as far as bytes in proportion to bits would ask for: models with sliding layers are far off at first
+        bits = round(bits - max(int((1 - held / ratio) * bits / STEP), 1) * STEP, 4)
 
 
 def factory(

@@ -13,19 +13,18 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
 
 from gpt2 import results
 from gpt2.compression.calibration import SIDES, Calibration, stand_in
-from gpt2.compression.calibration_file import calibration_folders, load_calibration
 from gpt2.compression.calibration_free import ANY_MODEL, preset_for_any_model
 from gpt2.compression.codecs import BITS, Compressor, codec_name, full_rank, quantizer_of
 from gpt2.compression.compressed_cache import CompressedDynamicCache
-from gpt2.compression.plan import TARGETS, Plan, Setting, build, needs_calibration_file, uniform
-from gpt2.errors import BadArtefact, CalibrationNotFound, PluginError
+from gpt2.compression.plan import TARGETS, Plan, Setting, build, needs_calibration_file, plan_record, uniform
+from gpt2.compression.preset_calibration import calibration_of, check_geometry, made_by
+from gpt2.errors import BadArtefact, PluginError
 from gpt2.layout import geometry_of
 from gpt2.models import LoadedModel, read_config
 
@@ -46,6 +45,8 @@ GUIDE_KEYS = {
 # Figures may be unknown (null); without the rest there is no cache to make
 FIGURES = ("compression_ratio", "baseline_ppl", "compressed_ppl", "ppl_delta")
 DEFAULTS = {"format": FORMAT, "codec": "pca", "quantizer": None, "sink_tokens": 4, "recent_tokens": 0}
+MOST_SHARED = 8  # presets whose compressors are kept for the next cache
+_BUILT: dict[tuple, tuple[Calibration, tuple[list, list]]] = {}
 BUILT_IN = (results.ROOT / "configs" / "presets", results.RESULTS / "presets")
 
 
@@ -133,6 +134,7 @@ def check_preset(preset: dict, where: str = "preset") -> dict:
             expect(type(value) is kind, key, kind.__name__)
     expect(type(preset.get("folder", "")) is str, "folder", "a path")
     expect(type(preset.get("name", "")) is str, "name", "a word")
+    expect(isinstance(preset.get("calibrated_with", {}), dict), "calibrated_with", "an object of calibration metadata")
     expect(preset["format"] == FORMAT, "format", repr(FORMAT))
     expect(preset["target"] in TARGETS, "target", "v, k or kv")
     for key in ("num_layers", "sink_tokens", "recent_tokens"):
@@ -156,8 +158,6 @@ def _check_setting(setting: dict, head_dim: int, where: str) -> None:
         raise BadArtefact(f"{where}: key 'bits': expected {' or '.join(map(str, sorted(BITS)))}, found {bits!r}")
     if type(bits) not in (int, float):
         raise BadArtefact(f"{where}: key 'bits': expected a number, found {bits!r}")
-    if type(bits) not in (int, float):
-        raise BadArtefact(f"{where}: key 'bits': expected a number of bits, found {bits!r}")
     try:
         quantizer_of(quantizer, bits)
     except (PluginError, TypeError) as error:
@@ -245,16 +245,26 @@ def compressors_from_preset(
         check_geometry(preset, model)
     plan = plan_of(preset)
     if calibration is None and needs_calibration_file(plan):
-        calibration = stand_in(model) if model is not None and model.random_weights else calibration_of(preset, model)
+        if model is None or not model.random_weights:
+            return _shared(plan, preset, model, dtype, device or "cpu")
+        calibration = stand_in(model)
     return build(plan, preset["head_dim"], calibration, dtype=dtype, device=device or "cpu")
 
 
-def calibration_of(preset: dict, model: LoadedModel | None = None) -> Calibration:
-    """A preset's calibration, found and checked against the preset and the model."""
-    path = find_calibration(preset)
-    calibration = load_calibration(path)
-    check_calibration(calibration, preset, path, model)
-    return calibration
+def _shared(plan: Plan, preset: dict, model: LoadedModel | None, dtype, device) -> tuple[list, list]:
+    """Compressors of a preset with a file: those made before, as long as the file is the same.
+
+    A basis may weigh more than a conversation, so that caches made one after another must not have one each.
+    """
+    calibration = calibration_of(preset, model)
+    key = (id(calibration), json.dumps(plan_record(plan)), dtype, str(device))
+    if key not in _BUILT:
+        while len(_BUILT) >= MOST_SHARED:
+            _BUILT.pop(next(iter(_BUILT)))
+        # The calibration stays with what was made of it, so that its id isn't another's
+        _BUILT[key] = (calibration, build(plan, preset["head_dim"], calibration, dtype=dtype, device=device))
+    k, v = _BUILT[key][1]
+    return list(k), list(v)
 
 
 def preset_for_shape(preset: dict, model: LoadedModel) -> dict:
@@ -309,65 +319,6 @@ def new_preset(
     if calibration:
         preset["made_by"] = made_by(calibration.meta, calibration_file)
     return check_preset(preset | more, "new preset")
-
-
-def made_by(meta: dict, calibration_file: str) -> str:
-    """The command that makes a calibration again from its metadata."""
-    words = {"model": meta["model"], "rank": meta["rank"], "samples": meta["samples"], "seq-len": meta["seq_len"]}
-    words |= {"seed": meta["seed"], "sink-tokens": meta["sink_tokens"], "text": meta["text_spec"]}
-    if meta.get("metric") == "fisher":  # gradients, which codecs may need that the file's own doesn't name
-        words["metric"] = "fisher"
-    output = calibration_folders()[0] / Path(calibration_file).name
-    flags = " ".join(f"--{key} {value}" for key, value in words.items())
-    return f"python scripts/calibrate_kv_lowrank.py {flags} --output {output}"
-
-
-def check_geometry(preset: dict, model: LoadedModel) -> None:
-    """Raise BadArtefact where a preset was made for a cache of another shape than the model's."""
-    for key in ("num_layers", "head_dim"):
-        if preset[key] != getattr(model.geometry, key):
-            raise BadArtefact(f"preset for {preset['model']}: key {key!r}: expected {getattr(model.geometry, key)} for "
-                              f"{model.spec}, found {preset[key]}: this preset is of another model")  # fmt: skip
-
-
-def check_calibration(calibration: Calibration, preset: dict, path: Path, model: LoadedModel | None) -> None:
-    """Raise BadArtefact where a calibration isn't of the preset's model, or of the model that is about to run."""
-    for key in ("head_dim", "num_layers"):
-        if calibration.meta[key] != preset[key]:
-            raise BadArtefact(
-                f"{path}: field 'meta.{key}': the preset for {preset['model']} expects {preset[key]}, "
-                f"found {calibration.meta[key]}: calibrate that model"
-            )
-    if model is not None:
-        calibration.check_model(model.fingerprint, model.spec, str(path))
-
-
-def find_calibration(preset: dict) -> Path:
-    """A preset's calibration file: as given, beside the preset, in results/calibrations.
-
-    Raises CalibrationNotFound with the places tried and the command that makes it.
-    """
-    given = Path(preset["calibration_file"]).expanduser()
-    places = [given, *(Path(preset[key]) / given for key in ("folder",) if key in preset)]
-    places += [folder / given.name for folder in calibration_folders()]
-    for place in dict.fromkeys(places):
-        if place.is_file():
-            return place
-    command = (
-        f"python scripts/calibrate_kv_lowrank.py --model {preset['model']} --rank {preset['rank']} "
-        f"--output {calibration_folders()[0] / given.name}"
-    )
-    raise CalibrationNotFound(
-        f"Calibration file not found: {given}. Looked at: {', '.join(str(place) for place in dict.fromkeys(places))}. "
-        f"Give its full path as preset['calibration_file'], or make it: {preset.get('made_by', command)}"
-    )
-
-
-def reference_to(calibration: Path, preset_path: Path) -> str:
-    """How a preset names its calibration so that the look-up finds it, also after both folders move together."""
-    if calibration.resolve().parent in [folder.resolve() for folder in calibration_folders()]:
-        return calibration.name
-    return os.path.relpath(calibration.resolve(), preset_path.resolve().parent)
 
 
 def _read(preset: dict | str | Path) -> dict:

@@ -22,15 +22,17 @@ from torch.nn.functional import pad
 from gpt2.compression.codecs.base import Fields, Quantizer
 from gpt2.errors import PluginError
 
-# One bit never pays beside its metadata; ten do, for the few channels with most of the variance
+# In squared error one bit is worth nothing beside its metadata; ten are, for the few channels with most of the variance
 WIDTHS = (0, 2, 3, 4, 5, 6, 8, 10)
 PLANES = max(WIDTHS)
 BLOCK = 64
+AT_ONCE = 64  # blocks
 PLANE = BLOCK // 8  # bytes of one bit of a channel's 64 tokens
 METADATA = 2  # bytes of a channel that has codes
 COSTS = tuple(PLANE * b + METADATA * (b > 0) for b in WIDTHS)  # bytes of a channel in a block
 OCTAVE = 8  # scales per doubling
 SCALE_ZERO = 20 * OCTAVE  # byte of scale 1: steps from 1e-6 to 3,700
+REACH = 127  # largest offset in its byte
 # Shares of a block's range to try: narrow codes lose less by cutting extremes off than by a step that reaches them,
 # wide ones must reach them although scale and offset are rounded
 NARROW, WIDE = (1.0, 0.9, 0.8, 0.7), (1.0, 1.06)
@@ -54,6 +56,11 @@ class Mixed(Quantizer):
         return type(self)(float(bits))
 
     def quantize(self, z: Tensor) -> Fields:
+        """Some blocks at a time: the search takes many times their memory."""
+        parts = [self._quantize(part) for part in z.split(AT_ONCE * BLOCK, dim=2)]
+        return {name: torch.cat([fields[name] for fields in parts], dim=2) for name in parts[0]}
+
+    def _quantize(self, z: Tensor) -> Fields:
         y = in_blocks(z)
         error, scale, offset = (torch.stack(parts, dim=-1) for parts in zip(*_grids(y), strict=True))
         choice = cheapest(error, self._payload(z.shape[-1]))
@@ -82,7 +89,7 @@ class MixedFixed(Mixed):
         super().__init__(bits)
         self.widths = widths
 
-    def quantize(self, z: Tensor) -> Fields:
+    def _quantize(self, z: Tensor) -> Fields:
         y = in_blocks(z)
         choice = self._choice(y)
         scale, offset = torch.zeros_like(y[..., 0]), torch.zeros_like(y[..., 0])
@@ -143,18 +150,16 @@ def _grids(y: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     return grids + [best_grid(y, bits, NARROW if bits <= WIDEST_NARROW else WIDE) for bits in WIDTHS[1:]]
 
 
-def best_grid(
-    y: Tensor, bits: int, shares: tuple[float, ...], reach: int = 127, unit: float | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def best_grid(y: Tensor, bits: int, shares: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """The uniform grid of least squared error for every channel of y [..., r, 64]: error, scale, offset, [..., r] each.
 
-    shares: of the range, to try. reach: largest offset, in units of `unit` steps, `offset_unit` when None.
+    shares: of the range, to try.
     """
-    unit = float(offset_unit(torch.tensor(bits))) if unit is None else unit
+    unit = float(offset_unit(torch.tensor(bits)))
     low, high = y.amin(-1), y.amax(-1)
     best = None
     for share in shares:
-        scale, offset = _rounded(low, high, share / (2**bits - 1), reach, unit)
+        scale, offset = _rounded(low, high, share / (2**bits - 1), REACH, unit)
         step, origin, last = levels(scale, unit * offset, torch.full_like(scale, 2**bits - 1))
         error = (y - quantized(y, step, origin, last).mul_(step).add_(origin)).square_().sum(-1)
         found = (error, scale, offset)

@@ -50,7 +50,9 @@ class Int8Channel(Quantizer):
     def _grid(self, low: Tensor, high: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """Scale and offset, as they are stored, of codes over the middle share `share` of a range."""
         levels = 2**self.bits - 1
-        exponent = ((high - low) * (share / levels)).clamp_min(1e-30).log2() * OCTAVE
+        # An offset far from zero is rounded to a thousandth of itself, which may be more than a step
+        spread = high - low + low.abs() * 2**-10
+        exponent = (spread * (share / levels)).clamp_min(1e-30).log2() * OCTAVE
         scale = (exponent.round() + SCALE_ZERO).clamp(0, 255).to(torch.uint8)
         offset = (low + high) / 2 - _step(scale) * (levels / 2)
         return scale, offset.clamp(-HALF_MAX, HALF_MAX).half()

@@ -1,0 +1,96 @@
+"""Presets by ratio, on a tiny model: bytes, files, and the caches that come out of them."""
+
+import json
+
+import pytest
+import torch
+from test_scripts import files, run
+from tiny import tiny_loaded, tiny_model, word_text, word_tokenizer
+
+from gpt2.compression import ladder
+from gpt2.compression.calibration import calibrate
+from gpt2.compression.calibration_file import load_calibration, save_calibration
+from gpt2.compression.presets import create_cache_from_preset, load_preset
+from gpt2.data import by_position
+from gpt2.errors import PluginError
+from gpt2.evaluation.memory import held_bytes, plain_bytes
+
+TEXT = by_position("words", "words.txt", word_text(3000))
+SMALL = {"samples": 3, "seq_len": 100, "seed": 0, "sink_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_loaded("llama")
+
+
+@pytest.fixture(scope="module")
+def calibration(llama):
+    return calibrate(llama, TEXT, rank=12, codec="joint", **SMALL)
+
+
+@pytest.mark.parametrize("quantizer", ["mixed", "mixed_fixed"])
+@pytest.mark.parametrize("ratio", [2.0, 4.6, 8.0])
+def test_a_rung_holds_its_ratio_and_wastes_little(llama, calibration, ratio, quantizer):
+    rung = ladder.make_rung(llama, calibration, ratio, quantizer=quantizer)
+    held = plain_bytes(llama.geometry, ladder.TOKENS) / held_bytes(rung.make, llama.geometry, ladder.TOKENS)
+    assert rung.compression_ratio == pytest.approx(held) and ratio <= held < 1.05 * ratio
+    assert rung.name == f"kv-{ratio:g}x" and rung.bits < 16 / ratio
+
+
+def test_sinks_are_paid_for(llama, calibration):
+    few, many = (ladder.make_rung(llama, calibration, 4.0, sink_tokens=n) for n in (0, 64))
+    assert many.bits < few.bits - 0.4, "64 of 2048 tokens in 16 bits are half a bit of all"
+
+
+@pytest.mark.parametrize("ratio", [1.2, 60.0])
+def test_a_ratio_out_of_reach_is_named(llama, calibration, ratio):
+    with pytest.raises(PluginError, match=f"ratio {ratio:g} is out of range"):
+        ladder.make_rung(llama, calibration, ratio)
+
+
+def test_the_calibration_is_compact_and_used_again(llama, tmp_path, capsys):
+    path = tmp_path / "joint.pt"
+    made = ladder.joint_calibration(llama, TEXT, path, **SMALL)
+    assert made.statistics is None and path.is_file() and "using" not in capsys.readouterr().out
+    again = ladder.joint_calibration(llama, TEXT, path, **SMALL)
+    assert "using" in capsys.readouterr().out and torch.equal(again.joint.E, made.joint.E)
+    ladder.joint_calibration(llama, TEXT, path, **SMALL | {"seed": 1})
+    assert "will be replaced" in capsys.readouterr().out
+    assert load_calibration(path).meta["seed"] == 1
+
+
+def test_a_whole_calibration_is_not_mistaken_for_a_compact_one(llama, calibration, tmp_path, capsys):
+    path = save_calibration(calibration, tmp_path / "joint.pt")
+    ladder.joint_calibration(llama, TEXT, path, **SMALL)
+    assert "using" not in capsys.readouterr().out and load_calibration(path).statistics is None
+
+
+def test_the_script_makes_presets_that_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama")
+    model.save_pretrained("tiny")
+    word_tokenizer().save_pretrained("tiny")
+    (tmp_path / "words.txt").write_text(word_text(3000))
+    flags = ["--model", "tiny", "--text", "words.txt", "--samples", 3, "--seq-len", 100, "--eval-tokens", 256]
+    flags += ["--eval-seq-len", 128, "--ratios", "2,6.4"]
+    before = files(tmp_path)
+    assert run("make_presets", *flags, "--output", "out") == 0
+    names = {"runs/ladder_tiny.json", "plots/ladder_tiny.png", "calibrations/kv_joint_tiny.pt"}
+    names |= {"presets/tiny-kv-2x.json", "presets/tiny-kv-6.4x.json"}
+    assert files(tmp_path) - before == {f"out/{name}" for name in names}
+    for row in json.loads((tmp_path / "out/runs/ladder_tiny.json").read_text())["rows"]:
+        preset = load_preset(tmp_path / f"out/presets/tiny-{row['label']}.json")
+        assert preset["compression_ratio"] == pytest.approx(row["compression_ratio_2048"], abs=1e-3)
+        assert preset["ppl_delta"] == pytest.approx(row["ppl_delta"], abs=1e-6)
+        assert "make_presets.py" in preset["made_by"] and preset["bits"] == row["bits"]
+        prompt = (torch.arange(100) % 20 + 2)[None]
+        out = model.generate(prompt, past_key_values=create_cache_from_preset(preset), max_new_tokens=4)
+        assert out.shape == (1, 104)
+    assert run("make_presets", *flags, "--output", "out", "--tag", "other") == 0
+    assert {name for name in files(tmp_path) if "other" in name} == {
+        "out/runs/ladder_tiny_other.json", "out/plots/ladder_tiny_other.png", "out/calibrations/kv_joint_tiny_other.pt"
+    }  # fmt: skip
+    assert len(list((tmp_path / "out/presets").iterdir())) == 2, "a tag measures only"
+    assert run("make_presets", *flags, "--ratios", "0.5") == 2
+    assert "lies between 1 and 64" in capsys.readouterr().err
