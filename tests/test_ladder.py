@@ -12,7 +12,7 @@ from gpt2.compression.calibration import calibrate
 from gpt2.compression.calibration_file import load_calibration, save_calibration
 from gpt2.compression.presets import create_cache_from_preset, load_preset
 from gpt2.data import by_position
-from gpt2.errors import PluginError
+from gpt2.errors import BadArtefact, PluginError
 from gpt2.evaluation.memory import held_bytes, plain_bytes
 
 TEXT = by_position("words", "words.txt", word_text(3000))
@@ -87,6 +87,10 @@ def test_the_script_makes_presets_that_work(tmp_path, monkeypatch, capsys):
         prompt = (torch.arange(100) % 20 + 2)[None]
         out = model.generate(prompt, past_key_values=create_cache_from_preset(preset), max_new_tokens=4)
         assert out.shape == (1, 104)
+    one, two = (create_cache_from_preset(preset).layers[0].stores["KV"].compressor for _ in range(2))
+    assert one is two, "caches made one after another share the basis"
+    with pytest.raises(BadArtefact, match="'meta.seed': the preset was measured with 5, found 0"):
+        create_cache_from_preset(preset | {"calibrated_with": {"seed": 5}})
     assert run("make_presets", *flags, "--output", "out", "--tag", "other") == 0
     assert {name for name in files(tmp_path) if "other" in name} == {
         "out/runs/ladder_tiny_other.json", "out/plots/ladder_tiny_other.png", "out/calibrations/kv_joint_tiny_other.pt"

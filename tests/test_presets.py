@@ -202,10 +202,8 @@ def test_reference_survives_a_move(space, made):
     write(space / "a/presets/p.json", PRESET | {"calibration_file": reference})
     (space / "a").rename(space / "b")
     create_cache_from_preset(space / "b/presets/p.json")
-    reference = preset_calibration.reference_to(space / "work/results/calibrations/d.pt", space / "b/presets/p.json")
-    assert reference == "d.pt"
-        preset_calibration.reference_to(space / "work/results/calibrations/d.pt", space / "b/presets/p.json") == "d.pt"
-    )
+    found = preset_calibration.reference_to(space / "work/results/calibrations/d.pt", space / "b/presets/p.json")
+    assert found == "d.pt"
 
 
 # --- refusals
