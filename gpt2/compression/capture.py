@@ -58,7 +58,7 @@ class Moments:
         centred = x - mean[:, None]
         scatter = (centred.mT @ centred).double().cpu()
         mean = mean.double().cpu()
-        _refuse_non_finite(scatter, layer)
+        refuse_non_finite(scatter, layer)
         total = self.count[layer] + n
         shift = mean - self.mean[layer]
         self.scatter[layer] += scatter + shift[..., None] * shift[..., None, :] * (self.count[layer] * n / total)
@@ -88,7 +88,7 @@ class Statistics:
     query_count: int
 
 
-class _Tap(DynamicCache):
+class Tap(DynamicCache):
     """Hands K and V of each layer to a function and stores nothing: every sequence is one forward pass."""
 
     def __init__(self, record):
@@ -125,7 +125,7 @@ def collect(loaded: LoadedModel, windows: Iterable[Tensor], sink_tokens: int) ->
     body = model.base_model  # the statistics need no logits
     with torch.no_grad(), _tapped_queries(model, record_queries) as has_queries:
         for window in windows:
-            body(input_ids=window[None].to(loaded.device), past_key_values=_Tap(record), use_cache=True)
+            body(input_ids=window[None].to(loaded.device), past_key_values=Tap(record), use_cache=True)
     if not k.count.min():
         raise PluginError(f"no vectors to calibrate on: sequences must be longer than the {sink_tokens} sink tokens")
     if has_queries:
@@ -170,7 +170,7 @@ class _QueryMoments:
         q = q[:, :, self.sink_tokens :].transpose(0, 1).float()
         q = q.reshape(H, -1, q.shape[-1])  # [H, Hq/H · B · T, d]
         products = (q.mT @ q).double().cpu()
-        _refuse_non_finite(products, layer)
+        refuse_non_finite(products, layer)
         self.total[layer] += products
         self.count += q.shape[1] if layer == 0 else 0
 
@@ -178,7 +178,8 @@ class _QueryMoments:
         return self.total / max(self.count, 1)
 
 
-def _refuse_non_finite(products: Tensor, layer: int) -> None:
+def refuse_non_finite(products: Tensor, layer: int) -> None:
+    """Raise PluginError where sums of a layer's vectors, or of their gradients, aren't numbers."""
     if not torch.isfinite(products).all():
         raise PluginError(
             f"layer {layer}: NaN or infinite activations, nothing was written. Try --dtype float32 or bfloat16, "

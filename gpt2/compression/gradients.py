@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gpt2.compression import rotary
-from gpt2.compression.capture import Moments, Statistics, _refuse_non_finite, wrapped_attention
+from gpt2.compression.capture import Moments, Statistics, Tap, refuse_non_finite, wrapped_attention
 from gpt2.compression.codecs.joint import heads_per_group, side_by_side
 from gpt2.compression.codecs.mixed import BLOCK
 from gpt2.compression.rotary import Rotary
@@ -84,21 +83,9 @@ def detect_rotary(loaded: LoadedModel, window: Tensor, sink_tokens: int) -> list
         found[layer] = rotary.fitting(k[0, :, sink_tokens:].cpu(), sink_tokens, choices)
 
     with torch.no_grad():
-        cache = _Watched(record)
+        cache = Tap(record)
         loaded.model.base_model(input_ids=window[None].to(loaded.device), past_key_values=cache, use_cache=True)
     return [found[layer] for layer in range(loaded.geometry.num_layers)]
-
-
-class _Watched(DynamicCache):
-    """Shows each layer's K and V to a function and stores nothing."""
-
-    def __init__(self, watch: Callable[[int, Tensor, Tensor], None]):
-        super().__init__()
-        self.watch = watch
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        self.watch(layer_idx, key_states, value_states)
-        return key_states, value_states
 
 
 class _Gathered:
@@ -174,7 +161,7 @@ class _Gathered:
 def _products(g: Tensor, layer: int) -> Tensor:
     """Σ ggᵀ of g [G, T, w] in float64 on the CPU."""
     products = (g.mT @ g).double().cpu()
-    _refuse_non_finite(products, layer)
+    refuse_non_finite(products, layer)
     return products
 
 
@@ -195,7 +182,7 @@ def _without_parameter_gradients(model: nn.Module):
 @contextmanager
 def _through_the_cache(model: nn.Module, watch: Callable[[int, Tensor, Tensor], None]):
     """Yields a function from tokens [1, T] to logits, under which `watch` sees each layer's K and V."""
-    yield lambda tokens: model(tokens, past_key_values=_Watched(watch), use_cache=True).logits
+    yield lambda tokens: model(tokens, past_key_values=Tap(watch), use_cache=True).logits
 
 
 @contextmanager
