@@ -22,7 +22,7 @@ from gpt2.errors import PluginError
 from gpt2.evaluation import simulation
 from gpt2.evaluation.exploration import PRODUCT, QUESTIONS, CentredRotary, fit, gather, measure, simulations
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, score
-from gpt2.evaluation.simulation import Replaced, Variation, ball, cheapest, coded, errors, nearest_e8, nearest_in_ball
+from gpt2.evaluation.simulation import Replaced, Variation, ball, coded, errors, nearest_e8, nearest_in_ball
 
 SINKS = 4
 ROWS = {f"{question}: {label}": row for question, rows in QUESTIONS.items() for label, row in rows.items()}
@@ -59,7 +59,7 @@ def test_errors_and_widths_are_the_products():
     torch.testing.assert_close(error, mixed.errors(z), rtol=1e-4, atol=1e-6)
     assert torch.equal(PRODUCT.costs(), 8 * torch.tensor(mixed.COSTS, dtype=torch.float32))
     choice = mixed.cheapest(error, 400)
-    assert torch.equal(cheapest(error, PRODUCT.costs(), 8 * 400), choice)
+    assert torch.equal(mixed.cheapest(error, 8 * 400, PRODUCT.costs()), choice)
     quantizer = Mixed((400 + width_bytes(20)) * 8 / BLOCK / 20 + 1e-9)
     stored = mixed.in_blocks(quantizer.dequantize(quantizer.quantize(z), 20))
     found = simulation.read_back(*(part.flatten(0, 2) for part in (y, choice)), PRODUCT, torch.ones(8, 20))

@@ -17,7 +17,17 @@ from transformers import DynamicCache
 
 from gpt2.compression.codecs.hadamard import Hadamard
 from gpt2.compression.codecs.joint import JointTransform
-from gpt2.compression.codecs.mixed import BLOCK, NARROW, OCTAVE, WIDE, WIDEST_NARROW, WIDTHS, _rounded, offset_unit
+from gpt2.compression.codecs.mixed import (
+    BLOCK,
+    NARROW,
+    OCTAVE,
+    WIDE,
+    WIDEST_NARROW,
+    WIDTHS,
+    _rounded,
+    cheapest,
+    offset_unit,
+)
 
 METADATA_BITS = {"bytes": 16, "half": 32, "nibbles": 8, "scale": 8}
 OFFSET_BITS = 16  # what says where a block begins, where blocks differ in size
@@ -105,21 +115,6 @@ def read_back(y: Tensor, choice: Tensor, variation: Variation, spread: Tensor) -
 @functools.cache
 def _rotation(size: int) -> Tensor:
     return Hadamard().transform(size).E[0].mT.float()
-
-
-def cheapest(error: Tensor, costs: Tensor, budget: int, steps: int = 40) -> Tensor:
-    """As `mixed.cheapest` for any costs [widths]: the widths of least total error within `budget` bits per block."""
-    few = torch.full(error.shape[:-2], 1e-30, dtype=torch.float64, device=error.device)
-    many = error.double().sum((-1, -2)) + 1e-30
-
-    def chosen(price: Tensor) -> Tensor:
-        return (error + price[..., None, None].to(error.dtype) * costs).argmin(-1)
-
-    for _ in range(steps):
-        price = (few * many).sqrt()
-        fits = costs[chosen(price)].sum(-1) <= budget
-        few, many = torch.where(fits, few, price), torch.where(fits, price, many)
-    return chosen(many)
 
 
 def coded(y: Tensor, bits: int, variation: Variation, spread: Tensor) -> tuple[Tensor, Tensor]:
@@ -375,7 +370,7 @@ class Simulation:
             return self.plan.choice[layer].to(y.device)[None, :, None].expand(y.shape[:-1])
         error, costs = errors(y, variation, spread), variation.costs().to(y.device)
         if variation.widths == "block":
-            return cheapest(error, costs, self.plan.limits[layer])
+            return cheapest(error, self.plan.limits[layer], costs)
         return (error + self.plan.price * costs).argmin(-1)
 
     def count(self, layer: int, choice: Tensor) -> None:

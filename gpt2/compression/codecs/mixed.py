@@ -15,6 +15,8 @@ without codes reads as 0, which is the calibrated mean.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -22,7 +24,8 @@ from torch.nn.functional import pad
 from gpt2.compression.codecs.base import Fields, Quantizer
 from gpt2.errors import PluginError
 
-# In squared error one bit is worth nothing beside its metadata; ten are, for the few channels with most of the variance
+# Ten bits are for the few channels with most of the variance. One bit gave its place to them, which costs some KL at 3
+# bits (results/runs/explore_codecs_*)
 WIDTHS = (0, 2, 3, 4, 5, 6, 8, 10)
 PLANES = max(WIDTHS)
 BLOCK = 64
@@ -119,12 +122,13 @@ def errors(z: Tensor) -> Tensor:
     return torch.stack([error for error, _, _ in _grids(in_blocks(z))], dim=-1)
 
 
-def cheapest(error: Tensor, budget: int, steps: int = 40) -> Tensor:
-    """Widths of least total error within `budget` bytes per block: error [..., r, W] → indices [..., r].
+def cheapest(error: Tensor, budget: float, costs: Sequence[float] | Tensor = COSTS, steps: int = 40) -> Tensor:
+    """Widths of least total error within `budget` per block: error [..., r, W] → indices [..., r].
 
-    Lagrangian: bisection on λ, all blocks at once. What it leaves unspent is less than one channel's step.
+    costs: of each width, [W], in the unit of `budget`; bytes by default. Lagrangian: bisection on λ, all blocks at
+    once. What it leaves unspent is less than one channel's step, or those of channels whose errors are the same.
     """
-    costs = torch.tensor(COSTS, device=error.device, dtype=error.dtype)
+    costs = torch.as_tensor(costs, device=error.device, dtype=error.dtype)
     few = torch.full(error.shape[:-2], 1e-30, device=error.device, dtype=torch.float64)
     many = error.double().sum((-1, -2)) + 1e-30  # a byte never saves more than all there is
 
