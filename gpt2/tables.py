@@ -240,15 +240,16 @@ def exploration(record: dict, questions: list[str]) -> str:
         last = own[budgets[-1]]
         name = f"**{label}**" if last["product"] else label
         low, high = last["ppl_delta_interval"]
-        cells = " | ".join(f"{own[bits]['kl_nats']:.5f}{_against_product(own[bits])}" for bits in budgets)
+        cells = " | ".join(_kl(own[bits]) for bits in budgets)
         lines.append(
             f"| {question}: {name} | {cells} | {last['ppl_delta']:+.2%} | {low:+.2%} … {high:+.2%} "
             f"| {last['top1_agreement']:.1%} |"
         )
     return "\n".join(lines) + (
         f"\n\n{record['model']}, {rows[0]['tokens']:,} tokens of {record['text']}, uncompressed perplexity "
-        f"{rows[0]['baseline_ppl']:.3f}. KL in nats, in brackets its change from the product (bold), ≈ where the 95 % "
-        "interval of the paired difference has zero in it. Simulated; bits are per coordinate, all counted."
+        f"{rows[0]['baseline_ppl']:.3f}, calibrated on {record['calibration_text']}. KL in nats, in brackets its change "
+        "from the product (bold), ≈ where the 95 % interval of the paired difference has zero in it. Simulated; bits are "
+        "per coordinate, all counted."
     )
 
 
@@ -257,6 +258,12 @@ def _against_product(row: dict) -> str:
         return ""
     low, high = row["kl_change_interval"]
     return f" ({'≈ ' if low <= 0 <= high else ''}{row['kl_change']:+.0%})"
+
+
+def _kl(row: dict) -> str:
+    """A row's KL, against the product, with its bits where they aren't those that its column says."""
+    off = f" with {row['bits_counted']:.2f} bits" if abs(row["bits_counted"] / row["bits"] - 1) > 0.01 else ""
+    return f"{row['kl_nats']:.5f}{_against_product(row)}{off}"
 
 
 TABLES: dict[str, Callable[[dict, list[str]], str]] = {

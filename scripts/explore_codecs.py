@@ -27,6 +27,7 @@ def parse() -> argparse.Namespace:
     cli.add_text_flags(p)
     cli.add_calibration_flags(p)
     p.set_defaults(samples=16)
+    p.add_argument("--eval-text", help="text to measure on; --text if omitted")
     p.add_argument("--eval-tokens", type=cli.positive_int, default=4096, help="tokens that every row is measured on")
     p.add_argument("--eval-seq-len", type=cli.positive_int, default=1024, help="tokens per evaluated segment")
     p.add_argument("--bits", type=cli.int_list, default=[4, 3, 2], help="total bits per coordinate")
@@ -40,10 +41,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     text = data.load_text(args.text, args.model)
+    eval_text = data.load_text(args.eval_text or args.text, args.model)
     loaded = models.load(args.model, args.device, args.dtype)
     output, picture = cli.output_files(args.output, f"explore_codecs_{loaded.slug}")
     loaded.require_context(args.seq_len)
-    segments = cli.evaluation_segments(args, loaded, text, "evaluation")
+    segments = cli.evaluation_segments(args, loaded, eval_text, "evaluation")
     windows = text.segments("calibration", loaded, args.seq_len, args.samples, args.seed)
     gathered = gather(loaded, windows, args.sink_tokens, seed=args.seed, progress=cli.bar("calibrating", "seq"))
     rows, known = [], {}
@@ -57,12 +59,13 @@ def main() -> None:
         print_question(question, found)
 
     record = results.provenance(
-        args, model=loaded.spec, fingerprint=loaded.fingerprint, dtype=str(loaded.model.dtype), text=text.name,
-        text_sha256={part: text.sha256(part) for part in ("calibration", "evaluation")},
+        args, model=loaded.spec, fingerprint=loaded.fingerprint, dtype=str(loaded.model.dtype), text=eval_text.name,
+        calibration_text=text.name,
+        text_sha256={"calibration": text.sha256("calibration"), "evaluation": eval_text.sha256("evaluation")},
         calibration_tokens=windows.numel(), segments=list(segments.shape), rows=rows,
     )  # fmt: skip
     results.write_json(output, record)
-    title = f"{loaded.spec}, {segments.numel():,} tokens of {text.name}"
+    title = f"{loaded.spec}, {segments.numel():,} tokens of {eval_text.name}, calibrated on {text.name}"
     results.write_figure(picture, plots_exploration.explored(rows, title))
     print(f"\nwrote {results.shown(output)} and {results.shown(picture)}")
 

@@ -115,7 +115,7 @@ def recounted(made, monkeypatch, run) -> float:
             assert (used <= limit).all(), "a block is over its bytes"
             used = torch.full_like(used, limit)
         index = {8: 3, 4: 2}[len(v.menu)] * widths.shape[-1]
-        total += int((used + {"fixed": 0, "block": index, "model": index + 16}[v.widths]).sum())
+        total += int((used + {"fixed": 0, "block": index}.get(v.widths, index + 16)).sum())
         coordinates += y.numel()
     return total / coordinates
 
@@ -127,14 +127,15 @@ def test_every_row_takes_the_bits_that_were_asked_for(row, llama, texts, gathere
         made, monkeypatch, lambda: llama.model(texts[1], past_key_values=Replaced(made.replace), use_cache=True)
     )
     assert made.bits == pytest.approx(counted, rel=1e-9)
-    assert counted == pytest.approx(3, abs=0.03), "within a hundredth, on so small a model"
+    if row.widths != "calibration":  # whose price says nothing about another text's bits
+        assert counted == pytest.approx(3, abs=0.03), "within a hundredth, on so small a model"
 
 
 @pytest.mark.parametrize("what", ["costs", "overhead"])
 def test_the_count_would_show_bits_that_are_forgotten(what, llama, texts, gathered, monkeypatch):
     forgetful = {"costs": lambda v: v.block * torch.tensor(v.menu, dtype=torch.float32), "overhead": lambda *_: 0}
     monkeypatch.setattr(Variation, what, forgetful[what])
-    row = Variation(widths="model")
+    row = Variation(widths="text")
     made = simulations(llama, texts[1], gathered, row, [3])[3]
     counted = recounted(
         made, monkeypatch, lambda: llama.model(texts[1], past_key_values=Replaced(made.replace), use_cache=True)
@@ -259,7 +260,7 @@ def test_the_script_writes_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
     runpy.run_path(str(results.ROOT / "scripts" / "explore_codecs.py"), run_name="__main__")
     assert (tmp_path / "explore_codecs_tiny.png").stat().st_size > 10_000
     record = json.loads((tmp_path / "explore_codecs_tiny.json").read_text())
-    assert len(record["rows"]) == 2 * (5 + 3) and record["segments"] == [2, 128]
+    assert len(record["rows"]) == 2 * (5 + 4) and record["segments"] == [2, 128]
     table = tables.fill("<!-- results: explore_codecs_tiny widths -->\n<!-- end -->", tmp_path)
     assert "| widths: **by block within its bytes** |" in table and "metric" not in table
     assert "| changed | KL at 4 bits | KL at 2 bits | Δ perplexity at 2 bits |" in table

@@ -60,7 +60,8 @@ QUESTIONS: dict[str, dict[str, Variation]] = {
     "widths": {
         "fixed at calibration": Variation(widths="fixed"),
         "by block within its bytes": PRODUCT,
-        "by block, one price for the model, blocks of any size": Variation(widths="model"),
+        "by block, blocks of any size at one price, set on the text that is read": Variation(widths="text"),
+        "by block, blocks of any size at one price, set at calibration": Variation(widths="calibration"),
     },
     "menu": {
         "0, 2, 4, 8 bits": Variation(menu=(0, 2, 4, 8)),
@@ -310,10 +311,11 @@ def simulations(
 ) -> dict[float, Simulation]:
     """A simulation for every budget.
 
-    Where blocks take what they please, what the text takes is a matter of the text: the price is set on itself.
+    Where blocks take what they please, how much they take is a matter of the text. A price set on the text itself makes
+    rows of equal bits; no cache can know it.
     """
     fitted = fit(gathered, variation, loaded.device)
-    if variation.widths == "model":
+    if variation.widths == "text":
         measured = measured_on_text(fitted, loaded, segments, gathered.sink_tokens)
     else:
         measured = measured_on_sample(fitted, gathered)

@@ -30,6 +30,7 @@ from gpt2.compression.codecs.mixed import (
 )
 
 METADATA_BITS = {"bytes": 16, "half": 32, "nibbles": 8, "scale": 8}
+AT_ONE_PRICE = ("text", "calibration")
 OFFSET_BITS = 16  # what says where a block begins, where blocks differ in size
 # One bit of a Gaussian is best with its two levels 1.6 deviations apart: a third of a block's range
 ONE_BIT = (0.6, 0.5, 0.4, 0.3)
@@ -49,10 +50,11 @@ class Variation:
     ("block"). parts: what shares a basis: each "head" of K or V, the heads of a "side", K and V of a head ("pair"), or
     all ("joint"). metric: "identity", "weighted" (times the mean weight of each head's K or V), Fisher within "heads"
     only, in full ("fisher"), or "shrunk" between heads. widths: "fixed" at calibration, by "block" within its bytes, or
-    by block at one price for the whole "model". metadata: scale and offset in a byte each ("bytes"), in float16
-    ("half"), in four bits each ("nibbles"), or a byte for the "scale" alone, about the calibrated mean. narrow, wide:
-    shares of the range to try. levels: "uniform", or up to 4 bits those of a "gaussian", or for 2 and 3 bits the
-    "lattice" E8. rotated: channels that were given the same width are mixed by a Hadamard matrix.
+    by block at one price for the whole model, set on the "text" that is read or at "calibration". metadata: scale and
+    offset in a byte each ("bytes"), in float16 ("half"), in four bits each ("nibbles"), or a byte for the "scale"
+    alone, about the calibrated mean. narrow, wide: shares of the range to try. levels: "uniform", or up to 4 bits those
+    of a "gaussian", or for 2 and 3 bits the "lattice" E8. rotated: channels that were given the same width are mixed by
+    a Hadamard matrix.
     """
 
     turned: str = "pre"
@@ -77,7 +79,7 @@ class Variation:
         if self.widths == "fixed":
             return 0
         planes = (len(self.menu) - 1).bit_length() * 8 * -(-channels // 8)
-        return planes + (OFFSET_BITS if self.widths == "model" else 0)
+        return planes + (OFFSET_BITS if self.widths in AT_ONE_PRICE else 0)
 
     def shares(self, bits: int) -> tuple[float, ...]:
         """Of a block's range, to try for codes of so many bits."""
