@@ -247,9 +247,9 @@ def exploration(record: dict, questions: list[str]) -> str:
         )
     return "\n".join(lines) + (
         f"\n\n{record['model']}, {rows[0]['tokens']:,} tokens of {record['text']}, uncompressed perplexity "
-        f"{rows[0]['baseline_ppl']:.3f}, calibrated on {record['calibration_text']}. KL in nats, in brackets its change "
-        "from the product (bold), ≈ where the 95 % interval of the paired difference has zero in it. Simulated; bits are "
-        "per coordinate, all counted."
+        f"{rows[0]['baseline_ppl']:.3f}, calibrated on {record['calibration_text']}. KL in nats, in brackets its "
+        "change from the product (bold), ≈ where the 95 % interval of the paired difference has zero in it. Simulated; "
+        "bits are per coordinate, all counted."
     )
 
 
