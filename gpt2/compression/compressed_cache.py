@@ -23,6 +23,27 @@ from gpt2.errors import PluginError
 __all__ = ["CompressedDynamicCache", "CompressedLayer", "IdentityCompressor", "load_calibrated_compressors"]
 
 
+class Sealed:
+    """What `update` returns in the place of K and V while a model attends over what is stored.
+
+    Nothing that a tensor can do works on it: a model that looks at K or V before attention does fails at once.
+    """
+
+    __slots__ = ("_layer",)
+
+    def __init__(self, layer: CompressedLayer):
+        self._layer = layer
+
+    def stores(self) -> tuple[TokenStore, TokenStore]:
+        """Of K and of V; twice the same where they are stored together."""
+        stores = list(self._layer.stores.values())
+        return stores[0], stores[-1]
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """K and V, reconstructed."""
+        return self._layer.read()
+
+
 class CompressedLayer(CacheLayerMixin):
     """Storage of one layer. `update` returns reconstructions, so any model and attention works with it."""
 
@@ -36,6 +57,7 @@ class CompressedLayer(CacheLayerMixin):
         compressors = {"KV": k} if k.joint else {"K": k, "V": v}
         self.stores = {side: TokenStore(c, sink_tokens, recent_tokens) for side, c in compressors.items()}
         self.index = index
+        self.sealed = False  # set by `attention` while a model runs that reads the stores themselves
         if k is not v and (k.joint or v.joint):
             raise PluginError(f"layer {index}: a joint codec is for K and V together, the same object for both")
 
@@ -52,8 +74,18 @@ class CompressedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Store new tokens, [B, H, n, d] each; return all tokens, [B, H, T, d] each, as they are stored."""
+        """Store new tokens, [B, H, n, d] each; return all tokens, [B, H, T, d] each, as they are stored.
+
+        Or a seal in the place of both, for an attention function that takes the stores.
+        """
         self.store(key_states, value_states)
+        if self.sealed:
+            seal = Sealed(self)
+            return seal, seal
+        return self.read()
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """K and V of all tokens, [B, H, T, d] each, as they are stored."""
         read = [store.read() for store in self.stores.values()]
         return tuple(read) if len(read) == 2 else read[0].chunk(2, dim=1)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from gpt2.compression.codecs import Compressor
+from gpt2.compression.codecs.base import Fields
 from gpt2.errors import PluginError
 
 SMALLEST_PIECE = 64  # tokens; with 1/32 of what is held already, under 5 % is unused from 2k tokens on
@@ -138,6 +139,17 @@ class TokenStore:
         if not parts:
             return self.sinks
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def pieces(self) -> Iterator[tuple[int, Fields]]:
+        """Blocks as they are stored, without a copy: position of the first place, and fields, piece by piece.
+
+        Of the first block the lead lies at the positions of the last sinks.
+        """
+        position = self._position(0)
+        for views in zip(*(pieces.views() for pieces in self.blocks.values()), strict=True):
+            if blocks := views[0].shape[2]:
+                yield position, dict(zip(self.blocks, views, strict=True))
+                position += blocks * self.compressor.block_tokens
 
     def holds(self, x: Tensor) -> bool:
         """Whether x [B, H, T, d] are the tokens held: stored in the same way, they read the same."""

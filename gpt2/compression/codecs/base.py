@@ -11,6 +11,8 @@ Shapes used throughout:
     E, D    [G, w, r], [G, r, w]; mean [G, w]. With w = d and a first dimension of 1, every head uses the same one.
     fields  dict of what a quantizer stores, each tensor [B, G, T / block_tokens, …]
     start   position in the sequence of x's first token, for transforms that depend on it
+    q       [B, H, M, d] queries of one layer, M to each KV head
+    p       [B, H, M, T] what each of them gives to each token
 A joint codec sees K and V of a layer as one x of 2H heads, K's first.
 """
 
@@ -38,10 +40,15 @@ class Transform:
     mean: Tensor
 
     joint = False  # whether x is K and V of a layer together
+    linear = True  # the same matrix for every token, so that queries can take its place
 
     @property
     def rank(self) -> int:
         return self.E.shape[-1]
+
+    def groups(self, heads: int, head_dim: int) -> int:
+        """Groups that so many heads make: one each where all of them share a basis of one head's width."""
+        return heads * head_dim // self.mean.shape[-1]
 
     def truncate(self, rank: int) -> Transform:
         """Keep the first `rank` coordinates; the basis is ordered by what it loses least."""
@@ -63,6 +70,24 @@ class Transform:
     def inverse(self, z: Tensor, head_dim: int, start: int = 0) -> Tensor:
         """z [B, G, T, r] → x̂ [B, H, T, d]."""
         return _split_heads(z.to(self.D.dtype) @ self.D + self.mean[:, None], head_dim)
+
+    def fold_query(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """q [B, H, M, d] → q' [B, G, H/G · M, r] and bias [B, H, M, 1], such that q · x̂ = q' · ẑ + bias."""
+        D, mean = self._by_head(q.shape[-1])
+        grouped = q.to(D.dtype).unflatten(1, (-1, D.shape[1]))  # [B, G, h, M, d]
+        return (grouped @ D.mT).flatten(2, 3), (grouped @ mean[..., None]).flatten(1, 2)
+
+    def unfold_sum(self, y: Tensor, total: Tensor, head_dim: int) -> Tensor:
+        """Sums of ẑ, y [B, G, H/G · M, r], and of their weights, total [B, H, M, 1] → sums of x̂, [B, H, M, d]."""
+        D, mean = self._by_head(head_dim)
+        h = D.shape[1]
+        x = y.unflatten(2, (h, -1)) @ D + total.unflatten(1, (-1, h)) * mean[:, :, None]  # [B, G, h, M, d]
+        return x.flatten(1, 2)
+
+    def _by_head(self, head_dim: int) -> tuple[Tensor, Tensor]:
+        """D [G, h, r, d] and mean [G, h, d] of the h heads of each group."""
+        heads = (self.mean.shape[-1] // head_dim, head_dim)
+        return self.D.unflatten(-1, heads).transpose(1, 2), self.mean.unflatten(-1, heads)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Transform:
         E, D, mean = (part.to(device=device, dtype=dtype) for part in (self.E, self.D, self.mean))
@@ -115,6 +140,16 @@ class Quantizer(ABC):
     @abstractmethod
     def dequantize(self, fields: Fields, rank: int) -> Tensor:
         """Fields → ẑ [B, G, T, r]."""
+
+    def scores(self, q: Tensor, fields: Fields, out: Tensor) -> None:
+        """Write q · ẑ of every token into out [B, G, M, T]; q [B, G, M, r]. A quantizer that can reads its codes."""
+        z = self.dequantize(fields, q.shape[-1])
+        out.copy_(q.to(z.dtype) @ z.mT)
+
+    def weighted_sum(self, p: Tensor, fields: Fields, rank: int) -> Tensor:
+        """Σ p ẑ over tokens, [B, G, M, r]; p [B, G, M, T]."""
+        z = self.dequantize(fields, rank)
+        return p.to(z.dtype) @ z
 
 
 class Basis(ABC):
@@ -217,6 +252,29 @@ class Compressor:
         if dtype == torch.float16 and x.dtype != dtype:  # a step beyond the largest number would be infinite
             x = x.clamp(-HALF_MAX, HALF_MAX)
         return x.to(dtype)
+
+    @property
+    def foldable(self) -> bool:
+        """Whether queries can read what is stored: `scores` and `weighted_sum` work."""
+        return self.transform is None or self.transform.linear
+
+    def scores(self, q: Tensor, fields: Fields, out: Tensor) -> None:
+        """Write q · x̂ of every token into out [B, H, M, T] without making x̂; q [B, H, M, d]."""
+        if self.transform is None:
+            self.quantizer.scores(q, fields, out)
+            return
+        folded, bias = self.transform.fold_query(q)
+        G = folded.shape[1]
+        self.quantizer.scores(folded, fields, out.unflatten(1, (G, -1)).flatten(2, 3))
+        out += bias
+
+    def weighted_sum(self, p: Tensor, fields: Fields, head_dim: int) -> Tensor:
+        """Σ p x̂ over tokens, [B, H, M, d], without making x̂; p [B, H, M, T]."""
+        if self.transform is None:
+            return self.quantizer.weighted_sum(p, fields, head_dim)
+        G = self.transform.groups(p.shape[1], head_dim)
+        y = self.quantizer.weighted_sum(p.unflatten(1, (G, -1)).flatten(2, 3), fields, self.transform.rank)
+        return self.transform.unfold_sum(y.to(self.transform.D.dtype), p.sum(-1, keepdim=True), head_dim)
 
     def to(self, device: torch.device) -> Compressor:
         """This compressor on a device: itself if it is there already, else a copy that all caches there share."""

@@ -50,6 +50,7 @@ class JointTransform(Transform):
     rotary: Rotary = None
 
     joint = True
+    linear = False  # keys turn with their positions
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         k, v = x.to(self.E.dtype).chunk(2, dim=1)

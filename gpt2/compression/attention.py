@@ -1,0 +1,150 @@
+"""Attention over the compressed cache: a model reads what is stored, and no step expands the history.
+
+    enable_compressed_attention(model)
+    model.generate(..., past_key_values=cache)      # any cache of ours; others work as before
+    disable_compressed_attention(model)
+
+While the model runs, our caches give their attention function the stores themselves in the place of K and V. A model
+that looks at K or V on the way can't work like that; it is tried out before anything is changed for good.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from gpt2.compression import direct
+from gpt2.compression.compressed_cache import CompressedDynamicCache, Sealed, identity_cache
+from gpt2.errors import UnsupportedModel
+
+NAME = "compressed_cache"  # names with "flash", "sdpa" or "flex" mean something to transformers
+# Queries per KV head up to which they read the codes. More, in a prompt, share one expansion of the history
+MOST_QUERIES = 64
+PROBE_TOKENS, PROBE_STEPS = 12, 2
+SAME = 1e-3  # largest change of a logit in the probe against the largest logit, in float32
+_STATE = "_compressed_attention"
+
+
+def enable_compressed_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Let a model attend over our caches as they are stored; returns the model.
+
+    Logits are those of the same cache without it, to rounding. Raises UnsupportedModel, and leaves the model as it
+    was, where its attention can't be replaced or a trial run with the exact cache gives other logits.
+    """
+    if hasattr(model, _STATE):
+        return model
+    if not getattr(type(model), "_can_set_attn_implementation", lambda: False)():
+        raise _unsupported(model, "transformers can't set its attention")
+    expected = _probe(model, DynamicCache(config=model.config))
+    AttentionInterface.register(NAME, compressed_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    previous = model.config._attn_implementation
+    hooks = [
+        model.register_forward_pre_hook(_seal, with_kwargs=True),
+        model.register_forward_hook(_unseal, with_kwargs=True, always_call=True),
+    ]
+    setattr(model, _STATE, (previous, hooks))
+    try:
+        model.set_attn_implementation(NAME)
+        _check_probe(model, expected)
+    except UnsupportedModel:
+        disable_compressed_attention(model)
+        raise
+    except Exception as error:  # anything that a tensor can do and a sealed one can't
+        disable_compressed_attention(model)
+        raise _unsupported(model, f"it looks at K and V before attention does ({error})") from error
+    return model
+
+
+def disable_compressed_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a model its own attention back; returns the model. Our caches then reconstruct, as without this."""
+    if hasattr(model, _STATE):
+        previous, hooks = getattr(model, _STATE)
+        for hook in hooks:
+            hook.remove()
+        delattr(model, _STATE)
+        model.set_attn_implementation(previous)
+    return model
+
+
+def is_enabled(model: PreTrainedModel) -> bool:
+    """Whether `enable_compressed_attention` holds for a model."""
+    return hasattr(model, _STATE)
+
+
+def compressed_attention(
+    module: torch.nn.Module, query: Tensor, key, value, attention_mask: Tensor | None, scaling: float | None = None,
+    dropout: float = 0.0, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The attention function that transformers calls, [B, H, Q, d] → [B, Q, H, d].
+
+    key, value: what a cache returned, sealed by ours, tensors of any other.
+    """
+    plain = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux, **kwargs}
+    if not isinstance(key, Sealed):
+        return _plain(module, query, key, value, attention_mask, **plain), None
+    k, v = key.stores()
+    few = query.shape[1] * query.shape[2] <= MOST_QUERIES * k.sinks.shape[1]
+    if not (few and k.compressor.foldable and v.compressor.foldable) or kwargs.get("position_bias") is not None:
+        return _plain(module, query, *key.read(), attention_mask, **plain), None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = direct.attend(k, v, query, attention_mask, scaling, softcap=softcap, sinks=s_aux)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _plain(
+    module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, softcap: float | None,
+    s_aux: Tensor | None, scaling: float | None, **kwargs,
+) -> Tensor:  # fmt: skip
+    """Attention over expanded K and V: PyTorch's own, but for what it doesn't know."""
+    if softcap is None and s_aux is None:
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)[0]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = direct.attend_expanded(key, value, query, mask, scaling, softcap=softcap, sinks=s_aux)
+    return out.transpose(1, 2).contiguous()
+
+
+def _seal(model, args, kwargs) -> None:
+    _set_sealed(kwargs, True)
+
+
+def _unseal(model, args, kwargs, output) -> None:
+    _set_sealed(kwargs, False)
+
+
+def _set_sealed(kwargs: dict, sealed: bool) -> None:
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, CompressedDynamicCache):
+        for layer in cache.layers:
+            layer.sealed = sealed
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, cache) -> Tensor:
+    """Logits of a short prompt and a few steps after it, through a cache: [1, tokens, vocabulary] float32."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.arange(3, 3 + PROBE_TOKENS + PROBE_STEPS) * 7 % vocabulary
+    pieces = ids[None].to(model.device).split([PROBE_TOKENS, *[1] * PROBE_STEPS], dim=1)
+    return torch.cat([model(x, past_key_values=cache, use_cache=True).logits.float() for x in pieces], dim=1)
+
+
+def _check_probe(model: PreTrainedModel, expected: Tensor) -> None:
+    cache = identity_cache(len(DynamicCache(config=model.config).layers))
+    found = _probe(model, cache)
+    change = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    # float16 and bfloat16 round each sum, in whatever order it is made
+    tolerance = max(SAME, 8 * torch.finfo(model.dtype).eps)
+    if not change <= tolerance:
+        raise _unsupported(model, f"another attention function changes its logits by {change:.1e} of the largest")
+    if cache.get_seq_length() != PROBE_TOKENS + PROBE_STEPS:
+        raise _unsupported(model, "it reads another cache than it was given")
+
+
+def _unsupported(model: PreTrainedModel, reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{type(model).__name__} can't attend over a compressed cache: {reason}. The cache works with it all the same, "
+        "by reconstruction: don't call enable_compressed_attention"
+    )

@@ -1,0 +1,95 @@
+"""Attention that reads what a cache stores: queries meet the codes, and the history is never expanded.
+
+    q · k̂ = q' · ẑ + q · mean      the basis of K is folded into the query, once a step
+    Σ p v̂ = (Σ p ẑ) D + Σ p · mean  that of V is undone once per query, not once per cached token
+
+Exact sinks, compressed blocks and the exact tail write their scores into one row, so that one softmax is over all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpt2.compression.storage import TokenStore
+
+
+def scores(store: TokenStore, q: Tensor) -> Tensor:
+    """q · k of every token of K's store, [B, H, M, T] float32; q [B, H, M, d], M queries per KV head."""
+    out = q.new_empty((*q.shape[:3], len(store)), dtype=torch.float32)
+    for start, fields in store.pieces():
+        length = store.compressor.block_tokens * next(iter(fields.values())).shape[2]
+        store.compressor.scores(q, fields, out[..., start : start + length])
+    # After the blocks: their lead lies where the last sinks are
+    S, rest = store.sinks.shape[2], store.tail.shape[2]
+    if S:
+        out[..., :S] = q @ store.sinks.mT
+    if rest:
+        out[..., -rest:] = q @ store.tail.mT
+    return out
+
+
+def weighted_sum(store: TokenStore, p: Tensor) -> Tensor:
+    """Σ p v over the tokens of V's store, [B, H, M, d] float32; p [B, H, M, T] float32, which it may change."""
+    S, rest, d = store.sinks.shape[2], store.tail.shape[2], store.sinks.shape[3]
+    total = p.new_zeros((*p.shape[:3], d))
+    for part, own in ((p[..., :S], store.sinks), (p[..., p.shape[-1] - rest :], store.tail)):
+        if own.shape[2]:
+            total += part.to(own.dtype) @ own
+    p[..., :S] = 0  # the lead of the first block is no token
+    for start, fields in store.pieces():
+        length = store.compressor.block_tokens * next(iter(fields.values())).shape[2]
+        total += store.compressor.weighted_sum(p[..., start : start + length], fields, d)
+    return total
+
+
+def attend(
+    k: TokenStore, v: TokenStore, query: Tensor, mask: Tensor | None, scaling: float, *,
+    softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of query [B, Hq, Q, d] over all that two stores hold, [B, Hq, Q, d] in its dtype.
+
+    mask: bool, True where a query may look, or what is added to scores; broadcasts to [B, Hq, Q, T]. None is causal:
+    the last query is the last token held. sinks: a logit of each query head, [Hq].
+    """
+    B, heads, Q, _ = query.shape
+    H = k.sinks.shape[1]
+    x = scores(k, (query * scaling).reshape(B, H, -1, query.shape[-1])).view(B, heads, Q, -1)
+    p = probabilities(x, mask, softcap, sinks)
+    out = weighted_sum(v, p.view(B, H, -1, p.shape[-1]))
+    return out.view(B, heads, Q, -1).to(query.dtype)
+
+
+def attend_expanded(
+    key: Tensor, value: Tensor, query: Tensor, mask: Tensor | None, scaling: float, *,
+    softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As `attend`, over key and value [B, H, T, d]."""
+    B, heads, Q, d = query.shape
+    H = key.shape[1]
+    x = ((query * scaling).reshape(B, H, -1, d) @ key.mT).float().view(B, heads, Q, -1)
+    p = probabilities(x, mask, softcap, sinks)
+    return (p.view(B, H, -1, p.shape[-1]).to(value.dtype) @ value).view(B, heads, Q, -1)
+
+
+def probabilities(x: Tensor, mask: Tensor | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """What each query gives to each token, of scores x [B, Hq, Q, T], which it may change. The rest as in `attend`."""
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    x = masked(x, mask)
+    p = x.softmax(-1)
+    if sinks is None:
+        return p
+    # A logit that takes its share and gives nothing (gpt-oss)
+    return p * torch.sigmoid(x.logsumexp(-1, keepdim=True) - sinks.float().view(1, -1, 1, 1))
+
+
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores x [B, H, Q, T], with those that a query may not see at the lowest number there is."""
+    Q, T = x.shape[-2:]
+    if mask is None and Q > 1:
+        mask = torch.ones(Q, T, dtype=torch.bool, device=x.device).tril(T - Q)
+    if mask is None:
+        return x
+    mask = mask[..., :T]
+    return x.masked_fill_(~mask, torch.finfo(x.dtype).min) if mask.dtype == torch.bool else x + mask
