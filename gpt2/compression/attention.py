@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from gpt2.compression import direct
 from gpt2.compression.compressed_cache import CompressedDynamicCache, Sealed, identity_cache
+from gpt2.compression.kernels import cpu
 from gpt2.errors import UnsupportedModel
 
 NAME = "compressed_cache"  # names with "flash", "sdpa" or "flex" mean something to transformers
@@ -41,6 +42,8 @@ def enable_compressed_attention(model: PreTrainedModel) -> PreTrainedModel:
     expected = _probe(model, DynamicCache(config=model.config))
     AttentionInterface.register(NAME, compressed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+    if model.device.type == "cpu":
+        cpu.loaded()  # now, so that the first token doesn't wait for a compiler
     previous = model.config._attn_implementation
     hooks = [
         model.register_forward_pre_hook(_seal, with_kwargs=True),

@@ -1,9 +1,10 @@
 """Attention that reads what a cache stores: queries meet the codes, and the history is never expanded.
 
-    q · k̂ = q' · ẑ + q · mean      the basis of K is folded into the query, once a step
-    Σ p v̂ = (Σ p ẑ) D + Σ p · mean  that of V is undone once per query, not once per cached token
+    q · k̂ = q' · ẑ + q · mean        the basis of K is folded into the query, once a step
+    Σ p v̂ = (Σ p ẑ) D + Σ p · mean   that of V is undone once per query, not once per cached token
 
 Exact sinks, compressed blocks and the exact tail write their scores into one row, so that one softmax is over all.
+Of a block that sinks have begun, its first places are no tokens: its lead.
 """
 
 from __future__ import annotations
@@ -11,36 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gpt2.compression.kernels import cpu
 from gpt2.compression.storage import TokenStore
-
-
-def scores(store: TokenStore, q: Tensor) -> Tensor:
-    """q · k of every token of K's store, [B, H, M, T] float32; q [B, H, M, d], M queries per KV head."""
-    out = q.new_empty((*q.shape[:3], len(store)), dtype=torch.float32)
-    for start, fields in store.pieces():
-        length = store.compressor.block_tokens * next(iter(fields.values())).shape[2]
-        store.compressor.scores(q, fields, out[..., start : start + length])
-    # After the blocks: their lead lies where the last sinks are
-    S, rest = store.sinks.shape[2], store.tail.shape[2]
-    if S:
-        out[..., :S] = q @ store.sinks.mT
-    if rest:
-        out[..., -rest:] = q @ store.tail.mT
-    return out
-
-
-def weighted_sum(store: TokenStore, p: Tensor) -> Tensor:
-    """Σ p v over the tokens of V's store, [B, H, M, d] float32; p [B, H, M, T] float32, which it may change."""
-    S, rest, d = store.sinks.shape[2], store.tail.shape[2], store.sinks.shape[3]
-    total = p.new_zeros((*p.shape[:3], d))
-    for part, own in ((p[..., :S], store.sinks), (p[..., p.shape[-1] - rest :], store.tail)):
-        if own.shape[2]:
-            total += part.to(own.dtype) @ own
-    p[..., :S] = 0  # the lead of the first block is no token
-    for start, fields in store.pieces():
-        length = store.compressor.block_tokens * next(iter(fields.values())).shape[2]
-        total += store.compressor.weighted_sum(p[..., start : start + length], fields, d)
-    return total
 
 
 def attend(
@@ -52,9 +25,9 @@ def attend(
     mask: bool, True where a query may look, or what is added to scores; broadcasts to [B, Hq, Q, T]. None is causal:
     the last query is the last token held. sinks: a logit of each query head, [Hq].
     """
-    B, heads, Q, _ = query.shape
+    B, heads, Q, d = query.shape
     H = k.sinks.shape[1]
-    x = scores(k, (query * scaling).reshape(B, H, -1, query.shape[-1])).view(B, heads, Q, -1)
+    x = scores(k, (query * scaling).reshape(B, H, -1, d)).view(B, heads, Q, -1)
     p = probabilities(x, mask, softcap, sinks)
     out = weighted_sum(v, p.view(B, H, -1, p.shape[-1]))
     return out.view(B, heads, Q, -1).to(query.dtype)
@@ -93,3 +66,89 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
         return x
     mask = mask[..., :T]
     return x.masked_fill_(~mask, torch.finfo(x.dtype).min) if mask.dtype == torch.bool else x + mask
+
+
+def scores(store: TokenStore, q: Tensor) -> Tensor:
+    """q · k of every token of K's store, [B, H, M, T] float32; q [B, H, M, d], M queries per KV head."""
+    out = q.new_empty((*q.shape[:3], len(store)), dtype=torch.float32)
+    folded, bias = store.compressor.fold_query(q) if store.compressed_tokens else (q, None)
+    exact, blocks = _parts(store)
+    if cpu.usable(q) and blocks is not None:
+        cpu.scores(exact + blocks, [q] * len(exact) + [folded] * len(blocks), out)
+    else:
+        _scores(store, q, folded, out)
+    if bias is not None:
+        _compressed(store, out).add_(bias)
+    return out
+
+
+def weighted_sum(store: TokenStore, p: Tensor) -> Tensor:
+    """Σ p v over the tokens of V's store, [B, H, M, d] float32; p [B, H, M, T] float32, which it may change."""
+    exact, blocks = _parts(store)
+    if cpu.usable(p) and blocks is not None:
+        sums = cpu.weighted_sums(exact + blocks, p, [0] * len(exact) + [int(bool(exact))] * len(blocks))
+        total, y = sums[0] if exact else None, sums[-1]
+    else:
+        total, y = _weighted_sum(store, p)
+    if store.compressed_tokens:
+        y = store.compressor.unfold_sum(y, _compressed(store, p), store.sinks.shape[3])
+        total = y if total is None else total + y
+    return total
+
+
+def _compressed(store: TokenStore, row: Tensor) -> Tensor:
+    """Of a row with all tokens, [..., T], those that are compressed."""
+    return row.narrow(-1, store.sinks.shape[2], store.compressed_tokens)
+
+
+# --- by kernels
+
+
+def _parts(store: TokenStore) -> tuple[list[cpu.Part], list[cpu.Part] | None]:
+    """What a store holds as kernels take it: exact parts, and compressed ones, None where no kernel reads them."""
+    rest = store.tail.shape[2]
+    exact = [cpu.exact(start, x) for start, x in ((0, store.sinks), (len(store) - rest, store.tail)) if x.shape[2]]
+    compressor, blocks = store.compressor, []
+    rank = compressor.transform.rank if compressor.transform else store.sinks.shape[3]
+    for start, fields in store.pieces():
+        packed = compressor.quantizer.packed(fields, rank)
+        if packed is None:
+            return exact, None
+        kind, bits, own = packed
+        blocks.append(cpu.Part(kind, bits, rank, start, _places(store, fields), 0 if blocks else store.lead, own))
+    return exact, blocks
+
+
+def _places(store: TokenStore, fields: dict[str, Tensor]) -> int:
+    return store.compressor.block_tokens * next(iter(fields.values())).shape[2]
+
+
+# --- in PyTorch
+
+
+def _scores(store: TokenStore, q: Tensor, folded: Tensor, out: Tensor) -> None:
+    grouped = out.unflatten(1, (folded.shape[1], -1)).flatten(2, 3)  # [B, G, H/G · M, T]
+    for start, fields in store.pieces():
+        store.compressor.quantizer.scores(folded, fields, grouped.narrow(-1, start, _places(store, fields)))
+    # After the blocks, as their lead lies where the last sinks are
+    S, rest = store.sinks.shape[2], store.tail.shape[2]
+    if S:
+        out[..., :S] = q @ store.sinks.mT
+    if rest:
+        out[..., -rest:] = q @ store.tail.mT
+
+
+def _weighted_sum(store: TokenStore, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the exact tokens, [B, H, M, d], and of the compressed ones in their basis, [B, G, H/G · M, r]."""
+    S, rest, d = store.sinks.shape[2], store.tail.shape[2], store.sinks.shape[3]
+    total = p.new_zeros((*p.shape[:3], d))
+    for part, own in ((p[..., :S], store.sinks), (p[..., p.shape[-1] - rest :], store.tail)):
+        if own.shape[2]:
+            total += part.to(own.dtype) @ own
+    p[..., :S] = 0  # the lead is no token
+    compressor, y = store.compressor, 0
+    rank = compressor.transform.rank if compressor.transform else d
+    grouped = p.unflatten(1, (compressor.groups(p.shape[1], d), -1)).flatten(2, 3)
+    for start, fields in store.pieces():
+        y = y + compressor.quantizer.weighted_sum(grouped.narrow(-1, start, _places(store, fields)), fields, rank)
+    return total, y

@@ -1,4 +1,4 @@
-"""Where cached tokens live: growing tensors that never move what they hold, and one side of one layer made of them."""
+"""Where cached tokens live: tensors that grow without copying all they hold, and one side of one layer made of them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from gpt2.errors import PluginError
 
 SMALLEST_PIECE = 64  # tokens; with 1/32 of what is held already, under 5 % is unused from 2k tokens on
 GROWTH = 32
+MERGED = 4  # a merged piece holds at most one in so many of all entries: the largest are never copied
 
 
 class Pieces:
-    """A tensor [B, G, n, …] that grows along its third dimension, in pieces that are never copied when it grows.
+    """A tensor [B, G, n, …] that grows along its third dimension, in pieces.
 
-    A new piece has room for what is being appended, at least `smallest` entries and at least 1/32 of what is held:
-    appending is amortised O(1), the number of pieces grows with the logarithm, and unused room stays small.
+    A new piece has room for what is being appended, at least `smallest` entries and at least 1/32 of what is held, so
+    unused room stays small. Full pieces are merged with their equals, as in a binary counter: there are O(log n) of
+    them, which readers pay for, and an entry is copied O(log n) times at most.
     """
 
     def __init__(self, smallest: int = SMALLEST_PIECE):
@@ -31,6 +33,7 @@ class Pieces:
     def append(self, x: Tensor) -> None:
         while x.shape[2]:
             if not self.room:
+                self._merge()
                 self.room = max(x.shape[2], self.smallest, self.length // GROWTH)
                 with torch.inference_mode(False):  # a piece made in inference mode couldn't be written outside it
                     self.parts.append(x.new_empty((*x.shape[:2], self.room, *x.shape[3:])))
@@ -40,6 +43,18 @@ class Pieces:
             x = x[:, :, self.room :]
             self.room -= taken.shape[2]
             self.length += taken.shape[2]
+
+    def _merge(self) -> None:
+        """Join neighbours, all of them full, of which the older isn't the larger one."""
+        i = 0
+        while i + 1 < len(self.parts):
+            older, newer = (part.shape[2] for part in self.parts[i : i + 2])
+            if older > newer or MERGED * (older + newer) > self.length:
+                i += 1
+                continue
+            with torch.inference_mode(False):
+                self.parts[i : i + 2] = [torch.cat(self.parts[i : i + 2], dim=2)]
+            i = max(i - 1, 0)
 
     def views(self) -> list[Tensor]:
         """What is held, piece by piece, without a copy."""

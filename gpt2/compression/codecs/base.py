@@ -20,11 +20,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from gpt2.compression.capture import Moments
+from gpt2.compression.kernels import cpu
 from gpt2.errors import PluginError
 
 Fields = dict[str, Tensor]
@@ -45,10 +47,6 @@ class Transform:
     @property
     def rank(self) -> int:
         return self.E.shape[-1]
-
-    def groups(self, heads: int, head_dim: int) -> int:
-        """Groups that so many heads make: one each where all of them share a basis of one head's width."""
-        return heads * head_dim // self.mean.shape[-1]
 
     def truncate(self, rank: int) -> Transform:
         """Keep the first `rank` coordinates; the basis is ordered by what it loses least."""
@@ -71,17 +69,25 @@ class Transform:
         """z [B, G, T, r] → x̂ [B, H, T, d]."""
         return _split_heads(z.to(self.D.dtype) @ self.D + self.mean[:, None], head_dim)
 
-    def fold_query(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """q [B, H, M, d] → q' [B, G, H/G · M, r] and bias [B, H, M, 1], such that q · x̂ = q' · ẑ + bias."""
+    @cached_property
+    def centred(self) -> bool:
+        """Whether a mean is taken off."""
+        return bool(self.mean.any())
+
+    def fold_query(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """q [B, H, M, d] → q' [B, G, H/G · M, r] and bias [B, H, M, 1] or None: q · x̂ = q' · ẑ + bias."""
         D, mean = self._by_head(q.shape[-1])
         grouped = q.to(D.dtype).unflatten(1, (-1, D.shape[1]))  # [B, G, h, M, d]
-        return (grouped @ D.mT).flatten(2, 3), (grouped @ mean[..., None]).flatten(1, 2)
+        bias = (grouped @ mean[..., None]).flatten(1, 2) if self.centred else None
+        return (grouped @ D.mT).flatten(2, 3), bias
 
-    def unfold_sum(self, y: Tensor, total: Tensor, head_dim: int) -> Tensor:
-        """Sums of ẑ, y [B, G, H/G · M, r], and of their weights, total [B, H, M, 1] → sums of x̂, [B, H, M, d]."""
+    def unfold_sum(self, y: Tensor, p: Tensor, head_dim: int) -> Tensor:
+        """Sums of ẑ, y [B, G, H/G · M, r], with weights p [B, H, M, T] → sums of x̂, [B, H, M, d]."""
         D, mean = self._by_head(head_dim)
         h = D.shape[1]
-        x = y.unflatten(2, (h, -1)) @ D + total.unflatten(1, (-1, h)) * mean[:, :, None]  # [B, G, h, M, d]
+        x = y.unflatten(2, (h, -1)) @ D  # [B, G, h, M, d]
+        if self.centred:
+            x += p.sum(-1, keepdim=True).unflatten(1, (-1, h)) * mean[:, :, None]
         return x.flatten(1, 2)
 
     def _by_head(self, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -141,13 +147,17 @@ class Quantizer(ABC):
     def dequantize(self, fields: Fields, rank: int) -> Tensor:
         """Fields → ẑ [B, G, T, r]."""
 
+    def packed(self, fields: Fields, rank: int) -> cpu.Packed | None:
+        """Fields as kernels know them, which then read codes in the place of `dequantize`; None where none does."""
+        return None
+
     def scores(self, q: Tensor, fields: Fields, out: Tensor) -> None:
-        """Write q · ẑ of every token into out [B, G, M, T]; q [B, G, M, r]. A quantizer that can reads its codes."""
+        """Write q · ẑ of every token into out [B, G, M, T] float32; q [B, G, M, r]."""
         z = self.dequantize(fields, q.shape[-1])
         out.copy_(q.to(z.dtype) @ z.mT)
 
     def weighted_sum(self, p: Tensor, fields: Fields, rank: int) -> Tensor:
-        """Σ p ẑ over tokens, [B, G, M, r]; p [B, G, M, T]."""
+        """Σ p ẑ over tokens, [B, G, M, r]; p [B, G, M, T] float32."""
         z = self.dequantize(fields, rank)
         return p.to(z.dtype) @ z
 
@@ -258,23 +268,19 @@ class Compressor:
         """Whether queries can read what is stored: `scores` and `weighted_sum` work."""
         return self.transform is None or self.transform.linear
 
-    def scores(self, q: Tensor, fields: Fields, out: Tensor) -> None:
-        """Write q · x̂ of every token into out [B, H, M, T] without making x̂; q [B, H, M, d]."""
-        if self.transform is None:
-            self.quantizer.scores(q, fields, out)
-            return
-        folded, bias = self.transform.fold_query(q)
-        G = folded.shape[1]
-        self.quantizer.scores(folded, fields, out.unflatten(1, (G, -1)).flatten(2, 3))
-        out += bias
+    def fold_query(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """q [B, H, M, d] → q' [B, G, H/G · M, r] and bias [B, H, M, 1], such that q · x̂ = q' · ẑ + bias."""
+        return (q, None) if self.transform is None else self.transform.fold_query(q)
 
-    def weighted_sum(self, p: Tensor, fields: Fields, head_dim: int) -> Tensor:
-        """Σ p x̂ over tokens, [B, H, M, d], without making x̂; p [B, H, M, T]."""
+    def unfold_sum(self, y: Tensor, p: Tensor, head_dim: int) -> Tensor:
+        """Sums of ẑ, y [B, G, H/G · M, r], with weights p [B, H, M, T] → sums of x̂, [B, H, M, d]."""
         if self.transform is None:
-            return self.quantizer.weighted_sum(p, fields, head_dim)
-        G = self.transform.groups(p.shape[1], head_dim)
-        y = self.quantizer.weighted_sum(p.unflatten(1, (G, -1)).flatten(2, 3), fields, self.transform.rank)
-        return self.transform.unfold_sum(y.to(self.transform.D.dtype), p.sum(-1, keepdim=True), head_dim)
+            return y
+        return self.transform.unfold_sum(y.to(self.transform.D.dtype), p, head_dim)
+
+    def groups(self, heads: int, head_dim: int) -> int:
+        """Groups that so many heads make: one each where every head has a basis, or the same."""
+        return heads if self.transform is None else heads * head_dim // self.transform.mean.shape[-1]
 
     def to(self, device: torch.device) -> Compressor:
         """This compressor on a device: itself if it is there already, else a copy that all caches there share."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gpt2.compression.codecs.base import Fields, Quantizer
+from gpt2.compression.kernels import cpu
 
 HALF = torch.finfo(torch.float16)
 # Smallest scale: below it float16 steps by more than a hundredth, and zero would divide
@@ -33,6 +34,9 @@ class Int8(Quantizer):
     def dequantize(self, fields: Fields, rank: int) -> Tensor:
         codes = self.unpack(fields["codes"], rank)
         return torch.addcmul(fields["offset"].float(), codes.float(), fields["scale"].float())
+
+    def packed(self, fields: Fields, rank: int) -> cpu.Packed:
+        return cpu.TOKEN, self.bits, [fields["codes"], fields["scale"], fields["offset"]]
 
     def pack(self, codes: Tensor) -> Tensor:
         return codes

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gpt2.compression.codecs.base import Fields, Quantizer
+from gpt2.compression.kernels import cpu
 from gpt2.errors import PluginError
 
 # Ten bits are for the few channels with most of the variance. One bit gave its place to them, which costs some KL at 3
@@ -74,6 +75,9 @@ class Mixed(Quantizer):
     def dequantize(self, fields: Fields, rank: int) -> Tensor:
         return _unpack(fields["block"], _width(_unpack_indices(fields["widths"], rank)))
 
+    def packed(self, fields: Fields, rank: int) -> cpu.Packed:
+        return cpu.PLANES, 0, [fields["block"], fields["widths"]]
+
     def _payload(self, rank: int) -> int:
         """Bytes for codes and metadata of a block: what the widths leave, in whole planes."""
         left = self.bits * BLOCK * rank / 8 - width_bytes(rank)
@@ -104,6 +108,10 @@ class MixedFixed(Mixed):
 
     def dequantize(self, fields: Fields, rank: int) -> Tensor:
         return _unpack(fields["block"], _width(self._choice(fields["block"])))
+
+    def packed(self, fields: Fields, rank: int) -> cpu.Packed:
+        block = fields["block"]
+        return cpu.PLANES, 0, [block, _pack_indices(self._choice(block[:1, :, :1])).expand(*block.shape[:3], -1)]
 
     def _choice(self, like: Tensor) -> Tensor:
         """Width indices for blocks [B, G, n, …]: [B, G, n, r]."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gpt2.compression.codecs.base import HALF_MAX, Fields, Quantizer
 from gpt2.compression.codecs.mixed import BLOCK, NARROW, OCTAVE, SCALE_ZERO
+from gpt2.compression.kernels import cpu
 
 
 class Int8Channel(Quantizer):
@@ -46,6 +47,9 @@ class Int8Channel(Quantizer):
     def dequantize(self, fields: Fields, rank: int) -> Tensor:
         codes = self.unpack(fields["codes"]).float()
         return torch.addcmul(fields["offset"].float(), codes, _step(fields["scale"])).flatten(2, 3)
+
+    def packed(self, fields: Fields, rank: int) -> cpu.Packed:
+        return cpu.CHANNEL, self.bits, [fields["codes"], fields["scale"], fields["offset"]]
 
     def _grid(self, low: Tensor, high: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """Scale and offset, as they are stored, of codes over the middle share `share` of a range."""

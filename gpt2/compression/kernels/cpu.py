@@ -1,0 +1,104 @@
+"""Kernels for CPUs: C++ that PyTorch builds the first time it is wanted, which takes a few seconds and a compiler.
+
+Chosen by measurement (README, "Speed"): compiled PyTorch is nearly as fast on plain integers, but reads no bit planes,
+takes longer to build, and is compiled anew for other shapes. Without a compiler the same numbers come from PyTorch.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import platform
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+SOURCE = Path(__file__).with_suffix(".cpp")
+# Sums in any order, so that they can be vectorised; but infinities and NaN stay what they are. OpenMP is PyTorch's own
+# threads: the library is the one that it has loaded
+FLAGS = ["-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
+FLAGS += ["-fopenmp"] * (sys.platform == "linux")
+EXACT, TOKEN, CHANNEL, PLANES = range(4)  # how codes lie, as cpu.cpp numbers them
+Packed = tuple[int, int, list[Tensor]]  # what a quantizer stores: how it lies, bits, and fields
+
+
+class Part(NamedTuple):
+    """Some of the tokens of one layer's K or V: how they are stored, and where they stand among all tokens.
+
+    skip: of the first places, which are no tokens.
+    """
+
+    kind: int
+    bits: int
+    rank: int
+    start: int
+    length: int
+    skip: int
+    fields: list[Tensor]
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the kernels can serve tensors like x; builds them at the first that they could."""
+    return x.device.type == "cpu" and loaded()
+
+
+def exact(start: int, x: Tensor) -> Part:
+    """A part of vectors as the model made them, [B, H, T, d]."""
+    return Part(EXACT, 0, x.shape[3], start, x.shape[2], 0, [x])
+
+
+def scores(parts: list[Part], qs: list[Tensor], out: Tensor) -> None:
+    """Write q · ẑ of every part's tokens into out [B, H, M, T] float32; qs: of each part, [B, G, H/G · M, r]."""
+    torch.ops.kv_compression.scores([q.float().contiguous() for q in qs], *_arguments(parts), out)
+
+
+def weighted_sums(parts: list[Part], p: Tensor, outs: list[int]) -> list[Tensor]:
+    """Σ p ẑ over tokens, [B, G, H/G · M, r] float32 each; p [B, H, M, T] float32.
+
+    outs: of each part which sum it goes into, in ascending order.
+    """
+    return torch.ops.kv_compression.weighted_sums(p.contiguous(), *_arguments(parts), outs)
+
+
+def _arguments(parts: list[Part]) -> tuple[list[Tensor], list[int]]:
+    return [field for part in parts for field in part.fields], [n for part in parts for n in part[:-1]]
+
+
+@functools.cache
+def loaded() -> bool:
+    """Build the kernels if need be, and load them; False, with one line in the log, where that can't be done."""
+    from torch.utils import cpp_extension
+
+    name = f"kv_compression_{_machine()}"
+    try:
+        folder = Path(cpp_extension._get_build_directory(name, verbose=False))
+        # PyTorch's own lock outlives a build that was killed, and whoever comes next would wait forever
+        with FileLock(folder / "building"):
+            (folder / "lock").unlink(missing_ok=True)
+            cpp_extension.load(
+                name, [str(SOURCE)], extra_cflags=FLAGS, build_directory=str(folder), is_python_module=False
+            )
+    except (RuntimeError, OSError) as error:
+        log.warning("no CPU kernels, so attention over codes runs in plain PyTorch, slower: %s", _first_line(error))
+        return False
+    return True
+
+
+def _machine() -> str:
+    """What code built here may rely on: a home folder can be shared by machines with other processors."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        processor = next(line for line in text.splitlines() if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        processor = platform.processor()
+    return hashlib.sha256(f"{platform.machine()} {processor}".encode()).hexdigest()[:12]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
