@@ -26,7 +26,7 @@ from pathlib import Path
 from gpt2 import cli, data, models, plots, plots_codecs, results
 from gpt2.compression import autotune, codec_search, codec_space, preset_calibration, tuning
 from gpt2.compression.calibration_file import obtain_calibration
-from gpt2.compression.codecs import is_joint, metric_of, needs_calibration
+from gpt2.compression.codecs import is_measured, metric_of, needs_calibration
 from gpt2.compression.plan import TARGETS
 from gpt2.compression.search import Search
 
@@ -61,8 +61,8 @@ def parse():
     for name in ONLY[other]:
         if getattr(args, name) != p.get_default(name):
             p.error(f"--{name.replace('_', '-')} belongs to --search {other}")
-    if is_joint(args.codec):
-        p.error(f"--codec {args.codec} has no grid of ranks: use --search codec --codecs joint+mixed")
+    if is_measured(args.codec):
+        p.error(f"--codec {args.codec} has no grid of ranks: use --search codec --codecs {args.codec}+mixed")
     return args
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from gpt2 import cli, data, models, plots, results
 from gpt2.compression.calibration import Calibration, calibrate, suggested_rank
 from gpt2.compression.calibration_file import calibration_folders, save_calibration
-from gpt2.compression.codecs import metric_of
+from gpt2.compression.codecs import is_measured, metric_of
 from gpt2.errors import PluginError
 
 
@@ -29,11 +29,13 @@ def main() -> None:
         "--metric",
         choices=("pca", "attention", "fisher"),
         help="what error the basis keeps small: of K and V as they are (pca), of what attention reads (attention), of "
-        "the loss (fisher: takes gradients, and gives codecs fisher and joint); what --codec needs if omitted",
+        "the loss (fisher: takes gradients, and gives codecs fisher, joint, grouped); what --codec needs if omitted",
     )
     cli.add_codec_flag(p, "how the file's own basis is fitted; of --metric if omitted", default=None)
     p.add_argument(
-        "--compact", action="store_true", help="keep the joint codec alone, in half precision: a few MB for presets"
+        "--compact",
+        action="store_true",
+        help="keep codec joint alone, or grouped where --codec says so, in half precision: a few MB for presets",
     )
     p.add_argument("--output", type=cli.output_path, help="calibration file; under results/calibrations if omitted")
     p.add_argument(
@@ -46,8 +48,9 @@ def main() -> None:
     codec = args.codec or args.metric or "pca"
     metric = args.metric or metric_of(codec)
     if args.compact and metric != "fisher":  # now, and not after an hour
-        raise PluginError(f"--compact keeps the joint codec alone, and codec joint needs gradients, which --metric "
-                          f"{metric} doesn't take: give --metric fisher or --codec joint")  # fmt: skip
+        raise PluginError(f"--compact keeps codec joint or grouped alone, and both need gradients, which --metric "
+                          f"{metric} doesn't take: give --metric fisher, --codec joint or --codec grouped")  # fmt: skip
+    kept = codec if is_measured(codec) else "joint"  # of a compact file
     text = data.load_text(args.text, args.model)
     loaded = models.load(args.model, args.device, args.dtype)
     if args.gradient_checkpointing and metric != "fisher":
@@ -63,12 +66,12 @@ def main() -> None:
         seq_len=args.seq_len,
         seed=args.seed,
         sink_tokens=args.sink_tokens,
-        codec="joint" if args.compact else codec,
+        codec=kept if args.compact else codec,
         metric=metric,
         checkpointing=args.gradient_checkpointing,
         progress=lambda windows: tqdm(windows, desc="calibrating", unit="seq"),
     )
-    save_calibration(calibration.compact() if args.compact else calibration, output)
+    save_calibration(calibration.compact(kept) if args.compact else calibration, output)
     used = calibration.meta["tokens"] // args.seq_len
     if used < args.samples:
         print(f"note: {text.name} has text for {used} sequences of {args.seq_len}; all of them were used")

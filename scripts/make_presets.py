@@ -1,9 +1,13 @@
 """Make presets by compression ratio for a model: kv-2x, kv-3.5x, kv-4x, kv-4.6x, kv-5.3x, kv-6.4x and kv-8x.
 
+With --codec grouped they are fast-2x … fast-8x: bases that lose more, but that attention reads as they are stored.
+
     python scripts/make_presets.py --model Qwen/Qwen2.5-0.5B
     python scripts/make_presets.py --text ../wikitext+embedded+self --eval-text ../wikitext
 
-Calibrates a joint codec of K and V once (two passes over the text, the second with gradients), writes it in compact
+    python scripts/make_presets.py --codec grouped --ratios 4,5.3
+
+Calibrates the codec once (two passes over the text, the second with gradients), writes it in compact
 form, finds for every ratio the bits at which everything that is stored takes that much less than a 16-bit cache of
 2,048 tokens, and measures what each costs on evaluation text that took no part. Then
 
@@ -20,7 +24,7 @@ from pathlib import Path
 from gpt2 import cli, data, models, plots, results
 from gpt2.compression import preset_calibration, presets
 from gpt2.compression.calibration_file import calibration_folders
-from gpt2.compression.ladder import RATIOS, Rung, joint_calibration, make_rung
+from gpt2.compression.ladder import PREFIXES, RATIOS, Rung, compact_calibration, make_rung
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
 
 MADE_FROM = ("fingerprint", "text_sha256", "samples", "seq_len", "seed", "sink_tokens")  # a preset's figures hold for
@@ -35,9 +39,10 @@ def parse():
     p.set_defaults(samples=48)
     p.add_argument("--eval-text", help="text to measure on; --text if omitted")
     p.add_argument("--ratios", type=cli.ratio_list, default=list(RATIOS), help="such as 2,4,8")
+    p.add_argument("--codec", choices=list(PREFIXES), default="joint", help="K and V in one basis, or heads of each")
     p.add_argument("--quantizer", choices=("mixed", "mixed_fixed"), default="mixed", help="widths per block, or once")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory and more time for the gradients")
-    p.add_argument("--calibration-file", type=Path, help="results/calibrations/kv_joint_MODEL[_TAG].pt if omitted")
+    p.add_argument("--calibration-file", type=Path, help="results/calibrations/kv_CODEC_MODEL[_TAG].pt if omitted")
     p.add_argument("--tag", help="only measure, and write ladder_MODEL_TAG.json")
     p.add_argument("--output", type=Path, help="folder for presets, calibrations, runs, plots; else results")
     return p.parse_args()
@@ -49,13 +54,14 @@ def main() -> None:
     eval_text = data.load_text(args.eval_text or args.text, args.model)
     loaded = models.load(args.model, args.device, args.dtype)
     slug = loaded.slug + (f"_{args.tag}" if args.tag else "")
+    record_name = f"ladder_{'' if args.codec == 'joint' else args.codec + '_'}{slug}"
     segments = cli.evaluation_segments(args, loaded, eval_text, "evaluation")
     root = args.output or results.RESULTS
     calibrations = args.output / "calibrations" if args.output else calibration_folders()[0]
-    path = args.calibration_file or calibrations / f"kv_joint_{slug}.pt"
-    calibration = joint_calibration(
-        loaded, text, path, samples=args.samples, seq_len=args.seq_len, seed=args.seed, sink_tokens=args.sink_tokens,
-        checkpointing=args.gradient_checkpointing, progress=cli.bar("calibrating", "seq"),
+    path = args.calibration_file or calibrations / f"kv_{args.codec}_{slug}.pt"
+    calibration = compact_calibration(
+        loaded, text, path, codec=args.codec, samples=args.samples, seq_len=args.seq_len, seed=args.seed,
+        sink_tokens=args.sink_tokens, checkpointing=args.gradient_checkpointing, progress=cli.bar("calibrating", "seq"),
     )  # fmt: skip
     options = {"quantizer": args.quantizer, "sink_tokens": args.sink_tokens}
     rungs = [make_rung(loaded, calibration, ratio, **options) for ratio in cli.bar("sizing", "preset")(args.ratios)]
@@ -71,8 +77,8 @@ def main() -> None:
     made = results.provenance(args, text=eval_text.name, text_sha256=eval_text.sha256("evaluation"))
     record = made | {"model": loaded.spec, "fingerprint": loaded.fingerprint, "calibration": calibration.meta}
     record |= {"codec_bytes": codec_bytes, "rows": rows}
-    output = results.write_json(root / "runs" / f"ladder_{slug}.json", record)
-    picture = results.write_figure(root / "plots" / f"ladder_{slug}.png", plots.ladder(record))
+    output = results.write_json(root / "runs" / f"{record_name}.json", record)
+    picture = results.write_figure(root / "plots" / f"{record_name}.png", plots.ladder(record))
     print(f"\nwrote {output} and {picture}")
     if not args.tag:
         write_presets(args, root / "presets", loaded, calibration, path, rungs, measured, made)
@@ -94,7 +100,8 @@ def print_table(rows: list[dict]) -> None:
 def write_presets(args, folder, loaded, calibration, path, rungs: list[Rung], measured: dict, made: dict) -> None:
     flags = {"model": loaded.spec, "text": calibration.meta["text_spec"], "samples": args.samples}
     flags |= {"seq-len": args.seq_len, "seed": args.seed, "sink-tokens": args.sink_tokens}
-    flags |= {"eval-text": args.eval_text, "quantizer": args.quantizer, "calibration-file": args.calibration_file}
+    flags |= {"eval-text": args.eval_text, "codec": args.codec, "quantizer": args.quantizer}
+    flags["calibration-file"] = args.calibration_file
     flags["ratios"] = ",".join(f"{rung.ratio:g}" for rung in rungs)
     words = [f"--{key} {value}" for key, value in flags.items() if value is not None]
     made_by = "python scripts/make_presets.py " + " ".join(words)
@@ -103,7 +110,7 @@ def write_presets(args, folder, loaded, calibration, path, rungs: list[Rung], me
         preset = presets.new_preset(
             loaded, None, preset_calibration.reference_to(path, output), compression_ratio=rung.compression_ratio,
             measured=measured[rung.name], name=rung.name, target="kv", rank=loaded.geometry.head_dim, bits=rung.bits,
-            codec="joint", quantizer=args.quantizer, sink_tokens=args.sink_tokens, made_by=made_by, provenance=made,
+            codec=args.codec, quantizer=args.quantizer, sink_tokens=args.sink_tokens, made_by=made_by, provenance=made,
             calibrated_with={key: calibration.meta[key] for key in MADE_FROM},
         )  # fmt: skip
         print(f"wrote {results.write_json(output, preset)}")

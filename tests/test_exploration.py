@@ -68,7 +68,7 @@ def test_errors_and_widths_are_the_products():
 
 
 def test_the_basis_is_the_products(llama, texts, gathered):
-    codec = fit_joint(collect_fisher(llama, texts[0], collect(llama, texts[0], SINKS), SINKS))
+    codec = fit_joint(collect_fisher(llama, texts[0], collect(llama, texts[0], SINKS), SINKS)[0])
     fitted = fit(gathered, PRODUCT)
     torch.testing.assert_close(fitted.spread.square(), codec.spectrum, rtol=1e-3, atol=1e-6)
     for layer, transform in enumerate(fitted.transforms):

@@ -45,7 +45,7 @@ def made(llama) -> Calibration:
 
 @pytest.fixture(scope="module")
 def codec(made) -> JointCodec:
-    return made.joint_codec()
+    return made.measured("joint")
 
 
 @pytest.fixture
@@ -294,7 +294,7 @@ def test_errors_are_those_of_the_reservoir(llama):
     from gpt2.compression.gradients import collect_fisher
 
     batches = windows(3, 200)
-    gradients = collect_fisher(llama, batches, collect(llama, batches, 4), 4)
+    gradients, _ = collect_fisher(llama, batches, collect(llama, batches, 4), 4)
     codec = fit_joint(gradients)
     for layer in range(L):
         z = (gradients.reservoir[layer].float() - codec.mean[layer, :, None]) @ codec.E[layer]
@@ -447,8 +447,8 @@ def test_a_joint_basis_combines_with_none(name):
 
 def test_a_calibration_without_gradients_has_none(llama):
     plain = calibrate(llama, TEXT, rank=9, samples=2, seq_len=48)
-    for ask in (plain.joint_codec, plain.compact, lambda: plain.transform("k", 0, codec="joint")):
-        with pytest.raises(PluginError, match="codec joint needs gradients, .*--metric fisher"):
+    for ask in (lambda: plain.measured("joint"), plain.compact, lambda: plain.transform("k", 0, codec="joint")):
+        with pytest.raises(PluginError, match="joint is not in this calibration, it has no gradients.*--metric fisher"):
             ask()
 
 
@@ -648,7 +648,10 @@ def test_a_compact_file_needs_gradients(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "words.txt").write_text(word_text(3000))
     common = ["--model", folder, "--text", "words.txt", "--samples", 2, "--seq-len", 80, "--output", "c.pt"]
     assert run("calibrate_kv_lowrank", *common, "--compact") == 2
-    assert "codec joint needs gradients" in capsys.readouterr().err and not (tmp_path / "c.pt").exists()
+    assert (
+        "joint or grouped alone, and both need gradients" in capsys.readouterr().err
+        and not (tmp_path / "c.pt").exists()
+    )
 
 
 def test_a_single_compressor_says_that_it_is_joint(made):

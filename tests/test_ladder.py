@@ -51,18 +51,18 @@ def test_a_ratio_out_of_reach_is_named(llama, calibration, ratio):
 
 def test_the_calibration_is_compact_and_used_again(llama, tmp_path, capsys):
     path = tmp_path / "joint.pt"
-    made = ladder.joint_calibration(llama, TEXT, path, **SMALL)
+    made = ladder.compact_calibration(llama, TEXT, path, codec="joint", **SMALL)
     assert made.statistics is None and path.is_file() and "using" not in capsys.readouterr().out
-    again = ladder.joint_calibration(llama, TEXT, path, **SMALL)
+    again = ladder.compact_calibration(llama, TEXT, path, codec="joint", **SMALL)
     assert "using" in capsys.readouterr().out and torch.equal(again.joint.E, made.joint.E)
-    ladder.joint_calibration(llama, TEXT, path, **SMALL | {"seed": 1})
+    ladder.compact_calibration(llama, TEXT, path, codec="joint", **SMALL | {"seed": 1})
     assert "will be replaced" in capsys.readouterr().out
     assert load_calibration(path).meta["seed"] == 1
 
 
 def test_a_whole_calibration_is_not_mistaken_for_a_compact_one(llama, calibration, tmp_path, capsys):
     path = save_calibration(calibration, tmp_path / "joint.pt")
-    ladder.joint_calibration(llama, TEXT, path, **SMALL)
+    ladder.compact_calibration(llama, TEXT, path, codec="joint", **SMALL)
     assert "using" not in capsys.readouterr().out and load_calibration(path).statistics is None
 
 

@@ -14,11 +14,12 @@ import torch
 import transformers
 from torch import Tensor
 
+from gpt2.compression import joint
 from gpt2.compression.capture import Moments, Statistics, collect
-from gpt2.compression.codecs import Transform, basis_of, full_rank, is_joint, metric_of, needs_calibration
+from gpt2.compression.codecs import Transform, basis_of, full_rank, is_measured, metric_of, needs_calibration
 from gpt2.compression.codecs.mixed import BLOCK
 from gpt2.compression.gradients import collect_fisher
-from gpt2.compression.joint import JointCodec, fit_joint, joint_stand_in
+from gpt2.compression.joint import JointCodec, fit_joint
 from gpt2.data import Text
 from gpt2.errors import BadArtefact, PluginError
 from gpt2.models import Geometry, LoadedModel
@@ -28,16 +29,17 @@ SIDES = ("k", "v")
 
 @dataclass
 class Calibration:
-    """Contents of a calibration file. A compact one has neither `statistics` nor `bases`, but `joint`.
+    """Contents of a calibration file. A compact one has neither `statistics` nor `bases`, but a measured codec.
 
     `bases[side]` has mean [L, H, d], E [L, H, d, r], D [L, H, r, d], spectrum [L, H, r], with r the full rank of
-    `basis_codec`. joint: there when gradients were taken.
+    `basis_codec`. joint, grouped: there when gradients were taken.
     """
 
     meta: dict
     statistics: Statistics | None
     bases: dict[str, dict[str, Tensor]]
     joint: JointCodec | None = None
+    grouped: JointCodec | None = None
     _others: dict[tuple[str, str], dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
@@ -46,8 +48,8 @@ class Calibration:
 
     @property
     def basis_codec(self) -> str:
-        """Codec of `bases`: the file's own, or where that is joint, the same metric on each head."""
-        return "fisher" if is_joint(self.meta["codec"]) else self.meta["codec"]
+        """Codec of `bases`: the file's own, or where that is of several heads, the same metric on each head."""
+        return "fisher" if is_measured(self.meta["codec"]) else self.meta["codec"]
 
     def energy(self, side: str) -> Tensor:
         """Share of the variance that the first r coordinates keep, [L, H, d]; all of it where there is none."""
@@ -61,12 +63,12 @@ class Calibration:
         the file's statistics.
         """
         codec = codec or self.meta["codec"]
-        if is_joint(codec):
-            return self.joint_codec().transform(layer)
+        if is_measured(codec):
+            return self.measured(codec).transform(layer, side)
         if not self.bases:
             raise PluginError(
-                f"codec {codec}: this is a compact calibration of {self.meta['model']}, which has a joint codec only: "
-                "use codec joint, or calibrate without --compact"
+                f"codec {codec}: this is a compact calibration of {self.meta['model']}, which has codec "
+                f"{self.meta['codec']} only: use that, or calibrate without --compact"
             )
         if codec == self.basis_codec:
             basis = self.bases[side]
@@ -77,17 +79,18 @@ class Calibration:
         whole = Transform(*(basis[name][layer] for name in ("E", "D", "mean")))
         return whole.truncate(min(self.meta["rank"], whole.rank) if rank is None else rank)
 
-    def joint_codec(self) -> JointCodec:
-        """The joint codec. Raises PluginError where no gradients were taken."""
-        if self.joint is None:
-            raise PluginError(
-                "codec joint needs gradients, which this calibration has not: make it with --metric fisher"
-            )
-        return self.joint
+    def measured(self, codec: str) -> JointCodec:
+        """The joint or the grouped codec. Raises PluginError where no gradients were taken, or a file has the other."""
+        found = getattr(self, codec)
+        if found is None:
+            lacks = f"it has codec {self.meta['codec']} alone" if self.meta.get("compact") else "it has no gradients"
+            raise PluginError(f"codec {codec} is not in this calibration, {lacks}: make one with --metric fisher")
+        return found
 
-    def compact(self) -> Calibration:
-        """The joint codec alone, its basis in half precision."""
-        return Calibration(self.meta | {"codec": "joint", "compact": True}, None, {}, self.joint_codec().compact())
+    def compact(self, codec: str = "joint") -> Calibration:
+        """One measured codec alone, its basis in half precision."""
+        meta = self.meta | {"codec": codec, "compact": True}
+        return Calibration(meta, None, {}, **{codec: self.measured(codec).compact()})
 
     def check_model(self, fingerprint: str, spec: str, where: str) -> None:
         """Raise BadArtefact unless this calibration is of the model with that config fingerprint."""
@@ -137,7 +140,7 @@ def calibrate(
         limit = "" if most == head_dim else f", of which {codec} stores {most}"
         raise PluginError(f"rank {rank} is out of range: {loaded.spec} has head_dim {head_dim}{limit}")
     loaded.require_context(seq_len)
-    if is_joint(codec) and seq_len < sink_tokens + BLOCK:
+    if is_measured(codec) and seq_len < sink_tokens + BLOCK:
         raise PluginError(
             f"codec {codec} is measured on blocks of {BLOCK} tokens behind the sinks: --seq-len {seq_len} is too "
             f"short, give {sink_tokens + BLOCK} or more"
@@ -147,13 +150,14 @@ def calibrate(
         raise PluginError(f"codec {codec} needs gradients, which metric {metric} doesn't take: use --metric fisher")
     windows = text.segments("calibration", loaded, seq_len, samples, seed)
     statistics = collect(loaded, progress(windows), sink_tokens)
-    joint = None
+    measured = {}
     if metric == "fisher":
         gradients = collect_fisher(
             loaded, windows, statistics, sink_tokens, seed=seed, checkpointing=checkpointing, progress=progress
         )
-        # Windows shorter than a block do for the metric alone; a joint codec says what it lacks
-        joint = fit_joint(gradients) if is_joint(codec) or gradients.reservoir.shape[2] else None
+        # Windows shorter than a block do for the metric alone; a measured codec says what it lacks
+        if is_measured(codec) or gradients[0].reservoir.shape[2]:
+            measured = {name: fit_joint(own) for name, own in zip(("joint", "grouped"), gradients, strict=True)}
     meta = calibration_key(loaded, text, samples, seq_len, seed, sink_tokens) | {
         "model": loaded.spec,
         "num_layers": loaded.geometry.num_layers,
@@ -168,7 +172,7 @@ def calibrate(
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
     }
-    calibration = Calibration(meta, statistics, {}, joint)
+    calibration = Calibration(meta, statistics, {}, **measured)
     calibration.bases = {side: fit(calibration.basis_codec, getattr(statistics, side)) for side in SIDES}
     return calibration
 
@@ -213,8 +217,9 @@ def stand_in(loaded: LoadedModel) -> Calibration:
     meta = {"model": loaded.spec, "codec": "pca", "rank": geometry.head_dim, "num_layers": geometry.num_layers}
     meta |= {"num_kv_heads": geometry.num_kv_heads, "head_dim": geometry.head_dim}
     bases = {side: fit("pca", own) for side, own in zip(SIDES, moments, strict=True)}
-    joint = joint_stand_in(geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
-    return Calibration(meta, Statistics(*moments, None, 0), bases, joint)
+    shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+    measured = {name: joint.stand_in(*shape, joint=name == "joint") for name in ("joint", "grouped")}
+    return Calibration(meta, Statistics(*moments, None, 0), bases, **measured)
 
 
 def calibration_key(loaded: LoadedModel, text: Text, samples: int, seq_len: int, seed: int, sink_tokens: int) -> dict:

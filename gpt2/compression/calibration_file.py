@@ -1,6 +1,6 @@
 """The calibration file: written atomically, read with every shape checked, found again when it fits.
 
-A whole file has statistics and bases for every codec; a compact one has a joint codec alone, with its basis in half
+A whole file has statistics and bases for every codec; a compact one has a measured codec alone, with its basis in half
 precision: small enough to be kept beside the presets that share it.
 """
 
@@ -17,13 +17,14 @@ from torch import Tensor
 from gpt2 import results
 from gpt2.compression.calibration import SIDES, Calibration, calibrate, calibration_key
 from gpt2.compression.capture import Moments, Statistics
-from gpt2.compression.codecs import full_rank, is_joint, needs_calibration
+from gpt2.compression.codecs import full_rank, is_measured, needs_calibration
 from gpt2.compression.joint import parse_joint
 from gpt2.errors import BadArtefact, CalibrationNotFound, PluginError
 from gpt2.models import LoadedModel
 from gpt2.texts import Text
 
 FORMAT = "kv-plugin-calibration/1"
+MEASURED = ("joint", "grouped")  # codecs of several heads, with the error of each width
 META = {
     "model": str,
     "fingerprint": str,
@@ -54,8 +55,9 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
             "energy": {side: calibration.energy(side).float() for side in SIDES},
             "statistics": _statistics_record(calibration.statistics),
         }
-    if calibration.joint is not None:
-        record["joint"] = calibration.joint.record()
+    for name in MEASURED:
+        if (codec := getattr(calibration, name)) is not None:
+            record[name] = codec.record()
     return results.write_torch(path, record)
 
 
@@ -97,11 +99,11 @@ def _parse(record, path: Path) -> Calibration:
     L, H, d = meta["num_layers"], meta["num_kv_heads"], meta["head_dim"]
     expect(1 <= meta["rank"] <= d, "meta.rank", f"1 to {d}", meta["rank"])
     expect(_is_calibrated(meta["codec"]), "meta.codec", "a calibrated codec, such as pca", repr(meta["codec"]))
-    has_joint, compact = "joint" in record, "statistics" not in record and "joint" in record
-    joint = parse_joint(record["joint"], L, H, d, expect) if has_joint else None
-    expect(has_joint or not is_joint(meta["codec"]), "joint", "a joint codec, as meta.codec says", "none")
-    if compact:
-        return Calibration(meta, None, {}, joint)
+    measured = {name: parse_joint(record[name], L, H, d, expect, name=name) for name in MEASURED if name in record}
+    own = meta["codec"]
+    expect(own in measured or not is_measured(own), own, f"a {own} codec, as meta.codec says", "none")
+    if measured and "statistics" not in record:
+        return Calibration(meta, None, {}, **measured)
 
     def tensor(group: str, name: str, *shape: int) -> Tensor:
         value = record.get(group)
@@ -112,7 +114,7 @@ def _parse(record, path: Path) -> Calibration:
         expect(bool(torch.isfinite(value).all()), f"{group}.{name}", "finite numbers", "NaN or infinity")
         return value
 
-    r = full_rank("fisher" if is_joint(meta["codec"]) else meta["codec"], d)
+    r = full_rank("fisher" if is_measured(meta["codec"]) else meta["codec"], d)
     shapes = {"mean": (L, H, d), "E": (L, H, d, r), "D": (L, H, r, d), "spectrum": (L, H, r)}
     bases = {
         side: {name: tensor("bases", f"{side}.{name}", *shape) for name, shape in shapes.items()} for side in SIDES
@@ -134,7 +136,7 @@ def _parse(record, path: Path) -> Calibration:
         names = metrics.get(side, {}) if isinstance(metrics, dict) else metrics
         expect(isinstance(names, dict), "statistics.metrics", "a dict of each side", type(names).__name__)
         own.metrics = {name: tensor("statistics", f"metrics.{side}.{name}", L, H, d, d) for name in names}
-    return Calibration(meta, Statistics(*moments, queries, query_count), bases, joint)
+    return Calibration(meta, Statistics(*moments, queries, query_count), bases, **measured)
 
 
 def _is_calibrated(codec: str) -> bool:

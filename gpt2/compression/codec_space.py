@@ -16,7 +16,7 @@ from gpt2.compression.codecs import (
     CODECS,
     QUANTIZERS,
     full_rank,
-    is_joint,
+    is_measured,
     metric_of,
     needs_calibration,
 )
@@ -44,12 +44,12 @@ class Family:
 
 
 def _families() -> dict[str, Family]:
-    """Every codec of the registry; a joint one once for each adjustable quantizer."""
+    """Every codec of the registry; a measured one once for each adjustable quantizer."""
     adjustable = [name for name, quantizer in QUANTIZERS.items() if quantizer.adjustable]
-    joint = [Family(f"{codec}+{name}", codec, name) for codec in BASES if is_joint(codec) for name in adjustable]
-    others = [Family(codec, codec) for codec in CODECS if not is_joint(codec)]
+    measured = [Family(f"{codec}+{name}", codec, name) for codec in BASES if is_measured(codec) for name in adjustable]
+    others = [Family(codec, codec) for codec in CODECS if not is_measured(codec)]
     # In the order in which they are tried first
-    return {family.name: family for family in joint + sorted(others, key=lambda family: family.calibrated)}
+    return {family.name: family for family in measured + sorted(others, key=lambda family: family.calibrated)}
 
 
 FAMILIES = _families()
@@ -207,6 +207,8 @@ def space_for(
 
 
 def _bits_range(calibration: Calibration | None) -> tuple[float, float]:
-    """Bits that adjustable quantizers are tried with: those that the calibration's joint codec can share out."""
-    low, high = calibration.joint.bits_range() if calibration and calibration.joint else (LOWEST_BITS, HIGHEST_BITS)
-    return max(LOWEST_BITS, math.ceil(100 * low) / 100), min(HIGHEST_BITS, math.floor(100 * high) / 100)
+    """Bits that adjustable quantizers are tried with: those that all of the calibration's codecs can share out."""
+    codecs = [calibration.joint, calibration.grouped] if calibration else []
+    ranges = [(LOWEST_BITS, HIGHEST_BITS), *(codec.bits_range() for codec in codecs if codec)]
+    low, high = max(low for low, _ in ranges), min(high for _, high in ranges)
+    return math.ceil(100 * low) / 100, math.floor(100 * high) / 100

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gpt2.compression import rotary
 from gpt2.compression.capture import Moments, Statistics, Tap, refuse_non_finite, wrapped_attention
-from gpt2.compression.codecs.joint import heads_per_group, side_by_side
+from gpt2.compression.codecs.joint import beside, heads_per_group, side_by_side
 from gpt2.compression.codecs.mixed import BLOCK
 from gpt2.compression.rotary import Rotary
 from gpt2.errors import PluginError
@@ -32,10 +32,12 @@ CROSS_HEAD_SHARE = 0.5
 
 @dataclass
 class JointStatistics:
-    """What a joint codec is fitted to, per layer and group of heads.
+    """What a measured codec is fitted to, per entry and group of heads.
 
-    moments: of [K without positions | V], with "heads" meaning groups and metrics["fisher"]. rotary: per layer.
-    reservoir: vectors of whole blocks of neighbouring tokens, [L, G, blocks · 64, w] float16.
+    Of a joint codec an entry is a layer's [K without positions | V], and rotary has its rotation. Of a grouped codec
+    entry 2l is K of layer l as it is cached, 2l + 1 its V, and rotary is empty. moments: with "heads" meaning groups,
+    and metrics["fisher"]. reservoir: vectors of whole blocks of neighbouring tokens, [entries, G, blocks · 64, w]
+    float16.
     """
 
     moments: Moments
@@ -46,8 +48,8 @@ class JointStatistics:
 def collect_fisher(
     loaded: LoadedModel, windows: Sequence[Tensor], statistics: Statistics, sink_tokens: int, *, seed: int = 0,
     checkpointing: bool = False, progress: Callable[[Iterable], Iterable] = iter,
-) -> JointStatistics:  # fmt: skip
-    """Put the Fisher metric of K and V into `statistics`, and gather what a joint basis needs.
+) -> tuple[JointStatistics, JointStatistics]:  # fmt: skip
+    """Put the Fisher metric of K and V into `statistics`; gather what a joint basis needs, and what a grouped one does.
 
     seed: of the labels drawn and of the sample kept. checkpointing: recompute activations layer by layer in the
     backward pass, for models whose activations don't fit in memory; the result is the same. Raises PluginError for a
@@ -63,8 +65,7 @@ def collect_fisher(
             labels = _drawn(logits.detach().float().softmax(-1), generator)
             nn.functional.cross_entropy(logits.float(), labels, reduction="sum").backward()
             taken.next_window()
-    taken.finish(statistics)
-    return JointStatistics(taken.joint, turns, taken.reservoir)
+    return taken.finish(statistics)
 
 
 def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
@@ -93,17 +94,14 @@ class _Gathered:
 
     def __init__(self, geometry: Geometry, turns: list[Rotary], sink_tokens: int, windows: int, seed: int):
         L, H, d = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
-        self.groups = H // heads_per_group(H, d)
+        groups = H // heads_per_group(H, d)
         self.turns, self.sink_tokens = turns, sink_tokens
-        w = 2 * H * d // self.groups
-        self.joint = Moments.zeros(Geometry(L, self.groups, w))
-        self.joint_fisher = torch.zeros(L, self.groups, w, w, dtype=torch.float64)
+        self.joint = _Gathering(Geometry(L, groups, 2 * H * d // groups))
+        self.grouped = _Gathering(Geometry(2 * L, groups, H * d // groups))
         self.fisher = {side: torch.zeros(L, H, d, d, dtype=torch.float64) for side in ("k", "v")}
-        self.reservoir = torch.zeros(L, self.groups, 0, w, dtype=torch.float16)
         self.generator = torch.Generator().manual_seed(seed)
         self.per_window = -(-RESERVOIR_BLOCKS // windows)
         self.waiting: dict[int, dict[str, Tensor]] = {}
-        self.kept: dict[int, Tensor] = {}
 
     def watch(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Ask for the gradients of one layer's k, v [1, H, T, d]; statistics are taken when both have come."""
@@ -119,42 +117,66 @@ class _Gathered:
             return
         del self.waiting[layer]
         s = self.sink_tokens
-        for side, g in gradients.items():
-            self.fisher[side][layer] += _products(g[0, :, s:].float(), layer)
-        g = self._joined(layer, gradients["k"][:, :, s:].float(), gradients["v"][:, :, s:].float())
-        self.joint_fisher[layer] += _products(g[0], layer)
-        x = self._joined(layer, k[:, :, s:].float(), v[:, :, s:].float())
-        self.joint.update(layer, x)
-        self.kept[layer] = x[0].half().cpu()
-
-    def _joined(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
-        """k, v [1, H, T, d], or their gradients, as a joint codec sees them: [1, G, T, w]."""
-        return side_by_side(self.turns[layer].turn(k, self.sink_tokens, -1), v, self.groups)
+        k, v, gk, gv = (x[:, :, s:].float() for x in (k, v, gradients["k"], gradients["v"]))
+        for side, g in (("k", gk), ("v", gv)):
+            self.fisher[side][layer] += _products(g[0], layer)
+        for entry, x, g in ((2 * layer, k, gk), (2 * layer + 1, v, gv)):
+            self.grouped.add(entry, layer, *(beside(part, self.grouped.groups) for part in (x, g)))
+        turn = self.turns[layer].turn
+        joined = (side_by_side(turn(a, s, -1), b, self.joint.groups) for a, b in ((k, v), (gk, gv)))
+        self.joint.add(layer, layer, *joined)
 
     def next_window(self) -> None:
         """Keep a few blocks of the window that ended, the same of every layer."""
-        if len(self.kept) < len(self.turns):
+        if len(self.joint.window) < len(self.turns):
             raise PluginError(
                 "no gradients reached K and V of every layer, so there is no Fisher metric for this model: "
                 "use --metric pca or attention"
             )
-        x = torch.stack([self.kept[layer] for layer in range(len(self.turns))])  # [L, G, T, w]
-        self.kept = {}
-        available = x.shape[2] // BLOCK
+        available = self.joint.window[0].shape[1] // BLOCK
         chosen = torch.randperm(available, generator=self.generator)[: self.per_window].sort().values
+        for gathering in (self.joint, self.grouped):
+            gathering.keep(chosen)
+
+    def finish(self, statistics: Statistics) -> tuple[JointStatistics, JointStatistics]:
+        tokens = self.joint.moments.count[:, None, None, None].clamp_min(1)
+        for side, total in self.fisher.items():
+            getattr(statistics, side).metrics["fisher"] = total / tokens
+        d = self.fisher["k"].shape[-1]
+        return self.joint.statistics(self.turns, d), self.grouped.statistics([], d)
+
+
+class _Gathering:
+    """What one measured codec is fitted to, as it comes."""
+
+    def __init__(self, shape: Geometry):
+        L, self.groups, w = shape.num_layers, shape.num_kv_heads, shape.head_dim
+        self.moments = Moments.zeros(shape)
+        self.fisher = torch.zeros(L, self.groups, w, w, dtype=torch.float64)
+        self.reservoir = torch.zeros(L, self.groups, 0, w, dtype=torch.float16)
+        self.window: dict[int, Tensor] = {}
+
+    def add(self, entry: int, layer: int, x: Tensor, g: Tensor) -> None:
+        """Vectors of one window, x [1, G, T, w], and their gradients."""
+        self.moments.update(entry, x)
+        self.fisher[entry] += _products(g[0], layer)
+        self.window[entry] = x[0].half().cpu()
+
+    def keep(self, chosen: Tensor) -> None:
+        """Blocks of the window that ended, by number."""
+        x = torch.stack([self.window.pop(entry) for entry in range(len(self.fisher))])  # [L, G, T, w]
+        available = x.shape[2] // BLOCK
         blocks = x[:, :, : available * BLOCK].unflatten(2, (available, BLOCK))[:, :, chosen].flatten(2, 3)
         self.reservoir = torch.cat((self.reservoir, blocks), dim=2)[:, :, : RESERVOIR_BLOCKS * BLOCK]
 
-    def finish(self, statistics: Statistics) -> None:
-        tokens = self.joint.count[:, None, None, None].clamp_min(1)
-        self.joint.metrics["fisher"] = self.joint_fisher / tokens * self._shares()
-        for side, total in self.fisher.items():
-            getattr(statistics, side).metrics["fisher"] = total / tokens
+    def statistics(self, turns: list[Rotary], head_dim: int) -> JointStatistics:
+        tokens = self.moments.count[:, None, None, None].clamp_min(1)
+        self.moments.metrics["fisher"] = self.fisher / tokens * self._shares(head_dim)
+        return JointStatistics(self.moments, turns, self.reservoir)
 
-    def _shares(self) -> Tensor:
+    def _shares(self, d: int) -> Tensor:
         """1 within the channels of one head's K or V, CROSS_HEAD_SHARE between them, [w, w]."""
-        d = self.fisher["k"].shape[-1]
-        within = torch.block_diag(*[torch.ones(d, d, dtype=torch.float64)] * (self.joint_fisher.shape[-1] // d))
+        within = torch.block_diag(*[torch.ones(d, d, dtype=torch.float64)] * (self.fisher.shape[-1] // d))
         return CROSS_HEAD_SHARE + (1 - CROSS_HEAD_SHARE) * within
 
 

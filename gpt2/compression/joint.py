@@ -1,4 +1,4 @@
-"""The calibrated part of a joint codec: its basis, and how bytes are shared out between layers and channels.
+"""The calibrated part of a measured codec: its basis, and how bytes are shared out between layers and channels.
 
 Squared error in its coordinates is loss, so one price per byte is fair to all layers, to K and to V: a layer gets the
 bytes that it would buy at the price at which the whole model meets its budget.
@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gpt2.compression.codecs import JointTransform, Quantizer
+from gpt2.compression.codecs import JointTransform, Quantizer, Transform
 from gpt2.compression.codecs.joint import Joint, heads_per_group
 from gpt2.compression.codecs.mixed import BLOCK, COSTS, PLANE, WIDTHS, Mixed, MixedFixed, errors, width_bytes
 from gpt2.compression.gradients import JointStatistics
@@ -25,7 +25,9 @@ PRICES = 64  # at which the layers' demand is measured
 
 @dataclass
 class JointCodec:
-    """Basis of every layer and group, [L, G, w, w], and what its quantization was measured to cost.
+    """Basis of every entry and group, [L, G, w, w], and what its quantization was measured to cost.
+
+    With rotations it is joint, an entry for every layer; without it is grouped, one for K and one for V of each.
 
     mean [L, G, w]; spectrum [L, G, w]: variance of each coordinate. errors [L, G, w, widths]: mean squared error of a
     coordinate in a block at each of `mixed.WIDTHS`. prices [N], demand [N, L]: bytes per block that a group of a layer
@@ -50,19 +52,26 @@ class JointCodec:
             raise BadArtefact("the calibration's joint basis has no inverse: make the calibration again")
         return inverse.float()
 
-    def transform(self, layer: int) -> JointTransform:
-        return JointTransform(self.E[layer].float(), self.D[layer], self.mean[layer].float(), rotary=self.rotary[layer])
+    def entry(self, layer: int, side: str) -> int:
+        """Where a layer's K or V, `side` "k" or "v", is found."""
+        return layer if self.rotary else 2 * layer + "kv".index(side)
 
-    def quantizer(self, quantizer: Quantizer, layer: int) -> Quantizer:
-        """A quantizer of one layer, of a budget that is meant for the mean of all layers."""
+    def transform(self, layer: int, side: str = "k") -> Transform:
+        i = self.entry(layer, side)
+        parts = self.E[i].float(), self.D[i], self.mean[i].float()
+        return JointTransform(*parts, rotary=self.rotary[i]) if self.rotary else Transform(*parts)
+
+    def quantizer(self, quantizer: Quantizer, layer: int, side: str = "k") -> Quantizer:
+        """A quantizer of one entry, of a budget that is meant for the mean of all."""
+        entry = self.entry(layer, side)
         if isinstance(quantizer, MixedFixed):
             if quantizer.bits not in self._widths:
                 self._widths[quantizer.bits] = self.widths(quantizer.bits)
-            return MixedFixed(quantizer.bits, self._widths[quantizer.bits][layer])
-        return Mixed(self.layer_bits(quantizer.bits)[layer]) if isinstance(quantizer, Mixed) else quantizer
+            return MixedFixed(quantizer.bits, self._widths[quantizer.bits][entry])
+        return Mixed(self.layer_bits(quantizer.bits)[entry]) if isinstance(quantizer, Mixed) else quantizer
 
     def layer_bits(self, bits: float) -> list[float]:
-        """Bits per coordinate of each layer, `bits` on average: all layers buy at one price."""
+        """Bits per coordinate of each entry, `bits` on average: all buy at one price."""
         w = self.E.shape[-1]
         wanted = bits * BLOCK * w / 8 - width_bytes(w)
         total = self.demand.double().mean(1)  # falls with the price
@@ -128,9 +137,9 @@ class JointCodec:
 
 
 def fit_joint(statistics: JointStatistics) -> JointCodec:
-    """Fit the basis of every layer, and measure on the reservoir what each width costs."""
+    """Fit the basis of every entry, and measure on the reservoir what each width costs."""
     if not statistics.reservoir.shape[2]:
-        raise PluginError(f"a joint codec is measured on blocks of {BLOCK} tokens: give a longer --seq-len")
+        raise PluginError(f"this codec is measured on blocks of {BLOCK} tokens: give a longer --seq-len")
     moments = statistics.moments
     fitted = [Joint().fit(moments, layer) for layer in range(len(moments.count))]
     spectrum = torch.stack([variances for _, variances in fitted])
@@ -147,17 +156,17 @@ def fit_joint(statistics: JointStatistics) -> JointCodec:
     return codec
 
 
-def joint_stand_in(num_layers: int, num_kv_heads: int, head_dim: int) -> JointCodec:
-    """A joint codec of no model: the cost of one doesn't depend on its values."""
+def stand_in(num_layers: int, num_kv_heads: int, head_dim: int, *, joint: bool = True) -> JointCodec:
+    """A codec of no model, joint or grouped: the cost of one doesn't depend on its values."""
     G = num_kv_heads // heads_per_group(num_kv_heads, head_dim)
-    w = 2 * num_kv_heads * head_dim // G
+    L, w = (num_layers, 2 * num_kv_heads * head_dim // G) if joint else (2 * num_layers, num_kv_heads * head_dim // G)
     E = torch.linalg.qr(torch.randn(w, w, generator=torch.Generator().manual_seed(0))).Q
     rotary = Rotary(10_000 ** -(torch.arange(0, head_dim // 2 * 2, 2) / head_dim))
     error = torch.logspace(0, -4, w)[:, None] * 0.25 ** torch.tensor(WIDTHS)
     prices, demand = _demand([error[None, None]])
     return JointCodec(
-        torch.zeros(num_layers, G, w), E.expand(num_layers, G, w, w), torch.ones(num_layers, G, w),
-        [rotary] * num_layers, error.expand(num_layers, G, w, -1), prices, demand.expand(-1, num_layers),
+        torch.zeros(L, G, w), E.expand(L, G, w, w), torch.ones(L, G, w), [rotary] * L if joint else [],
+        error.expand(L, G, w, -1), prices, demand.expand(-1, L),
     )  # fmt: skip
 
 
@@ -178,27 +187,34 @@ def _demand(per_layer: list[Tensor]) -> tuple[Tensor, Tensor]:
     return prices, torch.stack(demand)
 
 
-def parse_joint(record, num_layers: int, num_kv_heads: int, head_dim: int, expect) -> JointCodec:
-    """Check a file's record and make the codec of it. expect(good, field, expected, found) raises."""
+def parse_joint(
+    record, num_layers: int, num_kv_heads: int, head_dim: int, expect, *, name: str = "joint"
+) -> JointCodec:
+    """Check a file's record and make the codec of it. expect(good, field, expected, found) raises.
 
-    def tensor(name: str, *shape: int) -> Tensor:
-        value = record.get(name)
+    name: of the codec, joint or grouped.
+    """
+    joint = name == "joint"
+
+    def tensor(key: str, *shape: int) -> Tensor:
+        value = record.get(key)
         found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        expect(isinstance(value, Tensor) and list(value.shape) == list(shape), f"joint.{name}", list(shape), found)
-        expect(bool(torch.isfinite(value).all()), f"joint.{name}", "finite numbers", "NaN or infinity")
+        expect(isinstance(value, Tensor) and list(value.shape) == list(shape), f"{name}.{key}", list(shape), found)
+        expect(bool(torch.isfinite(value).all()), f"{name}.{key}", "finite numbers", "NaN or infinity")
         return value.float()
 
-    expect(isinstance(record, dict), "joint", "a dict", type(record).__name__)
+    expect(isinstance(record, dict), name, "a dict", type(record).__name__)
     E = record.get("E")
-    expect(isinstance(E, Tensor) and E.ndim == 4, "joint.E", "a tensor [L, G, w, w]", type(E).__name__)
-    L, G, w = num_layers, E.shape[1], E.shape[2]
-    expect(G * w == 2 * num_kv_heads * head_dim, "joint.E", f"{2 * num_kv_heads * head_dim} channels", G * w)
-    expect(record.get("widths") == list(WIDTHS), "joint.widths", list(WIDTHS), record.get("widths"))
+    expect(isinstance(E, Tensor) and E.ndim == 4, f"{name}.E", "a tensor [L, G, w, w]", type(E).__name__)
+    L, G, w = num_layers * (1 if joint else 2), E.shape[1], E.shape[2]
+    channels = num_kv_heads * head_dim * (2 if joint else 1)
+    expect(G * w == channels, f"{name}.E", f"{channels} channels", G * w)
+    expect(record.get("widths") == list(WIDTHS), f"{name}.widths", list(WIDTHS), record.get("widths"))
     n = record["prices"].numel() if isinstance(record.get("prices"), Tensor) else 0
-    expect(n > 1, "joint.prices", "two or more numbers", n)
+    expect(n > 1, f"{name}.prices", "two or more numbers", n)
     return JointCodec(
         tensor("mean", L, G, w), tensor("E", L, G, w, w) * tensor("scale", L, G, 1, 1), tensor("spectrum", L, G, w),
-        _parse_rotary(record, L, head_dim, expect),
+        _parse_rotary(record, L, head_dim, expect) if joint else [],
         tensor("errors", L, G, w, len(WIDTHS)), tensor("prices", n), tensor("demand", n, L),
         half=E.dtype == torch.float16,
     )  # fmt: skip

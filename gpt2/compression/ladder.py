@@ -1,7 +1,9 @@
-"""Presets by ratio: one joint codec, a rung for every compression ratio that people ask for.
+"""Presets by ratio: one measured codec, a rung for every compression ratio that people ask for.
 
-    calibration = joint_calibration(loaded, text, path, samples=48)
+    calibration = compact_calibration(loaded, text, path, codec="joint", samples=48)
     rungs = [make_rung(loaded, calibration, ratio) for ratio in RATIOS]
+
+kv-4x is of the joint codec, which loses least; fast-4x is of the grouped codec, which attention reads as it is stored.
 
 All rungs share one compact calibration file; they differ in bits alone.
 """
@@ -23,6 +25,7 @@ from gpt2.evaluation.perplexity import CacheFactory
 from gpt2.models import LoadedModel
 from gpt2.texts import Text
 
+PREFIXES = {"joint": "kv", "grouped": "fast"}
 RATIOS = (2.0, 3.5, 4.0, 4.6, 5.3, 6.4, 8.0)
 TOKENS = 2048  # of the sequence at which the ratio is meant
 STEP = 0.01  # bits by which a rung gives way until its ratio holds
@@ -32,6 +35,7 @@ STEP = 0.01  # bits by which a rung gives way until its ratio holds
 class Rung:
     """A cache of at least `ratio`. compression_ratio: what it has; bits: per coordinate; make: fresh caches."""
 
+    codec: str
     ratio: float
     bits: float
     compression_ratio: float
@@ -39,17 +43,17 @@ class Rung:
 
     @property
     def name(self) -> str:
-        return f"kv-{self.ratio:g}x"
+        return f"{PREFIXES[self.codec]}-{self.ratio:g}x"
 
 
-def joint_calibration(
-    loaded: LoadedModel, text: Text, path: Path, *, samples: int, seq_len: int, seed: int, sink_tokens: int,
+def compact_calibration(
+    loaded: LoadedModel, text: Text, path: Path, *, codec: str, samples: int, seq_len: int, seed: int, sink_tokens: int,
     checkpointing: bool = False, progress=iter,
 ) -> Calibration:  # fmt: skip
     """The compact calibration at `path` where it was made in the same way, else a new one that is written there."""
     made_from = {"samples": samples, "seq_len": seq_len, "seed": seed, "sink_tokens": sink_tokens}
     results.check_writable(path)
-    key = calibration_key(loaded, text, **made_from) | {"compact": True}
+    key = calibration_key(loaded, text, **made_from) | {"compact": True, "codec": codec}
     if find_reusable(key, [path]):
         print(f"calibration: using {path}", flush=True)
         return load_calibration(path)
@@ -57,9 +61,9 @@ def joint_calibration(
         print(f"note: {path} was made otherwise: it will be replaced, and presets that name it then read the new one; "
               "another --tag or --calibration-file keeps it", flush=True)  # fmt: skip
     calibration = calibrate(
-        loaded, text, rank=loaded.geometry.head_dim, codec="joint", checkpointing=checkpointing, progress=progress,
+        loaded, text, rank=loaded.geometry.head_dim, codec=codec, checkpointing=checkpointing, progress=progress,
         **made_from,
-    ).compact()  # fmt: skip
+    ).compact(codec)  # fmt: skip
     save_calibration(calibration, path)
     return calibration
 
@@ -80,7 +84,7 @@ def make_rung(
             ) from error
         held = memory.compression_ratio(make, loaded.geometry, TOKENS, config=loaded.model.config)
         if held >= ratio:
-            return Rung(ratio, bits, held, make)
+            return Rung(calibration.meta["codec"], ratio, bits, held, make)
         # In one go as far as bytes in proportion to bits would ask for: models with sliding layers are far off at first
         bits = round(bits - max(int((1 - held / ratio) * bits / STEP), 1) * STEP, 4)
 
@@ -88,7 +92,7 @@ def make_rung(
 def factory(
     loaded: LoadedModel, calibration: Calibration, bits: float, quantizer: str, sink_tokens: int
 ) -> CacheFactory:
-    """Joint caches of so many bits per coordinate, which share their compressors."""
+    """Caches of so many bits per coordinate, which share their compressors."""
     L = loaded.geometry.num_layers
-    k, v = compressors_for("kv", bits, L, calibration, codec="joint", quantizer=quantizer, device=loaded.device)
+    k, v = compressors_for("kv", bits, L, calibration, quantizer=quantizer, device=loaded.device)
     return partial(CompressedDynamicCache, k, v, sink_tokens=sink_tokens)

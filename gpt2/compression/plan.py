@@ -18,6 +18,7 @@ from gpt2.compression.codecs import (
     basis_of,
     full_rank,
     is_joint,
+    is_measured,
     needs_calibration,
     quantizer_of,
 )
@@ -40,7 +41,7 @@ class Setting:
     quantizer: str | None = None
 
     def __str__(self) -> str:
-        ranked = needs_calibration(self.codec) and not is_joint(self.codec)
+        ranked = needs_calibration(self.codec) and not is_measured(self.codec)
         basis = f"{self.codec} rank {self.rank}" if ranked else self.codec
         return f"{basis}, {self.bits:g} bits" + (f" {self.quantizer}" if self.quantizer else "")
 
@@ -84,8 +85,8 @@ def build(
         if calibration is None:
             raise PluginError(f"layer {layer}, {side.upper()}: codec {setting.codec} needs a calibration")
         quantizer = quantizer_of(setting.quantizer, setting.bits)
-        if is_joint(setting.codec):
-            quantizer = calibration.joint_codec().quantizer(quantizer, layer)
+        if is_measured(setting.codec):
+            quantizer = calibration.measured(setting.codec).quantizer(quantizer, layer, side)
         transform = calibration.transform(side, layer, setting.rank, setting.codec)
         return Compressor(quantizer, transform.to(device, dtype))
 

@@ -11,7 +11,7 @@ from functools import reduce
 from gpt2.compression.codecs.base import Basis, Composed, Compressor, FixedBasis, Quantizer, Transform
 from gpt2.compression.codecs.hadamard import Hadamard
 from gpt2.compression.codecs.integer import Int4, Int8
-from gpt2.compression.codecs.joint import Joint, JointTransform
+from gpt2.compression.codecs.joint import Grouped, Joint, JointTransform
 from gpt2.compression.codecs.ln_nullspace import LayerNormNullspace
 from gpt2.compression.codecs.metric import Attention, Fisher
 from gpt2.compression.codecs.mixed import Mixed, MixedFixed
@@ -22,7 +22,8 @@ from gpt2.compression.codecs.random_projection import RandomProjection
 from gpt2.errors import PluginError
 
 BASES: dict[str, Basis] = {
-    basis.name: basis() for basis in (PCA, Attention, Fisher, Joint, RandomProjection, LayerNormNullspace, Hadamard)
+    basis.name: basis()
+    for basis in (PCA, Attention, Fisher, Joint, Grouped, RandomProjection, LayerNormNullspace, Hadamard)
 }
 QUANTIZERS: dict[str, Quantizer] = {
     q.name: q() for q in (Unquantized, Int8, Int4, Int8Channel, Int4Channel, Mixed, MixedFixed)
@@ -51,6 +52,7 @@ __all__ = [
     "codec_name",
     "full_rank",
     "is_joint",
+    "is_measured",
     "metric_of",
     "needs_calibration",
     "quantizer_for_bits",
@@ -92,6 +94,12 @@ def is_joint(codec: str) -> bool:
     """Whether a codec has one basis for K and V of a layer together."""
     basis = basis_of(codec)
     return basis is not None and basis.joint
+
+
+def is_measured(codec: str) -> bool:
+    """Whether a codec's basis is of several heads and kept whole, with what each width of code costs measured."""
+    basis = basis_of(codec)
+    return basis is not None and basis.measured
 
 
 def metric_of(codec: str) -> str:

@@ -168,6 +168,7 @@ class Basis(ABC):
     name: str
     calibrated = True  # fitted to statistics, so that its coordinates have an order and a rank can be cut
     joint = False  # one basis for K and V of a layer together
+    measured = False  # of several heads, whole, with the error of each width measured: bits are shared out by that
     metric = "pca"  # what statistics it is fitted to
 
     @abstractmethod

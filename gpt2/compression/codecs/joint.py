@@ -23,6 +23,11 @@ from gpt2.compression.rotary import Rotary
 MOST_CHANNELS = 512
 
 
+def beside(x: Tensor, groups: int) -> Tensor:
+    """x [B, H, T, d] → [B, G, T, H/G · d]: the heads of a group side by side."""
+    return x.unflatten(1, (groups, -1)).transpose(2, 3).flatten(-2)
+
+
 def heads_per_group(num_kv_heads: int, head_dim: int) -> int:
     """Neighbouring KV heads whose K and V share a basis."""
     fits = [n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0 and 2 * n * head_dim <= MOST_CHANNELS]
@@ -70,3 +75,15 @@ class Joint(Fisher):
 
     name = "joint"
     joint = True
+    measured = True
+
+
+class Grouped(Fisher):
+    """One Fisher basis for K of neighbouring heads as it is cached, and one for V of them.
+
+    It takes about half a bit per channel more than `Joint`, and in return is the same matrix for every token: a query
+    reads what is stored, as with any basis of single heads.
+    """
+
+    name = "grouped"
+    measured = True
