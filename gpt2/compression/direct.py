@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt2.compression.kernels import cpu
+from gpt2.compression.kernels import available, cpu
 from gpt2.compression.storage import TokenStore
 
 
@@ -25,6 +25,12 @@ def attend(
     mask: bool, True where a query may look, or what is added to scores; broadcasts to [B, Hq, Q, T]. None is causal:
     the last query is the last token held. sinks: a logit of each query head, [Hq].
     """
+    if available.usable(query):
+        from gpt2.compression.kernels import triton_attention  # imports Triton, and this module
+
+        out = triton_attention.attend(k, v, query, mask, scaling, softcap=softcap, sinks=sinks)
+        if out is not None:
+            return out
     B, heads, Q, d = query.shape
     H = k.sinks.shape[1]
     x = scores(k, (query * scaling).reshape(B, H, -1, d)).view(B, heads, Q, -1)

@@ -1,0 +1,177 @@
+"""Attention over tiles of 64 stored tokens: partial results of many splits, and their merger.
+
+A program has all queries of one group of KV heads and some tiles in a row (split-K, as in flash-decoding). Tokens are
+the rows of both products and queries their columns: codes are the first operand, which tensor cores can take from
+registers, and few queries fill a tile of 16. What is read per token and group are the stored bytes alone, once for
+all queries: at 128 channels 136 bytes for K and V at int4, 140 at int4_channel, 512 at 16 bits, and as many as its
+name says for mixed. Written are 4 · M · (r + 2) bytes per split.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gpt2.compression.kernels.triton_tiles import NONE, TILE, TOKEN, channels
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+TOP = tl.constexpr(10)  # float16 queries have their largest entry below 2 to this
+CHUNK = tl.constexpr(16)  # splits merged at a time
+
+
+@triton.jit
+def _dot(a, b, SPLIT: tl.constexpr):
+    """a @ b in float32, on tensor cores. SPLIT: where a has 16 bits, b has twice as many, in two products."""
+    if a.dtype == tl.float32:
+        # To some 22 bits. In float32 proper there are no tensor cores, and operands spill out of registers
+        return tl.dot(a, b, input_precision="tf32x3")
+    high = b.to(a.dtype)
+    total = tl.dot(a, high)
+    if SPLIT:
+        total = tl.dot(a, (b - high.to(tl.float32)).to(a.dtype), total)
+    return total
+
+
+@triton.jit
+def _scores(codes, scale, offset, q, total, AXIS: tl.constexpr, SPLIT: tl.constexpr):
+    """q · ẑ of a tile, [64, M]; q [R, M], total [M] its sums over channels."""
+    if AXIS == NONE:
+        return _dot(codes, q, SPLIT)
+    elif AXIS == TOKEN:
+        return _dot(codes, q, SPLIT) * scale[:, None] + offset[:, None] * total[None, :]
+    else:
+        # Steps span decades: against the largest, so that they stay inside float16
+        largest = tl.maximum(tl.max(scale, 0), 1e-30)
+        x = _dot(codes, q * (scale / largest)[:, None], SPLIT)
+        return x * largest + tl.sum(q * offset[:, None], 0)[None, :]
+
+
+@triton.jit
+def _add_values(acc, shift, codes, scale, offset, p, AXIS: tl.constexpr):
+    """Σ p ẑ of a tile, added to acc [R, M] or, what all channels have in common, to shift [M]; p [64, M]."""
+    codes = tl.trans(codes)
+    if AXIS == NONE:
+        acc += _dot(codes, p, False)
+    elif AXIS == TOKEN:
+        largest = tl.maximum(tl.max(scale, 0), 1e-30)
+        acc += _dot(codes, p * (scale / largest)[:, None], False) * largest
+        shift += tl.sum(p * offset[:, None], 0)
+    else:
+        acc += _dot(codes, p, False) * scale[:, None] + offset[:, None] * tl.sum(p, 0)[None, :]
+    return acc, shift
+
+
+@triton.jit
+def _queries(q_ptr, group, M, RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, PAIRED: tl.constexpr,
+             DTYPE: tl.constexpr):  # fmt: skip
+    """Queries of a group, [R, ROWS] float32, each divided by the unit that is returned with them, [ROWS]."""
+    m = tl.arange(0, ROWS)
+    channel, there = channels(RANK, R, PAIRED)
+    places = (group * M + m)[None, :] * RANK + channel[:, None]
+    q = tl.load(q_ptr + places, mask=(m < M)[None, :] & there[:, None], other=0.0).to(tl.float32)
+    unit = tl.full([ROWS], 1.0, tl.float32)
+    if tl.float16 == DTYPE:
+        # A power of two: what is float16 stays exact. Far from its largest number and from its smallest
+        unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(q), 0), 1e-30))) - TOP)
+    return q / unit[None, :], unit
+
+
+@triton.jit
+def _masked(x, mask_ptr, group, position, inside, M, heads, queries, mask_b, mask_h, mask_q, mask_t, groups,
+            MASK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Scores x [64, M] with what the mask says. MASK: 0 nothing, 1 of a token, 2 of a query and a token."""
+    if MASK == 0:
+        return x
+    row = mask_ptr + (group // groups).to(tl.int64) * mask_b
+    if MASK == 1:
+        seen = tl.load(row + position * mask_t, mask=inside, other=0)[:, None]
+    else:
+        m = tl.arange(0, ROWS)
+        own = ((group % groups) * heads + m // queries).to(tl.int64) * mask_h + (m % queries) * mask_q
+        places = own[None, :] + (position * mask_t)[:, None]
+        seen = tl.load(row + places, mask=inside[:, None] & (m < M)[None, :], other=0)
+    if mask_ptr.dtype.element_ty == tl.uint8:  # a bool
+        return tl.where(seen != 0, x, LOWEST)
+    return x + seen.to(tl.float32)
+
+
+# What changes from step to step must not compile anew
+_CHANGING = ["k_room", "v_room", "base", "first", "end", "k_start", "v_start", "first_split", "tiles", "tiles_each",
+             "mask_b", "mask_h", "mask_q", "mask_t"]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_CHANGING)
+def attend_tiles(
+    q_ptr, bias_ptr, mask_ptr, maxima, sums, accs, k_fields, v_fields, k_room, v_room, base, first, end, k_start,
+    v_start, first_split, tiles, tiles_each, M, groups, heads, queries, mask_b, mask_h, mask_q, mask_t, softcap,
+    K_TILE: tl.constexpr, V_TILE: tl.constexpr, K_AXIS: tl.constexpr, V_AXIS: tl.constexpr, K_PAIRED: tl.constexpr,
+    V_PAIRED: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr, K_R: tl.constexpr, V_R: tl.constexpr,
+    K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Partial attention of a group's queries over one split of a piece of K and of V.
+
+    q [B · G, M, K_RANK], bias [B · G, M] float32 → maxima, sums [splits, B · G, M], accs [splits, B · G, M, V_RANK].
+    Positions in the sequence: base, of the first tile; first and end, of the tokens that count; k_start and v_start,
+    of the first tokens of the pieces. M = heads · queries.
+    """
+    group, split = tl.program_id(0), tl.program_id(1)
+    m, t = tl.arange(0, ROWS), tl.arange(0, TILE)
+    q, unit = _queries(q_ptr, group, M, K_RANK, K_R, ROWS, K_PAIRED, K_DTYPE)
+    total_q = tl.sum(q, 0)
+    bias = tl.load(bias_ptr + group * M + m, mask=m < M, other=0.0)
+    top = tl.full([ROWS], LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    shift = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([V_R, ROWS], tl.float32)
+    for tile in range(split * tiles_each, tl.minimum((split + 1) * tiles_each, tiles)):
+        start = base + tile * TILE
+        position = start + t
+        inside = (position >= first) & (position < end)
+        codes, scale, offset = K_TILE(k_fields, k_room, group, start - k_start, inside, K_RANK, K_R, K_DTYPE)
+        x = _scores(codes, scale, offset, q, total_q, K_AXIS, SPLIT) * unit[None, :] + bias[None, :]
+        if SOFTCAP:
+            x = softcap * (1 - 2 / (1 + tl.exp2(x * (2 * LOG2E / softcap))))  # softcap · tanh(x / softcap)
+        x = _masked(x, mask_ptr, group, position, inside, M, heads, queries, mask_b, mask_h, mask_q, mask_t, groups,
+                    MASK, ROWS)  # fmt: skip
+        x = tl.where(inside[:, None], x, float("-inf"))
+        higher = tl.maximum(top, tl.max(x, 0))
+        p = tl.exp2((x - higher[None, :]) * LOG2E)
+        fade = tl.exp2((top - higher) * LOG2E)
+        top = higher
+        total = total * fade + tl.sum(p, 0)
+        codes, scale, offset = V_TILE(v_fields, v_room, group, start - v_start, inside, V_RANK, V_R, V_DTYPE)
+        acc, shift = _add_values(acc * fade[None, :], shift * fade, codes, scale, offset, p, V_AXIS)
+    own = ((first_split + split) * tl.num_programs(0) + group).to(tl.int64) * M + m
+    tl.store(maxima + own, top, mask=m < M)
+    tl.store(sums + own, total, mask=m < M)
+    channel, there = channels(V_RANK, V_R, V_PAIRED)
+    places = accs + own[None, :] * V_RANK + channel[:, None]
+    tl.store(places, acc + shift[None, :], mask=there[:, None] & (m < M)[None, :])
+
+
+@triton.jit(do_not_specialize=["splits"])
+def merge_splits(maxima, sums, accs, y, logsum, splits, RANK: tl.constexpr, R: tl.constexpr):
+    """Partial results of one query, [splits, rows] and [splits, rows, RANK] → y [rows, RANK], normalised, and the
+    logarithm of its sum of exponentials, [rows]."""
+    row, rows = tl.program_id(0), tl.num_programs(0)
+    channel, s = tl.arange(0, R), tl.arange(0, CHUNK)
+    top = tl.full([], LOWEST, tl.float32)
+    total = tl.zeros([], tl.float32)
+    acc = tl.zeros([R], tl.float32)
+    for begin in range(0, splits, CHUNK):
+        own = (begin + s).to(tl.int64) * rows + row
+        there = begin + s < splits
+        maximum = tl.load(maxima + own, mask=there, other=LOWEST)
+        higher = tl.maximum(top, tl.max(maximum, 0))
+        weight = tl.where(there, tl.exp2((maximum - higher) * LOG2E), 0.0)
+        mask = there[:, None] & (channel < RANK)[None, :]
+        part = tl.load(accs + own[:, None] * RANK + channel[None, :], mask=mask, other=0.0)
+        fade = tl.exp2((top - higher) * LOG2E)
+        total = total * fade + tl.sum(weight * tl.load(sums + own, mask=there, other=0.0), 0)
+        acc = acc * fade + tl.sum(weight[:, None] * part, 0)
+        top = higher
+    mean = acc / tl.where(total > 0, total, 1.0)  # nothing, where a mask hides all tokens
+    tl.store(y + row.to(tl.int64) * RANK + channel, mean, mask=channel < RANK)
+    tl.store(logsum + row, top + tl.log2(total) / LOG2E)

@@ -1,0 +1,181 @@
+"""Quantizing what is appended, in one kernel: int8 and int4 by token, int8_channel and int4_channel by block.
+
+The arithmetic is that of the quantizers, operation by operation: IEEE division, rounding to even, nothing contracted,
+and steps from a table that PyTorch has made. By token the fields are the same bit for bit. By channel two things may
+differ where two choices are as good: the step, where its logarithm lies halfway between two bytes, and the share,
+where two have the same squared error but for the order of the sum. Read: z once. Written: the fields.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpt2.compression.codecs import integer, mixed, per_channel
+from gpt2.compression.codecs.base import HALF_MAX, Fields, Quantizer
+
+BLOCK = tl.constexpr(mixed.BLOCK)
+OCTAVE, SCALE_ZERO = tl.constexpr(mixed.OCTAVE), tl.constexpr(mixed.SCALE_ZERO)
+LARGEST, SMALLEST = tl.constexpr(HALF_MAX), tl.constexpr(integer.SMALLEST)
+SMALLEST_NORMAL = tl.constexpr(integer.HALF.smallest_normal)
+ROUNDING = tl.constexpr(1.5 * 2**23)  # added and taken away, it leaves a float32 rounded to even
+ELEMENTS = 4096  # of a program
+MOST_CHANNELS = 16384
+LANES = 64  # channels of a program, by channel
+
+
+def quantized(quantizer: Quantizer, z: Tensor) -> Fields | None:
+    """As `quantizer.quantize(z)`, or None where there is no kernel for it."""
+    kernel = KERNELS.get(quantizer.name)
+    if kernel is None or not z.is_floating_point() or not z.numel() or z.shape[-1] > MOST_CHANNELS:
+        return None
+    with torch.cuda.device_of(z):
+        return kernel(quantizer, (z.float() if z.dtype == torch.float64 else z).contiguous())
+
+
+@triton.jit
+def _code(z, offset, step, LEVELS: tl.constexpr):
+    """Codes as float32, 0 to LEVELS."""
+    code = tl.div_rn(z - offset, step)
+    return (tl.minimum(tl.maximum(code, 0.0), LEVELS) + ROUNDING) - ROUNDING
+
+
+@triton.jit
+def _half_not_above(x):
+    """The nearest float16 that is not above x."""
+    rounded = x.to(tl.float16)
+    bits = rounded.to(tl.int16, bitcast=True)
+    below = tl.where(rounded > 0, bits - 1, bits + 1).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    below = tl.where(rounded == 0, -SMALLEST_NORMAL, below)
+    return tl.where(rounded.to(tl.float32) > x, below, rounded.to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def quantize_tokens(z, codes, scales, offsets, tokens, RANK: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr,
+                    ROWS: tl.constexpr, LEVELS: tl.constexpr):  # fmt: skip
+    """z [tokens, RANK] → codes [tokens, HALF], scales and offsets [tokens]; HALF < RANK puts two codes in a byte."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, R)
+    first_mask = (row < tokens)[:, None] & (channel < HALF)[None, :]
+    places = z + row[:, None] * RANK + channel[None, :]
+    first = tl.load(places, mask=first_mask, other=0.0).to(tl.float32)
+    low = tl.min(tl.where(first_mask, first, float("inf")), 1)
+    high = tl.max(tl.where(first_mask, first, float("-inf")), 1)
+    if HALF < RANK:
+        second_mask = (row < tokens)[:, None] & (channel < RANK - HALF)[None, :]
+        second = tl.load(places + HALF, mask=second_mask, other=0.0).to(tl.float32)
+        low = tl.minimum(low, tl.min(tl.where(second_mask, second, float("inf")), 1))
+        high = tl.maximum(high, tl.max(tl.where(second_mask, second, float("-inf")), 1))
+    offset = _half_not_above(tl.minimum(tl.maximum(low, -LARGEST), LARGEST))
+    step = tl.div_rn(high - offset, tl.full([ROWS], LEVELS, tl.float32))
+    step = tl.minimum(tl.maximum(step, SMALLEST), LARGEST).to(tl.float16)
+    tl.store(scales + row, step, mask=row < tokens)
+    tl.store(offsets + row, offset.to(tl.float16), mask=row < tokens)
+    offset, step = offset[:, None], step.to(tl.float32)[:, None]
+    packed = _code(first, offset, step, LEVELS).to(tl.uint8)
+    if HALF < RANK:
+        # An odd rank leaves the last upper nibble empty
+        above = tl.where(second_mask, _code(second, offset, step, LEVELS), 0.0).to(tl.uint8)
+        packed = packed | (above << 4)
+    tl.store(codes + row[:, None] * HALF + channel[None, :], packed, mask=first_mask)
+
+
+@triton.jit
+def _grid(low, high, factor, steps, LEVELS: tl.constexpr):
+    """Scale as its byte, step and offset of codes over a share of a range, per channel; factor: share / LEVELS."""
+    spread = high - low + tl.abs(low) * 0.0009765625  # 2^-10
+    exponent = tl.log2(tl.maximum(spread * factor, 1e-30)) * OCTAVE
+    exponent = (exponent + ROUNDING) - ROUNDING + SCALE_ZERO
+    scale = tl.minimum(tl.maximum(exponent, 0.0), 255.0).to(tl.int32)
+    step = tl.load(steps + scale)
+    offset = (low + high) / 2 - step * (LEVELS / 2)
+    return scale, step, tl.minimum(tl.maximum(offset, -LARGEST), LARGEST).to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def _squared_error(z, step, offset, LEVELS: tl.constexpr):
+    """Summed over tokens: z [tokens, channels]."""
+    error = z - (_code(z, offset[None, :], step[None, :], LEVELS) * step[None, :] + offset[None, :])
+    return tl.sum(error * error, 0)
+
+
+@triton.jit
+def quantize_blocks(z, codes, scales, offsets, steps, factors, RANK: tl.constexpr, LANES: tl.constexpr,
+                    LEVELS: tl.constexpr, SHARES: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
+    """z [blocks, 64, RANK] → codes [blocks, 64 or 32, RANK], scales and offsets [blocks, RANK].
+
+    steps [256]: of every scale. factors: of the shares to try, the first of them first where errors are equal.
+    """
+    block = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    half: tl.constexpr = BLOCK // 2
+    token = tl.arange(0, half)
+    mask = (channel < RANK)[None, :] & (token >= 0)[:, None]
+    places = token[:, None] * RANK + channel[None, :]
+    first = tl.load(z + block * (BLOCK * RANK) + places, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(z + block * (BLOCK * RANK) + half * RANK + places, mask=mask, other=0.0).to(tl.float32)
+    low = tl.minimum(tl.min(first, 0), tl.min(second, 0))
+    high = tl.maximum(tl.max(first, 0), tl.max(second, 0))
+    scale, step, offset = _grid(low, high, factors[0], steps, LEVELS)
+    if SHARES > 1:
+        least = _squared_error(first, step, offset, LEVELS) + _squared_error(second, step, offset, LEVELS)
+        for i in tl.static_range(1, SHARES):
+            own_scale, own_step, own_offset = _grid(low, high, factors[i], steps, LEVELS)
+            error = _squared_error(first, own_step, own_offset, LEVELS)
+            error += _squared_error(second, own_step, own_offset, LEVELS)
+            better = error < least
+            least = tl.where(better, error, least)
+            scale, step = tl.where(better, own_scale, scale), tl.where(better, own_step, step)
+            offset = tl.where(better, own_offset, offset)
+    own = block * RANK + channel
+    tl.store(scales + own, scale.to(tl.uint8), mask=channel < RANK)
+    tl.store(offsets + own, offset.to(tl.float16), mask=channel < RANK)
+    first = _code(first, offset[None, :], step[None, :], LEVELS).to(tl.uint8)
+    second = _code(second, offset[None, :], step[None, :], LEVELS).to(tl.uint8)
+    if PACKED:
+        tl.store(codes + block * (half * RANK) + places, first | (second << 4), mask=mask)
+    else:
+        tl.store(codes + block * (BLOCK * RANK) + places, first, mask=mask)
+        tl.store(codes + block * (BLOCK * RANK) + half * RANK + places, second, mask=mask)
+
+
+def _by_token(quantizer: Quantizer, z: Tensor) -> Fields:
+    *shape, rank = z.shape
+    half = rank if quantizer.bits == 8 else -(-rank // 2)
+    codes = z.new_empty(*shape, half, dtype=torch.uint8)
+    scale, offset = (z.new_empty(*shape, 1, dtype=torch.float16) for _ in range(2))
+    tokens, R = scale.numel(), triton.next_power_of_2(half)
+    rows = max(ELEMENTS // R, 1) if tokens > 1 else 1
+    quantize_tokens[(triton.cdiv(tokens, rows),)](
+        z, codes, scale, offset, tokens, RANK=rank, HALF=half, R=R, ROWS=rows, LEVELS=2**quantizer.bits - 1,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return {"codes": codes, "scale": scale, "offset": offset}
+
+
+def _by_channel(quantizer: per_channel.Int8Channel, z: Tensor) -> Fields:
+    B, G, T, rank = z.shape
+    packed, levels = quantizer.bits == 4, 2**quantizer.bits - 1
+    n = T // quantizer.block_tokens
+    codes = z.new_empty(B, G, n, quantizer.block_tokens * quantizer.bits // 8, rank, dtype=torch.uint8)
+    scale = z.new_empty(B, G, n, 1, rank, dtype=torch.uint8)
+    offset = z.new_empty(B, G, n, 1, rank, dtype=torch.float16)
+    factors = tuple(share / levels for share in quantizer.shares)
+    quantize_blocks[(B * G * n, triton.cdiv(rank, LANES))](
+        z, codes, scale, offset, _steps(z.device), factors, RANK=rank, LANES=LANES, LEVELS=levels,
+        SHARES=len(factors), PACKED=packed, enable_fp_fusion=False,
+    )  # fmt: skip
+    return {"codes": codes, "scale": scale, "offset": offset}
+
+
+@cache
+def _steps(device: torch.device) -> Tensor:
+    """Step of every scale's byte, [256] float32."""
+    return per_channel._step(torch.arange(256, device=device))
+
+
+KERNELS = {"int8": _by_token, "int4": _by_token, "int8_channel": _by_channel, "int4_channel": _by_channel}

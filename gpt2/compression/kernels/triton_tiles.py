@@ -1,0 +1,256 @@
+"""One decoder per quantizer: a tile of 64 tokens from what is stored, as whole numbers that a dot product takes.
+
+A decoder returns codes [64, R], and scale and offset along one axis, by which ẑ = code · scale + offset:
+
+    NONE     the codes are ẑ themselves
+    TOKEN    scale and offset [64]: attention applies them to scores and to probabilities
+    CHANNEL  scale and offset [R]: attention applies them to the query and to the tile's sum
+so that nothing is computed per element but the code. Codes have at most ten bits, which float16 holds exactly.
+
+Arguments of every decoder: fields, what is stored, as pointers to [B · G, room, …] (`room`: entries that a piece has
+space for); group, index into B · G; start, the tile's first token in the piece, which may lie before it; inside [64],
+tokens to be read; RANK channels, R their slots, a power of two; DTYPE of the codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpt2.compression.codecs import mixed
+from gpt2.compression.codecs.base import Fields, Quantizer
+
+TILE = tl.constexpr(64)
+NONE, TOKEN, CHANNEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+OCTAVE, SCALE_ZERO = tl.constexpr(mixed.OCTAVE), tl.constexpr(mixed.SCALE_ZERO)
+PLANES, PLANE, METADATA = tl.constexpr(mixed.PLANES), tl.constexpr(mixed.PLANE), tl.constexpr(mixed.METADATA)
+CLASSES = tl.constexpr(len(mixed.WIDTHS))
+WIDTH_TABLE = tl.constexpr(sum(width << 4 * index for index, width in enumerate(mixed.WIDTHS)))  # 4 bits each
+COUNT_BITS = tl.constexpr(9)  # of a count of channels, at most 256: seven classes fit an int64
+MOST_CHANNELS = 256
+
+
+@triton.jit
+def as_float(codes, DTYPE: tl.constexpr):
+    """Whole numbers from 0 to 1023 → DTYPE."""
+    if tl.float16 == DTYPE:
+        # The bits of 1024 + code: an OR and a subtraction, where a conversion takes a quarter of the throughput
+        return (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+    else:
+        return codes.to(DTYPE)
+
+
+@triton.jit
+def channels(RANK: tl.constexpr, R: tl.constexpr, PAIRED: tl.constexpr):
+    """Channel of every slot, [R], and whether there is one."""
+    slot = tl.arange(0, R)
+    if PAIRED:
+        half: tl.constexpr = (RANK + 1) // 2
+        place = slot % (R // 2)
+        channel = tl.where(slot < R // 2, place, half + place)
+        return channel, (place < half) & (channel < RANK)
+    else:
+        return slot, slot < RANK
+
+
+@triton.jit
+def _rows(room, group, start):
+    """Index of every token's row, [64] int64."""
+    return group.to(tl.int64) * room + start + tl.arange(0, TILE)
+
+
+@triton.jit
+def plain_tile(fields, room, group, start, inside, RANK: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr):
+    channel = tl.arange(0, R)
+    places = (_rows(room, group, start) * RANK)[:, None] + channel[None, :]
+    z = tl.load(fields[0] + places, mask=inside[:, None] & (channel < RANK)[None, :], other=0.0)
+    return z.to(DTYPE), 0.0, 0.0
+
+
+@triton.jit
+def int8_tile(fields, room, group, start, inside, RANK: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr):
+    channel = tl.arange(0, R)
+    rows = _rows(room, group, start)
+    mask = inside[:, None] & (channel < RANK)[None, :]
+    codes = tl.load(fields[0] + (rows * RANK)[:, None] + channel[None, :], mask=mask, other=0)
+    scale = tl.load(fields[1] + rows, mask=inside, other=0.0).to(tl.float32)
+    offset = tl.load(fields[2] + rows, mask=inside, other=0.0).to(tl.float32)
+    return as_float(codes, DTYPE), scale, offset
+
+
+@triton.jit
+def int4_tile(fields, room, group, start, inside, RANK: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr):
+    half: tl.constexpr = (RANK + 1) // 2
+    place = tl.arange(0, R // 2)
+    rows = _rows(room, group, start)
+    mask = inside[:, None] & (place < half)[None, :]
+    packed = tl.load(fields[0] + (rows * half)[:, None] + place[None, :], mask=mask, other=0)
+    scale = tl.load(fields[1] + rows, mask=inside, other=0.0).to(tl.float32)
+    offset = tl.load(fields[2] + rows, mask=inside, other=0.0).to(tl.float32)
+    nibbles = tl.join(as_float(packed & 15, DTYPE), as_float(packed >> 4, DTYPE))  # [64, R / 2, 2]
+    return nibbles.permute(0, 2, 1).reshape(TILE, R), scale, offset
+
+
+@triton.jit
+def _block(room, group, start):
+    """Index of the tile's block, int64."""
+    return group.to(tl.int64) * room + start // TILE
+
+
+@triton.jit
+def _channel_grid(fields, block, RANK: tl.constexpr, R: tl.constexpr):
+    """Step and value of code 0 of a block's channels, [R] each."""
+    channel = tl.arange(0, R)
+    exponent = tl.load(fields[1] + block * RANK + channel, mask=channel < RANK, other=0).to(tl.float32)
+    offset = tl.load(fields[2] + block * RANK + channel, mask=channel < RANK, other=0.0).to(tl.float32)
+    return tl.exp2((exponent - SCALE_ZERO) / OCTAVE), offset
+
+
+@triton.jit
+def int8_channel_tile(fields, room, group, start, inside, RANK: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr):
+    block, channel = _block(room, group, start), tl.arange(0, R)
+    step, offset = _channel_grid(fields, block, RANK, R)
+    places = tl.arange(0, TILE)[:, None] * RANK + channel[None, :]
+    codes = tl.load(fields[0] + block * (TILE * RANK) + places, mask=(channel < RANK)[None, :], other=0)
+    return as_float(codes, DTYPE), step, offset
+
+
+@triton.jit
+def int4_channel_tile(fields, room, group, start, inside, RANK: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr):
+    block, channel = _block(room, group, start), tl.arange(0, R)
+    step, offset = _channel_grid(fields, block, RANK, R)
+    places = tl.arange(0, TILE // 2)[:, None] * RANK + channel[None, :]
+    packed = tl.load(fields[0] + block * (TILE // 2 * RANK) + places, mask=(channel < RANK)[None, :], other=0)
+    nibbles = tl.join(as_float(packed & 15, DTYPE), as_float(packed >> 4, DTYPE))  # [32, R, 2]
+    return nibbles.permute(2, 0, 1).reshape(TILE, R), step, offset
+
+
+@triton.jit
+def mixed_tile(fields, room, group, start, inside, RANK: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr):
+    """fields: block, widths, bytes of a block."""
+    block, channel = _block(room, group, start), tl.arange(0, R)
+    row_bytes: tl.constexpr = (RANK + 7) // 8
+    row = fields[1] + block * (3 * row_bytes)
+    classes = tl.zeros([R], tl.int32)
+    for plane in tl.static_range(3):
+        part = tl.load(row + plane * row_bytes + channel // 8, mask=channel < RANK, other=0).to(tl.int32)
+        classes |= ((part >> (channel % 8)) & 1) << plane
+    # A block's bytes are whole planes here: always at multiples of 8
+    return _planes_tile(fields[0] + block * fields[2], classes, R, DTYPE, True)
+
+
+@triton.jit
+def mixed_fixed_tile(fields, room, group, start, inside, RANK: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr):
+    """fields: block, width indices [groups, RANK] uint8, bytes of a block, groups."""
+    block, channel = _block(room, group, start), tl.arange(0, R)
+    own = fields[1] + (group % fields[3]) * RANK + channel
+    classes = tl.load(own, mask=channel < RANK, other=0).to(tl.int32)
+    return _planes_tile(fields[0] + block * fields[2], classes, R, DTYPE, False)
+
+
+@triton.jit
+def _planes_tile(row, classes, R: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """A block of bit planes at `row`, and the width index of its channels, [R]; ALIGNED to 8 bytes, or to 2."""
+    width, planes_before, coded_before, all_planes = _places(classes, R)
+    pairs = tl.zeros([R, 2, 16], tl.uint32)
+    # All loads can be under way together: 8 bytes of one channel each. Per element half an operation of each kind
+    for plane in tl.static_range(PLANES):
+        low, high = _plane(row + (planes_before + plane) * PLANE, plane < width, ALIGNED)
+        words = tl.join(low, high)[:, :, None]  # [R, 2, 1], 32 tokens each
+        pairs |= ((words >> tl.arange(0, 16)[None, None, :]) & 0x00010001) << plane
+    codes = tl.join(as_float(pairs & 0xFFFF, DTYPE), as_float(pairs >> 16, DTYPE))  # [R, 2, 16, 2]
+    codes = codes.permute(0, 1, 3, 2).reshape(R, TILE)
+    metadata = (row + all_planes * PLANE + coded_before * METADATA).to(tl.pointer_type(tl.uint16))
+    both = tl.load(metadata, mask=width > 0, other=0).to(tl.int32)
+    step = tl.where(width > 0, tl.exp2(((both & 255) - SCALE_ZERO).to(tl.float32) / OCTAVE), 0.0)
+    values = (1 << width).to(tl.float32)
+    unit = tl.maximum(values / 64, 0.25)
+    return tl.trans(codes), step, step * (unit * ((both >> 8) - 128).to(tl.float32) - (values - 1) / 2)
+
+
+@triton.jit
+def _plane(places, taken, ALIGNED: tl.constexpr):
+    """The 64 bits of a plane at each of `places`, [R], as two uint32."""
+    if ALIGNED:
+        word = tl.load(places.to(tl.pointer_type(tl.uint64)), mask=taken, other=0)
+        return word.to(tl.uint32), (word >> 32).to(tl.uint32)
+    else:
+        quarters = places.to(tl.pointer_type(tl.uint16))
+        low = tl.load(quarters, mask=taken, other=0).to(tl.uint32)
+        low |= tl.load(quarters + 1, mask=taken, other=0).to(tl.uint32) << 16
+        high = tl.load(quarters + 2, mask=taken, other=0).to(tl.uint32)
+        high |= tl.load(quarters + 3, mask=taken, other=0).to(tl.uint32) << 16
+        return low, high
+
+
+@triton.jit
+def _places(classes, R: tl.constexpr):
+    """Where channels lie by falling width: width, planes and coded channels before each, [R], and planes in all.
+
+    A counting sort in one scan: seven counts, of each class but the first, side by side in an int64.
+    """
+    width = ((tl.full([R], WIDTH_TABLE, tl.uint32) >> (4 * classes).to(tl.uint32)) & 15).to(tl.int32)
+    shift = (tl.maximum(classes - 1, 0) * COUNT_BITS).to(tl.int64)
+    one = tl.where(classes > 0, tl.full([R], 1, tl.int64) << shift, 0)
+    before = (((tl.cumsum(one, 0) - one) >> shift) & 511).to(tl.int32)
+    total = tl.sum(one, 0)
+    planes_before, all_planes = before * width, 0
+    for index in tl.static_range(1, CLASSES):
+        count = ((total >> (COUNT_BITS * (index - 1))) & 511).to(tl.int32)
+        planes = count * ((WIDTH_TABLE >> (4 * index)) & 15)
+        all_planes += planes
+        planes_before += tl.where(classes < index, planes, 0)
+        before += tl.where(classes < index, count, 0)
+    return width, planes_before, before, all_planes
+
+
+def _all(quantizer: Quantizer, fields: Fields) -> tuple:
+    return tuple(fields.values())
+
+
+def _of_mixed(quantizer: Quantizer, fields: Fields) -> tuple:
+    return fields["block"], fields["widths"], fields["block"].shape[-1]
+
+
+_widths: WeakKeyDictionary[Quantizer, Tensor] = WeakKeyDictionary()
+
+
+def _of_mixed_fixed(quantizer: Quantizer, fields: Fields) -> tuple:
+    block = fields["block"]
+    widths = _widths.get(quantizer)
+    if widths is None or widths.device != block.device:
+        widths = _widths[quantizer] = quantizer.widths.to(block.device, torch.uint8).contiguous()
+    return block, widths, block.shape[-1], block.shape[1]
+
+
+class Decoder(NamedTuple):
+    """How a quantizer is read: its kernel function, and the axis of scale and offset.
+
+    paired: channels lie in two halves, as the nibbles of the same bytes. arguments: what the function gets as
+    `fields`, of the quantizer and of a piece's tensors; pieces hold nothing but [B, G, room, …]. stages: tiles loaded
+    ahead, one less; the loads of bit planes are many, and wait for registers rather than for memory.
+    """
+
+    tile: triton.JITFunction
+    axis: int
+    paired: bool = False
+    arguments: Callable[[Quantizer, Fields], tuple] = _all
+    stages: int = 3
+
+
+# A quantizer without an entry works all the same, through PyTorch
+DECODERS: dict[str, Decoder] = {
+    "none": Decoder(plain_tile, NONE.value),
+    "int8": Decoder(int8_tile, TOKEN.value),
+    "int4": Decoder(int4_tile, TOKEN.value, paired=True),
+    "int8_channel": Decoder(int8_channel_tile, CHANNEL.value),
+    "int4_channel": Decoder(int4_channel_tile, CHANNEL.value),
+    "mixed": Decoder(mixed_tile, CHANNEL.value, arguments=_of_mixed, stages=2),
+    "mixed_fixed": Decoder(mixed_fixed_tile, CHANNEL.value, arguments=_of_mixed_fixed, stages=2),
+}
