@@ -144,7 +144,8 @@ def spread_labels(axis, labels: list[str], points: list[tuple], bars: list[tuple
     spots, ends = axis.transData.transform(points), axis.transData.transform(bars).reshape(-1, 2, 2)
     zero = axis.transData.transform((points[0][0], 0))[1]
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in spots]
-    taken.append(axis.get_legend().get_window_extent(renderer))
+    if axis.get_legend():
+        taken.append(axis.get_legend().get_window_extent(renderer))
     lines = [Bbox([low - 2, high + 2]) for low, high in ends]  # where a label must lie on something, then on these
     lines.append(Bbox([(inside.x0, zero - 1), (inside.x1, zero + 1)]))
     line = {"arrowstyle": "-", "color": "tab:gray", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}

@@ -13,7 +13,7 @@ def frontier(points: list[dict], budget: float, chosen: str | None, title: str) 
     Only what nothing beats is named. points: as in `plots.frontier`, with `family` as well; those without a finite
     loss (None) stand as crosses at the upper edge.
     """
-    figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10.5, 6), layout="constrained")
     for index, family in enumerate(sorted({point["family"] for point in points})):
         own, color = [point for point in points if point["family"] == family], plt.cm.tab10(index % 10)
         for point in own:
@@ -31,7 +31,7 @@ def frontier(points: list[dict], budget: float, chosen: str | None, title: str) 
     axis.set_yscale("symlog", linthresh=0.1)
     axis.margins(x=0.15, y=0.12)
     axis.set(title=title, xlabel="whole-KV compression against a 16-bit cache", ylabel="change of perplexity, %")
-    axis.legend(loc="upper left", fontsize=8)  # little compression at a great loss: nobody is there
+    figure.legend(loc="outside right upper", fontsize=8)
     axis.grid(alpha=0.3)
     best = [p for p in points if p["ppl_delta"] is not None and not any(_beats(other, p) for other in points)]
     spots = [(p["compression_ratio"], 100 * p["ppl_delta"]) for p in best]

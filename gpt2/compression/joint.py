@@ -47,10 +47,11 @@ class JointCodec:
     @cached_property
     def D(self) -> Tensor:
         """The way back: the inverse of E as it is stored, in whatever precision."""
-        inverse, failed = torch.linalg.inv_ex(self.E.double())
-        if failed.any():
-            raise BadArtefact("the calibration's joint basis has no inverse: make the calibration again")
-        return inverse.float()
+        # One by one: PyTorch 2.13 with MKL fails on batches of large matrices when it has more threads than one
+        found = [torch.linalg.inv_ex(E) for E in self.E.double().flatten(0, 1)]
+        if any(failed for _, failed in found):
+            raise BadArtefact("the calibration's basis has no inverse: make the calibration again")
+        return torch.stack([inverse for inverse, _ in found]).view_as(self.E).float()
 
     def entry(self, layer: int, side: str) -> int:
         """Where a layer's K or V, `side` "k" or "v", is found."""

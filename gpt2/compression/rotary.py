@@ -60,6 +60,6 @@ def fitting(keys: Tensor, start: int, choices: list[Rotary]) -> Rotary:
         x = x - x.mean(-2, keepdim=True)
         covariance = x.mT @ x / x.shape[-2]
         floor = 1e-6 * covariance.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(x.shape[-1], dtype=x.dtype)
-        return float(torch.linalg.slogdet(covariance + floor).logabsdet.sum())
+        return float(torch.linalg.eigvalsh(covariance + floor).clamp_min(1e-300).log().sum())
 
     return min(choices, key=bits)
