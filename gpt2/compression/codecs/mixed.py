@@ -66,6 +66,9 @@ class Mixed(Quantizer):
 
     def _quantize(self, z: Tensor) -> Fields:
         y = in_blocks(z)
+        if cpu.usable(y):
+            block, widths = cpu.encode_planes(y, self._payload(z.shape[-1]), NARROW, WIDE)
+            return {"block": block, "widths": widths}
         error, scale, offset = (torch.stack(parts, dim=-1) for parts in zip(*_grids(y), strict=True))
         choice = cheapest(error, self._payload(z.shape[-1]))
         scale, offset = (part.gather(-1, choice[..., None])[..., 0] for part in (scale, offset))

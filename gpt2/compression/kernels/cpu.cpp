@@ -1,4 +1,4 @@
-// Scores and weighted sums over packed codes, for CPUs.
+// Scores and weighted sums over packed codes, and bit planes made, for CPUs.
 //
 // A tile is one block's coordinates as floats, small enough for the first cache: decoded there, used by all queries,
 // and gone. It lies as its codes lie: token by token [tokens][r], or channel by channel [r][tokens]. So there are two
@@ -27,6 +27,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -194,48 +195,79 @@ struct Planes final : Codec {
     const float step = kSteps[metadata[0]];
     const float unit = std::max((1 << bits) / 64.f, 0.25f);
     const float zero = step * (unit * (metadata[1] - 128) - ((1 << bits) - 1) / 2.f);
-    uint8_t low[kBlock], high[kBlock];
-    codes(plane, std::min(bits, 8), low);
-    if (bits <= 8) {
-      for (int t = 0; t < kBlock; t++) row[t] = low[t] * step + zero;
-      return;
-    }
-    codes(plane + 64, bits - 8, high);
-    for (int t = 0; t < kBlock; t++) row[t] = (low[t] + 256 * high[t]) * step + zero;
+    const int low = std::min(bits, 8);
+#ifdef __AVX512BW__
+    // A plane is a mask over the 64 codes
+    const __m512i lower = codes(plane, low), upper = codes(plane + 64, bits - low);
+    spread<0>(lower, upper, bits, step, zero, row);
+    spread<1>(lower, upper, bits, step, zero, row);
+    spread<2>(lower, upper, bits, step, zero, row);
+    spread<3>(lower, upper, bits, step, zero, row);
   }
 
-  static void codes(const uint8_t* plane, int bits, uint8_t* out) {
-#ifdef __AVX512BW__
-    // A plane is a mask over 64 bytes
+  static __m512i codes(const uint8_t* plane, int bits) {
     __m512i all = _mm512_setzero_si512();
     for (int j = 0; j < bits; j++) {
       uint64_t mask;
       std::memcpy(&mask, plane + 8 * j, 8);
       all = _mm512_or_si512(all, _mm512_maskz_set1_epi8(mask, char(1 << j)));
     }
-    _mm512_storeu_si512(out, all);
+    return all;
+  }
+
+  // The i-th sixteen of the codes as coordinates
+  template <int i>
+  static void spread(__m512i lower, __m512i upper, int bits, float step, float zero, float* row) {
+    __m512i code = _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(lower, i));
+    if (bits > 8)
+      code = _mm512_or_si512(
+          code, _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(upper, i)), 8));
+    const __m512 x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(step), _mm512_set1_ps(zero));
+    _mm512_storeu_ps(row + 16 * i, x);
+  }
 #else
-    // Eight tokens at a time: a byte of a plane becomes eight bytes of 0 or 1
+    uint8_t lower[kBlock], upper[kBlock];
+    codes(plane, low, lower);
+    codes(plane + 64, bits - low, upper);
+    for (int t = 0; t < kBlock; t++) row[t] = (lower[t] + 256 * upper[t]) * step + zero;
+  }
+
+  // Eight tokens at a time: a byte of a plane becomes eight bytes of 0 or 1
+  static void codes(const uint8_t* plane, int bits, uint8_t* out) {
     for (int i = 0; i < 8; i++) {
       uint64_t eight = 0;
       for (int j = 0; j < bits; j++) eight |= kSpread[plane[8 * j + i]] << j;
       std::memcpy(out + 8 * i, &eight, 8);
     }
-#endif
   }
+#endif
 };
+
+using Lanes = float __attribute__((vector_size(64)));
+
+inline Lanes load(const float* from) {
+  Lanes x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline void add(float* to, Lanes x) {
+  x += load(to);
+  std::memcpy(to, &x, sizeof x);
+}
 
 // out[m][j] += Σ_i a[m][i] tile[i][j] for R queries and 16 N columns, whose sums stay in registers
 template <int R, int N>
 inline void along_few(const float* a, int64_t a_row, const float* tile, int I, int J, float* out, int64_t out_row) {
-  float sums[R][16 * N] = {};
-  for (int i = 0; i < I; i++)
-    for (int m = 0; m < R; m++) {
-      const float weight = a[m * a_row + i];
-      for (int j = 0; j < 16 * N; j++) sums[m][j] += weight * tile[i * J + j];
-    }
+  Lanes sums[R][N] = {};
+  for (int i = 0; i < I; i++) {
+    Lanes line[N];
+    for (int n = 0; n < N; n++) line[n] = load(tile + i * J + 16 * n);
+    for (int m = 0; m < R; m++)
+      for (int n = 0; n < N; n++) sums[m][n] += a[m * a_row + i] * line[n];
+  }
   for (int m = 0; m < R; m++)
-    for (int j = 0; j < 16 * N; j++) out[m * out_row + j] += sums[m][j];
+    for (int n = 0; n < N; n++) add(out + m * out_row + 16 * n, sums[m][n]);
 }
 
 template <int R>
@@ -248,20 +280,19 @@ void along_rows(const float* a, int64_t a_row, const float* tile, int I, int J, 
       for (int i = 0; i < I; i++) out[m * out_row + j] += a[m * a_row + i] * tile[i * J + j];
 }
 
+// As many queries at a time as registers have room for, in passes of about the same size
 void along(const float* a, int64_t a_row, const float* tile, int I, int J, int M, float* out, int64_t out_row) {
-  int m = 0;
-  for (; m + 4 <= M; m += 4) along_rows<4>(a + m * a_row, a_row, tile, I, J, out + m * out_row, out_row);
-  if (M - m == 3) along_rows<3>(a + m * a_row, a_row, tile, I, J, out + m * out_row, out_row);
-  if (M - m == 2) along_rows<2>(a + m * a_row, a_row, tile, I, J, out + m * out_row, out_row);
-  if (M - m == 1) along_rows<1>(a + m * a_row, a_row, tile, I, J, out + m * out_row, out_row);
-}
-
-using Lanes = float __attribute__((vector_size(64)));
-
-inline Lanes load(const float* from) {
-  Lanes x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
+  for (int passes = (M + 5) / 6; passes > 0; passes--) {
+    const int rows = (M + passes - 1) / passes;
+    const auto run = rows == 6   ? along_rows<6>
+                     : rows == 5 ? along_rows<5>
+                     : rows == 4 ? along_rows<4>
+                     : rows == 3 ? along_rows<3>
+                     : rows == 2 ? along_rows<2>
+                                 : along_rows<1>;
+    run(a, a_row, tile, I, J, out, out_row);
+    M -= rows, a += rows * a_row, out += rows * out_row;
+  }
 }
 
 // Sums of lanes that are h apart, of two vectors in one: lanes of x, then of y, in every stretch of 2h
@@ -283,22 +314,29 @@ inline Lanes totals(const Lanes* x) {
   }
 }
 
-// out[m][i] += Σ_j a[m][j] tile[i][j], sixteen rows of the tile at a time
-void across(const float* a, int64_t a_row, const float* tile, int I, int J, int M, float* out, int64_t out_row) {
+// out[m][i] += Σ_j a[m][j] tile[i][j], sixteen rows of the tile at a time. fixed: J where it is known, so that the
+// compiler knows where each row lies; else 0
+template <int fixed>
+void across_rows(const float* a, int64_t a_row, const float* tile, int I, int J, int M, float* out, int64_t out_row) {
+  if (fixed) J = fixed;
   const int whole_i = I / 16 * 16, whole_j = J / 16 * 16;
-  for (int m = 0; m < M; m++, a += a_row, out += out_row) {
-    for (int i = 0; i < whole_i; i += 16) {
+  for (int i = 0; i < whole_i; i += 16)
+    for (int m = 0; m < M; m++) {
       Lanes sums[16] = {};
       for (int j = 0; j < whole_j; j += 16) {
-        const Lanes weights = load(a + j);
+        const Lanes weights = load(a + m * a_row + j);
         for (int k = 0; k < 16; k++) sums[k] += weights * load(tile + (i + k) * J + j);
       }
-      const Lanes sum = totals(sums);
-      for (int k = 0; k < 16; k++) out[i + k] += sum[k];
+      add(out + m * out_row + i, totals(sums));
     }
+  for (int m = 0; m < M; m++)
     for (int i = 0; i < I; i++)
-      for (int j = i < whole_i ? whole_j : 0; j < J; j++) out[i] += a[j] * tile[i * J + j];
-  }
+      for (int j = i < whole_i ? whole_j : 0; j < J; j++) out[m * out_row + i] += a[m * a_row + j] * tile[i * J + j];
+}
+
+void across(const float* a, int64_t a_row, const float* tile, int I, int J, int M, float* out, int64_t out_row) {
+  const auto run = J == 64 ? across_rows<64> : J == 128 ? across_rows<128> : across_rows<0>;
+  run(a, a_row, tile, I, J, M, out, out_row);
 }
 
 enum Kind { kExact, kToken, kChannel, kPlanes };
@@ -422,9 +460,157 @@ std::vector<Tensor> weighted_sums(
   return sums;
 }
 
+// --- bit planes made, as mixed.py says: for every channel the width that is worth its bytes
+
+constexpr int kMenu = 8;
+constexpr int kMetadata = 2;
+
+struct Grid {
+  float error, offset;
+  int exponent;
+
+  float step() const { return kSteps[exponent]; }
+  float unit(int bits) const { return std::max((1 << bits) / 64.f, 0.25f); }
+  float origin(int bits) const { return step() * (unit(bits) * offset - ((1 << bits) - 1) / 2.f); }
+};
+
+inline float code_of(float y, float origin, float inverse, float last) {
+  return std::min(std::max(std::nearbyint((y - origin) * inverse), 0.f), last);
+}
+
+float error_of(const float* y, const Grid& grid, int bits) {
+  const float origin = grid.origin(bits), step = grid.step(), inverse = 1 / step, last = (1 << bits) - 1;
+  float sum = 0;
+  for (int t = 0; t < kBlock; t++) {
+    const float rest = y[t] - (code_of(y[t], origin, inverse, last) * step + origin);
+    sum += rest * rest;
+  }
+  return sum;
+}
+
+// The uniform grid of least squared error, over the shares of the range that are tried
+Grid best_grid(const float* y, float low, float high, int bits, at::ArrayRef<double> shares) {
+  constexpr float reach = 127, half = 0.5f / kOctave;
+  const float middle = (low + high) / 2;
+  Grid best{};
+  for (const double share : shares) {
+    Grid grid{};
+    const float unit = grid.unit(bits);
+    // An offset that it can't reach would put the whole block off: then the step must be wider
+    const float wanted = std::max((high - low) * float(share) / ((1 << bits) - 1),
+                                  std::abs(middle) / (reach * unit) * std::exp2(half));
+    const float exponent = std::nearbyint(std::log2(std::max(wanted, 1e-30f)) * kOctave) + kScaleZero;
+    grid.exponent = std::min(std::max(exponent, 0.f), 255.f);
+    grid.offset = std::min(std::max(std::nearbyint(middle / grid.step() / unit), -reach - 1), reach);
+    grid.error = error_of(y, grid, bits);
+    if (share == shares[0] || grid.error < best.error) best = grid;
+  }
+  return best;
+}
+
+struct PlaneWriter {
+  int r, payload;
+  at::ArrayRef<double> narrow, wide;
+  std::vector<Grid> grids;   // [kMenu][r]
+  std::vector<float> errors;  // the same
+  std::vector<int> choice;
+
+  PlaneWriter(int r, int payload, at::ArrayRef<double> narrow, at::ArrayRef<double> wide)
+      : r(r), payload(payload), narrow(narrow), wide(wide), grids(kMenu * r), errors(kMenu * r), choice(r) {}
+
+  void write(const float* y, uint8_t* block, uint8_t* widths) {
+    for (int c = 0; c < r; c++) measure(y + c * kBlock, c);
+    choose();
+    pack(y, block);
+    const int bytes = (r + 7) / 8;
+    for (int c = 0; c < r; c++)
+      for (int plane = 0; plane < 3; plane++) widths[plane * bytes + c / 8] |= (choice[c] >> plane & 1) << c % 8;
+  }
+
+  void measure(const float* y, int c) {
+    const auto [low, high] = std::minmax_element(y, y + kBlock);
+    errors[c] = 0;
+    for (int t = 0; t < kBlock; t++) errors[c] += y[t] * y[t];
+    for (int w = 1; w < kMenu; w++) {
+      grids[w * r + c] = best_grid(y, *low, *high, kWidths[w], kWidths[w] <= 4 ? narrow : wide);
+      errors[w * r + c] = grids[w * r + c].error;
+    }
+  }
+
+  // Least error within the bytes: bisection on the price of a byte, between one at which nothing is saved and one at
+  // which nothing is worth it
+  void choose() {
+    double few = 1e-30, many = 1e-30;
+    for (const float error : errors) many += error;
+    for (int i = 0; i < 40; i++) {
+      const double price = std::sqrt(few * many);
+      (at_price(price) <= payload ? many : few) = price;
+    }
+    at_price(many);
+  }
+
+  int at_price(float price) {
+    int spent = 0;
+    std::vector<float> least(errors.begin(), errors.begin() + r);
+    std::fill(choice.begin(), choice.end(), 0);
+    for (int w = 1; w < kMenu; w++) {
+      const float cost = price * (8 * kWidths[w] + kMetadata);
+      const float* own = errors.data() + w * r;
+      for (int c = 0; c < r; c++) {
+        const bool better = own[c] + cost < least[c];
+        least[c] = better ? own[c] + cost : least[c];
+        choice[c] = better ? w : choice[c];
+      }
+    }
+    for (int c = 0; c < r; c++) spent += choice[c] ? 8 * kWidths[choice[c]] + kMetadata : 0;
+    return spent;
+  }
+
+  void pack(const float* y, uint8_t* block) const {
+    uint8_t* metadata = block;
+    for (int c = 0; c < r; c++) metadata += 8 * kWidths[choice[c]];
+    for (int w = kMenu - 1; w > 0; w--)
+      for (int c = 0; c < r; c++)
+        if (choice[c] == w) {
+          const Grid& grid = grids[w * r + c];
+          planes(y + c * kBlock, grid, kWidths[w], block);
+          block += 8 * kWidths[w];
+          *metadata++ = grid.exponent, *metadata++ = int(grid.offset) + 128;
+        }
+  }
+
+  static void planes(const float* y, const Grid& grid, int bits, uint8_t* out) {
+    const float origin = grid.origin(bits), inverse = 1 / grid.step(), last = (1 << bits) - 1;
+    uint64_t plane[16] = {};
+    for (int t = 0; t < kBlock; t++) {
+      const uint64_t code = code_of(y[t], origin, inverse, last);
+      for (int j = 0; j < bits; j++) plane[j] |= (code >> j & 1) << t;
+    }
+    std::memcpy(out, plane, 8 * bits);
+  }
+};
+
+// y [N, r, 64] → blocks [N, payload] and width indices [N, 3 · ⌈r / 8⌉]
+std::tuple<Tensor, Tensor> encode_planes(
+    const Tensor& y, int64_t payload, at::ArrayRef<double> narrow, at::ArrayRef<double> wide) {
+  TORCH_CHECK(y.is_contiguous() && y.dim() == 3 && y.size(2) == kBlock, "blocks of 64 tokens, contiguous");
+  const int64_t N = y.size(0), r = y.size(1), bytes = 3 * ((r + 7) / 8);
+  const auto options = y.options().dtype(at::kByte);
+  Tensor block = at::zeros({N, payload}, options), widths = at::zeros({N, bytes}, options);
+  at::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
+    PlaneWriter writer(r, payload, narrow, wide);
+    for (int64_t i = begin; i < end; i++)
+      writer.write(
+          y.const_data_ptr<float>() + i * r * kBlock, block.mutable_data_ptr<uint8_t>() + i * payload,
+          widths.mutable_data_ptr<uint8_t>() + i * bytes);
+  });
+  return {block, widths};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(kv_compression, m) {
   m.def("scores(Tensor[] qs, Tensor[] fields, int[] layout, Tensor(a!) out) -> ()", &scores);
   m.def("weighted_sums(Tensor p, Tensor[] fields, int[] layout, int[] outs) -> Tensor[]", &weighted_sums);
+  m.def("encode_planes(Tensor y, int payload, float[] narrow, float[] wide) -> (Tensor, Tensor)", &encode_planes);
 }

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,6 +65,15 @@ def weighted_sums(parts: list[Part], p: Tensor, outs: list[int]) -> list[Tensor]
     outs: of each part which sum it goes into, in ascending order.
     """
     return torch.ops.kv_compression.weighted_sums(p.contiguous(), *_arguments(parts), outs)
+
+
+def encode_planes(y: Tensor, payload: int, narrow: Sequence[float], wide: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Blocks y [..., r, 64] float32 as `codecs.mixed` stores them: [..., payload] and width indices [..., bytes].
+
+    The same search as there; sums in another order may decide between two that are as good.
+    """
+    block, widths = torch.ops.kv_compression.encode_planes(y.flatten(0, -3), payload, narrow, wide)
+    return block.unflatten(0, y.shape[:-2]), widths.unflatten(0, y.shape[:-2])
 
 
 def _arguments(parts: list[Part]) -> tuple[list[Tensor], list[int]]:
