@@ -2,8 +2,12 @@
 
     python scripts/profile_kv_performance.py --preset int4-vonly
     python scripts/profile_kv_performance.py --preset int8-vonly int4-vonly --identity --batch-sizes 1,8 --repeats 9
+    python scripts/profile_kv_performance.py --preset kv4 fast-4x --direct --identity --peers quanto,hqq
     python scripts/profile_kv_performance.py --model configs/models/qwen2.5-0.5b.json --layers 2 --policy default
 
+--direct measures every cache of ours twice: expanding its history at every step, and read as it is stored. With
+--identity among them the latter is the strongest uncompressed cache there is here: nothing is copied from step to step
+and no head of K and V repeated. --peers adds transformers' quantized caches.
 Caches take turns in one process, in alternating order, each time fresh and after a warm-up; figures are medians with
 quartiles, ratios are paired by repeat. Tokens per second count the whole batch. Where a step's time goes and the peak
 of memory come from a pass of its own, whose instruments cost time. A model's shape from configs/models gets random
@@ -12,9 +16,10 @@ Writes results/runs/profile_MODEL.json and results/plots/profile_MODEL.png, or w
 """
 
 from gpt2 import cli, plots, results, shapes
-from gpt2.compression.compressed_cache import identity_cache
+from gpt2.compression.attention import enable_compressed_attention
 from gpt2.evaluation.instruments import cuda_devices, memory_method
-from gpt2.evaluation.perplexity import BASELINE, baseline_factory
+from gpt2.evaluation.lineup import lineup
+from gpt2.evaluation.peers import PACKAGES
 from gpt2.evaluation.timing import measure_cell
 from gpt2.models import LoadedModel
 
@@ -24,6 +29,8 @@ def parse():
     cli.add_model_flags(p)
     cli.add_cache_flags(p, several=True)
     p.add_argument("--identity", action="store_true", help="also our cache without a codec, as a control")
+    p.add_argument("--direct", action="store_true", help="also read caches of ours as they are stored")
+    p.add_argument("--peers", type=cli.word_list(list(PACKAGES)), default=[], help="quanto, hqq, or both")
     p.add_argument("--context-lengths", type=cli.int_list, default=[512, 1024, 2048], help="tokens before decoding")
     p.add_argument("--batch-sizes", type=cli.int_list, default=[1, 4], help="sequences side by side")
     p.add_argument("--decode-tokens", type=cli.positive_int, default=16, help="tokens decoded per repeat")
@@ -40,10 +47,9 @@ def main() -> None:
     loaded.require_context(max(args.context_lengths), "--context-lengths", after=args.decode_tokens)
     output, picture = cli.output_files(args.output, f"profile_{loaded.slug}")
     choices = cli.chosen_caches(args, loaded)
-    caches = {BASELINE: baseline_factory(loaded)}
-    if args.identity:
-        caches["identity"] = lambda: identity_cache(loaded.geometry.num_layers)
-    caches |= {choice.label: choice.make for choice in choices}
+    caches = lineup(loaded, choices, identity=args.identity, direct=args.direct, packages=args.peers)
+    if args.direct:
+        enable_compressed_attention(loaded.model)
 
     if loaded.random_weights:
         print("note: the weights are random; neither speed nor memory depends on what they say")

@@ -122,7 +122,7 @@ def _set_sealed(kwargs: dict, sealed: bool) -> None:
     cache = kwargs.get("past_key_values")
     if isinstance(cache, CompressedDynamicCache):
         for layer in cache.layers:
-            layer.sealed = sealed
+            layer.sealed = sealed and cache.direct
 
 
 @torch.no_grad()

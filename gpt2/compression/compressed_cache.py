@@ -175,7 +175,11 @@ class CompressedDynamicCache(Cache):
     sink_tokens: first tokens kept exact; attention sinks carry activations no codec should touch. With left padding
     the padding comes first: add the longest padding to it. recent_tokens: latest tokens kept exact, beside what is
     left of an unfinished block.
+
+    direct: whether a model that attends over what is stored may do so; with False it gets reconstructions all the same.
     """
+
+    direct = True
 
     def __init__(
         self,

@@ -77,14 +77,12 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
 def scores(store: TokenStore, q: Tensor) -> Tensor:
     """q · k of every token of K's store, [B, H, M, T] float32; q [B, H, M, d], M queries per KV head."""
     out = q.new_empty((*q.shape[:3], len(store)), dtype=torch.float32)
-    folded, bias = store.compressor.fold_query(q) if store.compressed_tokens else (q, None)
+    folded = store.compressor.fold_query(q) if store.compressed_tokens else q
     exact, blocks = _parts(store)
     if cpu.usable(q) and blocks is not None:
         cpu.scores(exact + blocks, [q] * len(exact) + [folded] * len(blocks), out)
     else:
         _scores(store, q, folded, out)
-    if bias is not None:
-        _compressed(store, out).add_(bias)
     return out
 
 
@@ -97,14 +95,9 @@ def weighted_sum(store: TokenStore, p: Tensor) -> Tensor:
     else:
         total, y = _weighted_sum(store, p)
     if store.compressed_tokens:
-        y = store.compressor.unfold_sum(y, _compressed(store, p), store.sinks.shape[3])
+        y = store.compressor.unfold_sum(y, store.sinks.shape[3])
         total = y if total is None else total + y
     return total
-
-
-def _compressed(store: TokenStore, row: Tensor) -> Tensor:
-    """Of a row with all tokens, [..., T], those that are compressed."""
-    return row.narrow(-1, store.sinks.shape[2], store.compressed_tokens)
 
 
 # --- by kernels
@@ -112,17 +105,22 @@ def _compressed(store: TokenStore, row: Tensor) -> Tensor:
 
 def _parts(store: TokenStore) -> tuple[list[cpu.Part], list[cpu.Part] | None]:
     """What a store holds as kernels take it: exact parts, and compressed ones, None where no kernel reads them."""
-    rest = store.tail.shape[2]
+    rest, compressor = store.tail.shape[2], store.compressor
     exact = [cpu.exact(start, x) for start, x in ((0, store.sinks), (len(store) - rest, store.tail)) if x.shape[2]]
-    compressor, blocks = store.compressor, []
-    rank = compressor.transform.rank if compressor.transform else store.sinks.shape[3]
+    rank, blocks = _rank(store), []
     for start, fields in store.pieces():
         packed = compressor.quantizer.packed(fields, rank)
         if packed is None:
             return exact, None
         kind, bits, own = packed
-        blocks.append(cpu.Part(kind, bits, rank, start, _places(store, fields), 0 if blocks else store.lead, own))
+        skip = 0 if blocks else store.lead
+        blocks.append(cpu.Part(kind, bits, rank, start, _places(store, fields), skip, compressor.affine, own))
     return exact, blocks
+
+
+def _rank(store: TokenStore) -> int:
+    transform = store.compressor.transform
+    return store.sinks.shape[3] if transform is None else transform.rank
 
 
 def _places(store: TokenStore, fields: dict[str, Tensor]) -> int:
@@ -133,9 +131,13 @@ def _places(store: TokenStore, fields: dict[str, Tensor]) -> int:
 
 
 def _scores(store: TokenStore, q: Tensor, folded: Tensor, out: Tensor) -> None:
+    rank = _rank(store)
     grouped = out.unflatten(1, (folded.shape[1], -1)).flatten(2, 3)  # [B, G, H/G · M, T]
     for start, fields in store.pieces():
-        store.compressor.quantizer.scores(folded, fields, grouped.narrow(-1, start, _places(store, fields)))
+        own = grouped.narrow(-1, start, _places(store, fields))
+        store.compressor.quantizer.scores(folded[..., :rank], fields, own)
+        if store.compressor.affine:
+            own += folded[..., rank:]
     # After the blocks, as their lead lies where the last sinks are
     S, rest = store.sinks.shape[2], store.tail.shape[2]
     if S:
@@ -145,7 +147,7 @@ def _scores(store: TokenStore, q: Tensor, folded: Tensor, out: Tensor) -> None:
 
 
 def _weighted_sum(store: TokenStore, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the exact tokens, [B, H, M, d], and of the compressed ones in their basis, [B, G, H/G · M, r]."""
+    """Of the exact tokens, [B, H, M, d], and of the compressed ones in their basis, [B, G, H/G · M, r] or r + 1."""
     S, rest, d = store.sinks.shape[2], store.tail.shape[2], store.sinks.shape[3]
     total = p.new_zeros((*p.shape[:3], d))
     for part, own in ((p[..., :S], store.sinks), (p[..., p.shape[-1] - rest :], store.tail)):
@@ -153,8 +155,9 @@ def _weighted_sum(store: TokenStore, p: Tensor) -> tuple[Tensor, Tensor]:
             total += part.to(own.dtype) @ own
     p[..., :S] = 0  # the lead is no token
     compressor, y = store.compressor, 0
-    rank = compressor.transform.rank if compressor.transform else d
     grouped = p.unflatten(1, (compressor.groups(p.shape[1], d), -1)).flatten(2, 3)
     for start, fields in store.pieces():
-        y = y + compressor.quantizer.weighted_sum(grouped.narrow(-1, start, _places(store, fields)), fields, rank)
+        weights = grouped.narrow(-1, start, _places(store, fields))
+        own = compressor.quantizer.weighted_sum(weights, fields, _rank(store))
+        y = y + (torch.cat((own, weights.sum(-1, keepdim=True)), dim=-1) if compressor.affine else own)
     return total, y

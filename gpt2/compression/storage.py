@@ -133,8 +133,9 @@ class TokenStore:
         if full > 0:
             self._compress(waiting[:, :, :full], lead)
             waiting = waiting[:, :, full:]
-        # A copy: a slice would keep the whole prompt's activations alive
-        self.tail = waiting.clone()
+            # A copy: a slice would keep the whole prompt's activations alive
+            waiting = waiting.clone()
+        self.tail = waiting.clone() if waiting is x else waiting
 
     def _compress(self, x: Tensor, lead: int) -> None:
         """Store whole blocks: `lead` places that sinks have left, and tokens x [B, H, n, d]."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -69,38 +68,31 @@ class Transform:
         """z [B, G, T, r] → x̂ [B, H, T, d]."""
         return _split_heads(z.to(self.D.dtype) @ self.D + self.mean[:, None], head_dim)
 
-    @cached_property
-    def centred(self) -> bool:
-        """Whether a mean is taken off."""
-        return bool(self.mean.any())
+    def fold_query(self, q: Tensor) -> Tensor:
+        """q [B, H, M, d] → q' [B, G, H/G · M, r + 1], such that q · x̂ = q' · [ẑ, 1]."""
+        D = self._affine(q.shape[-1])
+        return (q.to(D.dtype).unflatten(1, (-1, D.shape[1])) @ D.mT).flatten(2, 3)
 
-    def fold_query(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
-        """q [B, H, M, d] → q' [B, G, H/G · M, r] and bias [B, H, M, 1] or None: q · x̂ = q' · ẑ + bias."""
-        D, mean = self._by_head(q.shape[-1])
-        grouped = q.to(D.dtype).unflatten(1, (-1, D.shape[1]))  # [B, G, h, M, d]
-        bias = (grouped @ mean[..., None]).flatten(1, 2) if self.centred else None
-        return (grouped @ D.mT).flatten(2, 3), bias
+    def unfold_sum(self, y: Tensor, head_dim: int) -> Tensor:
+        """Sums of [ẑ, 1], y [B, G, H/G · M, r + 1] → sums of x̂, [B, H, M, d]."""
+        D = self._affine(head_dim)
+        return (y.to(D.dtype).unflatten(2, (D.shape[1], -1)) @ D).flatten(1, 2)
 
-    def unfold_sum(self, y: Tensor, p: Tensor, head_dim: int) -> Tensor:
-        """Sums of ẑ, y [B, G, H/G · M, r], with weights p [B, H, M, T] → sums of x̂, [B, H, M, d]."""
-        D, mean = self._by_head(head_dim)
-        h = D.shape[1]
-        x = y.unflatten(2, (h, -1)) @ D  # [B, G, h, M, d]
-        if self.centred:
-            x += p.sum(-1, keepdim=True).unflatten(1, (-1, h)) * mean[:, :, None]
-        return x.flatten(1, 2)
-
-    def _by_head(self, head_dim: int) -> tuple[Tensor, Tensor]:
-        """D [G, h, r, d] and mean [G, h, d] of the h heads of each group."""
-        heads = (self.mean.shape[-1] // head_dim, head_dim)
-        return self.D.unflatten(-1, heads).transpose(1, 2), self.mean.unflatten(-1, heads)
+    def _affine(self, head_dim: int) -> Tensor:
+        """[D; mean] of the h heads of each group, [G, h, r + 1, d]: x̂ = [ẑ, 1] @ it. Made once."""
+        if "_by_head" not in self.__dict__:
+            whole = torch.cat((self.D, self.mean[:, None]), dim=1).unflatten(-1, (-1, head_dim))
+            self.__dict__["_by_head"] = whole.transpose(1, 2).contiguous()  # frozen, but this is no part of it
+        return self.__dict__["_by_head"]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Transform:
         E, D, mean = (part.to(device=device, dtype=dtype) for part in (self.E, self.D, self.mean))
         return replace(self, E=E, D=D, mean=mean)
 
     def nbytes(self) -> int:
-        return self.E.nbytes + self.D.nbytes + self.mean.nbytes
+        """Bytes held, with what attention over codes has made of it."""
+        parts = (self.E, self.D, self.mean, self.__dict__.get("_by_head"))
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 def _join_heads(x: Tensor, width: int) -> Tensor:
@@ -269,15 +261,18 @@ class Compressor:
         """Whether queries can read what is stored: `scores` and `weighted_sum` work."""
         return self.transform is None or self.transform.linear
 
-    def fold_query(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
-        """q [B, H, M, d] → q' [B, G, H/G · M, r] and bias [B, H, M, 1], such that q · x̂ = q' · ẑ + bias."""
-        return (q, None) if self.transform is None else self.transform.fold_query(q)
+    @property
+    def affine(self) -> bool:
+        """Whether folded queries and sums have a last coordinate that stands for the mean."""
+        return self.transform is not None
 
-    def unfold_sum(self, y: Tensor, p: Tensor, head_dim: int) -> Tensor:
-        """Sums of ẑ, y [B, G, H/G · M, r], with weights p [B, H, M, T] → sums of x̂, [B, H, M, d]."""
-        if self.transform is None:
-            return y
-        return self.transform.unfold_sum(y.to(self.transform.D.dtype), p, head_dim)
+    def fold_query(self, q: Tensor) -> Tensor:
+        """As `Transform.fold_query`, q itself where there is no transform."""
+        return q if self.transform is None else self.transform.fold_query(q)
+
+    def unfold_sum(self, y: Tensor, head_dim: int) -> Tensor:
+        """As `Transform.unfold_sum`, y itself where there is no transform."""
+        return y if self.transform is None else self.transform.unfold_sum(y, head_dim)
 
     def groups(self, heads: int, head_dim: int) -> int:
         """Groups that so many heads make: one each where every head has a basis, or the same."""

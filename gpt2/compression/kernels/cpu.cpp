@@ -13,7 +13,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/sum.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -355,6 +355,9 @@ std::unique_ptr<Codec> codec_of(int64_t kind, const Tensor* fields, int r, int b
 struct Part {
   std::unique_ptr<Codec> codec;
   int64_t groups, start, length, skip;  // skip: of its first places, which are no tokens
+  bool affine;                          // queries and sums have a coordinate more, for a 1 of every token
+
+  int64_t columns() const { return codec->r + affine; }
 };
 
 struct Tile {
@@ -363,13 +366,13 @@ struct Tile {
   int tokens, skip;
 };
 
-// layout: kind, bits, r, start, length and skip of every part
+// layout: kind, bits, r, start, length, skip and affine of every part
 std::vector<Part> parts_of(at::TensorList fields, at::IntArrayRef layout) {
   constexpr int per_kind[] = {1, 3, 3, 2};
   std::vector<Part> parts;
   const Tensor* next = fields.data();
-  for (const int64_t* l = layout.begin(); l < layout.end(); l += 6) {
-    parts.push_back({codec_of(l[0], next, l[2], l[1]), next->size(1), l[3], l[4], l[5]});
+  for (const int64_t* l = layout.begin(); l < layout.end(); l += 7) {
+    parts.push_back({codec_of(l[0], next, l[2], l[1]), next->size(1), l[3], l[4], l[5], l[6] != 0});
     next += per_kind[l[0]];
   }
   return parts;
@@ -414,13 +417,16 @@ void scores(at::TensorList qs, at::TensorList fields, at::IntArrayRef layout, Te
       const Tensor& q = qs[tile.part - parts.data()];
       const int64_t M = q.size(2), row = (tile.b * q.size(1) + tile.g) * M;
       codec.decode(tile.b, tile.g, tile.first, tile.tokens, buffer.data());
-      const float* from = q.const_data_ptr<float>() + row * codec.r;
+      const int64_t columns = tile.part->columns();
+      const float* from = q.const_data_ptr<float>() + row * columns;
       float* own = to + row * T + tile.part->start + tile.first;
-      sums.assign(M * kBlock, 0.f);
+      sums.resize(M * kBlock);
+      for (int64_t m = 0; m < M; m++)
+        std::fill_n(&sums[m * kBlock], kBlock, tile.part->affine ? from[m * columns + codec.r] : 0.f);
       if (codec.by_channel)
-        along(from, codec.r, buffer.data(), codec.r, kBlock, M, sums.data(), kBlock);
+        along(from, columns, buffer.data(), codec.r, kBlock, M, sums.data(), kBlock);
       else
-        across(from, codec.r, buffer.data(), tile.tokens, codec.r, M, sums.data(), kBlock);
+        across(from, columns, buffer.data(), tile.tokens, codec.r, M, sums.data(), kBlock);
       for (int64_t m = 0; m < M; m++)
         std::copy_n(&sums[m * kBlock + tile.skip], tile.tokens - tile.skip, own + m * T + tile.skip);
     }
@@ -433,10 +439,13 @@ std::vector<Tensor> weighted_sums(
   const auto parts = parts_of(fields, layout);
   const auto tiles = tiles_of(parts, p.size(0));
   const int64_t B = p.size(0), rows = p.size(1) * p.size(2), T = p.size(3), threads = at::get_num_threads();
-  std::vector<Tensor> sums;  // of each thread apart: [threads, B, G, M, r]
+  std::vector<Tensor> sums;
+  std::vector<std::vector<float>> apart;  // of each thread, so that no two write to the same place
   for (size_t i = 0; i < parts.size(); i++) {
     const int64_t G = parts[i].groups;
-    if (outs[i] == int64_t(sums.size())) sums.push_back(at::zeros({threads, B, G, rows / G, parts[i].codec->r}, p.options()));
+    if (outs[i] < int64_t(sums.size())) continue;
+    sums.push_back(at::empty({B, G, rows / G, parts[i].columns()}, p.options()));
+    apart.emplace_back(threads * sums.back().numel(), 0.f);
   }
   const float* weights = p.const_data_ptr<float>();
   at::parallel_for(0, tiles.size(), kGrain, [&](int64_t begin, int64_t end) {
@@ -444,19 +453,29 @@ std::vector<Tensor> weighted_sums(
     for (int64_t i = begin; i < end; i++) {
       const Tile& tile = tiles[i];
       const Codec& codec = *tile.part->codec;
-      Tensor& sum = sums[outs[tile.part - parts.data()]];
-      const int64_t M = sum.size(3), row = (tile.b * tile.part->groups + tile.g) * M;
+      const int64_t which = outs[tile.part - parts.data()];
+      const Tensor& sum = sums[which];
+      const int64_t columns = tile.part->columns();
+      const int64_t M = sum.size(2), row = (tile.b * tile.part->groups + tile.g) * M;
       codec.decode(tile.b, tile.g, tile.first, tile.tokens, buffer.data());
       forget(buffer.data(), codec, tile.skip);
       const float* from = weights + row * T + tile.part->start + tile.first;
-      float* own = sum.mutable_data_ptr<float>() + at::get_thread_num() * sum.stride(0) + row * codec.r;
+      float* own = apart[which].data() + at::get_thread_num() * sum.numel() + row * columns;
       if (codec.by_channel)
-        across(from, T, buffer.data(), codec.r, kBlock, M, own, codec.r);
+        across(from, T, buffer.data(), codec.r, kBlock, M, own, columns);
       else
-        along(from, T, buffer.data(), tile.tokens, codec.r, M, own, codec.r);
+        along(from, T, buffer.data(), tile.tokens, codec.r, M, own, columns);
+      for (int64_t m = 0; tile.part->affine && m < M; m++)
+        for (int t = tile.skip; t < tile.tokens; t++) own[m * columns + codec.r] += from[m * T + t];
     }
   });
-  for (Tensor& sum : sums) sum = sum.sum(0);
+  for (size_t i = 0; i < sums.size(); i++) {
+    const int64_t size = sums[i].numel();
+    float* to = sums[i].mutable_data_ptr<float>();
+    std::copy_n(apart[i].data(), size, to);
+    for (int64_t thread = 1; thread < threads; thread++)
+      for (int64_t j = 0; j < size; j++) to[j] += apart[i][thread * size + j];
+  }
   return sums;
 }
 

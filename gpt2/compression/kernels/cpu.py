@@ -32,7 +32,8 @@ Packed = tuple[int, int, list[Tensor]]  # what a quantizer stores: how it lies, 
 class Part(NamedTuple):
     """Some of the tokens of one layer's K or V: how they are stored, and where they stand among all tokens.
 
-    skip: of the first places, which are no tokens.
+    skip: of the first places, which are no tokens. affine: queries and sums have a last coordinate more, which takes
+    every token's 1.
     """
 
     kind: int
@@ -41,6 +42,7 @@ class Part(NamedTuple):
     start: int
     length: int
     skip: int
+    affine: bool
     fields: list[Tensor]
 
 
@@ -51,16 +53,16 @@ def usable(x: Tensor) -> bool:
 
 def exact(start: int, x: Tensor) -> Part:
     """A part of vectors as the model made them, [B, H, T, d]."""
-    return Part(EXACT, 0, x.shape[3], start, x.shape[2], 0, [x])
+    return Part(EXACT, 0, x.shape[3], start, x.shape[2], 0, False, [x])
 
 
 def scores(parts: list[Part], qs: list[Tensor], out: Tensor) -> None:
-    """Write q · ẑ of every part's tokens into out [B, H, M, T] float32; qs: of each part, [B, G, H/G · M, r]."""
+    """Write q · ẑ of every part's tokens into out [B, H, M, T] float32; qs: of each, [B, G, H/G · M, r or r + 1]."""
     torch.ops.kv_compression.scores([q.float().contiguous() for q in qs], *_arguments(parts), out)
 
 
 def weighted_sums(parts: list[Part], p: Tensor, outs: list[int]) -> list[Tensor]:
-    """Σ p ẑ over tokens, [B, G, H/G · M, r] float32 each; p [B, H, M, T] float32.
+    """Σ p ẑ over tokens, [B, G, H/G · M, r or r + 1] each; p [B, H, M, T] float32.
 
     outs: of each part which sum it goes into, in ascending order.
     """

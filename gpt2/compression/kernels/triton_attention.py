@@ -85,7 +85,8 @@ def attend(
         total = torch.logaddexp(total, sinks.float().view(1, -1, 1, 1))
     p, share = (x - total).exp().view(B, H, M, x.shape[-1]), (inside - total).exp().view(B, H, M, 1)
     out = _outside_sum(v, p, first, end)
-    out += _unfolded(v.compressor, y, share, d)
+    share = share.view(*y.shape[:3], 1)
+    out += _unfolded(v.compressor, y * share, share, d)
     return out.view(B, heads, Q, d).to(query.dtype)
 
 
@@ -110,10 +111,11 @@ def attend_compressed(
 
     mask [B, Hq, Q, T] → Σ p ẑ of V, [B, G, H/G · M, r], and the logarithm of each sum of exponentials, [B, G, H/G · M].
     """
-    folded, bias = k.fold_query(q)
+    folded = k.fold_query(q).float()
     B, G, M, _ = folded.shape
-    folded = folded.float().contiguous()
-    bias = folded.new_zeros(B, G, M) if bias is None else bias.float().contiguous()
+    rank = _rank(k, q.shape[-1])
+    bias = folded[..., rank].contiguous() if k.affine else folded.new_zeros(B, G, M)
+    folded = folded[..., :rank].contiguous()
     aligned = TILE.value in (k.block_tokens, v.block_tokens)
     bases = [part.first // TILE.value * TILE.value if aligned else part.first for part in parts]
     tiles = [-(-(part.end - base) // TILE.value) for part, base in zip(parts, bases, strict=True)]
@@ -275,16 +277,16 @@ def _outside(store: TokenStore, first: int, end: int) -> Iterator[tuple[slice, T
 
 def _outside_scores(store: TokenStore, q: Tensor, first: int, end: int) -> Tensor:
     """q · k of tokens outside [first, end), [B, H, M, n] float32."""
-    folded, bias = store.compressor.fold_query(q)
+    folded, rank = store.compressor.fold_query(q), _rank(store.compressor, q.shape[-1])
     out = q.new_empty(*q.shape[:3], len(store) - (end - first), dtype=torch.float32)
     for place, held in _outside(store, first, end):
         if isinstance(held, Tensor):
             out[..., place] = q @ held.mT
         else:
-            own = out[..., place]
-            store.compressor.quantizer.scores(folded, held, own.unflatten(1, (folded.shape[1], -1)).flatten(2, 3))
-            if bias is not None:
-                own += bias
+            own = out[..., place].unflatten(1, (folded.shape[1], -1)).flatten(2, 3)
+            store.compressor.quantizer.scores(folded[..., :rank], held, own)
+            if store.compressor.affine:
+                own += folded[..., rank:]
     return out
 
 
@@ -300,11 +302,10 @@ def _outside_sum(store: TokenStore, p: Tensor, first: int, end: int) -> Tensor:
         else:
             grouped = part.unflatten(1, (groups, -1)).flatten(2, 3)
             y = compressor.quantizer.weighted_sum(grouped, held, _rank(compressor, d))
-            total += compressor.unfold_sum(y, part, d)
+            total += _unfolded(compressor, y, grouped.sum(-1, keepdim=True), d)
     return total
 
 
 def _unfolded(v: Compressor, y: Tensor, share: Tensor, head_dim: int) -> Tensor:
-    """Mean ẑ under the softmax of the compressed tokens, [B, G, H/G · M, r], and their share of the whole,
-    [B, H, M, 1] → their part of the output, [B, H, M, d]."""
-    return v.unfold_sum(y * share.view(*y.shape[:3], 1), share, head_dim)
+    """Sums of ẑ, y [B, G, H/G · M, r], and of their weights, share [B, G, H/G · M, 1] → sums of x̂, [B, H, M, d]."""
+    return v.unfold_sum(torch.cat((y, share), dim=-1) if v.affine else y, head_dim)
