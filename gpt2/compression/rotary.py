@@ -6,6 +6,7 @@ by the same. A rotation that isn't the model's only costs compression, so it is 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,8 @@ def fitting(keys: Tensor, start: int, choices: list[Rotary]) -> Rotary:
         x = rotary.turn(keys.double(), start, -1)
         x = x - x.mean(-2, keepdim=True)
         covariance = x.mT @ x / x.shape[-2]
+        if not torch.isfinite(covariance).all():  # refused where the statistics are taken, with what to do
+            return math.inf
         floor = 1e-6 * covariance.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(x.shape[-1], dtype=x.dtype)
         return float(torch.linalg.eigvalsh(covariance + floor).clamp_min(1e-300).log().sum())
 
