@@ -92,6 +92,38 @@ def test_the_timer_flushes_before_it_starts(monkeypatch):
     assert seen == ["flush", "clock", "step", "clock"]
 
 
+def test_on_a_gpu_it_keeps_it_busy_while_the_host_launches(monkeypatch):
+    """Simulated: a flush takes the GPU 1 ms, launching a step takes the host 2.25 ms."""
+    timer, seen, now = speed.Timer(CPU, 64), [], [0.0]
+    timer.cuda = True
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            seen.append("event")
+
+        def synchronize(self):
+            seen.append("wait")
+
+        def elapsed_time(self, other):
+            return 7.0 if seen[-3:-2] == ["step"] else 1.0
+
+    def step():
+        seen.append("step")
+        now[0] += 0.00225
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(timer, "flush", lambda: seen.append("flush"))
+    monkeypatch.setattr(speed, "clock", lambda: now[0])
+    timer.warm_up([step])
+    seen.clear()
+    ms, host_ms = timer(step)
+    assert (ms, host_ms) == (7.0, pytest.approx(2.25)) and timer.flushes == 6
+    assert seen == 6 * ["flush"] + ["event", "step", "event", "wait"]
+
+
 def test_bandwidth_counts_bytes_read_and_written(timer, monkeypatch):
     monkeypatch.setattr(speed.Timer, "__call__", lambda self, step: (step() is None, 2.0)[::-1])
     assert speed.copy_bandwidth(timer, 1000) == 2 * 1000 / 0.002
