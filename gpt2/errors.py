@@ -35,6 +35,11 @@ class BudgetNotMet(PluginError):
     exit_code = 3
 
 
+# As PyTorch's CPU allocator, CUDA's libraries and Triton say it, in errors of no kind of their own
+NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory")
+NO_MEMORY += ("CUBLAS_STATUS_ALLOC_FAILED",)
+
+
 def is_out_of_memory(error: Exception) -> bool:
-    """CUDA has an exception of its own for it; PyTorch's CPU allocator only a message."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """PyTorch's CUDA allocator has an exception of its own for it; others only a message."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in NO_MEMORY)

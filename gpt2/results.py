@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -82,14 +83,14 @@ def write_figure(path: str | Path, figure) -> Path:
 
 def provenance(args: Any = None, **more) -> dict:
     """What a result was made from: arguments, commit, versions, device, time; more keys as given."""
-    packages = ("torch", "transformers", "numpy", "optuna")
+    packages = ("torch", "transformers", "numpy", "optuna", "triton")
     return {
         "args": {
             key: shown(value) if isinstance(value, Path) else value
             for key, value in (vars(args) if args else {}).items()
         },
         "git_commit": git_commit(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: version for name in packages if (version := _version(name))},
         "device": device_name(getattr(args, "device", "auto")),
         "threads": torch.get_num_threads(),
         "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -102,6 +103,24 @@ def device_name(device: str) -> str:
     if device == "cpu" or not torch.cuda.is_available():
         return "cpu"
     return torch.cuda.get_device_name(None if device in ("auto", "all") else device)
+
+
+def device_slug(device: torch.device | str) -> str:
+    """A device as file names have it: `cpu`, or `cuda-` and the GPU's short name, such as `cuda-h100`."""
+    name = device_name(str(device))
+    if name == "cpu":
+        return name
+    # Of "NVIDIA H100 80GB HBM3" and "NVIDIA GeForce RTX 4090" the first word with a digit
+    short = next((word for word in name.split() if any(c.isdigit() for c in word)), name)
+    return f"cuda-{re.sub('[^a-z0-9]+', '-', short.lower())}"
+
+
+def _version(package: str) -> str | None:
+    """None where it isn't installed: a machine that only measures has no need of the tuner's."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def shown(path: Path) -> str:

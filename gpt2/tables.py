@@ -52,6 +52,69 @@ def appending(record: dict, _: list[str]) -> str:
     return "\n".join(lines)
 
 
+def attention_step(record: dict, words: list[str]) -> str:
+    """Time of a decode step's attention, a row per context and way; of some context lengths or of all."""
+    contexts = [int(word) for word in words]
+    rows = [row for row in record["rows"] if not contexts or row["context_tokens"] in contexts]
+    if missing := set(contexts) - {row["context_tokens"] for row in rows}:
+        raise PluginError(f"the results have no rows of context {sorted(missing)}: run the script with them")
+    lines = [
+        "| context | attention over | time | held | read at | of copy speed | against sdpa | against best 16-bit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["ms_quartiles"]
+        best_low, best_high = row["speed_against_best_16_bit_quartiles"]
+        name = f"**{row['row']}**" if row["best_16_bit"] else row["row"]
+        lines.append(
+            f"| {row['context_tokens']:,} | {name} | {row['ms_median']:.3f} ms ({low:.3f} … {high:.3f}) "
+            f"| {row['bytes_held'] / 2**20:,.1f} MiB | {row['bytes_per_s'] / 1e9:,.1f} GB/s "
+            f"| {row['share_of_copy']:.0%} | {row['speed_against_sdpa_median']:.2f}x "
+            f"| {row['speed_against_best_16_bit_median']:.2f}x ({best_low:.2f} … {best_high:.2f}) |"
+        )
+    compiled = [sum(row["compile_s"].values()) for row in rows if "compile_s" in row]
+    building = f" torch.compile took {min(compiled):.1f} to {max(compiled):.1f} s per context." if compiled else ""
+    return "\n".join(lines) + f"\n\n{_attention_setting(record)}{building}"
+
+
+def _attention_setting(record: dict) -> str:
+    args = record["args"]
+    threads = f", {record['threads']} thread{'s' * (record['threads'] > 1)}" if record["device"] == "cpu" else ""
+    return (
+        f"One layer, one token for each of {args['batch_size']} sequence{'s' * (args['batch_size'] > 1)}, "
+        f"{args['heads']} query heads, {args['kv_heads']} KV heads of {args['head_dim']}, {record['dtype']}, on "
+        f"{record['device']}{threads}; codes read by {record['kernels']}. Medians of {args['repeats']} repeats, "
+        f"quartiles in brackets; in bold the fastest 16-bit row. Copies run at {record['copy_bytes_per_s'] / 1e9:,.0f} "
+        "GB/s, read and written."
+    )
+
+
+def largest_batch(record: dict, _: list[str]) -> str:
+    """The most sequences whose caches fit, and how fast they are decoded together."""
+    lines = [
+        "| cache | largest batch | against baseline | tokens/s | against baseline | cache |",
+        "|---|---|---|---|---|---|",
+    ]
+    base = next((row for row in record["rows"] if row["cache"] == "baseline" and row["largest_batch"]), None)
+    for row in record["rows"]:
+        if not row["largest_batch"]:
+            lines.append(f"| {row['cache']} | not even one | | | | |")
+            continue
+        more, faster = (
+            format(row[key] / base[key], ".2f") + "x" if base else "–" for key in ("largest_batch", "tokens_per_s")
+        )
+        size = f"{'at least ' if row['at_limit'] else ''}{row['largest_batch']:,}"
+        lines.append(
+            f"| {row['cache']} | {size} | {more} | {row['tokens_per_s']:,.1f} | {faster} "
+            f"| {row['cache_bytes'] / 2**30:,.1f} GiB |"
+        )
+    weights = "" if record["weights"] == "trained" else f" Weights are {record['weights']}."
+    return "\n".join(lines) + (
+        f"\n\n{record['model']} in {record['dtype']} on {record['device']}: sequences of "
+        f"{record['args']['context_length']:,} tokens, {record['args']['decode_tokens']} tokens decoded.{weights}"
+    )
+
+
 def calibrating(record: dict, _: list[str]) -> str:
     """Cost of calibration."""
     lines = [
@@ -267,12 +330,14 @@ def _kl(row: dict) -> str:
 
 
 TABLES: dict[str, Callable[[dict, list[str]], str]] = {
+    "attention_step": attention_step,
     "validate_ppl": validation,
     "benchmark_append": appending,
     "benchmark_calibration": calibrating,
     "architectures": architectures,
     "explore_codecs": exploration,
     "ladder": ladder,
+    "largest_batch": largest_batch,
     "layer_ablation": layer_ablation,
     "needle": needle,
     "peers": peers,

@@ -1,0 +1,83 @@
+"""Attention over int4_channel as plain PyTorch, which `torch.compile` makes kernels of: what C++ is measured by."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from gpt2.compression.codecs.base import Fields
+from gpt2.compression.codecs.mixed import BLOCK, OCTAVE, SCALE_ZERO
+from gpt2.compression.codecs.per_channel import Int4Channel
+
+
+class CompiledInt4Channel(Int4Channel):
+    """int4_channel, read by two compiled functions. compile_s: seconds of each one's first call, by its name."""
+
+    name = "int4_channel_compiled"
+
+    def __init__(self):
+        torch.compiler.reset()  # another shape is compiled anew in any case, and so many versions are all it keeps
+        self.compile_s: dict[str, float] = {}
+        # Apart, as softmax lies between them
+        self._scores = self._timed("scores", torch.compile(int4_scores, dynamic=False))
+        self._sums = self._timed("sums", torch.compile(int4_sums, dynamic=False))
+
+    def packed(self, fields: Fields, rank: int) -> None:
+        return None  # else C++ would read them
+
+    def scores(self, q: Tensor, fields: Fields, out: Tensor) -> None:
+        out.copy_(self._scores(q.float(), **fields))
+
+    def weighted_sum(self, p: Tensor, fields: Fields, rank: int) -> Tensor:
+        return self._sums(p, **fields)
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """In it, what is called for the first time is compiled, whatever earlier processes have left on disk."""
+        from torch._inductor.utils import fresh_cache
+
+        with fresh_cache():
+            yield
+
+    def _timed(self, name: str, fn: Callable) -> Callable:
+        def timed(*args, **fields) -> Tensor:
+            if name in self.compile_s:
+                return fn(*args, **fields)
+            start = time.perf_counter()
+            result = fn(*args, **fields)
+            self.compile_s[name] = time.perf_counter() - start
+            return result
+
+        return timed
+
+
+# Written out query by query: compiled, all queries of a KV head then share one unpacking of its codes, which takes
+# half the time of the same sums over a dimension of queries
+
+
+def int4_scores(q: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """q · ẑ, [B, G, M, T]: q [B, G, M, r], fields as `per_channel` has them."""
+    low, high, step = (codes & 15).float(), (codes >> 4).float(), _step(scale)
+    rows = []
+    for own in q[:, :, :, None, None].unbind(2):  # [B, G, 1, 1, r]
+        folded, bias = own * step, (own * offset.float()).sum(-1)
+        rows.append(torch.cat(((folded * low).sum(-1), (folded * high).sum(-1)), dim=-1) + bias)
+    return torch.stack(rows, dim=2).flatten(3)
+
+
+def int4_sums(p: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """Σ p ẑ, [B, G, M, r]: p [B, G, M, T], fields as `per_channel` has them."""
+    low, high, step = (codes & 15).float(), (codes >> 4).float(), _step(scale)[:, :, :, 0]
+    rows = []
+    for own in p.unflatten(-1, (-1, 2, BLOCK // 2))[..., None].unbind(2):  # [B, G, n, 2, 32, 1]
+        y = (own[:, :, :, 0] * low).sum(-2) + (own[:, :, :, 1] * high).sum(-2)
+        rows.append((y * step + own.sum((3, 4)) * offset.float()[:, :, :, 0]).sum(2))
+    return torch.stack(rows, dim=2)
+
+
+def _step(scale: Tensor) -> Tensor:
+    return ((scale.float() - SCALE_ZERO) / OCTAVE).exp2()

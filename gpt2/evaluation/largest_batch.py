@@ -1,0 +1,130 @@
+"""The largest batch whose caches of some length fit beside a model, and how fast it is decoded.
+
+Doubling until memory runs out, then bisection. A cache is filled with noise, layer by layer, some tokens at a time, as
+sequences that arrive one after another would fill it: a prompt of the whole batch at once would need memory that has
+nothing to do with the cache. Then the model decodes from it.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
+from gpt2.errors import is_out_of_memory
+from gpt2.evaluation.instruments import synchronizer
+from gpt2.evaluation.memory import cache_bytes
+from gpt2.evaluation.perplexity import BASELINE, CacheFactory
+from gpt2.models import LoadedModel
+
+CHUNK_VALUES = 1 << 28  # of K or V appended at a time: half a gigabyte in 16 bits
+LEAST_CHUNK = 64  # tokens
+RESOLUTION = 32  # bisection ends within one in so many of the largest
+WARM_STEPS = 1
+clock = time.perf_counter
+
+
+def search(fits: Callable[[int], bool], most: int, resolution: int = RESOLUTION) -> int:
+    """The largest batch that fits, 0 where one sequence doesn't, to 1 / `resolution` of itself; at most `most`."""
+    fit, batch = 0, 1
+    while batch <= most and fits(batch):
+        fit, batch = batch, 2 * batch
+    too_large = min(batch, most + 1)
+    while too_large - fit > 1 + fit // resolution:
+        middle = (fit + too_large) // 2
+        if fits(middle):
+            fit = middle
+        else:
+            too_large = middle
+    return fit
+
+
+def measure(
+    loaded: LoadedModel, name: str, make: CacheFactory, context: int, *, decode_tokens: int = 8, most: int = 1024,
+    seed: int = 0,
+) -> dict:  # fmt: skip
+    """Results record of one cache: its largest batch at `context` tokens each, and the speed of every batch tried.
+
+    Caches of ours are read as they are stored. The rest as in `search`.
+    """
+    tries: dict[int, dict | None] = {}
+
+    def fits(batch: int) -> bool:
+        tries[batch] = attempt(loaded, make, context, batch, decode_tokens, seed)
+        return tries[batch] is not None
+
+    (disable_compressed_attention if name == BASELINE else enable_compressed_attention)(loaded.model)
+    try:
+        largest = search(fits, most)
+    finally:
+        disable_compressed_attention(loaded.model)
+    tried = [{"batch_size": batch, "fits": run is not None} | (run or {}) for batch, run in tries.items()]
+    best = {"largest_batch": largest, "at_limit": largest == most}
+    return {"cache": name, "context_tokens": context} | best | (tries.get(largest) or {}) | {"tried": tried}
+
+
+def attempt(
+    loaded: LoadedModel, make: CacheFactory, context: int, batch: int, steps: int, seed: int = 0
+) -> dict | None:
+    """Fill a cache for a batch and decode from it: tokens per second of all, and bytes held. None where it doesn't fit.
+
+    Nothing of it is left in memory.
+    """
+    try:
+        found = _filled_and_decoded(loaded, make(), context, batch, steps, seed)
+    except Exception as error:  # which of many exceptions it is depends on the device
+        if not is_out_of_memory(error):
+            raise
+        found = None
+    gc.collect()  # only here is the error gone, and the tensors it held on to
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return found
+
+
+@torch.no_grad()
+def _filled_and_decoded(loaded: LoadedModel, cache: Cache, context: int, batch: int, steps: int, seed: int) -> dict:
+    model, wait = loaded.model, synchronizer(loaded.model)
+    fill(cache, loaded, context, batch, seed)
+    token = decode(model, cache, torch.zeros(batch, 1, dtype=torch.long, device=loaded.device), WARM_STEPS)
+    wait()
+    start = clock()
+    decode(model, cache, token, steps)
+    wait()
+    seconds = clock() - start
+    return {
+        "tokens_per_s": batch * steps / seconds,
+        "token_ms": 1000 * seconds / steps,
+        "cache_bytes": cache_bytes(cache),
+    }
+
+
+def fill(cache: Cache, loaded: LoadedModel, context: int, batch: int, seed: int = 0) -> None:
+    """Put `context` tokens of noise into every layer, the same in all: what they say changes neither size nor speed."""
+    heads, d = loaded.geometry.num_kv_heads, loaded.geometry.head_dim
+    generator = torch.Generator(loaded.device).manual_seed(seed)
+    for tokens in chunks(context, batch * heads * d):
+        x = torch.randn(batch, heads, tokens, d, generator=generator, device=loaded.device, dtype=loaded.model.dtype)
+        for layer in cache.layers:
+            getattr(layer, "store", layer.update)(x, x)  # ours needn't read back what it holds
+
+
+def chunks(context: int, values_per_token: int) -> Iterator[int]:
+    """Tokens to append at a time, so that a chunk is no large part of memory."""
+    size = max(CHUNK_VALUES // values_per_token // LEAST_CHUNK, 1) * LEAST_CHUNK
+    while context:
+        yield min(size, context)
+        context -= min(size, context)
+
+
+def decode(model: PreTrainedModel, cache: Cache, token: Tensor, steps: int) -> Tensor:
+    """Greedy steps from a token [B, 1]; the last one made, [B, 1]."""
+    for _ in range(steps):
+        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    return token
