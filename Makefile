@@ -25,9 +25,10 @@ demo: $(VENV)/.installed
 	@echo "== 2/3 tune: the most compression for at most 5 % perplexity"
 	$(RUN) scripts/auto_tune_kv_compression.py --calibration $(DEMO)/calibration.pt --rank-grid 64,60,48 --bits 16,8,4 \
 		--eval-tokens 2048 --eval-seq-len 1024 --study $(DEMO)/study.db --output $(DEMO)/preset.json
-	@echo "== 3/3 generate with that cache, and with a built-in preset of 4x"
+	@echo "== 3/3 generate with that cache, and with built-in presets of 4x: one that loses least, one that is fast"
 	$(RUN) scripts/generate_with_preset.py --preset $(DEMO)/preset.json
 	$(RUN) scripts/generate_with_preset.py --preset kv-4x
+	$(RUN) scripts/generate_with_preset.py --preset fast-4x --direct
 	@echo "Look at $(DEMO)/calibration.png and $(DEMO)/preset.png"
 
 workflow: $(VENV)/.installed

@@ -287,6 +287,24 @@ def ladder(record: dict, _: list[str]) -> str:
     )
 
 
+def tuned(record: dict, _: list[str]) -> str:
+    """Every candidate that a codec search has measured, most compressed first; the chosen one in bold."""
+    lines = ["| cache | whole-KV ratio | Δ perplexity, tuning text | 95 % interval |", "|---|---|---|---|"]
+    budget = record["args"]["target_ppl_delta"]
+    chosen = {key: record[key] for key in ("codec", "bits", "quantizer", "sink_tokens")}
+    for trial in sorted(record["trials"], key=lambda trial: -trial["compression_ratio"]):
+        low, high = trial["ppl_delta_interval"]
+        label = f"**{trial['label']}**" if chosen.items() <= trial.items() else trial["label"]
+        lines.append(
+            f"| {label} | {trial['compression_ratio']:.2f}x | {trial['ppl_delta']:+.2%} | {low:+.2%} … {high:+.2%} |"
+        )
+    low, high = record["figures"]["ppl_delta_interval"]
+    return "\n".join(lines) + (
+        f"\n\n{record['model']}, budget {budget:+.1%}. On {record['figures']['tokens']:,} evaluation tokens of "
+        f"{record['text']} the chosen one costs {record['ppl_delta']:+.2%} ({low:+.2%} … {high:+.2%})."
+    )
+
+
 def exploration(record: dict, questions: list[str]) -> str:
     """The joint codec with one thing changed at a time, of some questions or of all; the product's rows in bold."""
     if missing := set(questions) - {row["question"] for row in record["rows"]}:
@@ -332,6 +350,7 @@ def _kl(row: dict) -> str:
 TABLES: dict[str, Callable[[dict, list[str]], str]] = {
     "attention_step": attention_step,
     "validate_ppl": validation,
+    "auto_tune": tuned,
     "benchmark_append": appending,
     "benchmark_calibration": calibrating,
     "architectures": architectures,

@@ -2,15 +2,18 @@
 
     python scripts/generate_with_preset.py --preset results/presets/smollm2-135m-v-5pct.json
     python scripts/generate_with_preset.py --preset int4-vonly --prompt "The history of tea begins"
+    python scripts/generate_with_preset.py --preset fast-4x --direct
 
 --preset takes a preset file, the name of a built-in preset of the model, or kv8 or kv4, which fit any model. Decoding
-is greedy, so that both texts can be compared; a small difference early on may still send them apart.
+is greedy, so that both texts can be compared; a small difference early on may still send them apart. --direct reads the
+compressed cache as it is stored, in place of expanding it at every step.
 """
 
 import torch
 from transformers import DynamicCache
 
 from gpt2 import cli, models
+from gpt2.compression.attention import enable_compressed_attention
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.presets import create_cache_from_preset, resolve_preset
 from gpt2.evaluation.memory import cache_bytes
@@ -23,6 +26,9 @@ def main() -> None:
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
     p.add_argument("--preset", required=True, help="preset file, built-in name, or kv8 or kv4")
+    p.add_argument(
+        "--direct", action="store_true", help="attend over codes, which needs a model whose attention can be set"
+    )
     p.add_argument("--prompt", default=PROMPT, help="text to continue")
     p.add_argument("--max-new-tokens", type=cli.positive_int, default=96)
     args = p.parse_args()
@@ -31,6 +37,8 @@ def main() -> None:
     loaded = models.load(args.model, args.device, args.dtype)
     inputs = loaded.tokenizer(args.prompt, return_tensors="pt").to(loaded.device)
     compressed = create_cache_from_preset(preset, loaded.device, model=loaded)
+    if args.direct:
+        enable_compressed_attention(loaded.model)
     held = {}
     for label, cache in (("uncompressed", DynamicCache(config=loaded.model.config)), ("compressed", compressed)):
         with torch.no_grad():

@@ -14,12 +14,14 @@ from transformers import DynamicCache
 
 from gpt2 import architectures, results, tables
 from gpt2.architectures import DIRECT, FAILED, NEW, NOT_TRIED, PROMPT, RECONSTRUCT, REFUSED, WORKING
+from gpt2.compression.attention import enable_compressed_attention
 from gpt2.compression.calibration import calibrate
 from gpt2.compression.calibration_file import save_calibration
 from gpt2.compression.codecs import Compressor, quantizer_for_bits
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.presets import create_cache_from_preset, new_preset
 from gpt2.data import by_position
+from gpt2.errors import UnsupportedModel
 from gpt2.models import wrap
 
 COMMITTED = results.RESULTS / "runs" / "architectures.json"
@@ -74,6 +76,20 @@ def runs_start_to_end(family: str, row: dict, folder) -> None:
     assert {layer.get_seq_length() for layer in cache.layers} == {fed}
     for store in (store for layer in cache.layers for store in layer.stores.values()):
         assert store.compressed_tokens == fed - 2 - 3 and store.read().isfinite().all()
+    reads_what_is_stored(row["mode"], loaded.model, lambda: create_cache_from_preset(preset, model=loaded))
+
+
+def reads_what_is_stored(mode: str, model, make) -> None:
+    """Attention over the cache gives the logits of reconstruction, or the model is refused and left as it was."""
+    reconstructed = architectures.streamed(model, make())
+    if mode == RECONSTRUCT:
+        with pytest.raises(UnsupportedModel, match="can't attend over a compressed cache"):
+            enable_compressed_attention(model)
+        assert torch.equal(architectures.streamed(model, make()), reconstructed)
+        return
+    enable_compressed_attention(model)
+    change = (architectures.streamed(model, make()) - reconstructed).abs().mean() / reconstructed.abs().max()
+    assert change < 1e-3, "a code may tip over here and there; whatever is wrong moves all logits"
 
 
 KNOWN = {

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt2 import data, models, results
+from gpt2.compression.attention import enable_compressed_attention
 from gpt2.compression.calibration import calibrate
 from gpt2.compression.calibration_file import save_calibration
 from gpt2.compression.choice import from_policy, from_preset
@@ -162,3 +163,27 @@ def test_dropping_the_all_ones_direction_is_not_free(loaded, text):
     make = partial(CompressedDynamicCache, *compressors_for("v", 16, 30, None, codec="ln_nullspace", head_dim=64))
     scores = score(loaded, segments, {BASELINE: baseline_factory(loaded), "nullspace": make}, batch_size=1)
     assert compare(scores[BASELINE], scores["nullspace"])["kl_nats"] > 0.005
+
+
+def test_a_preset_of_4x_is_read_as_it_is_stored(loaded, text):
+    """Logits of fast-4x by attention over codes are those of its reconstruction, and near the uncompressed ones."""
+    ids = text.segments("evaluation", loaded, 400, 1)
+    fresh = AutoModelForCausalLM.from_pretrained(models.embedded_folder())
+
+    @torch.no_grad()
+    def logits(model, cache):
+        pieces = ids.split([360, *[8] * 5], dim=1)
+        return torch.cat([model(x, past_key_values=cache).logits for x in pieces], dim=1)[0, 300:].log_softmax(-1)
+
+    def cache():
+        return create_cache_from_preset(get_preset_info("smollm2-135m", "fast-4x"))
+
+    exact, reconstructed = logits(fresh, identity_cache(30)), logits(fresh, cache())
+    enable_compressed_attention(fresh)
+    stored = logits(fresh, cache())
+
+    def kl(a, b):
+        return float((a.exp() * (a - b)).sum(-1).mean())
+
+    assert kl(reconstructed, stored) < 0.02 * kl(exact, reconstructed)
+    assert 1e-4 < kl(exact, stored) < 0.05

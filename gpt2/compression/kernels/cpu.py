@@ -87,7 +87,7 @@ def loaded() -> bool:
     """Build the kernels if need be, and load them; False, with one line in the log, where that can't be done."""
     from torch.utils import cpp_extension
 
-    name = f"kv_compression_{_machine()}"
+    name = f"kv_compression_{_built_for()}"
     try:
         folder = Path(cpp_extension._get_build_directory(name, verbose=False))
         # PyTorch's own lock outlives a build that was killed, and whoever comes next would wait forever
@@ -102,14 +102,15 @@ def loaded() -> bool:
     return True
 
 
-def _machine() -> str:
-    """What code built here may rely on: a home folder can be shared by machines with other processors."""
+def _built_for() -> str:
+    """Names a build by its source and what it relies on: machines with other processors may share a home folder."""
     try:
         text = Path("/proc/cpuinfo").read_text()
         processor = next(line for line in text.splitlines() if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         processor = platform.processor()
-    return hashlib.sha256(f"{platform.machine()} {processor}".encode()).hexdigest()[:12]
+    what = f"{platform.machine()} {processor} {torch.__version__} {FLAGS}".encode() + SOURCE.read_bytes()
+    return hashlib.sha256(what).hexdigest()[:12]
 
 
 def _first_line(error: Exception) -> str:
