@@ -279,6 +279,38 @@ def test_other_caches_and_none_work_as_before(llama):
         disable_compressed_attention(llama)
 
 
+def test_the_decoder_alone_reads_what_is_stored_too(llama, monkeypatch):
+    calls = []
+    attend = direct.attend
+    monkeypatch.setattr(direct, "attend", lambda *args, **how: calls.append(1) or attend(*args, **how))
+    enable_compressed_attention(llama)
+    try:
+        calls.clear()
+        llama.base_model(windows(1, 5), past_key_values=cache_of(llama, SETTINGS["int8"], None))
+        assert len(calls) == 3
+    finally:
+        disable_compressed_attention(llama)
+
+
+def test_gradients_reach_queries(llama):
+    """Kernels have no way back, so what needs one is expanded."""
+    embedded = llama.get_input_embeddings()(windows(1, 8)).requires_grad_()
+    enable_compressed_attention(llama)
+    try:
+        with torch.enable_grad():
+            logits = llama(inputs_embeds=embedded, past_key_values=cache_of(llama, SETTINGS["int8"], None)).logits
+            logits.sum().backward()
+    finally:
+        disable_compressed_attention(llama)
+    assert embedded.grad.isfinite().all() and embedded.grad.abs().sum() > 0
+
+
+def test_a_float64_model(llama):
+    model = tiny_model("llama").double()
+    make = lambda: cache_of(model, SETTINGS["int8"], SETTINGS["mixed"])  # noqa: E731
+    assert close(*both(model, make, streamed(model)))
+
+
 def test_a_cache_is_sealed_only_while_such_a_model_runs(llama):
     cache, other = cache_of(llama, SETTINGS["int8"], None), tiny_model("llama")
     enable_compressed_attention(llama)

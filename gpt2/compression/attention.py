@@ -45,9 +45,14 @@ def enable_compressed_attention(model: PreTrainedModel) -> PreTrainedModel:
     if model.device.type == "cpu":
         cpu.loaded()  # now, so that the first token doesn't wait for a compiler
     previous = model.config._attn_implementation
+    # Of the decoder as well: evaluations call it without the head
     hooks = [
-        model.register_forward_pre_hook(_seal, with_kwargs=True),
-        model.register_forward_hook(_unseal, with_kwargs=True, always_call=True),
+        hook
+        for module in {id(m): m for m in (model, model.base_model)}.values()
+        for hook in (
+            module.register_forward_pre_hook(_seal, with_kwargs=True),
+            module.register_forward_hook(_unseal, with_kwargs=True, always_call=True),
+        )
     ]
     setattr(model, _STATE, (previous, hooks))
     try:
@@ -91,7 +96,9 @@ def compressed_attention(
         return _plain(module, query, key, value, attention_mask, **plain), None
     k, v = key.stores()
     few = query.shape[1] * query.shape[2] <= MOST_QUERIES * k.sinks.shape[1]
-    if not (few and k.compressor.foldable and v.compressor.foldable) or kwargs.get("position_bias") is not None:
+    learning = query.requires_grad and torch.is_grad_enabled()  # kernels have no way back
+    special = learning or kwargs.get("position_bias") is not None
+    if special or not (few and k.compressor.foldable and v.compressor.foldable):
         return _plain(module, query, *key.read(), attention_mask, **plain), None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = direct.attend(k, v, query, attention_mask, scaling, softcap=softcap, sinks=s_aux)

@@ -110,7 +110,7 @@ def _parts(store: TokenStore) -> tuple[list[cpu.Part], list[cpu.Part] | None]:
     rank, blocks = _rank(store), []
     for start, fields in store.pieces():
         packed = compressor.quantizer.packed(fields, rank)
-        if packed is None:
+        if packed is None or store.sinks.dtype not in cpu.EXACT_DTYPES:
             return exact, None
         kind, bits, own = packed
         skip = 0 if blocks else store.lead

@@ -348,6 +348,7 @@ std::unique_ptr<Codec> codec_of(int64_t kind, const Tensor* fields, int r, int b
   TORCH_CHECK(kind == kExact, "no codec of kind ", kind);
   if (fields->scalar_type() == at::kHalf) return std::make_unique<Exact<at::Half>>(fields, r);
   if (fields->scalar_type() == at::kBFloat16) return std::make_unique<Exact<at::BFloat16>>(fields, r);
+  TORCH_CHECK(fields->scalar_type() == at::kFloat, "no codec for vectors of ", fields->scalar_type());
   return std::make_unique<Exact<float>>(fields, r);
 }
 

@@ -26,6 +26,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
 FLAGS += ["-fopenmp"] * (sys.platform == "linux")
 EXACT, TOKEN, CHANNEL, PLANES = range(4)  # how codes lie, as cpu.cpp numbers them
+EXACT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Packed = tuple[int, int, list[Tensor]]  # what a quantizer stores: how it lies, bits, and fields
 
 

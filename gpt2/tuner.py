@@ -1,0 +1,66 @@
+"""The tuner's two searches, from the arguments of its script to trials: of one codec's grid, and of all codecs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gpt2 import cli, results
+from gpt2.compression import autotune, codec_search, codec_space, preset_calibration, tuning
+from gpt2.compression.calibration_file import obtain_calibration
+from gpt2.compression.codecs import metric_of, needs_calibration
+from gpt2.compression.search import Search
+
+Found = tuple[Search, list[autotune.Trial], str, str, dict]
+
+
+def search_grid(args, loaded, text, output: Path) -> Found | None:
+    """The search, its trials, the calibration as a preset names it, advice for an empty hand, and more preset keys."""
+    cells = autotune.grid(args.rank_grid, args.bits, loaded.geometry.head_dim, args.codec)
+    metric = metric_of(args.codec) if needs_calibration(args.codec) else None
+    parts, calibration_file = measured_with(args, loaded, text, output, metric, cells[0].rank)
+    search = Search(**parts)
+    study_name = autotune.study_name(search.key(text.sha256("tuning")))
+    if args.layer_ablation or args.per_layer:
+        beside = args.study.parent / f"layer_ablation_{loaded.slug}_{study_name[-8:]}.json"
+        ablation = args.output if args.layer_ablation and args.output else beside
+        rows = search.ablate(cells, ablation, text.sha256("tuning"), results.provenance(args, text=text.name))
+        tuning.print_layers(rows, ablation, f"{args.model}: one layer compressed at a time, {text.name}")
+        if args.layer_ablation:
+            return None
+        cells += search.per_layer(rows, args.target_ppl_delta)
+    study = autotune.open_study(args.study, study_name)
+    trials = autotune.run_grid(study, args.study, cells, search.evaluate, tuning.print_progress)
+    return search, trials, calibration_file, autotune.ADVICE, {}
+
+
+def search_codecs(args, loaded, text, output: Path) -> Found:
+    """As `search_grid`."""
+    budget, head_dim = args.target_ppl_delta, loaded.geometry.head_dim
+    metric = codec_space.metric_for(args.codecs or codec_space.default_families())
+    parts, calibration_file = measured_with(args, loaded, text, output, metric, head_dim)
+    recent = (0, *(args.recent_grid or ()))
+    space, left_out = codec_space.space_for(parts["calibration"], head_dim, args.codecs, args.rank_grid, recent)
+    for family, reason in left_out.items():
+        print(f"without {family}: {reason}")
+    search = codec_search.CodecSearch(**parts, space=space, budget=budget)
+    study = autotune.open_study(args.study, autotune.study_name(search.key(text.sha256("tuning"))))
+    trials = codec_search.run_search(
+        study, args.study, space, budget, search.ratio, search.evaluate, num_trials=args.num_trials, seed=args.seed,
+        report=tuning.print_progress,
+    )  # fmt: skip
+    return search, trials, calibration_file, codec_search.ADVICE, {"skipped": codec_search.skipped_records(study)}
+
+
+def measured_with(args, loaded, text, output: Path, metric: str | None, rank: int) -> tuple[dict, str]:
+    """Arguments that both searches have, and how the preset names its calibration; none where no `metric` is needed."""
+    results.check_writable(output)  # now, and not after an hour
+    names = ("target", "codec", "sink_tokens", "chunk", "batch_size", "seed")
+    parts = {name: getattr(args, name) for name in names} | {"bar": cli.bar, "calibration": None, "loaded": loaded}
+    parts |= {part: cli.evaluation_segments(args, loaded, text, part) for part in ("tuning", "evaluation")}
+    if metric is None:
+        return parts, ""
+    parts["calibration"], path = obtain_calibration(
+        loaded, text, given=args.calibration, rank=rank, samples=args.samples, seq_len=args.seq_len, seed=args.seed,
+        sink_tokens=args.sink_tokens, metric=metric, progress=cli.bar("calibrating", "seq"),
+    )  # fmt: skip
+    return parts, preset_calibration.reference_to(path, output)
