@@ -53,6 +53,11 @@ struct Field {
   const T* at(int64_t b, int64_t g, int64_t n) const {
     return reinterpret_cast<const T*>(data + b * batch + g * group + n * block);
   }
+  // Ask for `count` entries from n on, which are wanted soon; they needn't exist
+  void prefetch(int64_t b, int64_t g, int64_t n, int64_t count = 1) const {
+    const char* from = data + b * batch + g * group + n * block;
+    for (int64_t i = 0; i < count * block; i += 64) __builtin_prefetch(from + i);
+  }
 };
 
 const std::array<float, 256> kSteps = [] {
@@ -115,6 +120,7 @@ struct Token final : Codec {
       : Codec(r, false), codes(fields[0]), scale(fields[1]), offset(fields[2]), bits(bits) {}
 
   void decode(int64_t b, int64_t g, int64_t first, int tokens, float* tile) const override {
+    codes.prefetch(b, g, first + kBlock, kBlock);
     for (int t = 0; t < tokens; t++) {
       const float s = *scale.at<at::Half>(b, g, first + t), o = *offset.at<at::Half>(b, g, first + t);
       float* row = tile + t * r;
@@ -134,6 +140,8 @@ struct Channel final : Codec {
 
   void decode(int64_t b, int64_t g, int64_t first, int, float* tile) const override {
     const int64_t n = first / kBlock;
+    codes.prefetch(b, g, n + 1);
+    scale.prefetch(b, g, n + 1), offset.prefetch(b, g, n + 1);
     const uint8_t* code = codes.at(b, g, n);
     const uint8_t* exponent = scale.at(b, g, n);
     const at::Half* origin = offset.at<at::Half>(b, g, n);
@@ -161,6 +169,7 @@ struct Planes final : Codec {
 
   void decode(int64_t b, int64_t g, int64_t first, int, float* tile) const override {
     const int64_t n = first / kBlock;
+    block.prefetch(b, g, n + 1);
     uint8_t index[r + 8];
     indices(widths.at(b, g, n), index);
     int count[8] = {}, place[8];
