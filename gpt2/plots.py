@@ -267,7 +267,8 @@ def _step_bars(axis, rows: list[dict]) -> None:
         axis.barh(places, widths, left=left, color=color, label=part, height=0.75)
         left += widths
     for y, row in zip(places, rows, strict=True):
-        axis.annotate(f" {row['token_ms_median']:.3g} ms", (100, y), va="center", fontsize=7)
+        ms = row["token_ms_median"]
+        axis.annotate(f" {ms:,.0f} ms" if ms >= 100 else f" {ms:.3g} ms", (100, y), va="center", fontsize=7)
     names = [row["cache"] if len(row["cache"]) <= 28 else "…" + row["cache"][-27:] for row in rows]
     labels = [f"{name}, {row['context_tokens']:,}" for name, row in zip(names, rows, strict=True)]
     axis.set_yticks(places, labels, fontsize=7)

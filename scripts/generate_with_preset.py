@@ -39,6 +39,8 @@ def main() -> None:
     compressed = create_cache_from_preset(preset, loaded.device, model=loaded)
     if args.direct:
         enable_compressed_attention(loaded.model)
+        if not compressed.readable:
+            print(f"note: {args.preset} can't be read as it is stored and is expanded all the same: try fast-4x or kv4")
     held = {}
     for label, cache in (("uncompressed", DynamicCache(config=loaded.model.config)), ("compressed", compressed)):
         with torch.no_grad():

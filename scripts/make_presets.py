@@ -15,7 +15,7 @@ form, finds for every ratio the bits at which everything that is stored takes th
 
 works wherever results/presets and results/calibrations are. The text may be a mixture, joined by +; self is sampled
 from the model. --tag measures without writing presets: for other calibration texts, other quantizers, other seeds.
-Writes results/runs/ladder_MODEL[_TAG].json and a PNG of the frontier, or
+Writes results/runs/ladder_MODEL[_TAG].json, or ladder_grouped_MODEL…, and a PNG of the frontier, or
 the same below --output.
 """
 
@@ -39,7 +39,12 @@ def parse():
     p.set_defaults(samples=48)
     p.add_argument("--eval-text", help="text to measure on; --text if omitted")
     p.add_argument("--ratios", type=cli.ratio_list, default=list(RATIOS), help="such as 2,4,8")
-    p.add_argument("--codec", choices=list(PREFIXES), default="joint", help="K and V in one basis, or heads of each")
+    p.add_argument(
+        "--codec",
+        choices=list(PREFIXES),
+        default="joint",
+        help="joint: kv-*; grouped: fast-*, which attention reads directly",
+    )
     p.add_argument("--quantizer", choices=("mixed", "mixed_fixed"), default="mixed", help="widths per block, or once")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory and more time for the gradients")
     p.add_argument("--calibration-file", type=Path, help="results/calibrations/kv_CODEC_MODEL[_TAG].pt if omitted")

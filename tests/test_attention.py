@@ -24,6 +24,7 @@ SETTINGS = {
     "int8_channel": Setting(bits=8, quantizer="int8_channel"),
     "int4_channel": Setting("hadamard", bits=4, quantizer="int4_channel"),
     "mixed": Setting("hadamard", bits=4.0, quantizer="mixed"),
+    "mixed, no basis": Setting(bits=4.0, quantizer="mixed"),
     "low rank": Setting("ln_nullspace"),
     "low rank, int8": Setting("ln_nullspace", bits=8),
 }
@@ -170,7 +171,7 @@ def test_after_crop_reorder_and_selection(llama, kernels):
         cache.reorder_cache(torch.tensor([1, 1]))
         return llama(ids[:2, :2], past_key_values=cache).logits
 
-    for name in ("int4", "mixed", "int8_channel"):
+    for name in ("int4", "mixed", "int8_channel", "mixed, no basis"):
         assert close(*both(llama, lambda name=name: cache_of(llama, SETTINGS[name], SETTINGS[name]), run))
 
 
@@ -252,7 +253,7 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         assert cpu.loaded.__wrapped__() is False
     assert [record.message for record in caplog.records] == [
-        "no CPU kernels, so attention over codes runs in plain PyTorch, slower: no compiler here"
+        "no CPU kernels (they take ninja, and GCC 12 or Clang), so attention over codes is slower: no compiler here"
     ]
 
 
@@ -321,7 +322,7 @@ def test_a_cache_is_sealed_only_while_such_a_model_runs(llama):
         other(windows(1, 10), past_key_values=cache_of(llama, SETTINGS["int8"], None))
         with pytest.raises(IndexError):
             llama(torch.tensor([[10**6]]), past_key_values=cache)
-        assert not any(layer.sealed for layer in cache.layers), "also after an error"
+        assert not any(layer.reader for layer in cache.layers), "also after an error"
     finally:
         disable_compressed_attention(llama)
 
@@ -352,3 +353,51 @@ def test_the_probe_finds_other_logits(llama, monkeypatch):
     with pytest.raises(UnsupportedModel, match="another attention function changes its logits by"):
         enable_compressed_attention(llama)
     assert not is_enabled(llama)
+
+
+def test_interrupted_and_disabled_a_cache_is_open_again(llama, monkeypatch):
+    """Ctrl-C passes by the hook that ends reading."""
+    cache = cache_of(llama, SETTINGS["int8"], None)
+    enable_compressed_attention(llama)
+    llama(windows(1, 10), past_key_values=cache)
+
+    def interrupt(*args, **how):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(direct, "attend", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llama(windows(1, 1), past_key_values=cache)
+    disable_compressed_attention(llama)
+    cache.crop(-1)
+    assert llama(windows(1, 1), past_key_values=cache).logits.isfinite().all()
+
+
+def test_another_attention_set_meanwhile_gets_reconstructions(llama):
+    enable_compressed_attention(llama)
+    try:
+        llama.set_attn_implementation("eager")
+        assert llama(windows(1, 9), past_key_values=cache_of(llama, SETTINGS["int8"], None)).logits.isfinite().all()
+    finally:
+        disable_compressed_attention(llama)
+    assert llama.config._attn_implementation == "sdpa"
+
+
+def test_models_in_training_and_without_a_head():
+    model = tiny_model("gpt2").train()
+    enable_compressed_attention(model)
+    assert model.training and is_enabled(model)
+    decoder = tiny_model("llama").model
+    enable_compressed_attention(decoder)
+    cache = cache_of(decoder, SETTINGS["int8"], SETTINGS["int4"])
+    assert decoder(windows(1, 9), past_key_values=cache).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize("what", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", [0, 5])
+def test_what_is_no_number_doesnt_crash_the_kernels(what, where):
+    x = torch.randn(1, 2, 130, 16)
+    x[0, 0, where, 3] = what
+    fields = QUANTIZERS["mixed"].at(4.0).quantize(x[:, :, :128])
+    assert fields["block"].shape[2] == 2
+    assert torch.isfinite(QUANTIZERS["mixed"].dequantize(fields, 16)[0, 1]).all(), "other heads are as they were"

@@ -10,9 +10,13 @@ that looks at K or V on the way can't work like that; it is tried out before any
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -29,33 +33,44 @@ SAME = 1e-3  # largest change of a logit in the probe against the largest logit,
 _STATE = "_compressed_attention"
 
 
+@dataclass
+class Reader:
+    """What a model has that attends over stores: how it attended before, its hooks, and whether it still does."""
+
+    config: PretrainedConfig
+    previous: dict[str, str]
+    hooks: list
+    enabled: bool = True
+
+    @property
+    def active(self) -> bool:
+        """Not after `disable`, nor while another attention is set on the model."""
+        return self.enabled and self.config._attn_implementation == NAME
+
+    def __deepcopy__(self, memo: dict) -> Reader:
+        return self
+
+
 def enable_compressed_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Let a model attend over our caches as they are stored; returns the model.
 
-    Logits are those of the same cache without it, to rounding. Raises UnsupportedModel, and leaves the model as it
-    was, where its attention can't be replaced or a trial run with the exact cache gives other logits.
+    Logits are those of the same cache without it, to rounding. Other caches are read by PyTorch's attention. Raises
+    UnsupportedModel, and leaves the model as it was, where its attention can't be replaced or a trial run with the
+    exact cache gives other logits.
     """
-    if hasattr(model, _STATE):
+    if is_enabled(model):
         return model
     if not getattr(type(model), "_can_set_attn_implementation", lambda: False)():
         raise _unsupported(model, "transformers can't set its attention")
-    expected = _probe(model, DynamicCache(config=model.config))
     AttentionInterface.register(NAME, compressed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     if model.device.type == "cpu":
         cpu.loaded()  # now, so that the first token doesn't wait for a compiler
-    previous = model.config._attn_implementation
-    # Of the decoder as well: evaluations call it without the head
-    hooks = [
-        hook
-        for module in {id(m): m for m in (model, model.base_model)}.values()
-        for hook in (
-            module.register_forward_pre_hook(_seal, with_kwargs=True),
-            module.register_forward_hook(_unseal, with_kwargs=True, always_call=True),
-        )
-    ]
-    setattr(model, _STATE, (previous, hooks))
+    training = model.training
+    model.eval()  # dropout would look like another attention
     try:
+        expected = _probe(model, DynamicCache(config=model.config))
+        setattr(model, _STATE, Reader(model.config, _implementations(model), _hooked(model)))
         model.set_attn_implementation(NAME)
         _check_probe(model, expected)
     except UnsupportedModel:
@@ -63,19 +78,38 @@ def enable_compressed_attention(model: PreTrainedModel) -> PreTrainedModel:
         raise
     except Exception as error:  # anything that a tensor can do and a sealed one can't
         disable_compressed_attention(model)
-        raise _unsupported(model, f"it looks at K and V before attention does ({error})") from error
+        raise _unsupported(model, f"a trial run failed, as where K and V are looked at on the way ({error})") from error
+    finally:
+        model.train(training)
     return model
 
 
 def disable_compressed_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Give a model its own attention back; returns the model. Our caches then reconstruct, as without this."""
-    if hasattr(model, _STATE):
-        previous, hooks = getattr(model, _STATE)
-        for hook in hooks:
+    if is_enabled(model):
+        reader = getattr(model, _STATE)
+        reader.enabled = False
+        for hook in reader.hooks:
             hook.remove()
         delattr(model, _STATE)
-        model.set_attn_implementation(previous)
+        model.set_attn_implementation(reader.previous)
     return model
+
+
+def _implementations(model: PreTrainedModel) -> dict[str, str]:
+    """Attention of the model and of each part with a config of its own, as `set_attn_implementation` takes them."""
+    parts = {key: getattr(model.config, key, None) for key in model.config.sub_configs}
+    found = {key: part._attn_implementation for key, part in parts.items() if part is not None}
+    return {"": model.config._attn_implementation} | {key: name for key, name in found.items() if name}
+
+
+def _hooked(model: PreTrainedModel) -> list:
+    """Hooks that seal our caches while the model runs, and its decoder: evaluations call that without the head."""
+    hooks = []
+    for module in {id(m): m for m in (model, model.base_model)}.values():
+        hooks.append(module.register_forward_pre_hook(partial(_seal, weakref.ref(model)), with_kwargs=True))
+        hooks.append(module.register_forward_hook(_unseal, with_kwargs=True, always_call=True))
+    return hooks
 
 
 def is_enabled(model: PreTrainedModel) -> bool:
@@ -97,7 +131,9 @@ def compressed_attention(
     k, v = key.stores()
     few = query.shape[1] * query.shape[2] <= MOST_QUERIES * k.sinks.shape[1]
     learning = query.requires_grad and torch.is_grad_enabled()  # kernels have no way back
-    special = learning or kwargs.get("position_bias") is not None
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    special = learning or kwargs.get("position_bias") is not None or (attention_mask is None and not causal)
     if special or not (few and k.compressor.foldable and v.compressor.foldable):
         return _plain(module, query, *key.read(), attention_mask, **plain), None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -113,23 +149,24 @@ def _plain(
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)[0]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = direct.attend_expanded(key, value, query, mask, scaling, softcap=softcap, sinks=s_aux)
+    dropout = kwargs.get("dropout", 0.0) if module.training else 0.0
+    out = direct.attend_expanded(key, value, query, mask, scaling, softcap=softcap, sinks=s_aux, dropout=dropout)
     return out.transpose(1, 2).contiguous()
 
 
-def _seal(model, args, kwargs) -> None:
-    _set_sealed(kwargs, True)
+def _seal(owner: weakref.ref, module, args, kwargs) -> None:
+    _set_reader(kwargs, getattr(owner(), _STATE, None))
 
 
-def _unseal(model, args, kwargs, output) -> None:
-    _set_sealed(kwargs, False)
+def _unseal(module, args, kwargs, output) -> None:
+    _set_reader(kwargs, None)
 
 
-def _set_sealed(kwargs: dict, sealed: bool) -> None:
+def _set_reader(kwargs: dict, reader: Reader | None) -> None:
     cache = kwargs.get("past_key_values")
     if isinstance(cache, CompressedDynamicCache):
         for layer in cache.layers:
-            layer.sealed = sealed and cache.direct
+            layer.reader = reader if cache.direct else None
 
 
 @torch.no_grad()
@@ -138,7 +175,8 @@ def _probe(model: PreTrainedModel, cache) -> Tensor:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.arange(3, 3 + PROBE_TOKENS + PROBE_STEPS) * 7 % vocabulary
     pieces = ids[None].to(model.device).split([PROBE_TOKENS, *[1] * PROBE_STEPS], dim=1)
-    return torch.cat([model(x, past_key_values=cache, use_cache=True).logits.float() for x in pieces], dim=1)
+    outputs = (model(x, past_key_values=cache, use_cache=True) for x in pieces)
+    return torch.cat([getattr(out, "logits", out[0]).float() for out in outputs], dim=1)
 
 
 def _check_probe(model: PreTrainedModel, expected: Tensor) -> None:

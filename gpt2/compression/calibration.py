@@ -83,7 +83,10 @@ class Calibration:
         """The joint or the grouped codec. Raises PluginError where no gradients were taken, or a file has the other."""
         found = getattr(self, codec)
         if found is None:
-            lacks = f"it has codec {self.meta['codec']} alone" if self.meta.get("compact") else "it has no gradients"
+            if self.meta.get("compact"):
+                lacks = f"it has codec {self.meta['codec']} alone"
+            else:
+                lacks = "it was made before there was one" if self.joint else "it has no gradients"
             raise PluginError(f"codec {codec} is not in this calibration, {lacks}: make one with --metric fisher")
         return found
 

@@ -31,6 +31,12 @@ class Sealed:
 
     __slots__ = ("_layer",)
 
+    def __getattr__(self, name: str):
+        raise AttributeError(
+            f"K and V are sealed while a model attends over what is stored, so they have no {name!r}: call "
+            "disable_compressed_attention on the model that last used this cache, and reset() the cache"
+        )
+
     def __init__(self, layer: CompressedLayer):
         self._layer = layer
 
@@ -57,7 +63,7 @@ class CompressedLayer(CacheLayerMixin):
         compressors = {"KV": k} if k.joint else {"K": k, "V": v}
         self.stores = {side: TokenStore(c, sink_tokens, recent_tokens) for side, c in compressors.items()}
         self.index = index
-        self.sealed = False  # set by `attention` while a model runs that reads the stores themselves
+        self.reader = None  # set by `attention` while a model runs that reads the stores themselves
         if k is not v and (k.joint or v.joint):
             raise PluginError(f"layer {index}: a joint codec is for K and V together, the same object for both")
 
@@ -79,7 +85,7 @@ class CompressedLayer(CacheLayerMixin):
         Or a seal in the place of both, for an attention function that takes the stores.
         """
         self.store(key_states, value_states)
-        if self.sealed:
+        if self.reader is not None and self.reader.active:
             seal = Sealed(self)
             return seal, seal
         return self.read()
@@ -221,6 +227,11 @@ class CompressedDynamicCache(Cache):
             for store in layer.stores.values():
                 store.keep_expanded = True
         return self
+
+    @property
+    def readable(self) -> bool:
+        """Whether attention can read every layer as it is stored; a joint codec's keys it can't."""
+        return all(c.foldable for layer in self.layers for c in (s.compressor for s in layer.stores.values()))
 
     def nbytes(self) -> int:
         """Bytes held for the cached tokens, all of them: exact parts, codes, scales, and allocated room."""

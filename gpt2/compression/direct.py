@@ -41,13 +41,13 @@ def attend(
 
 def attend_expanded(
     key: Tensor, value: Tensor, query: Tensor, mask: Tensor | None, scaling: float, *,
-    softcap: float | None = None, sinks: Tensor | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None, dropout: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """As `attend`, over key and value [B, H, T, d]."""
+    """As `attend`, over key and value [B, H, T, d]. dropout: of what queries give to tokens, in training."""
     B, heads, Q, d = query.shape
     H = key.shape[1]
     x = ((query * scaling).reshape(B, H, -1, d) @ key.mT).float().view(B, heads, Q, -1)
-    p = probabilities(x, mask, softcap, sinks)
+    p = torch.nn.functional.dropout(probabilities(x, mask, softcap, sinks), dropout)
     return (p.view(B, H, -1, p.shape[-1]).to(value.dtype) @ value).view(B, heads, Q, -1)
 
 

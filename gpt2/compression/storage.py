@@ -134,8 +134,8 @@ class TokenStore:
             self._compress(waiting[:, :, :full], lead)
             waiting = waiting[:, :, full:]
             # A copy: a slice would keep the whole prompt's activations alive
-            waiting = waiting.clone()
-        self.tail = waiting.clone() if waiting is x else waiting
+            waiting = waiting.clone(memory_format=torch.contiguous_format)
+        self.tail = waiting.clone(memory_format=torch.contiguous_format) if waiting is x else waiting
 
     def _compress(self, x: Tensor, lead: int) -> None:
         """Store whole blocks: `lead` places that sinks have left, and tokens x [B, H, n, d]."""
@@ -210,7 +210,7 @@ class TokenStore:
         behind_sinks = max(length - self.sinks.shape[2], 0)
         blocks, rest = divmod(behind_sinks + self.lead, self.compressor.block_tokens) if behind_sinks else (0, 0)
         rest = min(rest, behind_sinks)  # in the first block the lead is no token
-        self.tail = self._expand(blocks)[:, :, :rest].clone() if rest else self.tail[:, :, :0].clone()
+        self.tail = self._expand(blocks)[:, :, :rest].contiguous().clone() if rest else self.tail[:, :, :0].clone()
         for pieces in self.blocks.values():
             pieces.truncate(blocks)
         if self.expanded is not None:

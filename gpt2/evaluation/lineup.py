@@ -21,16 +21,21 @@ def lineup(
 ) -> dict[str, CacheFactory]:  # fmt: skip
     """Caches by name, the baseline first.
 
-    identity: with our cache that stores everything as it comes. direct: every cache of ours by reconstruction and read
-    as it is stored. packages: other people's, quanto or hqq; raises PluginError where one isn't installed.
+    identity: with our cache that stores everything as it comes. direct: every cache of ours by reconstruction and,
+    where its codec allows it, read as it is stored. packages: other people's, quanto or hqq; raises PluginError where
+    one isn't installed.
     """
     L = loaded.geometry.num_layers
     ours: dict[str, CacheFactory] = {"identity": lambda: identity_cache(L)} if identity else {}
     ours |= {choice.label: choice.make for choice in choices}
     if direct:
-        ours = {label: made for name, make in ours.items()
-                for label, made in ((name, _reconstructing(make)), (f"{name}, direct", make))}  # fmt: skip
+        ours = {label: made for name, make in ours.items() for label, made in _both_ways(name, make).items()}
     return {BASELINE: baseline_factory(loaded)} | ours | _of_others(loaded, packages)
+
+
+def _both_ways(name: str, make: CacheFactory) -> dict[str, CacheFactory]:
+    direct = {f"{name}, direct": make} if make().readable else {}
+    return {name: _reconstructing(make)} | direct
 
 
 def _reconstructing(make: CacheFactory) -> CacheFactory:

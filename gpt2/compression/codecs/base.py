@@ -80,10 +80,11 @@ class Transform:
 
     def _affine(self, head_dim: int) -> Tensor:
         """[D; mean] of the h heads of each group, [G, h, r + 1, d]: x̂ = [ẑ, 1] @ it. Made once."""
-        if "_by_head" not in self.__dict__:
+        made = self.__dict__.get("_by_head")  # frozen, but this is no part of it
+        if made is None or made.shape[-1] != head_dim:
             whole = torch.cat((self.D, self.mean[:, None]), dim=1).unflatten(-1, (-1, head_dim))
-            self.__dict__["_by_head"] = whole.transpose(1, 2).contiguous()  # frozen, but this is no part of it
-        return self.__dict__["_by_head"]
+            made = self.__dict__["_by_head"] = whole.transpose(1, 2).contiguous()
+        return made
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Transform:
         E, D, mean = (part.to(device=device, dtype=dtype) for part in (self.E, self.D, self.mean))

@@ -46,6 +46,7 @@ struct Field {
   int64_t batch, group, block;
 
   explicit Field(const Tensor& t) : data(static_cast<const char*>(t.const_data_ptr())) {
+    TORCH_CHECK(t.dim() > 3 ? t.stride(-1) == 1 || t.size(-1) == 1 : true, "fields have a contiguous last dimension");
     const int64_t size = t.element_size();
     batch = t.stride(0) * size, group = t.stride(1) * size, block = t.stride(2) * size;
   }
@@ -504,7 +505,8 @@ struct Grid {
 };
 
 inline float code_of(float y, float origin, float inverse, float last) {
-  return std::min(std::max(std::nearbyint((y - origin) * inverse), 0.f), last);
+  const float code = std::nearbyint((y - origin) * inverse);
+  return code > 0 ? (code < last ? code : last) : 0;
 }
 
 float error_of(const float* y, const Grid& grid, int bits) {
@@ -529,8 +531,10 @@ Grid best_grid(const float* y, float low, float high, int bits, at::ArrayRef<dou
     const float wanted = std::max((high - low) * float(share) / ((1 << bits) - 1),
                                   std::abs(middle) / (reach * unit) * std::exp2(half));
     const float exponent = std::nearbyint(std::log2(std::max(wanted, 1e-30f)) * kOctave) + kScaleZero;
-    grid.exponent = std::min(std::max(exponent, 0.f), 255.f);
-    grid.offset = std::min(std::max(std::nearbyint(middle / grid.step() / unit), -reach - 1), reach);
+    // Written so that NaN ends at the bound: what isn't a number has no grid, and must not find one outside the table
+    grid.exponent = exponent > 0 ? (exponent < 255 ? exponent : 255) : 0;
+    const float offset = std::nearbyint(middle / grid.step() / unit);
+    grid.offset = offset > -reach - 1 ? (offset < reach ? offset : reach) : -reach - 1;
     grid.error = error_of(y, grid, bits);
     if (share == shares[0] || grid.error < best.error) best = grid;
   }

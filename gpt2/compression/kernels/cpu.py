@@ -54,6 +54,7 @@ def usable(x: Tensor) -> bool:
 
 def exact(start: int, x: Tensor) -> Part:
     """A part of vectors as the model made them, [B, H, T, d]."""
+    x = x if x.stride(3) == 1 else x.contiguous()
     return Part(EXACT, 0, x.shape[3], start, x.shape[2], 0, False, [x])
 
 
@@ -86,10 +87,10 @@ def _arguments(parts: list[Part]) -> tuple[list[Tensor], list[int]]:
 @functools.cache
 def loaded() -> bool:
     """Build the kernels if need be, and load them; False, with one line in the log, where that can't be done."""
-    from torch.utils import cpp_extension
-
     name = f"kv_compression_{_built_for()}"
     try:
+        from torch.utils import cpp_extension
+
         folder = Path(cpp_extension._get_build_directory(name, verbose=False))
         # PyTorch's own lock outlives a build that was killed, and whoever comes next would wait forever
         with FileLock(folder / "building"):
@@ -97,8 +98,11 @@ def loaded() -> bool:
             cpp_extension.load(
                 name, [str(SOURCE)], extra_cflags=FLAGS, build_directory=str(folder), is_python_module=False
             )
-    except (RuntimeError, OSError) as error:
-        log.warning("no CPU kernels, so attention over codes runs in plain PyTorch, slower: %s", _first_line(error))
+    except (RuntimeError, OSError, ImportError) as error:
+        log.warning(
+            "no CPU kernels (they take ninja, and GCC 12 or Clang), so attention over codes is slower: %s",
+            _first_line(error),
+        )
         return False
     return True
 

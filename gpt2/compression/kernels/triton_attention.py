@@ -54,6 +54,8 @@ def attend(
 ) -> Tensor | None:  # fmt: skip
     """As `direct.attend`, or None where there is no kernel for it."""
     first, end = _shared_range(k, v)
+    if v.sinks.shape[3] != query.shape[-1]:  # V of other heads than K
+        return None
     if end <= first or not supported(k.compressor, v.compressor, query, k.sinks.shape[1]):
         return None
     B, heads, Q, d = query.shape
