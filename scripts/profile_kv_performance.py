@@ -6,8 +6,8 @@
     python scripts/profile_kv_performance.py --model configs/models/qwen2.5-0.5b.json --layers 2 --policy default
 
 --direct measures every cache of ours twice: expanding its history at every step, and read as it is stored. With
---identity among them the latter is the strongest uncompressed cache there is here: nothing is copied from step to step
-and no head of K and V repeated. --peers adds transformers' quantized caches.
+--identity among them that is an uncompressed cache of which nothing is copied from step to step, and no head of K and V
+repeated. --peers adds transformers' quantized caches.
 Caches take turns in one process, in alternating order, each time fresh and after a warm-up; figures are medians with
 quartiles, ratios are paired by repeat. Tokens per second count the whole batch. Where a step's time goes and the peak
 of memory come from a pass of its own, whose instruments cost time. A model's shape from configs/models gets random
