@@ -61,7 +61,7 @@ def runs_start_to_end(family: str, row: dict, folder) -> None:
     loaded = wrap(architectures.tiny_family(family), word_tokenizer(), f"tiny-{family}")
     assert vars(loaded.geometry) == row["geometry"]
     calibration = calibrate(loaded, text(), rank=9, samples=2, seq_len=32)
-    assert (calibration.statistics.k.count == 2 * (32 - 4)).all() and calibration.energy("v").isfinite().all()
+    assert (calibration.statistics.k.count == 2 * (32 - 4)).all() and calibration.energies()["v"].isfinite().all()
     if row["mode"] == DIRECT:
         seen = calibration.statistics.queries.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
         assert seen.all(), "queries of every layer and KV head"

@@ -11,12 +11,11 @@ import torch
 from tiny import tiny_loaded, tiny_model, windows, word_text, word_tokenizer
 
 from gpt2 import results, tables
-from gpt2.compression.capture import collect
-from gpt2.compression.codecs import Compressor, mixed
+from gpt2.compression.codecs import BASES, Compressor, mixed
 from gpt2.compression.codecs.mixed import BLOCK, Mixed, width_bytes
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.gradients import collect_fisher
-from gpt2.compression.joint import fit_joint
+from gpt2.compression.measured import fit_measured
 from gpt2.compression.rotary import Rotary
 from gpt2.errors import PluginError
 from gpt2.evaluation import simulation
@@ -68,7 +67,7 @@ def test_errors_and_widths_are_the_products():
 
 
 def test_the_basis_is_the_products(llama, texts, gathered):
-    codec = fit_joint(collect_fisher(llama, texts[0], collect(llama, texts[0], SINKS), SINKS)[0])
+    codec = fit_measured(collect_fisher(llama, texts[0], None, SINKS, {"joint": BASES["joint"]})["joint"])
     fitted = fit(gathered, PRODUCT)
     torch.testing.assert_close(fitted.spread.square(), codec.spectrum, rtol=1e-3, atol=1e-6)
     for layer, transform in enumerate(fitted.transforms):

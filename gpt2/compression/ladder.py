@@ -3,7 +3,8 @@
     calibration = compact_calibration(loaded, text, path, codec="joint", samples=48)
     rungs = [make_rung(loaded, calibration, ratio) for ratio in RATIOS]
 
-kv-4x is of the joint codec, which loses least; fast-4x is of the grouped codec, which attention reads as it is stored.
+A codec of several heads says what its presets are called: kv-4x is of joint, which loses least, and fast-4x of grouped,
+which attention reads as it is stored.
 
 All rungs share one compact calibration file; they differ in bits alone.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from gpt2 import results
 from gpt2.compression.calibration import Calibration, calibrate, calibration_key
 from gpt2.compression.calibration_file import find_reusable, load_calibration, save_calibration
+from gpt2.compression.codecs import BASES
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.plan import compressors_for
 from gpt2.errors import PluginError
@@ -25,7 +27,6 @@ from gpt2.evaluation.perplexity import CacheFactory
 from gpt2.models import LoadedModel
 from gpt2.texts import Text
 
-PREFIXES = {"joint": "kv", "grouped": "fast"}
 RATIOS = (2.0, 3.5, 4.0, 4.6, 5.3, 6.4, 8.0)
 TOKENS = 2048  # of the sequence at which the ratio is meant
 STEP = 0.01  # bits by which a rung gives way until its ratio holds
@@ -43,7 +44,7 @@ class Rung:
 
     @property
     def name(self) -> str:
-        return f"{PREFIXES[self.codec]}-{self.ratio:g}x"
+        return f"{BASES[self.codec].prefix}-{self.ratio:g}x"
 
 
 def compact_calibration(
@@ -61,9 +62,9 @@ def compact_calibration(
         print(f"note: {path} was made otherwise: it will be replaced, and presets that name it then read the new one; "
               "another --tag or --calibration-file keeps it", flush=True)  # fmt: skip
     calibration = calibrate(
-        loaded, text, rank=loaded.geometry.head_dim, codec=codec, checkpointing=checkpointing, progress=progress,
-        **made_from,
-    ).compact(codec)  # fmt: skip
+        loaded, text, rank=loaded.geometry.head_dim, codec=codec, compact=True, checkpointing=checkpointing,
+        progress=progress, **made_from,
+    )  # fmt: skip
     save_calibration(calibration, path)
     return calibration
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.compression.capture import Moments
-from gpt2.compression.codecs.joint import JointTransform, heads_per_group, side_by_side
+from gpt2.compression.codecs.measured import JointTransform, heads_per_group, side_by_side
 from gpt2.compression.codecs.metric import fit_in_metric
 from gpt2.compression.codecs.mixed import BLOCK, WIDTHS
 from gpt2.compression.gradients import (
