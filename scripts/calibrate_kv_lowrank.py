@@ -8,19 +8,26 @@ the file's default; any other rank is cut from the same file. Good first ranks: 
 112, 96 for head_dim 128. To compress K as well, choose --seq-len as long as the contexts to come: rotary positions
 turn keys, and a basis doesn't hold for positions that it never saw. Beside the .pt a PNG shows what each rank would
 lose in every layer.
+
+Several GPUs share the sequences where each holds the model; the file is that of one process, to rounding:
+
+    torchrun --nproc-per-node 8 scripts/calibrate_kv_lowrank.py --model Qwen/Qwen2.5-7B
+
+or accelerate launch in the place of torchrun. A model that fits on none alone is spread over all: --device all, in one
+process.
 """
 
 from torch import Tensor
-from tqdm import tqdm
 
 from gpt2 import cli, data, models, plots, results
 from gpt2.compression.calibration import calibrate, suggested_rank
 from gpt2.compression.calibration_file import calibration_folders, save_calibration
 from gpt2.compression.codecs import is_measured, measured_codecs, metric_of
 from gpt2.errors import PluginError
+from gpt2.processes import Processes
 
 
-def main() -> None:
+def main(processes: Processes) -> None:
     several = list(measured_codecs())
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
@@ -66,8 +73,10 @@ def main() -> None:
     calibration = calibrate(
         loaded, text, rank=rank, samples=args.samples, seq_len=args.seq_len, seed=args.seed,
         sink_tokens=args.sink_tokens, codec=codec, metric=metric, compact=args.compact,
-        checkpointing=args.gradient_checkpointing, progress=lambda x: tqdm(x, desc="calibrating", unit="seq"),
+        checkpointing=args.gradient_checkpointing, progress=cli.bar("calibrating", "seq"), processes=processes,
     )  # fmt: skip
+    if not processes.first:
+        return
     save_calibration(calibration, output)
     used = calibration.meta["tokens"] // args.seq_len
     if used < args.samples:
@@ -95,4 +104,4 @@ def print_summary(energies: dict[str, Tensor], rank: int) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, shared=True)

@@ -9,7 +9,8 @@ codec of several heads will do.
 
 Calibrates the codec once (one pass over the text, with gradients), writes it in compact form, finds for every ratio
 the bits at which everything that is stored takes that much less than a 16-bit cache of 2,048 tokens, and measures what
-each costs on evaluation text that took no part. Then
+each costs on evaluation text that took no part. Started by torchrun or accelerate launch, several GPUs share the
+calibration, and the first measures. Then
 
     create_cache_from_preset(get_preset_info("MODEL", "kv-4x"))
 
@@ -27,6 +28,7 @@ from gpt2.compression.calibration_file import calibration_folders
 from gpt2.compression.codecs import measured_codecs
 from gpt2.compression.ladder import RATIOS, Rung, compact_calibration, make_rung
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
+from gpt2.processes import Processes
 
 DEFAULT_CODEC = next(iter(measured_codecs()))
 MADE_FROM = ("fingerprint", "text_sha256", "samples", "seq_len", "seed", "sink_tokens")  # a preset's figures hold for
@@ -55,21 +57,25 @@ def parse():
     return p.parse_args()
 
 
-def main() -> None:
+def main(processes: Processes) -> None:
     args = parse()
     text = data.load_text(args.text, args.model)
     eval_text = data.load_text(args.eval_text or args.text, args.model)
     loaded = models.load(args.model, args.device, args.dtype)
     slug = loaded.slug + (f"_{args.tag}" if args.tag else "")
     record_name = f"ladder_{'' if args.codec == DEFAULT_CODEC else args.codec + '_'}{slug}"
-    segments = cli.evaluation_segments(args, loaded, eval_text, "evaluation")
+    # What no other process needs; before the calibration, for a text may be too short
+    segments = cli.evaluation_segments(args, loaded, eval_text, "evaluation") if processes.first else None
     root = args.output or results.RESULTS
     calibrations = args.output / "calibrations" if args.output else calibration_folders()[0]
     path = args.calibration_file or calibrations / f"kv_{args.codec}_{slug}.pt"
     calibration = compact_calibration(
         loaded, text, path, codec=args.codec, samples=args.samples, seq_len=args.seq_len, seed=args.seed,
         sink_tokens=args.sink_tokens, checkpointing=args.gradient_checkpointing, progress=cli.bar("calibrating", "seq"),
+        processes=processes,
     )  # fmt: skip
+    if not processes.first:
+        return
     options = {"quantizer": args.quantizer, "sink_tokens": args.sink_tokens}
     rungs = [make_rung(loaded, calibration, ratio, **options) for ratio in cli.bar("sizing", "preset")(args.ratios)]
     caches = {BASELINE: baseline_factory(loaded)} | {rung.name: rung.make for rung in rungs}
@@ -124,4 +130,4 @@ def write_presets(args, folder, loaded, calibration, path, rungs: list[Rung], me
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, shared=True)

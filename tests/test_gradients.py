@@ -51,9 +51,9 @@ def direct(loaded: LoadedModel, batches: Tensor, seed: int = 0) -> list[tuple[Te
 
     The labels are those that the model draws, with the same dice.
     """
-    generator = torch.Generator().manual_seed(seed)
     found = []
-    for tokens in batches:
+    for number, tokens in enumerate(batches):
+        generator = torch.Generator().manual_seed(seed + gradients.SEED_STEP * number)
         cache = Retaining()
         embedded = loaded.model.get_input_embeddings()(tokens[None]).requires_grad_()
         logits = loaded.model(inputs_embeds=embedded, past_key_values=cache, use_cache=True).logits[0]

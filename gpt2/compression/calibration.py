@@ -33,6 +33,7 @@ from gpt2.compression.measured import MeasuredCodec, fit_measured
 from gpt2.data import Text
 from gpt2.errors import BadArtefact, PluginError
 from gpt2.models import Geometry, LoadedModel
+from gpt2.processes import ALONE, Processes
 
 SIDES = ("k", "v")
 
@@ -143,6 +144,7 @@ def calibrate(
     compact: bool = False,
     checkpointing: bool = False,
     progress=iter,
+    processes: Processes = ALONE,
 ) -> Calibration:
     """Calibrate a model on the calibration part of a text.
 
@@ -150,6 +152,8 @@ def calibrate(
     metric: "fisher" takes gradients in a second pass, for codecs fisher and all of several heads; what `codec` needs
     when None. compact: gather and fit `codec` alone, which must be of several heads; the first pass falls away.
     checkpointing: recompute activations where gradients are taken. progress: wraps the iterable of windows, as tqdm.
+    processes: each has the model and takes a share of the windows; all get the same calibration, which is that of one
+    process to rounding.
     """
     if not needs_calibration(codec):
         raise PluginError(f"codec {codec} needs no calibration: give its name to a preset or to the tuner as it is")
@@ -169,13 +173,18 @@ def calibrate(
     if compact and not is_measured(codec):
         raise PluginError(f"a compact calibration has a codec of several heads ({', '.join(measured_codecs())}) alone, "
                           f"and codec {codec} is none")  # fmt: skip
-    windows = text.segments("calibration", loaded, seq_len, samples, seed)
-    statistics = None if compact else collect(loaded, progress(windows), sink_tokens)
+    windows = text.segments("calibration", loaded, seq_len, samples, seed) if processes.first else None
+    windows = processes.agreed(windows)
+    if len(windows) < processes.size:
+        raise PluginError(f"{processes.size} processes are too many for {len(windows)} sequences: start fewer, or give "
+                          "more --samples")  # fmt: skip
+    own = windows[processes.share(len(windows))]
+    statistics = None if compact else collect(loaded, progress(own), sink_tokens, processes=processes)
     fitted = {}
     if metric == "fisher":
         gathered = collect_fisher(
             loaded, windows, statistics, sink_tokens, {codec: BASES[codec]} if compact else measured_codecs(),
-            seed=seed, checkpointing=checkpointing, progress=progress,
+            seed=seed, checkpointing=checkpointing, progress=progress, processes=processes,
         )  # fmt: skip
         # Windows shorter than a block do for the metric alone
         fitted = {name: fit_measured(own) for name, own in gathered.items() if own.reservoir.shape[2]}

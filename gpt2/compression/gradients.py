@@ -23,11 +23,13 @@ from gpt2.compression.codecs.mixed import BLOCK
 from gpt2.compression.rotary import Rotary
 from gpt2.errors import PluginError
 from gpt2.models import Geometry, LoadedModel
+from gpt2.processes import ALONE, Processes
 
 RESERVOIR_BLOCKS = 48  # of 64 tokens per layer
 # What is kept of the Fisher metric between different heads, where a few thousand tokens estimate it with much noise.
 # From none to all of it nothing measured tells apart (results/runs/explore_codecs_*): half of it bounds the noise
 CROSS_HEAD_SHARE = 0.5
+SEED_STEP = 1_000_003  # from window to window, so that neighbouring seeds share no labels
 
 
 @dataclass
@@ -48,34 +50,37 @@ class MeasuredStatistics:
 def collect_fisher(
     loaded: LoadedModel, windows: Tensor, statistics: Statistics | None, sink_tokens: int,
     bases: Mapping[str, Measured], *, seed: int = 0, checkpointing: bool = False,
-    progress: Callable[[Iterable], Iterable] = iter,
+    progress: Callable[[Iterable], Iterable] = iter, processes: Processes = ALONE,
 ) -> dict[str, MeasuredStatistics]:  # fmt: skip
     """Gather what each of these measured codecs is fitted to; put the Fisher metric of single heads into `statistics`.
 
     windows: [n, T]. statistics: of the same windows; None where single heads are not wanted. seed: of the labels drawn
     and of the sample kept. checkpointing: recompute activations layer by layer in the backward pass, for models whose
-    activations don't fit in memory; the result is the same. Raises PluginError for a model that gradients can't be
-    taken through.
+    activations don't fit in memory; the result is the same. processes: each runs a share of the windows, and all get
+    the statistics of all; labels and sample are the same however many there are. Raises PluginError for a model that
+    gradients can't be taken through.
     """
-    turns = detect_rotary(loaded, windows[0], sink_tokens)
+    turns = processes.agreed(detect_rotary(loaded, windows[0], sink_tokens) if processes.first else None)
     sample = _Sample.drawn(len(windows), windows.shape[1] - sink_tokens, seed)
     taken = _Gathered(loaded.geometry, bases, turns, sink_tokens, sample, heads=statistics is not None)
-    generator = torch.Generator(loaded.device).manual_seed(seed)
     tap = _checkpointed if checkpointing else _through_the_cache
     with torch.enable_grad(), _without_parameter_gradients(loaded.model), tap(loaded.model, taken.watch) as run:
-        for number in progress(range(len(windows))):
+        for number in progress(processes.share(len(windows))):
             with taken.window(number):
                 logits = run(windows[number][None].to(loaded.device))[0]
-                labels = _drawn(logits.detach().float().softmax(-1), generator)
+                labels = drawn_labels(logits, seed, number)
                 nn.functional.cross_entropy(logits.float(), labels, reduction="sum").backward()
-    for side, total in taken.fisher.items():
+    for side, own in taken.fisher.items():
         moments = getattr(statistics, side)
-        moments.metrics["fisher"] = total / moments.count[:, None, None, None].clamp_min(1)
-    return {name: gathering.statistics(loaded.geometry.head_dim) for name, gathering in taken.measured.items()}
+        moments.metrics["fisher"] = processes.total(own) / moments.count[:, None, None, None].clamp_min(1)
+    d = loaded.geometry.head_dim
+    return {name: gathering.statistics(d, processes) for name, gathering in taken.measured.items()}
 
 
-def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """A label of each row, [T]."""
+def drawn_labels(logits: Tensor, seed: int, window: int) -> Tensor:
+    """A label for each row of a window's logits [T, V], drawn by the model's own distribution, [T]."""
+    probabilities = logits.detach().float().softmax(-1)
+    generator = torch.Generator(logits.device).manual_seed(seed + SEED_STEP * window)
     if not torch.isfinite(probabilities).all():
         raise PluginError("NaN or infinite logits, nothing was written. Try --dtype float32 or bfloat16")
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
@@ -185,11 +190,14 @@ class _Gathering:
             blocks = x[0, :, : x.shape[2] // BLOCK * BLOCK].unflatten(1, (-1, BLOCK))
             self.reservoir[entry, :, places] = blocks[:, self.sample.blocks[places]].half().cpu()
 
-    def statistics(self, head_dim: int) -> MeasuredStatistics:
+    def statistics(self, head_dim: int, processes: Processes) -> MeasuredStatistics:
+        """Of all processes' windows."""
+        self.moments.add_up(processes)
+        fisher, reservoir = processes.total(self.fisher), processes.total(self.reservoir)
         tokens = self.moments.count[:, None, None, None].clamp_min(1)
-        self.moments.metrics["fisher"] = self.fisher / tokens * self._shares(head_dim)
+        self.moments.metrics["fisher"] = fisher / tokens * self._shares(head_dim)
         rotary = self.turns if self.basis.turned else []
-        return MeasuredStatistics(self.basis, self.moments, rotary, self.reservoir.flatten(2, 3))
+        return MeasuredStatistics(self.basis, self.moments, rotary, reservoir.flatten(2, 3))
 
     def _shares(self, d: int) -> Tensor:
         """1 within the channels of one head's K or V, CROSS_HEAD_SHARE between them, [w, w]."""

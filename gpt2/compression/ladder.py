@@ -25,6 +25,7 @@ from gpt2.errors import PluginError
 from gpt2.evaluation import memory
 from gpt2.evaluation.perplexity import CacheFactory
 from gpt2.models import LoadedModel
+from gpt2.processes import ALONE, Processes
 from gpt2.texts import Text
 
 RATIOS = (2.0, 3.5, 4.0, 4.6, 5.3, 6.4, 8.0)
@@ -49,23 +50,28 @@ class Rung:
 
 def compact_calibration(
     loaded: LoadedModel, text: Text, path: Path, *, codec: str, samples: int, seq_len: int, seed: int, sink_tokens: int,
-    checkpointing: bool = False, progress=iter,
+    checkpointing: bool = False, progress=iter, processes: Processes = ALONE,
 ) -> Calibration:  # fmt: skip
-    """The compact calibration at `path` where it was made in the same way, else a new one that is written there."""
+    """The compact calibration at `path` where it was made in the same way, else a new one that is written there.
+
+    Arguments as `calibrate`; of several processes the first one reads and writes.
+    """
     made_from = {"samples": samples, "seq_len": seq_len, "seed": seed, "sink_tokens": sink_tokens}
     results.check_writable(path)
     key = calibration_key(loaded, text, **made_from) | {"compact": True, "codec": codec}
-    if find_reusable(key, [path]):
+    found = load_calibration(path) if processes.first and find_reusable(key, [path]) else None
+    if found := processes.agreed(found):
         print(f"calibration: using {path}", flush=True)
-        return load_calibration(path)
+        return found
     if path.exists():
         print(f"note: {path} was made otherwise: it will be replaced, and presets that name it then read the new one; "
               "another --tag or --calibration-file keeps it", flush=True)  # fmt: skip
     calibration = calibrate(
         loaded, text, rank=loaded.geometry.head_dim, codec=codec, compact=True, checkpointing=checkpointing,
-        progress=progress, **made_from,
+        progress=progress, processes=processes, **made_from,
     )  # fmt: skip
-    save_calibration(calibration, path)
+    if processes.first:
+        save_calibration(calibration, path)
     return calibration
 
 
