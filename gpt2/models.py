@@ -141,6 +141,9 @@ def wrap(model: PreTrainedModel, tokenizer, spec: str) -> LoadedModel:
     refuse_unsupported(model.config, spec, model)
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModel(f"Model doesn't have past_key_values: {spec}'s forward takes none; {SUPPORTED}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PluginError(f"{spec}: device_map found no room for some layers and left them off its devices, where "
+                          "neither weights nor statistics can be read: use a smaller dtype or model")  # fmt: skip
     model.eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, spec, probe_geometry(model, spec), fingerprint(model))
 

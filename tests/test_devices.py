@@ -21,6 +21,7 @@ from gpt2.compression.codecs import BASES, QUANTIZERS, Compressor, Transform, me
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.gradients import collect_fisher
 from gpt2.compression.rotary import Rotary
+from gpt2.errors import PluginError
 from gpt2.models import Geometry, LoadedModel, wrap
 
 CPU, FIRST, SECOND = (torch.device(name) for name in ("cpu", "cpu:0", "cpu:1"))
@@ -304,6 +305,11 @@ def test_a_dispatched_model_has_the_same_gradients(dispatched, checkpointing):
         other = found[1][name]
         assert torch.equal(own.reservoir, other.reservoir) and own.moments.metrics["fisher"].norm() > 0
         torch.testing.assert_close(other.moments.metrics["fisher"], own.moments.metrics["fisher"])
+
+
+def test_a_model_with_layers_off_its_devices_is_not_calibrated(dispatched):
+    with pytest.raises(PluginError, match="spread: device_map found no room for some layers"):
+        wrap(dispatched[1], None, "spread")
 
 
 def test_device_map_auto_on_one_device(tmp_path):
