@@ -229,15 +229,19 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def of_file(path: Path, words: str = "") -> Table:
-    """The table of a results file, which its name decides on; words: which of its rows, `rank,bits`, or all.
+def maker(name: str) -> Callable[[dict, list[str]], Table] | None:
+    """The function that makes the table of results of this name, None where none does."""
+    return next((table for prefix, table in TABLES.items() if name.startswith(prefix)), None)
+
+
+def of_file(path: Path, words: str = "", kind: str = "") -> Table:
+    """The table of a results file. words: which of its rows, `rank,bits`, or all; kind: in TABLES, else by its name.
 
     Raises PluginError where the file, or a kind of rows, is missing.
     """
-    record = read(path)
-    make = next((table for prefix, table in TABLES.items() if path.name.startswith(prefix)), None)
+    record, make = read(path), maker(kind or path.stem)
     if make is None:
-        raise PluginError(f"no table is known for {path.name}: its name should begin with one of {', '.join(TABLES)}")
+        raise PluginError(f"no table is known for {kind or path.name}: it should begin with one of {', '.join(TABLES)}")
     return make(record, words.split(",") if words else [])
 
 
