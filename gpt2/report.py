@@ -56,7 +56,7 @@ def sections(folder: Path, configs: Path, order: list[str], model: str) -> list[
     if not (folder / "runs").is_dir():
         raise PluginError(f"{folder} has no folder runs: --results is a folder with runs/*.json and plots/*.png")
     paths = sorted(configs.glob("tables/*.json"), key=lambda path: _place(path.stem, order))
-    declared = [_read_config(path, model, SECTION_KEYS) for path in paths]
+    declared = [{"name": path.stem} | _read_config(path, model, SECTION_KEYS) for path in paths]
     return [_section(section, folder) for section in declared + _undeclared(declared, folder / "runs")]
 
 
@@ -80,8 +80,8 @@ def _place(name: str, order: list[str]) -> tuple[int, str]:
 def _undeclared(declared: list[dict], runs: Path) -> list[dict]:
     """A section for each results file that none shows, so that nothing measured is left out."""
     shown = {show["results"] for section in declared for show in section["show"]}
-    names = sorted(path.stem for path in runs.glob("*.json") if path.stem not in shown and tables.maker(path.stem))
-    return [{"title": name, "about": "", "show": [{"results": name}], "plots": [name]} for name in names]
+    names = sorted(path.stem for path in runs.glob("*.json") if path.stem not in shown and tables.kind_of(path.stem))
+    return [{"name": name, "title": name, "about": "", "show": [{"results": name}], "plots": [name]} for name in names]
 
 
 def _section(section: dict, folder: Path) -> dict:
@@ -90,18 +90,22 @@ def _section(section: dict, folder: Path) -> dict:
         "id": re.sub("[^a-z0-9]+", "-", section["title"].lower()).strip("-"),
         "title": section["title"],
         "about": section["about"],
-        "blocks": [_block(show, folder / "runs") for show in section["show"]],
+        "blocks": [_block(show, section["name"], folder / "runs") for show in section["show"]],
         "plots": [path for path in plots if path.is_file()],
     }
 
 
-def _block(show: dict, runs: Path) -> dict:
-    table, error = None, None
-    try:
-        table = tables.of_file(runs / f"{show['results']}.json", show.get("rows", ""), show.get("as", ""))
-    except PluginError as problem:
-        error = str(problem)
-    return {"results": show["results"], "heading": show.get("heading"), "table": table, "error": error}
+def _block(show: dict, section: str, runs: Path) -> dict:
+    name, table, error = show["results"], None, None
+    path = runs / f"{name}.json"
+    if not path.is_file():
+        error = f"not measured yet: `python scripts/reproduce_tables.py {section}` makes `{name}`"
+    else:
+        try:
+            table = tables.table(name, tables.read(path), show.get("rows"), show.get("as"))
+        except PluginError as problem:
+            error = f"`{name}`: {problem}"
+    return {"results": name, "heading": show.get("heading"), "table": table, "error": error}
 
 
 def _headlines(wanted: list[dict], runs: Path) -> tuple[list[dict], list[str]]:
@@ -109,13 +113,14 @@ def _headlines(wanted: list[dict], runs: Path) -> tuple[list[dict], list[str]]:
     found, absent = [], []
     for headline in wanted:
         try:
-            cells = _row(tables.of_file(runs / f"{headline['results']}.json"), headline)
+            name = headline["results"]
+            cells = _row(tables.table(name, tables.read(runs / f"{name}.json")), headline)
         except PluginError as problem:
             absent.append(f"headline: {problem}")
             continue
         figure, _, spread = cells[headline["figure"]].partition(" (")
         says = headline["says"].format_map(cells)
-        found.append({"figure": figure, "spread": spread.rstrip(")"), "says": says, "results": headline["results"]})
+        found.append({"figure": figure, "spread": spread.rstrip(")"), "says": says, "results": name})
     return found, absent
 
 

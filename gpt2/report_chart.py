@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from gpt2.tabular import interval
 
 WIDTH, HEIGHT = 720, 400
-LEFT, RIGHT, TOP, BOTTOM = 84, 16, 34, 54
+LEFT, RIGHT, TOP, BOTTOM = 84, 16, 34, 58
 NEAR = 90, 20  # across and down: a label has to keep this far from the next point, and from the right edge
 LINEAR_BELOW = 0.001  # a change of perplexity of 0.1 %: logarithmic above, and zero has a place
 SHARES = (0, 0.001, 0.01, 0.1, 1, 10)

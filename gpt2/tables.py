@@ -229,19 +229,19 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def maker(name: str) -> Callable[[dict, list[str]], Table] | None:
-    """The function that makes the table of results of this name, None where none does."""
-    return next((table for prefix, table in TABLES.items() if name.startswith(prefix)), None)
+def kind_of(name: str) -> str | None:
+    """Which of TABLES goes with results of this name, None where none does."""
+    return next((prefix for prefix in TABLES if name.startswith(prefix)), None)
 
 
-def of_file(path: Path, words: str = "", kind: str = "") -> Table:
-    """The table of a results file. words: which of its rows, `rank,bits`, or all; kind: in TABLES, else by its name.
+def table(name: str, record: dict, words: str | None = None, kind: str | None = None) -> Table:
+    """The table of a results file. words: some of its rows, by comma; kind: which of TABLES, by its name if None.
 
-    Raises PluginError where the file, or a kind of rows, is missing.
+    Raises PluginError where there is no such table, or a kind of rows is missing.
     """
-    record, make = read(path), maker(kind or path.stem)
+    make = TABLES.get(kind or kind_of(name))
     if make is None:
-        raise PluginError(f"no table is known for {kind or path.name}: it should begin with one of {', '.join(TABLES)}")
+        raise PluginError(f"no table is made of {name}: give `as`, one of {', '.join(TABLES)}")
     return make(record, words.split(",") if words else [])
 
 
@@ -250,6 +250,6 @@ def fill(text: str, runs: Path) -> str:
 
     def region(match: re.Match) -> str:
         start, name, words, end = match.groups()
-        return f"{start}{of_file(runs / f'{name}.json', words or '').markdown()}\n{end}"
+        return f"{start}{table(name, read(runs / f'{name}.json'), words).markdown()}\n{end}"
 
     return REGION.sub(region, text)
