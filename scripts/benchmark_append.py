@@ -8,6 +8,7 @@ reading back what is stored (reading is attention's cost, and grows with any cac
 Writes results/runs/benchmark_append.json and results/plots/benchmark_append.png.
 """
 
+import argparse
 import statistics
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_c
 from gpt2.evaluation.memory import cache_bytes
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     p.add_argument("--tokens", type=cli.int_list, default=[1024, 4096, 16384], help="tokens held before appending")
     p.add_argument("--layers", type=cli.positive_int, default=30)
@@ -30,7 +31,11 @@ def main() -> None:
     p.add_argument("--repeats", type=cli.positive_int, default=200, help="appended tokens per figure")
     p.add_argument("--device", default="auto")
     p.add_argument("--output", type=Path, default=results.RESULTS / "runs" / "benchmark_append.json")
-    args = p.parse_args()
+    return p
+
+
+def main() -> None:
+    args = arguments().parse_args()
     results.check_writable(args.output)
     device = models.resolve_device(args.device)
 

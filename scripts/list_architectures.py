@@ -10,18 +10,23 @@ Both working modes run by reconstruction today; their tokens with a cache that l
 Writes results/runs/architectures.json, or where --output says.
 """
 
+import argparse
 from collections import Counter
 from pathlib import Path
 
 from gpt2 import architectures, cli, results
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     known = architectures.families()
     p.add_argument("--families", type=cli.word_list(["all", *known]), default="all", help="model types")
     p.add_argument("--output", type=Path, default=results.RESULTS / "runs" / "architectures.json", help="JSON file")
-    args = p.parse_args()
+    return p
+
+
+def main() -> None:
+    args = arguments().parse_args()
     results.check_writable(args.output)
 
     rows = []
