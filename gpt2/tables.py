@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpt2.errors import PluginError
+from gpt2.tables_guide import beside_guide
 
 REGION = re.compile(r"(<!-- results: (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -347,11 +348,31 @@ def _kl(row: dict) -> str:
     return f"{row['kl_nats']:.5f}{_against_product(row)}{off}"
 
 
+def cache_bytes(record: dict, _: list[str]) -> str:
+    """Bytes of whole caches by context length, and what of them is no code."""
+    lines = [
+        "| cache | context | bytes | bytes per token | ratio | exact | unused room | ratio with the basis |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        exact, unused = (row[key] / row["bytes"] for key in ("exact_bytes", "unused_bytes"))
+        lines.append(
+            f"| {row['cache']} | {row['context_tokens']:,} | {row['bytes']:,} | {row['bytes_per_token']:,.0f} "
+            f"| {row['compression_ratio']:.2f}x | {exact:.1%} | {unused:.1%} | {row['ratio_with_codec']:.2f}x |"
+        )
+    return "\n".join(lines) + (
+        f"\n\n{record['model']}, one conversation against transformers' cache in 16 bits. Exact: sinks and tail. The "
+        "last column counts the basis as if this conversation alone had to hold it."
+    )
+
+
 TABLES: dict[str, Callable[[dict, list[str]], str]] = {
     "attention_step": attention_step,
     "validate_ppl": validation,
     "auto_tune": tuned,
+    "beside_guide": beside_guide,
     "benchmark_append": appending,
+    "cache_bytes": cache_bytes,
     "benchmark_calibration": calibrating,
     "architectures": architectures,
     "explore_codecs": exploration,
@@ -365,6 +386,14 @@ TABLES: dict[str, Callable[[dict, list[str]], str]] = {
 }
 
 
+def table(name: str, record: dict, words: str | None = None, kind: str | None = None) -> str:
+    """The table of a results file. words: some of its rows, by comma; kind: which of `TABLES`, by its name if None."""
+    kind = kind or next((prefix for prefix in TABLES if name.startswith(prefix)), None)
+    if kind not in TABLES:
+        raise PluginError(f"no table is made of {name}: give `as`, one of {', '.join(TABLES)}")
+    return TABLES[kind](record, words.split(",") if words else [])
+
+
 def fill(text: str, runs: Path) -> str:
     """Text with every region made anew from the results in `runs`. Raises PluginError where a file is missing."""
 
@@ -373,8 +402,6 @@ def fill(text: str, runs: Path) -> str:
         path = runs / f"{name}.json"
         if not path.is_file():
             raise PluginError(f"a table asks for {path.name}, which is not among the committed results: run it first")
-        make = next(table for prefix, table in TABLES.items() if name.startswith(prefix))
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return f"{start}{make(record, words.split(',') if words else [])}\n{end}"
+        return f"{start}{table(name, json.loads(path.read_text(encoding='utf-8')), words)}\n{end}"
 
     return REGION.sub(region, text)

@@ -11,7 +11,6 @@ Writes results/runs/benchmark_append.json and results/plots/benchmark_append.png
 import argparse
 import statistics
 import time
-from pathlib import Path
 
 import torch
 
@@ -30,25 +29,24 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--rank", type=cli.positive_int, default=60)
     p.add_argument("--repeats", type=cli.positive_int, default=200, help="appended tokens per figure")
     p.add_argument("--device", default="auto")
-    p.add_argument("--output", type=Path, default=results.RESULTS / "runs" / "benchmark_append.json")
+    cli.add_output_flag(p)
     return p
 
 
 def main() -> None:
     args = arguments().parse_args()
-    results.check_writable(args.output)
+    output, picture = cli.output_files(args.output, "benchmark_append")
     device = models.resolve_device(args.device)
 
     rows = [measure(label, make, tokens, args, device) for label, make in codecs(args, device).items()
             for tokens in args.tokens]  # fmt: skip
-    results.write_json(args.output, results.provenance(args, dtype="bfloat16", rows=rows))
+    results.write_json(output, results.provenance(args, dtype="bfloat16", rows=rows))
     lines = {}
     for row in rows:
         lines.setdefault(row["codec"], []).append(row["append_ms_median"])
     title = f"{args.layers} layers, {args.kv_heads} KV heads of {args.head_dim}"
-    picture = results.RESULTS / "plots" / f"{args.output.stem}.png"
     results.write_figure(picture, plots.appending(args.tokens, lines, title))
-    print(f"wrote {args.output} and {picture}")
+    print(f"wrote {output} and {picture}")
 
 
 def codecs(args, device: torch.device) -> dict:

@@ -48,7 +48,10 @@ def main() -> None:
     ratios = {name: statistics.median(t["capture"] / t[name] for t in times) for name in ("body", "with_logits")}
     for name, ratio in ratios.items():
         print(f"calibrating costs {ratio:.2f}x a bare forward pass, {name} (median of {len(times)})")
-    record = results.provenance(args, ratio_to_forward=ratios, times_s=times, peak_rss_mb_by_samples=memory)
+    record = results.provenance(
+        args, text=text.name, text_sha256={"calibration": text.sha256("calibration")}, ratio_to_forward=ratios,
+        times_s=times, peak_rss_mb_by_samples=memory,
+    )  # fmt: skip
     results.write_json(output, record)
     print(f"wrote {output}")
 

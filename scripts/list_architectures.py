@@ -19,8 +19,8 @@ from gpt2 import architectures, cli, results
 
 def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
-    known = architectures.families()
-    p.add_argument("--families", type=cli.word_list(["all", *known]), default="all", help="model types")
+    families = cli.word_list(["all", *architectures.families()])
+    p.add_argument("--families", type=families, default="all", help="model types")
     p.add_argument("--output", type=Path, default=results.RESULTS / "runs" / "architectures.json", help="JSON file")
     return p
 
@@ -31,7 +31,7 @@ def main() -> None:
 
     rows = []
     print(f"{'family':<28} {'mode':<17} {'miniature':<21} reason")
-    for family in known if "all" in args.families else args.families:
+    for family in architectures.families() if "all" in args.families else args.families:
         rows.append(architectures.examine(family))
         print_row(rows[-1])
     counts = Counter(row["mode"] for row in rows)
