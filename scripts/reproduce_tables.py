@@ -31,7 +31,7 @@ from gpt2.reproduce.sweep import Worker
 
 def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
-    p.add_argument("tables", nargs="*", metavar="NAME", help="tables to make; all if omitted")
+    p.add_argument("tables", nargs="*", metavar="NAME", help="tables to make, or single runs; all tables if omitted")
     p.add_argument("--model", default=models.EMBEDDED, help="embedded model's name, local folder, or hub id")
     p.add_argument("--text", help="text of every run, such as ../wikitext; the model's default if omitted")
     p.add_argument("--device", help="of this worker's runs: cpu, cuda, cuda:N; what each script chooses if omitted")
@@ -52,10 +52,11 @@ def main() -> None:
         return
     setting = config.Setting(args.model, args.text, args.quick, args.device)
     known, runs = config.load(setting)
-    if unknown := [name for name in args.tables if name not in known]:
+    if unknown := [name for name in args.tables if name not in known.keys() | runs.keys()]:
         raise PluginError(f"no table {', '.join(unknown)} in configs/tables: there are {', '.join(known)}")
-    chosen = [known[name] for name in args.tables or known]
-    wanted = list(dict.fromkeys(name for table in chosen for name in table.results))
+    chosen = [known[name] for name in args.tables or known if name in known]
+    single = [name for name in args.tables if name in runs and name not in known]
+    wanted = list(dict.fromkeys([*single, *(name for table in chosen for name in table.results)]))
     matcher = Matcher(setting, runs, args.any_code)
     if args.status:
         print_status(matcher, wanted)
