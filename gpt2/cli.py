@@ -61,7 +61,7 @@ def out_of_memory() -> str:
 
 
 def add_output_flag(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--output", type=output_path, help="JSON file; the PNG goes beside it")
+    p.add_argument("--output", type=output_path, help="JSON file; the PNG goes beside it, or into plots beside runs")
 
 
 def output_path(word: str) -> Path:
@@ -226,6 +226,7 @@ def fraction(word: str) -> float:
 def run(main: Callable[[], None]) -> None:
     """Run a script's main; what a user can put right is one line on stderr and a non-zero exit, not a traceback."""
     results.git_commit()  # now: in an hour, when results are written, the checkout may have moved on
+    results.code_sha256(results.main_script())
     try:
         main()
     except PluginError as error:

@@ -153,8 +153,9 @@ def _source(name: str, runs: Path) -> dict:
 
 
 def inline(text: str) -> Markup:
-    """**bold** and `code` as HTML, all else escaped."""
+    """**bold**, *italics* and `code` as HTML, all else escaped; the star of `kv-*` opens nothing."""
     html = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", str(escape(text)))
+    html = re.sub(r"(?<!\S)\*(?=\S)([^*]+)\*", r"<em>\1</em>", html)
     return Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", html))
 
 

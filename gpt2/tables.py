@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpt2.errors import PluginError
-from gpt2.tables_speed import appending, attention_step, calibrating, largest_batch, profile
+from gpt2.tables_guide import beside_guide
+from gpt2.tables_speed import appending, attention_step, cache_bytes, calibrating, largest_batch, profile
 from gpt2.tabular import Table, interval, select
 
 REGION = re.compile(r"(<!-- results: (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -208,7 +209,9 @@ TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
     "attention_step": attention_step,
     "validate_ppl": validation,
     "auto_tune": tuned,
+    "beside_guide": beside_guide,
     "benchmark_append": appending,
+    "cache_bytes": cache_bytes,
     "benchmark_calibration": calibrating,
     "architectures": architectures,
     "explore_codecs": exploration,

@@ -75,6 +75,29 @@ def largest_batch(record: dict, _: list[str]) -> Table:
     )
 
 
+def cache_bytes(record: dict, _: list[str]) -> Table:
+    """Bytes of whole caches by context length, and what of them is no code."""
+    lines = []
+    for row in record["rows"]:
+        exact, unused = (row[key] / row["bytes"] for key in ("exact_bytes", "unused_bytes"))
+        lines.append([
+            row["cache"],
+            f"{row['context_tokens']:,}",
+            f"{row['bytes']:,}",
+            f"{row['bytes_per_token']:,.0f}",
+            f"{row['compression_ratio']:.2f}x",
+            f"{exact:.1%}",
+            f"{unused:.1%}",
+            f"{row['ratio_with_codec']:.2f}x",
+        ])  # fmt: skip
+    return Table(
+        ["cache", "context", "bytes", "bytes per token", "ratio", "exact", "unused room", "ratio with the basis"],
+        lines,
+        f"{record['model']}, one conversation against transformers' cache in 16 bits. Exact: sinks and tail. The "
+        "last column counts the basis as if this conversation alone had to hold it.",
+    )
+
+
 def calibrating(record: dict, _: list[str]) -> Table:
     """Cost of calibration."""
     lines = [

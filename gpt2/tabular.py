@@ -12,7 +12,7 @@ NUMBER = re.compile(r"(?:at least )?([+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?)(?!\d
 
 @dataclass
 class Table:
-    """Cells as text, with units in them; **bold** is all the markup they have.
+    """Cells as text, with units in them; **bold** and *italics* are all the markup they have.
 
     columns: one heading each. rows: the cells of each, or fewer than columns: the last one then takes the rest of the
     line. note: a sentence on what was measured, or "".

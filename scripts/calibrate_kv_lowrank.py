@@ -10,6 +10,8 @@ turn keys, and a basis doesn't hold for positions that it never saw. Beside the 
 lose in every layer.
 """
 
+import argparse
+
 from tqdm import tqdm
 
 from gpt2 import cli, data, models, plots, results
@@ -19,7 +21,7 @@ from gpt2.compression.codecs import is_measured, metric_of
 from gpt2.errors import PluginError
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
     cli.add_text_flags(p)
@@ -43,7 +45,11 @@ def main() -> None:
         action="store_true",
         help="recompute activations in the backward pass of --metric fisher: less memory, more time, the same result",
     )
-    args = p.parse_args()
+    return p
+
+
+def main() -> None:
+    args = arguments().parse_args()
 
     codec = args.codec or args.metric or "pca"
     metric = args.metric or metric_of(codec)

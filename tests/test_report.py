@@ -61,7 +61,13 @@ def space(tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "plots").mkdir()
     shown = [{"results": "benchmark_append", "heading": "A & B"}, {"results": "ladder_{model}"}]
-    section = {"title": "Adding <b>", "about": "Held `x<y`, **now**.", "runs": {}, "show": shown, "plots": ["gone"]}
+    section = {
+        "title": "Adding <b>",
+        "about": "Held `x<y`, **now**, kv-* and *so* on.",
+        "runs": {},
+        "show": shown,
+        "plots": ["gone"],
+    }
     (tmp_path / "tables/one.json").write_text(json.dumps(section))
     codecs = {"int8 <i>": 0.002, "int4": 0.0105, "none": 0.001}
     rows = [{"codec": codec, "tokens_held": n, "append_ms_median": n * scale, "bytes_per_token": 1000 * scale}
@@ -108,7 +114,7 @@ def test_every_table_and_headline_is_what_the_results_say(page):
     *shown, provenance = Reader(page).tables
     assert len(shown) == len(made) > 10
     for rows, table in zip(shown, made, strict=True):
-        assert rows == [table.columns, *([cell.replace("**", "") for cell in row] for row in table.rows)]
+        assert rows == [[report.inline(cell).striptags() for cell in row] for row in [table.columns, *table.rows]]
     for name, commit, *_ in provenance[1:]:
         assert commit == tables.read(results.RESULTS / "runs" / f"{name}.json")["git_commit"]
     figures = re.findall(r'<li data-results="([^"]+)"><strong>([^<]+)</strong>', page)
@@ -134,7 +140,7 @@ def test_what_is_missing_is_named_and_what_is_odd_escaped(space):
     page, missing = report.page(space, space, "tiny")
     read = Reader(page)
     assert not read.wrong and [tag for tag, _ in read.elements].count("script") == 1
-    assert "Adding &lt;b&gt;" in page and "<code>x&lt;y</code>, <strong>now</strong>" in page
+    assert "Adding &lt;b&gt;" in page and "<code>x&lt;y</code>, <strong>now</strong>, kv-* and <em>so</em> on" in page
     assert "&lt;/pre&gt;&lt;script&gt;" in page and "<h3>A &amp; B</h3>" in page
     assert read.tables[0][1:] == [["int8 <i>", "0.20 ms", "4.00 ms", "2"], ["int4", "1.05 ms", "21.00 ms", "10"],
                                   ["none", "0.10 ms", "2.00 ms", "1"]]  # fmt: skip
