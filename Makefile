@@ -1,6 +1,7 @@
 # make demo: the main job on the embedded model, start to end     make test: all tests
 # make workflow: calibrate two ranks, tune, needle test, stability check
-# Both create .venv and install everything on first use; later runs start at once.
+# make report: one page with everything measured, results/report.html
+# Each creates .venv and installs everything on first use; later runs start at once.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ WORKFLOW := results/workflow
 # As a user has it: in a folder of their own, with the scripts somewhere else
 IN_WORKFLOW := cd $(WORKFLOW) && HF_HUB_OFFLINE=1 $(abspath $(VENV))/bin/python $(CURDIR)/scripts
 
-.PHONY: demo workflow test lint benchmark clean
+.PHONY: demo workflow report test lint benchmark clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +48,9 @@ workflow: $(VENV)/.installed
 		--output stability.json || test $$? -eq 3  # 'NOT stable' is a result too
 	@echo "Look at the pictures in $(WORKFLOW)"
 
+report: $(VENV)/.installed
+	$(RUN) scripts/make_report.py
+
 test: $(VENV)/.installed
 	$(RUN) -m pytest
 
@@ -59,4 +63,4 @@ benchmark: $(VENV)/.installed
 	$(RUN) scripts/benchmark_append.py
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(WORKFLOW)
+	rm -rf $(VENV) $(DEMO) $(WORKFLOW) results/report.html

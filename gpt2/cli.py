@@ -68,7 +68,7 @@ def out_of_memory() -> str:
 
 
 def add_output_flag(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--output", type=output_path, help="JSON file; the PNG goes beside it")
+    p.add_argument("--output", type=output_path, help="JSON file; the PNG goes beside it, or into plots beside runs")
 
 
 def output_path(word: str) -> Path:
@@ -237,6 +237,7 @@ def run(main: Callable[..., None], *, shared: bool = False) -> None:
     shared: several processes may run it, and main takes the `Processes`. The first one alone prints, but for an error.
     """
     results.git_commit()  # now: in an hour, when results are written, the checkout may have moved on
+    results.code_sha256(results.main_script())
 
     def together() -> None:
         with processes.together() as own, _muted(not own.first):

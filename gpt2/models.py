@@ -47,6 +47,11 @@ class Geometry:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_bytes
 
 
+def slug_of(spec: str) -> str:
+    """A model's spec as a part of a file name."""
+    return Path(spec.rstrip("/")).name.lower().replace(" ", "-")
+
+
 @dataclass
 class LoadedModel:
     """A model ready to run, with what artefacts record of it.
@@ -68,7 +73,7 @@ class LoadedModel:
     @property
     def slug(self) -> str:
         """The spec as a part of a file name."""
-        name = Path(self.spec.rstrip("/")).name.lower().replace(" ", "-")
+        name = slug_of(self.spec)
         return re.sub(r"[(),]|\.json", "", name) if self.random_weights else name
 
     @property

@@ -1,4 +1,4 @@
-"""The figure of the codec search."""
+"""The figures of the codec search and of bytes by context length."""
 
 from __future__ import annotations
 
@@ -37,6 +37,27 @@ def frontier(points: list[dict], budget: float, chosen: str | None, title: str) 
     spots = [(p["compression_ratio"], 100 * p["ppl_delta"]) for p in best]
     if best:
         spread_labels(axis, [p["label"] for p in best], spots, [spot for spot in spots for _ in range(2)])
+    return figure
+
+
+def ratios_by_context(rows: list[dict], title: str) -> Figure:
+    """Whole-KV compression against context length, a line per cache; dashed with the basis counted as well.
+
+    rows: as scripts/measure_cache_bytes.py has them.
+    """
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for index, cache in enumerate(dict.fromkeys(row["cache"] for row in rows)):
+        own, color = [row for row in rows if row["cache"] == cache], plt.cm.tab10(index % 10)
+        tokens = [row["context_tokens"] for row in own]
+        axis.plot(tokens, [row["compression_ratio"] for row in own], marker="o", color=color, label=cache)
+        if own[0]["codec_bytes"]:
+            axis.plot(tokens, [row["ratio_with_codec"] for row in own], linestyle="--", color=color)
+    axis.plot([], [], linestyle="--", color="black", label="with the basis, one conversation")
+    axis.set_xscale("log", base=2)
+    axis.set(title=title, xlabel="tokens held", ylabel="bytes of a 16-bit cache / bytes held")
+    axis.set_ylim(bottom=0)
+    figure.legend(loc="outside right upper", fontsize=8)
+    axis.grid(alpha=0.3)
     return figure
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import contextmanager
@@ -16,10 +18,14 @@ from typing import Any
 
 import torch
 
+from gpt2 import code_version
 from gpt2.errors import PluginError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
+NOT_INPUTS = ("output", "study")  # arguments that name what is written
+# Folders of results whose pictures go into `plots` beside them, and under what name
+PICTURES = {"runs": "{stem}.png", "presets": "frontier_{stem}.png"}
 
 
 @contextmanager
@@ -53,7 +59,12 @@ def check_writable(path: str | Path) -> Path:
 
 
 def picture_beside(path: Path) -> Path:
-    """The PNG that goes with an output file. Raises PluginError where it would overwrite the output itself."""
+    """The PNG that goes with an output file, in `plots` for a folder of results, else beside it.
+
+    Raises PluginError where it would overwrite the output itself.
+    """
+    if path.parent.name in PICTURES:
+        return path.parent.parent / "plots" / PICTURES[path.parent.name].format(stem=path.stem)
     picture = path.with_suffix(".png")
     if picture == path:
         raise PluginError(f"can't write {path}: the picture goes there, give --output another ending, such as .json")
@@ -82,20 +93,52 @@ def write_figure(path: str | Path, figure) -> Path:
 
 
 def provenance(args: Any = None, **more) -> dict:
-    """What a result was made from: arguments, commit, versions, device, time; more keys as given."""
+    """What a result was made from: arguments, the files that they name, code, versions, device, time; more as given."""
     packages = ("torch", "transformers", "numpy", "optuna", "triton")
+    given = vars(args) if args else {}
     return {
-        "args": {
-            key: shown(value) if isinstance(value, Path) else value
-            for key, value in (vars(args) if args else {}).items()
-        },
+        "args": {key: _recorded(value) for key, value in given.items()},
+        "inputs": inputs(given),
         "git_commit": git_commit(),
+        "code_sha256": code_sha256(main_script()),
         "versions": {name: version for name in packages if (version := _version(name))},
         "device": device_name(getattr(args, "device", "auto")),
         "threads": torch.get_num_threads(),
         "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **more,
     }
+
+
+def inputs(args: dict) -> dict[str, str]:
+    """Every file that arguments name, as `args` has it in a record, to its sha256."""
+    values = [value for key, value in args.items() if key not in NOT_INPUTS]
+    named = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    files = {_recorded(item): Path(item) for item in named if isinstance(item, (str, Path))}
+    return {name: file_sha256(path) for name, path in files.items() if path.is_file()}
+
+
+def _recorded(value):
+    return shown(value) if isinstance(value, Path) else value
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main_script() -> Path | None:
+    """The script of a folder `scripts` that this process runs; None where it runs something else."""
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    return Path(script).resolve() if script and Path(script).resolve().parent.name == "scripts" else None
+
+
+@functools.cache
+def code_sha256(script: Path | None) -> str | None:
+    """What `code_version` says of a script when first asked."""
+    if script is None:
+        return None
+    checkout = script.parents[1]
+    return code_version.digest(code_version.working_tree(checkout), script.relative_to(checkout).as_posix())
 
 
 def device_name(device: str) -> str:

@@ -23,7 +23,8 @@ def search_grid(args, loaded, text, output: Path) -> Found | None:
     if args.layer_ablation or args.per_layer:
         beside = args.study.parent / f"layer_ablation_{loaded.slug}_{study_name[-8:]}.json"
         ablation = args.output if args.layer_ablation and args.output else beside
-        rows = search.ablate(cells, ablation, text.sha256("tuning"), results.provenance(args, text=text.name))
+        made = results.provenance(args, text=text.name, text_sha256={"tuning": text.sha256("tuning")})
+        rows = search.ablate(cells, ablation, text.sha256("tuning"), made)
         tuning.print_layers(rows, ablation, f"{args.model}: one layer compressed at a time, {text.name}")
         if args.layer_ablation:
             return None

@@ -21,6 +21,7 @@ grid. A candidate without a finite loss is out of the budget. Without one inside
 exit code is 3.
 """
 
+import argparse
 from pathlib import Path
 
 from gpt2 import cli, data, models, plots, plots_codecs, results, tuner
@@ -32,7 +33,7 @@ ONLY = {"grid": ("target", "bits", "codec", "per_layer", "layer_ablation"),
         "codec": ("codecs", "num_trials", "recent_grid")}  # fmt: skip
 
 
-def parse():
+def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
     cli.add_text_flags(p)
@@ -54,6 +55,11 @@ def parse():
     p.add_argument("--study", type=Path, default=results.RESULTS / "studies" / "auto_tune.db", help="SQLite file")
     p.add_argument("--name", help="name of the preset; from target and budget if omitted")
     p.add_argument("--output", type=cli.output_path, help="preset file; results/presets/MODEL-NAME.json if omitted")
+    return p
+
+
+def parse() -> argparse.Namespace:
+    p = arguments()
     args = p.parse_args()
     other = "codec" if args.search == "grid" else "grid"
     for name in ONLY[other]:

@@ -8,9 +8,9 @@ reading back what is stored (reading is attention's cost, and grows with any cac
 Writes results/runs/benchmark_append.json and results/plots/benchmark_append.png.
 """
 
+import argparse
 import statistics
 import time
-from pathlib import Path
 
 import torch
 
@@ -20,7 +20,7 @@ from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_c
 from gpt2.evaluation.memory import cache_bytes
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     p.add_argument("--tokens", type=cli.int_list, default=[1024, 4096, 16384], help="tokens held before appending")
     p.add_argument("--layers", type=cli.positive_int, default=30)
@@ -29,21 +29,24 @@ def main() -> None:
     p.add_argument("--rank", type=cli.positive_int, default=60)
     p.add_argument("--repeats", type=cli.positive_int, default=200, help="appended tokens per figure")
     p.add_argument("--device", default="auto")
-    p.add_argument("--output", type=Path, default=results.RESULTS / "runs" / "benchmark_append.json")
-    args = p.parse_args()
-    results.check_writable(args.output)
+    cli.add_output_flag(p)
+    return p
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    output, picture = cli.output_files(args.output, "benchmark_append")
     device = models.resolve_device(args.device)
 
     rows = [measure(label, make, tokens, args, device) for label, make in codecs(args, device).items()
             for tokens in args.tokens]  # fmt: skip
-    results.write_json(args.output, results.provenance(args, dtype="bfloat16", rows=rows))
+    results.write_json(output, results.provenance(args, dtype="bfloat16", rows=rows))
     lines = {}
     for row in rows:
         lines.setdefault(row["codec"], []).append(row["append_ms_median"])
     title = f"{args.layers} layers, {args.kv_heads} KV heads of {args.head_dim}"
-    picture = results.RESULTS / "plots" / f"{args.output.stem}.png"
     results.write_figure(picture, plots.appending(args.tokens, lines, title))
-    print(f"wrote {args.output} and {picture}")
+    print(f"wrote {output} and {picture}")
 
 
 def codecs(args, device: torch.device) -> dict:

@@ -12,6 +12,8 @@ the GPU's own; the host's, to launch a step, are in the file.
 Writes results/runs/attention_step_DEVICE_SHAPE.json and results/plots/attention_step_DEVICE_SHAPE.png.
 """
 
+import argparse
+
 import torch
 
 from gpt2 import cli, models, plots_attention, results
@@ -20,7 +22,7 @@ from gpt2.evaluation import attention_speed as speed
 CODECS = "int4_channel,int8_channel,int4,int8,mixed,kv4,kv8"
 
 
-def parse():
+def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     p.add_argument("--context-lengths", type=cli.int_list, default=[4096, 16384], help="tokens of the prompt")
     p.add_argument("--heads", type=cli.positive_int, default=32, help="query heads")
@@ -40,6 +42,11 @@ def parse():
     p.add_argument("--copy-mib", type=cli.positive_int, default=512, help="copied to measure the memory's speed")
     p.add_argument("--seed", type=int, default=0, help="draws keys, values and queries")
     cli.add_output_flag(p)
+    return p
+
+
+def parse() -> argparse.Namespace:
+    p = arguments()
     args = p.parse_args()
     if args.compiled and models.resolve_device(args.device).type != "cpu":
         p.error("--compiled is for --device cpu")

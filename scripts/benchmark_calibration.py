@@ -8,6 +8,7 @@ of samples runs the calibration script in a process of its own and reads its pea
 Writes results/runs/benchmark_calibration_MODEL.json.
 """
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -23,7 +24,7 @@ from gpt2.compression.capture import collect
 from gpt2.errors import PluginError
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
     cli.add_text_flags(p)
@@ -31,7 +32,11 @@ def main() -> None:
     p.add_argument("--seq-len", type=cli.positive_int, default=1024, help="tokens per sequence")
     p.add_argument("--repeats", type=cli.positive_int, default=9, help="timed rounds")
     p.add_argument("--output", type=Path, help="JSON file")
-    args = p.parse_args()
+    return p
+
+
+def main() -> None:
+    args = arguments().parse_args()
     memory = {str(n): peak_megabytes(args, n) for n in args.samples}  # first: a child's peak starts at its parent's
     for samples, size in memory.items():
         print(f"peak resident size with {samples:>3} samples: {size:,.0f} MB", flush=True)
@@ -43,7 +48,10 @@ def main() -> None:
     ratios = {name: statistics.median(t["capture"] / t[name] for t in times) for name in ("body", "with_logits")}
     for name, ratio in ratios.items():
         print(f"calibrating costs {ratio:.2f}x a bare forward pass, {name} (median of {len(times)})")
-    record = results.provenance(args, ratio_to_forward=ratios, times_s=times, peak_rss_mb_by_samples=memory)
+    record = results.provenance(
+        args, text=text.name, text_sha256={"calibration": text.sha256("calibration")}, ratio_to_forward=ratios,
+        times_s=times, peak_rss_mb_by_samples=memory,
+    )  # fmt: skip
     results.write_json(output, record)
     print(f"wrote {output}")
 

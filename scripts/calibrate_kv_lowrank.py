@@ -17,6 +17,8 @@ or accelerate launch in the place of torchrun. A model that fits on none alone i
 process.
 """
 
+import argparse
+
 from torch import Tensor
 
 from gpt2 import cli, data, models, plots, results
@@ -27,7 +29,7 @@ from gpt2.errors import PluginError
 from gpt2.processes import Processes
 
 
-def main(processes: Processes) -> None:
+def arguments() -> argparse.ArgumentParser:
     several = list(measured_codecs())
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
@@ -54,8 +56,12 @@ def main(processes: Processes) -> None:
         action="store_true",
         help="recompute activations in the backward pass of --metric fisher: less memory, more time, the same result",
     )
-    args = p.parse_args()
+    return p
 
+
+def main(processes: Processes) -> None:
+    args = arguments().parse_args()
+    several = list(measured_codecs())
     codec = args.codec or args.metric or "pca"
     metric = args.metric or metric_of(codec)
     if args.compact and not is_measured(codec):  # now, and not after an hour

@@ -30,7 +30,7 @@ def lengths(words: str) -> list[int]:
     return [] if words in ("none", "0") else cli.int_list(words)
 
 
-def parse() -> argparse.Namespace:
+def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
     cli.add_text_flags(p)
@@ -41,11 +41,11 @@ def parse() -> argparse.Namespace:
     p.add_argument("--needle-context-lengths", type=lengths, default=[1024], help="tokens; none or 0 asks no needles")
     p.add_argument("--num-trials", type=cli.positive_int, default=3, help="needle prompts per length and depth")
     cli.add_output_flag(p)
-    return p.parse_args()
+    return p
 
 
 def main() -> None:
-    args = parse()
+    args = arguments().parse_args()
     text = data.load_text(args.text, args.model)
     loaded = models.load(args.model, args.device, args.dtype)
     output, picture = cli.output_files(args.output, f"peers_{loaded.slug}")

@@ -30,7 +30,7 @@ def positions(words: str) -> list[float]:
     return values
 
 
-def parse() -> argparse.Namespace:
+def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
     cli.add_text_flags(p)
@@ -42,11 +42,11 @@ def parse() -> argparse.Namespace:
     p.add_argument("--max-new-tokens", type=cli.positive_int, default=12, help="tokens to generate")
     p.add_argument("--prefill-chunk", type=cli.positive_int, help="tokens of the prompt fed at a time; by default all")
     cli.add_output_flag(p)
-    return p.parse_args()
+    return p
 
 
 def main() -> None:
-    args = parse()
+    args = arguments().parse_args()
     text = data.load_text(args.text, args.model)
     loaded = models.load(args.model, args.device, args.dtype)
     output, picture = cli.output_files(args.output, f"needle_{loaded.slug}")

@@ -10,6 +10,7 @@ needle prompts). The exit code is 3 where the verdict is 'NOT stable'; results a
 Writes results/runs/stability_MODEL_CACHE.json and a PNG in results/plots, or where --output says.
 """
 
+import argparse
 import sys
 from functools import cache
 
@@ -23,7 +24,7 @@ from gpt2.evaluation import stability
 from gpt2.evaluation.stability import FACTORS, METRICS, Setup
 
 
-def parse():
+def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
     cli.add_text_flags(p)
@@ -36,11 +37,11 @@ def parse():
     p.add_argument("--max-ppl-delta", type=cli.fraction, default=0.05, help="verdict: worst allowed rise of perplexity")
     p.add_argument("--max-std", type=cli.fraction, default=0.01, help="verdict: allowed deviation of that rise")
     cli.add_output_flag(p)
-    return p.parse_args()
+    return p
 
 
 def main() -> None:
-    args = parse()
+    args = arguments().parse_args()
     text = data.load_text(args.text, args.model)
     loaded = models.load(args.model, args.device, args.dtype)
     (choice,) = cli.chosen_caches(args, loaded)

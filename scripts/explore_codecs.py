@@ -21,7 +21,7 @@ from gpt2 import cli, data, models, plots_exploration, results
 from gpt2.evaluation.exploration import QUESTIONS, gather, measure
 
 
-def parse() -> argparse.Namespace:
+def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
     cli.add_text_flags(p)
@@ -35,11 +35,11 @@ def parse() -> argparse.Namespace:
         "--rows", type=cli.word_list(list(QUESTIONS)), default=list(QUESTIONS), help="questions whose rows to run"
     )
     cli.add_output_flag(p)
-    return p.parse_args()
+    return p
 
 
 def main() -> None:
-    args = parse()
+    args = arguments().parse_args()
     text = data.load_text(args.text, args.model)
     eval_text = data.load_text(args.eval_text or args.text, args.model)
     loaded = models.load(args.model, args.device, args.dtype)

@@ -9,6 +9,8 @@ is greedy, so that both texts can be compared; a small difference early on may s
 compressed cache as it is stored, in place of expanding it at every step.
 """
 
+import argparse
+
 import torch
 from transformers import DynamicCache
 
@@ -22,7 +24,7 @@ PROMPT = """In the early years of the twentieth century, most people in the vall
 was wide and slow, and in spring it flooded the fields on both banks. When the railway arrived, the village changed"""
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
     p.add_argument("--preset", required=True, help="preset file, built-in name, or kv8 or kv4")
@@ -31,7 +33,11 @@ def main() -> None:
     )
     p.add_argument("--prompt", default=PROMPT, help="text to continue")
     p.add_argument("--max-new-tokens", type=cli.positive_int, default=96)
-    args = p.parse_args()
+    return p
+
+
+def main() -> None:
+    args = arguments().parse_args()
 
     preset = resolve_preset(args.preset, args.model)
     loaded = models.load(args.model, args.device, args.dtype)

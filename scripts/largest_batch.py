@@ -9,13 +9,15 @@ noise, and a shape from configs/models has random weights: neither size nor spee
 Writes results/runs/largest_batch_DEVICE_MODEL.json, or where --output says.
 """
 
+import argparse
+
 from gpt2 import cli, results, shapes
 from gpt2.errors import PluginError
 from gpt2.evaluation import largest_batch
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
 
 
-def parse():
+def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
     cli.add_cache_flags(p, several=True)
@@ -25,18 +27,18 @@ def parse():
     p.add_argument("--layers", type=cli.positive_int, help="layers of a shape without weights; all if omitted")
     p.add_argument("--seed", type=int, default=0, help="draws what fills the caches")
     p.add_argument("--output", type=cli.output_path, help="JSON file")
-    return p.parse_args()
+    return p
 
 
 def main() -> None:
-    args = parse()
+    args = arguments().parse_args()
     loaded = shapes.load(args.model, args.device, args.dtype, args.layers)
     after = args.decode_tokens + largest_batch.WARM_STEPS
     loaded.require_context(args.context_length, "--context-length", after=after)
     stem = f"largest_batch_{results.device_slug(loaded.device)}_{loaded.slug}"
     output = args.output or results.check_writable(results.RESULTS / "runs" / f"{stem}.json")
     choices = cli.chosen_caches(args, loaded)
-    args.most = args.most or (1024 if loaded.device.type == "cuda" else 4)
+    most = args.most or (1024 if loaded.device.type == "cuda" else 4)
     rows = []
     caches = {BASELINE: baseline_factory(loaded)} | {choice.label: choice.make for choice in choices}
     for name, make in caches.items():
@@ -47,7 +49,7 @@ def main() -> None:
                 make,
                 args.context_length,
                 decode_tokens=args.decode_tokens,
-                most=args.most,
+                most=most,
                 seed=args.seed,
             )
         )

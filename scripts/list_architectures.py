@@ -10,23 +10,28 @@ Both working modes run by reconstruction today; their tokens with a cache that l
 Writes results/runs/architectures.json, or where --output says.
 """
 
+import argparse
 from collections import Counter
 from pathlib import Path
 
 from gpt2 import architectures, cli, results
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
-    known = architectures.families()
-    p.add_argument("--families", type=cli.word_list(["all", *known]), default="all", help="model types")
+    families = cli.word_list(["all", *architectures.families()])
+    p.add_argument("--families", type=families, default="all", help="model types")
     p.add_argument("--output", type=Path, default=results.RESULTS / "runs" / "architectures.json", help="JSON file")
-    args = p.parse_args()
+    return p
+
+
+def main() -> None:
+    args = arguments().parse_args()
     results.check_writable(args.output)
 
     rows = []
     print(f"{'family':<28} {'mode':<17} {'miniature':<21} reason")
-    for family in known if "all" in args.families else args.families:
+    for family in architectures.families() if "all" in args.families else args.families:
         rows.append(architectures.examine(family))
         print_row(rows[-1])
     counts = Counter(row["mode"] for row in rows)

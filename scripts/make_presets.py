@@ -20,6 +20,7 @@ Writes results/runs/ladder_MODEL[_TAG].json, or ladder_grouped_MODEL…, and a P
 the same below --output.
 """
 
+import argparse
 from pathlib import Path
 
 from gpt2 import cli, data, models, plots, results
@@ -34,7 +35,7 @@ DEFAULT_CODEC = next(iter(measured_codecs()))
 MADE_FROM = ("fingerprint", "text_sha256", "samples", "seq_len", "seed", "sink_tokens")  # a preset's figures hold for
 
 
-def parse():
+def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
     cli.add_text_flags(p)
@@ -54,11 +55,11 @@ def parse():
     p.add_argument("--calibration-file", type=Path, help="results/calibrations/kv_CODEC_MODEL[_TAG].pt if omitted")
     p.add_argument("--tag", help="only measure, and write ladder_MODEL_TAG.json")
     p.add_argument("--output", type=Path, help="folder for presets, calibrations, runs, plots; else results")
-    return p.parse_args()
+    return p
 
 
 def main(processes: Processes) -> None:
-    args = parse()
+    args = arguments().parse_args()
     text = data.load_text(args.text, args.model)
     eval_text = data.load_text(args.eval_text or args.text, args.model)
     loaded = models.load(args.model, args.device, args.dtype)

@@ -15,6 +15,8 @@ weights: speed and memory don't depend on them.
 Writes results/runs/profile_MODEL.json and results/plots/profile_MODEL.png, or where --output says.
 """
 
+import argparse
+
 from gpt2 import cli, plots, results, shapes
 from gpt2.compression.attention import enable_compressed_attention
 from gpt2.evaluation.instruments import cuda_devices, memory_method
@@ -24,7 +26,7 @@ from gpt2.evaluation.timing import measure_cell
 from gpt2.models import LoadedModel
 
 
-def parse():
+def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
     cli.add_cache_flags(p, several=True)
@@ -38,11 +40,11 @@ def parse():
     p.add_argument("--layers", type=cli.positive_int, help="layers of a shape without weights; all if omitted")
     p.add_argument("--seed", type=int, default=0, help="draws the tokens that fill the caches")
     cli.add_output_flag(p)
-    return p.parse_args()
+    return p
 
 
 def main() -> None:
-    args = parse()
+    args = arguments().parse_args()
     loaded = shapes.load(args.model, args.device, args.dtype, args.layers)
     loaded.require_context(max(args.context_lengths), "--context-lengths", after=args.decode_tokens)
     output, picture = cli.output_files(args.output, f"profile_{loaded.slug}")

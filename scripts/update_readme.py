@@ -6,14 +6,20 @@
 A region of README names the file in results/runs that it comes from; see gpt2/tables.py.
 """
 
+import argparse
+
 from gpt2 import cli, results, tables
 from gpt2.errors import PluginError
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     p.add_argument("--check", action="store_true", help="change nothing, fail if a table differs from its results")
-    args = p.parse_args()
+    return p
+
+
+def main() -> None:
+    args = arguments().parse_args()
     readme = results.ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
     after = tables.fill(before, results.RESULTS / "runs")

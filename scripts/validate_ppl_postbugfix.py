@@ -10,6 +10,7 @@ all-ones direction against other directions of the same bytes), policies (each w
 Writes results/runs/validate_ppl_MODEL.json and results/plots/validate_ppl_MODEL.png, or where --output says.
 """
 
+import argparse
 from pathlib import Path
 
 from gpt2 import cli, data, models, plots, results
@@ -19,7 +20,7 @@ from gpt2.errors import PluginError
 from gpt2.evaluation.ablation import GROUPS, Ablation, measure
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
     cli.add_text_flags(p)
@@ -31,7 +32,11 @@ def main() -> None:
     p.add_argument("--bits", type=cli.int_list, default=[16, 8, 4], help="quantizer widths")
     p.add_argument("--layer-groups", type=cli.positive_int, default=5, help="stretches of layers in group `layers`")
     cli.add_output_flag(p)
-    args = p.parse_args()
+    return p
+
+
+def main() -> None:
+    args = arguments().parse_args()
 
     text = data.load_text(args.text, args.model)
     loaded = models.load(args.model, args.device, args.dtype)

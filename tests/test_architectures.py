@@ -232,7 +232,7 @@ def test_the_table_groups_by_mode_and_kind_of_reason():
     ]  # fmt: skip
     record = {"versions": {"transformers": "5.0"}, "rows": [dict(zip(("model_type", "mode", "reason"), r, strict=True))
                                                             for r in rows]}  # fmt: skip
-    assert tables.architectures(record, []).splitlines() == [
+    assert tables.architectures(record, []).markdown().splitlines() == [
         "| what happens | families | which |",
         "|---|---|---|",
         "| works; its attention can be replaced | 2 | b, e |",

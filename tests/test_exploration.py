@@ -263,6 +263,6 @@ def test_the_script_writes_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
     table = tables.fill("<!-- results: explore_codecs_tiny widths -->\n<!-- end -->", tmp_path)
     assert "| widths: **by block within its bytes** |" in table and "metric" not in table
     assert "| changed | KL at 4 bits | KL at 2 bits | Δ perplexity at 2 bits |" in table
-    with pytest.raises(PluginError, match="no rows on lattice"):
+    with pytest.raises(PluginError, match="no rows of question lattice"):
         tables.fill("<!-- results: explore_codecs_tiny lattice -->\n<!-- end -->", tmp_path)
     assert "by block within its bytes" in capsys.readouterr().out

@@ -79,8 +79,11 @@ class Ablation:
         ]
 
     def _target(self) -> list[Row]:
-        rank = self.ranks[0]
-        return [self._row("target", f"{target.upper()} rank {rank}", target, rank) for target in ("v", "k", "kv")]
+        return [
+            self._row("target", f"{target.upper()} rank {rank}", target, rank)
+            for target in ("v", "k", "kv")
+            for rank in self.ranks
+        ]
 
     def _rank(self) -> list[Row]:
         return [self._row("rank", f"V rank {rank}", "v", rank) for rank in self.ranks]

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from gpt2.compression.codecs import Compressor
+from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.models import Geometry
 
 
@@ -67,7 +68,19 @@ def held_bytes(
     *,
     chunk: int | None = None,
 ) -> int:
-    """Bytes that a cache holds for one sequence of `tokens`, measured.
+    """Bytes that a cache holds for one sequence of `tokens`, measured; as `filled`."""
+    return cache_bytes(filled(make_cache, geometry, tokens, dtype, chunk=chunk))
+
+
+def filled(
+    make_cache: Callable[[], Cache],
+    geometry: Geometry,
+    tokens: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    chunk: int | None = None,
+) -> Cache:
+    """A cache that holds one sequence of `tokens`.
 
     It is filled with noise: sizes don't depend on the values. dtype: of what the cache keeps exact. chunk: tokens that
     are fed at a time, as streamed perplexity does; None feeds a prompt of half the length and then chunks of 64.
@@ -80,7 +93,15 @@ def held_bytes(
         for layer in cache.layers:
             # `update` would also expand all that is stored, which the size doesn't need; others' caches have only that
             getattr(layer, "store", layer.update)(piece, piece)
-    return cache_bytes(cache)
+    return cache
+
+
+def exact_and_unused_bytes(cache: CompressedDynamicCache) -> tuple[int, int]:
+    """Of the bytes of a cache of ours: those of exact tokens (sinks and tail), and of room that isn't used yet."""
+    stores = [store for layer in cache.layers for store in layer.stores.values()]
+    exact = sum(tensor.nbytes for store in stores for tensor in (store.sinks, store.tail))
+    growing = [pieces for store in stores for pieces in store.blocks.values() if pieces.room]
+    return exact, sum(pieces.room * pieces.parts[-1][:, :, :1].nbytes for pieces in growing)
 
 
 def plain_bytes(geometry: Geometry, tokens: int, *, config=None) -> int:
