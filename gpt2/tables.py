@@ -1,6 +1,6 @@
-"""Markdown tables from results records, and README kept in step with them: no figure is typed by hand.
+"""Markdown tables from results records, and pages kept in step with them: no figure is typed by hand.
 
-README holds regions that name the results file they come from:
+README and docs/*.md hold regions that name the results file they come from:
 
     <!-- results: validate_ppl_smollm2-135m rank,bits -->
     …table…
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpt2.errors import PluginError
+from gpt2.tables_scaling import scaling
 
 REGION = re.compile(r"(<!-- results: (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -361,8 +362,14 @@ TABLES: dict[str, Callable[[dict, list[str]], str]] = {
     "needle": needle,
     "peers": peers,
     "profile": profile,
+    "scaling": scaling,
     "stability": stability,
 }
+
+
+def pages(root: Path) -> list[Path]:
+    """Files with regions: README, and the pages of docs."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
 def fill(text: str, runs: Path) -> str:
