@@ -177,7 +177,7 @@ def test_calibration_on_paper_adds_up():
 def record(tmp_path_factory):
     """The script's own output, on a tiny model, everything small."""
     folder = tmp_path_factory.mktemp("scaling")
-    tiny_model("llama").save_pretrained(folder / "m")
+    tiny_model("llama", num_hidden_layers=4).save_pretrained(folder / "m")
     word_tokenizer().save_pretrained(folder / "m")
     (folder / "other.json").write_text((folder / "m" / "config.json").read_text())
     fields = json.loads((folder / "other.json").read_text())

@@ -69,7 +69,8 @@ def verdict(expected: float, interval: tuple[float, float]) -> str:
 def measure(claim: Claim, repeats: int) -> dict:
     """A claim's results record. Points take turns, in an order that turns round with every repeat.
 
-    The smallest one warms up. Bytes are the same every time, and are asked for once. Raises PluginError for fewer than LEAST_POINTS points.
+    The smallest one warms up. Bytes are the same every time, and are asked for once. Raises PluginError for fewer than
+    LEAST_POINTS points.
     """
     points = sorted(claim.points, key=lambda point: point.x)
     if len(points) < LEAST_POINTS:

@@ -154,12 +154,12 @@ def calibration(loaded: LoadedModel, sizes: Sizes) -> Iterator[Claim]:
     """Both passes against samples, their length, and layers."""
     tokens, cuts = sizes.sample_tokens, list(_cuts(loaded, sizes.layer_cuts))
     for step in PASSES:
-        yield Claim(step, "samples", loaded.spec, [_pass_point(step, loaded, n, tokens, n) for n in sizes.samples])
+        yield Claim(step, "samples", loaded.slug, [_pass_point(step, loaded, n, tokens, n) for n in sizes.samples])
         yield Claim(
-            step, "tokens of a sample", loaded.spec, [_pass_point(step, loaded, 1, n, n) for n in sizes.seq_lens]
+            step, "tokens of a sample", loaded.slug, [_pass_point(step, loaded, 1, n, n) for n in sizes.seq_lens]
         )
         points = [_pass_point(step, cut, 1, tokens, cut.geometry.num_layers) for cut in cuts]
-        yield Claim(step, "layers", loaded.spec, points)
+        yield Claim(step, "layers", loaded.slug, points)
 
 
 def _cuts(loaded: LoadedModel, count: int) -> Iterator[LoadedModel]:
@@ -217,7 +217,7 @@ def memory(loaded: LoadedModel, configs: Configs, sizes: Sizes) -> Iterator[Clai
         Point(n, arithmetic.activation_bytes(dims, n, element=element), partial(saved_bytes, loaded, n))
         for n in sizes.seq_lens
     ]
-    yield Claim("calibrate: activations kept", "tokens of a sample", loaded.spec, points, BYTES)
+    yield Claim("calibrate: activations kept", "tokens of a sample", loaded.slug, points, BYTES)
 
 
 def _first_bytes(config: PretrainedConfig, geometry: Geometry) -> float:
@@ -339,10 +339,10 @@ def evaluation(loaded: LoadedModel, presets: Sequence[str], sizes: Sizes) -> Ite
         return Point(x, predicted, partial(seconds, wait, partial(score, loaded, ids, makes, batch_size=1)))
 
     tokens, step = sizes.segment_tokens, f"perplexity, {choice.label}"
-    yield Claim(step, "segments", loaded.spec, [scored(n, n, tokens) for n in sizes.segments])
-    yield Claim(step, "tokens of a segment", loaded.spec, [scored(n, 1, n) for n in sizes.segment_lengths])
+    yield Claim(step, "segments", loaded.slug, [scored(n, n, tokens) for n in sizes.segments])
+    yield Claim(step, "tokens of a segment", loaded.slug, [scored(n, 1, n) for n in sizes.segment_lengths])
     points = [scored(n, 1, tokens, n) for n in sizes.caches]
-    yield Claim(f"tune, {choice.label}", "caches tried", loaded.spec, points)
+    yield Claim(f"tune, {choice.label}", "caches tried", loaded.slug, points)
 
     def asked(tokens: int) -> Point:
         ids = random_tokens(loaded, 1, tokens, seed=0)
@@ -350,4 +350,4 @@ def evaluation(loaded: LoadedModel, presets: Sequence[str], sizes: Sizes) -> Ite
         return Point(tokens, arithmetic.forward_flops(dims, tokens), lambda: work(cache=choice.make()).prefill_s)
 
     points = [asked(n) for n in sizes.model_contexts]
-    yield Claim(f"needle: read a prompt, {choice.label}", "its tokens", loaded.spec, points)
+    yield Claim(f"needle: read a prompt, {choice.label}", "its tokens", loaded.slug, points)
