@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from gpt2.plots import plt
 
 COLUMNS = 5
+LEAST_SPAN = 4  # of the vertical axis: what doesn't grow shall look so
 
 
 def slopes(record: dict) -> Figure:
@@ -16,7 +17,7 @@ def slopes(record: dict) -> Figure:
     record: as scripts/measure_scaling.py writes it.
     """
     rows = -(-len(record["slopes"]) // COLUMNS)
-    figure, axes = plt.subplots(rows, COLUMNS, figsize=(4 * COLUMNS, 3.1 * rows), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(2.9 * COLUMNS, 2.3 * rows), layout="constrained", squeeze=False)
     for axis in axes.flat[len(record["slopes"]) :]:
         axis.set_axis_off()
     for axis, slope in zip(axes.flat, record["slopes"], strict=False):
@@ -35,8 +36,11 @@ def _panel(axis, slope: dict) -> None:
     for name, style, color in (("exponent", "-", "tab:blue"), ("expected_exponent", "--", "tab:orange")):
         label = {"exponent": "fitted", "expected_exponent": "expected"}[name]
         axis.loglog(x, centre[1] * (x / centre[0]) ** slope[name], style, color=color, label=label)
-    axis.set_title(f"{slope['step']}\n{slope['on']}", fontsize=7)
-    axis.set_xlabel(f"{slope['against']}: exponent {slope['exponent']:.2f}, {slope['verdict']}", fontsize=8)
-    axis.set_ylabel(slope["unit"])
-    axis.tick_params(which="both", labelsize=6)
+    low, high = axis.get_ylim()
+    if high / low < LEAST_SPAN:
+        axis.set_ylim(centre[1] / LEAST_SPAN**0.5, centre[1] * LEAST_SPAN**0.5)
+    axis.set_title(f"{slope['step']}\n{slope['on']}", fontsize=6)
+    axis.set_xlabel(f"{slope['against']}: exponent {slope['exponent']:.2f}, {slope['verdict']}", fontsize=6)
+    axis.set_ylabel(slope["unit"], fontsize=6)
+    axis.tick_params(which="both", labelsize=5)
     axis.grid(alpha=0.3)

@@ -27,7 +27,7 @@ def _bytes(record: dict, _: list[str]) -> str:
         own = {r["context_tokens"]: r for r in record["caches"] if (r["shape"], r["cache"]) == (shape, cache)}
         last = own[contexts[-1]]
         sizes = " | ".join(f"{own[n]['bytes'] / GIB:,.2f} GiB" for n in contexts)
-        basis = f"{last['basis_bytes'] / MIB:,.1f} MiB" if last["basis_bytes"] else "–"
+        basis = f"{last['basis_bytes'] / MIB:.3g} MiB" if last["basis_bytes"] else "–"
         ratio = f"{last['compression_ratio']:.2f}x"
         lines.append(f"| {shape} | {cache} | {last['bytes_per_token']:,.0f} | {sizes} | {ratio} | {basis} |")
     return "\n".join(lines) + (
@@ -54,7 +54,7 @@ def _time(record: dict, _: list[str]) -> str:
     return "\n".join(lines) + (
         f"\n\n{args['samples']} samples of {args['seq_len']:,} tokens. Passes are counted, in forward passes without "
         f"logits; together: at an assumed {args['flops_per_s'] / 1e12:,.0f} TFLOP/s, without checkpointing. Fitting: "
-        f"number of bases by width, each at what one took with {record['threads']} threads."
+        f"number of bases by width, each at what one took with {record['threads']} thread{'s' * (record['threads'] > 1)}."
     )
 
 

@@ -33,7 +33,7 @@ def arguments():
     p.add_argument("--timed-shapes", type=names, default=TIMED, help="one layer of each is calibrated")
     p.add_argument("--cache-shapes", type=names, default="llama-3.1-8b.json", help="one layer's cache is measured")
     p.add_argument("--timed-presets", type=names, default="kv4,kv-4x,fast-4x", help="caches that are measured")
-    p.add_argument("--repeats", type=cli.positive_int, default=4, help="timings of every point")
+    p.add_argument("--repeats", type=cli.positive_int, default=4, help="timings of every point, 3 or more for verdicts")
     p.add_argument("--quick", action="store_true", help="the smallest sizes: to try it, not to believe it")
     cli.add_output_flag(p)
     return p

@@ -15,6 +15,7 @@ from gpt2.errors import PluginError
 from gpt2.evaluation.statistics import RESAMPLES
 
 LEAST_POINTS = 4
+LEAST_REPEATS = 3  # below which timings have no spread to speak of
 TOLERANCE = 0.15  # of an exponent: what a fixed cost, or arithmetic that is faster on larger matrices, may bend
 WIDEST = 0.3  # half an interval: beyond it an exponent isn't known
 SECONDS, BYTES = "s", "bytes"
@@ -97,6 +98,7 @@ def _record(claim: Claim, points: Sequence[Point], values: np.ndarray) -> dict:
     medians = np.median(values, axis=1)
     slope, interval = exponent(x, medians), exponent_interval(x, values)
     expected = exponent(x, [point.predicted for point in points])
+    known = claim.unit == BYTES or values.shape[1] >= LEAST_REPEATS
     line = np.polyval(np.polyfit(np.log(x), np.log(medians), 1), np.log(x))
     return {
         "step": claim.step,
@@ -111,5 +113,5 @@ def _record(claim: Claim, points: Sequence[Point], values: np.ndarray) -> dict:
         "exponent": slope,
         "exponent_interval": list(interval),
         "farthest_from_line": float(np.expm1(np.abs(np.log(medians) - line).max())),
-        "verdict": verdict(expected, interval),
+        "verdict": verdict(expected, interval) if known else UNKNOWN,
     }

@@ -177,7 +177,7 @@ def over_models(configs: Configs, device: torch.device, sizes: Sizes) -> Claim:
     for name, config in configs.items():
         config = shapes.changed(config, 1, vocab_size=CUT_VOCABULARY, pad_token_id=None)
         points.append(_pass_point(step, shapes.from_config(config, name, device), 1, sizes.sample_tokens))
-    return Claim(step, "FLOPs counted", f"one layer of {', '.join(configs)}", points)
+    return Claim(step, "FLOPs counted", f"one layer each of {len(configs)} models", points)
 
 
 def fitting(sizes: Sizes) -> Claim:
@@ -209,7 +209,7 @@ def memory(loaded: LoadedModel, configs: Configs, sizes: Sizes) -> Iterator[Clai
         added = arithmetic.gradient_statistics_bytes(dims)
         added["blocks"] //= arithmetic.RESERVOIR_BLOCKS
         other.append(Point(groups, sum(added.values()), partial(_gradient_bytes, config, g)))
-    names = f"cache shapes of {', '.join(configs)}"
+    names = f"cache shapes of {len(configs)} models"
     yield Claim("calibrate: statistics of heads", "layers · heads · d²", names, one, BYTES)
     yield Claim("calibrate: statistics of bases", "layers · groups · w²", names, other, BYTES)
     dims, element = arithmetic.dimensions(loaded.model.config, loaded.spec), loaded.model.dtype.itemsize
