@@ -50,11 +50,11 @@ def _time(record: dict, _: list[str]) -> str:
             f"| {passes['gradient_pass']:.2f}x | {passes['gradient_pass_checkpointing']:.2f}x | {together:,.1f} s "
             f"| {row['fitting_s']:,.0f} s ({fits}) |"
         )
-    args = record["args"]
+    args, threads = record["args"], record["threads"]
     return "\n".join(lines) + (
         f"\n\n{args['samples']} samples of {args['seq_len']:,} tokens. Passes are counted, in forward passes without "
         f"logits; together: at an assumed {args['flops_per_s'] / 1e12:,.0f} TFLOP/s, without checkpointing. Fitting: "
-        f"number of bases by width, each at what one took with {record['threads']} thread{'s' * (record['threads'] > 1)}."
+        f"number of bases by width, each at what one took with {threads} thread{'s' * (threads > 1)}."
     )
 
 
