@@ -1,6 +1,6 @@
-"""Tables from results records, and README kept in step with them: no figure is typed by hand.
+"""Tables from results records, and pages kept in step with them: no figure is typed by hand.
 
-README holds regions that name the results file they come from:
+README and docs/*.md hold regions that name the results file they come from:
 
     <!-- results: validate_ppl_smollm2-135m rank,bits -->
     …table…
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from gpt2.errors import PluginError
 from gpt2.tables_guide import beside_guide
+from gpt2.tables_scaling import scaling
 from gpt2.tables_speed import appending, attention_step, cache_bytes, calibrating, largest_batch, profile
 from gpt2.tabular import Table, interval, select
 
@@ -221,6 +222,7 @@ TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
     "needle": needle,
     "peers": peers,
     "profile": profile,
+    "scaling": scaling,
     "stability": stability,
 }
 
@@ -246,6 +248,11 @@ def table(name: str, record: dict, words: str | None = None, kind: str | None = 
     if make is None:
         raise PluginError(f"no table is made of {name}: give `as`, one of {', '.join(TABLES)}")
     return make(record, words.split(",") if words else [])
+
+
+def pages(root: Path) -> list[Path]:
+    """Files with regions: README, and the pages of docs."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
 def fill(text: str, runs: Path) -> str:

@@ -1,9 +1,9 @@
-"""Write README's tables from the committed results, or check that they are what the results say.
+"""Write the tables of README and docs/*.md from the committed results, or check that they are what the results say.
 
     python scripts/update_readme.py
     python scripts/update_readme.py --check
 
-A region of README names the file in results/runs that it comes from; see gpt2/tables.py.
+A region of a page names the file in results/runs that it comes from; see gpt2/tables.py.
 """
 
 import argparse
@@ -20,14 +20,15 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments().parse_args()
-    readme = results.ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = tables.fill(before, results.RESULTS / "runs")
-    if args.check and before != after:
-        raise PluginError("README.md shows figures that differ from results/runs: run scripts/update_readme.py")
-    if not args.check:
-        with results.atomic(readme) as part:
-            part.write_text(after, encoding="utf-8")
+    for page in tables.pages(results.ROOT):
+        before = page.read_text(encoding="utf-8")
+        after = tables.fill(before, results.RESULTS / "runs")
+        if args.check and before != after:
+            name = results.shown(page)
+            raise PluginError(f"{name} shows figures that differ from results/runs: run scripts/update_readme.py")
+        if before != after:
+            with results.atomic(page) as part:
+                part.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":
