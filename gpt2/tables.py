@@ -14,7 +14,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from gpt2.errors import PluginError
+from gpt2.evaluation.statistics import mean_interval
 from gpt2.tables_guide import beside_guide
 from gpt2.tables_scaling import scaling
 from gpt2.tables_speed import appending, attention_step, cache_bytes, calibrating, largest_batch, profile
@@ -66,17 +69,29 @@ def needle(record: dict, _: list[str]) -> Table:
         base = [cells["baseline", length, c["depth"]] for c in own]
         works = [c for c in own if c["baseline_works"]]
         exact, reference = (sum(c["exact_match"] for c in some) / len(some) for some in (own, base))
-        change = sum(c["logprob_change_nats"] for c in own) / len(own)
+        changes = _logprob_changes(record, cache, length)
+        low, high = mean_interval(changes)
         matched = sum(c["verdict"] == "matches" for c in works)
         verdict = f"{matched} of {len(works)} depths" if works else "the baseline fails"
-        lines.append([cache, f"{length:,}", f"{exact:.0%}", f"{reference:.0%}", f"{change:+.3f}", verdict])
+        lines.append([cache, f"{length:,}", f"{exact:.0%}", f"{reference:.0%}", f"{changes.mean():+.3f}"])
+        lines[-1] += [f"{low:+.3f} … {high:+.3f}", verdict]
     prompts = sum(c["trials"] for c in record["cells"] if c["cache"] == "baseline")
     return Table(
-        ["cache", "context", "exact match", "baseline's", "change of log p, nats", "matches where the baseline works"],
+        ["cache", "context", "exact match", "baseline's", "change of log p, nats", "95 % interval"]
+        + ["matches where the baseline works"],
         lines,
         f"{record['model']}, {prompts} prompts per cache in {record['text']}; a baseline works from "
         f"{record['baseline_works_from']:.0%} exact match on.",
     )
+
+
+def _logprob_changes(record: dict, cache: str, length: int) -> np.ndarray:
+    """Of every prompt of a context length, what a cache changes in the answer's log-probability, nats."""
+    found = {}
+    for row in record["rows"]:
+        if row["context_tokens"] == length:
+            found[row["cache"], row["depth"], row["trial"]] = row["answer_logprob_nats"]
+    return np.array([p - found["baseline", *prompt] for (name, *prompt), p in found.items() if name == cache])
 
 
 def stability(record: dict, _: list[str]) -> Table:
