@@ -11,7 +11,7 @@ WORKFLOW := results/workflow
 # As a user has it: in a folder of their own, with the scripts somewhere else
 IN_WORKFLOW := cd $(WORKFLOW) && HF_HUB_OFFLINE=1 $(abspath $(VENV))/bin/python $(CURDIR)/scripts
 
-.PHONY: demo workflow report test lint benchmark clean
+.PHONY: demo workflow report test fuzz lint benchmark clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +53,10 @@ report: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(RUN) -m pytest
+
+# Thousands of histories of a cache in the place of a hundred, drawn anew each time
+fuzz: $(VENV)/.installed
+	FUZZ_HISTORIES=2000 $(RUN) -m pytest tests/test_cache_machine.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet ruff

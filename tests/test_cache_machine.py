@@ -1,7 +1,7 @@
 """Anything that can happen to a cache, in any order, against a plain model of it: what is read is what was stored.
 
 The plain model is one tensor of what should be read; every block that becomes full goes through the codec once, by
-itself. `make test` tries a hundred histories, `make fuzz` thousands; what fails is cut down to the shortest history that does.
+itself. `make test` tries a hundred histories, `make fuzz` thousands; what fails is cut down to the shortest that does.
 """
 
 from __future__ import annotations
