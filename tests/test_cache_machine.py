@@ -115,9 +115,11 @@ class CacheMachine(RuleBasedStateMachine):
             plain.append(x)
 
     @precondition(lambda self: self.held)
-    @rule(share=st.floats(0, 1))
-    def crop(self, share: float) -> None:
-        tokens = round(share * self.held)
+    @rule(share=st.floats(0, 1), beside=st.one_of(st.none(), st.integers(-2, 6)))
+    def crop(self, share: float, beside: int | None) -> None:
+        """Some share of what is held, or to the end of the sinks and about there, where blocks are special."""
+        left = round((1 - share) * self.held) if beside is None else max(self.layout[0] + beside, 0)
+        tokens = max(self.held - left, 0)
         self.cache.crop(-tokens)
         for plain in self.plain if tokens else ():
             plain.crop(tokens)
