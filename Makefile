@@ -1,5 +1,6 @@
 # make demo: the main job on the embedded model, start to end     make test: all tests
 # make workflow: calibrate two ranks, tune, needle test, stability check
+# make tables: all tables of results/tables, as far as their results are missing or out of date; TEXT=../wikitext
 # Both create .venv and install everything on first use; later runs start at once.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ WORKFLOW := results/workflow
 # As a user has it: in a folder of their own, with the scripts somewhere else
 IN_WORKFLOW := cd $(WORKFLOW) && HF_HUB_OFFLINE=1 $(abspath $(VENV))/bin/python $(CURDIR)/scripts
 
-.PHONY: demo workflow test lint benchmark clean
+.PHONY: demo workflow tables test lint benchmark clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +47,9 @@ workflow: $(VENV)/.installed
 	$(IN_WORKFLOW)/eval_stability.py --preset kv_preset_smollm2_v9.json --num-runs 3 --eval-tokens 2048 \
 		--output stability.json || test $$? -eq 3  # 'NOT stable' is a result too
 	@echo "Look at the pictures in $(WORKFLOW)"
+
+tables: $(VENV)/.installed
+	$(RUN) scripts/reproduce_tables.py $(if $(TEXT),--text $(TEXT))
 
 test: $(VENV)/.installed
 	$(RUN) -m pytest

@@ -3,31 +3,31 @@
     python scripts/update_readme.py
     python scripts/update_readme.py --check
 
-A region of README names the file in results/runs that it comes from; see gpt2/tables.py.
+A region of README names the file in results/runs that it comes from; see gpt2/tables.py. --check looks at all that
+shows figures, as scripts/reproduce_tables.py --check does.
 """
 
 import argparse
 
 from gpt2 import cli, results, tables
-from gpt2.errors import PluginError
+from gpt2.reproduce.check import check
 
 
 def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
-    p.add_argument("--check", action="store_true", help="change nothing, fail if a table differs from its results")
+    p.add_argument("--check", action="store_true", help="change nothing, fail where figures differ from results")
     return p
 
 
 def main() -> None:
     args = arguments().parse_args()
+    if args.check:
+        check(results.ROOT)
+        return
     readme = results.ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = tables.fill(before, results.RESULTS / "runs")
-    if args.check and before != after:
-        raise PluginError("README.md shows figures that differ from results/runs: run scripts/update_readme.py")
-    if not args.check:
-        with results.atomic(readme) as part:
-            part.write_text(after, encoding="utf-8")
+    after = tables.fill(readme.read_text(encoding="utf-8"), results.RESULTS / "runs")
+    with results.atomic(readme) as part:
+        part.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

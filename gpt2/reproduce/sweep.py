@@ -110,6 +110,7 @@ class Worker:
         self.first = len(self.queue.trials())  # what failed before is tried again
         self.made: set[str] = set()
         self.failed: dict[str, str] = {}
+        self.lost = False  # whether the run that was claimed last has been taken over
         self.silent_since: dict[int, float] = {}
 
     def work(self, wanted: list[str]) -> dict[str, str]:
@@ -143,10 +144,11 @@ class Worker:
 
     def _claim(self) -> None:
         """Make the run that has waited longest."""
+        self.lost = False
         try:
             self.queue.study.optimize(self._objective, n_trials=1, catch=(RunFailed,))
-        except (ValueError, optuna.exceptions.UpdateFinishedTrialError) as error:
-            if isinstance(error, PluginError):
+        except (ValueError, AssertionError):  # what Optuna raises at the end of a trial that others have ended
+            if not self.lost:
                 raise
             self.say("this worker was silent for so long that another has taken its run over")
 
@@ -161,6 +163,8 @@ class Worker:
         except RunFailed as error:
             trial.set_user_attr("failed", str(error))
             raise
+        finally:
+            self.lost = self.queue.trials()[trial.number].state.is_finished()
         self.made.add(name)
         return time.monotonic() - start
 
