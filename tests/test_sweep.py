@@ -44,6 +44,11 @@ def work(checkout: Path, storage, said: list | None = None) -> dict[str, str]:
     return worker.work(wanted)
 
 
+def process(target, *args):
+    """A process that ends with this one, whatever fails here."""
+    return FORK.Process(target=target, args=args, daemon=True)
+
+
 def completed(checkout: Path, storage) -> Counter:
     """How often each run counts as made."""
     trials = worker_of(checkout, storage)[0].queue.trials(TrialState.COMPLETE)
@@ -101,7 +106,7 @@ def checkout(tmp_path):
 
 def test_a_killed_workers_run_is_taken_over(checkout, storage):
     (checkout / "hang").touch()
-    first, second = (FORK.Process(target=work, args=(checkout, storage)) for _ in range(2))
+    first, second = (process(work, checkout, storage) for _ in range(2))
     first.start()
     wait_for(lambda: started(checkout) == ["peers_one"])
     second.start()
@@ -127,7 +132,7 @@ def alive(process: int) -> bool:
 
 def test_workers_that_start_together_share_the_work(tmp_path, storage):
     checkout = make_checkout(tmp_path / "c", t={f"peers_{i}": fake({"size": i}) for i in range(8)})
-    workers = [FORK.Process(target=work, args=(checkout, storage)) for _ in range(3)]
+    workers = [process(work, checkout, storage) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -170,7 +175,7 @@ def test_a_script_that_writes_something_else_has_failed(checkout, tmp_path, monk
 
 def test_ctrl_c_stops_the_script_and_the_run_waits_for_the_next_start(checkout, tmp_path):
     (checkout / "hang").touch()
-    worker = FORK.Process(target=stopped_by_ctrl_c, args=(checkout, tmp_path / "study.db"))
+    worker = process(stopped_by_ctrl_c, checkout, tmp_path / "study.db")
     worker.start()
     wait_for(lambda: started(checkout) == ["peers_one"])
     os.killpg(worker.pid, signal.SIGINT)
@@ -194,7 +199,7 @@ def test_a_worker_that_was_taken_for_dead_goes_on(checkout, tmp_path):
     """Stopped for longer than silence allows, it finds its trial taken over, and neither counts nor makes it twice."""
     (checkout / "hang").touch()
     storage = tmp_path / "study.db"
-    paused, other = (FORK.Process(target=work, args=(checkout, storage)) for _ in range(2))
+    paused, other = (process(work, checkout, storage) for _ in range(2))
     paused.start()
     wait_for(lambda: started(checkout) == ["peers_one"])
     os.kill(paused.pid, signal.SIGSTOP)
