@@ -21,7 +21,7 @@ from gpt2.errors import PluginError
 from gpt2.reproduce import sweep
 from gpt2.reproduce.config import Setting, load
 from gpt2.reproduce.match import Matcher
-from gpt2.reproduce.sweep import Pace, Worker
+from gpt2.reproduce.sweep import Pace, Queue, Worker
 
 FAST = Pace(heartbeat=1, silence=2, look=0.1)
 FORK = multiprocessing.get_context("fork")  # nothing to import again
@@ -140,6 +140,30 @@ def test_workers_that_start_together_share_the_work(tmp_path, storage):
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert Counter(started(checkout)) == {f"peers_{i}": 1 for i in range(8)}
     assert set(completed(checkout, storage).values()) == {1}
+
+
+def claim_all(storage, folder: Path) -> None:
+    """Claim what waits until nothing does, and write down the numbers."""
+    study = Queue(storage, "claims", FAST).study
+    (folder / f"ready-{os.getpid()}").touch()
+    wait_for(lambda: len(list(folder.glob("ready-*"))) == 3)
+    claimed = []
+    while "run" in (trial := study.ask()).user_attrs:
+        claimed.append(trial.number)
+    (folder / f"claimed-{os.getpid()}").write_text(" ".join(map(str, claimed)))
+
+
+def test_no_two_workers_claim_the_same(tmp_path, storage):
+    queue = Queue(storage, "claims", FAST)
+    for i in range(60):
+        queue.study.enqueue_trial({}, user_attrs={"run": str(i)})
+    workers = [process(claim_all, storage, tmp_path) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    claimed = " ".join(path.read_text() for path in tmp_path.glob("claimed-*")).split()
+    assert sorted(map(int, claimed)) == list(range(60))
 
 
 def test_what_is_made_is_not_made_again(checkout, tmp_path):
