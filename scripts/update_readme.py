@@ -15,7 +15,7 @@ from gpt2.reproduce.check import check
 
 def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
-    p.add_argument("--check", action="store_true", help="change nothing, fail where figures differ from results")
+    p.add_argument("--check", action="store_true", help="change nothing, fail where figures differ")
     return p
 
 
