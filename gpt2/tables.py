@@ -1,6 +1,6 @@
-"""Markdown tables from results records, and README kept in step with them: no figure is typed by hand.
+"""Tables from results records, and pages kept in step with them: no figure is typed by hand.
 
-README holds regions that name the results file they come from:
+README and docs/*.md hold regions that name the results file they come from:
 
     <!-- results: validate_ppl_smollm2-135m rank,bits -->
     …table…
@@ -14,153 +14,36 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from gpt2.errors import PluginError
+from gpt2.evaluation.statistics import mean_interval
 from gpt2.tables_guide import beside_guide
+from gpt2.tables_scaling import scaling
+from gpt2.tables_speed import appending, attention_step, cache_bytes, calibrating, largest_batch, profile
+from gpt2.tabular import Table, interval, select
 
 REGION = re.compile(r"(<!-- results: (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def validation(record: dict, groups: list[str]) -> str:
+def validation(record: dict, groups: list[str]) -> Table:
     """Rows of the perplexity ablation, of some groups or of all."""
-    if missing := set(groups) - {row["group"] for row in record["rows"]}:
-        raise PluginError(f"the results have no rows of group {', '.join(sorted(missing))}: run the script with them")
-    rows = [row for row in record["rows"] if not groups or row["group"] in groups]
-    lines = [
-        "| cache | Δ perplexity | 95 % interval | KL, nats | top-1 | whole-KV ratio |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        low, high = row["ppl_delta_interval"]
-        lines.append(
-            f"| {row['label']} | {row['ppl_delta']:+.2%} | {low:+.2%} … {high:+.2%} | {row['kl_nats']:.4f} "
-            f"| {row['top1_agreement']:.1%} | {row['compression_ratio_2048']:.2f}x |"
-        )
-    tokens, baseline = rows[0]["tokens"], rows[0]["baseline_ppl"]
-    return "\n".join(lines) + f"\n\n{tokens:,} tokens of {record['text']}, uncompressed perplexity {baseline:.3f}."
-
-
-def appending(record: dict, _: list[str]) -> str:
-    """Time to append one token, a row per codec and a column per number of tokens held."""
-    held = sorted({row["tokens_held"] for row in record["rows"]})
-    lines = [
-        "| codec | " + " | ".join(f"{n:,} tokens held" for n in held) + " | bytes per token |",
-        "|---" * (len(held) + 2) + "|",
-    ]
-    for codec in dict.fromkeys(row["codec"] for row in record["rows"]):
-        cells = {row["tokens_held"]: row for row in record["rows"] if row["codec"] == codec}
-        times = " | ".join(f"{cells[n]['append_ms_median']:.2f} ms" for n in held)
-        lines.append(f"| {codec} | {times} | {cells[held[-1]]['bytes_per_token']:,.0f} |")
-    return "\n".join(lines)
-
-
-def attention_step(record: dict, words: list[str]) -> str:
-    """Time of a decode step's attention, a row per context and way; of some context lengths or of all."""
-    contexts = [int(word) for word in words]
-    rows = [row for row in record["rows"] if not contexts or row["context_tokens"] in contexts]
-    if missing := set(contexts) - {row["context_tokens"] for row in rows}:
-        raise PluginError(f"the results have no rows of context {sorted(missing)}: run the script with them")
-    lines = [
-        "| context | attention over | time | held | read at | of copy speed | against sdpa | against best 16-bit |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        low, high = row["ms_quartiles"]
-        best_low, best_high = row["speed_against_best_16_bit_quartiles"]
-        name = f"**{row['row']}**" if row["best_16_bit"] else row["row"]
-        lines.append(
-            f"| {row['context_tokens']:,} | {name} | {row['ms_median']:.3f} ms ({low:.3f} … {high:.3f}) "
-            f"| {row['bytes_held'] / 2**20:,.1f} MiB | {row['bytes_per_s'] / 1e9:,.1f} GB/s "
-            f"| {row['share_of_copy']:.0%} | {row['speed_against_sdpa_median']:.2f}x "
-            f"| {row['speed_against_best_16_bit_median']:.2f}x ({best_low:.2f} … {best_high:.2f}) |"
-        )
-    compiled = [sum(row["compile_s"].values()) for row in rows if "compile_s" in row]
-    building = f" torch.compile took {min(compiled):.1f} to {max(compiled):.1f} s per context." if compiled else ""
-    return "\n".join(lines) + f"\n\n{_attention_setting(record)}{building}"
-
-
-def _attention_setting(record: dict) -> str:
-    args = record["args"]
-    threads = f", {record['threads']} thread{'s' * (record['threads'] > 1)}" if record["device"] == "cpu" else ""
-    return (
-        f"One layer, one token for each of {args['batch_size']} sequence{'s' * (args['batch_size'] > 1)}, "
-        f"{args['heads']} query heads, {args['kv_heads']} KV heads of {args['head_dim']}, {record['dtype']}, on "
-        f"{record['device']}{threads}; codes read by {record['kernels']}. Medians of {args['repeats']} repeats, "
-        f"quartiles in brackets; in bold the fastest 16-bit row. Copies run at {record['copy_bytes_per_s'] / 1e9:,.0f} "
-        "GB/s, read and written."
+    rows = select(record["rows"], "group", groups)
+    lines = [[row["label"], *_loss(row), f"{row['compression_ratio_2048']:.2f}x"] for row in rows]
+    return Table(
+        ["cache", "Δ perplexity", "95 % interval", "KL, nats", "top-1", "whole-KV ratio"],
+        lines,
+        f"{rows[0]['tokens']:,} tokens of {record['text']}, uncompressed perplexity {rows[0]['baseline_ppl']:.3f}.",
     )
 
 
-def largest_batch(record: dict, _: list[str]) -> str:
-    """The most sequences whose caches fit, and how fast they are decoded together."""
-    lines = [
-        "| cache | largest batch | against baseline | tokens/s | against baseline | cache |",
-        "|---|---|---|---|---|---|",
-    ]
-    base = next((row for row in record["rows"] if row["cache"] == "baseline" and row["largest_batch"]), None)
-    for row in record["rows"]:
-        if not row["largest_batch"]:
-            lines.append(f"| {row['cache']} | not even one | | | | |")
-            continue
-        more, faster = (
-            format(row[key] / base[key], ".2f") + "x" if base else "–" for key in ("largest_batch", "tokens_per_s")
-        )
-        size = f"{'at least ' if row['at_limit'] else ''}{row['largest_batch']:,}"
-        lines.append(
-            f"| {row['cache']} | {size} | {more} | {row['tokens_per_s']:,.1f} | {faster} "
-            f"| {row['cache_bytes'] / 2**30:,.1f} GiB |"
-        )
-    weights = "" if record["weights"] == "trained" else f" Weights are {record['weights']}."
-    return "\n".join(lines) + (
-        f"\n\n{record['model']} in {record['dtype']} on {record['device']}: sequences of "
-        f"{record['args']['context_length']:,} tokens, {record['args']['decode_tokens']} tokens decoded.{weights}"
-    )
+def _loss(row: dict, kl_digits: int = 4) -> list[str]:
+    """Cells of a measured loss: change of perplexity, its interval, KL and top-1 agreement."""
+    change, agreement = f"{row['ppl_delta']:+.2%}", f"{row['top1_agreement']:.1%}"
+    return [change, interval(row["ppl_delta_interval"]), f"{row['kl_nats']:.{kl_digits}f}", agreement]
 
 
-def calibrating(record: dict, _: list[str]) -> str:
-    """Cost of calibration."""
-    lines = [
-        "| cost of calibration | |",
-        "|---|---|",
-        f"| time against bare forward passes | {record['ratio_to_forward']['body']:.2f}x |",
-        f"| the same, the forward passes with logits | {record['ratio_to_forward']['with_logits']:.2f}x |",
-    ]
-    sizes = record["peak_rss_mb_by_samples"].items()
-    return "\n".join(lines + [f"| peak memory with {n} samples | {size:,.0f} MB |" for n, size in sizes])
-
-
-def profile(record: dict, words: list[str]) -> str:
-    """Latency, throughput and memory, a row per cell and cache; of some batch sizes or of all."""
-    batches = [int(word) for word in words]
-    rows = [row for row in record["rows"] if not batches or row["batch_size"] in batches]
-    if not rows:
-        raise PluginError(f"the profile has no rows of batch size {', '.join(words)}: run the script with them")
-    lines = [
-        "| batch | context | cache | first token | per token | tokens/s | against baseline | cache | peak memory |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        start = f"| {row['batch_size']} | {row['context_tokens']:,} | {row['cache']} |"
-        if row.get("out_of_memory"):
-            lines.append(f"{start} out of memory | | | | | |")
-            continue
-        ratio = "1.00x"
-        if "ratio_to_baseline" in row:
-            low, high = row["ratio_to_baseline"]["tokens_per_s_quartiles"]
-            ratio = f"{row['ratio_to_baseline']['tokens_per_s_median']:.2f}x ({low:.2f} … {high:.2f})"
-        lines.append(
-            f"{start} {row['ttft_ms_median']:,.0f} ms | {row['token_ms_median']:,.1f} ms "
-            f"| {row['tokens_per_s_median']:,.1f} | {ratio} | {row['cache_bytes'] / 2**20:,.1f} MiB "
-            f"| {row['peak_memory_bytes'] / 2**20:,.0f} MiB |"
-        )
-    args = record["args"]
-    weights = "" if record["weights"] == "trained" else f" Weights are {record['weights']}."
-    return "\n".join(lines) + (
-        f"\n\n{record['model']} in {record['dtype']} on {record['device']}, {args['decode_tokens']} tokens decoded, "
-        f"medians of {args['repeats']} repeats, quartiles in brackets. Peak memory: {record['peak_memory']}.{weights}"
-    )
-
-
-def architectures(record: dict, _: list[str]) -> str:
+def architectures(record: dict, _: list[str]) -> Table:
     """Decoder families by what happens to them, a line per mode or per reason for refusing."""
     works = {"direct-capable": "works; its attention can be replaced", "reconstruct-only": "works; its attention can't"}
     order = [*works, "refused", "not tried", "failed"]
@@ -169,20 +52,16 @@ def architectures(record: dict, _: list[str]) -> str:
         reason = row["reason"] or ""
         if row["mode"] != "failed":  # a bug is told in full; elsewhere the kind of reason will do
             reason = re.sub(r": .*| \(.*", "", reason)
-        label = works.get(row["mode"]) or f"{row['mode']}: {reason}".replace("|", "\\|")
-        groups.setdefault(label, []).append(row["model_type"])
-    lines = ["| what happens | families | which |", "|---|---|---|"]
-    lines += [f"| {label} | {len(names)} | {', '.join(names)} |" for label, names in groups.items()]
+        groups.setdefault(works.get(row["mode"]) or f"{row['mode']}: {reason}", []).append(row["model_type"])
+    lines = [[label, str(len(names)), ", ".join(names)] for label, names in groups.items()]
     tried = f"{len(record['rows'])} families of transformers {record['versions']['transformers']}"
-    return "\n".join(lines) + f"\n\n{tried}, each tried as a small random model of its default config."
+    note = f"{tried}, each tried as a small random model of its default config."
+    return Table(["what happens", "families", "which"], lines, note)
 
 
-def needle(record: dict, _: list[str]) -> str:
+def needle(record: dict, _: list[str]) -> Table:
     """Exact match and log-probability by context length, over depths, and where the baseline itself fails."""
-    lines = [
-        "| cache | context | exact match | baseline's | change of log p, nats | matches where the baseline works |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     cells = {(c["cache"], c["context_tokens"], c["depth"]): c for c in record["cells"]}
     groups = dict.fromkeys((c["cache"], c["context_tokens"]) for c in record["cells"] if "verdict" in c)
     for cache, length in groups:
@@ -190,20 +69,34 @@ def needle(record: dict, _: list[str]) -> str:
         base = [cells["baseline", length, c["depth"]] for c in own]
         works = [c for c in own if c["baseline_works"]]
         exact, reference = (sum(c["exact_match"] for c in some) / len(some) for some in (own, base))
-        change = sum(c["logprob_change_nats"] for c in own) / len(own)
+        changes = _logprob_changes(record, cache, length)
+        low, high = mean_interval(changes)
         matched = sum(c["verdict"] == "matches" for c in works)
         verdict = f"{matched} of {len(works)} depths" if works else "the baseline fails"
-        lines.append(f"| {cache} | {length:,} | {exact:.0%} | {reference:.0%} | {change:+.3f} | {verdict} |")
+        lines.append([cache, f"{length:,}", f"{exact:.0%}", f"{reference:.0%}", f"{changes.mean():+.3f}"])
+        lines[-1] += [f"{low:+.3f} … {high:+.3f}", verdict]
     prompts = sum(c["trials"] for c in record["cells"] if c["cache"] == "baseline")
-    return "\n".join(lines) + (
-        f"\n\n{record['model']}, {prompts} prompts per cache in {record['text']}; a baseline works from "
-        f"{record['baseline_works_from']:.0%} exact match on."
+    return Table(
+        ["cache", "context", "exact match", "baseline's", "change of log p, nats", "95 % interval"]
+        + ["matches where the baseline works"],
+        lines,
+        f"{record['model']}, {prompts} prompts per cache in {record['text']}; a baseline works from "
+        f"{record['baseline_works_from']:.0%} exact match on.",
     )
 
 
-def stability(record: dict, _: list[str]) -> str:
+def _logprob_changes(record: dict, cache: str, length: int) -> np.ndarray:
+    """Of every prompt of a context length, what a cache changes in the answer's log-probability, nats."""
+    found = {}
+    for row in record["rows"]:
+        if row["context_tokens"] == length:
+            found[row["cache"], row["depth"], row["trial"]] = row["answer_logprob_nats"]
+    return np.array([p - found["baseline", *prompt] for (name, *prompt), p in found.items() if name == cache])
+
+
+def stability(record: dict, _: list[str]) -> Table:
     """Mean, deviation and range of Δ perplexity, by factor, and what the other metrics did over all runs."""
-    lines = ["| varied | metric | runs | mean | std | range |", "|---|---|---|---|---|---|"]
+    lines = []
     percent = {"ppl_delta", "top1_agreement", "needle_accuracy", "needle_accuracy_change"}
     for row in record["summary"]:
         if row["factor"] != "all" and row["metric"] != "ppl_delta":
@@ -211,14 +104,15 @@ def stability(record: dict, _: list[str]) -> str:
         form = "{:+.2%}" if row["metric"] == "ppl_delta" else "{:.1%}" if row["metric"] in percent else "{:.4f}"
         mean, std, low, high = (form.format(row[key]) for key in ("mean", "std", "min", "max"))
         name = record["metrics"][row["metric"]]
-        lines.append(f"| {row['factor']} | {name} | {row['runs']} | {mean} | {std.lstrip('+')} | {low} … {high} |")
-    return "\n".join(lines) + f"\n\n{record['model']}, {record['cache']['label']}: {record['verdict']['line']}."
+        lines.append([row["factor"], name, str(row["runs"]), mean, std.lstrip("+"), f"{low} … {high}"])
+    note = f"{record['model']}, {record['cache']['label']}: {record['verdict']['line']}."
+    return Table(["varied", "metric", "runs", "mean", "std", "range"], lines, note)
 
 
-def layer_ablation(record: dict, _: list[str]) -> str:
+def layer_ablation(record: dict, _: list[str]) -> Table:
     """The layers that lose most and least when they alone are compressed, a row per setting."""
     settings = sorted({(row["side"], row["rank"], row["bits"]) for row in record["rows"]})
-    lines = ["| alone in | sum over layers | most sensitive | least sensitive |", "|---|---|---|---|"]
+    lines = []
     for side, rank, bits in settings:
         own = sorted(
             (row for row in record["rows"] if (row["side"], row["rank"], row["bits"]) == (side, rank, bits)),
@@ -228,33 +122,24 @@ def layer_ablation(record: dict, _: list[str]) -> str:
             ", ".join(f"{row['layer']} ({row['kl_nats']:.2g})" for row in some) for some in (own[:3], own[-3:])
         )
         total = sum(row["kl_nats"] for row in own)
-        lines.append(f"| {side.upper()} rank {rank}, {bits} bits | {total:.2g} | {most} | {least} |")
-    return "\n".join(lines) + f"\n\nKL in nats on {record['rows'][0]['tokens']:,} tokens of {record['text']}, by layer."
+        lines.append([f"{side.upper()} rank {rank}, {bits} bits", f"{total:.2g}", most, least])
+    note = f"KL in nats on {record['rows'][0]['tokens']:,} tokens of {record['text']}, by layer."
+    return Table(["alone in", "sum over layers", "most sensitive", "least sensitive"], lines, note)
 
 
-def peers(record: dict, families: list[str]) -> str:
+def peers(record: dict, families: list[str]) -> Table:
     """Our caches beside other people's, of some families or of all; the uncompressed one always."""
-    if missing := set(families) - {row["family"] for row in record["rows"]}:
-        raise PluginError(f"the results have no rows of family {', '.join(sorted(missing))}: run the script with them")
-    lines = [
-        "| cache | bytes per token | ratio | Δ perplexity | 95 % interval | KL, nats | top-1 | needle |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    chosen = select(record["rows"], "family", families)
     baseline = next(row for row in record["rows"] if row["family"] == "baseline")
-    for row in record["rows"]:
-        if families and row["family"] not in families and row is not baseline:
-            continue
+    lines = []
+    for row in [baseline, *(row for row in chosen if row is not baseline)]:
         if "not_run" in row:
-            why = row["not_run"].replace("|", "\\|")
-            lines.append(f"| {row['label']} | not run: {why} | | | | | | |")
+            lines.append([row["label"], f"not run: {row['not_run']}"])
             continue
-        low, high = row["ppl_delta_interval"]
+        label = "16-bit cache" if row is baseline else row["label"]
         found = format(row["needle_exact_match"], ".0%") if "needle_exact_match" in row else "–"
-        lines.append(
-            f"| {'16-bit cache' if row is baseline else row['label']} | {row['bytes_per_token']:,.0f} "
-            f"| {row['compression_ratio_2048']:.2f}x | {row['ppl_delta']:+.2%} | {low:+.2%} … {high:+.2%} "
-            f"| {row['kl_nats']:.4f} | {row['top1_agreement']:.1%} | {found} |"
-        )
+        size, ratio = f"{row['bytes_per_token']:,.0f}", f"{row['compression_ratio_2048']:.2f}x"
+        lines.append([label, size, ratio, *_loss(row), found])
     words = f"{record['model']}, {baseline['tokens']:,} tokens of {record['text']}, uncompressed perplexity "
     words += f"{baseline['ppl']:.3f}."
     if record["needle"]:
@@ -265,73 +150,61 @@ def peers(record: dict, families: list[str]) -> str:
             for row in record["rows"]
             if "needle_not_run" in row
         )
-    return "\n".join(lines) + f"\n\n{words}"
+    columns = ["cache", "bytes per token", "ratio", "Δ perplexity", "95 % interval", "KL, nats", "top-1", "needle"]
+    return Table(columns, lines, words)
 
 
-def ladder(record: dict, _: list[str]) -> str:
+def ladder(record: dict, _: list[str]) -> Table:
     """Presets by ratio, one row each."""
     lines = [
-        "| preset | ratio | bits | Δ perplexity | 95 % interval | KL, nats | top-1 |",
-        "|---|---|---|---|---|---|---|",
+        [row["label"], f"{row['compression_ratio_2048']:.2f}x", f"{row['bits']:.2f}", *_loss(row, kl_digits=5)]
+        for row in record["rows"]
     ]
-    for row in record["rows"]:
-        low, high = row["ppl_delta_interval"]
-        lines.append(
-            f"| {row['label']} | {row['compression_ratio_2048']:.2f}x | {row['bits']:.2f} | {row['ppl_delta']:+.2%} "
-            f"| {low:+.2%} … {high:+.2%} | {row['kl_nats']:.5f} | {row['top1_agreement']:.1%} |"
-        )
     tokens, baseline = record["rows"][0]["tokens"], record["rows"][0]["baseline_ppl"]
     meta = record["calibration"]
-    return "\n".join(lines) + (
-        f"\n\n{record['model']}, {tokens:,} evaluation tokens of {record['text']}, uncompressed perplexity "
-        f"{baseline:.3f}; calibrated on {meta['tokens']:,} calibration tokens of {meta['text']}."
+    return Table(
+        ["preset", "ratio", "bits", "Δ perplexity", "95 % interval", "KL, nats", "top-1"],
+        lines,
+        f"{record['model']}, {tokens:,} evaluation tokens of {record['text']}, uncompressed perplexity "
+        f"{baseline:.3f}; calibrated on {meta['tokens']:,} calibration tokens of {meta['text']}.",
     )
 
 
-def tuned(record: dict, _: list[str]) -> str:
+def tuned(record: dict, _: list[str]) -> Table:
     """Every candidate that a codec search has measured, most compressed first; the chosen one in bold."""
-    lines = ["| cache | whole-KV ratio | Δ perplexity, tuning text | 95 % interval |", "|---|---|---|---|"]
-    budget = record["args"]["target_ppl_delta"]
+    budget, lines = record["args"]["target_ppl_delta"], []
     chosen = {key: record[key] for key in ("codec", "bits", "quantizer", "sink_tokens")}
     for trial in sorted(record["trials"], key=lambda trial: -trial["compression_ratio"]):
-        low, high = trial["ppl_delta_interval"]
         label = f"**{trial['label']}**" if chosen.items() <= trial.items() else trial["label"]
-        lines.append(
-            f"| {label} | {trial['compression_ratio']:.2f}x | {trial['ppl_delta']:+.2%} | {low:+.2%} … {high:+.2%} |"
-        )
-    low, high = record["figures"]["ppl_delta_interval"]
-    return "\n".join(lines) + (
-        f"\n\n{record['model']}, budget {budget:+.1%}. On {record['figures']['tokens']:,} evaluation tokens of "
-        f"{record['text']} the chosen one costs {record['ppl_delta']:+.2%} ({low:+.2%} … {high:+.2%})."
+        change, spread = f"{trial['ppl_delta']:+.2%}", interval(trial["ppl_delta_interval"])
+        lines.append([label, f"{trial['compression_ratio']:.2f}x", change, spread])
+    return Table(
+        ["cache", "whole-KV ratio", "Δ perplexity, tuning text", "95 % interval"],
+        lines,
+        f"{record['model']}, budget {budget:+.1%}. On {record['figures']['tokens']:,} evaluation tokens of "
+        f"{record['text']} the chosen one costs {record['ppl_delta']:+.2%} "
+        f"({interval(record['figures']['ppl_delta_interval'])}).",
     )
 
 
-def exploration(record: dict, questions: list[str]) -> str:
+def exploration(record: dict, questions: list[str]) -> Table:
     """The joint codec with one thing changed at a time, of some questions or of all; the product's rows in bold."""
-    if missing := set(questions) - {row["question"] for row in record["rows"]}:
-        raise PluginError(f"the results have no rows on {', '.join(sorted(missing))}: run the script with them")
-    rows = [row for row in record["rows"] if not questions or row["question"] in questions]
+    rows, lines = select(record["rows"], "question", questions), []
     budgets = sorted({row["bits"] for row in rows}, reverse=True)
-    lines = [
-        f"| changed | {' | '.join(f'KL at {bits:g} bits' for bits in budgets)} | Δ perplexity at {budgets[-1]:g} bits "
-        "| 95 % interval | top-1 |",
-        "|---" * (len(budgets) + 4) + "|",
-    ]
     for question, label in dict.fromkeys((row["question"], row["label"]) for row in rows):
         own = {row["bits"]: row for row in rows if (row["question"], row["label"]) == (question, label)}
         last = own[budgets[-1]]
         name = f"**{label}**" if last["product"] else label
-        low, high = last["ppl_delta_interval"]
-        cells = " | ".join(_kl(own[bits]) for bits in budgets)
-        lines.append(
-            f"| {question}: {name} | {cells} | {last['ppl_delta']:+.2%} | {low:+.2%} … {high:+.2%} "
-            f"| {last['top1_agreement']:.1%} |"
-        )
-    return "\n".join(lines) + (
-        f"\n\n{record['model']}, {rows[0]['tokens']:,} tokens of {record['text']}, uncompressed perplexity "
+        change, spread, _, agreement = _loss(last)
+        lines.append([f"{question}: {name}", *(_kl(own[bits]) for bits in budgets), change, spread, agreement])
+    at = f"at {budgets[-1]:g} bits"
+    return Table(
+        ["changed", *(f"KL at {bits:g} bits" for bits in budgets), f"Δ perplexity {at}", "95 % interval", "top-1"],
+        lines,
+        f"{record['model']}, {rows[0]['tokens']:,} tokens of {record['text']}, uncompressed perplexity "
         f"{rows[0]['baseline_ppl']:.3f}, calibrated on {record['calibration_text']}. KL in nats, in brackets its "
         "change from the product (bold), ≈ where the 95 % interval of the paired difference has zero in it. Simulated; "
-        "bits are per coordinate, all counted."
+        "bits are per coordinate, all counted.",
     )
 
 
@@ -348,25 +221,7 @@ def _kl(row: dict) -> str:
     return f"{row['kl_nats']:.5f}{_against_product(row)}{off}"
 
 
-def cache_bytes(record: dict, _: list[str]) -> str:
-    """Bytes of whole caches by context length, and what of them is no code."""
-    lines = [
-        "| cache | context | bytes | bytes per token | ratio | exact | unused room | ratio with the basis |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in record["rows"]:
-        exact, unused = (row[key] / row["bytes"] for key in ("exact_bytes", "unused_bytes"))
-        lines.append(
-            f"| {row['cache']} | {row['context_tokens']:,} | {row['bytes']:,} | {row['bytes_per_token']:,.0f} "
-            f"| {row['compression_ratio']:.2f}x | {exact:.1%} | {unused:.1%} | {row['ratio_with_codec']:.2f}x |"
-        )
-    return "\n".join(lines) + (
-        f"\n\n{record['model']}, one conversation against transformers' cache in 16 bits. Exact: sinks and tail. The "
-        "last column counts the basis as if this conversation alone had to hold it."
-    )
-
-
-TABLES: dict[str, Callable[[dict, list[str]], str]] = {
+TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
     "attention_step": attention_step,
     "validate_ppl": validation,
     "auto_tune": tuned,
@@ -382,16 +237,37 @@ TABLES: dict[str, Callable[[dict, list[str]], str]] = {
     "needle": needle,
     "peers": peers,
     "profile": profile,
+    "scaling": scaling,
     "stability": stability,
 }
 
 
-def table(name: str, record: dict, words: str | None = None, kind: str | None = None) -> str:
-    """The table of a results file. words: some of its rows, by comma; kind: which of `TABLES`, by its name if None."""
-    kind = kind or next((prefix for prefix in TABLES if name.startswith(prefix)), None)
-    if kind not in TABLES:
+def read(path: Path) -> dict:
+    """A results record. Raises PluginError where the file is missing."""
+    if not path.is_file():
+        raise PluginError(f"a table asks for {path.name}, which is not among the committed results: run it first")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def kind_of(name: str) -> str | None:
+    """Which of TABLES goes with results of this name, None where none does."""
+    return next((prefix for prefix in TABLES if name.startswith(prefix)), None)
+
+
+def table(name: str, record: dict, words: str | None = None, kind: str | None = None) -> Table:
+    """The table of a results file. words: some of its rows, by comma; kind: which of TABLES, by its name if None.
+
+    Raises PluginError where there is no such table, or a kind of rows is missing.
+    """
+    make = TABLES.get(kind or kind_of(name))
+    if make is None:
         raise PluginError(f"no table is made of {name}: give `as`, one of {', '.join(TABLES)}")
-    return TABLES[kind](record, words.split(",") if words else [])
+    return make(record, words.split(",") if words else [])
+
+
+def pages(root: Path) -> list[Path]:
+    """Files with regions: README, and the pages of docs."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
 def fill(text: str, runs: Path) -> str:
@@ -399,9 +275,6 @@ def fill(text: str, runs: Path) -> str:
 
     def region(match: re.Match) -> str:
         start, name, words, end = match.groups()
-        path = runs / f"{name}.json"
-        if not path.is_file():
-            raise PluginError(f"a table asks for {path.name}, which is not among the committed results: run it first")
-        return f"{start}{table(name, json.loads(path.read_text(encoding='utf-8')), words)}\n{end}"
+        return f"{start}{table(name, read(runs / f'{name}.json'), words).markdown()}\n{end}"
 
     return REGION.sub(region, text)

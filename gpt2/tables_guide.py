@@ -10,35 +10,28 @@ import json
 import re
 from pathlib import Path
 
-from gpt2.errors import PluginError
+from gpt2.tabular import Table, interval, select
 
 GUIDE = Path(__file__).resolve().parents[1] / "configs" / "guide.json"
 CELL = re.compile(r"(KV|K|V) (?:rank (\d+)|(LN nullspace))(?:, (\d+) bits)?")
 
 
-def beside_guide(record: dict, groups: list[str]) -> str:
+def beside_guide(record: dict, groups: list[str]) -> Table:
     """Rows of some groups or of all, by our results; the last column is the guide's own."""
-    if missing := set(groups) - {row["group"] for row in record["rows"]}:
-        raise PluginError(f"the results have no rows of group {', '.join(sorted(missing))}: run the script with them")
-    rows = [row for row in record["rows"] if not groups or row["group"] in groups]
-    lines = [
-        f"| {record['model']}: cache | share of head_dim | Δ perplexity | 95 % interval | whole-KV ratio "
-        "| *the guide, not run here* |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows, lines = select(record["rows"], "group", groups), []
     for row in rows:
         cell = _cell(row["label"], record["calibration"]["head_dim"])
-        low, high = row["ppl_delta_interval"]
         share = f"{cell['share']:.1%}" if cell and cell["share"] else "–"
-        lines.append(
-            f"| {row['label']} | {share} | {row['ppl_delta']:+.2%} | {low:+.2%} … {high:+.2%} "
-            f"| {row['compression_ratio_2048']:.2f}x | {_guide(cell)} |"
-        )
+        change, spread = f"{row['ppl_delta']:+.2%}", interval(row["ppl_delta_interval"])
+        lines.append([row["label"], share, change, spread, f"{row['compression_ratio_2048']:.2f}x", _guide(cell)])
     tokens, baseline = rows[0]["tokens"], rows[0]["baseline_ppl"]
-    return "\n".join(lines) + (
-        f"\n\n{tokens:,} tokens of {record['text']}, uncompressed perplexity {baseline:.3f}. In italics what the guide "
-        "says of other models, for the same share of head_dim."
-    )
+    return Table(
+        [f"{record['model']}: cache", "share of head_dim", "Δ perplexity", "95 % interval", "whole-KV ratio",
+         "*the guide, not run here*"],
+        lines,
+        f"{tokens:,} tokens of {record['text']}, uncompressed perplexity {baseline:.3f}. In italics what the guide "
+        "says of other models, for the same share of head_dim.",
+    )  # fmt: skip
 
 
 def _cell(label: str, head_dim: int) -> dict | None:

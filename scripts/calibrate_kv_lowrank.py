@@ -8,20 +8,29 @@ the file's default; any other rank is cut from the same file. Good first ranks: 
 112, 96 for head_dim 128. To compress K as well, choose --seq-len as long as the contexts to come: rotary positions
 turn keys, and a basis doesn't hold for positions that it never saw. Beside the .pt a PNG shows what each rank would
 lose in every layer.
+
+Several GPUs share the sequences where each holds the model; the file is that of one process, to rounding:
+
+    torchrun --nproc-per-node 8 scripts/calibrate_kv_lowrank.py --model Qwen/Qwen2.5-7B
+
+or accelerate launch in the place of torchrun. A model that fits on none alone is spread over all: --device all, in one
+process.
 """
 
 import argparse
 
-from tqdm import tqdm
+from torch import Tensor
 
 from gpt2 import cli, data, models, plots, results
-from gpt2.compression.calibration import Calibration, calibrate, suggested_rank
+from gpt2.compression.calibration import calibrate, suggested_rank
 from gpt2.compression.calibration_file import calibration_folders, save_calibration
-from gpt2.compression.codecs import is_measured, metric_of
+from gpt2.compression.codecs import is_measured, measured_codecs, metric_of
 from gpt2.errors import PluginError
+from gpt2.processes import Processes
 
 
 def arguments() -> argparse.ArgumentParser:
+    several = list(measured_codecs())
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
     cli.add_text_flags(p)
@@ -31,13 +40,15 @@ def arguments() -> argparse.ArgumentParser:
         "--metric",
         choices=("pca", "attention", "fisher"),
         help="what error the basis keeps small: of K and V as they are (pca), of what attention reads (attention), of "
-        "the loss (fisher: takes gradients, and gives codecs fisher, joint, grouped); what --codec needs if omitted",
+        f"the loss (fisher: takes gradients, and gives codecs fisher, {', '.join(several)}); what --codec needs if "
+        "omitted",
     )
     cli.add_codec_flag(p, "how the file's own basis is fitted; of --metric if omitted", default=None)
     p.add_argument(
         "--compact",
         action="store_true",
-        help="keep codec joint alone, or grouped where --codec says so, in half precision: a few MB for presets",
+        help=f"gather and keep one codec of {', '.join(several)} alone, {several[0]} if --codec is omitted, in half "
+        "precision: a few MB for presets",
     )
     p.add_argument("--output", type=cli.output_path, help="calibration file; under results/calibrations if omitted")
     p.add_argument(
@@ -48,15 +59,16 @@ def arguments() -> argparse.ArgumentParser:
     return p
 
 
-def main() -> None:
+def main(processes: Processes) -> None:
     args = arguments().parse_args()
-
+    several = list(measured_codecs())
     codec = args.codec or args.metric or "pca"
     metric = args.metric or metric_of(codec)
-    if args.compact and metric != "fisher":  # now, and not after an hour
-        raise PluginError(f"--compact keeps codec joint or grouped alone, and both need gradients, which --metric "
-                          f"{metric} doesn't take: give --metric fisher, --codec joint or --codec grouped")  # fmt: skip
-    kept = codec if is_measured(codec) else "joint"  # of a compact file
+    if args.compact and not is_measured(codec):  # now, and not after an hour
+        if args.codec or metric != "fisher":
+            raise PluginError(f"--compact keeps a codec of several heads alone, which need gradients: give --codec "
+                              f"{' or '.join(several)}")  # fmt: skip
+        codec = several[0]
     text = data.load_text(args.text, args.model)
     loaded = models.load(args.model, args.device, args.dtype)
     if args.gradient_checkpointing and metric != "fisher":
@@ -65,40 +77,37 @@ def main() -> None:
     default = calibration_folders()[0] / f"kv_lowrank_calib_{loaded.slug}_r{rank}.pt"
     output = results.check_writable(args.output or default)
     calibration = calibrate(
-        loaded,
-        text,
-        rank=rank,
-        samples=args.samples,
-        seq_len=args.seq_len,
-        seed=args.seed,
-        sink_tokens=args.sink_tokens,
-        codec=kept if args.compact else codec,
-        metric=metric,
-        checkpointing=args.gradient_checkpointing,
-        progress=lambda windows: tqdm(windows, desc="calibrating", unit="seq"),
-    )
-    save_calibration(calibration.compact(kept) if args.compact else calibration, output)
+        loaded, text, rank=rank, samples=args.samples, seq_len=args.seq_len, seed=args.seed,
+        sink_tokens=args.sink_tokens, codec=codec, metric=metric, compact=args.compact,
+        checkpointing=args.gradient_checkpointing, progress=cli.bar("calibrating", "seq"), processes=processes,
+    )  # fmt: skip
+    if not processes.first:
+        return
+    save_calibration(calibration, output)
     used = calibration.meta["tokens"] // args.seq_len
     if used < args.samples:
         print(f"note: {text.name} has text for {used} sequences of {args.seq_len}; all of them were used")
-    print_summary(calibration, rank)
-    energy = {side: calibration.energy(side).numpy() for side in ("k", "v")}
-    picture = plots.spectra(energy, rank, f"{args.model}: {calibration.meta['tokens']:,} tokens of {text.name}")
+    energies = calibration.energies()
+    # Of a compact file the same share of its coordinates
+    shown = rank * next(iter(energies.values())).shape[-1] // loaded.geometry.head_dim
+    print_summary(energies, shown)
+    title = f"{args.model}: {calibration.meta['tokens']:,} tokens of {text.name}"
+    picture = plots.spectra({side: energy.numpy() for side, energy in energies.items()}, shown, title)
     print(f"wrote {output} and {results.write_figure(results.picture_beside(output), picture)}")
 
 
-def print_summary(calibration: Calibration, rank: int) -> None:
-    """Energy kept at the rank, worst and mean over the KV heads of each layer, and how flat the spectrum is."""
-    print(f"\nenergy kept at rank {rank} of {calibration.geometry.head_dim}, and rank that keeps 99 %")
-    print(f"{'layer':>5}  {'K mean':>8} {'K worst':>8} {'K r99':>6}  {'V mean':>8} {'V worst':>8} {'V r99':>6}")
-    for layer in range(calibration.geometry.num_layers):
-        cells = []
-        for side in ("k", "v"):
-            kept = calibration.energy(side)[layer]  # [H, d]
-            r99 = int((kept < 0.99).sum(-1).max()) + 1
-            cells.append(f"{kept[:, rank - 1].mean():8.2%} {kept[:, rank - 1].min():8.2%} {r99:6d}")
-        print(f"{layer:5d}  {cells[0]}  {cells[1]}")
+def print_summary(energies: dict[str, Tensor], rank: int) -> None:
+    """Energy kept at the rank, worst and mean over what has a basis in each layer, and how flat the spectrum is."""
+    width = next(iter(energies.values())).shape[-1]
+    print(f"\nenergy kept at rank {rank} of {width}, and rank that keeps 99 %")
+    heads = [f"{f'{side} mean':>8} {f'{side} worst':>8} {f'{side} r99':>6}" for side in map(str.upper, energies)]
+    print("  ".join(["layer", *heads]))
+    for layer, sides in enumerate(zip(*energies.values(), strict=True)):  # [H, d] each
+        r99 = [int((kept < 0.99).sum(-1).max()) + 1 for kept in sides]
+        at = [kept[:, rank - 1] for kept in sides]
+        cells = [f"{kept.mean():8.2%} {kept.min():8.2%} {r:6d}" for kept, r in zip(at, r99, strict=True)]
+        print("  ".join([f"{layer:5d}", *cells]))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, shared=True)

@@ -1,15 +1,16 @@
 """Make presets by compression ratio for a model: kv-2x, kv-3.5x, kv-4x, kv-4.6x, kv-5.3x, kv-6.4x and kv-8x.
 
-With --codec grouped they are fast-2x … fast-8x: bases that lose more, but that attention reads as they are stored.
+With --codec grouped they are fast-2x … fast-8x: bases that lose more, but that attention reads as they are stored. Any
+codec of several heads will do.
 
     python scripts/make_presets.py --model Qwen/Qwen2.5-0.5B
     python scripts/make_presets.py --text ../wikitext+embedded+self --eval-text ../wikitext
-
     python scripts/make_presets.py --codec grouped --ratios 4,5.3
 
-Calibrates the codec once (two passes over the text, the second with gradients), writes it in compact
-form, finds for every ratio the bits at which everything that is stored takes that much less than a 16-bit cache of
-2,048 tokens, and measures what each costs on evaluation text that took no part. Then
+Calibrates the codec once (one pass over the text, with gradients), writes it in compact form, finds for every ratio
+the bits at which everything that is stored takes that much less than a 16-bit cache of 2,048 tokens, and measures what
+each costs on evaluation text that took no part. Started by torchrun or accelerate launch, several GPUs share the
+calibration, and the first measures. Then
 
     create_cache_from_preset(get_preset_info("MODEL", "kv-4x"))
 
@@ -25,9 +26,12 @@ from pathlib import Path
 from gpt2 import cli, data, models, plots, results
 from gpt2.compression import preset_calibration, presets
 from gpt2.compression.calibration_file import calibration_folders
-from gpt2.compression.ladder import PREFIXES, RATIOS, Rung, compact_calibration, make_rung
+from gpt2.compression.codecs import measured_codecs
+from gpt2.compression.ladder import RATIOS, Rung, compact_calibration, make_rung
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
+from gpt2.processes import Processes
 
+DEFAULT_CODEC = next(iter(measured_codecs()))
 MADE_FROM = ("fingerprint", "text_sha256", "samples", "seq_len", "seed", "sink_tokens")  # a preset's figures hold for
 
 
@@ -42,9 +46,9 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--ratios", type=cli.ratio_list, default=list(RATIOS), help="such as 2,4,8")
     p.add_argument(
         "--codec",
-        choices=list(PREFIXES),
-        default="joint",
-        help="joint: kv-*; grouped: fast-*, which attention reads directly",
+        choices=list(measured_codecs()),
+        default=DEFAULT_CODEC,
+        help="presets are called " + ", ".join(f"{b.prefix}-* ({name})" for name, b in measured_codecs().items()),
     )
     p.add_argument("--quantizer", choices=("mixed", "mixed_fixed"), default="mixed", help="widths per block, or once")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory and more time for the gradients")
@@ -54,21 +58,25 @@ def arguments() -> argparse.ArgumentParser:
     return p
 
 
-def main() -> None:
+def main(processes: Processes) -> None:
     args = arguments().parse_args()
     text = data.load_text(args.text, args.model)
     eval_text = data.load_text(args.eval_text or args.text, args.model)
     loaded = models.load(args.model, args.device, args.dtype)
     slug = loaded.slug + (f"_{args.tag}" if args.tag else "")
-    record_name = f"ladder_{'' if args.codec == 'joint' else args.codec + '_'}{slug}"
-    segments = cli.evaluation_segments(args, loaded, eval_text, "evaluation")
+    record_name = f"ladder_{'' if args.codec == DEFAULT_CODEC else args.codec + '_'}{slug}"
+    # What no other process needs; before the calibration, for a text may be too short
+    segments = cli.evaluation_segments(args, loaded, eval_text, "evaluation") if processes.first else None
     root = args.output or results.RESULTS
     calibrations = args.output / "calibrations" if args.output else calibration_folders()[0]
     path = args.calibration_file or calibrations / f"kv_{args.codec}_{slug}.pt"
     calibration = compact_calibration(
         loaded, text, path, codec=args.codec, samples=args.samples, seq_len=args.seq_len, seed=args.seed,
         sink_tokens=args.sink_tokens, checkpointing=args.gradient_checkpointing, progress=cli.bar("calibrating", "seq"),
+        processes=processes,
     )  # fmt: skip
+    if not processes.first:
+        return
     options = {"quantizer": args.quantizer, "sink_tokens": args.sink_tokens}
     rungs = [make_rung(loaded, calibration, ratio, **options) for ratio in cli.bar("sizing", "preset")(args.ratios)]
     caches = {BASELINE: baseline_factory(loaded)} | {rung.name: rung.make for rung in rungs}
@@ -123,4 +131,4 @@ def write_presets(args, folder, loaded, calibration, path, rungs: list[Rung], me
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, shared=True)

@@ -15,8 +15,8 @@ own --device, to share the work. What a dead worker was making another takes ove
 give all the same --study, a database's URL (pip install -r requirements-postgres.txt), and one folder of results. A
 table measured on several devices says of each part which one it was.
 
---check fails where README or a page shows what the committed results don't: tables are made anew and compared, figures
-in prose are looked up in them (gpt2/reproduce/figures.py says which).
+--check fails where README, docs or a page shows what the committed results don't: tables are made anew and compared,
+figures in prose are looked up in them (gpt2/reproduce/figures.py says which).
 """
 
 import argparse
@@ -42,7 +42,7 @@ def arguments() -> argparse.ArgumentParser:
     how.add_argument("--quick", action="store_true", help="small runs, in results/quick: to try all, not to publish")
     how.add_argument("--status", action="store_true", help="only tell which runs are up to date, and why others aren't")
     how.add_argument("--pages", action="store_true", help="only write pages, from the results that there are")
-    how.add_argument("--check", action="store_true", help="only compare README and pages with the results")
+    how.add_argument("--check", action="store_true", help="only compare README, docs and pages with the results")
     return p
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     args = arguments().parse_args()
     if args.check:
         check(results.ROOT)
-        print("README and results/tables show what results/runs say")
+        print("README, docs and results/tables show what results/runs say")
         return
     setting = config.Setting(args.model, args.text, args.quick, args.device)
     known, runs = config.load(setting)

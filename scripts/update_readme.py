@@ -1,9 +1,9 @@
-"""Write README's tables from the committed results, or check that they are what the results say.
+"""Write the tables of README and docs/*.md from the committed results, or check that they are what the results say.
 
     python scripts/update_readme.py
     python scripts/update_readme.py --check
 
-A region of README names the file in results/runs that it comes from; see gpt2/tables.py. --check looks at all that
+A region of a page names the file in results/runs that it comes from; see gpt2/tables.py. --check looks at all that
 shows figures, as scripts/reproduce_tables.py --check does.
 """
 
@@ -24,10 +24,10 @@ def main() -> None:
     if args.check:
         check(results.ROOT)
         return
-    readme = results.ROOT / "README.md"
-    after = tables.fill(readme.read_text(encoding="utf-8"), results.RESULTS / "runs")
-    with results.atomic(readme) as part:
-        part.write_text(after, encoding="utf-8")
+    for page in tables.pages(results.ROOT):
+        after = tables.fill(page.read_text(encoding="utf-8"), results.RESULTS / "runs")
+        with results.atomic(page) as part:
+            part.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

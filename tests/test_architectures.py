@@ -61,7 +61,7 @@ def runs_start_to_end(family: str, row: dict, folder) -> None:
     loaded = wrap(architectures.tiny_family(family), word_tokenizer(), f"tiny-{family}")
     assert vars(loaded.geometry) == row["geometry"]
     calibration = calibrate(loaded, text(), rank=9, samples=2, seq_len=32)
-    assert (calibration.statistics.k.count == 2 * (32 - 4)).all() and calibration.energy("v").isfinite().all()
+    assert (calibration.statistics.k.count == 2 * (32 - 4)).all() and calibration.energies()["v"].isfinite().all()
     if row["mode"] == DIRECT:
         seen = calibration.statistics.queries.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
         assert seen.all(), "queries of every layer and KV head"
@@ -232,7 +232,7 @@ def test_the_table_groups_by_mode_and_kind_of_reason():
     ]  # fmt: skip
     record = {"versions": {"transformers": "5.0"}, "rows": [dict(zip(("model_type", "mode", "reason"), r, strict=True))
                                                             for r in rows]}  # fmt: skip
-    assert tables.architectures(record, []).splitlines() == [
+    assert tables.architectures(record, []).markdown().splitlines() == [
         "| what happens | families | which |",
         "|---|---|---|",
         "| works; its attention can be replaced | 2 | b, e |",

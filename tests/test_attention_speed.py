@@ -190,12 +190,12 @@ def test_the_script_writes_figures_a_plot_and_a_table(tmp_path, capsys, monkeypa
     said = capsys.readouterr().out
     assert "163 tokens, batch 3" in said and record["kernels"] in ("C++", "PyTorch") and record["kernels"] in said
     assert len(record["rows"]) == 2 * 8 and record["copy_bytes_per_s"] > 0
-    table = tables.attention_step(record, [])
+    table = tables.attention_step(record, []).markdown()
     assert table.count("\n| 64 |") == table.count("\n| 130 |") == 8 and table.count("**") == 4
     assert {line.count("|") for line in table.splitlines()[:18]} == {9}
     assert "each of 3 sequences, 4 query heads, 2 KV heads of 16, bfloat16, on cpu" in table
-    assert "| 64 |" not in tables.attention_step(record, ["130"])
-    with pytest.raises(PluginError, match=r"no rows of context \[131\]"):
+    assert "| 64 |" not in tables.attention_step(record, ["130"]).markdown()
+    with pytest.raises(PluginError, match=r"no rows of context tokens 131"):
         tables.attention_step(record, ["131"])
     text = f"<!-- results: {stem} 64 -->\n<!-- end -->"
     assert "| 64 | sdpa" in tables.fill(text, tmp_path / "runs").replace("**", "")

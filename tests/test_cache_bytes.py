@@ -46,4 +46,4 @@ def test_the_script_and_its_table(tmp_path, monkeypatch, capsys):
     assert long["compression_ratio"] == pytest.approx(300 * TOKEN / long["bytes"])
     assert all(row["compression_ratio"] >= row["ratio_with_codec"] > 0 for row in (short, long))
     assert record["code_sha256"] and record["inputs"] == {}
-    assert f"| kv4 | 300 | {long['bytes']:,} |" in tables.table("cache_bytes_x", record)
+    assert f"| kv4 | 300 | {long['bytes']:,} |" in tables.table("cache_bytes_x", record).markdown()

@@ -101,7 +101,7 @@ def test_fewer_windows_than_samples_use_all_and_say_so(llama):
 
 def test_energy_is_cumulative_and_ends_at_one(made):
     for side in ("k", "v"):
-        energy = made.energy(side)
+        energy = made.energies()[side]
         assert (energy.diff(dim=-1) >= 0).all() and torch.allclose(energy[..., -1], torch.ones(()).double())
 
 

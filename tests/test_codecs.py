@@ -22,7 +22,7 @@ from gpt2.compression.codecs import (
     metric_of,
     needs_calibration,
 )
-from gpt2.compression.codecs.joint import heads_per_group, side_by_side
+from gpt2.compression.codecs.measured import heads_per_group, side_by_side
 from gpt2.compression.codecs.mixed import MixedFixed, cheapest, errors
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.plan import compressors_for

@@ -16,9 +16,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from gpt2.compression import capture
-from gpt2.compression.codecs import QUANTIZERS, Compressor, Transform
+from gpt2.compression import capture, gradients
+from gpt2.compression.codecs import BASES, QUANTIZERS, Compressor, Transform, measured_codecs
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
+from gpt2.compression.gradients import collect_fisher
+from gpt2.compression.rotary import Rotary
+from gpt2.errors import PluginError
 from gpt2.models import Geometry, LoadedModel, wrap
 
 CPU, FIRST, SECOND = (torch.device(name) for name in ("cpu", "cpu:0", "cpu:1"))
@@ -234,6 +237,28 @@ def test_a_spread_model_is_calibrated(monkeypatch):
     assert seen == [device for device in DEVICES for _ in "KV"]
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_taken_through_a_spread_model(monkeypatch, checkpointing):
+    """Each layer's statistics come from where it is and are gathered on the CPU."""
+    for module in (capture, gradients):
+        monkeypatch.setattr(module, "refuse_non_finite", lambda *args: None)  # fake tensors have no values to look at
+    turns = [Rotary(torch.ones(D // 2))] * len(DEVICES)
+    monkeypatch.setattr(gradients, "detect_rotary", lambda *args: turns)
+    monkeypatch.setattr(gradients, "drawn_labels", lambda logits, *args: logits.argmax(-1))
+    seen, update = [], capture.Moments.update
+    monkeypatch.setattr(
+        capture.Moments, "update", lambda self, entry, x: (seen.append((entry, x.device)), update(self, entry, x))
+    )
+    bases = {"grouped": BASES["grouped"]}
+    with spread_llama() as model:
+        model.requires_grad_(False)
+        loaded = LoadedModel(model, None, "spread", Geometry(3, H, D), "")
+        tokens = torch.zeros(1, 80, dtype=torch.long)
+        found = collect_fisher(loaded, tokens, None, 4, bases, checkpointing=checkpointing)["grouped"]
+    assert sorted(seen) == [(2 * layer + side, device) for layer, device in enumerate(DEVICES) for side in (0, 1)]
+    assert {t.device for t in (found.moments.scatter, found.moments.metrics["fisher"], found.reservoir)} == {CPU}
+
+
 # --- real values: layers on disk
 
 
@@ -268,6 +293,23 @@ def test_a_dispatched_model_gives_the_same_tokens(dispatched, kind, how):
     assert torch.equal(tokens(spread, make()), expected)
     if kind == "identity":
         assert torch.equal(tokens(model, DynamicCache(config=model.config)), expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_dispatched_model_has_the_same_gradients(dispatched, checkpointing):
+    tokens, found = windows(2, 100), []
+    for model in dispatched:
+        loaded = LoadedModel(model.requires_grad_(False), None, "tiny", Geometry(3, H, D), "")
+        found.append(collect_fisher(loaded, tokens, None, 4, measured_codecs(), checkpointing=checkpointing))
+    for name, own in found[0].items():
+        other = found[1][name]
+        assert torch.equal(own.reservoir, other.reservoir) and own.moments.metrics["fisher"].norm() > 0
+        torch.testing.assert_close(other.moments.metrics["fisher"], own.moments.metrics["fisher"])
+
+
+def test_a_model_with_layers_off_its_devices_is_not_calibrated(dispatched):
+    with pytest.raises(PluginError, match="spread: device_map found no room for some layers"):
+        wrap(dispatched[1], None, "spread")
 
 
 def test_device_map_auto_on_one_device(tmp_path):

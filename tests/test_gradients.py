@@ -14,8 +14,9 @@ from gpt2 import architectures
 from gpt2.compression import gradients
 from gpt2.compression.calibration import calibrate
 from gpt2.compression.capture import Statistics, collect, output_metric
-from gpt2.compression.codecs.joint import side_by_side
-from gpt2.compression.gradients import CROSS_HEAD_SHARE, JointStatistics, collect_fisher, detect_rotary
+from gpt2.compression.codecs import measured_codecs
+from gpt2.compression.codecs.measured import side_by_side
+from gpt2.compression.gradients import CROSS_HEAD_SHARE, MeasuredStatistics, collect_fisher, detect_rotary
 from gpt2.compression.rotary import Rotary, candidates, fitting
 from gpt2.data import by_position
 from gpt2.errors import PluginError
@@ -30,9 +31,9 @@ def llama():
     return tiny_loaded("llama")
 
 
-def fisher_of(loaded: LoadedModel, batches: Tensor, **how) -> tuple[Statistics, JointStatistics]:
+def fisher_of(loaded: LoadedModel, batches: Tensor, **how) -> tuple[Statistics, MeasuredStatistics]:
     statistics = collect(loaded, batches, SINKS)
-    return statistics, collect_fisher(loaded, batches, statistics, SINKS, **how)[0]
+    return statistics, collect_fisher(loaded, batches, statistics, SINKS, measured_codecs(), **how)["joint"]
 
 
 class Retaining(DynamicCache):
@@ -50,9 +51,9 @@ def direct(loaded: LoadedModel, batches: Tensor, seed: int = 0) -> list[tuple[Te
 
     The labels are those that the model draws, with the same dice.
     """
-    generator = torch.Generator().manual_seed(seed)
     found = []
-    for tokens in batches:
+    for number, tokens in enumerate(batches):
+        generator = torch.Generator().manual_seed(seed + gradients.SEED_STEP * number)
         cache = Retaining()
         embedded = loaded.model.get_input_embeddings()(tokens[None]).requires_grad_()
         logits = loaded.model(inputs_embeds=embedded, past_key_values=cache, use_cache=True).logits[0]
@@ -85,7 +86,7 @@ def test_labels_are_drawn_by_the_seed(llama):
 
 @pytest.mark.parametrize("most", [512, 24], ids=["one group", "a group for each head"])
 def test_joint_statistics_are_of_keys_without_positions(llama, most, monkeypatch):
-    monkeypatch.setattr("gpt2.compression.codecs.joint.MOST_CHANNELS", most)
+    monkeypatch.setattr("gpt2.compression.codecs.measured.MOST_CHANNELS", most)
     groups, batches = 1 if most == 512 else 2, windows(3, 40)
     _, joint = fisher_of(llama, batches)
     length = 40 - SINKS
@@ -148,7 +149,7 @@ def test_checkpointing_recomputes_each_layer_once(llama, checkpointing, calls):
         yield from batches
         hook.remove()
 
-    collect_fisher(llama, windows(2, 20), statistics, SINKS, checkpointing=checkpointing, progress=watched)
+    collect_fisher(llama, windows(2, 20), statistics, SINKS, {}, checkpointing=checkpointing, progress=watched)
     assert len(seen) == calls
 
 
@@ -175,8 +176,8 @@ def test_checkpointing_is_refused_where_attention_is_hard_wired(family):
     loaded = wrap(architectures.tiny_family(family), None, family)
     statistics = collect(loaded, windows(1, 20), SINKS)
     with pytest.raises(PluginError, match="hard-wired: leave --gradient-checkpointing out"):
-        collect_fisher(loaded, windows(1, 20), statistics, SINKS, checkpointing=True)
-    collect_fisher(loaded, windows(1, 20), statistics, SINKS)
+        collect_fisher(loaded, windows(1, 20), statistics, SINKS, {}, checkpointing=True)
+    collect_fisher(loaded, windows(1, 20), statistics, SINKS, {})
     assert statistics.k.metrics["fisher"].norm() > 0
 
 
@@ -218,9 +219,9 @@ def test_the_model_is_left_as_it_was(implementation, checkpointing, interrupted)
     how = {"checkpointing": checkpointing, "progress": stopped}
     if interrupted:
         with pytest.raises(KeyboardInterrupt):
-            collect_fisher(loaded, windows(2, 20), statistics, SINKS, **how)
+            collect_fisher(loaded, windows(2, 20), statistics, SINKS, {}, **how)
     else:
-        collect_fisher(loaded, windows(2, 20), statistics, SINKS, **how)
+        collect_fisher(loaded, windows(2, 20), statistics, SINKS, {}, **how)
     assert state(loaded.model) == before and all(p.requires_grad for p in wanted)
     assert torch.equal(loaded.model(windows(1, 20)).logits, logits)
 
@@ -230,7 +231,7 @@ def test_a_models_own_checkpointing_stays_on():
     statistics = collect(loaded, windows(1, 20), SINKS)
     loaded.model.model.layers[0].gradient_checkpointing = True
     before = state(loaded.model)
-    collect_fisher(loaded, windows(1, 20), statistics, SINKS, checkpointing=True)
+    collect_fisher(loaded, windows(1, 20), statistics, SINKS, {}, checkpointing=True)
     assert state(loaded.model) == before
 
 
@@ -250,7 +251,9 @@ def test_nothing_is_kept_beyond_the_reservoir(llama, checkpointing, monkeypatch)
     gc.freeze()
     gc.disable()
     try:
-        collect_fisher(llama, batches, statistics, SINKS, checkpointing=checkpointing, progress=counted)
+        collect_fisher(
+            llama, batches, statistics, SINKS, measured_codecs(), checkpointing=checkpointing, progress=counted
+        )
     finally:
         gc.enable()
         gc.unfreeze()
@@ -270,7 +273,7 @@ def test_logits_that_are_not_finite_are_refused():
     loaded.model.lm_head.weight[3, 3] = float("inf")
     statistics = collect(loaded, tokens, SINKS)
     with pytest.raises(PluginError, match="NaN or infinite logits.*--dtype float32"):
-        collect_fisher(loaded, tokens, statistics, SINKS)
+        collect_fisher(loaded, tokens, statistics, SINKS, {})
 
 
 def test_gradients_that_are_not_finite_are_refused(llama, monkeypatch):
@@ -290,18 +293,18 @@ def test_a_model_that_gradients_do_not_reach_is_told(llama, monkeypatch):
 
     monkeypatch.setattr(attention, "forward", lambda self, hidden_states=None, **kw: cut(self, hidden_states, **kw))
     with pytest.raises(PluginError, match="no gradients reached K and V of every layer.*--metric pca or attention"):
-        collect_fisher(llama, windows(1, 20), statistics, SINKS)
+        collect_fisher(llama, windows(1, 20), statistics, SINKS, {})
 
 
 def test_windows_shorter_than_a_block_have_a_metric_but_no_joint_codec(llama):
     short = {"rank": 9, "samples": 2, "seq_len": 64 + SINKS - 1, "sink_tokens": SINKS}
     made = calibrate(llama, TEXT, codec="fisher", **short)
-    assert made.joint is None and made.transform("k", 0).rank == 9 and made.meta["metric"] == "fisher"
+    assert not made.measured and made.transform("k", 0).rank == 9 and made.meta["metric"] == "fisher"
     with pytest.raises(PluginError, match="blocks of 64 tokens behind the sinks.* 67 is too short, give 68"):
         calibrate(llama, TEXT, codec="joint", **short)
     with pytest.raises(PluginError, match="codec joint is not in this calibration"):
-        made.compact()
-    assert calibrate(llama, TEXT, codec="joint", **short | {"seq_len": 64 + SINKS}).joint is not None
+        made.compact("joint")
+    assert calibrate(llama, TEXT, codec="joint", **short | {"seq_len": 64 + SINKS}).measured
 
 
 # --- the attention metric

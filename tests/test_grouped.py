@@ -8,9 +8,8 @@ from tiny import tiny_loaded, windows, word_text
 from gpt2.compression.attention import enable_compressed_attention
 from gpt2.compression.calibration import Calibration, calibrate
 from gpt2.compression.calibration_file import load_calibration, save_calibration
-from gpt2.compression.capture import collect
-from gpt2.compression.codecs import is_joint, is_measured
-from gpt2.compression.codecs.joint import beside
+from gpt2.compression.codecs import BASES, is_joint, is_measured
+from gpt2.compression.codecs.base import join_heads
 from gpt2.compression.gradients import CROSS_HEAD_SHARE, collect_fisher
 from gpt2.compression.ladder import compact_calibration, make_rung
 from gpt2.compression.presets import create_cache_from_preset
@@ -34,12 +33,12 @@ def made(llama) -> Calibration:
 
 @pytest.mark.parametrize("most", [512, 24], ids=["one group", "a group for each head"])
 def test_statistics_are_of_keys_as_cached_and_of_values(llama, most, monkeypatch):
-    monkeypatch.setattr("gpt2.compression.codecs.joint.MOST_CHANNELS", most)
+    monkeypatch.setattr("gpt2.compression.codecs.measured.MOST_CHANNELS", most)
     groups, batches = 1 if most == 512 else 2, windows(3, 40)
-    _, grouped = collect_fisher(llama, batches, collect(llama, batches, SINKS), SINKS)
+    grouped = collect_fisher(llama, batches, None, SINKS, {"grouped": BASES["grouped"]})["grouped"]
     for layer, (k, v, gk, gv) in enumerate(direct(llama, batches)):
         for entry, x, g in ((2 * layer, k, gk), (2 * layer + 1, v, gv)):
-            x, g = beside(x[None], groups)[0], beside(g[None], groups)[0]
+            x, g = (join_heads(part[None], H * D // groups)[0] for part in (x, g))
             centred = x - x.mean(1, keepdim=True)
             within = torch.block_diag(*[torch.ones(D, D)] * (H // groups)) > 0
             assert close(grouped.moments.scatter[entry], centred.mT @ centred)
@@ -57,7 +56,7 @@ def test_it_is_measured_and_not_joint(made):
 
 
 def test_bits_are_shared_out_between_keys_and_values_of_all_layers(made):
-    codec = made.measured("grouped")
+    codec = made.measured_codec("grouped")
     shares = codec.layer_bits(3)
     assert len(shares) == 2 * L and sum(shares) / len(shares) == pytest.approx(3, abs=0.2) and len(set(shares)) > 2
     mixed = codec.quantizer(codec_quantizer("mixed", 3), 1, "v")
@@ -77,12 +76,12 @@ def test_a_file_holds_it(made, compact, tmp_path):
     saved = made.compact("grouped") if compact else made
     back = load_calibration(save_calibration(saved, tmp_path / "c.pt"))
     tolerance = {"rtol": 2e-3, "atol": 1e-3} if compact else {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(back.grouped.E, made.grouped.E, **tolerance)
-    assert back.grouped.layer_bits(3) == made.grouped.layer_bits(3)
-    assert (back.joint is None) == compact
+    torch.testing.assert_close(back.measured["grouped"].E, made.measured["grouped"].E, **tolerance)
+    assert back.measured["grouped"].layer_bits(3) == made.measured["grouped"].layer_bits(3)
+    assert ("joint" in back.measured) != compact
     if compact:
         with pytest.raises(PluginError, match="codec joint is not in this calibration, it has codec grouped alone"):
-            back.measured("joint")
+            back.measured_codec("joint")
 
 
 def test_a_ladder_is_read_as_it_is_stored(llama, tmp_path):

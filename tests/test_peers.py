@@ -412,7 +412,7 @@ RECORD = {
 
 
 def test_table_has_a_line_per_cache():
-    lines = tables.peers(RECORD, []).splitlines()
+    lines = tables.peers(RECORD, []).markdown().splitlines()
     assert lines[2] == "| 16-bit cache | 1,000 | 1.00x | +0.00% | -1.00% … +1.00% | 0.0000 | 90.0% | 100% |"
     assert lines[3] == "| hqq 4 bits | not run: ValueError: a \\| b | | | | | | |"
     assert lines[4].endswith("| 90.0% | – |")

@@ -501,7 +501,7 @@ def test_the_script_writes_figures_a_plot_and_a_table(space, tmp_path, capsys):
     assert record["peak_memory"].startswith("resident size") and record["caches"][0]["bits"] == 4
     cells = [(row["batch_size"], row["context_tokens"], row["cache"]) for row in record["rows"]]
     assert cells == [(b, c, name) for b in (1, 2) for c in (16, 24) for name in (BASELINE, "identity", "int4")]
-    table = tables.profile(record, ["2"])
+    table = tables.profile(record, ["2"]).markdown()
     assert table.count("\n| 2 |") == 6 and "| 1 |" not in table and "Weights are random" in table
     row = next(row for row in record["rows"] if row["batch_size"] == 2 and row["cache"] == "int4")
     assert f"| {row['ratio_to_baseline']['tokens_per_s_median']:.2f}x (" in table
@@ -517,7 +517,7 @@ def test_the_script_measures_a_model_with_weights(space, tmp_path, monkeypatch):
     assert run("--model", folder, *space[2:], "--context-lengths", 16, "--batch-sizes", 1, "--repeats", 1) == 0
     record = json.loads((tmp_path / "results/runs/profile_tiny-llama.json").read_text())
     assert record["weights"] == "trained" and (tmp_path / "results/plots/profile_tiny-llama.png").exists()
-    assert "Weights" not in tables.profile(record, [])
+    assert "Weights" not in tables.profile(record, []).note
 
 
 BAD = [
@@ -567,7 +567,7 @@ def test_a_cache_without_room_has_a_row_in_the_table():
     lost = {"cache": "baseline", "context_tokens": 1024, "batch_size": 4, "out_of_memory": True}
     record = {"rows": [lost, row(batch=4)], "args": {"decode_tokens": 3, "repeats": 2}, "weights": "trained"}
     record |= {"model": "m", "dtype": "float32", "device": "cpu", "peak_memory": "sampled"}
-    lines = tables.profile(record, []).splitlines()
+    lines = tables.profile(record, []).markdown().splitlines()
     assert lines[2] == "| 4 | 1,024 | baseline | out of memory | | | | | |"
     assert {line.count("|") for line in lines[:4]} == {10}, "every row has every column"
 

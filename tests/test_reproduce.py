@@ -360,7 +360,7 @@ def test_a_figure_that_a_table_shows_is_found(figure):
 @pytest.mark.parametrize("figure", ["3.98x", "4.1x", "+0.15 %", "-0.14 %", "−0.14 %", "3.97 %", "+1 %", "9.5 nats"])
 def test_a_figure_that_no_table_shows_is_named_with_its_line(figure):
     assert figures.unfound(f"\n\n{PROSE.format(figure=figure)}", []) == [
-        f"README.md, line 3: {figure} is in no table that is made of committed results"
+        f"line 3: {figure} is in no table that is made of committed results"
     ]
 
 
@@ -371,7 +371,9 @@ def test_a_figure_of_a_page_is_found():
 def test_the_guides_figures_stand_beside_ours():
     """The same share of head_dim, the same bits; marked as the guide's."""
     record = json.loads((RUNS / "validate_ppl_smollm2-135m.json").read_text())
-    lines = tables.table("validate_ppl_smollm2-135m", record, "rank,bits,target", "beside_guide").splitlines()
+    lines = (
+        tables.table("validate_ppl_smollm2-135m", record, "rank,bits,target", "beside_guide").markdown().splitlines()
+    )
     cell = {line.split(" | ")[0].strip("| "): line.split(" | ")[-1] for line in lines if line.startswith("| ")}
     assert "rank 120: +6% at 1.03x (Qwen2.5-7B)" in cell["V rank 60"] and "rank 112: +14%" in cell["V rank 56"]
     assert "+6%" in cell["V rank 60, 8 bits"] and "ruins quality" in cell["K rank 60"]

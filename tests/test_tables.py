@@ -9,10 +9,11 @@ from gpt2 import results, tables
 from gpt2.errors import PluginError
 
 
-def test_readme_shows_what_the_results_say():
-    readme = (results.ROOT / "README.md").read_text(encoding="utf-8")
-    assert tables.fill(readme, results.RESULTS / "runs") == readme, "run scripts/update_readme.py"
-    assert len(tables.REGION.findall(readme)) >= 5
+@pytest.mark.parametrize("page", tables.pages(results.ROOT), ids=lambda page: page.name)
+def test_pages_show_what_the_results_say(page):
+    text = page.read_text(encoding="utf-8")
+    assert tables.fill(text, results.RESULTS / "runs") == text, "run scripts/update_readme.py"
+    assert len(tables.REGION.findall(text)) >= 5
 
 
 def test_a_changed_figure_is_noticed():

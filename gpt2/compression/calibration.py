@@ -14,15 +14,26 @@ import torch
 import transformers
 from torch import Tensor
 
-from gpt2.compression import joint
+from gpt2.compression import measured
 from gpt2.compression.capture import Moments, Statistics, collect
-from gpt2.compression.codecs import Transform, basis_of, full_rank, is_measured, metric_of, needs_calibration
+from gpt2.compression.codecs import (
+    BASES,
+    Transform,
+    basis_of,
+    full_rank,
+    is_measured,
+    measured_codecs,
+    metric_of,
+    needs_calibration,
+    single_heads,
+)
 from gpt2.compression.codecs.mixed import BLOCK
 from gpt2.compression.gradients import collect_fisher
-from gpt2.compression.joint import JointCodec, fit_joint
+from gpt2.compression.measured import MeasuredCodec, fit_measured
 from gpt2.data import Text
 from gpt2.errors import BadArtefact, PluginError
 from gpt2.models import Geometry, LoadedModel
+from gpt2.processes import ALONE, Processes
 
 SIDES = ("k", "v")
 
@@ -32,14 +43,13 @@ class Calibration:
     """Contents of a calibration file. A compact one has neither `statistics` nor `bases`, but a measured codec.
 
     `bases[side]` has mean [L, H, d], E [L, H, d, r], D [L, H, r, d], spectrum [L, H, r], with r the full rank of
-    `basis_codec`. joint, grouped: there when gradients were taken.
+    `basis_codec`. measured: codecs of several heads by name; there are some where gradients were taken.
     """
 
     meta: dict
     statistics: Statistics | None
     bases: dict[str, dict[str, Tensor]]
-    joint: JointCodec | None = None
-    grouped: JointCodec | None = None
+    measured: dict[str, MeasuredCodec] = field(default_factory=dict)
     _others: dict[tuple[str, str], dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
@@ -49,12 +59,17 @@ class Calibration:
     @property
     def basis_codec(self) -> str:
         """Codec of `bases`: the file's own, or where that is of several heads, the same metric on each head."""
-        return "fisher" if is_measured(self.meta["codec"]) else self.meta["codec"]
+        return single_heads(self.meta["codec"])
 
-    def energy(self, side: str) -> Tensor:
-        """Share of the variance that the first r coordinates keep, [L, H, d]; all of it where there is none."""
-        kept = self.bases[side]["spectrum"].double().cumsum(-1)
-        return torch.where(kept[..., -1:] > 0, kept / kept[..., -1:], torch.ones_like(kept))
+    def energies(self) -> dict[str, Tensor]:
+        """Share of the variance that the first r coordinates keep, all of it where there is none.
+
+        Of `bases`, "k" and "v" [L, H, d]; of a compact file's codec what shares a basis in a layer, [L, G, w].
+        """
+        spectra = {side: basis["spectrum"] for side, basis in self.bases.items()}
+        spectra = spectra or self.measured_codec(self.meta["codec"]).spectra()
+        kept = {side: spectrum.double().cumsum(-1) for side, spectrum in spectra.items()}
+        return {side: torch.where(x[..., -1:] > 0, x / x[..., -1:], torch.ones_like(x)) for side, x in kept.items()}
 
     def transform(self, side: str, layer: int, rank: int | None = None, codec: str | None = None) -> Transform:
         """The transform of one layer's K or V (`side` "k" or "v"), on the CPU.
@@ -64,7 +79,7 @@ class Calibration:
         """
         codec = codec or self.meta["codec"]
         if is_measured(codec):
-            return self.measured(codec).transform(layer, side)
+            return self.measured_codec(codec).transform(layer, side)
         if not self.bases:
             raise PluginError(
                 f"codec {codec}: this is a compact calibration of {self.meta['model']}, which has codec "
@@ -79,21 +94,20 @@ class Calibration:
         whole = Transform(*(basis[name][layer] for name in ("E", "D", "mean")))
         return whole.truncate(min(self.meta["rank"], whole.rank) if rank is None else rank)
 
-    def measured(self, codec: str) -> JointCodec:
-        """The joint or the grouped codec. Raises PluginError where no gradients were taken, or a file has the other."""
-        found = getattr(self, codec)
-        if found is None:
+    def measured_codec(self, codec: str) -> MeasuredCodec:
+        """A codec of several heads. Raises PluginError where no gradients were taken, or a file has another alone."""
+        if codec not in self.measured:
             if self.meta.get("compact"):
                 lacks = f"it has codec {self.meta['codec']} alone"
             else:
-                lacks = "it was made before there was one" if self.joint else "it has no gradients"
+                lacks = "it was made before there was one" if self.measured else "it has no gradients"
             raise PluginError(f"codec {codec} is not in this calibration, {lacks}: make one with --metric fisher")
-        return found
+        return self.measured[codec]
 
-    def compact(self, codec: str = "joint") -> Calibration:
+    def compact(self, codec: str) -> Calibration:
         """One measured codec alone, its basis in half precision."""
-        meta = self.meta | {"codec": codec, "compact": True}
-        return Calibration(meta, None, {}, **{codec: self.measured(codec).compact()})
+        kept = {codec: self.measured_codec(codec).compact()}
+        return Calibration(self.meta | {"codec": codec, "compact": True}, None, {}, kept)
 
     def check_model(self, fingerprint: str, spec: str, where: str) -> None:
         """Raise BadArtefact unless this calibration is of the model with that config fingerprint."""
@@ -127,14 +141,19 @@ def calibrate(
     sink_tokens: int = 4,
     codec: str = "pca",
     metric: str | None = None,
+    compact: bool = False,
     checkpointing: bool = False,
     progress=iter,
+    processes: Processes = ALONE,
 ) -> Calibration:
     """Calibrate a model on the calibration part of a text.
 
     samples: sequences of `seq_len` tokens, drawn by `seed`; fewer where the text has fewer, which `meta` tells.
-    metric: "fisher" takes gradients in a second pass, for codecs fisher and joint; what `codec` needs when None.
-    checkpointing: recompute activations in that pass. progress: wraps the iterable of windows, such as tqdm.
+    metric: "fisher" takes gradients in a second pass, for codecs fisher and all of several heads; what `codec` needs
+    when None. compact: gather and fit `codec` alone, which must be of several heads; the first pass falls away.
+    checkpointing: recompute activations where gradients are taken. progress: wraps the iterable of windows, as tqdm.
+    processes: each has the model and takes a share of the windows; all get the same calibration, which is that of one
+    process to rounding.
     """
     if not needs_calibration(codec):
         raise PluginError(f"codec {codec} needs no calibration: give its name to a preset or to the tuner as it is")
@@ -151,16 +170,24 @@ def calibrate(
     metric = metric or metric_of(codec)
     if metric_of(codec) == "fisher" != metric:
         raise PluginError(f"codec {codec} needs gradients, which metric {metric} doesn't take: use --metric fisher")
-    windows = text.segments("calibration", loaded, seq_len, samples, seed)
-    statistics = collect(loaded, progress(windows), sink_tokens)
-    measured = {}
+    if compact and not is_measured(codec):
+        raise PluginError(f"a compact calibration has a codec of several heads ({', '.join(measured_codecs())}) alone, "
+                          f"and codec {codec} is none")  # fmt: skip
+    windows = text.segments("calibration", loaded, seq_len, samples, seed) if processes.first else None
+    windows = processes.agreed(windows)
+    if len(windows) < processes.size:
+        raise PluginError(f"{processes.size} processes are too many for {len(windows)} sequences: start fewer, or give "
+                          "more --samples")  # fmt: skip
+    own = windows[processes.share(len(windows))]
+    statistics = None if compact else collect(loaded, progress(own), sink_tokens, processes=processes)
+    fitted = {}
     if metric == "fisher":
-        gradients = collect_fisher(
-            loaded, windows, statistics, sink_tokens, seed=seed, checkpointing=checkpointing, progress=progress
-        )
-        # Windows shorter than a block do for the metric alone; a measured codec says what it lacks
-        if is_measured(codec) or gradients[0].reservoir.shape[2]:
-            measured = {name: fit_joint(own) for name, own in zip(("joint", "grouped"), gradients, strict=True)}
+        gathered = collect_fisher(
+            loaded, windows, statistics, sink_tokens, {codec: BASES[codec]} if compact else measured_codecs(),
+            seed=seed, checkpointing=checkpointing, progress=progress, processes=processes,
+        )  # fmt: skip
+        # Windows shorter than a block do for the metric alone
+        fitted = {name: fit_measured(own) for name, own in gathered.items() if own.reservoir.shape[2]}
     meta = calibration_key(loaded, text, samples, seq_len, seed, sink_tokens) | {
         "model": loaded.spec,
         "num_layers": loaded.geometry.num_layers,
@@ -175,7 +202,9 @@ def calibrate(
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
     }
-    calibration = Calibration(meta, statistics, {}, **measured)
+    calibration = Calibration(meta, statistics, {}, fitted)
+    if compact:
+        return calibration.compact(codec)
     calibration.bases = {side: fit(calibration.basis_codec, getattr(statistics, side)) for side in SIDES}
     return calibration
 
@@ -220,9 +249,8 @@ def stand_in(loaded: LoadedModel) -> Calibration:
     meta = {"model": loaded.spec, "codec": "pca", "rank": geometry.head_dim, "num_layers": geometry.num_layers}
     meta |= {"num_kv_heads": geometry.num_kv_heads, "head_dim": geometry.head_dim}
     bases = {side: fit("pca", own) for side, own in zip(SIDES, moments, strict=True)}
-    shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
-    measured = {name: joint.stand_in(*shape, joint=name == "joint") for name in ("joint", "grouped")}
-    return Calibration(meta, Statistics(*moments, None, 0), bases, **measured)
+    fitted = {name: measured.stand_in(basis, geometry) for name, basis in measured_codecs().items()}
+    return Calibration(meta, Statistics(*moments, None, 0), bases, fitted)
 
 
 def calibration_key(loaded: LoadedModel, text: Text, samples: int, seq_len: int, seed: int, sink_tokens: int) -> dict:

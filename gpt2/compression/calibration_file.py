@@ -17,14 +17,13 @@ from torch import Tensor
 from gpt2 import results
 from gpt2.compression.calibration import SIDES, Calibration, calibrate, calibration_key
 from gpt2.compression.capture import Moments, Statistics
-from gpt2.compression.codecs import full_rank, is_measured, needs_calibration
-from gpt2.compression.joint import parse_joint
+from gpt2.compression.codecs import full_rank, is_measured, measured_codecs, needs_calibration, single_heads
+from gpt2.compression.measured import parse_measured
 from gpt2.errors import BadArtefact, CalibrationNotFound, PluginError
-from gpt2.models import LoadedModel
+from gpt2.models import Geometry, LoadedModel
 from gpt2.texts import Text
 
 FORMAT = "kv-plugin-calibration/1"
-MEASURED = ("joint", "grouped")  # codecs of several heads, with the error of each width
 META = {
     "model": str,
     "fingerprint": str,
@@ -52,12 +51,10 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
     if calibration.statistics is not None:
         record |= {
             "bases": calibration.bases,
-            "energy": {side: calibration.energy(side).float() for side in SIDES},
+            "energy": {side: energy.float() for side, energy in calibration.energies().items()},
             "statistics": _statistics_record(calibration.statistics),
         }
-    for name in MEASURED:
-        if (codec := getattr(calibration, name)) is not None:
-            record[name] = codec.record()
+    record |= {name: codec.record() for name, codec in calibration.measured.items()}
     return results.write_torch(path, record)
 
 
@@ -99,11 +96,15 @@ def _parse(record, path: Path) -> Calibration:
     L, H, d = meta["num_layers"], meta["num_kv_heads"], meta["head_dim"]
     expect(1 <= meta["rank"] <= d, "meta.rank", f"1 to {d}", meta["rank"])
     expect(_is_calibrated(meta["codec"]), "meta.codec", "a calibrated codec, such as pca", repr(meta["codec"]))
-    measured = {name: parse_joint(record[name], L, H, d, expect, name=name) for name in MEASURED if name in record}
+    measured = {
+        name: parse_measured(record[name], basis, Geometry(L, H, d), expect)
+        for name, basis in measured_codecs().items()
+        if name in record
+    }
     own = meta["codec"]
     expect(own in measured or not is_measured(own), own, f"a {own} codec, as meta.codec says", "none")
     if measured and "statistics" not in record:
-        return Calibration(meta, None, {}, **measured)
+        return Calibration(meta, None, {}, measured)
 
     def tensor(group: str, name: str, *shape: int) -> Tensor:
         value = record.get(group)
@@ -114,7 +115,7 @@ def _parse(record, path: Path) -> Calibration:
         expect(bool(torch.isfinite(value).all()), f"{group}.{name}", "finite numbers", "NaN or infinity")
         return value
 
-    r = full_rank("fisher" if is_measured(meta["codec"]) else meta["codec"], d)
+    r = full_rank(single_heads(meta["codec"]), d)
     shapes = {"mean": (L, H, d), "E": (L, H, d, r), "D": (L, H, r, d), "spectrum": (L, H, r)}
     bases = {
         side: {name: tensor("bases", f"{side}.{name}", *shape) for name, shape in shapes.items()} for side in SIDES
@@ -136,7 +137,7 @@ def _parse(record, path: Path) -> Calibration:
         names = metrics.get(side, {}) if isinstance(metrics, dict) else metrics
         expect(isinstance(names, dict), "statistics.metrics", "a dict of each side", type(names).__name__)
         own.metrics = {name: tensor("statistics", f"metrics.{side}.{name}", L, H, d, d) for name in names}
-    return Calibration(meta, Statistics(*moments, queries, query_count), bases, **measured)
+    return Calibration(meta, Statistics(*moments, queries, query_count), bases, measured)
 
 
 def _is_calibrated(codec: str) -> bool:

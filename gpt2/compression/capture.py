@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gpt2.errors import PluginError
 from gpt2.models import Geometry, LoadedModel
+from gpt2.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from gpt2.compression.codecs.base import Transform
@@ -65,6 +66,17 @@ class Moments:
         self.mean[layer] += shift * (n / total)
         self.count[layer] = total
 
+    def add_up(self, processes: Processes) -> None:
+        """Take in the vectors of all processes: scatters are summed about the mean of all, metrics are left alone."""
+        if processes.size == 1:
+            return
+        own = self.count[:, None, None]
+        count = processes.total(self.count)
+        mean = processes.total(own * self.mean) / count[:, None, None].clamp_min(1)
+        shift = self.mean - mean
+        scatter = self.scatter + own[..., None] * shift[..., None] * shift[..., None, :]
+        self.count, self.mean, self.scatter = count, mean, processes.total(scatter)
+
     def through(self, transform: Transform, layer: int) -> Moments:
         """Moments of one layer in a transform's coordinates, as those of a model that has this layer alone."""
         E = transform.E.to(self.scatter.dtype)
@@ -100,8 +112,12 @@ class Tap(DynamicCache):
         return key_states, value_states
 
 
-def collect(loaded: LoadedModel, windows: Iterable[Tensor], sink_tokens: int) -> Statistics:
+def collect(
+    loaded: LoadedModel, windows: Iterable[Tensor], sink_tokens: int, *, processes: Processes = ALONE
+) -> Statistics:
     """Run token windows [T] through the model, one at a time, and gather statistics of all but the sink tokens.
+
+    processes: each runs windows of its own, and all get the statistics of all windows.
 
     The first tokens act as attention sinks: their K and V are outliers that would bend the basis, and the cache
     keeps them exact anyway (Xiao et al. 2023).
@@ -126,6 +142,8 @@ def collect(loaded: LoadedModel, windows: Iterable[Tensor], sink_tokens: int) ->
     with torch.no_grad(), _tapped_queries(model, record_queries) as has_queries:
         for window in windows:
             body(input_ids=window[None].to(loaded.device), past_key_values=Tap(record), use_cache=True)
+    for moments in (k, v, queries):
+        moments.add_up(processes)
     if not k.count.min():
         raise PluginError(f"no vectors to calibrate on: sequences must be longer than the {sink_tokens} sink tokens")
     if has_queries:
@@ -173,6 +191,11 @@ class _QueryMoments:
         refuse_non_finite(products, layer)
         self.total[layer] += products
         self.count += q.shape[1] if layer == 0 else 0
+
+    def add_up(self, processes: Processes) -> None:
+        """Take in the queries of all processes."""
+        self.total = processes.total(self.total)
+        self.count = int(processes.total(torch.tensor(self.count)))
 
     def mean(self) -> Tensor:
         return self.total / max(self.count, 1)

@@ -1,13 +1,13 @@
 """A second streaming pass over a model, forward and backward: how much the loss feels an error of K and V.
 
 The Fisher information E[ggᵀ] takes labels that the model draws itself: no text decides what is right (Kunstner et al.
-2019 on why the text's own labels won't do). Beside it are gathered what a joint basis of K and V needs: their moments
-with rotary positions taken off K, and a bounded sample of whole blocks to measure quantization on.
+2019 on why the text's own labels won't do). Beside it is gathered what measured codecs are fitted to: moments of K and
+V as the codec arranges them, and a bounded sample of whole blocks to measure quantization on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -18,58 +18,69 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gpt2.compression import rotary
 from gpt2.compression.capture import Moments, Statistics, Tap, refuse_non_finite, wrapped_attention
-from gpt2.compression.codecs.joint import beside, heads_per_group, side_by_side
+from gpt2.compression.codecs.measured import Measured
 from gpt2.compression.codecs.mixed import BLOCK
 from gpt2.compression.rotary import Rotary
 from gpt2.errors import PluginError
 from gpt2.models import Geometry, LoadedModel
+from gpt2.processes import ALONE, Processes
 
 RESERVOIR_BLOCKS = 48  # of 64 tokens per layer
 # What is kept of the Fisher metric between different heads, where a few thousand tokens estimate it with much noise.
 # From none to all of it nothing measured tells apart (results/runs/explore_codecs_*): half of it bounds the noise
 CROSS_HEAD_SHARE = 0.5
+SEED_STEP = 1_000_003  # from window to window, so that neighbouring seeds share no labels
 
 
 @dataclass
-class JointStatistics:
-    """What a measured codec is fitted to, per entry and group of heads.
+class MeasuredStatistics:
+    """What a measured codec is fitted to, by entry and group of heads as its `basis` has them.
 
-    Of a joint codec an entry is a layer's [K without positions | V], and rotary has its rotation. Of a grouped codec
-    entry 2l is K of layer l as it is cached, 2l + 1 its V, and rotary is empty. moments: with "heads" meaning groups,
-    and metrics["fisher"]. reservoir: vectors of whole blocks of neighbouring tokens, [entries, G, blocks · 64, w]
-    float16.
+    moments: with entries in the place of layers and groups in that of heads, and metrics["fisher"]. rotary: each
+    layer's rotation, empty where keys keep theirs. reservoir: vectors of whole blocks of neighbouring tokens,
+    [entries, G, blocks · 64, w] float16.
     """
 
+    basis: Measured
     moments: Moments
     rotary: list[Rotary]
     reservoir: Tensor
 
 
 def collect_fisher(
-    loaded: LoadedModel, windows: Sequence[Tensor], statistics: Statistics, sink_tokens: int, *, seed: int = 0,
-    checkpointing: bool = False, progress: Callable[[Iterable], Iterable] = iter,
-) -> tuple[JointStatistics, JointStatistics]:  # fmt: skip
-    """Put the Fisher metric of K and V into `statistics`; gather what a joint basis needs, and what a grouped one does.
+    loaded: LoadedModel, windows: Tensor, statistics: Statistics | None, sink_tokens: int,
+    bases: Mapping[str, Measured], *, seed: int = 0, checkpointing: bool = False,
+    progress: Callable[[Iterable], Iterable] = iter, processes: Processes = ALONE,
+) -> dict[str, MeasuredStatistics]:  # fmt: skip
+    """Gather what each of these measured codecs is fitted to; put the Fisher metric of single heads into `statistics`.
 
-    seed: of the labels drawn and of the sample kept. checkpointing: recompute activations layer by layer in the
-    backward pass, for models whose activations don't fit in memory; the result is the same. Raises PluginError for a
-    model that gradients can't be taken through.
+    windows: [n, T]. statistics: of the same windows; None where single heads are not wanted. seed: of the labels drawn
+    and of the sample kept. checkpointing: recompute activations layer by layer in the backward pass, for models whose
+    activations don't fit in memory; the result is the same. processes: each runs a share of the windows, and all get
+    the statistics of all; labels and sample are the same however many there are. Raises PluginError for a model that
+    gradients can't be taken through.
     """
-    turns = detect_rotary(loaded, windows[0], sink_tokens)
-    taken = _Gathered(loaded.geometry, turns, sink_tokens, len(windows), seed)
-    generator = torch.Generator(loaded.device).manual_seed(seed)
+    turns = processes.agreed(detect_rotary(loaded, windows[0], sink_tokens) if processes.first else None)
+    sample = _Sample.drawn(len(windows), windows.shape[1] - sink_tokens, seed)
+    taken = _Gathered(loaded.geometry, bases, turns, sink_tokens, sample, heads=statistics is not None)
     tap = _checkpointed if checkpointing else _through_the_cache
     with torch.enable_grad(), _without_parameter_gradients(loaded.model), tap(loaded.model, taken.watch) as run:
-        for window in progress(windows):
-            logits = run(window[None].to(loaded.device))[0]
-            labels = _drawn(logits.detach().float().softmax(-1), generator)
-            nn.functional.cross_entropy(logits.float(), labels, reduction="sum").backward()
-            taken.next_window()
-    return taken.finish(statistics)
+        for number in progress(processes.share(len(windows))):
+            with taken.window(number):
+                logits = run(windows[number][None].to(loaded.device))[0]
+                labels = drawn_labels(logits, seed, number)
+                nn.functional.cross_entropy(logits.float(), labels, reduction="sum").backward()
+    for side, own in taken.fisher.items():
+        moments = getattr(statistics, side)
+        moments.metrics["fisher"] = processes.total(own) / moments.count[:, None, None, None].clamp_min(1)
+    d = loaded.geometry.head_dim
+    return {name: gathering.statistics(d, processes) for name, gathering in taken.measured.items()}
 
 
-def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """A label of each row, [T]."""
+def drawn_labels(logits: Tensor, seed: int, window: int) -> Tensor:
+    """A label for each row of a window's logits [T, V], drawn by the model's own distribution, [T]."""
+    probabilities = logits.detach().float().softmax(-1)
+    generator = torch.Generator(logits.device).manual_seed(seed + SEED_STEP * window)
     if not torch.isfinite(probabilities).all():
         raise PluginError("NaN or infinite logits, nothing was written. Try --dtype float32 or bfloat16")
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
@@ -89,19 +100,52 @@ def detect_rotary(loaded: LoadedModel, window: Tensor, sink_tokens: int) -> list
     return [found[layer] for layer in range(loaded.geometry.num_layers)]
 
 
+@dataclass
+class _Sample:
+    """Which blocks of which windows are kept: `per_window` of each in turn, blocks [kept] by number."""
+
+    blocks: Tensor
+    per_window: int
+
+    @classmethod
+    def drawn(cls, windows: int, tokens: int, seed: int) -> _Sample:
+        """The same blocks of all layers and codecs. tokens: of a window, sinks apart."""
+        generator = torch.Generator().manual_seed(seed)
+        available = max(tokens // BLOCK, 0)
+        per_window = min(-(-RESERVOIR_BLOCKS // windows), available)
+        drawn = [torch.randperm(available, generator=generator)[:per_window].sort().values for _ in range(windows)]
+        return cls(torch.cat(drawn)[:RESERVOIR_BLOCKS], per_window)
+
+    def places(self, window: int) -> slice:
+        """Where in the sample a window's blocks are."""
+        return slice(window * self.per_window, (window + 1) * self.per_window)
+
+
 class _Gathered:
     """Statistics of K, V and their gradients, layer by layer as the backward pass comes to them."""
 
-    def __init__(self, geometry: Geometry, turns: list[Rotary], sink_tokens: int, windows: int, seed: int):
+    def __init__(
+        self, geometry: Geometry, bases: Mapping[str, Measured], turns: list[Rotary], sink_tokens: int,
+        sample: _Sample, heads: bool,
+    ):  # fmt: skip
         L, H, d = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
-        groups = H // heads_per_group(H, d)
-        self.turns, self.sink_tokens = turns, sink_tokens
-        self.joint = _Gathering(Geometry(L, groups, 2 * H * d // groups))
-        self.grouped = _Gathering(Geometry(2 * L, groups, H * d // groups))
-        self.fisher = {side: torch.zeros(L, H, d, d, dtype=torch.float64) for side in ("k", "v")}
-        self.generator = torch.Generator().manual_seed(seed)
-        self.per_window = -(-RESERVOIR_BLOCKS // windows)
+        self.sink_tokens = sink_tokens
+        self.fisher = {side: torch.zeros(L, H, d, d, dtype=torch.float64) for side in ("k", "v") if heads}
+        self.measured = {name: _Gathering(basis, geometry, turns, sink_tokens, sample) for name, basis in bases.items()}
+        self.missing: set[int] = set()  # layers of the window that runs
         self.waiting: dict[int, dict[str, Tensor]] = {}
+        self.layers, self.number = range(L), 0
+
+    @contextmanager
+    def window(self, number: int):
+        """Take what comes while the block runs as that of a window. Raises PluginError where a layer's doesn't come."""
+        self.number, self.missing = number, set(self.layers)
+        yield
+        if self.missing:
+            raise PluginError(
+                "no gradients reached K and V of every layer, so there is no Fisher metric for this model: "
+                "use --metric pca or attention"
+            )
 
     def watch(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Ask for the gradients of one layer's k, v [1, H, T, d]; statistics are taken when both have come."""
@@ -116,63 +160,44 @@ class _Gathered:
         if len(gradients) < 2:
             return
         del self.waiting[layer]
-        s = self.sink_tokens
-        k, v, gk, gv = (x[:, :, s:].float() for x in (k, v, gradients["k"], gradients["v"]))
+        self.missing.discard(layer)
+        k, v, gk, gv = (x[:, :, self.sink_tokens :].float() for x in (k, v, gradients["k"], gradients["v"]))
         for side, g in (("k", gk), ("v", gv)):
-            self.fisher[side][layer] += _products(g[0], layer)
-        for entry, x, g in ((2 * layer, k, gk), (2 * layer + 1, v, gv)):
-            self.grouped.add(entry, layer, *(beside(part, self.grouped.groups) for part in (x, g)))
-        turn = self.turns[layer].turn
-        joined = (side_by_side(turn(a, s, -1), b, self.joint.groups) for a, b in ((k, v), (gk, gv)))
-        self.joint.add(layer, layer, *joined)
-
-    def next_window(self) -> None:
-        """Keep a few blocks of the window that ended, the same of every layer."""
-        if len(self.joint.window) < len(self.turns):
-            raise PluginError(
-                "no gradients reached K and V of every layer, so there is no Fisher metric for this model: "
-                "use --metric pca or attention"
-            )
-        available = self.joint.window[0].shape[1] // BLOCK
-        chosen = torch.randperm(available, generator=self.generator)[: self.per_window].sort().values
-        for gathering in (self.joint, self.grouped):
-            gathering.keep(chosen)
-
-    def finish(self, statistics: Statistics) -> tuple[JointStatistics, JointStatistics]:
-        tokens = self.joint.moments.count[:, None, None, None].clamp_min(1)
-        for side, total in self.fisher.items():
-            getattr(statistics, side).metrics["fisher"] = total / tokens
-        d = self.fisher["k"].shape[-1]
-        return self.joint.statistics(self.turns, d), self.grouped.statistics([], d)
+            if side in self.fisher:
+                self.fisher[side][layer] += _products(g[0], layer)
+        for gathering in self.measured.values():
+            gathering.add(layer, self.number, (k, v), (gk, gv))
 
 
 class _Gathering:
     """What one measured codec is fitted to, as it comes."""
 
-    def __init__(self, shape: Geometry):
-        L, self.groups, w = shape.num_layers, shape.num_kv_heads, shape.head_dim
+    def __init__(self, basis: Measured, geometry: Geometry, turns: list[Rotary], sink_tokens: int, sample: _Sample):
+        shape = basis.shape(geometry)
+        L, G, w = shape.num_layers, shape.num_kv_heads, shape.head_dim
+        self.basis, self.turns, self.sink_tokens, self.sample = basis, turns, sink_tokens, sample
         self.moments = Moments.zeros(shape)
-        self.fisher = torch.zeros(L, self.groups, w, w, dtype=torch.float64)
-        self.reservoir = torch.zeros(L, self.groups, 0, w, dtype=torch.float16)
-        self.window: dict[int, Tensor] = {}
+        self.fisher = torch.zeros(L, G, w, w, dtype=torch.float64)
+        self.reservoir = torch.zeros(L, G, len(sample.blocks), BLOCK, w, dtype=torch.float16)
 
-    def add(self, entry: int, layer: int, x: Tensor, g: Tensor) -> None:
-        """Vectors of one window, x [1, G, T, w], and their gradients."""
-        self.moments.update(entry, x)
-        self.fisher[entry] += _products(g[0], layer)
-        self.window[entry] = x[0].half().cpu()
+    def add(self, layer: int, window: int, pair: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor]) -> None:
+        """K and V of one layer in a window, [1, H, T, d] each, and their gradients."""
+        arranged = (self.basis.arranged(*x, self.turns[layer], self.sink_tokens) for x in (pair, gradients))
+        for entry, (x, g) in enumerate(zip(*arranged, strict=True), start=layer * self.basis.entries):
+            self.moments.update(entry, x)
+            self.fisher[entry] += _products(g[0], layer)
+            places = self.sample.places(window)
+            blocks = x[0, :, : x.shape[2] // BLOCK * BLOCK].unflatten(1, (-1, BLOCK))
+            self.reservoir[entry, :, places] = blocks[:, self.sample.blocks[places]].half().cpu()
 
-    def keep(self, chosen: Tensor) -> None:
-        """Blocks of the window that ended, by number."""
-        x = torch.stack([self.window.pop(entry) for entry in range(len(self.fisher))])  # [L, G, T, w]
-        available = x.shape[2] // BLOCK
-        blocks = x[:, :, : available * BLOCK].unflatten(2, (available, BLOCK))[:, :, chosen].flatten(2, 3)
-        self.reservoir = torch.cat((self.reservoir, blocks), dim=2)[:, :, : RESERVOIR_BLOCKS * BLOCK]
-
-    def statistics(self, turns: list[Rotary], head_dim: int) -> JointStatistics:
+    def statistics(self, head_dim: int, processes: Processes) -> MeasuredStatistics:
+        """Of all processes' windows."""
+        self.moments.add_up(processes)
+        fisher, reservoir = processes.total(self.fisher), processes.total(self.reservoir)
         tokens = self.moments.count[:, None, None, None].clamp_min(1)
-        self.moments.metrics["fisher"] = self.fisher / tokens * self._shares(head_dim)
-        return JointStatistics(self.moments, turns, self.reservoir)
+        self.moments.metrics["fisher"] = fisher / tokens * self._shares(head_dim)
+        rotary = self.turns if self.basis.turned else []
+        return MeasuredStatistics(self.basis, self.moments, rotary, reservoir.flatten(2, 3))
 
     def _shares(self, d: int) -> Tensor:
         """1 within the channels of one head's K or V, CROSS_HEAD_SHARE between them, [w, w]."""

@@ -3,7 +3,8 @@
     calibration = compact_calibration(loaded, text, path, codec="joint", samples=48)
     rungs = [make_rung(loaded, calibration, ratio) for ratio in RATIOS]
 
-kv-4x is of the joint codec, which loses least; fast-4x is of the grouped codec, which attention reads as it is stored.
+A codec of several heads says what its presets are called: kv-4x is of joint, which loses least, and fast-4x of grouped,
+which attention reads as it is stored.
 
 All rungs share one compact calibration file; they differ in bits alone.
 """
@@ -17,15 +18,16 @@ from pathlib import Path
 from gpt2 import results
 from gpt2.compression.calibration import Calibration, calibrate, calibration_key
 from gpt2.compression.calibration_file import find_reusable, load_calibration, save_calibration
+from gpt2.compression.codecs import BASES
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.plan import compressors_for
 from gpt2.errors import PluginError
 from gpt2.evaluation import memory
 from gpt2.evaluation.perplexity import CacheFactory
 from gpt2.models import LoadedModel
+from gpt2.processes import ALONE, Processes
 from gpt2.texts import Text
 
-PREFIXES = {"joint": "kv", "grouped": "fast"}
 RATIOS = (2.0, 3.5, 4.0, 4.6, 5.3, 6.4, 8.0)
 TOKENS = 2048  # of the sequence at which the ratio is meant
 STEP = 0.01  # bits by which a rung gives way until its ratio holds
@@ -43,28 +45,33 @@ class Rung:
 
     @property
     def name(self) -> str:
-        return f"{PREFIXES[self.codec]}-{self.ratio:g}x"
+        return f"{BASES[self.codec].prefix}-{self.ratio:g}x"
 
 
 def compact_calibration(
     loaded: LoadedModel, text: Text, path: Path, *, codec: str, samples: int, seq_len: int, seed: int, sink_tokens: int,
-    checkpointing: bool = False, progress=iter,
+    checkpointing: bool = False, progress=iter, processes: Processes = ALONE,
 ) -> Calibration:  # fmt: skip
-    """The compact calibration at `path` where it was made in the same way, else a new one that is written there."""
+    """The compact calibration at `path` where it was made in the same way, else a new one that is written there.
+
+    Arguments as `calibrate`; of several processes the first one reads and writes.
+    """
     made_from = {"samples": samples, "seq_len": seq_len, "seed": seed, "sink_tokens": sink_tokens}
     results.check_writable(path)
     key = calibration_key(loaded, text, **made_from) | {"compact": True, "codec": codec}
-    if find_reusable(key, [path]):
+    found = load_calibration(path) if processes.first and find_reusable(key, [path]) else None
+    if found := processes.agreed(found):
         print(f"calibration: using {path}", flush=True)
-        return load_calibration(path)
+        return found
     if path.exists():
         print(f"note: {path} was made otherwise: it will be replaced, and presets that name it then read the new one; "
               "another --tag or --calibration-file keeps it", flush=True)  # fmt: skip
     calibration = calibrate(
-        loaded, text, rank=loaded.geometry.head_dim, codec=codec, checkpointing=checkpointing, progress=progress,
-        **made_from,
-    ).compact(codec)  # fmt: skip
-    save_calibration(calibration, path)
+        loaded, text, rank=loaded.geometry.head_dim, codec=codec, compact=True, checkpointing=checkpointing,
+        progress=progress, processes=processes, **made_from,
+    )  # fmt: skip
+    if processes.first:
+        save_calibration(calibration, path)
     return calibration
 
 

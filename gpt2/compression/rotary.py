@@ -40,9 +40,12 @@ class Rotary:
         return Rotary(self.frequencies.to(device), self.layout)
 
 
+NONE = Rotary(torch.zeros(0), "none")
+
+
 def candidates(model: nn.Module, head_dim: int) -> list[Rotary]:
     """No rotation, and every one that the model's buffers of frequencies allow, in both layouts."""
-    found = [Rotary(torch.zeros(0), "none")]
+    found = [NONE]
     seen = set()
     for name, buffer in model.named_buffers():
         fits = name.endswith("inv_freq") and buffer.ndim == 1 and 0 < 2 * len(buffer) <= head_dim

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.compression.capture import Moments
-from gpt2.compression.codecs.joint import JointTransform, heads_per_group, side_by_side
+from gpt2.compression.codecs.measured import JointTransform, heads_per_group, side_by_side
 from gpt2.compression.codecs.metric import fit_in_metric
 from gpt2.compression.codecs.mixed import BLOCK, WIDTHS
 from gpt2.compression.gradients import (
     CROSS_HEAD_SHARE,
-    _drawn,
     _through_the_cache,
     _without_parameter_gradients,
     detect_rotary,
+    drawn_labels,
 )
 from gpt2.compression.rotary import Rotary
 from gpt2.errors import PluginError
@@ -188,12 +188,11 @@ def gather(
     if sink_tokens >= BLOCK // 2:
         raise PluginError(f"--sink-tokens {sink_tokens}: give fewer than {BLOCK // 2}, as a block must be left of them")
     gathered = Gathered(loaded, detect_rotary(loaded, windows[0], sink_tokens), sink_tokens, len(windows), seed)
-    generator = torch.Generator(loaded.device).manual_seed(seed)
     model = loaded.model
     with torch.enable_grad(), _without_parameter_gradients(model), _through_the_cache(model, gathered.watch) as run:
-        for window in progress(windows):
+        for number, window in enumerate(progress(windows)):
             logits = run(window[None].to(loaded.device))[0]
-            labels = _drawn(logits.detach().float().softmax(-1), generator)
+            labels = drawn_labels(logits, seed, number)
             nn.functional.cross_entropy(logits.float(), labels, reduction="sum").backward()
             gathered.next_window()
     return gathered.finish()

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from gpt2.compression.codecs.hadamard import Hadamard
-from gpt2.compression.codecs.joint import JointTransform
+from gpt2.compression.codecs.measured import JointTransform
 from gpt2.compression.codecs.mixed import (
     BLOCK,
     NARROW,

@@ -38,7 +38,7 @@ def _part(setting: Setting, table: Table, item: dict) -> str:
     record = json.loads(path.read_text(encoding="utf-8"))
     made = tables.table(name, record, item.get("rows"), item.get("as"))
     source = f"Source: `{name}.json`, commit {record['git_commit']}, {record['device']}, {record['created_utc'][:10]}."
-    return f"{heading}{made}\n\n{source}"
+    return f"{heading}{made.markdown()}\n\n{source}"
 
 
 def write(setting: Setting, table: Table) -> Path:

@@ -9,10 +9,12 @@ import difflib
 from functools import reduce
 
 from gpt2.compression.codecs.base import Basis, Composed, Compressor, FixedBasis, Quantizer, Transform
+from gpt2.compression.codecs.grouped import Grouped
 from gpt2.compression.codecs.hadamard import Hadamard
 from gpt2.compression.codecs.integer import Int4, Int8
-from gpt2.compression.codecs.joint import Grouped, Joint, JointTransform
+from gpt2.compression.codecs.joint import Joint
 from gpt2.compression.codecs.ln_nullspace import LayerNormNullspace
+from gpt2.compression.codecs.measured import JointTransform, Measured
 from gpt2.compression.codecs.metric import Attention, Fisher
 from gpt2.compression.codecs.mixed import Mixed, MixedFixed
 from gpt2.compression.codecs.none import Unquantized
@@ -46,6 +48,7 @@ __all__ = [
     "FixedBasis",
     "IdentityCompressor",
     "JointTransform",
+    "Measured",
     "Quantizer",
     "Transform",
     "basis_of",
@@ -53,10 +56,12 @@ __all__ = [
     "full_rank",
     "is_joint",
     "is_measured",
+    "measured_codecs",
     "metric_of",
     "needs_calibration",
     "quantizer_for_bits",
     "quantizer_of",
+    "single_heads",
 ]
 
 
@@ -102,6 +107,16 @@ def is_measured(codec: str) -> bool:
     return basis is not None and basis.measured
 
 
+def measured_codecs() -> dict[str, Measured]:
+    """Registered codecs of several heads by name; the first is meant where none is named."""
+    return {name: basis for name, basis in BASES.items() if basis.measured}
+
+
+def single_heads(codec: str) -> str:
+    """A codec itself, or where that is of several heads, the basis of single heads in the same metric."""
+    return metric_of(codec) if is_measured(codec) else codec
+
+
 def metric_of(codec: str) -> str:
     """The statistics that a codec is fitted to: pca, attention or fisher; what is named first weighs most."""
     metrics = {BASES[part].metric for part in codec_name(codec).split("+") if part != IDENTITY}
@@ -133,7 +148,7 @@ def codec_name(name: str) -> str:
     """Check a codec's name. Raises PluginError with the nearest one for a name that isn't registered."""
     parts = str(name).split("+")
     for part in parts:
-        if part not in (BASES if len(parts) > 1 else CODECS):
+        if part not in BASES and (part != IDENTITY or len(parts) > 1):
             near = difflib.get_close_matches(part, CODECS, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             raise PluginError(f"unknown codec {name!r}{hint} (there are: {', '.join(CODECS)}, and bases joined by +)")

@@ -61,7 +61,7 @@ class Transform:
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """x [B, H, T, d] → z [B, G, T, r], in the basis's own dtype."""
-        grouped = _join_heads(x, width=self.E.shape[1]).to(self.E.dtype)
+        grouped = join_heads(x, width=self.E.shape[1]).to(self.E.dtype)
         return (grouped - self.mean[:, None]) @ self.E
 
     def inverse(self, z: Tensor, head_dim: int, start: int = 0) -> Tensor:
@@ -96,7 +96,7 @@ class Transform:
         return sum(part.nbytes for part in parts if part is not None)
 
 
-def _join_heads(x: Tensor, width: int) -> Tensor:
+def join_heads(x: Tensor, width: int) -> Tensor:
     """[B, H, T, d] → [B, G, T, w]: the heads of a group side by side."""
     B, H, T, d = x.shape
     if width == d:
@@ -106,7 +106,7 @@ def _join_heads(x: Tensor, width: int) -> Tensor:
 
 
 def _split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """[B, G, T, w] → [B, H, T, d], the inverse of `_join_heads`."""
+    """[B, G, T, w] → [B, H, T, d], the inverse of `join_heads`."""
     B, G, T, w = x.shape
     if w == head_dim:
         return x
@@ -161,7 +161,7 @@ class Basis(ABC):
     name: str
     calibrated = True  # fitted to statistics, so that its coordinates have an order and a rank can be cut
     joint = False  # one basis for K and V of a layer together
-    measured = False  # of several heads, whole, with the error of each width measured: bits are shared out by that
+    measured = False  # of several heads, whole, with the error of each width measured (`measured.Measured`)
     metric = "pca"  # what statistics it is fitted to
 
     @abstractmethod
@@ -198,8 +198,8 @@ class Composed(Basis):
         self.first, self.second = first, second
         self.name = f"{first.name}+{second.name}"
         self.calibrated = second.calibrated
-        if first.joint or second.joint:
-            raise PluginError(f"codec {self.name}: a joint basis doesn't combine with another")
+        if first.measured or second.measured:
+            raise PluginError(f"codec {self.name}: a basis of several heads doesn't combine with another")
         if first.calibrated and not second.calibrated:  # its coordinates would lose their order
             raise PluginError(f"codec {self.name}: {second.name} needs no calibration and can only come first")
 

@@ -13,27 +13,27 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gpt2.compression.codecs import JointTransform, Quantizer, Transform
-from gpt2.compression.codecs.joint import Joint, heads_per_group
+from gpt2.compression.codecs import Measured, Quantizer, Transform
 from gpt2.compression.codecs.mixed import BLOCK, COSTS, PLANE, WIDTHS, Mixed, MixedFixed, errors, width_bytes
-from gpt2.compression.gradients import JointStatistics
-from gpt2.compression.rotary import LAYOUTS, Rotary
+from gpt2.compression.gradients import MeasuredStatistics
+from gpt2.compression.rotary import LAYOUTS, NONE, Rotary
 from gpt2.errors import BadArtefact, PluginError
+from gpt2.models import Geometry
 
 PRICES = 64  # at which the layers' demand is measured
 
 
 @dataclass
-class JointCodec:
+class MeasuredCodec:
     """Basis of every entry and group, [L, G, w, w], and what its quantization was measured to cost.
 
-    With rotations it is joint, an entry for every layer; without it is grouped, one for K and one for V of each.
-
+    L are the entries of all layers, as `basis` has them. rotary: each layer's rotation, empty where keys keep theirs.
     mean [L, G, w]; spectrum [L, G, w]: variance of each coordinate. errors [L, G, w, widths]: mean squared error of a
     coordinate in a block at each of `mixed.WIDTHS`. prices [N], demand [N, L]: bytes per block that a group of a layer
     buys at each price when every block chooses for itself. half: whether a file holds E in half precision.
     """
 
+    basis: Measured
     mean: Tensor
     E: Tensor
     spectrum: Tensor
@@ -53,18 +53,15 @@ class JointCodec:
             raise BadArtefact("the calibration's basis has no inverse: make the calibration again")
         return torch.stack([inverse for inverse, _ in found]).view_as(self.E).float()
 
-    def entry(self, layer: int, side: str) -> int:
-        """Where a layer's K or V, `side` "k" or "v", is found."""
-        return layer if self.rotary else 2 * layer + "kv".index(side)
-
     def transform(self, layer: int, side: str = "k") -> Transform:
-        i = self.entry(layer, side)
-        parts = self.E[i].float(), self.D[i], self.mean[i].float()
-        return JointTransform(*parts, rotary=self.rotary[i]) if self.rotary else Transform(*parts)
+        """The transform of one layer's K or V, `side` "k" or "v", on the CPU."""
+        i = self.basis.entry(layer, side)
+        rotary = self.rotary[layer] if self.rotary else NONE
+        return self.basis.transform(side, self.E[i].float(), self.D[i], self.mean[i].float(), rotary)
 
     def quantizer(self, quantizer: Quantizer, layer: int, side: str = "k") -> Quantizer:
         """A quantizer of one entry, of a budget that is meant for the mean of all."""
-        entry = self.entry(layer, side)
+        entry = self.basis.entry(layer, side)
         if isinstance(quantizer, MixedFixed):
             if quantizer.bits not in self._widths:
                 self._widths[quantizer.bits] = self.widths(quantizer.bits)
@@ -111,7 +108,12 @@ class JointCodec:
     def _at_price(self, price: float) -> Tensor:
         return (self.errors.double() + price * torch.tensor(COSTS, dtype=torch.float64)).argmin(-1)
 
-    def compact(self) -> JointCodec:
+    def spectra(self) -> dict[str, Tensor]:
+        """Variance of each coordinate by what shares a basis in a layer: "kv", or "k" and "v"; [layers, G, w] each."""
+        sides = ("k", "v")[: self.basis.entries] if self.basis.entries > 1 else ("kv",)
+        return dict(zip(sides, self.spectrum.unflatten(0, (-1, len(sides))).unbind(1), strict=True))
+
+    def compact(self) -> MeasuredCodec:
         """This codec with its basis as a file in half precision holds it."""
         scale = self._scale()
         return replace(self, E=(self.E / scale).half().float() * scale, half=True)
@@ -137,18 +139,18 @@ class JointCodec:
         }
 
 
-def fit_joint(statistics: JointStatistics) -> JointCodec:
+def fit_measured(statistics: MeasuredStatistics) -> MeasuredCodec:
     """Fit the basis of every entry, and measure on the reservoir what each width costs."""
     if not statistics.reservoir.shape[2]:
         raise PluginError(f"this codec is measured on blocks of {BLOCK} tokens: give a longer --seq-len")
     moments = statistics.moments
-    fitted = [Joint().fit(moments, layer) for layer in range(len(moments.count))]
+    fitted = [statistics.basis.fit(moments, layer) for layer in range(len(moments.count))]
     spectrum = torch.stack([variances for _, variances in fitted])
     # One factor for the whole model, so that steps lie well inside what a scale's byte can say
     unit = spectrum.mean().clamp_min(1e-30).sqrt()
     E = torch.stack([transform.E for transform, _ in fitted]) / unit
-    codec = JointCodec(
-        moments.mean.float(), E.float(), (spectrum / unit**2).float(), statistics.rotary,
+    codec = MeasuredCodec(
+        statistics.basis, moments.mean.float(), E.float(), (spectrum / unit**2).float(), statistics.rotary,
         torch.empty(0), torch.empty(0), torch.empty(0),
     )  # fmt: skip
     per_layer = [errors(_coordinates(codec, statistics.reservoir, layer))[0] for layer in range(len(fitted))]
@@ -157,21 +159,21 @@ def fit_joint(statistics: JointStatistics) -> JointCodec:
     return codec
 
 
-def stand_in(num_layers: int, num_kv_heads: int, head_dim: int, *, joint: bool = True) -> JointCodec:
-    """A codec of no model, joint or grouped: the cost of one doesn't depend on its values."""
-    G = num_kv_heads // heads_per_group(num_kv_heads, head_dim)
-    L, w = (num_layers, 2 * num_kv_heads * head_dim // G) if joint else (2 * num_layers, num_kv_heads * head_dim // G)
+def stand_in(basis: Measured, geometry: Geometry) -> MeasuredCodec:
+    """A codec of no model: the cost of one doesn't depend on its values."""
+    shape, d = basis.shape(geometry), geometry.head_dim
+    L, G, w = shape.num_layers, shape.num_kv_heads, shape.head_dim
     E = torch.linalg.qr(torch.randn(w, w, generator=torch.Generator().manual_seed(0))).Q
-    rotary = Rotary(10_000 ** -(torch.arange(0, head_dim // 2 * 2, 2) / head_dim))
+    rotary = Rotary(10_000 ** -(torch.arange(0, d // 2 * 2, 2) / d))
     error = torch.logspace(0, -4, w)[:, None] * 0.25 ** torch.tensor(WIDTHS)
     prices, demand = _demand([error[None, None]])
-    return JointCodec(
-        torch.zeros(L, G, w), E.expand(L, G, w, w), torch.ones(L, G, w), [rotary] * L if joint else [],
-        error.expand(L, G, w, -1), prices, demand.expand(-1, L),
+    return MeasuredCodec(
+        basis, torch.zeros(L, G, w), E.expand(L, G, w, w), torch.ones(L, G, w),
+        [rotary] * geometry.num_layers if basis.turned else [], error.expand(L, G, w, -1), prices, demand.expand(-1, L),
     )  # fmt: skip
 
 
-def _coordinates(codec: JointCodec, reservoir: Tensor, layer: int) -> Tensor:
+def _coordinates(codec: MeasuredCodec, reservoir: Tensor, layer: int) -> Tensor:
     """The reservoir of one layer in its basis, [1, G, T, w]."""
     return (reservoir[layer].float() - codec.mean[layer, :, None]) @ codec.E[layer][None]
 
@@ -188,14 +190,9 @@ def _demand(per_layer: list[Tensor]) -> tuple[Tensor, Tensor]:
     return prices, torch.stack(demand)
 
 
-def parse_joint(
-    record, num_layers: int, num_kv_heads: int, head_dim: int, expect, *, name: str = "joint"
-) -> JointCodec:
-    """Check a file's record and make the codec of it. expect(good, field, expected, found) raises.
-
-    name: of the codec, joint or grouped.
-    """
-    joint = name == "joint"
+def parse_measured(record, basis: Measured, geometry: Geometry, expect) -> MeasuredCodec:
+    """Check a file's record and make the codec of it. expect(good, field, expected, found) raises."""
+    name = basis.name
 
     def tensor(key: str, *shape: int) -> Tensor:
         value = record.get(key)
@@ -207,28 +204,29 @@ def parse_joint(
     expect(isinstance(record, dict), name, "a dict", type(record).__name__)
     E = record.get("E")
     expect(isinstance(E, Tensor) and E.ndim == 4, f"{name}.E", "a tensor [L, G, w, w]", type(E).__name__)
-    L, G, w = num_layers * (1 if joint else 2), E.shape[1], E.shape[2]
-    channels = num_kv_heads * head_dim * (2 if joint else 1)
+    L, G, w = geometry.num_layers * basis.entries, E.shape[1], E.shape[2]
+    channels = 2 * geometry.num_kv_heads * geometry.head_dim // basis.entries
     expect(G * w == channels, f"{name}.E", f"{channels} channels", G * w)
     expect(record.get("widths") == list(WIDTHS), f"{name}.widths", list(WIDTHS), record.get("widths"))
     n = record["prices"].numel() if isinstance(record.get("prices"), Tensor) else 0
     expect(n > 1, f"{name}.prices", "two or more numbers", n)
-    return JointCodec(
-        tensor("mean", L, G, w), tensor("E", L, G, w, w) * tensor("scale", L, G, 1, 1), tensor("spectrum", L, G, w),
-        _parse_rotary(record, L, head_dim, expect) if joint else [],
+    return MeasuredCodec(
+        basis, tensor("mean", L, G, w), tensor("E", L, G, w, w) * tensor("scale", L, G, 1, 1),
+        tensor("spectrum", L, G, w),
+        _parse_rotary(record, name, geometry, expect) if basis.turned else [],
         tensor("errors", L, G, w, len(WIDTHS)), tensor("prices", n), tensor("demand", n, L),
         half=E.dtype == torch.float16,
     )  # fmt: skip
 
 
-def _parse_rotary(record: dict, num_layers: int, head_dim: int, expect) -> list[Rotary]:
-    layouts, frequencies = record.get("layouts"), record.get("frequencies")
-    for name, value in (("layouts", layouts), ("frequencies", frequencies)):
-        right = isinstance(value, list) and len(value) == num_layers
-        expect(right, f"joint.{name}", f"a list of {num_layers}", type(value).__name__)
+def _parse_rotary(record: dict, name: str, geometry: Geometry, expect) -> list[Rotary]:
+    layouts, frequencies, d = record.get("layouts"), record.get("frequencies"), geometry.head_dim
+    for key, value in (("layouts", layouts), ("frequencies", frequencies)):
+        right = isinstance(value, list) and len(value) == geometry.num_layers
+        expect(right, f"{name}.{key}", f"a list of {geometry.num_layers}", type(value).__name__)
     for layout, own in zip(layouts, frequencies, strict=True):
-        expect(layout in LAYOUTS, "joint.layouts", " or ".join(LAYOUTS), repr(layout))
-        right = isinstance(own, Tensor) and own.ndim == 1 and 2 * len(own) <= head_dim
+        expect(layout in LAYOUTS, f"{name}.layouts", " or ".join(LAYOUTS), repr(layout))
+        right = isinstance(own, Tensor) and own.ndim == 1 and 2 * len(own) <= d
         right = right and bool(torch.isfinite(own).all())
-        expect(right, "joint.frequencies", f"at most {head_dim // 2} finite numbers", type(own).__name__)
+        expect(right, f"{name}.frequencies", f"at most {d // 2} finite numbers", type(own).__name__)
     return [Rotary(own.float(), layout) for layout, own in zip(layouts, frequencies, strict=True)]

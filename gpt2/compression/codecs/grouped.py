@@ -1,0 +1,14 @@
+"""One Fisher basis for K of neighbouring heads as it is cached, and one for V of them.
+
+It takes about half a bit per channel more than the joint codec, and in return is the same matrix for every token: a
+query reads what is stored, as with any basis of single heads.
+"""
+
+from gpt2.compression.codecs.measured import Measured
+
+
+class Grouped(Measured):
+    """K and V apart, keys with their positions: what attention reads as it is stored."""
+
+    name = "grouped"
+    prefix = "fast"
