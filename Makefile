@@ -1,5 +1,6 @@
 # make demo: the main job on the embedded model, start to end     make test: all tests
 # make workflow: calibrate two ranks, tune, needle test, stability check
+# make tables: all tables of results/tables, as far as their results are missing or out of date; TEXT=../wikitext
 # make report: one page with everything measured, results/report.html
 # Each creates .venv and installs everything on first use; later runs start at once.
 
@@ -11,7 +12,7 @@ WORKFLOW := results/workflow
 # As a user has it: in a folder of their own, with the scripts somewhere else
 IN_WORKFLOW := cd $(WORKFLOW) && HF_HUB_OFFLINE=1 $(abspath $(VENV))/bin/python $(CURDIR)/scripts
 
-.PHONY: demo workflow report test fuzz lint benchmark clean
+.PHONY: demo workflow tables report test fuzz lint benchmark clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +48,9 @@ workflow: $(VENV)/.installed
 	$(IN_WORKFLOW)/eval_stability.py --preset kv_preset_smollm2_v9.json --num-runs 3 --eval-tokens 2048 \
 		--output stability.json || test $$? -eq 3  # 'NOT stable' is a result too
 	@echo "Look at the pictures in $(WORKFLOW)"
+
+tables: $(VENV)/.installed
+	$(RUN) scripts/reproduce_tables.py $(if $(TEXT),--text $(TEXT))
 
 report: $(VENV)/.installed
 	$(RUN) scripts/make_report.py

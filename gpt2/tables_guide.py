@@ -62,7 +62,7 @@ def _said(figure: dict) -> str:
         delta = figure["ppl_delta"]
         words.append(f"{delta:+.2%}" if round(delta, 2) != delta else f"{delta:+.0%}")
     words += [f"at {figure['compression_ratio']:.2f}x"] if "compression_ratio" in figure else []
-    words += [f"“{figure['says']}”"] if "says" in figure else []
+    words += [figure["says"]] if "says" in figure else []
     return f"*{' '.join(words)} ({figure['model']})*"
 
 

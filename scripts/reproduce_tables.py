@@ -15,16 +15,17 @@ own --device, to share the work. What a dead worker was making another takes ove
 give all the same --study, a database's URL (pip install -r requirements-postgres.txt), and one folder of results. A
 table measured on several devices says of each part which one it was.
 
---check fails where README or a page shows what the committed results don't: tables are made anew and compared, figures
-in prose are looked up in them (gpt2/reproduce/figures.py says which).
+--check fails where README, docs or a page shows what the committed results don't: tables are made anew and compared,
+figures in prose are looked up in them (gpt2/reproduce/figures.py says which).
 """
 
 import argparse
 import sys
 
-from gpt2 import cli, models, results, tables
+from gpt2 import cli, models, results
 from gpt2.errors import PluginError
-from gpt2.reproduce import config, figures, pages
+from gpt2.reproduce import config, pages
+from gpt2.reproduce.check import check
 from gpt2.reproduce.match import Matcher
 from gpt2.reproduce.sweep import Worker
 
@@ -41,14 +42,15 @@ def arguments() -> argparse.ArgumentParser:
     how.add_argument("--quick", action="store_true", help="small runs, in results/quick: to try all, not to publish")
     how.add_argument("--status", action="store_true", help="only tell which runs are up to date, and why others aren't")
     how.add_argument("--pages", action="store_true", help="only write pages, from the results that there are")
-    how.add_argument("--check", action="store_true", help="only compare README and pages with the results")
+    how.add_argument("--check", action="store_true", help="only compare README, docs and pages with the results")
     return p
 
 
 def main() -> None:
     args = arguments().parse_args()
     if args.check:
-        check()
+        check(results.ROOT)
+        print("README, docs and results/tables show what results/runs say")
         return
     setting = config.Setting(args.model, args.text, args.quick, args.device)
     known, runs = config.load(setting)
@@ -78,19 +80,6 @@ def print_status(matcher: Matcher, wanted: list[str]) -> None:
         print(f"{name:<44} {matcher.why_not(name) or 'up to date'}")
     made = matcher.to_make(wanted)
     print(f"\n{len(made)} runs to make" + (f": {', '.join(made)}" if made else ""))
-
-
-def check() -> None:
-    """Raise PluginError with every difference."""
-    readme = (results.ROOT / "README.md").read_text(encoding="utf-8")
-    wrong = pages.differing(results.ROOT)
-    if tables.fill(readme, results.RESULTS / "runs") != readme:
-        wrong.append("README.md shows tables that differ from results/runs: run scripts/update_readme.py")
-    made = [path.read_text(encoding="utf-8") for path in sorted((results.RESULTS / "tables").glob("*.md"))]
-    wrong += figures.unfound(readme, made)
-    if wrong:
-        raise PluginError("\n".join(["figures that no results hold:", *wrong]))
-    print("README and results/tables show what results/runs say")
 
 
 if __name__ == "__main__":

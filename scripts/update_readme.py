@@ -3,32 +3,31 @@
     python scripts/update_readme.py
     python scripts/update_readme.py --check
 
-A region of a page names the file in results/runs that it comes from; see gpt2/tables.py.
+A region of a page names the file in results/runs that it comes from; see gpt2/tables.py. --check looks at all that
+shows figures, as scripts/reproduce_tables.py --check does.
 """
 
 import argparse
 
 from gpt2 import cli, results, tables
-from gpt2.errors import PluginError
+from gpt2.reproduce.check import check
 
 
 def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
-    p.add_argument("--check", action="store_true", help="change nothing, fail if a table differs from its results")
+    p.add_argument("--check", action="store_true", help="change nothing, fail where figures differ")
     return p
 
 
 def main() -> None:
     args = arguments().parse_args()
+    if args.check:
+        check(results.ROOT)
+        return
     for page in tables.pages(results.ROOT):
-        before = page.read_text(encoding="utf-8")
-        after = tables.fill(before, results.RESULTS / "runs")
-        if args.check and before != after:
-            name = results.shown(page)
-            raise PluginError(f"{name} shows figures that differ from results/runs: run scripts/update_readme.py")
-        if before != after:
-            with results.atomic(page) as part:
-                part.write_text(after, encoding="utf-8")
+        after = tables.fill(page.read_text(encoding="utf-8"), results.RESULTS / "runs")
+        with results.atomic(page) as part:
+            part.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

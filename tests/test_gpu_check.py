@@ -133,7 +133,7 @@ def test_scripts_take_the_flags_they_are_given(where, check, monkeypatch):
         if script.name.startswith("profile") and not knows_direct():
             continue
         monkeypatch.setattr(sys, "argv", words)
-        args = runpy.run_path(str(script), run_name="not main")["parse"]()
+        args = runpy.run_path(str(script), run_name="not main")["arguments"]().parse_args()
         assert args.device == ("cpu" if where else "cuda")
         Path(args.output).unlink(missing_ok=True)
 

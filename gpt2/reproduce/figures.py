@@ -1,11 +1,11 @@
-"""Figures in README's prose, looked up in the tables that are made of committed results.
+"""Figures in the prose of README and docs, looked up in the tables that are made of committed results.
 
 Looked up are figures with a unit that somebody must have measured: `1.47x`, `3.6x`, `+0.47 %`, `-12 %`, `0.0063 nats`:
 those in x and nats that have decimals, and percentages that have decimals or a sign. One counts as found where some
-table, in README's regions or in results/tables, shows a figure of the same unit that rounds to it. That finds slips and
-figures that have moved; it doesn't prove that a sentence is about the row where its figure was found. Not looked up:
-whole numbers without a sign (5 %, 4x), which are limits and names as often as results, times and sizes, code, and what
-is within the regions.
+table, in the page's own regions or in results/tables, shows a figure of the same unit that rounds to it. That finds
+slips and figures that have moved; it doesn't prove that a sentence is about the row where its figure was found. Not
+looked up: whole numbers without a sign (5 %, 4x), which are limits and names as often as results, times and sizes,
+code, and what is within the regions.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def shown(text: str) -> set[Figure]:
     }
 
 
-def in_prose(readme: str) -> list[tuple[int, str, Figure]]:
-    """Figures outside README's regions and code that were measured by their looks: line, as written, figure."""
+def in_prose(text: str) -> list[tuple[int, str, Figure]]:
+    """Figures outside regions and code that were measured by their looks: line, as written, figure."""
 
     def blank(match: re.Match) -> str:
         return "\n" * match.group().count("\n")
 
-    prose = CODE.sub(blank, REGION.sub(blank, readme))
+    prose = CODE.sub(blank, REGION.sub(blank, text))
     found = []
     for number, line in enumerate(prose.splitlines(), start=1):
         for match in FIGURE.finditer(line):
@@ -45,12 +45,12 @@ def in_prose(readme: str) -> list[tuple[int, str, Figure]]:
     return found
 
 
-def unfound(readme: str, pages: Iterable[str]) -> list[str]:
+def unfound(text: str, pages: Iterable[str]) -> list[str]:
     """Figures in prose that no table shows, each as a line for people."""
-    known = shown("\n".join([*(match.group() for match in REGION.finditer(readme)), *pages]))
+    known = shown("\n".join([*(match.group() for match in REGION.finditer(text)), *pages]))
     return [
-        f"README.md, line {line}: {words} is in no table that is made of committed results"
-        for line, words, figure in in_prose(readme)
+        f"line {line}: {words} is in no table that is made of committed results"
+        for line, words, figure in in_prose(text)
         if not any(_rounds_to(other, figure) for other in known)
     ]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from gpt2 import models, results
@@ -32,6 +32,9 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 
 LIVE = (TrialState.WAITING, TrialState.RUNNING)
 TAKEN_OVER = 2  # times that a run whose worker died is tried again: it may be what kills workers
+# SQLite can't lock a row, and Python's driver begins a transaction when it writes: two workers would both find a trial
+# waiting, and both claim it. So transactions begin when they read, as SQLAlchemy's manual of SQLite does it.
+ALONE = {"isolation_level": None}
 INTERRUPTED = 130  # exit code of a script at Ctrl-C
 FOUND_SOMETHING = (0, 3)  # exit codes of scripts that wrote results; 3: a verdict that isn't the one hoped for
 OPENINGS = 5  # two processes that create a database's tables at once trip over each other
@@ -72,13 +75,16 @@ class Queue:
                 time.sleep(0.5)
 
     def _open(self, url: str, name: str, pace: Pace) -> None:
+        local = url.startswith("sqlite:")
         storage = optuna.storages.RDBStorage(
             url,
-            engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite:") else {"pool_pre_ping": True},
+            engine_kwargs={"connect_args": ALONE | {"timeout": 60}} if local else {"pool_pre_ping": True},
             heartbeat_interval=pace.heartbeat,
             grace_period=pace.silence,
             heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=TAKEN_OVER),
         )
+        if local:
+            event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
         self.engine = storage.engine
         self.study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
 
@@ -110,6 +116,7 @@ class Worker:
         self.first = len(self.queue.trials())  # what failed before is tried again
         self.made: set[str] = set()
         self.failed: dict[str, str] = {}
+        self.lost = False  # whether the run that was claimed last has been taken over
         self.silent_since: dict[int, float] = {}
 
     def work(self, wanted: list[str]) -> dict[str, str]:
@@ -143,10 +150,11 @@ class Worker:
 
     def _claim(self) -> None:
         """Make the run that has waited longest."""
+        self.lost = False
         try:
             self.queue.study.optimize(self._objective, n_trials=1, catch=(RunFailed,))
-        except (ValueError, optuna.exceptions.UpdateFinishedTrialError) as error:
-            if isinstance(error, PluginError):
+        except (ValueError, AssertionError):  # what Optuna raises at the end of a trial that others have ended
+            if not self.lost:
                 raise
             self.say("this worker was silent for so long that another has taken its run over")
 
@@ -161,6 +169,8 @@ class Worker:
         except RunFailed as error:
             trial.set_user_attr("failed", str(error))
             raise
+        finally:
+            self.lost = self.queue.trials()[trial.number].state.is_finished()
         self.made.add(name)
         return time.monotonic() - start
 

@@ -1,0 +1,22 @@
+"""Do README, docs and pages show what the committed results say? Tables are made anew, prose is looked up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gpt2 import tables
+from gpt2.errors import PluginError
+from gpt2.reproduce import figures, pages
+
+
+def check(checkout: Path) -> None:
+    """Raise PluginError with every place that shows something else."""
+    wrong = pages.differing(checkout)
+    made = [path.read_text(encoding="utf-8") for path in sorted((checkout / "results" / "tables").glob("*.md"))]
+    for path in tables.pages(checkout):
+        text, name = path.read_text(encoding="utf-8"), path.relative_to(checkout)
+        if tables.fill(text, checkout / "results" / "runs") != text:
+            wrong.append(f"{name} shows tables that differ from results/runs: run scripts/update_readme.py")
+        wrong += [f"{name}, {line}" for line in figures.unfound(text, made)]
+    if wrong:
+        raise PluginError("\n".join(["figures that no committed results hold:", *wrong]))
