@@ -10,12 +10,9 @@ import hashlib
 import itertools
 import json
 import math
-import sqlite3
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -23,15 +20,14 @@ from pathlib import Path
 import optuna
 from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from gpt2 import studies
 from gpt2.compression.calibration import SIDES
 from gpt2.compression.codecs import full_rank, needs_calibration, quantizer_for_bits
 from gpt2.compression.plan import Plan, Setting, plan_record, uniform
 from gpt2.errors import BudgetNotMet, PluginError
-
-# Heartbeats have been in Optuna since 2021 and are marked experimental still
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 HEARTBEAT_SECONDS = 5
 STALE_SECONDS = 20  # without a heartbeat for this long, a trial's worker is dead
@@ -141,16 +137,10 @@ def study_name(key: dict) -> str:
 
 def open_study(path: Path, name: str) -> optuna.Study:
     """Open or create a study in an SQLite file."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(path):  # two processes creating the tables at once trip over each other
-            storage = optuna.storages.RDBStorage(
-                f"sqlite:///{path}",
-                engine_kwargs={"connect_args": {"timeout": 60}},
-                heartbeat_interval=HEARTBEAT_SECONDS,
-                grace_period=STALE_SECONDS,
-            )
+            storage = studies.open_storage(f"sqlite:///{path}", HEARTBEAT_SECONDS, STALE_SECONDS)
             return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
     except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
         reason = str(error).splitlines()[0]
@@ -246,19 +236,13 @@ def _enqueue_missing(study: optuna.Study, path: Path, wanted: Callable[[], dict[
 def _fail_stale(study: optuna.Study, path: Path) -> None:
     """Fail the trials of dead workers, also of those that died before their first heartbeat."""
     optuna.storages.fail_stale_trials(study)
-    silent = _without_heartbeat(path, study.study_name)
+    engine = create_engine(f"sqlite:///{path}")
+    silent = studies.without_heartbeat(engine, study.study_name)
+    engine.dispose()
     oldest = datetime.now() - timedelta(seconds=STALE_SECONDS)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if trial.number in silent and trial.datetime_start < oldest:
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-
-
-def _without_heartbeat(path: Path, study_name: str) -> set[int]:
-    """Numbers of running trials that never had a heartbeat, which Optuna never takes for stale."""
-    query = """SELECT number FROM trials JOIN studies USING (study_id) LEFT JOIN trial_heartbeats USING (trial_id)
-               WHERE study_name = ? AND state = 'RUNNING' AND heartbeat IS NULL"""
-    with closing(sqlite3.connect(path, timeout=60)) as database:
-        return {number for (number,) in database.execute(query, (study_name,))}
 
 
 def finished(study: optuna.Study, cells: Sequence[Cell]) -> list[Trial]:

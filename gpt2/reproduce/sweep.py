@@ -12,29 +12,21 @@ import shlex
 import shutil
 import subprocess
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from gpt2 import models, results
+from gpt2 import models, results, studies
 from gpt2.errors import PluginError
 from gpt2.reproduce.match import Matcher
 from gpt2.reproduce.record import write_record
 
-# Heartbeats have been in Optuna since 2021 and are marked experimental still
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-
 LIVE = (TrialState.WAITING, TrialState.RUNNING)
 TAKEN_OVER = 2  # times that a run whose worker died is tried again: it may be what kills workers
-# SQLite can't lock a row, and Python's driver begins a transaction when it writes: two workers would both find a trial
-# waiting, and both claim it. So transactions begin when they read, as SQLAlchemy's manual of SQLite does it.
-ALONE = {"isolation_level": None}
 INTERRUPTED = 130  # exit code of a script at Ctrl-C
 FOUND_SOMETHING = (0, 3)  # exit codes of scripts that wrote results; 3: a verdict that isn't the one hoped for
 OPENINGS = 5  # two processes that create a database's tables at once trip over each other
@@ -62,7 +54,6 @@ class Queue:
     """An Optuna study in an SQLite file, or in a database by its URL. It is made where it doesn't exist."""
 
     def __init__(self, storage: str | Path, name: str, pace: Pace):
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
         url = str(storage) if "://" in str(storage) else f"sqlite:///{results.check_writable(storage)}"
         for left in reversed(range(OPENINGS)):
             try:
@@ -75,29 +66,14 @@ class Queue:
                 time.sleep(0.5)
 
     def _open(self, url: str, name: str, pace: Pace) -> None:
-        local = url.startswith("sqlite:")
-        storage = optuna.storages.RDBStorage(
-            url,
-            engine_kwargs={"connect_args": ALONE | {"timeout": 60}} if local else {"pool_pre_ping": True},
-            heartbeat_interval=pace.heartbeat,
-            grace_period=pace.silence,
-            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=TAKEN_OVER),
-        )
-        if local:
-            event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+        retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=TAKEN_OVER)
+        storage = studies.open_storage(url, pace.heartbeat, pace.silence, retry)
         self.engine = storage.engine
         self.study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """All trials, or those in some states, in the order of their numbers."""
         return self.study.get_trials(deepcopy=False, states=states or None)
-
-    def without_heartbeat(self) -> set[int]:
-        """Numbers of running trials that never had a heartbeat, which Optuna never takes for stale."""
-        query = """SELECT number FROM trials JOIN studies USING (study_id) LEFT JOIN trial_heartbeats USING (trial_id)
-                   WHERE study_name = :name AND state = 'RUNNING' AND heartbeat IS NULL"""
-        with self.engine.connect() as database:
-            return {number for (number,) in database.execute(text(query), {"name": self.study.study_name})}
 
 
 class Worker:
@@ -197,7 +173,8 @@ class Worker:
         """Fail the trials of dead workers, also of those that died before their first sign of life."""
         optuna.storages.fail_stale_trials(self.queue.study)
         now = time.monotonic()  # our own clock: that of another machine may differ
-        self.silent_since = {n: self.silent_since.get(n, now) for n in self.queue.without_heartbeat()}
+        silent = studies.without_heartbeat(self.queue.engine, self.queue.study.study_name)
+        self.silent_since = {n: self.silent_since.get(n, now) for n in silent}
         for number, since in self.silent_since.items():
             if now - since > self.pace.silence:
                 self.queue.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
