@@ -16,6 +16,7 @@ from gpt2.compression.kernels import cpu
 from gpt2.compression.plan import Setting, build
 from gpt2.compression.storage import TokenStore
 from gpt2.errors import UnsupportedModel
+from gpt2.evaluation.instruments import Stopwatch, watched
 
 SETTINGS = {
     "identity": None,
@@ -381,6 +382,21 @@ def test_another_attention_set_meanwhile_gets_reconstructions(llama):
     finally:
         disable_compressed_attention(llama)
     assert llama.config._attn_implementation == "sdpa"
+
+
+def test_instruments_watch_what_runs_without_them(llama, monkeypatch):
+    """A stopwatch around attention must not make the cache expand its history."""
+    enable_compressed_attention(llama)
+    cache = cache_of(llama, SETTINGS["int8"], SETTINGS["int4"])
+    try:
+        llama(windows(1, 90), past_key_values=cache)
+        watch = Stopwatch(lambda: None)
+        monkeypatch.setattr(TokenStore, "read", None)
+        with watched(llama, watch):
+            llama(windows(1, 1), past_key_values=cache)
+    finally:
+        disable_compressed_attention(llama)
+    assert watch.seconds["expand"] == 0 < watch.seconds["attention"]
 
 
 def test_models_in_training_and_without_a_head():

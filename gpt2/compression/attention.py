@@ -10,6 +10,7 @@ that looks at K or V on the way can't work like that; it is tried out before any
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gpt2.compression import direct
 from gpt2.compression.compressed_cache import CompressedDynamicCache, Sealed, identity_cache
@@ -44,8 +46,9 @@ class Reader:
 
     @property
     def active(self) -> bool:
-        """Not after `disable`, nor while another attention is set on the model."""
-        return self.enabled and self.config._attn_implementation == NAME
+        """Not after `disable`, nor while another attention is set on the model; one that says it wraps ours is ours."""
+        name = self.config._attn_implementation
+        return self.enabled and (name == NAME or _wraps_ours(name))
 
     def __deepcopy__(self, memo: dict) -> Reader:
         return self
@@ -101,6 +104,10 @@ def _implementations(model: PreTrainedModel) -> dict[str, str]:
     parts = {key: getattr(model.config, key, None) for key in model.config.sub_configs}
     found = {key: part._attn_implementation for key, part in parts.items() if part is not None}
     return {"": model.config._attn_implementation} | {key: name for key, name in found.items() if name}
+
+
+def _wraps_ours(name: str) -> bool:
+    return inspect.unwrap(ALL_ATTENTION_FUNCTIONS.get(name, object)) is compressed_attention
 
 
 def _hooked(model: PreTrainedModel) -> list:
