@@ -47,7 +47,6 @@ def main() -> None:
     args = arguments().parse_args()
     loaded = models.load(args.model, args.device, args.dtype)
     output, picture = cli.output_files(args.output, f"scaling_{loaded.slug}")
-    own = {loaded.slug: loaded.model.config}
     own, read = {loaded.slug: loaded.model.config}, shapes.read_shapes
     paper = own | read(args.shapes)
     caches = on_paper.cache_rows(paper, args.context_lengths, args.presets, cli.bar("caches", "model"))

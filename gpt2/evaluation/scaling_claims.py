@@ -6,6 +6,7 @@ noise, for what they say changes no time.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -210,7 +211,7 @@ def memory(loaded: LoadedModel, configs: Configs, sizes: Sizes) -> Iterator[Clai
         added = arithmetic.gradient_statistics_bytes(dims)
         added["blocks"] //= arithmetic.RESERVOIR_BLOCKS  # a window of one
         other.append(Point(groups, sum(added.values()), partial(_gradient_bytes, config, g)))
-    names = f"cache shapes of {len(configs)} models"
+    names = f"caches of {len(configs)} shapes"
     yield Claim("calibrate: statistics of heads", "layers · heads · d²", names, one, BYTES)
     yield Claim("calibrate: statistics of bases", "layers · groups · w²", names, other, BYTES)
     dims, element = arithmetic.dimensions(loaded.model.config, loaded.spec), loaded.model.dtype.itemsize
@@ -279,10 +280,7 @@ def caches(name: str, config: PretrainedConfig, presets: Sequence[str], sizes: S
         points = [Point(n, n, partial(timer, partial(_filled, choice, x))) for n, x in prompts.items()]
         yield Claim(f"compress a prompt, {choice.label}", "its tokens", on, points)
         held = {n: _filled(choice, x) for n, x in prompts.items()}
-        points = [
-            Point(n, 1, partial(timer, partial(_append, layer, x)))
-            for (n, layer), x in zip(held.items(), prompts.values(), strict=True)
-        ]
+        points = [Point(n, 1, partial(_append_s, layer, prompts[n])) for n, layer in held.items()]
         yield Claim(f"append {APPENDED} tokens, {choice.label}", "tokens held", on, points)
         ways = {"attention by reconstruction": _reconstructed}
         if choice.make().readable:
@@ -306,10 +304,15 @@ def _filled(choice: CacheChoice, x: Tensor):
     return layer
 
 
-def _append(layer, x: Tensor) -> None:
-    """As generation does: one token after another."""
-    for token in x[:, :, :APPENDED].split(1, dim=2):
-        layer.store(token, token)
+def _append_s(layer, x: Tensor) -> float:
+    """Seconds to append one token after another, as generation does; to a copy, for others read the layer as it is."""
+    layer, new = copy.deepcopy(layer), x[:, :, :APPENDED].split(1, dim=2)
+
+    def append() -> None:
+        for token in new:
+            layer.store(token, token)
+
+    return seconds(lambda: None, append)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
