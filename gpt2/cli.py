@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -21,6 +22,7 @@ from gpt2.data import Text
 from gpt2.errors import PluginError, is_out_of_memory
 from gpt2.evaluation.perplexity import BASELINE
 
+WAIT_FOR_THE_FIRST_S = 3
 # Flag to what it does against it, in the order to try; a script shows those that it has
 AGAINST_OUT_OF_MEMORY = {
     "--samples": "reduce --samples (50 is often enough)",
@@ -46,8 +48,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if not processes.launched().first:  # all have the same arguments: one tells
-            sys.exit(2)
+            leave_it_to_the_first()
         super().error(message)
+
+
+def leave_it_to_the_first() -> NoReturn:
+    """Fail some seconds after the first process has said why: a launcher stops them all as soon as one is gone."""
+    time.sleep(WAIT_FOR_THE_FIRST_S)
+    sys.exit(2)
 
 
 def parser(manual: str) -> argparse.ArgumentParser:
@@ -247,7 +255,7 @@ def run(main: Callable[..., None], *, shared: bool = False) -> None:
     def alone() -> None:
         own = processes.launched()
         if not own.first:
-            sys.exit(2)
+            leave_it_to_the_first()
         if own.size > 1:
             raise PluginError("this script runs in one process: start it with python (and without WORLD_SIZE set)")
         main()

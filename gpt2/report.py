@@ -14,7 +14,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup, escape
 
-from gpt2 import report_chart, results, tables, tabular
+from gpt2 import models, report_chart, results, tables, tabular
 from gpt2.errors import PluginError
 from gpt2.tabular import Table
 
@@ -27,9 +27,10 @@ SECTION_KEYS = {"title", "about", "show", "plots"}
 def page(folder: Path, configs: Path, model: str) -> tuple[str, list[str]]:
     """The page as HTML, and in words what it would show but for missing results.
 
-    folder: with runs/*.json and plots/*.png. configs: with report.json and tables/*.json. model: what {model} stands
-    for in them, as the results' names have it. Raises PluginError where a config can't be read.
+    folder: with runs/*.json and plots/*.png. configs: with report.json and tables/*.json. model: whose name
+    in results {model} stands for. Raises PluginError where a config can't be read.
     """
+    model = models.slug_of(model)
     config = _read_config(configs / "report.json", model, PAGE_KEYS)
     shown = sections(folder, configs, config["order"], model)
     blocks = [block for section in shown for block in section["blocks"]]

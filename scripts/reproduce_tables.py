@@ -12,8 +12,8 @@ from the results that there are. --quick takes small arguments and keeps all apa
 
 Runs are trials of an Optuna study: interrupt the command and start it again to go on; start it N times, each with its
 own --device, to share the work. What a dead worker was making another takes over after a minute. On several machines
-give all the same --study, a database's URL (pip install -r requirements-postgres.txt), and one folder of results. A
-table measured on several devices says of each part which one it was.
+give all the same --study, a database's URL, and one folder of results. A table measured on several
+devices says of each part which one it was.
 
 --check fails where README, docs or a page shows what the committed results don't: tables are made anew and compared,
 figures in prose are looked up in them (gpt2/reproduce/figures.py says which).
@@ -34,7 +34,7 @@ def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     p.add_argument("tables", nargs="*", metavar="NAME", help="tables to make, or single runs; all tables if omitted")
     p.add_argument("--model", default=models.EMBEDDED, help="embedded model's name, local folder, or hub id")
-    p.add_argument("--text", help="text of every run, such as ../wikitext; the model's default if omitted")
+    p.add_argument("--text", help="text of every run, such as ../wikitext")
     p.add_argument("--device", help="of this worker's runs: cpu, cuda, cuda:N; what each script chooses if omitted")
     p.add_argument("--study", help="SQLite file or database URL; results/tables/study.db if omitted")
     p.add_argument("--any-code", action="store_true", help="reuse also what older code has made")
@@ -52,6 +52,8 @@ def main() -> None:
         check(results.ROOT)
         print("README, docs and results/tables show what results/runs say")
         return
+    if args.model == models.EMBEDDED and not (args.text or args.quick or args.status or args.pages):
+        raise PluginError("the committed tables are of WikiText-2, and would be made anew of another text: give --text")
     setting = config.Setting(args.model, args.text, args.quick, args.device)
     known, runs = config.load(setting)
     if unknown := [name for name in args.tables if name not in known.keys() | runs.keys()]:

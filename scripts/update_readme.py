@@ -10,6 +10,7 @@ shows figures, as scripts/reproduce_tables.py --check does.
 import argparse
 
 from gpt2 import cli, results, tables
+from gpt2.errors import PluginError
 from gpt2.reproduce.check import check
 
 
@@ -24,10 +25,17 @@ def main() -> None:
     if args.check:
         check(results.ROOT)
         return
+    failed = []
     for page in tables.pages(results.ROOT):
-        after = tables.fill(page.read_text(encoding="utf-8"), results.RESULTS / "runs")
+        try:
+            after = tables.fill(page.read_text(encoding="utf-8"), results.RESULTS / "runs")
+        except PluginError as error:  # the other pages are made all the same
+            failed.append(f"{results.shown(page)}: {error}")
+            continue
         with results.atomic(page) as part:
             part.write_text(after, encoding="utf-8")
+    if failed:
+        raise PluginError("\n".join(failed))
 
 
 if __name__ == "__main__":

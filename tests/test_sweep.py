@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import multiprocessing
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from gpt2.reproduce.config import Setting, load
 from gpt2.reproduce.match import Matcher
 from gpt2.reproduce.sweep import Pace, Queue, Worker
 
-FAST = Pace(heartbeat=1, silence=2, look=0.1)
+FAST = Pace(heartbeat=1, silence=3, look=0.1)
 FORK = multiprocessing.get_context("fork")  # nothing to import again
 
 
@@ -70,12 +71,23 @@ def as_postgres(*command: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def postgresql():
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def postgresql(monkeypatch_module):
     """The URL of an empty database of our own, on a socket in a folder of its own."""
+    # Debian keeps them beside each other by version, on nobody's PATH
+    found = [*map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), os.environ["PATH"]]
+    monkeypatch_module.setenv("PATH", os.pathsep.join(found))
     if missing := [name for name in ("initdb", "pg_ctl") if not shutil.which(name)]:
         pytest.skip(f"no PostgreSQL here: {', '.join(missing)} not found")
     if not importlib.util.find_spec("psycopg2"):
-        pytest.skip("no driver for PostgreSQL: pip install -r requirements-postgres.txt")
+        pytest.skip("no driver for PostgreSQL: pip install -r requirements.txt")
+    if not os.getuid() and "postgres" not in {user.pw_name for user in pwd.getpwall()}:
+        pytest.skip("PostgreSQL refuses root, and there is no user postgres")
     folder = tempfile.mkdtemp(prefix="pg")  # short and in reach of its user, which pytest's folders aren't
     if not os.getuid():
         shutil.chown(folder, "postgres", "postgres")

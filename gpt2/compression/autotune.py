@@ -236,7 +236,7 @@ def _enqueue_missing(study: optuna.Study, path: Path, wanted: Callable[[], dict[
 def _fail_stale(study: optuna.Study, path: Path) -> None:
     """Fail the trials of dead workers, also of those that died before their first heartbeat."""
     optuna.storages.fail_stale_trials(study)
-    engine = create_engine(f"sqlite:///{path}")
+    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 60})
     silent = studies.without_heartbeat(engine, study.study_name)
     engine.dispose()
     oldest = datetime.now() - timedelta(seconds=STALE_SECONDS)

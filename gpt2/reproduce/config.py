@@ -53,7 +53,7 @@ class Setting:
         known = {"{model}": models.slug_of(self.model), "{text}": text, "{results}": os.path.relpath(self.results)}
         for word, meaning in known.items():
             value = value.replace(word, meaning)
-        return value
+        return "+".join(dict.fromkeys(value.split("+")))  # {text}+embedded, where the text is embedded: once
 
 
 @dataclass(frozen=True)

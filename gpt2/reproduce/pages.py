@@ -24,17 +24,15 @@ def page(setting: Setting, table: Table) -> str:
     parts = [f"# {table.title}", table.about, *(_part(setting, table, item) for item in table.show)]
     pictures = [name for name in table.plots if (setting.results / "plots" / f"{name}.png").is_file()]
     parts += [f"![{name}](../plots/{name}.png)" for name in pictures]
-    return (
-        "\n\n".join(["<!-- Made by scripts/reproduce_tables.py from results/runs: not to be edited. -->", *parts])
-        + "\n"
-    )
+    return "\n\n".join([MADE_BY, *parts]) + "\n"
 
 
 def _part(setting: Setting, table: Table, item: dict) -> str:
     name, heading = item["results"], f"## {item['heading']}\n\n" if "heading" in item else ""
     path = setting.results / "runs" / f"{name}.json"
     if not path.is_file():
-        return f"{heading}Not measured yet: `python scripts/reproduce_tables.py {table.name}` makes `{name}`."
+        model = "" if setting.model == models.EMBEDDED else f" --model {setting.model}"
+        return f"{heading}Not measured yet: `python scripts/reproduce_tables.py {table.name}{model}` makes `{name}`."
     record = json.loads(path.read_text(encoding="utf-8"))
     made = tables.table(name, record, item.get("rows"), item.get("as"))
     source = f"Source: `{name}.json`, commit {record['git_commit']}, {record['device']}, {record['created_utc'][:10]}."

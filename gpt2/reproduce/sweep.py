@@ -87,7 +87,9 @@ class Worker:
     ):
         self.matcher, self.pace, self.say = matcher, pace or Pace(), say
         setting = matcher.setting
-        name = f"tables of {results.shown(setting.results)}, {models.slug_of(setting.model)}"
+        # Workers that would make something else of the same name don't share their work
+        text, code = Path(setting.text or "").name, "any code" if matcher.any_code else "this code"
+        name = f"tables of {results.shown(setting.results)}, {models.slug_of(setting.model)}, {text}, {code}"
         self.queue = Queue(storage, name, self.pace)
         self.first = len(self.queue.trials())  # what failed before is tried again
         self.made: set[str] = set()
@@ -110,7 +112,7 @@ class Worker:
                 time.sleep(self.pace.look)
             else:
                 blocked = {name: "it needs a run that failed" for name in left if name not in self.failed}
-                return self.failed | blocked
+                return {name: why for name, why in self.failed.items() if name in left} | blocked
 
     def _enqueue(self, left: list[str]) -> tuple[set[str], set[str]]:
         """Put into the study what can be made and isn't in it. Returns what waits, and what of `left` is being made."""
@@ -157,8 +159,12 @@ class Worker:
         code = call(command)
         if code not in FOUND_SOMETHING:
             raise RunFailed(f"exit code {code}")
-        write_record(self.matcher, run)
-        if reason := self.matcher.why_not(name):
+        try:
+            write_record(self.matcher, run)
+            reason = self.matcher.why_not(name)
+        except PluginError as error:  # of this run alone: the others go on
+            raise RunFailed(f"it has run, but what it wrote can't be used: {error}") from error
+        if reason:
             raise RunFailed(f"it has run, but its results are not what was asked for: {reason}")
 
     def _collect_failures(self) -> None:
