@@ -56,7 +56,7 @@ report: $(VENV)/.installed
 	$(RUN) scripts/make_report.py
 
 test: $(VENV)/.installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # Thousands of histories of a cache in the place of a hundred, drawn anew each time
 fuzz: $(VENV)/.installed
