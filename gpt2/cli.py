@@ -19,7 +19,7 @@ from gpt2.compression.choice import CacheChoice, from_policy, from_preset
 from gpt2.compression.codecs import CODECS, IDENTITY, codec_name
 from gpt2.compression.kv_policies import KVPolicyName
 from gpt2.data import Text
-from gpt2.errors import PluginError, is_out_of_memory
+from gpt2.errors import PluginError, is_out_of_memory, printable
 from gpt2.evaluation.perplexity import BASELINE
 
 WAIT_FOR_THE_FIRST_S = 3
@@ -266,7 +266,7 @@ def run(main: Callable[..., None], *, shared: bool = False) -> None:
 def _told_in_one_line(work: Callable[[], None], own: processes.Processes) -> None:
     def stop(message: str, exit_code: int) -> NoReturn:
         if own.first_to_fail():  # the others stop because of this one
-            print(message, file=sys.stderr, flush=True)
+            print(printable(message), file=sys.stderr, flush=True)
         sys.exit(exit_code)
 
     try:

@@ -1,6 +1,12 @@
 """Errors that a user can act on. Scripts print them as one line and exit with `exit_code`; no traceback."""
 
+import reprlib
+
 import torch
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 80
+_BRIEF.maxlevel, _BRIEF.maxlist = 2, 4
 
 
 class PluginError(ValueError):
@@ -43,3 +49,13 @@ NO_MEMORY += ("CUBLAS_STATUS_ALLOC_FAILED",)
 def is_out_of_memory(error: Exception) -> bool:
     """PyTorch's CUDA allocator has an exception of its own for it; others only a message."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in NO_MEMORY)
+
+
+def brief(value) -> str:
+    """A value out of a file as messages have it: its repr, however large or deep it is, cut to a line."""
+    return _BRIEF.repr(value)
+
+
+def printable(message: str) -> str:
+    """A message for a terminal: what could move its cursor or hide a line, as from a stranger's file, is escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in message)

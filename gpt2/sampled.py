@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from gpt2 import results
+from gpt2 import tensor_file
 from gpt2.errors import PluginError
 from gpt2.models import LoadedModel, cache_folder
 
@@ -139,7 +139,7 @@ def _read(path: Path, key: dict) -> Tensor | None:
     if not path.exists():
         return None
     try:
-        record = torch.load(path, map_location="cpu", weights_only=True)
+        record = tensor_file.read(path)
         found = record["windows"].long()
         if record["key"] == key and record["sha256"] == _sha256(found):
             return found
@@ -152,7 +152,7 @@ def _read(path: Path, key: dict) -> Tensor | None:
 def _keep(path: Path, key: dict, windows: Tensor) -> None:
     """Write windows atomically; without a place for them the work still goes on."""
     try:
-        results.write_torch(path, {"key": key, "sha256": _sha256(windows), "windows": windows.int()})
+        tensor_file.write(path, {"key": key, "sha256": _sha256(windows), "windows": windows.int()})
     except PluginError as error:
         print(f"note: the sampled text is not kept for the next time: {error}", flush=True)
 

@@ -50,7 +50,11 @@ def arguments() -> argparse.ArgumentParser:
         help=f"gather and keep one codec of {', '.join(several)} alone, {several[0]} if --codec is omitted, in half "
         "precision: a few MB for presets",
     )
-    p.add_argument("--output", type=cli.output_path, help="calibration file; under results/calibrations if omitted")
+    p.add_argument(
+        "--output",
+        type=cli.output_path,
+        help="calibration file, .pt or .safetensors; a .pt under results/calibrations if omitted",
+    )
     p.add_argument(
         "--gradient-checkpointing",
         action="store_true",

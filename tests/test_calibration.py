@@ -264,7 +264,7 @@ DAMAGE = [
     (put("format", value=...), ["'format'", "kv-plugin-calibration/1", "found None"]),
     (
         put("format", value="kv-plugin-calibration/2"),
-        ["'format'", "expected kv-plugin-calibration/1", "found kv-plugin"],
+        ["'format'", "expected 'kv-plugin-calibration/1'", "found 'kv-plugin"],
     ),
     (put("meta", value=...), ["'meta'", "expected a dict"]),
     (put("meta", value=[1]), ["'meta'", "found list"]),

@@ -176,22 +176,39 @@ def test_a_preset_made_on_another_machine_finds_the_file_by_name(space, made):
     create_cache_from_preset(PRESET | {"calibration_file": "/no/such/machine/c.pt"})
 
 
-@pytest.mark.parametrize("make", ["default", "made_by"])
-def test_calibration_not_found(space, make):
-    preset = PRESET if make == "default" else PRESET | {"made_by": "python this.py"}
-    path = write(space / "presets" / "p.json", preset)
+DEFAULT_COMMAND = (
+    "python scripts/calibrate_kv_lowrank.py --model tiny-llama --rank 9 --output results/calibrations/c.pt"
+)
+
+
+@pytest.mark.parametrize(
+    ("made_by", "command"),
+    [
+        (None, DEFAULT_COMMAND),
+        ("python scripts/this.py --text ../a+b", "python scripts/this.py --text ../a+b"),
+        ("python this.py", DEFAULT_COMMAND),
+        ("python scripts/this.py; rm -rf x", DEFAULT_COMMAND),
+        ("python scripts/this.py --text $(rm -rf x)", DEFAULT_COMMAND),
+        ("python scripts/this.py\nrm -rf x", DEFAULT_COMMAND),
+        (["python scripts/this.py"], DEFAULT_COMMAND),
+    ],
+)
+def test_calibration_not_found(space, made_by, command):
+    """The command that makes it is for people to run: from a stranger's preset only one of ours is shown."""
+    path = write(space / "presets" / "p.json", PRESET | ({"made_by": made_by} if made_by else {}))
     with pytest.raises(CalibrationNotFound, match="^Calibration file not found: c.pt") as error:
         create_cache_from_preset(path)
     message = str(error.value)
     places = ["c.pt", str(space / "presets" / "c.pt"), "results/calibrations/c.pt"]
     places += [str(space / "checkout" / "results" / "calibrations" / "c.pt")]
     assert f"Looked at: {', '.join(places)}." in message and "\n" not in message
-    command = (
-        "python this.py"
-        if make == "made_by"
-        else "python scripts/calibrate_kv_lowrank.py --model tiny-llama --rank 9 --output results/calibrations/c.pt"
-    )
     assert message.endswith(command)
+
+
+def test_a_model_name_is_quoted_where_it_becomes_part_of_a_command(space):
+    with pytest.raises(CalibrationNotFound) as error:
+        create_cache_from_preset(PRESET | {"model": "x; rm -rf y"})
+    assert "--model 'x; rm -rf y' --rank" in str(error.value)
 
 
 def test_reference_survives_a_move(space, made):

@@ -1,7 +1,8 @@
 """The calibration file: written atomically, read with every shape checked, found again when it fits.
 
 A whole file has statistics and bases for every codec; a compact one has a measured codec alone, with its basis in half
-precision: small enough to be kept beside the presets that share it.
+precision: small enough to be kept beside the presets that share it. `.pt` is PyTorch's format; a name that ends in
+`.safetensors` has the same as safetensors.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt2 import results
+from gpt2 import results, tensor_file
 from gpt2.compression.calibration import SIDES, Calibration, calibrate, calibration_key
 from gpt2.compression.capture import Moments, Statistics
 from gpt2.compression.codecs import full_rank, is_measured, measured_codecs, needs_calibration, single_heads
 from gpt2.compression.measured import parse_measured
-from gpt2.errors import BadArtefact, CalibrationNotFound, PluginError
+from gpt2.errors import BadArtefact, CalibrationNotFound, PluginError, brief
 from gpt2.models import Geometry, LoadedModel
 from gpt2.texts import Text
 
@@ -43,10 +44,11 @@ META = {
     "dtype": str,
     "versions": dict,
 }
+LEAST = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 1, "sink_tokens": 0, "samples": 1, "seq_len": 1}
 
 
 def save_calibration(calibration: Calibration, path: str | Path) -> Path:
-    """Write a calibration atomically."""
+    """Write a calibration atomically, as `.pt` or `.safetensors`."""
     record = {"format": FORMAT, "meta": calibration.meta}
     if calibration.statistics is not None:
         record |= {
@@ -55,7 +57,7 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
             "statistics": _statistics_record(calibration.statistics),
         }
     record |= {name: codec.record() for name, codec in calibration.measured.items()}
-    return results.write_torch(path, record)
+    return tensor_file.write(path, record)
 
 
 def _statistics_record(statistics: Statistics) -> dict:
@@ -75,11 +77,7 @@ def load_calibration(path: str | Path) -> Calibration:
             f"Calibration file not found: {path}. Give its full path, or make it: "
             f"python scripts/calibrate_kv_lowrank.py --output {path}"
         )
-    try:
-        record = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damage shows as any of a dozen types, and nothing but reading happens in the block
-        raise BadArtefact(f"{path}: not a readable calibration file ({type(error).__name__}): make it again") from error
-    return _parse(record, path)
+    return _parse(tensor_file.read(path, "calibration file"), path)
 
 
 def _parse(record, path: Path) -> Calibration:
@@ -88,14 +86,16 @@ def _parse(record, path: Path) -> Calibration:
             raise BadArtefact(f"{path}: field {field!r}: expected {expected}, found {found}: make the file again")
 
     expect(isinstance(record, dict), "file", "a dict", type(record).__name__)
-    expect(record.get("format") == FORMAT, "format", FORMAT, record.get("format"))
+    expect(record.get("format") == FORMAT, "format", repr(FORMAT), brief(record.get("format")))
     meta = record.get("meta")
     expect(isinstance(meta, dict), "meta", "a dict", type(meta).__name__)
     for name, kind in META.items():
-        expect(type(meta.get(name)) is kind, f"meta.{name}", kind.__name__, repr(meta.get(name)))
+        expect(type(meta.get(name)) is kind, f"meta.{name}", kind.__name__, brief(meta.get(name)))
+    for name, least in LEAST.items():
+        expect(meta[name] >= least, f"meta.{name}", f"{least} or more", meta[name])
     L, H, d = meta["num_layers"], meta["num_kv_heads"], meta["head_dim"]
     expect(1 <= meta["rank"] <= d, "meta.rank", f"1 to {d}", meta["rank"])
-    expect(_is_calibrated(meta["codec"]), "meta.codec", "a calibrated codec, such as pca", repr(meta["codec"]))
+    expect(_is_calibrated(meta["codec"]), "meta.codec", "a calibrated codec, such as pca", brief(meta["codec"]))
     measured = {
         name: parse_measured(record[name], basis, Geometry(L, H, d), expect)
         for name, basis in measured_codecs().items()
@@ -112,6 +112,7 @@ def _parse(record, path: Path) -> Calibration:
             value = value.get(key) if isinstance(value, dict) else None
         found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         expect(isinstance(value, Tensor) and list(value.shape) == list(shape), f"{group}.{name}", list(shape), found)
+        expect(value.is_floating_point(), f"{group}.{name}", "floating-point numbers", value.dtype)
         expect(bool(torch.isfinite(value).all()), f"{group}.{name}", "finite numbers", "NaN or infinity")
         return value
 
@@ -131,7 +132,7 @@ def _parse(record, path: Path) -> Calibration:
     has_queries = record["statistics"].get("queries") is not None
     queries = tensor("statistics", "queries", L, H, d, d) if has_queries else None
     query_count = record["statistics"].get("query_count")
-    expect(type(query_count) is int, "statistics.query_count", "int", repr(query_count))
+    expect(type(query_count) is int, "statistics.query_count", "int", brief(query_count))
     metrics = record["statistics"].get("metrics", {})  # older files have none
     for side, own in zip(SIDES, moments, strict=True):
         names = metrics.get(side, {}) if isinstance(metrics, dict) else metrics
@@ -192,14 +193,18 @@ def find_reusable(key: dict, places: Iterable[Path]) -> Path | None:
 
     Other files are passed over; so are compact ones unless the key asks for them, for they lack most of what is used.
     """
-    for path in (path for place in places for path in (sorted(place.glob("*.pt")) if place.is_dir() else [place])):
+    for path in (path for place in places for path in (_tensor_files(place) if place.is_dir() else [place])):
         try:
-            meta = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["meta"]
-        except Exception:  # any foreign .pt may lie in a user's folder; whatever is wrong with it, it isn't ours
+            meta = tensor_file.read(path, only="meta")
+        except BadArtefact:  # any foreign file may lie in a user's folder; whatever is wrong with it, it isn't ours
             continue
         if isinstance(meta, dict) and ({"compact": False} | key).items() <= ({"compact": False} | meta).items():
             return path
     return None
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in tensor_file.SUFFIXES)
 
 
 def calibration_folders() -> list[Path]:

@@ -17,7 +17,7 @@ from gpt2.compression.codecs import Measured, Quantizer, Transform
 from gpt2.compression.codecs.mixed import BLOCK, COSTS, PLANE, WIDTHS, Mixed, MixedFixed, errors, width_bytes
 from gpt2.compression.gradients import MeasuredStatistics
 from gpt2.compression.rotary import LAYOUTS, NONE, Rotary
-from gpt2.errors import BadArtefact, PluginError
+from gpt2.errors import BadArtefact, PluginError, brief
 from gpt2.models import Geometry
 
 PRICES = 64  # at which the layers' demand is measured
@@ -207,7 +207,7 @@ def parse_measured(record, basis: Measured, geometry: Geometry, expect) -> Measu
     L, G, w = geometry.num_layers * basis.entries, E.shape[1], E.shape[2]
     channels = 2 * geometry.num_kv_heads * geometry.head_dim // basis.entries
     expect(G * w == channels, f"{name}.E", f"{channels} channels", G * w)
-    expect(record.get("widths") == list(WIDTHS), f"{name}.widths", list(WIDTHS), record.get("widths"))
+    expect(record.get("widths") == list(WIDTHS), f"{name}.widths", list(WIDTHS), brief(record.get("widths")))
     n = record["prices"].numel() if isinstance(record.get("prices"), Tensor) else 0
     expect(n > 1, f"{name}.prices", "two or more numbers", n)
     return MeasuredCodec(
@@ -225,7 +225,7 @@ def _parse_rotary(record: dict, name: str, geometry: Geometry, expect) -> list[R
         right = isinstance(value, list) and len(value) == geometry.num_layers
         expect(right, f"{name}.{key}", f"a list of {geometry.num_layers}", type(value).__name__)
     for layout, own in zip(layouts, frequencies, strict=True):
-        expect(layout in LAYOUTS, f"{name}.layouts", " or ".join(LAYOUTS), repr(layout))
+        expect(layout in LAYOUTS, f"{name}.layouts", " or ".join(LAYOUTS), brief(layout))
         right = isinstance(own, Tensor) and own.ndim == 1 and 2 * len(own) <= d
         right = right and bool(torch.isfinite(own).all())
         expect(right, f"{name}.frequencies", f"at most {d // 2} finite numbers", type(own).__name__)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+import shlex
 from pathlib import Path
 
 from gpt2.compression.calibration import Calibration
 from gpt2.compression.calibration_file import calibration_folders, load_calibration
-from gpt2.errors import BadArtefact, CalibrationNotFound
+from gpt2.errors import BadArtefact, CalibrationNotFound, brief
 from gpt2.models import LoadedModel
+
+COMMAND = r"python scripts/\w+\.py( [\w./:,+=~'-]+)*"  # words alone: nothing that a shell would take apart
 
 
 def calibration_of(preset: dict, model: LoadedModel | None = None) -> Calibration:
@@ -34,8 +38,8 @@ def made_by(meta: dict, calibration_file: str) -> str:
     if meta.get("metric") == "fisher":  # gradients, which codecs may need that the file's own doesn't name
         words["metric"] = "fisher"
     output = calibration_folders()[0] / Path(calibration_file).name
-    flags = " ".join(f"--{key} {value}" for key, value in words.items())
-    return f"python scripts/calibrate_kv_lowrank.py {flags} --output {output}"
+    flags = " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in words.items())
+    return f"python scripts/calibrate_kv_lowrank.py {flags} --output {shlex.quote(str(output))}"
 
 
 def check_geometry(preset: dict, model: LoadedModel) -> None:
@@ -57,8 +61,8 @@ def check_calibration(calibration: Calibration, preset: dict, path: Path, model:
     for key, value in preset.get("calibrated_with", {}).items():
         if calibration.meta.get(key) != value:
             raise BadArtefact(
-                f"{path}: field 'meta.{key}': the preset was measured with {value!r}, found "
-                f"{calibration.meta.get(key)!r}: the file was made anew; make it as it was: {preset.get('made_by')}"
+                f"{path}: field 'meta.{key}': the preset was measured with {brief(value)}, found "
+                f"{brief(calibration.meta.get(key))}: the file was made anew; make it as it was: {_remedy(preset)}"
             )
     if model is not None:
         calibration.check_model(model.fingerprint, model.spec, str(path))
@@ -69,22 +73,36 @@ def find_calibration(preset: dict) -> Path:
 
     Raises CalibrationNotFound with the places tried and the command that makes it.
     """
-    given = Path(preset["calibration_file"]).expanduser()
+    try:
+        given = Path(preset["calibration_file"]).expanduser()
+    except RuntimeError:  # the home of a user who isn't there
+        given = Path(preset["calibration_file"])
     places = [given, *(Path(preset[key]) / given for key in ("folder",) if key in preset)]
     places += [folder / given.name for folder in calibration_folders()]
     for place in dict.fromkeys(places):
-        if place.is_file():
+        if _is_file(place):
             return place
-    codec = "" if preset["codec"] == "pca" else f"--codec {preset['codec']} "
-    command = (
-        f"python scripts/calibrate_kv_lowrank.py --model {preset['model']} --rank {preset['rank']} "
-        f"{codec}"
-        f"--output {calibration_folders()[0] / given.name}"
-    )
     raise CalibrationNotFound(
         f"Calibration file not found: {given}. Looked at: {', '.join(str(place) for place in dict.fromkeys(places))}. "
-        f"Give its full path as preset['calibration_file'], or make it: {preset.get('made_by', command)}"
+        f"Give its full path as preset['calibration_file'], or make it: {_remedy(preset)}"
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than any file's
+        return False
+
+
+def _remedy(preset: dict) -> str:
+    """The command that makes a preset's calibration; people run what is printed, so one of ours and nothing else."""
+    if re.fullmatch(COMMAND, str(preset.get("made_by"))):
+        return preset["made_by"]
+    words = ["--model", preset["model"], "--rank", str(preset["rank"])]
+    words += [] if preset["codec"] == "pca" else ["--codec", preset["codec"]]
+    output = calibration_folders()[0] / Path(preset["calibration_file"]).name
+    return f"python scripts/calibrate_kv_lowrank.py {shlex.join([*words, '--output', str(output)])}"
 
 
 def reference_to(calibration: Path, preset_path: Path) -> str:

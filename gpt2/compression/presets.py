@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from gpt2.compression.codecs import BITS, Compressor, codec_name, full_rank, qua
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.plan import TARGETS, Plan, Setting, build, needs_calibration_file, plan_record, uniform
 from gpt2.compression.preset_calibration import calibration_of, check_geometry, made_by
-from gpt2.errors import BadArtefact, PluginError
+from gpt2.errors import BadArtefact, PluginError, brief
 from gpt2.layout import geometry_of
 from gpt2.models import LoadedModel, read_config
 
@@ -47,6 +48,12 @@ FIGURES = ("compression_ratio", "baseline_ppl", "compressed_ppl", "ppl_delta")
 DEFAULTS = {"format": FORMAT, "codec": "pca", "quantizer": None, "sink_tokens": 4, "recent_tokens": 0}
 MOST_SHARED = 8  # presets whose compressors are kept for the next cache
 _BUILT: dict[tuple, tuple[Calibration, tuple[list, list]]] = {}
+# Beyond any model's, and small enough that a preset of a few bytes can't ask for a machine's memory
+RANGES = {"num_layers": (1, 1024), "head_dim": (1, 1024), "sink_tokens": (0, 2**31), "recent_tokens": (0, 2**31)}
+TEXTS = {"model": 4096, "calibration_file": 4096, "folder": 4096, "name": 200}  # letters
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+MOST_BYTES = 16 * 2**20  # of a preset file
+LONGEST_CODEC = 200  # letters
 BUILT_IN = (results.ROOT / "configs" / "presets", results.RESULTS / "presets")
 
 
@@ -106,11 +113,13 @@ def built_in_presets() -> dict[str, dict[str, Path]]:
 def load_preset(path: str | Path) -> dict:
     """Read and check a preset file; its calibration is then also looked for beside it."""
     path = Path(path)
+    if not path.exists():
+        raise PluginError(f"no preset file {path}: make one with scripts/auto_tune_kv_compression.py")
+    if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        raise BadArtefact(f"{path}: not a readable preset: expected a file of at most {MOST_BYTES:,} bytes")
     try:
         preset = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except FileNotFoundError as error:
-        raise PluginError(f"no preset file {path}: make one with scripts/auto_tune_kv_compression.py") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadArtefact(f"{path}: not a readable preset: {error}") from error
     return check_preset(preset, str(path)) | {"folder": str(path.parent)}
 
@@ -123,7 +132,7 @@ def check_preset(preset: dict, where: str = "preset") -> dict:
 
     def expect(good: bool, key: str, expected: str) -> None:
         if not good:
-            raise BadArtefact(f"{where}: key {key!r}: expected {expected}, found {preset.get(key)!r}")
+            raise BadArtefact(f"{where}: key {key!r}: expected {expected}, found {brief(preset.get(key))}")
 
     for key, kind in GUIDE_KEYS.items():
         value = preset.get(key)
@@ -132,15 +141,15 @@ def check_preset(preset: dict, where: str = "preset") -> dict:
             expect(value is None or (number and value > (-1 if key == "ppl_delta" else 0)), key, kind.__name__)
         elif key != "bits":  # whose kind depends on the quantizer
             expect(type(value) is kind, key, kind.__name__)
-    expect(type(preset.get("folder", "")) is str, "folder", "a path")
-    expect(type(preset.get("name", "")) is str, "name", "a word")
+    for key, most in TEXTS.items():
+        text = preset.get(key, "")
+        expect(type(text) is str and len(text) <= most and not CONTROL.search(text), key, f"up to {most} letters")
     expect(isinstance(preset.get("calibrated_with", {}), dict), "calibrated_with", "an object of calibration metadata")
     expect(preset["format"] == FORMAT, "format", repr(FORMAT))
     expect(preset["target"] in TARGETS, "target", "v, k or kv")
-    for key in ("num_layers", "sink_tokens", "recent_tokens"):
-        least = int(key == "num_layers")
-        expect(type(preset[key]) is int and preset[key] >= least, key, f"a whole number from {least}")
-    expect(preset["head_dim"] >= 1, "head_dim", "a whole number from 1")
+    for key, (least, most) in RANGES.items():
+        right = type(preset[key]) is int and least <= preset[key] <= most
+        expect(right, key, f"a whole number from {least} to {most}")
     _check_setting(preset, preset["head_dim"], where)
     if preset.get("layers") is not None:
         _check_layers(preset, where)
@@ -153,11 +162,11 @@ def _check_setting(setting: dict, head_dim: int, where: str) -> None:
     rank, bits, quantizer = setting["rank"], setting.get("bits"), setting.get("quantizer")
     if type(rank) is not int or not 1 <= rank <= most:
         full = f"1 to head_dim {most}" if most == head_dim else f"1 to {most}, as {setting['codec']} has coordinates"
-        raise BadArtefact(f"{where}: key 'rank': expected {full}, found {rank!r}")
+        raise BadArtefact(f"{where}: key 'rank': expected {full}, found {brief(rank)}")
     if quantizer is None and (type(bits) is not int or bits not in BITS):
-        raise BadArtefact(f"{where}: key 'bits': expected {' or '.join(map(str, sorted(BITS)))}, found {bits!r}")
+        raise BadArtefact(f"{where}: key 'bits': expected {' or '.join(map(str, sorted(BITS)))}, found {brief(bits)}")
     if type(bits) not in (int, float):
-        raise BadArtefact(f"{where}: key 'bits': expected a number, found {bits!r}")
+        raise BadArtefact(f"{where}: key 'bits': expected a number, found {brief(bits)}")
     try:
         quantizer_of(quantizer, bits)
     except (PluginError, TypeError) as error:
@@ -166,6 +175,8 @@ def _check_setting(setting: dict, head_dim: int, where: str) -> None:
 
 def full_rank_of(codec, head_dim: int, where: str) -> int:
     """Coordinates of a preset's codec. Raises BadArtefact for a name that isn't one's."""
+    if type(codec) is not str or len(codec) > LONGEST_CODEC:
+        raise BadArtefact(f"{where}: key 'codec': expected a codec's name, found {brief(codec)}")
     try:
         return full_rank(codec_name(codec), head_dim)
     except PluginError as error:
@@ -176,7 +187,7 @@ def _check_layers(preset: dict, where: str) -> None:
     """Raise BadArtefact unless `layers` has, for K, V or both, a setting for all layers or a list with one for each."""
     layers, L = preset["layers"], preset["num_layers"]
     if not isinstance(layers, dict) or not layers or set(layers) - set(SIDES):
-        raise BadArtefact(f"{where}: key 'layers': expected an object with 'k', 'v' or both, found {layers!r:.80}")
+        raise BadArtefact(f"{where}: key 'layers': expected an object with 'k', 'v' or both, found {brief(layers)}")
     for side, settings in layers.items():
         if isinstance(settings, dict):
             _check_layer(settings, preset["head_dim"], f"{where}: layers.{side}")
@@ -191,7 +202,7 @@ def _check_layers(preset: dict, where: str) -> None:
 
 def _check_layer(setting: dict, head_dim: int, place: str) -> None:
     if not isinstance(setting, dict) or set(setting) - {"quantizer"} != {"codec", "rank", "bits"}:
-        raise BadArtefact(f"{place}: expected null or codec, rank and bits, found {setting!r:.80}")
+        raise BadArtefact(f"{place}: expected null or codec, rank and bits, found {brief(setting)}")
     full = full_rank_of(setting["codec"], head_dim, place)
     _check_setting(setting | ({"rank": full} if setting["rank"] is None else {}), head_dim, place)
 

@@ -21,7 +21,7 @@ from gpt2.compression.codecs.none import Unquantized
 from gpt2.compression.codecs.pca import PCA
 from gpt2.compression.codecs.per_channel import Int4Channel, Int8Channel
 from gpt2.compression.codecs.random_projection import RandomProjection
-from gpt2.errors import PluginError
+from gpt2.errors import PluginError, brief
 
 BASES: dict[str, Basis] = {
     basis.name: basis()
@@ -84,9 +84,9 @@ def quantizer_of(name: str | None, bits: float) -> Quantizer:
     if name is None:
         return quantizer_for_bits(bits)
     if not isinstance(name, str) or name not in QUANTIZERS:
-        near = difflib.get_close_matches(str(name), QUANTIZERS, n=1)
+        near = difflib.get_close_matches(str(name)[:80], QUANTIZERS, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
-        raise PluginError(f"unknown quantizer {name!r}{hint} (there are: {', '.join(QUANTIZERS)})")
+        raise PluginError(f"unknown quantizer {brief(name)}{hint} (there are: {', '.join(QUANTIZERS)})")
     quantizer = QUANTIZERS[name]
     if quantizer.adjustable:
         return quantizer.at(bits)
@@ -149,7 +149,9 @@ def codec_name(name: str) -> str:
     parts = str(name).split("+")
     for part in parts:
         if part not in BASES and (part != IDENTITY or len(parts) > 1):
-            near = difflib.get_close_matches(part, CODECS, n=1)
+            near = difflib.get_close_matches(part[:80], CODECS, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
-            raise PluginError(f"unknown codec {name!r}{hint} (there are: {', '.join(CODECS)}, and bases joined by +)")
+            raise PluginError(
+                f"unknown codec {brief(name)}{hint} (there are: {', '.join(CODECS)}, and bases joined by +)"
+            )
     return name

@@ -1,0 +1,377 @@
+"""Files that are damaged, foreign or hostile, more than a thousand of them: refused in one line, and nothing else."""
+
+import json
+import math
+import os
+import pickle
+import random
+
+import pytest
+import torch
+from bad_files import (
+    Runs,
+    cut,
+    flipped,
+    hostile,
+    out_of_place,
+    overwritten,
+    payloads,
+    places,
+    put,
+    saved,
+    too_large,
+    watched,
+    wrong_safetensors,
+    wrong_tensors,
+)
+from tiny import tiny_loaded, word_text
+
+from gpt2 import tensor_file
+from gpt2.compression.calibration import calibrate
+from gpt2.compression.calibration_file import find_reusable, load_calibration, save_calibration
+from gpt2.compression.presets import GUIDE_KEYS, create_cache_from_preset, load_preset
+from gpt2.data import by_position
+from gpt2.errors import BadArtefact, CalibrationNotFound, PluginError, printable
+
+PRESET = {
+    "model": "tiny-llama", "rank": 9, "target": "v", "bits": 8, "compression_ratio": 1.5, "baseline_ppl": 20.0,
+    "compressed_ppl": 21.0, "ppl_delta": 0.05, "calibration_file": "c.pt", "head_dim": 12, "num_layers": 3,
+}  # fmt: skip
+CODED = PRESET | {"codec": "hadamard", "calibration_file": "", "rank": 12}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Good files: a whole calibration and a compact one, in both formats."""
+    folder = tmp_path_factory.mktemp("good")
+    text = by_position("words", "words.txt", word_text(3000))
+    made = calibrate(tiny_loaded("llama"), text, rank=6, samples=4, seq_len=100, metric="fisher", codec="fisher")
+    for suffix in tensor_file.SUFFIXES:
+        save_calibration(made, folder / f"whole{suffix}")
+        save_calibration(made.compact("joint"), folder / f"compact{suffix}")
+    return folder
+
+
+@pytest.fixture
+def space(tmp_path, monkeypatch):
+    """A working folder with a file that nothing may touch."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "victim").write_text("as it was")
+    yield tmp_path
+    assert {path.name for path in tmp_path.iterdir()} <= {"victim", "bad.pt", "p.json", "folder", "pipe"}
+    assert (tmp_path / "victim").read_text() == "as it was"
+
+
+@pytest.fixture(params=["whole.pt", "compact.pt", "whole.safetensors", "compact.safetensors"])
+def good(request, folder):
+    return folder / request.param
+
+
+def refused(path, what: str, message: str = "", read=load_calibration) -> None:
+    """One line that names the file; not for want of memory, which would mean that it was asked for."""
+    with watched(), pytest.raises(PluginError) as error:
+        read(path)
+    said = str(error.value)
+    assert "\n" not in printable(said).strip() and len(said) < 1000 and "bad.pt" in said and message in said, what
+    cause = error.value.__cause__
+    assert not isinstance(cause, MemoryError) and "alloc" not in str(cause), f"{what}: {cause!r}"
+
+
+def check(space, files, read=load_calibration) -> int:
+    count = 0
+    for what, content in files:
+        (space / "bad.pt").write_bytes(content)
+        try:
+            refused(space / "bad.pt", what, read=read)
+        except BaseException:
+            print(what)  # pytest shows it with the failure
+            raise
+        count += 1
+    return count
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# --- damage
+
+
+@pytest.mark.parametrize("damage", [flipped, overwritten])
+def test_changed_bits_are_seen(damage, good, space):
+    """Refused, or what they changed has no meaning (the archive's padding and dates) and all is read as it was."""
+    whole, unharmed = tensor_file.read(good), 0
+    for what, content in damage(good.read_bytes(), 60, random.Random(1)):
+        (space / "bad.pt").write_bytes(content)
+        try:
+            with watched():
+                found = tensor_file.read(space / "bad.pt")
+        except BadArtefact as error:
+            assert "bad.pt: not a readable " in str(error), what
+            continue
+        assert same(found, whole), what
+        unharmed += 1
+    # safetensors has no byte without a meaning
+    assert unharmed <= (15 if good.suffix == ".pt" else int(damage is overwritten)), unharmed
+
+
+def test_parts_of_files(good, space):
+    assert check(space, cut(good.read_bytes(), 30, random.Random(2))) == 30
+    left = []
+    for what, content in out_of_place(good.read_bytes()):
+        (space / "bad.pt").write_bytes(content)
+        try:
+            with watched():
+                found = tensor_file.read(space / "bad.pt")
+        except BadArtefact:
+            left.append(what)
+        else:
+            assert same(found, tensor_file.read(good)), what
+    assert len(left) >= 3
+
+
+def test_noise(space):
+    rng = random.Random(3)
+    heads = (b"", b"PK\x03\x04", b"\x80\x02", b"\x10\0\0\0\0\0\0\0{", b"\x1f\x8b", b"\x89HDF", b"GGUF")
+    files = ((f"noise behind {head}", head + rng.randbytes(rng.randrange(5000))) for head in heads for _ in range(6))
+    assert check(space, files) == 42
+
+
+def test_what_is_no_file(space, monkeypatch):
+    (space / "folder").mkdir()
+    os.mkfifo(space / "pipe")  # opening it would wait for ever
+    for path in ("folder", "pipe", "/dev/zero"):
+        with watched(), pytest.raises(BadArtefact, match="it is no regular file"):
+            load_calibration(path)
+
+
+# --- contents
+
+# No reader needs them: energies are for people, queries are left out where none were gathered, and a rotation may turn
+# fewer channels than there are
+UNREAD = ("energy", "statistics.queries missing")
+RIGHT = ("cut",)
+
+
+@pytest.mark.parametrize("which", ["whole", "compact"])
+def test_wrong_tensors(which, folder, space):
+    wrong = wrong_tensors(tensor_file.read(folder / f"{which}.pt"))
+    files = (
+        (what, saved(record)) for what, record in wrong
+        if not what.startswith(UNREAD) and not ("frequencies" in what and what.endswith(RIGHT))
+    )  # fmt: skip
+    assert check(space, files) == {"whole": 284, "compact": 77}[which]
+
+
+def test_wrong_tensors_as_safetensors(folder, space):
+    """What only its shape or values tell is told by the same code; what can be said in this format alone is below."""
+    record = tensor_file.read(folder / "compact.safetensors")
+    for what, wrong in wrong_tensors(record):
+        if what.startswith("joint.E") and "all" not in what:
+            tensor_file.write(space / "p.safetensors", wrong).rename(space / "bad.pt")
+            refused(space / "bad.pt", what, "field 'joint.E'")
+
+
+def test_headers_that_lie(folder, space):
+    files = wrong_safetensors((folder / "compact.safetensors").read_bytes())
+    assert check(space, files) == 85
+
+
+META = ("model", "fingerprint", "num_layers", "num_kv_heads", "head_dim", "rank", "codec", "sink_tokens", "samples")
+META += ("seq_len", "seed", "text", "text_spec", "text_sha256", "tokens", "dtype", "versions")
+NUMBERS = ("num_layers", "num_kv_heads", "head_dim", "rank")
+DEEP: list = []
+for _ in range(200):
+    DEEP = [DEEP]
+
+
+def test_wrong_metadata(folder, space):
+    record = tensor_file.read(folder / "whole.pt")
+    values = (None, b"x", 1.5, float("nan"), True, [1], (1,), DEEP, 10**30, torch.ones(2))
+
+    def files():
+        for field in META:
+            for value in values:
+                yield f"{field} {value!r:.40}", saved(put(record, ("meta", field), value))
+            yield f"no {field}", saved(record | {"meta": {k: v for k, v in record["meta"].items() if k != field}})
+        for field in NUMBERS:
+            for value in (0, -1, 13, 10**9, 2**62):
+                yield f"{field} {value}", saved(put(record, ("meta", field), value))
+        for codec in ("", "pcb", "identity", "pca+", "x" * 10**6, "pca+" * 10**5, "\x1b[2J", "\ud800"):
+            yield f"codec {codec:.40}", saved(put(record, ("meta", "codec"), codec))
+        for key in record:
+            for value in (None, 3, "x", [], {}):
+                if key != "energy":
+                    yield f"{key} {value!r}", saved(record | {key: value})
+        for version in ("kv-plugin-calibration/0", "kv-plugin-calibration/2", "kv-plugin-preset/1", "x" * 10**6, DEEP):
+            yield f"format {version!r:.40}", saved(record | {"format": version})
+        for other in ([], {}, torch.ones(3), [record], {"model": {"weight": torch.ones(3)}}, None, 5):
+            yield f"{other!r:.40} in place of all", saved(other)
+
+    assert check(space, files()) == 257
+
+
+def test_hostile_pickles(folder, space):
+    record = tensor_file.read(folder / "compact.pt")
+    assert check(space, hostile((folder / "compact.pt").read_bytes(), record)) == 9 * len(list(payloads()))
+
+
+def test_sizes_that_are_claimed(folder, space):
+    assert check(space, too_large((folder / "whole.pt").read_bytes(), tensor_file.read(folder / "whole.pt"))) == 14
+
+
+def test_bad_files_are_passed_over_where_one_is_looked_for(folder, space):
+    """In a folder of one's own anything may lie; what doesn't fit isn't read to its end."""
+    (space / "folder").mkdir()
+    record = tensor_file.read(folder / "compact.pt")
+    for number, (_, content) in enumerate(hostile((folder / "compact.pt").read_bytes(), record)):
+        (space / "folder" / f"a{number}.pt").write_bytes(content)
+    wanted = save_calibration(load_calibration(folder / "whole.safetensors"), space / "folder" / "z.safetensors")
+    with watched(most_seconds=5):
+        assert find_reusable({"fingerprint": record["meta"]["fingerprint"]}, [space / "folder"]) == wanted
+
+
+# --- presets
+
+
+def make(path):
+    return create_cache_from_preset(load_preset(path))
+
+
+def presets_refused(space, wrong) -> int:
+    texts = ((what, value if isinstance(value, bytes) else json.dumps(value).encode()) for what, value in wrong)
+    return check(space, texts, read=make)
+
+
+def test_wrong_keys(space):
+    values = (
+        None,
+        True,
+        "",
+        "x",
+        [],
+        {},
+        [1],
+        -1,
+        0,
+        1.5,
+        2**31,
+        10**30,
+        float("nan"),
+        math.inf,
+        DEEP,
+        "\0",
+        "x" * 10**6,
+    )
+    figures = {"compression_ratio", "baseline_ppl", "compressed_ppl", "ppl_delta"}
+
+    def right(key: str, value) -> bool:
+        if key in figures:
+            number = type(value) in (int, float) and math.isfinite(value)
+            return value is None or (number and value > (-1 if key == "ppl_delta" else 0))
+        if key in {"model", "calibration_file", "name", "folder"} and type(value) is str:
+            return value.isprintable() and len(value) < 200
+        return (key in ("sink_tokens", "recent_tokens") and type(value) is int and 0 <= value <= 2**31) or (
+            key in ("layers", "quantizer") and value is None
+        )
+
+    keys = (*GUIDE_KEYS, "codec", "quantizer", "sink_tokens", "recent_tokens", "layers", "format", "name", "folder")
+    wrong = [(f"{k} {v!r:.40}", CODED | {k: v}) for k in keys for v in values if not right(k, v)]
+    assert presets_refused(space, wrong) > 200
+
+
+def test_wrong_layers(space):
+    one = {"codec": "hadamard", "rank": 12, "bits": 4}
+    wrong = [{"q": one}, {}, [one] * 3, {"k": [one]}, {"k": [one] * 4}, {"k": "x"}, {"k": [3] * 3}, {"k": DEEP}]
+    for key in one:
+        wrong += [{"k": one | {key: value}} for value in ("x", -1, 2**40, 1.5, [], {}, math.nan, "hadamard+" * 9999)]
+        wrong.append({"v": {k: v for k, v in one.items() if k != key}})
+    wrong.append({"k": one | {"more": 1}})
+    assert presets_refused(space, ((f"{layers!r:.60}", CODED | {"layers": layers}) for layers in wrong)) == 36
+
+
+def test_no_presets(space, folder):
+    wrong = ["", "{", "[]", "3", '"x"', "null", '{"rank": NaN}', "\0\1", "[" * 10**5, '{"rank": ' * 10**5, "9" * 10**5]
+    wrong += ["\ufeff{}", " " * (2**24 + 1)]
+    assert presets_refused(space, ((text[:40], text.encode()) for text in wrong)) == len(wrong)
+    other = [b"\xff\xfe{}", pickle.dumps(Runs(os.mkdir, "pwned")), (folder / "whole.pt").read_bytes()]
+    assert presets_refused(space, ((repr(content[:20]), content) for content in other)) == len(other)
+
+
+PATHS = (
+    "lost.pt", "../" * 40 + "etc/passwd", "../" * 40 + "etc/hostname", "/dev/zero", "/dev/stdin", "/dev/tty",
+    "/proc/self/mem", "/proc/self/environ", "~/lost.pt", "~nobody-here/lost.pt", "~/../lost.pt", ".", "..", "/",
+    "victim", "./victim", "folder", "pipe", "x" * 300, "x/" * 2000, "/" + "../x/" * 700, "https://example.org/c.pt",
+    "file:///etc/passwd", "c.pt\n", "c.pt\0", "\x1b[2Jc.pt", "\u202ec.pt", "c.pt; touch pwned", "$(touch pwned)",
+    "`touch pwned`", "| touch pwned", "-c.pt", "%s%n", "{0}", "C:\\c.pt", "\\\\host\\share\\c.pt", "con", "\ud800",
+    " ", "",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: ascii(path)[:30])
+def test_paths_of_calibrations(path, space):
+    """Not found, or no calibration; the file that it names isn't changed, and nothing of it is shown."""
+    (space / "folder").mkdir()
+    os.mkfifo(space / "pipe")
+    (space / "p.json").write_text(json.dumps(PRESET | {"calibration_file": path}))
+    with watched(), pytest.raises((CalibrationNotFound, BadArtefact)) as error:
+        make(space / "p.json")
+    said = printable(str(error.value))
+    assert said.isprintable() and "as it was" not in said and "root:" not in said
+    assert any(words in said for words in ("Calibration file not found: ", "not a readable calibration file",
+                                           "key 'calibration_file': expected"))  # fmt: skip
+
+
+# --- of another model, another version
+
+
+def test_other_models(folder, space):
+    """Of a calibration and a preset that are both good, and don't belong together."""
+    path, good = folder / "whole.pt", load_calibration(folder / "whole.pt")
+    made = {"calibration_file": str(path), "rank": 6}
+    assert create_cache_from_preset(PRESET | made).codec_bytes() > 0
+    wrong = [{"num_layers": n} for n in range(1, 30) if n != 3] + [{"head_dim": d} for d in range(6, 40) if d != 12]
+    wrong += [{"calibrated_with": {key: "other"}} for key in META]
+    for change in wrong:
+        (space / "p.json").write_text(json.dumps(PRESET | made | change))
+        with watched(), pytest.raises(BadArtefact, match="whole.pt: field 'meta"):
+            make(space / "p.json")
+    for seed in range(1, 30):
+        other = tiny_loaded("llama", seed=seed)
+        with pytest.raises(BadArtefact, match="calibrate this model"):
+            good.check_model(other.fingerprint, other.spec, str(path))
+
+
+# --- the watch itself
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda: pickle.loads(pickle.dumps(Runs(os.mkdir, "folder"))),
+        lambda: open("pwned.txt", "w").close(),
+        lambda: os.system("true"),
+        lambda: b"x" * 2**27,
+        lambda: sum(range(10**7)),
+    ],
+    ids=["directory", "file", "program", "memory", "time"],
+)
+def test_the_watch_sees_what_it_is_for(act, space):
+    with pytest.raises(AssertionError), watched(most_seconds=0.05):
+        act()
+    for name in ("pwned.txt", "folder"):
+        path = space / name
+        if path.exists():
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_places_of_tensors():
+    record = {"a": {"b": [torch.ones(1), 3]}, "c": torch.zeros(1)}
+    assert [at for at, _ in places(record)] == [("a", "b", 0), ("c",)]
+    assert put(record, ("a", "b", 1), 4)["a"]["b"][1] == 4 and record["a"]["b"][1] == 3
