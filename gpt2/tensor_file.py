@@ -85,7 +85,7 @@ def _read_archive(path: Path, only: str | None):
         _refuse_other_names(archive.read(pickled))
         if only is None and (damaged := archive.testzip()):  # PyTorch reads past a wrong checksum
             raise _Refused(f"damaged, the checksum of {damaged} is wrong")
-    # Mapped, so that a tensor can't be said to be larger than what the file has of it
+    # Mapped: of a large file of something else, of which `only` is asked, little is read
     record = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return _Copy(2 * size).of(record if only is None else record[only])
 

@@ -42,18 +42,25 @@ sys.addaudithook(_note)
 
 
 @contextmanager
-def watched(most_seconds: float = 1.0, most_bytes: int = 64 * 2**20):
-    """Fails where the block starts, writes, deletes or reaches for anything, or takes long or much memory."""
+def watching():
+    """Notes in DONE what the block starts, writes, deletes or reaches for."""
     global _watching
     DONE.clear()
-    _reset_peak()
-    before, started = _status("VmRSS"), time.process_time()
     _watching = True
     try:
         yield
     finally:
         _watching = False
-        took, grown = time.process_time() - started, _status("VmHWM") - before
+
+
+@contextmanager
+def watched(most_seconds: float = 1.0, most_bytes: int = 64 * 2**20):
+    """Fails where the block starts, writes, deletes or reaches for anything, or takes long or much memory."""
+    _reset_peak()
+    before, started = _status("VmRSS"), time.process_time()
+    with watching():
+        yield
+    took, grown = time.process_time() - started, _status("VmHWM") - before
     assert not DONE, DONE
     assert took < most_seconds, f"{took:.2f} s of the processor"
     assert grown < most_bytes, f"{grown / 2**20:.0f} MiB"

@@ -82,6 +82,28 @@ def test_calibrate_writes_where_it_is_told(space, tmp_path, capsys):
     assert "energy kept at rank 9 of 12" in said and "need no gradients" in said
 
 
+def test_safetensors_all_the_way(space, tmp_path):
+    """Calibrated into it, tuned from it, found beside the preset."""
+    assert run(CALIBRATE, *space, *SMALL, "--output", "out/c.safetensors") == 0
+    assert files(tmp_path) == {"words.txt", "out/c.safetensors", "out/c.png"}
+    assert run(TUNE, *space, *SMALL_EVAL, "--target-ppl-delta", "0.9", "--rank-grid", "12", "--bits", "8", "--study",
+               "s.db", "--calibration", "out/c.safetensors", "--output", "out/p.json") == 0  # fmt: skip
+    assert json.loads((tmp_path / "out/p.json").read_text())["calibration_file"] == "c.safetensors"
+    assert (
+        run(
+            "generate_with_preset",
+            *space[:2],
+            "--preset",
+            "out/p.json",
+            "--prompt",
+            "w2 w3 w4",
+            "--max-new-tokens",
+            "3",
+        )
+        == 0
+    )
+
+
 def test_calibrate_without_output_goes_to_results(space, tmp_path):
     assert run(CALIBRATE, *space, *SMALL) == 0
     written = {name for name in files(tmp_path) if name.endswith(".pt")}

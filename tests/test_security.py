@@ -1,0 +1,128 @@
+"""What a stranger's model, preset or text can't make the toolkit do, and what it never does by itself."""
+
+import ast
+import re
+import time
+
+import pytest
+from bad_files import DONE, REACHES, watching
+from test_scripts import SMALL, run
+from tiny import tiny_model, word_text, word_tokenizer
+
+from gpt2 import results
+from gpt2.compression.presets import get_preset_info
+
+SOURCES = sorted(path for folder in ("gpt2", "scripts") for path in (results.ROOT / folder).rglob("*.py"))
+# Calls that run code out of data, by how they end
+RUN_CODE = (
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "pickle.load",
+    "pickle.loads",
+    "dill.load",
+)
+RUN_CODE += ("marshal.loads", "yaml.load", "joblib.load", "shelve.open", "torch.hub.load", "pd.read_pickle")
+
+
+def findings(source: str) -> list[str]:
+    """Calls in a source that trust data with more than being data."""
+    found = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        name, given = ast.unparse(call.func), {word.arg: ast.unparse(word.value) for word in call.keywords}
+        if name in RUN_CODE or name.endswith(tuple(f".{word}" for word in RUN_CODE if "." in word)):
+            found.append(name)
+        if name.endswith("torch.load") and given.get("weights_only") != "True":
+            found.append(f"{name} without weights_only")
+        for flag, good in (("trust_remote_code", "False"), ("shell", "False"), ("allow_pickle", "False")):
+            if given.get(flag, good) != good:
+                found.append(f"{name} with {flag}")
+        from_hub = name.startswith("Auto") and name.endswith(".from_pretrained")
+        if from_hub and "trust_remote_code" not in given and "gguf_file" not in given:
+            found.append(f"{name} that may ask to trust code")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(results.ROOT).as_posix())
+def test_no_code_out_of_data(path):
+    assert findings(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "eval(x)", "exec(x)", "os.system(x)", "pickle.loads(x)", "torch.load(x)", "torch.load(x, weights_only=flag)",
+        "subprocess.run(x, shell=True)", "np.load(x, allow_pickle=True)", "AutoConfig.from_pretrained(x)",
+        "AutoModelForCausalLM.from_pretrained(x, trust_remote_code=flag)", "f(lambda: eval(x))",
+    ],
+)  # fmt: skip
+def test_that_look_finds_it(source):
+    assert len(findings(source)) == 1
+    assert findings("model.eval(); torch.load(x, weights_only=True); re.compile(x); run(x, shell=False)") == []
+
+
+@pytest.mark.parametrize("file", ["requirements.txt", "requirements-peers.txt"])
+def test_every_dependency_has_an_upper_bound(file):
+    lines = [line.split("#")[0].split(";")[0].strip() for line in (results.ROOT / file).read_text().splitlines()]
+    wanted = [line for line in lines if line and not line.startswith("-")]
+    assert wanted and [line for line in wanted if not re.search(r"==|<", line)] == []
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """As on a machine with a network: nothing tells the hub's library to stay off it."""
+    import huggingface_hub.constants
+    import transformers.utils.hub
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(transformers.utils.hub, "is_offline_mode", lambda: False)
+
+
+def reached() -> list[str]:
+    return [event for event in DONE if event.startswith(REACHES)]
+
+
+def test_no_network_for_what_lies_here(tmp_path, monkeypatch, online):
+    """A model's folder, a text file, presets and calibrations: nothing is asked of anybody."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama").save_pretrained("model")
+    word_tokenizer().save_pretrained("model")
+    (tmp_path / "words.txt").write_text(word_text(3000))
+    model, text = ["--model", str(tmp_path / "model")], ["--text", "words.txt"]
+    with watching():
+        assert run("calibrate_kv_lowrank", *model, *text, *SMALL, "--output", "c.pt") == 0
+        assert run("generate_with_preset", *model, "--preset", "kv4", "--prompt", "w2 w3", "--max-new-tokens", "2") == 0
+        assert get_preset_info("smollm2-135m", "kv-4x")["num_layers"] == 30
+    assert reached() == []
+
+
+def test_a_hub_id_is_asked_for_where_one_is_given(monkeypatch, online, capsys):
+    """Otherwise the test above could not fail."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{filename}"
+    )
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between attempts
+    with watching():
+        assert run("calibrate_kv_lowrank", "--model", "nobody/nothing", "--text", "embedded") == 2
+    assert reached() != [] and "can't load model 'nobody/nothing'" in capsys.readouterr().err
+
+
+def test_a_models_own_code_is_never_run(tmp_path, monkeypatch, capsys):
+    """A folder whose config asks for it."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        '{"model_type": "hostile", "architectures": ["Hostile"], '
+        '"auto_map": {"AutoConfig": "hostile.Config", "AutoModelForCausalLM": "hostile.Model"}}'
+    )
+    (folder / "hostile.py").write_text("open('pwned', 'w').close()\nclass Config: pass\nclass Model: pass\n")
+    assert run("calibrate_kv_lowrank", "--model", str(folder), "--text", "embedded") == 2
+    assert not (tmp_path / "pwned").exists() and "can't load model" in capsys.readouterr().err
