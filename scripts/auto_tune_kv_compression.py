@@ -73,7 +73,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     budget = args.target_ppl_delta
-    results.check_writable(args.study)
+    autotune.check_study(args.study)
     text = data.load_text(args.text, args.model)
     loaded = models.load(args.model, args.device, args.dtype)
     name = args.name or f"{args.target if args.search == 'grid' else 'codec'}-{100 * budget:g}pct"

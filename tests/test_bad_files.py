@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import random
+import zipfile
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from bad_files import (
     cut,
     flipped,
     hostile,
+    in_archive,
     out_of_place,
     overwritten,
     payloads,
@@ -203,6 +205,8 @@ def test_wrong_metadata(folder, space):
         for field in NUMBERS:
             for value in (0, -1, 13, 10**9, 2**62):
                 yield f"{field} {value}", saved(put(record, ("meta", field), value))
+        for field, value in (("sink_tokens", -1), ("samples", 0), ("seq_len", -5)):
+            yield f"{field} {value}", saved(put(record, ("meta", field), value))
         for codec in ("", "pcb", "identity", "pca+", "x" * 10**6, "pca+" * 10**5, "\x1b[2J", "\ud800"):
             yield f"codec {codec:.40}", saved(put(record, ("meta", "codec"), codec))
         for key in record:
@@ -214,7 +218,7 @@ def test_wrong_metadata(folder, space):
         for other in ([], {}, torch.ones(3), [record], {"model": {"weight": torch.ones(3)}}, None, 5):
             yield f"{other!r:.40} in place of all", saved(other)
 
-    assert check(space, files()) == 257
+    assert check(space, files()) == 260
 
 
 def test_hostile_pickles(folder, space):
@@ -224,6 +228,13 @@ def test_hostile_pickles(folder, space):
 
 def test_sizes_that_are_claimed(folder, space):
     assert check(space, too_large((folder / "whole.pt").read_bytes(), tensor_file.read(folder / "whole.pt"))) == 14
+
+
+def test_packed_archives(folder, space):
+    """Of a part that packing doesn't make smaller a mapped file has other bytes than were packed."""
+    noise = saved({"meta": torch.randint(0, 256, (2**20,), dtype=torch.uint8)})
+    (space / "bad.pt").write_bytes(in_archive(noise, None, compression=zipfile.ZIP_DEFLATED))
+    refused(space / "bad.pt", "packed noise", "its parts", read=tensor_file.read)
 
 
 def test_bad_files_are_passed_over_where_one_is_looked_for(folder, space):

@@ -233,10 +233,8 @@ BAD = [
     ([TUNE, "--rank-grid", "99"], "rank 99 is out of range"),
     ([TUNE, "--bits", "7"], "bits 7 is not available: use 4, 8, 16"),
     ([TUNE, "--target", "q"], "invalid choice"),
-    (
-        [TUNE, "--study", "words.txt", "--codec", "identity", "--bits", "8", *SMALL_EVAL],
-        "can't use words.txt as a study",
-    ),
+    ([TUNE, "--study", "words.txt"], "can't use words.txt as a study (file is not a database)"),
+    ([TUNE, "--study", "half.db", "--codec", "identity", "--bits", "8", *SMALL_EVAL], "can't use half.db as a study"),
     ([TUNE, "--calibration", "words.txt", *SMALL_EVAL], "not a readable calibration file"),
     (["validate_ppl_postbugfix", "--groups", "rank,nope"], "unknown nope"),
     (["generate_with_preset", "--preset", "missing.json"], "no preset file missing.json"),
@@ -248,13 +246,14 @@ BAD = [
 def test_bad_input_is_one_clear_line(command, message, space, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "short.txt").write_text(word_text(300))
+    (tmp_path / "half.db").write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
     before = files(tmp_path)
     script, *flags = command
     defaults = dict(zip(space[::2], space[1::2], strict=True)) if script != "generate_with_preset" else {}
     code = run(script, *(word for pair in defaults.items() for word in pair if pair[0] not in flags), *flags)
     err = capsys.readouterr().err
     assert code == 2 and message in err and "Traceback" not in err
-    assert files(tmp_path) - {"words.txt.lock"} == before, "nothing may be left behind"
+    assert files(tmp_path) - {"half.db.lock"} == before, "nothing may be left behind"
 
 
 def test_out_of_memory_gives_advice(space, tmp_path, capsys, monkeypatch):

@@ -23,13 +23,14 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from gpt2 import studies
+from gpt2 import results, studies
 from gpt2.compression.calibration import SIDES
 from gpt2.compression.codecs import full_rank, needs_calibration, quantizer_for_bits
 from gpt2.compression.plan import Plan, Setting, plan_record, uniform
 from gpt2.errors import BudgetNotMet, PluginError
 
 HEARTBEAT_SECONDS = 5
+SQLITE = b"SQLite format 3\0"  # how its files begin
 STALE_SECONDS = 20  # without a heartbeat for this long, a trial's worker is dead
 ADVICE = """What helps:
   1. increase the rank (less compression, better quality): --rank-grid
@@ -133,6 +134,16 @@ def grid(ranks: Sequence[int] | None, bits: Sequence[int], head_dim: int, codec:
 def study_name(key: dict) -> str:
     """Name of the study that belongs to a search: the same search resumes, another one starts afresh."""
     return "auto-tune-" + hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_study(path: Path) -> None:
+    """Refuse now what `open_study` would refuse after an hour of calibrating: a place or a file for no study."""
+    results.check_writable(path)
+    if path.exists():
+        with path.open("rb") as file:
+            start = file.read(len(SQLITE))
+        if start not in (b"", SQLITE):
+            raise PluginError(f"can't use {path} as a study (file is not a database): give --study another file")
 
 
 def open_study(path: Path, name: str) -> optuna.Study:
