@@ -16,7 +16,8 @@ IN_WORKFLOW := cd $(WORKFLOW) && HF_HUB_OFFLINE=1 $(abspath $(VENV))/bin/python 
 
 # The other end of what the code runs on: what GPU machines have, with Python 3.12 where there is one
 COMPAT := .venv-compat
-COMPAT_PINS := 'torch==2.11.*' 'transformers==5.17.*'
+# numpy: the interpreter of Triton 3.6, which comes with that PyTorch, takes no newer one
+COMPAT_PINS := 'torch==2.11.*' 'transformers==5.17.*' 'numpy<2.4'
 COMPAT_PYTHON ?= $(shell python3.12 -c 'print("python3.12")' 2>/dev/null || echo $(PYTHON))
 
 .PHONY: demo workflow tables report test test-compat fuzz lint audit benchmark clean

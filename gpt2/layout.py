@@ -34,7 +34,8 @@ def _laid_out(model_config, model_id: str) -> tuple[Geometry, int]:
             config = copy.deepcopy(model_config)
             config.pad_token_id = config.pad_token_id if padded else None
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+                # eager: the mask of others may look at values that there are none of
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
             size = sum(weights.numel() for weights in model.parameters()) * dtype.itemsize
             return probe_geometry(model, model_id), size
         except PluginError:

@@ -102,11 +102,11 @@ def test_scripts_take_a_policy_as_a_cache():
 
 
 def test_a_config_that_does_not_tell_the_shape_is_said_and_the_loaded_model_helps():
-    """BioGPT reads values while it lays out positions: there are none without weights."""
-    model = architectures.tiny_family("biogpt")
+    """JetMoe reads how many tokens each of its experts has: there are none without weights."""
+    model = architectures.tiny_family("jetmoe")
     with pytest.raises(PluginError, match="its config alone doesn't tell the shape.*from_policy"):
-        create_cache_from_policy(model.config, "default", model_id="biogpt")
-    cache = from_policy("default", wrap(model, None, "biogpt")).make()
+        create_cache_from_policy(model.config, "default", model_id="jetmoe")
+    cache = from_policy("default", wrap(model, None, "jetmoe")).make()
     assert model.generate(PROMPT, past_key_values=cache, max_new_tokens=3).shape == (1, 43)
 
 
