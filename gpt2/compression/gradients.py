@@ -189,7 +189,9 @@ class _Gathering:
             self.fisher[entry] += _products(g[0], layer)
             places = self.sample.places(window)
             blocks = x[0, :, : x.shape[2] // BLOCK * BLOCK].unflatten(1, (-1, BLOCK))
-            self.reservoir[entry, :, places] = blocks[:, self.sample.blocks[places]].clamp(-HALF_MAX, HALF_MAX).half().cpu()
+            self.reservoir[entry, :, places] = (
+                blocks[:, self.sample.blocks[places]].clamp(-HALF_MAX, HALF_MAX).half().cpu()
+            )
 
     def statistics(self, head_dim: int, processes: Processes) -> MeasuredStatistics:
         """Of all processes' windows."""

@@ -189,9 +189,7 @@ def _far_off(y: Tensor, bits: int) -> Tensor:
     return least > FAR_FROM / (2**bits - 1) * (high - low)
 
 
-def best_grid(
-    y: Tensor, bits: int, shares: tuple[float, ...], reach: int = REACH
-) -> tuple[Tensor, Tensor, Tensor]:
+def best_grid(y: Tensor, bits: int, shares: tuple[float, ...], reach: int = REACH) -> tuple[Tensor, Tensor, Tensor]:
     """The uniform grid of least squared error for every channel of y [..., r, 64]: error, scale, offset, [..., r] each.
 
     shares: of the range, to try. reach: of the offset.

@@ -19,8 +19,6 @@ from gpt2.compression.codecs.base import HALF_MAX, Fields, Quantizer
 from gpt2.compression.codecs.mixed import BLOCK, NARROW, OCTAVE, SCALE_ZERO
 from gpt2.compression.kernels import available, cpu
 
-WIDER = 4  # steps of the scales' grid to try where a code is put on the bulk of a block
-
 
 class Int8Channel(Quantizer):
     """8 bits per coordinate, and 24 per channel and block."""
@@ -31,6 +29,8 @@ class Int8Channel(Quantizer):
     by_bits = False
     # Shares of the range to try. Half a step of the scales' grid above 1: rounded down, it still reaches the extremes
     shares = (2 ** (0.5 / OCTAVE),)
+    # Steps of the scales' grid to try where a code is put on the bulk of a block: of 8 bits none is too wide for that
+    wider = 0
 
     def quantize(self, z: Tensor) -> Fields:
         if (fields := available.quantized(self, z)) is not None:
@@ -45,12 +45,13 @@ class Int8Channel(Quantizer):
             better = error < least
             least = torch.where(better, error, least)
             scale, offset = torch.where(better, narrower[0], scale), torch.where(better, narrower[1], offset)
-        away = (y - y.mean(-2, keepdim=True)).abs_().mean(-2, keepdim=True)
-        if (apart := _step(scale) > away).any():
-            own = apart[..., 0, :]
-            few = y.mT[own][..., None], *(x.mT[own][..., None] for x in (scale, offset, least))  # [N, 64 or 1, 1]
-            for x, moved in zip((scale, offset), self._on_the_bulk(*few), strict=True):
-                x.mT[own] = moved[..., 0]
+        if self.wider:
+            away = (y - y.mean(-2, keepdim=True)).abs_().mean(-2, keepdim=True)
+            own = (_step(scale) > away)[..., 0, :]
+            if own.any():
+                few = (x.mT[own][..., None] for x in (y, scale, offset, least))  # [N, 64 or 1, 1]
+                for x, moved in zip((scale, offset), self._on_the_bulk(*few), strict=True):
+                    x.mT[own] = moved[..., 0]
         codes = self._codes(y, scale, offset).to(torch.uint8)
         return {"codes": self.pack(codes), "scale": scale, "offset": offset}
 
@@ -83,7 +84,7 @@ class Int8Channel(Quantizer):
         bulk = away <= 2 * away.mean(-2, keepdim=True)
         mean = (y * bulk).sum(-2, keepdim=True) / bulk.sum(-2, keepdim=True)
         first, origin, least = scale, offset.float(), least / 2
-        for wider in range(WIDER):
+        for wider in range(self.wider):
             own = (first.int() + wider).clamp(max=255).to(torch.uint8)
             step = _step(own)
             code = ((mean - origin) / step).round().clamp(0, 2**self.bits - 1)
@@ -117,6 +118,7 @@ class Int4Channel(Int8Channel):
     name = "int4_channel"
     bits = 4
     shares = NARROW
+    wider = 4
 
     def pack(self, codes: Tensor) -> Tensor:
         low, high = codes.chunk(2, dim=-2)

@@ -23,7 +23,6 @@ OCTAVE, SCALE_ZERO = tl.constexpr(mixed.OCTAVE), tl.constexpr(mixed.SCALE_ZERO)
 LARGEST, SMALLEST = tl.constexpr(HALF_MAX), tl.constexpr(integer.SMALLEST)
 SMALLEST_NORMAL = tl.constexpr(integer.HALF.smallest_normal)
 ROUNDING = tl.constexpr(1.5 * 2**23)  # added and taken away, it leaves a float32 rounded to even
-WIDER = tl.constexpr(per_channel.WIDER)
 ELEMENTS = 4096  # of a program
 MOST_CHANNELS = 16384
 LANES = 64  # channels of a program, by channel
@@ -140,7 +139,7 @@ def _on_the_bulk(first, second, scale, step, offset, mean, spread, apart, steps,
 
 @triton.jit
 def quantize_blocks(z, codes, scales, offsets, steps, factors, RANK: tl.constexpr, LANES: tl.constexpr,
-                    LEVELS: tl.constexpr, SHARES: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
+                    LEVELS: tl.constexpr, SHARES: tl.constexpr, WIDER: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
     """z [blocks, 64, RANK] → codes [blocks, 64 or 32, RANK], scales and offsets [blocks, RANK].
 
     steps [256]: of every scale. factors: of the shares to try, the first of them first where errors are equal.
@@ -165,11 +164,14 @@ def quantize_blocks(z, codes, scales, offsets, steps, factors, RANK: tl.constexp
             least = tl.where(better, error, least)
             scale, step = tl.where(better, own_scale, scale), tl.where(better, own_step, step)
             offset = tl.where(better, own_offset, offset)
-    mean = _total(first, second) / BLOCK
-    spread = _total(tl.abs(first - mean[None, :]), tl.abs(second - mean[None, :])) / BLOCK
-    apart = (step > spread) & (channel < RANK)
-    if tl.max(apart.to(tl.int32), 0) > 0:
-        scale, step, offset = _on_the_bulk(first, second, scale, step, offset, mean, spread, apart, steps, LEVELS, WIDER)
+    if WIDER:
+        mean = _total(first, second) / BLOCK
+        spread = _total(tl.abs(first - mean[None, :]), tl.abs(second - mean[None, :])) / BLOCK
+        apart = (step > spread) & (channel < RANK)
+        if tl.max(apart.to(tl.int32), 0) > 0:
+            scale, step, offset = _on_the_bulk(
+                first, second, scale, step, offset, mean, spread, apart, steps, LEVELS, WIDER
+            )
     own = block * RANK + channel
     tl.store(scales + own, scale.to(tl.uint8), mask=channel < RANK)
     tl.store(offsets + own, offset.to(tl.float16), mask=channel < RANK)
@@ -206,7 +208,7 @@ def _by_channel(quantizer: per_channel.Int8Channel, z: Tensor) -> Fields:
     factors = tuple(share / levels for share in quantizer.shares)
     quantize_blocks[(B * G * n, triton.cdiv(rank, LANES))](
         z, codes, scale, offset, _steps(z.device), factors, RANK=rank, LANES=LANES, LEVELS=levels,
-        SHARES=len(factors), PACKED=packed, enable_fp_fusion=False,
+        SHARES=len(factors), WIDER=quantizer.wider, PACKED=packed, enable_fp_fusion=False,
     )  # fmt: skip
     return {"codes": codes, "scale": scale, "offset": offset}
 

@@ -161,6 +161,19 @@ def _planes_tile(row, classes, R: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl
     FAR: whether there may be far offsets.
     """
     width, planes_before, coded_before, all_planes = _places(classes, R)
+    metadata = (row + all_planes * PLANE + coded_before * METADATA).to(tl.pointer_type(tl.uint16))
+    both = tl.load(metadata, mask=width > 0, other=0).to(tl.int32)
+    step = tl.where(width > 0, tl.exp2(((both & 255) - SCALE_ZERO).to(tl.float32) / OCTAVE), 0.0)
+    offset = (both >> 8) - 128
+    if FAR:
+        far = ((width > 0) & (offset == -128)).to(tl.int32)
+        behind = (row + all_planes * PLANE + tl.sum((width > 0).to(tl.int32), 0) * METADATA).to(
+            tl.pointer_type(tl.int16)
+        )
+        own = tl.load(behind + tl.cumsum(far, 0) - far, mask=far > 0, other=0)
+        offset = tl.where(far > 0, own.to(tl.int32), offset)
+    values = (1 << width).to(tl.float32)
+    zero = step * (tl.maximum(values / 64, 0.25) * offset.to(tl.float32) - (values - 1) / 2)
     pairs = tl.zeros([R, 2, 16], tl.uint32)
     # All loads can be under way together: 8 bytes of one channel each. Per element half an operation of each kind
     for plane in tl.static_range(PLANES):
@@ -169,18 +182,7 @@ def _planes_tile(row, classes, R: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl
         pairs |= ((words >> tl.arange(0, 16)[None, None, :]) & 0x00010001) << plane
     codes = tl.join(as_float(pairs & 0xFFFF, DTYPE), as_float(pairs >> 16, DTYPE))  # [R, 2, 16, 2]
     codes = codes.permute(0, 1, 3, 2).reshape(R, TILE)
-    metadata = (row + all_planes * PLANE + coded_before * METADATA).to(tl.pointer_type(tl.uint16))
-    both = tl.load(metadata, mask=width > 0, other=0).to(tl.int32)
-    step = tl.where(width > 0, tl.exp2(((both & 255) - SCALE_ZERO).to(tl.float32) / OCTAVE), 0.0)
-    offset = (both >> 8) - 128
-    if FAR:
-        far = ((width > 0) & (offset == -128)).to(tl.int32)
-        behind = (row + all_planes * PLANE + tl.sum((width > 0).to(tl.int32), 0) * METADATA).to(tl.pointer_type(tl.int16))
-        own = tl.load(behind + tl.cumsum(far, 0) - far, mask=far > 0, other=0)
-        offset = tl.where(far > 0, own.to(tl.int32), offset)
-    values = (1 << width).to(tl.float32)
-    unit = tl.maximum(values / 64, 0.25)
-    return tl.trans(codes), step, step * (unit * offset.to(tl.float32) - (values - 1) / 2)
+    return tl.trans(codes), step, zero
 
 
 @triton.jit
