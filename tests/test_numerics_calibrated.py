@@ -1,4 +1,4 @@
-"""Calibrations of hard keys and values: sums that don't cancel, bases of degenerate text, and the same files every time."""
+"""Calibrations of hard keys and values: sums that don't cancel, bases of degenerate text, the same files every time."""
 
 import json
 
@@ -160,8 +160,10 @@ def test_a_model_with_biased_keys(dtype, feels, tmp_path):
     made = calibrate(loaded, TEXT, rank=9, codec="joint", samples=3, seq_len=140)
     made = load_calibration(save_calibration(made, tmp_path / "c.pt"))
     d = loaded.geometry.head_dim
-    for codec, quantizer in [("joint", "mixed"), ("joint", "mixed_fixed"), ("grouped", "mixed"), ("fisher", "int4_channel"),
-                             ("attention", "mixed"), ("pca", "int4_channel"), ("pca", "int4")]:  # fmt: skip
+    for codec, quantizer in [
+        *(("joint", name) for name in ("mixed", "mixed_fixed")), ("grouped", "mixed"), ("fisher", "int4_channel"),
+        ("attention", "mixed"), ("pca", "int4_channel"), ("pca", "int4"),
+    ]:  # fmt: skip
         bits = int4_bits((1, 1, 1, d)) if quantizer.startswith("mixed") else 4
         k, v = compressors_for("kv", bits, 3, made, codec=codec, quantizer=quantizer, rank=d)
         total = reference = 0.0

@@ -43,7 +43,7 @@ SCALE_ZERO = 17 * OCTAVE  # byte of scale 1: steps from 2^-17, the least of the 
 REACH = 127  # largest offset in its byte
 FAR = 2  # bytes more of a channel with a far offset
 FAR_REACH = 2**15 - 1
-FAR_FROM = 2  # times the step that the range asks for: what a channel whose offset fits its byte may have to take
+FAR_FROM = 2  # times the step that a range asks for: a near offset may take it up to that, then the far one is worth it
 # Shares of a block's range to try: narrow codes lose less by cutting extremes off than by a step that reaches them,
 # wide ones must reach them although scale and offset are rounded
 NARROW, WIDE = (1.0, 0.9, 0.8, 0.7), (1.0, 1.06)
@@ -147,8 +147,9 @@ def errors(z: Tensor, far: bool = False) -> Tensor:
 def cheapest(error: Tensor, budget: float, costs: Sequence[float] | Tensor = COSTS, steps: int = 40) -> Tensor:
     """Widths of least total error within `budget` per block: error [..., r, W] → indices [..., r].
 
-    costs: of each width, [W] or as `error`, in the unit of `budget`; bytes by default. Lagrangian: bisection on λ, all blocks at
-    once. What it leaves unspent is less than one channel's step, or those of channels whose errors are the same.
+    costs: of each width, [W] or as `error`, in the unit of `budget`; bytes by default. Lagrangian: bisection on λ, all
+    blocks at once. What it leaves unspent is less than one channel's step, or those of channels whose errors are the
+    same.
     """
     costs = torch.as_tensor(costs, device=error.device, dtype=error.dtype).expand_as(error)
     few = torch.full(error.shape[:-2], 1e-30, device=error.device, dtype=torch.float64)
@@ -285,7 +286,7 @@ def _with_far(offset: Tensor, far: Tensor, order: Tensor, block: Tensor, widths:
 
 
 def _places(widths: Tensor, payload: int, far: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Which bytes of a block hold codes, which metadata, and which the offsets of `far` channels, [..., payload] each."""
+    """Which bytes of a block hold codes, which metadata, which offsets of `far` channels, [..., payload] bool each."""
     place = torch.arange(payload, device=widths.device)
     codes = PLANE * widths.sum(-1, keepdim=True)
     metadata = codes + METADATA * (widths > 0).sum(-1, keepdim=True)

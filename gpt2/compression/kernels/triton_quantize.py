@@ -3,7 +3,8 @@
 The arithmetic is that of the quantizers, operation by operation: IEEE division, rounding to even, nothing contracted,
 and steps from a table that PyTorch has made. By token the fields are the same bit for bit. By channel three things may
 differ where two choices are as good: the step, where its logarithm lies halfway between two bytes, the share, where two
-have the same squared error but for the order of the sum, and an offset on the bulk, where its float16 is a tie. Read: z once. Written: the fields.
+have the same squared error but for the order of the sum, and an offset on the bulk, where its float16 is a tie. Read: z
+once. Written: the fields.
 """
 
 from __future__ import annotations
