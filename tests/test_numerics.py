@@ -11,7 +11,7 @@ error they minimise. Held to int4 per token without a basis, on the same tensor,
 
 Not held, since it can't be: by token in a basis that gathers what varies, or a bias that it knows nothing of, in few
 coordinates, whose step all others share; nor in a metric, for the same reason. Fixed widths on other data than they
-were chosen on. In a basis, massive tokens outside the sinks, since it spreads them over all channels. In a basis fitted to
+were chosen on. In a basis, massive tokens outside the sinks, since it spreads them over all channels. In one fitted to
 plain noise, vectors of 15,000 times its size. A lower rank loses what it drops, as `test_a_cut_rank_...` has it.
 
 A bit is worth a factor of 4: codecs with fewer bits than int4 and its metadata may lose that much more.
