@@ -124,7 +124,7 @@ def _on_the_bulk(first, second, scale, step, offset, mean, spread, apart, steps,
     bulk = tl.div_rn(_total(first * near_first, second * near_second), count)
     least = _both_errors(first, second, step, offset, LEVELS) / 2
     start, origin = scale, offset
-    for wider in tl.static_range(WIDER):
+    for wider in range(WIDER):
         own_scale = tl.minimum(start + wider, 255)
         own_step = tl.load(steps + own_scale)
         code = (tl.div_rn(bulk - origin, own_step) + ROUNDING) - ROUNDING
