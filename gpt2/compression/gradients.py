@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gpt2.compression import rotary
 from gpt2.compression.capture import Moments, Statistics, Tap, refuse_non_finite, wrapped_attention
+from gpt2.compression.codecs.base import HALF_MAX
 from gpt2.compression.codecs.measured import Measured
 from gpt2.compression.codecs.mixed import BLOCK
 from gpt2.compression.rotary import Rotary
@@ -188,7 +189,9 @@ class _Gathering:
             self.fisher[entry] += _products(g[0], layer)
             places = self.sample.places(window)
             blocks = x[0, :, : x.shape[2] // BLOCK * BLOCK].unflatten(1, (-1, BLOCK))
-            self.reservoir[entry, :, places] = blocks[:, self.sample.blocks[places]].half().cpu()
+            self.reservoir[entry, :, places] = (
+                blocks[:, self.sample.blocks[places]].clamp(-HALF_MAX, HALF_MAX).half().cpu()
+            )
 
     def statistics(self, head_dim: int, processes: Processes) -> MeasuredStatistics:
         """Of all processes' windows."""

@@ -21,6 +21,8 @@ from gpt2.errors import BadArtefact, PluginError, brief
 from gpt2.models import Geometry
 
 PRICES = 64  # at which the layers' demand is measured
+# What a calibration's unit is made for at the least: a spread of so much of the means, and of so much in channels
+SMALLEST_SPREAD, SMALLEST_SIZE = 0.01, 2.0**-10
 
 
 @dataclass
@@ -146,9 +148,9 @@ def fit_measured(statistics: MeasuredStatistics) -> MeasuredCodec:
     moments = statistics.moments
     fitted = [statistics.basis.fit(moments, layer) for layer in range(len(moments.count))]
     spectrum = torch.stack([variances for _, variances in fitted])
-    # One factor for the whole model, so that steps lie well inside what a scale's byte can say
-    unit = spectrum.mean().clamp_min(1e-30).sqrt()
-    E = torch.stack([transform.E for transform, _ in fitted]) / unit
+    E = torch.stack([transform.E for transform, _ in fitted])
+    unit = _unit(E, moments.mean, spectrum)
+    E = E / unit
     codec = MeasuredCodec(
         statistics.basis, moments.mean.float(), E.float(), (spectrum / unit**2).float(), statistics.rotary,
         torch.empty(0), torch.empty(0), torch.empty(0),
@@ -157,6 +159,17 @@ def fit_measured(statistics: MeasuredStatistics) -> MeasuredCodec:
     codec.errors = torch.stack([error.mean(1) for error in per_layer])  # [L, G, w, widths]
     codec.prices, codec.demand = _demand(per_layer)
     return codec
+
+
+def _unit(E: Tensor, mean: Tensor, spectrum: Tensor) -> Tensor:
+    """One factor for the whole model, so that steps lie well inside what a scale's byte can say.
+
+    Where hardly anything varied, as in a text of one token, the size of the means and of the metric say how large other
+    texts' coordinates may be. E [L, G, w, w], mean and spectrum [L, G, w].
+    """
+    of_mean = (mean[:, :, None] @ E).square().mean()
+    of_metric = E.square().sum(-2).mean()
+    return torch.stack((spectrum.mean(), SMALLEST_SPREAD**2 * of_mean, SMALLEST_SIZE**2 * of_metric)).amax().sqrt()
 
 
 def stand_in(basis: Measured, geometry: Geometry) -> MeasuredCodec:

@@ -21,6 +21,7 @@ from gpt2.compression.codecs.mixed import (
     BLOCK,
     NARROW,
     OCTAVE,
+    SCALE_ZERO,
     WIDE,
     WIDEST_NARROW,
     WIDTHS,
@@ -175,7 +176,7 @@ GRIDS = {"bytes": _bytes, "half": _half, "nibbles": _nibbles, "scale": _scale}
 
 def _to_byte(scale: Tensor) -> Tensor:
     """A scale as the product's byte holds it."""
-    return ((scale.clamp_min(1e-30).log2() * OCTAVE).round().clamp(-160, 95) / OCTAVE).exp2()
+    return ((scale.clamp_min(1e-30).log2() * OCTAVE).round().clamp(-SCALE_ZERO, 255 - SCALE_ZERO) / OCTAVE).exp2()
 
 
 def _placed(y: Tensor, scale: Tensor, unit: float) -> tuple[Tensor, Tensor]:

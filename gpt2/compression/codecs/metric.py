@@ -16,6 +16,7 @@ from gpt2.compression.codecs.base import Basis, Transform
 from gpt2.errors import PluginError
 
 SMALLEST_WEIGHT = 1e-6  # of the largest: directions that nothing reads still need a finite way back
+LARGEST_FACTOR = 2.0**8  # between coordinates and channels, and its inverse, for which quantizers have steps to spare
 
 
 def fit_in_metric(mean: Tensor, covariance: Tensor, metric: Tensor) -> tuple[Transform, Tensor]:
@@ -34,6 +35,17 @@ def fit_in_metric(mean: Tensor, covariance: Tensor, metric: Tensor) -> tuple[Tra
     return Transform(root @ U, U.mT @ inverse_root, mean.double()), variances.flip(-1).clamp_min(0)
 
 
+def within_reach(metric: Tensor) -> Tensor:
+    """A metric [G, w, w] by a power of four where it would make coordinates of a size that no step is made for.
+
+    Gradients may be 1e-8 in every token, and a step of so little is none. Each head has its own factor.
+    """
+    weight = metric.diagonal(dim1=-2, dim2=-1).mean(-1).double().sqrt()
+    outside = (weight > 0) & ((weight < 1 / LARGEST_FACTOR) | (weight > LARGEST_FACTOR))
+    unit = torch.where(outside, weight.log2().round().exp2(), torch.ones_like(weight))
+    return metric / unit.square()[:, None, None]
+
+
 class Attention(Basis):
     """Query-aware K, output-aware V."""
 
@@ -46,6 +58,7 @@ class Attention(Basis):
                 f"--metric {self.metric}, on a model whose attention can be read"
             )
         metric = moments.metrics[self.metric][layer]
+        metric = metric if self.measured else within_reach(metric)  # measured ones have one unit for all layers
         return fit_in_metric(moments.mean[layer], moments.covariance(layer), metric)
 
 

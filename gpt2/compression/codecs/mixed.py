@@ -7,10 +7,14 @@ preallocated. Inside, rate–distortion decides: the widths minimise Σ error + 
             codes: channels by falling width, a channel of b bits as b planes of 64 bits (8 bytes; bit t of plane j is
             bit j of token t's code), so equal widths lie together and every width reads the same way
             metadata behind them: scale and offset, a byte each, for channels that have codes, in the same order
+            far offsets behind those: int16 of every channel whose offset's byte is 0, in the channels' own order
     widths  uint8 [B, G, n, 3 · ⌈r / 8⌉]: index into WIDTHS, three planes of r bits. Absent where widths are fixed.
 
-ẑ = scale · (code − (2ᵇ − 1) / 2 + offset · max(2ᵇ / 64, 1 / 4)), scale = 2^(byte / 8 − 20). A channel
-without codes reads as 0, which is the calibrated mean.
+ẑ = scale · (code − (2ᵇ − 1) / 2 + offset · max(2ᵇ / 64, 1 / 4)), scale = 2^(byte / 8 − 17), offset = byte − 128 or the
+far one. A channel without codes reads as 0, which is the calibrated mean.
+
+Offsets in a byte reach two ranges of a block, which is far more than coordinates about a calibrated mean need. Far ones
+are for channels whose mean nobody took off: keys with a bias of hundreds of times their spread, as Qwen2.5's.
 """
 
 from __future__ import annotations
@@ -35,8 +39,11 @@ PLANE = BLOCK // 8  # bytes of one bit of a channel's 64 tokens
 METADATA = 2  # bytes of a channel that has codes
 COSTS = tuple(PLANE * b + METADATA * (b > 0) for b in WIDTHS)  # bytes of a channel in a block
 OCTAVE = 8  # scales per doubling
-SCALE_ZERO = 20 * OCTAVE  # byte of scale 1: steps from 1e-6 to 3,700
+SCALE_ZERO = 17 * OCTAVE  # byte of scale 1: steps from 2^-17, the least of the integers by token as well, to 30,000
 REACH = 127  # largest offset in its byte
+FAR = 2  # bytes more of a channel with a far offset
+FAR_REACH = 2**15 - 1
+FAR_FROM = 2  # times the step that a range asks for: a near offset may take it up to that, then the far one is worth it
 # Shares of a block's range to try: narrow codes lose less by cutting extremes off than by a step that reaches them,
 # wide ones must reach them although scale and offset are rounded
 NARROW, WIDE = (1.0, 0.9, 0.8, 0.7), (1.0, 1.06)
@@ -69,8 +76,9 @@ class Mixed(Quantizer):
         if cpu.usable(y):
             block, widths = cpu.encode_planes(y, self._payload(z.shape[-1]), NARROW, WIDE)
             return {"block": block, "widths": widths}
-        error, scale, offset = (torch.stack(parts, dim=-1) for parts in zip(*_grids(y), strict=True))
-        choice = cheapest(error, self._payload(z.shape[-1]))
+        error, scale, offset = (torch.stack(parts, dim=-1) for parts in zip(*_grids(y, far=True), strict=True))
+        costs = torch.tensor(COSTS, device=y.device) + FAR * (offset.abs() > REACH)
+        choice = cheapest(error, self._payload(z.shape[-1]), costs)
         scale, offset = (part.gather(-1, choice[..., None])[..., 0] for part in (scale, offset))
         block = _pack(y, scale, offset, _width(choice), self._payload(z.shape[-1]))
         return {"block": block, "widths": _pack_indices(choice)}
@@ -128,18 +136,22 @@ def width_bytes(rank: int) -> int:
     return 3 * -(-rank // 8)
 
 
-def errors(z: Tensor) -> Tensor:
-    """Squared error of every block, channel and width: z [B, G, T, r] → [B, G, n, r, len(WIDTHS)]."""
-    return torch.stack([error for error, _, _ in _grids(in_blocks(z))], dim=-1)
+def errors(z: Tensor, far: bool = False) -> Tensor:
+    """Squared error of every block, channel and width: z [B, G, T, r] → [B, G, n, r, len(WIDTHS)].
+
+    far: with far offsets, which `Mixed` has and `MixedFixed` hasn't; a calibrated mean leaves no use for them.
+    """
+    return torch.stack([error for error, _, _ in _grids(in_blocks(z), far)], dim=-1)
 
 
 def cheapest(error: Tensor, budget: float, costs: Sequence[float] | Tensor = COSTS, steps: int = 40) -> Tensor:
     """Widths of least total error within `budget` per block: error [..., r, W] → indices [..., r].
 
-    costs: of each width, [W], in the unit of `budget`; bytes by default. Lagrangian: bisection on λ, all blocks at
-    once. What it leaves unspent is less than one channel's step, or those of channels whose errors are the same.
+    costs: of each width, [W] or as `error`, in the unit of `budget`; bytes by default. Lagrangian: bisection on λ, all
+    blocks at once. What it leaves unspent is less than one channel's step, or those of channels whose errors are the
+    same.
     """
-    costs = torch.as_tensor(costs, device=error.device, dtype=error.dtype)
+    costs = torch.as_tensor(costs, device=error.device, dtype=error.dtype).expand_as(error)
     few = torch.full(error.shape[:-2], 1e-30, device=error.device, dtype=torch.float64)
     many = error.double().sum((-1, -2)) + 1e-30  # a byte never saves more than all there is
 
@@ -148,7 +160,7 @@ def cheapest(error: Tensor, budget: float, costs: Sequence[float] | Tensor = COS
 
     for _ in range(steps):
         price = (few * many).sqrt()
-        fits = costs[chosen(price)].sum(-1) <= budget
+        fits = costs.gather(-1, chosen(price)[..., None]).sum((-1, -2)) <= budget
         few, many = torch.where(fits, few, price), torch.where(fits, price, many)
     return chosen(many)
 
@@ -158,23 +170,36 @@ def in_blocks(z: Tensor) -> Tensor:
     return z.float().unflatten(2, (-1, BLOCK)).mT.contiguous()
 
 
-def _grids(y: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _grids(y: Tensor, far: bool = False) -> list[tuple[Tensor, Tensor, Tensor]]:
     """For every width the best uniform grid of a block's channel: squared error, scale, offset, [..., r] each."""
     nothing = torch.zeros_like(y[..., 0])
     grids = [(y.square().sum(-1), nothing, nothing)]
-    return grids + [best_grid(y, bits, NARROW if bits <= WIDEST_NARROW else WIDE) for bits in WIDTHS[1:]]
+    for bits in WIDTHS[1:]:
+        shares = NARROW if bits <= WIDEST_NARROW else WIDE
+        grids.append(best_grid(y, bits, shares))
+        if far and (apart := _far_off(y, bits)).any():
+            found = zip(best_grid(y, bits, shares, FAR_REACH), grids[-1], strict=True)
+            grids[-1] = tuple(torch.where(apart, own, near) for own, near in found)
+    return grids
 
 
-def best_grid(y: Tensor, bits: int, shares: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _far_off(y: Tensor, bits: int) -> Tensor:
+    """Channels of y [..., r, 64] that an offset in a byte would take a much wider step than their range, [..., r]."""
+    low, high = y.amin(-1), y.amax(-1)
+    least = ((low + high) / 2).abs() / (REACH * float(offset_unit(torch.tensor(bits))))
+    return least > FAR_FROM / (2**bits - 1) * (high - low)
+
+
+def best_grid(y: Tensor, bits: int, shares: tuple[float, ...], reach: int = REACH) -> tuple[Tensor, Tensor, Tensor]:
     """The uniform grid of least squared error for every channel of y [..., r, 64]: error, scale, offset, [..., r] each.
 
-    shares: of the range, to try.
+    shares: of the range, to try. reach: of the offset.
     """
     unit = float(offset_unit(torch.tensor(bits)))
     low, high = y.amin(-1), y.amax(-1)
     best = None
     for share in shares:
-        scale, offset = _rounded(low, high, share / (2**bits - 1), REACH, unit)
+        scale, offset = _rounded(low, high, share / (2**bits - 1), reach, unit)
         step, origin, last = levels(scale, unit * offset, torch.full_like(scale, 2**bits - 1))
         error = (y - quantized(y, step, origin, last).mul_(step).add_(origin)).square_().sum(-1)
         found = (error, scale, offset)
@@ -200,7 +225,7 @@ def _rounded(low: Tensor, high: Tensor, share: float, reach: int, unit: float) -
     scale = torch.maximum((high - low) * share, middle.abs() / (reach * unit) * 2 ** (0.5 / OCTAVE))
     exponent = (scale.clamp_min(1e-30).log2() * OCTAVE).round().clamp(-SCALE_ZERO, 255 - SCALE_ZERO)
     scale = (exponent / OCTAVE).exp2()
-    return scale, (middle / scale / unit).round().clamp(-reach - 1, reach)
+    return scale, (middle / scale / unit).round().clamp(-reach, reach)
 
 
 def levels(scale: Tensor, offset: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,41 +240,58 @@ def quantized(y: Tensor, step: Tensor, origin: Tensor, last: Tensor) -> Tensor:
 
 def _pack(y: Tensor, scale: Tensor, offset: Tensor, widths: Tensor, payload: int) -> Tensor:
     """y [..., r, 64] on its grids [..., r] → block [..., payload] uint8."""
+    far = (widths > 0) & (offset.abs() > REACH)
+    behind = offset[far].to(torch.int16).view(torch.uint8)
     widths, order = widths.sort(dim=-1, descending=True, stable=True)
     scale, offset = scale.gather(-1, order), offset.gather(-1, order)
     step = torch.where(widths > 0, scale, torch.ones_like(scale))  # where there are no codes there is no step
     grid = levels(step, offset_unit(widths) * offset, 2.0**widths - 1)
     codes = quantized(y.gather(-2, order[..., None].expand_as(y)), *grid).to(torch.int16)
     exponent = (step.log2() * OCTAVE).round() + SCALE_ZERO
-    metadata = torch.stack((exponent, offset + 128), dim=-1).to(torch.uint8)
+    metadata = torch.stack((exponent, (offset + 128) * (offset.abs() <= REACH)), dim=-1).to(torch.uint8)
     block = torch.zeros(*widths.shape[:-1], payload, dtype=torch.uint8, device=y.device)
-    in_codes, in_metadata = _places(widths, payload)
+    in_codes, in_metadata, in_far = _places(widths, payload, far)
     block[in_codes] = _planes(codes)[_taken(widths)].flatten()
     block[in_metadata] = metadata[widths > 0].flatten()
+    block[in_far] = behind
     return block
 
 
 def _unpack(block: Tensor, widths: Tensor) -> Tensor:
     """block [B, G, n, bytes], widths [B, G, n, r] → ẑ [B, G, T, r]."""
     widths, order = widths.sort(dim=-1, descending=True, stable=True)
-    in_codes, in_metadata = _places(widths, block.shape[-1])
+    in_codes, in_metadata, _ = _places(widths, block.shape[-1])
     planes = block.new_zeros(*widths.shape, PLANES, PLANE)
     planes[_taken(widths)] = block[in_codes].view(-1, PLANE)
     metadata = block.new_zeros(*widths.shape, METADATA)
     metadata[widths > 0] = block[in_metadata].view(-1, METADATA)
     scale = ((metadata[..., 0].float() - SCALE_ZERO) / OCTAVE).exp2() * (widths > 0)
-    step, origin, _ = levels(scale, offset_unit(widths) * (metadata[..., 1].float() - 128), 2.0**widths - 1)
+    offset = metadata[..., 1].float() - 128
+    far = (widths > 0) & (metadata[..., 1] == 0)
+    if far.any():
+        offset = _with_far(offset, far, order, block, widths)
+    step, origin, _ = levels(scale, offset_unit(widths) * offset, 2.0**widths - 1)
     z = torch.addcmul(origin, _from_planes(planes, int(widths.max())).float(), step)
     z = torch.empty_like(z).scatter_(-2, order[..., None].expand_as(z), z)
     return z.mT.flatten(2, 3)
 
 
-def _places(widths: Tensor, payload: int) -> tuple[Tensor, Tensor]:
-    """Which bytes of a block hold codes and which metadata, [..., payload] bool each."""
+def _with_far(offset: Tensor, far: Tensor, order: Tensor, block: Tensor, widths: Tensor) -> Tensor:
+    """Offsets [..., r] with those put in that are far; all but `block` by falling width, `order` from the channels'."""
+    own = torch.zeros_like(far).scatter_(-1, order, far)
+    behind = block[_places(widths, block.shape[-1], own)[2]].view(torch.int16)
+    values = torch.zeros_like(offset)
+    values[own] = behind.to(values.dtype)
+    return torch.where(far, values.gather(-1, order), offset)
+
+
+def _places(widths: Tensor, payload: int, far: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Which bytes of a block hold codes, which metadata, which offsets of `far` channels, [..., payload] bool each."""
     place = torch.arange(payload, device=widths.device)
     codes = PLANE * widths.sum(-1, keepdim=True)
     metadata = codes + METADATA * (widths > 0).sum(-1, keepdim=True)
-    return place < codes, (place >= codes) & (place < metadata)
+    end = metadata if far is None else metadata + FAR * far.sum(-1, keepdim=True)
+    return place < codes, (place >= codes) & (place < metadata), (place >= metadata) & (place < end)
 
 
 def _taken(widths: Tensor) -> Tensor:

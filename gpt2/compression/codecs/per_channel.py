@@ -4,7 +4,7 @@ Keys have channels that are large in every token, or far from zero (Qwen2.5's ha
 Coded by token, those set the step of all others; by channel each has a step and an offset of its own. A block holds
 
     codes   uint8 [B, G, n, 64 · bits / 8, r]: at 4 bits the first 32 tokens in the low nibbles, the others above
-    scale   uint8 [B, G, n, 1, r], on the grid of `mixed`: step = 2^(byte / 8 − 20)
+    scale   uint8 [B, G, n, 1, r], on the grid of `mixed`: step = 2^(byte / 8 − 17)
     offset  float16 [B, G, n, 1, r], the value of code 0
 
 ẑ = code · step + offset: 24 bits of metadata over 64 codes.
@@ -29,6 +29,8 @@ class Int8Channel(Quantizer):
     by_bits = False
     # Shares of the range to try. Half a step of the scales' grid above 1: rounded down, it still reaches the extremes
     shares = (2 ** (0.5 / OCTAVE),)
+    # Steps of the scales' grid to try where a code is put on the bulk of a block: of 8 bits none is too wide for that
+    wider = 0
 
     def quantize(self, z: Tensor) -> Fields:
         if (fields := available.quantized(self, z)) is not None:
@@ -43,6 +45,13 @@ class Int8Channel(Quantizer):
             better = error < least
             least = torch.where(better, error, least)
             scale, offset = torch.where(better, narrower[0], scale), torch.where(better, narrower[1], offset)
+        if self.wider:
+            away = (y - y.mean(-2, keepdim=True)).abs_().mean(-2, keepdim=True)
+            own = (_step(scale) > away)[..., 0, :]
+            if own.any():
+                few = (x.mT[own][..., None] for x in (y, scale, offset, least))  # [N, 64 or 1, 1]
+                for x, moved in zip((scale, offset), self._on_the_bulk(*few), strict=True):
+                    x.mT[own] = moved[..., 0]
         codes = self._codes(y, scale, offset).to(torch.uint8)
         return {"codes": self.pack(codes), "scale": scale, "offset": offset}
 
@@ -62,6 +71,29 @@ class Int8Channel(Quantizer):
         scale = (exponent.round() + SCALE_ZERO).clamp(0, 255).to(torch.uint8)
         offset = (low + high) / 2 - _step(scale) * (levels / 2)
         return scale, offset.clamp(-HALF_MAX, HALF_MAX).half()
+
+    def _on_the_bulk(self, y: Tensor, scale: Tensor, offset: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and offset that put a code on the mean of most tokens, where that halves the error `least`.
+
+        One outlier may take the range of a whole block: all others then lie within a step, and between two codes. A
+        slightly wider step may have a code for the outlier too. Constants become exact. On ordinary data it is never
+        taken.
+        """
+        mean = y.mean(-2, keepdim=True)
+        away = (y - mean).abs()
+        bulk = away <= 2 * away.mean(-2, keepdim=True)
+        mean = (y * bulk).sum(-2, keepdim=True) / bulk.sum(-2, keepdim=True)
+        first, origin, least = scale, offset.float(), least / 2
+        for wider in range(self.wider):
+            own = (first.int() + wider).clamp(max=255).to(torch.uint8)
+            step = _step(own)
+            code = ((mean - origin) / step).round().clamp(0, 2**self.bits - 1)
+            moved = (mean - code * step).clamp(-HALF_MAX, HALF_MAX).half()
+            error = self._error(y, own, moved)
+            better = error < least
+            least = torch.where(better, error, least)
+            scale, offset = torch.where(better, own, scale), torch.where(better, moved, offset)
+        return scale, offset
 
     def _codes(self, y: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
         return ((y - offset.float()) / _step(scale)).round_().clamp_(0, 2**self.bits - 1)
@@ -86,6 +118,7 @@ class Int4Channel(Int8Channel):
     name = "int4_channel"
     bits = 4
     shares = NARROW
+    wider = 4
 
     def pack(self, codes: Tensor) -> Tensor:
         low, high = codes.chunk(2, dim=-2)

@@ -36,7 +36,7 @@ namespace {
 using at::Tensor;
 
 constexpr int kBlock = 64;    // tokens coded together
-constexpr int kOctave = 8, kScaleZero = 20 * kOctave;  // a scale's byte: step = 2^(byte / 8 − 20)
+constexpr int kOctave = 8, kScaleZero = 17 * kOctave;  // a scale's byte: step = 2^(byte / 8 − 17)
 constexpr int kGrain = 2;     // tiles below which a second thread costs more than it saves
 constexpr int kWidths[] = {0, 2, 3, 4, 5, 6, 8, 10};
 
@@ -183,10 +183,12 @@ struct Planes final : Codec {
     }
     int order[r];
     for (int c = 0; c < r; c++) order[place[index[c]]++] = c;
+    float offset[r];
+    offsets(metadata, index, order, r - count[0], offset);
     for (int i = 0; i < r; i++) {
       const int bits = kWidths[index[order[i]]];
       float* row = tile + order[i] * kBlock;
-      if (bits) channel(plane, bits, metadata, row);
+      if (bits) channel(plane, bits, kSteps[*metadata], offset[order[i]], row);
       else std::memset(row, 0, kBlock * sizeof(float));
       plane += 8 * bits, metadata += 2;
     }
@@ -201,10 +203,25 @@ struct Planes final : Codec {
     }
   }
 
-  static void channel(const uint8_t* plane, int bits, const uint8_t* metadata, float* row) {
-    const float step = kSteps[metadata[0]];
+  // Of every channel that has codes; far ones lie behind all metadata, in the order of the channels
+  void offsets(const uint8_t* metadata, const uint8_t* index, const int* order, int coded, float* offset) const {
+    bool far = false;
+    for (int i = 0; i < coded; i++) {
+      offset[order[i]] = metadata[2 * i + 1] - 128;
+      far |= !metadata[2 * i + 1];
+    }
+    const uint8_t* next = metadata + 2 * coded;
+    for (int c = 0; far && c < r; c++) {
+      if (!index[c] || offset[c] != -128) continue;
+      int16_t own;
+      std::memcpy(&own, next, sizeof own);
+      offset[c] = own, next += sizeof own;
+    }
+  }
+
+  static void channel(const uint8_t* plane, int bits, float step, float offset, float* row) {
     const float unit = std::max((1 << bits) / 64.f, 0.25f);
-    const float zero = step * (unit * (metadata[1] - 128) - ((1 << bits) - 1) / 2.f);
+    const float zero = step * (unit * offset - ((1 << bits) - 1) / 2.f);
     const int low = std::min(bits, 8);
 #ifdef __AVX512BW__
     // A plane is a mask over the 64 codes
@@ -493,14 +510,16 @@ std::vector<Tensor> weighted_sums(
 // --- bit planes made, as mixed.py says: for every channel the width that is worth its bytes
 
 constexpr int kMenu = 8;
-constexpr int kMetadata = 2;
+constexpr int kMetadata = 2, kFar = 2;  // bytes of a channel, and those more where its offset is far
+constexpr float kReach = 127, kFarReach = 32767, kFarFrom = 2;
 
 struct Grid {
   float error, offset;
   int exponent;
 
   float step() const { return kSteps[exponent]; }
-  float unit(int bits) const { return std::max((1 << bits) / 64.f, 0.25f); }
+  bool far() const { return std::abs(offset) > kReach; }
+  static float unit(int bits) { return std::max((1 << bits) / 64.f, 0.25f); }
   float origin(int bits) const { return step() * (unit(bits) * offset - ((1 << bits) - 1) / 2.f); }
 };
 
@@ -521,20 +540,23 @@ float error_of(const float* y, const Grid& grid, int bits) {
 
 // The uniform grid of least squared error, over the shares of the range that are tried
 Grid best_grid(const float* y, float low, float high, int bits, at::ArrayRef<double> shares) {
-  constexpr float reach = 127, half = 0.5f / kOctave;
-  const float middle = (low + high) / 2;
+  constexpr float half = 0.5f / kOctave;
+  const float middle = (low + high) / 2, last = (1 << bits) - 1;
+  // Whether an offset in a byte would take a much wider step than the range
+  const bool far_off = std::abs(middle) / (kReach * Grid::unit(bits)) > kFarFrom / last * (high - low);
+  const float reach = far_off ? kFarReach : kReach;
   Grid best{};
   for (const double share : shares) {
     Grid grid{};
-    const float unit = grid.unit(bits);
+    const float unit = Grid::unit(bits);
     // An offset that it can't reach would put the whole block off: then the step must be wider
-    const float wanted = std::max((high - low) * float(share) / ((1 << bits) - 1),
+    const float wanted = std::max((high - low) * float(share) / last,
                                   std::abs(middle) / (reach * unit) * std::exp2(half));
     const float exponent = std::nearbyint(std::log2(std::max(wanted, 1e-30f)) * kOctave) + kScaleZero;
     // Written so that NaN ends at the bound: what isn't a number has no grid, and must not find one outside the table
     grid.exponent = exponent > 0 ? (exponent < 255 ? exponent : 255) : 0;
     const float offset = std::nearbyint(middle / grid.step() / unit);
-    grid.offset = offset > -reach - 1 ? (offset < reach ? offset : reach) : -reach - 1;
+    grid.offset = offset > -reach ? (offset < reach ? offset : reach) : -reach;
     grid.error = error_of(y, grid, bits);
     if (share == shares[0] || grid.error < best.error) best = grid;
   }
@@ -545,11 +567,11 @@ struct PlaneWriter {
   int r, payload;
   at::ArrayRef<double> narrow, wide;
   std::vector<Grid> grids;   // [kMenu][r]
-  std::vector<float> errors;  // the same
+  std::vector<float> errors, bytes;  // the same
   std::vector<int> choice;
 
   PlaneWriter(int r, int payload, at::ArrayRef<double> narrow, at::ArrayRef<double> wide)
-      : r(r), payload(payload), narrow(narrow), wide(wide), grids(kMenu * r), errors(kMenu * r), choice(r) {}
+      : r(r), payload(payload), narrow(narrow), wide(wide), grids(kMenu * r), errors(kMenu * r), bytes(kMenu * r), choice(r) {}
 
   void write(const float* y, uint8_t* block, uint8_t* widths) {
     for (int c = 0; c < r; c++) measure(y + c * kBlock, c);
@@ -567,6 +589,7 @@ struct PlaneWriter {
     for (int w = 1; w < kMenu; w++) {
       grids[w * r + c] = best_grid(y, *low, *high, kWidths[w], kWidths[w] <= 4 ? narrow : wide);
       errors[w * r + c] = grids[w * r + c].error;
+      bytes[w * r + c] = 8 * kWidths[w] + kMetadata + kFar * grids[w * r + c].far();
     }
   }
 
@@ -587,15 +610,15 @@ struct PlaneWriter {
     std::vector<float> least(errors.begin(), errors.begin() + r);
     std::fill(choice.begin(), choice.end(), 0);
     for (int w = 1; w < kMenu; w++) {
-      const float cost = price * (8 * kWidths[w] + kMetadata);
-      const float* own = errors.data() + w * r;
+      const float *own = errors.data() + w * r, *size = bytes.data() + w * r;
       for (int c = 0; c < r; c++) {
-        const bool better = own[c] + cost < least[c];
-        least[c] = better ? own[c] + cost : least[c];
+        const float cost = own[c] + price * size[c];
+        const bool better = cost < least[c];
+        least[c] = better ? cost : least[c];
         choice[c] = better ? w : choice[c];
       }
     }
-    for (int c = 0; c < r; c++) spent += choice[c] ? 8 * kWidths[choice[c]] + kMetadata : 0;
+    for (int c = 0; c < r; c++) spent += bytes[choice[c] * r + c];
     return spent;
   }
 
@@ -608,8 +631,14 @@ struct PlaneWriter {
           const Grid& grid = grids[w * r + c];
           planes(y + c * kBlock, grid, kWidths[w], block);
           block += 8 * kWidths[w];
-          *metadata++ = grid.exponent, *metadata++ = int(grid.offset) + 128;
+          *metadata++ = grid.exponent, *metadata++ = grid.far() ? 0 : int(grid.offset) + 128;
         }
+    for (int c = 0; c < r; c++) {
+      const Grid& grid = grids[choice[c] * r + c];
+      if (!choice[c] || !grid.far()) continue;
+      const int16_t offset = grid.offset;
+      std::memcpy(metadata, &offset, sizeof offset), metadata += sizeof offset;
+    }
   }
 
   static void planes(const float* y, const Grid& grid, int bits, uint8_t* out) {

@@ -1,9 +1,10 @@
 """Quantizing what is appended, in one kernel: int8 and int4 by token, int8_channel and int4_channel by block.
 
 The arithmetic is that of the quantizers, operation by operation: IEEE division, rounding to even, nothing contracted,
-and steps from a table that PyTorch has made. By token the fields are the same bit for bit. By channel two things may
-differ where two choices are as good: the step, where its logarithm lies halfway between two bytes, and the share,
-where two have the same squared error but for the order of the sum. Read: z once. Written: the fields.
+and steps from a table that PyTorch has made. By token the fields are the same bit for bit. By channel three things may
+differ where two choices are as good: the step, where its logarithm lies halfway between two bytes, the share, where two
+have the same squared error but for the order of the sum, and an offset on the bulk, where its float16 is a tie. Read: z
+once. Written: the fields.
 """
 
 from __future__ import annotations
@@ -104,8 +105,42 @@ def _squared_error(z, step, offset, LEVELS: tl.constexpr):
 
 
 @triton.jit
+def _both_errors(first, second, step, offset, LEVELS: tl.constexpr):
+    return _squared_error(first, step, offset, LEVELS) + _squared_error(second, step, offset, LEVELS)
+
+
+@triton.jit
+def _total(first, second):
+    return tl.sum(first, 0) + tl.sum(second, 0)
+
+
+@triton.jit
+def _on_the_bulk(first, second, scale, step, offset, mean, spread, apart, steps, LEVELS: tl.constexpr,
+                 WIDER: tl.constexpr):  # fmt: skip
+    """As the quantizer's own, for the channels that are `apart`; mean and spread: of all tokens."""
+    near_first = (tl.abs(first - mean[None, :]) <= 2 * spread[None, :]).to(tl.float32)
+    near_second = (tl.abs(second - mean[None, :]) <= 2 * spread[None, :]).to(tl.float32)
+    count = _total(near_first, near_second)
+    bulk = tl.div_rn(_total(first * near_first, second * near_second), count)
+    least = _both_errors(first, second, step, offset, LEVELS) / 2
+    start, origin = scale, offset
+    for wider in range(WIDER):
+        own_scale = tl.minimum(start + wider, 255)
+        own_step = tl.load(steps + own_scale)
+        code = (tl.div_rn(bulk - origin, own_step) + ROUNDING) - ROUNDING
+        moved = bulk - tl.minimum(tl.maximum(code, 0.0), LEVELS) * own_step
+        moved = tl.minimum(tl.maximum(moved, -LARGEST), LARGEST).to(tl.float16).to(tl.float32)
+        error = _both_errors(first, second, own_step, moved, LEVELS)
+        better = apart & (error < least)
+        least = tl.where(better, error, least)
+        scale, step = tl.where(better, own_scale, scale), tl.where(better, own_step, step)
+        offset = tl.where(better, moved, offset)
+    return scale, step, offset
+
+
+@triton.jit
 def quantize_blocks(z, codes, scales, offsets, steps, factors, RANK: tl.constexpr, LANES: tl.constexpr,
-                    LEVELS: tl.constexpr, SHARES: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
+                    LEVELS: tl.constexpr, SHARES: tl.constexpr, WIDER: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
     """z [blocks, 64, RANK] → codes [blocks, 64 or 32, RANK], scales and offsets [blocks, RANK].
 
     steps [256]: of every scale. factors: of the shares to try, the first of them first where errors are equal.
@@ -122,15 +157,22 @@ def quantize_blocks(z, codes, scales, offsets, steps, factors, RANK: tl.constexp
     high = tl.maximum(tl.max(first, 0), tl.max(second, 0))
     scale, step, offset = _grid(low, high, factors[0], steps, LEVELS)
     if SHARES > 1:
-        least = _squared_error(first, step, offset, LEVELS) + _squared_error(second, step, offset, LEVELS)
+        least = _both_errors(first, second, step, offset, LEVELS)
         for i in tl.static_range(1, SHARES):
             own_scale, own_step, own_offset = _grid(low, high, factors[i], steps, LEVELS)
-            error = _squared_error(first, own_step, own_offset, LEVELS)
-            error += _squared_error(second, own_step, own_offset, LEVELS)
+            error = _both_errors(first, second, own_step, own_offset, LEVELS)
             better = error < least
             least = tl.where(better, error, least)
             scale, step = tl.where(better, own_scale, scale), tl.where(better, own_step, step)
             offset = tl.where(better, own_offset, offset)
+    if WIDER:
+        mean = _total(first, second) / BLOCK
+        spread = _total(tl.abs(first - mean[None, :]), tl.abs(second - mean[None, :])) / BLOCK
+        apart = (step > spread) & (channel < RANK)
+        if tl.max(apart.to(tl.int32), 0) > 0:
+            scale, step, offset = _on_the_bulk(
+                first, second, scale, step, offset, mean, spread, apart, steps, LEVELS, WIDER
+            )
     own = block * RANK + channel
     tl.store(scales + own, scale.to(tl.uint8), mask=channel < RANK)
     tl.store(offsets + own, offset.to(tl.float16), mask=channel < RANK)
@@ -167,7 +209,7 @@ def _by_channel(quantizer: per_channel.Int8Channel, z: Tensor) -> Fields:
     factors = tuple(share / levels for share in quantizer.shares)
     quantize_blocks[(B * G * n, triton.cdiv(rank, LANES))](
         z, codes, scale, offset, _steps(z.device), factors, RANK=rank, LANES=LANES, LEVELS=levels,
-        SHARES=len(factors), PACKED=packed, enable_fp_fusion=False,
+        SHARES=len(factors), WIDER=quantizer.wider, PACKED=packed, enable_fp_fusion=False,
     )  # fmt: skip
     return {"codes": codes, "scale": scale, "offset": offset}
 

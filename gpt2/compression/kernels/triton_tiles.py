@@ -142,7 +142,7 @@ def mixed_tile(fields, room, group, start, inside, RANK: tl.constexpr, R: tl.con
         part = tl.load(row + plane * row_bytes + channel // 8, mask=channel < RANK, other=0).to(tl.int32)
         classes |= ((part >> (channel % 8)) & 1) << plane
     # A block's bytes are whole planes here: always at multiples of 8
-    return _planes_tile(fields[0] + block * fields[2], classes, R, DTYPE, True)
+    return _planes_tile(fields[0] + block * fields[2], classes, R, DTYPE, True, True)
 
 
 @triton.jit
@@ -151,13 +151,29 @@ def mixed_fixed_tile(fields, room, group, start, inside, RANK: tl.constexpr, R: 
     block, channel = _block(room, group, start), tl.arange(0, R)
     own = fields[1] + (group % fields[3]) * RANK + channel
     classes = tl.load(own, mask=channel < RANK, other=0).to(tl.int32)
-    return _planes_tile(fields[0] + block * fields[2], classes, R, DTYPE, False)
+    return _planes_tile(fields[0] + block * fields[2], classes, R, DTYPE, False, False)
 
 
 @triton.jit
-def _planes_tile(row, classes, R: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """A block of bit planes at `row`, and the width index of its channels, [R]; ALIGNED to 8 bytes, or to 2."""
+def _planes_tile(row, classes, R: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, FAR: tl.constexpr):
+    """A block of bit planes at `row`, and the width index of its channels, [R]; ALIGNED to 8 bytes, or to 2.
+
+    FAR: whether there may be far offsets.
+    """
     width, planes_before, coded_before, all_planes = _places(classes, R)
+    metadata = (row + all_planes * PLANE + coded_before * METADATA).to(tl.pointer_type(tl.uint16))
+    both = tl.load(metadata, mask=width > 0, other=0).to(tl.int32)
+    step = tl.where(width > 0, tl.exp2(((both & 255) - SCALE_ZERO).to(tl.float32) / OCTAVE), 0.0)
+    offset = (both >> 8) - 128
+    if FAR:
+        far = ((width > 0) & (offset == -128)).to(tl.int32)
+        behind = (row + all_planes * PLANE + tl.sum((width > 0).to(tl.int32), 0) * METADATA).to(
+            tl.pointer_type(tl.int16)
+        )
+        own = tl.load(behind + tl.cumsum(far, 0) - far, mask=far > 0, other=0)
+        offset = tl.where(far > 0, own.to(tl.int32), offset)
+    values = (1 << width).to(tl.float32)
+    zero = step * (tl.maximum(values / 64, 0.25) * offset.to(tl.float32) - (values - 1) / 2)
     pairs = tl.zeros([R, 2, 16], tl.uint32)
     # All loads can be under way together: 8 bytes of one channel each. Per element half an operation of each kind
     for plane in tl.static_range(PLANES):
@@ -166,12 +182,7 @@ def _planes_tile(row, classes, R: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl
         pairs |= ((words >> tl.arange(0, 16)[None, None, :]) & 0x00010001) << plane
     codes = tl.join(as_float(pairs & 0xFFFF, DTYPE), as_float(pairs >> 16, DTYPE))  # [R, 2, 16, 2]
     codes = codes.permute(0, 1, 3, 2).reshape(R, TILE)
-    metadata = (row + all_planes * PLANE + coded_before * METADATA).to(tl.pointer_type(tl.uint16))
-    both = tl.load(metadata, mask=width > 0, other=0).to(tl.int32)
-    step = tl.where(width > 0, tl.exp2(((both & 255) - SCALE_ZERO).to(tl.float32) / OCTAVE), 0.0)
-    values = (1 << width).to(tl.float32)
-    unit = tl.maximum(values / 64, 0.25)
-    return tl.trans(codes), step, step * (unit * ((both >> 8) - 128).to(tl.float32) - (values - 1) / 2)
+    return tl.trans(codes), step, zero
 
 
 @triton.jit
