@@ -183,12 +183,14 @@ struct Planes final : Codec {
     }
     int order[r];
     for (int c = 0; c < r; c++) order[place[index[c]]++] = c;
+    const int coded = r - count[0];
     float offset[r];
-    offsets(metadata, index, order, r - count[0], offset);
+    const bool far = any_far(metadata, coded);
+    if (far) offsets(metadata, index, order, coded, offset);
     for (int i = 0; i < r; i++) {
       const int bits = kWidths[index[order[i]]];
       float* row = tile + order[i] * kBlock;
-      if (bits) channel(plane, bits, kSteps[*metadata], offset[order[i]], row);
+      if (bits) channel(plane, bits, kSteps[*metadata], far ? offset[order[i]] : metadata[1] - 128, row);
       else std::memset(row, 0, kBlock * sizeof(float));
       plane += 8 * bits, metadata += 2;
     }
@@ -203,15 +205,17 @@ struct Planes final : Codec {
     }
   }
 
+  static bool any_far(const uint8_t* metadata, int coded) {
+    uint8_t least = 255;
+    for (int i = 0; i < coded; i++) least = std::min(least, metadata[2 * i + 1]);
+    return !least;
+  }
+
   // Of every channel that has codes; far ones lie behind all metadata, in the order of the channels
   void offsets(const uint8_t* metadata, const uint8_t* index, const int* order, int coded, float* offset) const {
-    bool far = false;
-    for (int i = 0; i < coded; i++) {
-      offset[order[i]] = metadata[2 * i + 1] - 128;
-      far |= !metadata[2 * i + 1];
-    }
+    for (int i = 0; i < coded; i++) offset[order[i]] = metadata[2 * i + 1] - 128;
     const uint8_t* next = metadata + 2 * coded;
-    for (int c = 0; far && c < r; c++) {
+    for (int c = 0; c < r; c++) {
       if (!index[c] || offset[c] != -128) continue;
       int16_t own;
       std::memcpy(&own, next, sizeof own);
