@@ -58,9 +58,9 @@ report: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-# Thousands of histories of a cache in the place of a hundred, drawn anew each time
+# Thousands of histories of a cache in the place of a hundred, drawn anew each time, and the longest caches of all codecs
 fuzz: $(VENV)/.installed
-	FUZZ_HISTORIES=2000 $(RUN) -m pytest tests/test_cache_machine.py
+	FUZZ_HISTORIES=2000 $(RUN) -m pytest tests/test_cache_machine.py tests/test_endurance.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet ruff

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import threading
 from pathlib import Path
 
 import torch
@@ -47,6 +48,7 @@ FIGURES = ("compression_ratio", "baseline_ppl", "compressed_ppl", "ppl_delta")
 DEFAULTS = {"format": FORMAT, "codec": "pca", "quantizer": None, "sink_tokens": 4, "recent_tokens": 0}
 MOST_SHARED = 8  # presets whose compressors are kept for the next cache
 _BUILT: dict[tuple, tuple[Calibration, tuple[list, list]]] = {}
+_BUILDING = threading.Lock()  # threads that ask for the same at once share one, and none takes what another lets go
 BUILT_IN = (results.ROOT / "configs" / "presets", results.RESULTS / "presets")
 
 
@@ -256,14 +258,15 @@ def _shared(plan: Plan, preset: dict, model: LoadedModel | None, dtype, device) 
 
     A basis may weigh more than a conversation, so that caches made one after another must not have one each.
     """
-    calibration = calibration_of(preset, model)
-    key = (id(calibration), json.dumps(plan_record(plan)), dtype, str(device))
-    if key not in _BUILT:
-        while len(_BUILT) >= MOST_SHARED:
-            _BUILT.pop(next(iter(_BUILT)))
-        # The calibration stays with what was made of it, so that its id isn't another's
-        _BUILT[key] = (calibration, build(plan, preset["head_dim"], calibration, dtype=dtype, device=device))
-    k, v = _BUILT[key][1]
+    with _BUILDING:
+        calibration = calibration_of(preset, model)
+        key = (id(calibration), json.dumps(plan_record(plan)), dtype, str(device))
+        if key not in _BUILT:
+            while len(_BUILT) >= MOST_SHARED:
+                _BUILT.pop(next(iter(_BUILT)))
+            # The calibration stays with what was made of it, so that its id isn't another's
+            _BUILT[key] = (calibration, build(plan, preset["head_dim"], calibration, dtype=dtype, device=device))
+        k, v = _BUILT[key][1]
     return list(k), list(v)
 
 
