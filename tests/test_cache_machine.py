@@ -36,6 +36,7 @@ LAYOUTS = [(0, 0), (4, 0), (5, 6), (64, 0), (70, 40)]  # exact sinks, exact late
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 LOADED = cpu.loaded  # whether there are kernels
 LENGTHS = st.one_of(st.integers(0, 4), st.integers(1, 300))
+ORDERS = [torch.preserve_format, torch.contiguous_format, torch.channels_last]
 SMALLEST = [storage.SMALLEST_PIECE, 3]  # with the second, short histories make many pieces and join them
 COMPRESSORS = {
     "identity": lambda: IdentityCompressor(),
@@ -112,16 +113,18 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(
         k=st.sampled_from(sorted(COMPRESSORS)), v=st.sampled_from(sorted(COMPRESSORS)), kernels=st.booleans(),
         layout=st.sampled_from(LAYOUTS), batch=st.integers(1, 4), dtype=st.sampled_from(DTYPES),
-        smallest=st.sampled_from(SMALLEST), n=LENGTHS,
+        smallest=st.sampled_from(SMALLEST), n=LENGTHS, order=st.sampled_from(ORDERS),
     )  # fmt: skip
-    def start(self, k: str, v: str, kernels: bool, layout: tuple[int, int], batch: int, dtype, smallest: int, n: int):
+    def start(
+        self, k: str, v: str, kernels: bool, layout: tuple[int, int], batch: int, dtype, smallest: int, n: int, order
+    ) -> None:
         k, v = COMPRESSORS[k](), COMPRESSORS[v]()
         if k.joint or v.joint:
             k = v = k if k.joint else v
         self.patches = ExitStack()
         self.patches.enter_context(mock.patch.object(cpu, "loaded", LOADED if kernels else lambda: False))
         self.patches.enter_context(mock.patch.object(storage, "SMALLEST_PIECE", smallest))
-        self.compressors, self.layout, self.dtype = (k, v), layout, dtype
+        self.compressors, self.layout, self.dtype, self.order = (k, v), layout, dtype, order
         self.cache = CompressedDynamicCache([k], [v], sink_tokens=layout[0], recent_tokens=layout[1])
         self.layer = self.cache.layers[0]
         self._begin(batch, n)
@@ -137,10 +140,10 @@ class CacheMachine(RuleBasedStateMachine):
         return 0 if self.plain[0].seen is None else self.plain[0].seen.shape[2]
 
     def _tokens(self, n: int, seed: int, scale: int = 1) -> tuple[Tensor, Tensor]:
-        """K and V as attention makes them: heads and tokens transposed."""
+        """K and V as attention makes them, heads and tokens transposed; or in another order in memory."""
         heads = H // 2 if self.compressors[0].joint else H
         x = scale * torch.randn(2, self.batch, n, heads, D, generator=torch.Generator().manual_seed(seed))
-        return tuple(x.to(self.dtype).transpose(2, 3))
+        return tuple(side.clone(memory_format=self.order) for side in x.to(self.dtype).transpose(2, 3))
 
     @rule(n=LENGTHS, seed=st.integers(0, 9), scale=st.sampled_from([1, 30]))
     def append(self, n: int, seed: int, scale: int) -> None:
@@ -223,7 +226,7 @@ class CacheMachine(RuleBasedStateMachine):
     def _attend(self, queries: int, group: int, generator, mask: Tensor | None, added: Tensor, scaling: float, **how):
         """Queries of the last tokens find in the codes what they would find in the plain model."""
         k, v = (plain.seen for plain in self.plain)
-        q = torch.randn(self.batch, H * group, queries, D, generator=generator).to(self.dtype)
+        q = torch.randn(self.batch, queries, H * group, D, generator=generator).to(self.dtype).transpose(1, 2)
         q = 3 / scaling * q / (q @ k.repeat_interleave(group, dim=1).mT).abs().amax().clamp_min(1e-3)
         expected = attention(q, k, v, added.double(), scaling, **how)
         eps = torch.finfo(torch.float32 if self.dtype == torch.float64 else self.dtype).eps
