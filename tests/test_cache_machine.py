@@ -154,9 +154,9 @@ class CacheMachine(RuleBasedStateMachine):
         for plain, x in zip(self.plain, (torch.cat((k, v), dim=1),) if len(self.plain) == 1 else (k, v), strict=True):
             plain.append(x)
 
-    @rule(left=st.one_of(st.integers(-2, 9), st.integers(10, 400)))
+    @rule(left=st.one_of(st.integers(-9, -1), st.integers(0, 9), st.integers(10, 400)))
     def crop(self, left: int) -> None:
-        """To so many tokens behind the sinks, often few: there blocks are special."""
+        """To so many tokens behind the sinks, often few, for there blocks are special; or into the sinks."""
         tokens = max(self.held - max(self.layout[0] + left, 0), 0)
         self.cache.crop(-tokens)
         for plain in self.plain if tokens else ():
