@@ -78,9 +78,9 @@ test-compat: $(COMPAT)/.installed
 	$(COMPAT)/bin/python -c "import sys, torch, transformers as t; print(sys.version.split()[0], torch.__version__, t.__version__)"
 	HF_HUB_OFFLINE=1 $(COMPAT)/bin/python $(TESTS)
 
-# Thousands of histories of a cache in the place of a hundred, drawn anew each time
+# Thousands of histories of a cache in the place of a hundred, drawn anew each time, and the longest caches of all codecs
 fuzz: $(VENV)/.installed
-	FUZZ_HISTORIES=2000 $(RUN) -m pytest tests/test_cache_machine.py
+	FUZZ_HISTORIES=2000 $(RUN) -m pytest tests/test_cache_machine.py tests/test_endurance.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet ruff

@@ -11,6 +11,7 @@ that looks at K or V on the way can't work like that; it is tried out before any
 from __future__ import annotations
 
 import inspect
+import threading
 import weakref
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,9 @@ MOST_QUERIES = 64
 PROBE_TOKENS, PROBE_STEPS = 12, 2
 SAME = 1e-3  # largest change of a logit in the probe against the largest logit, in float32
 _STATE = "_compressed_attention"
+# One at a time: a second that begins meanwhile would take ours for what the model had before. Again by the same thread,
+# as a refusal undoes what was done
+_SWITCHING = threading.RLock()
 
 
 @dataclass
@@ -60,9 +64,15 @@ def enable_compressed_attention(model: PreTrainedModel) -> PreTrainedModel:
     Logits are those of the same cache without it, to rounding. Other caches are read by PyTorch's attention. Raises
     UnsupportedModel, and leaves the model as it was, where its attention can't be replaced or a trial run with the
     exact cache gives other logits.
+
+    Any number of threads may then run the model, each with caches of its own. To switch is for all of them: not while
+    one runs it.
     """
-    if is_enabled(model):
-        return model
+    with _SWITCHING:
+        return model if is_enabled(model) else _enable(model)
+
+
+def _enable(model: PreTrainedModel) -> PreTrainedModel:
     if not getattr(type(model), "_can_set_attn_implementation", lambda: False)():
         raise _unsupported(model, "transformers can't set its attention")
     AttentionInterface.register(NAME, compressed_attention)
@@ -89,13 +99,14 @@ def enable_compressed_attention(model: PreTrainedModel) -> PreTrainedModel:
 
 def disable_compressed_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Give a model its own attention back; returns the model. Our caches then reconstruct, as without this."""
-    if is_enabled(model):
-        reader = getattr(model, _STATE)
-        reader.enabled = False
-        for hook in reader.hooks:
-            hook.remove()
-        delattr(model, _STATE)
-        model.set_attn_implementation(reader.previous)
+    with _SWITCHING:
+        if is_enabled(model):
+            reader = getattr(model, _STATE)
+            reader.enabled = False
+            for hook in reader.hooks:
+                hook.remove()
+            delattr(model, _STATE)
+            model.set_attn_implementation(reader.previous)
     return model
 
 

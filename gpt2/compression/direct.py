@@ -105,12 +105,14 @@ def weighted_sum(store: TokenStore, p: Tensor) -> Tensor:
 
 def _parts(store: TokenStore) -> tuple[list[cpu.Part], list[cpu.Part] | None]:
     """What a store holds as kernels take it: exact parts, and compressed ones, None where no kernel reads them."""
+    if store.sinks.dtype not in cpu.EXACT_DTYPES:
+        return [], None
     rest, compressor = store.tail.shape[2], store.compressor
     exact = [cpu.exact(start, x) for start, x in ((0, store.sinks), (len(store) - rest, store.tail)) if x.shape[2]]
     rank, blocks = _rank(store), []
     for start, fields in store.pieces():
         packed = compressor.quantizer.packed(fields, rank)
-        if packed is None or store.sinks.dtype not in cpu.EXACT_DTYPES:
+        if packed is None:
             return exact, None
         kind, bits, own = packed
         skip = 0 if blocks else store.lead

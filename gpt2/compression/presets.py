@@ -14,6 +14,7 @@ import difflib
 import json
 import math
 import re
+import threading
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ FIGURES = ("compression_ratio", "baseline_ppl", "compressed_ppl", "ppl_delta")
 DEFAULTS = {"format": FORMAT, "codec": "pca", "quantizer": None, "sink_tokens": 4, "recent_tokens": 0}
 MOST_SHARED = 8  # presets whose compressors are kept for the next cache
 _BUILT: dict[tuple, tuple[Calibration, tuple[list, list]]] = {}
+_BUILDING = threading.Lock()  # threads that ask for the same at once share one, and none takes what another lets go
 # Beyond any model's, and small enough that a preset of a few bytes can't ask for a machine's memory
 RANGES = {"num_layers": (1, 1024), "head_dim": (1, 1024), "sink_tokens": (0, 2**31), "recent_tokens": (0, 2**31)}
 TEXTS = {"model": 4096, "calibration_file": 4096, "folder": 4096, "name": 200}  # letters
@@ -267,14 +269,15 @@ def _shared(plan: Plan, preset: dict, model: LoadedModel | None, dtype, device) 
 
     A basis may weigh more than a conversation, so that caches made one after another must not have one each.
     """
-    calibration = calibration_of(preset, model)
-    key = (id(calibration), json.dumps(plan_record(plan)), dtype, str(device))
-    if key not in _BUILT:
-        while len(_BUILT) >= MOST_SHARED:
-            _BUILT.pop(next(iter(_BUILT)))
-        # The calibration stays with what was made of it, so that its id isn't another's
-        _BUILT[key] = (calibration, build(plan, preset["head_dim"], calibration, dtype=dtype, device=device))
-    k, v = _BUILT[key][1]
+    with _BUILDING:
+        calibration = calibration_of(preset, model)
+        key = (id(calibration), json.dumps(plan_record(plan)), dtype, str(device))
+        if key not in _BUILT:
+            while len(_BUILT) >= MOST_SHARED:
+                _BUILT.pop(next(iter(_BUILT)))
+            # The calibration stays with what was made of it, so that its id isn't another's
+            _BUILT[key] = (calibration, build(plan, preset["head_dim"], calibration, dtype=dtype, device=device))
+        k, v = _BUILT[key][1]
     return list(k), list(v)
 
 

@@ -85,7 +85,8 @@ class TokenStore:
     that were appended a moment ago.
 
     keep_expanded: hold the reconstruction beside the blocks, so that each block is expanded once. It takes the memory
-    that compression saves and is counted: for evaluations that read the whole history at every step.
+    that compression saves and is counted: for evaluations that read the whole history at every step. An exact codec
+    holds what it reconstructs already.
     """
 
     def __init__(self, compressor: Compressor, sink_tokens: int, recent_tokens: int):
@@ -179,7 +180,7 @@ class TokenStore:
         """Reconstruction of the blocks from `start_block` on."""
         if not self.compressed_tokens:
             return None
-        if self.keep_expanded:
+        if self.keep_expanded and not self.compressor.exact:
             return self._kept(start_block)
         x = self._expand_from(start_block)
         return x if start_block else x[:, :, self.lead :]
