@@ -18,7 +18,6 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import optuna
-from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import create_engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -139,12 +138,11 @@ def open_study(path: Path, name: str) -> optuna.Study:
     """Open or create a study in an SQLite file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _locked(path):  # two processes creating the tables at once trip over each other
+        with studies.locked(path):  # two processes creating the tables at once trip over each other
             storage = studies.open_storage(f"sqlite:///{path}", HEARTBEAT_SECONDS, STALE_SECONDS)
             return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
     except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
-        reason = str(error).splitlines()[0]
-        raise PluginError(f"can't use {path} as a study ({reason}): give --study another file") from error
+        raise studies.cant_use(path, error) from error
 
 
 def run_grid(
@@ -201,20 +199,21 @@ def run_queue(
             raise optuna.TrialPruned
         return objective(trial, key)
 
-    while True:
-        waiting, running = _enqueue_missing(study, path, wanted)
-        report(f"{running} running elsewhere" if running else "")
-        if waiting:
-            study.optimize(claimed, n_trials=1)
-        elif running:
-            time.sleep(poll_seconds)
-        else:
-            return
+    with studies.usable(path):
+        while True:
+            waiting, running = _enqueue_missing(study, path, wanted)
+            report(f"{running} running elsewhere" if running else "")
+            if waiting:
+                study.optimize(claimed, n_trials=1)
+            elif running:
+                time.sleep(poll_seconds)
+            else:
+                return
 
 
 def _enqueue_missing(study: optuna.Study, path: Path, wanted: Callable[[], dict[str, dict]]) -> tuple[int, int]:
     """Enqueue all that is neither done, waiting nor being worked on. Returns how many wait and how many run."""
-    with _locked(path):
+    with studies.locked(path):
         _fail_stale(study, path)
         parameters = wanted()
         at, lost = {state: set() for state in TrialState}, {}
@@ -292,7 +291,3 @@ def _key(cell: Cell) -> str:
 def _trial(cell: Cell, frozen: FrozenTrial) -> Trial:
     delta = frozen.user_attrs["ppl_delta"]
     return Trial(cell, math.inf if delta is None else delta, frozen.value, frozen.user_attrs["details"])
-
-
-def _locked(path: Path) -> FileLock:
-    return FileLock(f"{path}.lock")
