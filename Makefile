@@ -12,7 +12,7 @@ WORKFLOW := results/workflow
 # As a user has it: in a folder of their own, with the scripts somewhere else
 IN_WORKFLOW := cd $(WORKFLOW) && HF_HUB_OFFLINE=1 $(abspath $(VENV))/bin/python $(CURDIR)/scripts
 
-.PHONY: demo workflow tables report test fuzz lint benchmark clean
+.PHONY: demo workflow tables report test fuzz kills lint benchmark clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -61,6 +61,10 @@ test: $(VENV)/.installed
 # Thousands of histories of a cache in the place of a hundred, drawn anew each time
 fuzz: $(VENV)/.installed
 	FUZZ_HISTORIES=2000 $(RUN) -m pytest tests/test_cache_machine.py
+
+# Every script that writes killed at ten random moments, and on ten full disks; another ten each time
+kills: $(VENV)/.installed
+	KILLS=10 $(RUN) -m pytest tests/test_kills.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet ruff

@@ -14,7 +14,7 @@ from typing import NoReturn
 from torch import Tensor
 from tqdm import tqdm
 
-from gpt2 import models, processes, results
+from gpt2 import interrupts, models, processes, results
 from gpt2.compression.choice import CacheChoice, from_policy, from_preset
 from gpt2.compression.codecs import CODECS, IDENTITY, codec_name
 from gpt2.compression.kv_policies import KVPolicyName
@@ -278,7 +278,7 @@ def _told_in_one_line(work: Callable[[], None], own: processes.Processes) -> Non
             raise
         stop(out_of_memory(), 4)
     except KeyboardInterrupt:
-        stop("\ninterrupted: nothing half-written was left behind", 130)
+        stop(interrupts.MESSAGE, interrupts.EXIT_CODE)
     except BrokenPipeError:  # `script | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

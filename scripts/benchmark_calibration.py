@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+
 import torch
 
 from gpt2 import cli, data, models, results

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
+import itertools
 import os
+import runpy
 import signal
 import sys
 import time
@@ -12,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from test_scripts import run
+from gpt2 import interrupts, results
 
 PATIENCE = 120  # seconds until a child counts as hanging
 
@@ -53,6 +57,35 @@ class Child:
         return self.said.with_suffix(".err").read_text()
 
 
+def at_every_write(folder: Path, act: Callable[[int], None]) -> Callable[[], None]:
+    """To be called in a child: `act` is called with 0, 1, 2 … before each file of `folder` is made, moved or removed."""
+    inside, numbers = [], itertools.count()
+
+    def hook(event: str, args: tuple) -> None:
+        if (
+            inside
+            or event not in {"open", "os.rename", "os.remove", "os.mkdir"}
+            or not isinstance(args[0], (str, Path))
+        ):
+            return
+        reads = event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        path = os.path.abspath(args[0])
+        if reads or not path.startswith(f"{folder}/") or path.endswith(".lock"):
+            return
+        inside.append(True)
+        act(next(numbers))
+        inside.clear()
+
+    return lambda: sys.addaudithook(hook)
+
+
+def unprivileged() -> None:
+    """To be called in a child: modes of files and folders bind from now on, also where we are root."""
+    header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()  # version 3, this process; none of all
+    if not os.getuid() and ctypes.CDLL(None, use_errno=True).capset(header, data):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
 def start(script: str, flags: list, folder: Path, said: Path, *before: Callable[[], None]) -> Child:
     """Start a script with `folder` as its working folder. before: called in the child first."""
     started = time.monotonic()
@@ -69,9 +102,17 @@ def start(script: str, flags: list, folder: Path, said: Path, *before: Callable[
         sys.stdout, sys.stderr = (open(said.with_suffix(end), "w", buffering=1) for end in (".out", ".err"))
         os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stderr.fileno(), 2)
+        main = functools.partial(runpy.run_path, str(results.ROOT / "scripts" / f"{script}.py"), run_name="__main__")
+        sys.argv = [script, *map(str, flags)]
         for act in before:
             act()
-        code = run(script, *flags)
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    except KeyboardInterrupt:  # while it imports: what the interpreter calls then, in a process of its own
+        print(interrupts.MESSAGE, file=sys.stderr)
+        code = interrupts.EXIT_CODE
     except BaseException:
         traceback.print_exc()
     finally:
