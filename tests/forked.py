@@ -18,6 +18,7 @@ from pathlib import Path
 
 from gpt2 import interrupts, results
 
+WRITES = {"open", "os.rename", "os.remove", "os.mkdir"}  # as Python's audit hooks call them
 PATIENCE = 120  # seconds until a child counts as hanging
 
 
@@ -58,7 +59,7 @@ class Child:
 
 
 def at_every_write(folder: Path, act: Callable[[int], None]) -> Callable[[], None]:
-    """To be called in a child: `act` is called with 0, 1, 2 … before each file of `folder` is made, moved or removed."""
+    """To be called in a child: `act` gets 0, 1, 2 … before each file of `folder` is made, moved or removed."""
     inside, numbers = [], itertools.count()
 
     def hook(event: str, args: tuple) -> None:
@@ -99,7 +100,7 @@ def start(script: str, flags: list, folder: Path, said: Path, *before: Callable[
         os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(folder)
-        sys.stdout, sys.stderr = (open(said.with_suffix(end), "w", buffering=1) for end in (".out", ".err"))
+        sys.stdout, sys.stderr = (open(said.with_suffix(end), "w", 1) for end in (".out", ".err"))  # noqa: SIM115
         os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stderr.fileno(), 2)
         main = functools.partial(runpy.run_path, str(results.ROOT / "scripts" / f"{script}.py"), run_name="__main__")

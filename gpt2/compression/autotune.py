@@ -185,12 +185,15 @@ def run_queue(
     objective: Callable[[optuna.Trial, str], float],
     report: Callable[[str], None] = lambda note: None,
     poll_seconds: float = 2.0,
+    in_order: bool = False,
 ) -> None:
     """Work on a study until all that is wanted is done, by this process or by others.
 
     wanted: key of everything that is to be tried to its parameters; those that are left out are the sampler's to
     choose. objective: gets a trial and its key. A trial that is pruned counts as done if it has a user attribute
-    `skipped`. report: called after each step with a line on what goes on.
+    `skipped`. report: called after each step with a line on what goes on. in_order: what a dead worker was trying
+    comes before all that is wanted after it, so that one worker that is killed and started again ends as if it hadn't
+    been; workers that share the work then ask more often in vain.
     """
 
     def claimed(trial: optuna.Trial) -> float:
@@ -201,7 +204,7 @@ def run_queue(
 
     with studies.usable(path):
         while True:
-            waiting, running = _enqueue_missing(study, path, wanted)
+            waiting, running = _enqueue_missing(study, path, wanted, 1 if in_order else None)
             report(f"{running} running elsewhere" if running else "")
             if waiting:
                 study.optimize(claimed, n_trials=1)
@@ -211,8 +214,13 @@ def run_queue(
                 return
 
 
-def _enqueue_missing(study: optuna.Study, path: Path, wanted: Callable[[], dict[str, dict]]) -> tuple[int, int]:
-    """Enqueue all that is neither done, waiting nor being worked on. Returns how many wait and how many run."""
+def _enqueue_missing(
+    study: optuna.Study, path: Path, wanted: Callable[[], dict[str, dict]], at_most: int | None = None
+) -> tuple[int, int]:
+    """Enqueue what is neither done, waiting nor being worked on. Returns how many wait and how many run.
+
+    at_most: how many may wait then.
+    """
     with studies.locked(path):
         _fail_stale(study, path)
         parameters = wanted()
@@ -224,7 +232,8 @@ def _enqueue_missing(study: optuna.Study, path: Path, wanted: Callable[[], dict[
             elif trial.state != TrialState.PRUNED or "skipped" in trial.user_attrs:
                 at[trial.state].add(key)
         taken = set().union(*at.values())
-        for key in (key for key in parameters if key not in taken):
+        room = None if at_most is None else max(0, at_most - len(at[TrialState.WAITING] & parameters.keys()))
+        for key in [key for key in parameters if key not in taken][:room]:
             # What a dead worker was trying is tried again, once: it may be what kills workers
             again = lost[key][0] if len(lost.get(key, [])) == 1 else {}
             study.enqueue_trial(parameters[key] | again, user_attrs={"cell": key})
