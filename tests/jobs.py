@@ -58,7 +58,7 @@ def timed(words: str) -> frozenset[str]:
 
 JOBS = {
     "tune": Job("auto_tune_kv_compression", GRID, before=(soon_stale,)),
-    "tune per layer": Job("auto_tune_kv_compression", [*GRID, "--per-layer"], before=(soon_stale,)),
+    "tune per layer": Job("auto_tune_kv_compression", [*GRID, "--per-layer"], long=True, before=(soon_stale,)),
     "tune codecs": Job(
         "auto_tune_kv_compression",
         [*TUNING, "--search", "codec", "--codecs", "identity", "--num-trials", 3],
@@ -96,7 +96,7 @@ JOBS = {
     ),
     "stability": Job(
         "eval_stability",
-        [*TEXT, *PRESET, *SMALL_EVAL, "--num-runs", 2, "--vary", "text,seed", "--needle-length", 256]
+        [*TEXT, *PRESET, *SMALL_EVAL, "--num-runs", 2, "--vary", "text", "--needle-length", 256]
         + ["--needle-trials", 1, *RUN],
         timed=timed("speed_ratio token_ms"),
     ),
