@@ -20,7 +20,7 @@ COMPAT := .venv-compat
 COMPAT_PINS := 'torch==2.11.*' 'transformers==5.17.*' 'numpy<2.4'
 COMPAT_PYTHON ?= $(shell python3.12 -c 'print("python3.12")' 2>/dev/null || echo $(PYTHON))
 
-.PHONY: demo workflow tables report test test-compat fuzz lint audit benchmark clean
+.PHONY: demo workflow tables report test test-compat fuzz kills lint audit benchmark clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -81,6 +81,10 @@ test-compat: $(COMPAT)/.installed
 # Thousands of histories of a cache in the place of a hundred, drawn anew each time, and the longest caches of all codecs
 fuzz: $(VENV)/.installed
 	FUZZ_HISTORIES=2000 $(RUN) -m pytest tests/test_cache_machine.py tests/test_endurance.py
+
+# Every script that writes killed at ten random moments, and on ten full disks; another ten each time
+kills: $(VENV)/.installed
+	KILLS=10 $(RUN) -m pytest tests/test_kills.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet ruff

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import NoReturn
 from torch import Tensor
 from tqdm import tqdm
 
-from gpt2 import models, processes, results
+from gpt2 import interrupts, models, processes, results
 from gpt2.compression.choice import CacheChoice, from_policy, from_preset
 from gpt2.compression.codecs import CODECS, IDENTITY, codec_name
 from gpt2.compression.kv_policies import KVPolicyName
@@ -23,6 +24,7 @@ from gpt2.errors import PluginError, is_out_of_memory, printable
 from gpt2.evaluation.perplexity import BASELINE
 
 WAIT_FOR_THE_FIRST_S = 3
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on a disk, in one's share of it, in a file
 # Flag to what it does against it, in the order to try; a script shows those that it has
 AGAINST_OUT_OF_MEMORY = {
     "--samples": "reduce --samples (50 is often enough)",
@@ -271,6 +273,7 @@ def _told_in_one_line(work: Callable[[], None], own: processes.Processes) -> Non
 
     try:
         work()
+        sys.stdout.flush()
     except PluginError as error:
         stop(f"error: {error}", error.exit_code)
     except (MemoryError, RuntimeError) as error:
@@ -278,10 +281,20 @@ def _told_in_one_line(work: Callable[[], None], own: processes.Processes) -> Non
             raise
         stop(out_of_memory(), 4)
     except KeyboardInterrupt:
-        stop("\ninterrupted: nothing half-written was left behind", 130)
+        stop(interrupts.MESSAGE, interrupts.EXIT_CODE)
     except BrokenPipeError:  # `script | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_nowhere()
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _print_nowhere()
+        stop(f"error: can't write {error.filename or 'what is printed'}: {error.strerror}", 2)
+
+
+def _print_nowhere() -> None:
+    """What is still to be printed can't be: the interpreter must not try it again as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -14,12 +14,13 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from gpt2.errors import PluginError, UnsupportedModel, is_out_of_memory
@@ -289,19 +290,22 @@ def _convert_embedded(folder: Path) -> None:
     source = Path(next(iter(package.submodule_search_locations)))
     gguf = next(source.glob("*.gguf")).name
     print(f"First use of {EMBEDDED}: converting its weights once (about 20 s) into {folder}", flush=True)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32, **_dequantize())
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name))
+    part = folder.with_name(f"{folder.name}.part")
     try:
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        part.rename(folder)
-    except OSError:
-        if not (folder / "config.json").exists():  # another process may have been faster
-            raise
-    finally:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if (folder / "config.json").exists():  # another process was faster
+                return
+            shutil.rmtree(part, ignore_errors=True)  # half a GB of a process that was killed
+            model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32, **_dequantize())
+            model.save_pretrained(part)
+            AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(part)
+            part.rename(folder)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
+        raise PluginError(
+            f"can't convert {EMBEDDED} into {folder}: {_first_line(error)}. KV_PLUGIN_CACHE can name another folder"
+        ) from error
 
 
 def _dequantize() -> dict:

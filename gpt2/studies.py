@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import optuna
+from filelock import FileLock
 from optuna.storages import RDBStorage
 from sqlalchemy import Engine, event, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from gpt2.errors import PluginError
 
 # Heartbeats have been in Optuna since 2021 and are marked experimental still
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+class _Storage(RDBStorage):
+    """Optuna's, whose threads that give signs of life don't print tracebacks: the worker meets the same error."""
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        with suppress(SQLAlchemyError, optuna.exceptions.StorageInternalError):
+            super().record_heartbeat(trial_id)
 
 
 def open_storage(url: str, heartbeat: int, silence: int, stale_callback=None) -> RDBStorage:
@@ -22,7 +37,7 @@ def open_storage(url: str, heartbeat: int, silence: int, stale_callback=None) ->
     # SQLite can't lock a row, and Python's driver begins a transaction when it writes: two workers would both find a
     # trial waiting, and both claim it. So transactions begin when they read, as SQLAlchemy's manual of SQLite does it
     alone = {"connect_args": {"isolation_level": None, "timeout": 60}}
-    storage = RDBStorage(
+    storage = _Storage(
         url,
         engine_kwargs=alone if local else {"pool_pre_ping": True},
         heartbeat_interval=heartbeat,
@@ -32,6 +47,42 @@ def open_storage(url: str, heartbeat: int, silence: int, stale_callback=None) ->
     if local:
         event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     return storage
+
+
+@contextmanager
+def usable(study: str | Path) -> Iterator[None]:
+    """Raise PluginError for what a database raises within the block. study: its file or URL, as messages name it."""
+    try:
+        yield
+    except PluginError:
+        raise
+    except Exception as error:
+        cause = error  # Optuna wraps it, and trips over it at the end of a trial
+        while cause and not isinstance(cause, SQLAlchemyError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cant_use(study, cause) from error
+
+
+def cant_use(study: str | Path, error: Exception) -> PluginError:
+    """The error for a database that can't be read or written; a URL is shown without its password."""
+    reason, shown = str(error).splitlines()[0], str(study).split("@")[-1]
+    return PluginError(f"can't use {shown} as a study ({reason}): give --study another")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock beside an SQLite file. Raises PluginError where it can't be made."""
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise cant_use(path, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def without_heartbeat(engine: Engine, study_name: str) -> set[int]:

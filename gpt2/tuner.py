@@ -54,7 +54,8 @@ def search_codecs(args, loaded, text, output: Path) -> Found:
 
 def measured_with(args, loaded, text, output: Path, metric: str | None, rank: int) -> tuple[dict, str]:
     """Arguments that both searches have, and how the preset names its calibration; none where no `metric` is needed."""
-    results.check_writable(output)  # now, and not after an hour
+    for path in (output, results.picture_beside(output)):
+        results.check_writable(path)  # now, and not after an hour
     names = ("target", "codec", "sink_tokens", "chunk", "batch_size", "seed")
     parts = {name: getattr(args, name) for name in names} | {"bar": cli.bar, "calibration": None, "loaded": loaded}
     parts |= {part: cli.evaluation_segments(args, loaded, text, part) for part in ("tuning", "evaluation")}

@@ -94,7 +94,7 @@ def main() -> None:
     title = f"{args.model}, {what}: {search.tuning.numel():,} tuning tokens of {text.name}"
     draw = plots.frontier if args.search == "grid" else plots_codecs.frontier
     tuning.print_chosen(best, confirmed)
-    tuning.write(preset, output, bool(args.output), draw(preset["trials"], budget, str(best.cell), title))
+    tuning.write(preset, output, lambda: draw(preset["trials"], budget, str(best.cell), title))
 
 
 if __name__ == "__main__":

@@ -40,12 +40,12 @@ def main() -> None:
 
     rows = [measure(label, make, tokens, args, device) for label, make in codecs(args, device).items()
             for tokens in args.tokens]  # fmt: skip
-    results.write_json(output, results.provenance(args, dtype="bfloat16", rows=rows))
     lines = {}
     for row in rows:
         lines.setdefault(row["codec"], []).append(row["append_ms_median"])
     title = f"{args.layers} layers, {args.kv_heads} KV heads of {args.head_dim}"
-    results.write_figure(picture, plots.appending(args.tokens, lines, title))
+    record = results.provenance(args, dtype="bfloat16", rows=rows)
+    results.write_run(output, record, picture, lambda: plots.appending(args.tokens, lines, title))
     print(f"wrote {output} and {picture}")
 
 

@@ -76,8 +76,7 @@ def main() -> None:
     record = results.provenance(
         args, copy_bytes_per_s=bandwidth, kernels=speed.kernels(device), dtype=args.dtype, rows=rows
     )
-    results.write_json(output, record)
-    results.write_figure(picture, plots_attention.steps(record))
+    results.write_run(output, record, picture, lambda: plots_attention.steps(record))
     print(f"\nwrote {output} and {picture}")
 
 

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 
@@ -31,12 +30,14 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--samples", type=cli.int_list, default=[8, 64], help="numbers of sequences for the memory figure")
     p.add_argument("--seq-len", type=cli.positive_int, default=1024, help="tokens per sequence")
     p.add_argument("--repeats", type=cli.positive_int, default=9, help="timed rounds")
-    p.add_argument("--output", type=Path, help="JSON file")
+    p.add_argument("--output", type=cli.output_path, help="JSON file")
     return p
 
 
 def main() -> None:
     args = arguments().parse_args()
+    # Before the first calibration: its file will be named after the model, which is loaded later
+    results.check_writable(args.output or results.RESULTS / "runs" / "benchmark_calibration.json")
     memory = {str(n): peak_megabytes(args, n) for n in args.samples}  # first: a child's peak starts at its parent's
     for samples, size in memory.items():
         print(f"peak resident size with {samples:>3} samples: {size:,.0f} MB", flush=True)

@@ -73,9 +73,8 @@ def main() -> None:
         text_sha256=text.sha256("evaluation"), segments=list(segments.shape), peer_versions=peer_versions(),
         rows=rows, needle=asked,
     )  # fmt: skip
-    results.write_json(output, record)
     title = f"{loaded.spec}, {segments.numel():,} tokens of {text.name}"
-    results.write_figure(picture, plots.peers(rows, title))
+    results.write_run(output, record, picture, lambda: plots.peers(rows, title))
     print(f"\nwrote {results.shown(output)} and {results.shown(picture)}")
 
 

@@ -69,9 +69,8 @@ def main() -> None:
         text_sha256=text.sha256("evaluation"), caches=[choice.record() for choice in chosen],
         baseline_works_from=needle.works_from(args.distractors), summary=summaries, cells=cells, rows=rows,
     )  # fmt: skip
-    results.write_json(output, record)
     title = f"{loaded.spec}, {text.name}, {args.num_trials} prompts per cell, distractors: {args.distractors}"
-    results.write_figure(picture, plots.needles(cells, title))
+    results.write_run(output, record, picture, lambda: plots.needles(cells, title))
     print(f"\nwrote {results.shown(output)} and {results.shown(picture)}")
 
 

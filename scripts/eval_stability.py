@@ -61,8 +61,8 @@ def main() -> None:
         text_sha256=text.sha256("evaluation"), cache=choice.record(), metrics=METRICS, rows=rows, summary=summary,
         verdict=verdict,
     )  # fmt: skip
-    results.write_json(output, record)
-    results.write_figure(picture, plots.stability(rows, METRICS, f"{loaded.spec}, {choice.label}, {text.name}"))
+    title = f"{loaded.spec}, {choice.label}, {text.name}"
+    results.write_run(output, record, picture, lambda: plots.stability(rows, METRICS, title))
     print(f"\n{verdict['line']}\nwrote {results.shown(output)} and {results.shown(picture)}")
     sys.exit(3 if verdict["stable"] is False else 0)
 

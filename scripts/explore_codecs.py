@@ -64,9 +64,8 @@ def main() -> None:
         text_sha256={"calibration": text.sha256("calibration"), "evaluation": eval_text.sha256("evaluation")},
         calibration_tokens=windows.numel(), segments=list(segments.shape), rows=rows,
     )  # fmt: skip
-    results.write_json(output, record)
     title = f"{loaded.spec}, {segments.numel():,} tokens of {eval_text.name}, calibrated on {text.name}"
-    results.write_figure(picture, plots_exploration.explored(rows, title))
+    results.write_run(output, record, picture, lambda: plots_exploration.explored(rows, title))
     print(f"\nwrote {results.shown(output)} and {results.shown(picture)}")
 
 

@@ -70,6 +70,10 @@ def main(processes: Processes) -> None:
     root = args.output or results.RESULTS
     calibrations = args.output / "calibrations" if args.output else calibration_folders()[0]
     path = args.calibration_file or calibrations / f"kv_{args.codec}_{slug}.pt"
+    output, folder = root / "runs" / f"{record_name}.json", root / "presets"
+    picture = results.picture_beside(output)
+    for wanted in (output, picture, folder / f"{slug}.json"):
+        results.check_writable(wanted)
     calibration = compact_calibration(
         loaded, text, path, codec=args.codec, samples=args.samples, seq_len=args.seq_len, seed=args.seed,
         sink_tokens=args.sink_tokens, checkpointing=args.gradient_checkpointing, progress=cli.bar("calibrating", "seq"),
@@ -91,11 +95,10 @@ def main(processes: Processes) -> None:
     made = results.provenance(args, text=eval_text.name, text_sha256=eval_text.sha256("evaluation"))
     record = made | {"model": loaded.spec, "fingerprint": loaded.fingerprint, "calibration": calibration.meta}
     record |= {"codec_bytes": codec_bytes, "rows": rows}
-    output = results.write_json(root / "runs" / f"{record_name}.json", record)
-    picture = results.write_figure(root / "plots" / f"{record_name}.png", plots.ladder(record))
-    print(f"\nwrote {output} and {picture}")
     if not args.tag:
-        write_presets(args, root / "presets", loaded, calibration, path, rungs, measured, made)
+        write_presets(args, folder, loaded, calibration, path, rungs, measured, made)
+    results.write_run(output, record, picture, lambda: plots.ladder(record))  # last: it says that all is there
+    print(f"wrote {output} and {picture}")
 
 
 def row(rung: Rung, measured: dict, quantizer: str) -> dict:
@@ -119,6 +122,7 @@ def write_presets(args, folder, loaded, calibration, path, rungs: list[Rung], me
     flags["ratios"] = ",".join(f"{rung.ratio:g}" for rung in rungs)
     words = [f"--{key} {value}" for key, value in flags.items() if value is not None]
     made_by = "python scripts/make_presets.py " + " ".join(words)
+    print()
     for rung in rungs:
         output = folder / f"{loaded.slug}-{rung.name}.json"
         preset = presets.new_preset(

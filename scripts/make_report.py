@@ -25,6 +25,7 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     args = arguments().parse_args()
     output = args.output or args.results / "report.html"
+    results.check_writable(output)
     html, missing = report.page(args.results, report.CONFIGS, args.model)
     with results.atomic(output) as part:
         part.write_text(html, encoding="utf-8")

@@ -41,8 +41,7 @@ def main() -> None:
         args, model=loaded.spec, fingerprint=loaded.fingerprint, caches=[choice.record() for choice in choices],
         rows=rows,
     )  # fmt: skip
-    results.write_json(output, record)
-    results.write_figure(picture, plots_codecs.ratios_by_context(rows, loaded.spec))
+    results.write_run(output, record, picture, lambda: plots_codecs.ratios_by_context(rows, loaded.spec))
     print(f"\nwrote {results.shown(output)} and {results.shown(picture)}")
 
 

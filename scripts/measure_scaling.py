@@ -63,8 +63,7 @@ def main() -> None:
     record = results.provenance(
         args, model=loaded.spec, caches=caches, calibrations=calibrations, passes=passes, slopes=slopes
     )
-    results.write_json(output, record)
-    results.write_figure(picture, plots_scaling.slopes(record))
+    results.write_run(output, record, picture, lambda: plots_scaling.slopes(record))
     print(f"wrote {output} and {picture}")
 
 

@@ -74,8 +74,7 @@ def main() -> None:
         caches=[choice.record() for choice in choices],
         rows=rows,
     )
-    results.write_json(output, record)
-    results.write_figure(picture, plots.profiles(rows, title(record, loaded)))
+    results.write_run(output, record, picture, lambda: plots.profiles(rows, title(record, loaded)))
     print(f"\nwrote {output} and {picture}")
 
 

@@ -66,6 +66,8 @@ def main() -> None:
         print_status(matcher, wanted)
         return
     failed = {}
+    for table in chosen:
+        results.check_writable(pages.page_path(setting, table.name))
     if not args.pages:
         failed = Worker(args.study or setting.results / "tables" / "study.db", matcher).work(wanted)
     for table in chosen:

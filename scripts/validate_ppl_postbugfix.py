@@ -77,9 +77,8 @@ def main() -> None:
         segments=list(segments.shape),
         rows=rows,
     )
-    results.write_json(output, record)
     title = f"{loaded.spec}, {segments.numel():,} tokens of {text.name}"
-    results.write_figure(picture, plots.deltas(rows, title))
+    results.write_run(output, record, picture, lambda: plots.deltas(rows, title))
     print(f"\nwrote {output} and {picture}")
     check_cache_is_on_the_path(rows)
 

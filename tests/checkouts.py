@@ -11,10 +11,12 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # in silence
 sys.path.append(os.environ["REPOSITORY"])
 from gpt2 import code_version  # without torch, which takes seconds to import
 

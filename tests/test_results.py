@@ -2,13 +2,17 @@
 
 import argparse
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from gpt2 import results
+from gpt2 import plots, results
 from gpt2.errors import PluginError
 from gpt2.results import atomic, check_writable, provenance, write_json, write_torch
 
@@ -56,11 +60,76 @@ def test_a_path_that_cannot_be_written_is_refused(path):
     assert path.read_text() == "old"
 
 
-def test_a_read_only_folder_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(results.os, "access", lambda *a: False)
-    with pytest.raises(PluginError, match="can't write .*r.json: its folder is read-only"):
-        write_json(tmp_path / "r.json", {})
-    assert not list(tmp_path.iterdir())
+def written_while_another_dies(path: Path, die: bool) -> None:
+    """A process that begins to write; it waits for a file `go`, then ends by a signal or in good order."""
+    with atomic(path) as part:
+        part.write_text("half")
+        (path.parent / "begun").touch()
+        while not (path.parent / "go").exists():
+            time.sleep(0.01)
+        if die:
+            os.kill(os.getpid(), signal.SIGKILL)
+        part.write_text("theirs")
+
+
+@pytest.mark.parametrize("die", [True, False])
+def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(path, die):
+    folder = path.parent
+    other = multiprocessing.get_context("fork").Process(target=written_while_another_dies, args=(path, die))
+    other.start()
+    while not (folder / "begun").exists():
+        time.sleep(0.01)
+    write_json(path, {})
+    assert len(list(folder.glob(".r.json.*.tmp"))) == 1, "the other one lives, and its file is left to it"
+    (folder / "go").touch()
+    other.join(30)
+    assert other.exitcode == (-signal.SIGKILL if die else 0)
+    assert len(list(folder.glob(".r.json.*.tmp"))) == die and path.read_text() == ("{}\n" if die else "theirs")
+    neighbour, foreign = folder / ".r.jsonx.0123abcd.tmp", folder / ".r.json.mine.tmp"
+    for kept in (neighbour, foreign):
+        kept.touch()
+    check_writable(path)
+    assert set(folder.glob(".*")) == {neighbour, foreign}, "of this path, and of this name alone"
+
+
+def write_again_and_again(path: Path, number: int) -> None:
+    for turn in range(200):
+        write_json(path, {"number": number, "turn": turn, "long": list(range(500))})
+
+
+def test_many_processes_that_write_the_same_path_dont_take_each_others_files_for_abandoned(path):
+    path.unlink()
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_again_and_again, args=(path, n)) for n in range(4)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        if path.exists():
+            assert len(json.loads(path.read_text())["long"]) == 500
+        time.sleep(0.01)
+    assert [writer.exitcode for writer in writers] == [0] * 4 and list(path.parent.iterdir()) == [path]
+
+
+def test_a_record_is_written_after_its_picture_and_also_without_it(tmp_path):
+    record, picture = tmp_path / "r.json", tmp_path / "r.png"
+
+    def draw():
+        assert not record.exists()
+        return plots.appending([1, 2], {"a": [1, 2]}, "t")
+
+    def bad():
+        raise ZeroDivisionError
+
+    results.write_run(record, {"x": 1}, picture, draw)
+    assert json.loads(record.read_text()) == {"x": 1} and picture.exists()
+    with pytest.raises(ZeroDivisionError):
+        results.write_run(record, {"x": 2}, picture, bad)
+    assert json.loads(record.read_text()) == {"x": 2}, "it took the work"
+
+
+def test_torchs_files_are_the_same_to_the_byte(tmp_path):
+    one, two = (write_torch(tmp_path / name, {"t": torch.arange(3)}).read_bytes() for name in ("a.pt", "b.pt"))
+    assert one == two, "the name of a temporary file would be in it"
 
 
 def test_a_folder_in_the_files_place_is_refused(tmp_path):

@@ -18,7 +18,6 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import optuna
-from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import create_engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -143,19 +142,18 @@ def check_study(path: Path) -> None:
         with path.open("rb") as file:
             start = file.read(len(SQLITE))
         if start not in (b"", SQLITE):
-            raise PluginError(f"can't use {path} as a study (file is not a database): give --study another file")
+            raise studies.cant_use(path, ValueError("file is not a database"))
 
 
 def open_study(path: Path, name: str) -> optuna.Study:
     """Open or create a study in an SQLite file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _locked(path):  # two processes creating the tables at once trip over each other
+        with studies.locked(path):  # two processes creating the tables at once trip over each other
             storage = studies.open_storage(f"sqlite:///{path}", HEARTBEAT_SECONDS, STALE_SECONDS)
             return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
     except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
-        reason = str(error).splitlines()[0]
-        raise PluginError(f"can't use {path} as a study ({reason}): give --study another file") from error
+        raise studies.cant_use(path, error) from error
 
 
 def run_grid(
@@ -198,12 +196,15 @@ def run_queue(
     objective: Callable[[optuna.Trial, str], float],
     report: Callable[[str], None] = lambda note: None,
     poll_seconds: float = 2.0,
+    in_order: bool = False,
 ) -> None:
     """Work on a study until all that is wanted is done, by this process or by others.
 
     wanted: key of everything that is to be tried to its parameters; those that are left out are the sampler's to
     choose. objective: gets a trial and its key. A trial that is pruned counts as done if it has a user attribute
-    `skipped`. report: called after each step with a line on what goes on.
+    `skipped`. report: called after each step with a line on what goes on. in_order: what a dead worker was trying
+    comes before all that is wanted after it, so that one worker that is killed and started again ends as if it hadn't
+    been; workers that share the work then ask more often in vain.
     """
 
     def claimed(trial: optuna.Trial) -> float:
@@ -212,20 +213,26 @@ def run_queue(
             raise optuna.TrialPruned
         return objective(trial, key)
 
-    while True:
-        waiting, running = _enqueue_missing(study, path, wanted)
-        report(f"{running} running elsewhere" if running else "")
-        if waiting:
-            study.optimize(claimed, n_trials=1)
-        elif running:
-            time.sleep(poll_seconds)
-        else:
-            return
+    with studies.usable(path):
+        while True:
+            waiting, running = _enqueue_missing(study, path, wanted, 1 if in_order else None)
+            report(f"{running} running elsewhere" if running else "")
+            if waiting:
+                study.optimize(claimed, n_trials=1)
+            elif running:
+                time.sleep(poll_seconds)
+            else:
+                return
 
 
-def _enqueue_missing(study: optuna.Study, path: Path, wanted: Callable[[], dict[str, dict]]) -> tuple[int, int]:
-    """Enqueue all that is neither done, waiting nor being worked on. Returns how many wait and how many run."""
-    with _locked(path):
+def _enqueue_missing(
+    study: optuna.Study, path: Path, wanted: Callable[[], dict[str, dict]], at_most: int | None = None
+) -> tuple[int, int]:
+    """Enqueue what is neither done, waiting nor being worked on. Returns how many wait and how many run.
+
+    at_most: how many may wait then.
+    """
+    with studies.locked(path):
         _fail_stale(study, path)
         parameters = wanted()
         at, lost = {state: set() for state in TrialState}, {}
@@ -236,7 +243,8 @@ def _enqueue_missing(study: optuna.Study, path: Path, wanted: Callable[[], dict[
             elif trial.state != TrialState.PRUNED or "skipped" in trial.user_attrs:
                 at[trial.state].add(key)
         taken = set().union(*at.values())
-        for key in (key for key in parameters if key not in taken):
+        room = None if at_most is None else max(0, at_most - len(at[TrialState.WAITING] & parameters.keys()))
+        for key in [key for key in parameters if key not in taken][:room]:
             # What a dead worker was trying is tried again, once: it may be what kills workers
             again = lost[key][0] if len(lost.get(key, [])) == 1 else {}
             study.enqueue_trial(parameters[key] | again, user_attrs={"cell": key})
@@ -303,7 +311,3 @@ def _key(cell: Cell) -> str:
 def _trial(cell: Cell, frozen: FrozenTrial) -> Trial:
     delta = frozen.user_attrs["ppl_delta"]
     return Trial(cell, math.inf if delta is None else delta, frozen.value, frozen.user_attrs["details"])
-
-
-def _locked(path: Path) -> FileLock:
-    return FileLock(f"{path}.lock")

@@ -30,6 +30,7 @@ from gpt2.errors import PluginError
 
 LEAST_GAP = 1.02  # between the leader's bits and bits that failed, for a bisection to be worth a trial
 FIRST_STEP = 0.7  # of the leader's bits, where nothing of its kind has failed yet
+SAMPLED = "sampled"  # what keys of slots begin with that TPE fills
 LOST = 1e6  # constraint of a loss that isn't finite: worse than all that have one
 ADVICE = """What helps:
   1. more trials: --num-trials
@@ -60,11 +61,12 @@ class CodecSearch(Search):
 class _BisectingTPE(BaseSampler):
     """Constrained TPE that bisects the leader's bits in every other trial.
 
-    Seeded by each trial's number: workers draw differently, and a resumed search draws what it would have drawn.
+    Seeded by each slot's number: workers draw differently, and a resumed search draws what it would have drawn.
+    starts: slots before those that it fills.
     """
 
-    def __init__(self, seed: int, budget: float):
-        self.seed, self.budget = seed, budget
+    def __init__(self, seed: int, budget: float, starts: int):
+        self.seed, self.budget, self.starts = seed, budget, starts
         self._tpe = self._seeded(0)
 
     def _seeded(self, number: int) -> TPESampler:
@@ -82,15 +84,20 @@ class _BisectingTPE(BaseSampler):
         delta = trial.user_attrs["ppl_delta"]
         return (LOST if delta is None else delta - self.budget,)
 
+    def _slot(self, trial: FrozenTrial) -> int:
+        """The number that its trial has where nothing is tried twice."""
+        kind, _, index = trial.user_attrs.get("cell", f"start {trial.number}").partition(" ")
+        return int(index) + (self.starts if kind == SAMPLED else 0)
+
     def before_trial(self, study, trial) -> None:
-        self._tpe = self._seeded(trial.number)
+        self._tpe = self._seeded(self._slot(trial))
 
     def infer_relative_search_space(self, study, trial) -> dict:
         return self._tpe.infer_relative_search_space(study, trial)
 
     def sample_relative(self, study, trial, search_space) -> dict:
         sampled = self._tpe.sample_relative(study, trial, search_space)
-        halfway = _halfway(finished(study), self.budget) if trial.number % 2 else {}
+        halfway = _halfway(finished(study), self.budget) if self._slot(trial) % 2 else {}
         return sampled | {name: value for name, value in halfway.items() if name in search_space}
 
     def sample_independent(self, study, trial, param_name, param_distribution):
@@ -137,13 +144,13 @@ def run_search(
     A choice that is skipped unmeasured is replaced by another, up to `num_trials` of them. ratio: compression of a
     choice, cheap. evaluate: measures a choice whose ratio is known. report: as in `autotune.run_grid`.
     """
-    study.sampler = _BisectingTPE(seed, budget)
     starts = space.starts()[:num_trials]
+    study.sampler = _BisectingTPE(seed, budget, len(starts))
 
     def wanted() -> dict[str, dict]:
         total = num_trials + min(len(_skipped(study)), num_trials)
         slots = {f"start {index}": parameters for index, parameters in enumerate(starts)}
-        return slots | {f"sampled {index}": {} for index in range(total - len(starts))}
+        return slots | {f"{SAMPLED} {index}": {} for index in range(total - len(starts))}
 
     def objective(trial: optuna.Trial, key: str) -> float:
         choice = space.suggest(trial)
@@ -164,7 +171,7 @@ def run_search(
         skipped = len(_skipped(study))
         report(finished(study), "; ".join(filter(None, (f"{skipped} skipped" if skipped else "", note))))
 
-    run_queue(study, path, wanted, objective, told, poll_seconds)
+    run_queue(study, path, wanted, objective, told, poll_seconds, in_order=True)
     return finished(study)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -56,11 +56,10 @@ def new_preset(search: Search, best: Trial, calibration_file: str, measured: dic
     )  # fmt: skip
 
 
-def write(preset: dict, output: Path, given: bool, figure: Figure) -> None:
-    """The preset and its frontier: beside each other where --output was `given`, else under results/; and say so."""
-    results.write_json(output, preset)
-    frontier = results.RESULTS / "plots" / f"frontier_{output.stem}.png"
-    picture = results.write_figure(results.picture_beside(output) if given else frontier, figure)
+def write(preset: dict, output: Path, draw: Callable[[], Figure]) -> None:
+    """The preset and its frontier, and say so."""
+    picture = results.picture_beside(output)
+    results.write_run(output, preset, picture, draw)
     print(f"wrote {output} and {picture}")
 
 

@@ -54,15 +54,14 @@ class Queue:
     """An Optuna study in an SQLite file, or in a database by its URL. It is made where it doesn't exist."""
 
     def __init__(self, storage: str | Path, name: str, pace: Pace):
-        url = str(storage) if "://" in str(storage) else f"sqlite:///{results.check_writable(storage)}"
+        self.url = url = str(storage) if "://" in str(storage) else f"sqlite:///{results.check_writable(storage)}"
         for left in reversed(range(OPENINGS)):
             try:
                 self._open(url, name, pace)
                 return
             except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
                 if not left or isinstance(error, ImportError):
-                    reason, shown = str(error).splitlines()[0], url.split("@")[-1]  # without a password
-                    raise PluginError(f"can't use {shown} as a study ({reason}): give --study another") from error
+                    raise studies.cant_use(url, error) from error
                 time.sleep(0.5)
 
     def _open(self, url: str, name: str, pace: Pace) -> None:
@@ -99,6 +98,10 @@ class Worker:
 
     def work(self, wanted: list[str]) -> dict[str, str]:
         """Make what is wanted. Returns the runs that failed, or that need one that did, and why."""
+        with studies.usable(self.queue.url):
+            return self._work(wanted)
+
+    def _work(self, wanted: list[str]) -> dict[str, str]:
         said = set()
         while True:
             left = [name for name in self.matcher.to_make(wanted) if name not in self.made]
