@@ -47,6 +47,8 @@ def atomic(path: str | Path):
     What a killed process left there of the same path is removed too. Raises PluginError where it can't be written.
     """
     path = Path(path)
+    if path.is_dir():
+        raise PluginError(f"can't write {path}: it is a folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -54,8 +56,6 @@ def atomic(path: str | Path):
     # Named before it is made: whenever Ctrl-C comes, it is removed
     part, handle = path.with_name(f".{path.name}.{secrets.token_hex(RANDOM_BYTES)}{PART}"), None
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
         _remove_abandoned(path)
         handle = _claim(part)
         yield part
