@@ -38,7 +38,6 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 ONE_OF_EACH = ["tune codecs", "calibrate", "append", "presets", "report", "readme", "tables"]
 PASSING = (".lock", "-journal", "log")  # a journal is what SQLite takes back when it is opened next
 SIGNALS = [signal.SIGKILL, signal.SIGINT]
-SIGNALS = [signal.SIGKILL, signal.SIGINT]
 EARLIER = b"earlier\n"
 
 
