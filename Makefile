@@ -2,6 +2,7 @@
 # make workflow: calibrate two ranks, tune, needle test, stability check
 # make tables: all tables of results/tables, as far as their results are missing or out of date; TEXT=../wikitext
 # make report: one page with everything measured, results/report.html
+# make fuzz, make kills: the same for longer, histories of a cache and scripts that are killed
 # make test-compat: the tests with older PyTorch and transformers     make audit: known vulnerabilities of what is installed
 # Each creates .venv and installs everything on first use; later runs start at once.
 
