@@ -16,7 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # in silence
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # in silence
 sys.path.append(os.environ["REPOSITORY"])
 from gpt2 import code_version  # without torch, which takes seconds to import
 

@@ -111,9 +111,13 @@ def start(script: str, flags: list, folder: Path, said: Path, *before: Callable[
         code = 0
     except SystemExit as stop:
         code = stop.code or 0
-    except KeyboardInterrupt:  # while it imports: what the interpreter calls then, in a process of its own
-        print(interrupts.MESSAGE, file=sys.stderr)
-        code = interrupts.EXIT_CODE
+    except KeyboardInterrupt as stop:
+        frames = traceback.extract_tb(stop.__traceback__)
+        if any(frame.name == "_told_in_one_line" for frame in frames):
+            traceback.print_exc()
+        else:  # while it imports: what the interpreter calls then, in a process of its own
+            print(interrupts.MESSAGE, file=sys.stderr)
+            code = interrupts.EXIT_CODE
     except BaseException:
         traceback.print_exc()
     finally:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -85,6 +86,20 @@ def test_a_killed_workers_trial_is_taken_over(tmp_path, monkeypatch):
     assert sorted(others) == sorted(map(str, CELLS)) and lost in others
     states = [t.state.name for t in autotune.open_study(path, "s").get_trials()]
     assert states.count("COMPLETE") == len(CELLS) and states.count("FAIL") == 1
+
+
+def test_a_sign_of_life_that_cant_be_written_is_no_traceback(tmp_path, monkeypatch):
+    """On a full disk the worker meets the same error; its thread has nothing to add."""
+    failed, tracebacks = [], []
+
+    def full(self, trial_id):
+        failed.append(trial_id)
+        raise optuna.exceptions.StorageInternalError("full")
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "record_heartbeat", full)
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
+    work(tmp_path / "study.db", tmp_path / "log")
+    assert failed and not tracebacks
 
 
 def test_a_stray_claim_measures_nothing(tmp_path):

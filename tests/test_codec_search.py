@@ -118,6 +118,22 @@ def test_a_killed_search_resumes_and_more_trials_add_to_it(tmp_path):
     assert before < len(seen) <= 9 + 1
 
 
+@pytest.mark.parametrize("nth", [2, 7, 11])
+def test_a_search_that_loses_a_trial_ends_as_one_that_does_not(found, nth, tmp_path):
+    trials, _, _ = found
+    seen = []
+
+    def evaluate(choice, size):
+        seen.append(choice)
+        if len(seen) == nth:
+            raise KeyboardInterrupt
+        return measured(choice, size)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "s.db", 14, evaluate=evaluate)
+    assert search(tmp_path / "s.db", 14, evaluate=evaluate) == trials
+
+
 def work(path: Path, log: Path, trials: int, seconds: float) -> None:
     """A worker: notes every choice that it measures."""
 

@@ -208,9 +208,16 @@ def test_killed_and_interrupted(whole, home, tmp_path, draw):
     for number, state in enumerate(states):
         run = Run(name, home, tmp_path / f"state {number}", state)
         assert_nothing_half_made(run, expected, temporary=True)
-    # The folder as a kill at some write has left it; then killed again and again, and at last left alone
-    run = Run(name, home, tmp_path / "run", draw.choice(states))
-    signals = [signal.SIGKILL] * KILLS + [signal.SIGINT] if KILLS > 1 else [draw.choice(SIGNALS)]
+    # The folder as a kill at some write has left it, or one in the middle of a write; then killed again and again
+    amid, state = draw.choice([(True, None), (False, draw.choice(states))])
+    run = Run(name, home, tmp_path / "run", state)
+    if KILLS > 1 or amid:
+        sizes = [path.stat().st_size for at, path in files(Path(states[-1])).items() if at in expected]
+        limit = draw.randrange(1, draw.choice(sizes or [100]) + 1)
+        child, ended = run.complete(lambda: dies_at(limit))
+        assert ended in (-signal.SIGXFSZ, code), child.err
+        assert_nothing_half_made(run, expected, temporary=True)
+    signals = [signal.SIGKILL] * KILLS + [signal.SIGINT] if KILLS > 1 else [] if amid else [draw.choice(SIGNALS)]
     for number in signals:
         before = temporaries(run)  # of those that were killed
         child = run.start()
@@ -226,6 +233,12 @@ def test_killed_and_interrupted(whole, home, tmp_path, draw):
     child, ended = run.complete()
     assert ended == code, child.err
     assert_same(run.made(), expected)
+
+
+def dies_at(size: int) -> None:
+    """To be called in a child: the system kills it when it writes beyond so many bytes of a file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -273,9 +286,10 @@ def test_full_disk(name, home, tmp_path, draw):
                 assert re.search("No space left on device|is full", child.err), child.err
             # Without room for its picture a record is written all the same: it took the work
             assert_nothing_half_made(run, expected, earlier=earlier, pictures=False)
-            child, ended = run.complete()
-            assert ended == code, child.err
-            assert_same(run.made(), expected)
+            if KILLS > 1:
+                child, ended = run.complete()
+                assert ended == code, child.err
+                assert_same(run.made(), expected)
 
 
 def with_earlier(run: Run, whole: dict) -> dict:
@@ -299,8 +313,29 @@ def test_files_that_may_not_grow(name, reason, home, tmp_path):
     assert reason in child.err and run.made().keys() <= {"s.db"}
 
 
-def test_printing_onto_a_full_disk(home, tmp_path):
-    run = Run("bytes", home, tmp_path / "run")
+def test_a_study_that_may_not_grow_any_more(home, tmp_path):
+    """The disk is full in the middle of a search, and of signs of life."""
+    run = Run("tune codecs", home, tmp_path / "run")
+    assert run.complete()[1] == 0
+    size, run.flags = (run.folder / "s.db").stat().st_size, [*run.flags, "--num-trials", "60"]
+    child, code = run.complete(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    assert_one_line(child, code)
+    assert "can't use s.db as a study ((sqlite3.OperationalError) disk I/O error)" in child.err
+
+
+def test_tables_whose_pages_cant_be_written_are_not_begun(home, tmp_path):
+    run = Run("tables", home, tmp_path / "run")
+    run.flags = ["t", "--text", "words.txt", "--study", "s.db"]
+    (run.folder / "results" / "tables").mkdir()
+    (run.folder / "results" / "tables").chmod(0o555)
+    child, code = run.complete(unprivileged)
+    assert_one_line(child, code)
+    assert "results/tables/t.md: its folder is read-only" in child.err and not (run.folder / "log").exists()
+
+
+@pytest.mark.parametrize("name", ["bytes", "report"])
+def test_printing_onto_a_full_disk(name, home, tmp_path):
+    run = Run(name, home, tmp_path / "run")
     child, code = run.complete(lambda: setattr(sys, "stdout", open("/dev/full", "w")))  # noqa: SIM115
     assert (code, child.err) == (2, "error: can't write what is printed: No space left on device\n")
 
@@ -309,7 +344,7 @@ def test_printing_onto_a_full_disk(home, tmp_path):
 def test_read_only(name, home, tmp_path):
     """The folder of what is written can't be written: told before the work, with the path."""
     run = Run(name, home, tmp_path / "run")
-    folders = {"readme": ["docs", "."], "tables": ["results/tables"]}.get(name, ["out"])
+    folders = {"readme": ["docs", "."], "tables": ["results/tables"], "presets": ["out/presets"]}.get(name, ["out"])
     for folder in folders:
         run.folder.joinpath(folder).mkdir(parents=True, exist_ok=True)
         run.folder.joinpath(folder).chmod(0o555)
