@@ -167,7 +167,8 @@ class Work(TorchDispatchMode):
         views = [r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns]
         self.operations += 1
         if not any(views):
-            self.written += sum(x.nbytes for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, Tensor))
+            made = out if isinstance(out, (tuple, list)) else [out]
+            self.written += sum(x.nbytes for x in made if isinstance(x, Tensor))
         return out
 
 
