@@ -53,6 +53,12 @@ class Parser(argparse.ArgumentParser):
             leave_it_to_the_first()
         super().error(message)
 
+    def parse_args(self, *args, **kwargs):
+        parsed = super().parse_args(*args, **kwargs)
+        if both := results.read_and_written(vars(parsed)):
+            self.error("--{} and --{} name the same file, which would be lost: give another".format(*both))
+        return parsed
+
 
 def leave_it_to_the_first() -> NoReturn:
     """Fail some seconds after the first process has said why: a launcher stops them all as soon as one is gone."""
@@ -273,7 +279,8 @@ def _told_in_one_line(work: Callable[[], None], own: processes.Processes) -> Non
 
     try:
         work()
-        sys.stdout.flush()
+        if sys.stdout:  # closed by `>&-`
+            sys.stdout.flush()
     except PluginError as error:
         stop(f"error: {error}", error.exit_code)
     except (MemoryError, RuntimeError) as error:

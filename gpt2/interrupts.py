@@ -19,6 +19,6 @@ def in_one_line(kind: type[BaseException], error: BaseException, trace) -> None:
 
 
 def expect() -> None:
-    """Install it where a script of a folder `scripts` runs; whoever imports the package has a hook of their own."""
-    if sys.argv and Path(sys.argv[0]).resolve().parent.name == "scripts":
+    """Install it where a script of this checkout runs; what else imports the package has a hook of its own."""
+    if sys.argv and Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parents[1] / "scripts":
         sys.excepthook = in_one_line

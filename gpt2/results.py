@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import stat
 import subprocess
 import sys
 import time
@@ -46,9 +47,7 @@ def atomic(path: str | Path):
 
     What a killed process left there of the same path is removed too. Raises PluginError where it can't be written.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise PluginError(f"can't write {path}: it is a folder")
+    path = _real(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -59,6 +58,8 @@ def atomic(path: str | Path):
         _remove_abandoned(path)
         handle = _claim(part)
         yield part
+        if path.exists():
+            os.chmod(part, stat.S_IMODE(path.stat().st_mode))
         os.fsync(handle)  # some disks and networks say only now that they are full
         os.replace(part, path)
     except OSError as error:
@@ -70,6 +71,15 @@ def atomic(path: str | Path):
             part.unlink(missing_ok=True)
         if handle is not None:
             os.close(handle)
+
+
+def _real(path: str | Path) -> Path:
+    """Where a link leads, so that it stays one. Raises PluginError for what can't be replaced by a file."""
+    if os.path.isdir(path):
+        raise PluginError(f"can't write {path}: it is a folder")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise PluginError(f"can't write {path}: it is no regular file")
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
 
 
 def _claim(part: Path) -> int:
@@ -183,6 +193,18 @@ def inputs(args: dict) -> dict[str, str]:
     named = [item for value in values for item in (value if isinstance(value, list) else [value])]
     files = {_recorded(item): Path(item) for item in named if isinstance(item, (str, Path))}
     return {name: file_sha256(path) for name, path in files.items() if path.is_file()}
+
+
+def read_and_written(args: dict) -> list[str] | None:
+    """The flags of an argument that is written and of another that is the same file, if there are any."""
+    files = [
+        (key.replace("_", "-"), item) for key, value in args.items()
+        for item in (value if isinstance(value, list) else [value])
+        if isinstance(item, (str, Path)) and os.path.isfile(item)
+    ]  # fmt: skip
+    pairs = ([w, r] for w, written in files if w in NOT_INPUTS for r, read in files
+             if w != r and os.path.samefile(written, read))  # fmt: skip
+    return next(pairs, None)
 
 
 def _recorded(value):

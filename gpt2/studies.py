@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import optuna
@@ -69,6 +70,16 @@ def cant_use(study: str | Path, error: Exception) -> PluginError:
     """The error for a database that can't be read or written; a URL is shown without its password."""
     reason, shown = str(error).splitlines()[0], str(study).split("@")[-1]
     return PluginError(f"can't use {shown} as a study ({reason}): give --study another")
+
+
+def is_ours(path: Path) -> bool:
+    """Whether an SQLite file is Optuna's, or has nothing in it yet; damage is for who opens it to find."""
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.Error:
+        return True
+    return not tables or "studies" in tables
 
 
 @contextmanager

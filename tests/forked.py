@@ -18,7 +18,6 @@ from pathlib import Path
 
 from gpt2 import interrupts, results
 
-WRITES = {"open", "os.rename", "os.remove", "os.mkdir"}  # as Python's audit hooks call them
 PATIENCE = 120  # seconds until a child counts as hanging
 
 

@@ -185,12 +185,15 @@ DEFAULT_COMMAND = (
     ("made_by", "command"),
     [
         (None, DEFAULT_COMMAND),
-        ("python scripts/this.py --text ../a+b", "python scripts/this.py --text ../a+b"),
+        ("python scripts/make_presets.py --text ../a+b", "python scripts/make_presets.py --text ../a+b"),
+        (f"{DEFAULT_COMMAND} --output ../c.pt", DEFAULT_COMMAND),
+        ("python scripts/make_presets.py --output results/runs", DEFAULT_COMMAND),
+        ("python scripts/make_presets.py --seed 1" + " 1" * 999, DEFAULT_COMMAND),
         ("python this.py", DEFAULT_COMMAND),
-        ("python scripts/this.py; rm -rf x", DEFAULT_COMMAND),
-        ("python scripts/this.py --text $(rm -rf x)", DEFAULT_COMMAND),
-        ("python scripts/this.py\nrm -rf x", DEFAULT_COMMAND),
-        (["python scripts/this.py"], DEFAULT_COMMAND),
+        ("python scripts/make_presets.py; rm -rf x", DEFAULT_COMMAND),
+        ("python scripts/make_presets.py --text $(rm -rf x)", DEFAULT_COMMAND),
+        ("python scripts/make_presets.py\nrm -rf x", DEFAULT_COMMAND),
+        (["python scripts/make_presets.py"], DEFAULT_COMMAND),
     ],
 )
 def test_calibration_not_found(space, made_by, command):

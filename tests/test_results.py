@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -77,7 +78,9 @@ def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not
     folder = path.parent
     other = multiprocessing.get_context("fork").Process(target=written_while_another_dies, args=(path, die))
     other.start()
+    until = time.monotonic() + 60
     while not (folder / "begun").exists():
+        assert other.is_alive() and time.monotonic() < until
         time.sleep(0.01)
     write_json(path, {})
     assert len(list(folder.glob(".r.json.*.tmp"))) == 1, "the other one lives, and its file is left to it"
@@ -205,3 +208,30 @@ def test_the_commit_says_when_code_differs_from_it(tmp_path, monkeypatch, asked)
     (tmp_path / "gpt2" / "a.py").write_text("2")
     assert results.git_commit() == commit, "what a run began with"
     assert asked() == f"{commit}-dirty"
+
+
+def test_a_link_stays_a_link_and_rights_stay(tmp_path):
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "r.json", tmp_path / "r.json"
+    link.symlink_to(target)
+    write_json(link, {"a": 1})  # before there is anything at its end
+    assert link.is_symlink() and json.loads(target.read_text()) == {"a": 1}
+    target.chmod(0o600)
+    write_json(link, {"a": 2})
+    assert link.is_symlink() and json.loads(target.read_text()) == {"a": 2} and target.stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize("write", [lambda path: write_json(path, {}), check_writable], ids=["write", "check"])
+def test_what_is_no_file_is_not_replaced_by_one(write, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for path in ("pipe", "link"):
+        with pytest.raises(PluginError, match="it is no regular file"):
+            write(tmp_path / path)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and (tmp_path / "link").is_symlink()
+
+
+def test_a_name_that_no_file_has_is_one_line(tmp_path):
+    with pytest.raises(PluginError, match="File name too long"):
+        check_writable(tmp_path / ("x" * 300))

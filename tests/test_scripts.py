@@ -1,10 +1,12 @@
 """Scripts from the outside, on a tiny model: flags, files, messages, exit codes."""
 
+import contextlib
 import json
 import os
 import runpy
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -233,7 +235,13 @@ BAD = [
     ([TUNE, "--rank-grid", "99"], "rank 99 is out of range"),
     ([TUNE, "--bits", "7"], "bits 7 is not available: use 4, 8, 16"),
     ([TUNE, "--target", "q"], "invalid choice"),
-    ([TUNE, "--study", "words.txt"], "can't use words.txt as a study (file is not a database)"),
+    ([TUNE, "--study", "short.txt"], "can't use short.txt as a study (file is not a database)"),
+    ([TUNE, "--study", "bank.db"], "it is a database of something else"),
+    ([TUNE, "--study", "pipe"], "it is no regular file"),
+    ([TUNE, "--calibration", "words.txt", "--output", "words.txt"], "--output and --text name the same file"),
+    ([CALIBRATE, "--output", "link.txt"], "--output and --text name the same file"),
+    ([CALIBRATE, "--output", "x" * 300], "File name too long"),
+    (["generate_with_preset", "--preset", "x" * 300 + ".json"], "no preset file"),
     ([TUNE, "--study", "half.db", "--codec", "identity", "--bits", "8", *SMALL_EVAL], "can't use half.db as a study"),
     ([TUNE, "--calibration", "words.txt", *SMALL_EVAL], "not a readable calibration file"),
     (["validate_ppl_postbugfix", "--groups", "rank,nope"], "unknown nope"),
@@ -247,6 +255,10 @@ def test_bad_input_is_one_clear_line(command, message, space, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "short.txt").write_text(word_text(300))
     (tmp_path / "half.db").write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
+    (tmp_path / "link.txt").symlink_to("words.txt")
+    os.mkfifo(tmp_path / "pipe")
+    with contextlib.closing(sqlite3.connect(tmp_path / "bank.db")) as bank:
+        bank.execute("CREATE TABLE accounts (money)")
     before = files(tmp_path)
     script, *flags = command
     defaults = dict(zip(space[::2], space[1::2], strict=True)) if script != "generate_with_preset" else {}

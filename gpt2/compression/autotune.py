@@ -143,6 +143,8 @@ def check_study(path: Path) -> None:
             start = file.read(len(SQLITE))
         if start not in (b"", SQLITE):
             raise studies.cant_use(path, ValueError("file is not a database"))
+        if not studies.is_ours(path):
+            raise studies.cant_use(path, ValueError("it is a database of something else"))
 
 
 def open_study(path: Path, name: str) -> optuna.Study:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -44,6 +45,9 @@ META = {
     "dtype": str,
     "versions": dict,
 }
+# In what numbers are kept, and what none of a real model comes near
+STORED = {"bases": torch.float32, "statistics": torch.float64}
+LARGEST = {"bases": 1e15, "statistics": 1e60}
 LEAST = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 1, "sink_tokens": 0, "samples": 1, "seq_len": 1}
 
 
@@ -72,7 +76,7 @@ def _statistics_record(statistics: Statistics) -> dict:
 def load_calibration(path: str | Path) -> Calibration:
     """Read a calibration. Raises BadArtefact, naming file, field, expected and found; never runs code from the file."""
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # which takes any name, a pathlib.Path no long one
         raise CalibrationNotFound(
             f"Calibration file not found: {path}. Give its full path, or make it: "
             f"python scripts/calibrate_kv_lowrank.py --output {path}"
@@ -91,6 +95,8 @@ def _parse(record, path: Path) -> Calibration:
     expect(isinstance(meta, dict), "meta", "a dict", type(meta).__name__)
     for name, kind in META.items():
         expect(type(meta.get(name)) is kind, f"meta.{name}", kind.__name__, brief(meta.get(name)))
+    tensors = [name for name, value in meta.items() if isinstance(value, Tensor)]
+    expect(not tensors, f"meta.{''.join(tensors[:1])}", "a plain value", "a tensor")
     for name, least in LEAST.items():
         expect(meta[name] >= least, f"meta.{name}", f"{least} or more", meta[name])
     L, H, d = meta["num_layers"], meta["num_kv_heads"], meta["head_dim"]
@@ -114,6 +120,9 @@ def _parse(record, path: Path) -> Calibration:
         expect(isinstance(value, Tensor) and list(value.shape) == list(shape), f"{group}.{name}", list(shape), found)
         expect(value.is_floating_point(), f"{group}.{name}", "floating-point numbers", value.dtype)
         expect(bool(torch.isfinite(value).all()), f"{group}.{name}", "finite numbers", "NaN or infinity")
+        value = value.to(STORED[group])
+        reach = float(value.abs().max()) < LARGEST[group]
+        expect(reach, f"{group}.{name}", f"numbers below {LARGEST[group]:g}", "larger ones")
         return value
 
     r = full_rank(single_heads(meta["codec"]), d)

@@ -4,7 +4,8 @@
     cache = CompressedDynamicCache(k_comp, v_comp)
 
 The cache is a list of layers, as every transformers cache is; a layer only replaces how K and V are stored. A cache
-holds one conversation: make a new one, or `reset()` it, for the next.
+holds one conversation: make a new one, or `reset()` it, for the next. It can be copied and pickled; a pickle is for the
+version that made it, since what stored bytes mean may change.
 """
 
 from __future__ import annotations

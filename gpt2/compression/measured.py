@@ -211,7 +211,9 @@ def parse_measured(record, basis: Measured, geometry: Geometry, expect) -> Measu
         value = record.get(key)
         found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         expect(isinstance(value, Tensor) and list(value.shape) == list(shape), f"{name}.{key}", list(shape), found)
-        expect(bool(torch.isfinite(value).all()), f"{name}.{key}", "finite numbers", "NaN or infinity")
+        expect(value.is_floating_point(), f"{name}.{key}", "floating-point numbers", value.dtype)
+        finite = bool(torch.isfinite(value).all()) and float(value.abs().max()) < 1e15
+        expect(finite, f"{name}.{key}", "finite numbers below 1e15", "others")
         return value.float()
 
     expect(isinstance(record, dict), name, "a dict", type(record).__name__)
@@ -220,7 +222,9 @@ def parse_measured(record, basis: Measured, geometry: Geometry, expect) -> Measu
     L, G, w = geometry.num_layers * basis.entries, E.shape[1], E.shape[2]
     channels = 2 * geometry.num_kv_heads * geometry.head_dim // basis.entries
     expect(G * w == channels, f"{name}.E", f"{channels} channels", G * w)
-    expect(record.get("widths") == list(WIDTHS), f"{name}.widths", list(WIDTHS), brief(record.get("widths")))
+    widths = record.get("widths")
+    plain = isinstance(widths, list) and all(type(width) is int for width in widths)
+    expect(plain and widths == list(WIDTHS), f"{name}.widths", list(WIDTHS), brief(record.get("widths")))
     n = record["prices"].numel() if isinstance(record.get("prices"), Tensor) else 0
     expect(n > 1, f"{name}.prices", "two or more numbers", n)
     return MeasuredCodec(

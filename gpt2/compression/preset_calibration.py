@@ -13,7 +13,10 @@ from gpt2.compression.calibration_file import calibration_folders, load_calibrat
 from gpt2.errors import BadArtefact, CalibrationNotFound, brief
 from gpt2.models import LoadedModel
 
-COMMAND = r"python scripts/\w+\.py( [\w./:,+=~'-]+)*"  # words alone: nothing that a shell would take apart
+# Words alone, nothing that a shell would take apart, and written only where calibrations are
+COMMAND = r"python scripts/(calibrate_kv_lowrank|make_presets)\.py"
+COMMAND += r"(?= |$)(?: (?!--(?:output|study)\b)[\w./:,+=~'-]+)*(?: --output results/calibrations/[\w.-]+)?"
+LONGEST_COMMAND = 1000
 
 
 def calibration_of(preset: dict, model: LoadedModel | None = None) -> Calibration:
@@ -97,7 +100,8 @@ def _is_file(path: Path) -> bool:
 
 def _remedy(preset: dict) -> str:
     """The command that makes a preset's calibration; people run what is printed, so one of ours and nothing else."""
-    if re.fullmatch(COMMAND, str(preset.get("made_by"))):
+    made_by = str(preset.get("made_by"))
+    if len(made_by) < LONGEST_COMMAND and re.fullmatch(COMMAND, made_by):
         return preset["made_by"]
     words = ["--model", preset["model"], "--rank", str(preset["rank"])]
     words += [] if preset["codec"] == "pca" else ["--codec", preset["codec"]]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
+import os
 import re
 import threading
 from pathlib import Path
@@ -53,7 +53,7 @@ _BUILDING = threading.Lock()  # threads that ask for the same at once share one,
 # Beyond any model's, and small enough that a preset of a few bytes can't ask for a machine's memory
 RANGES = {"num_layers": (1, 1024), "head_dim": (1, 1024), "sink_tokens": (0, 2**31), "recent_tokens": (0, 2**31)}
 TEXTS = {"model": 4096, "calibration_file": 4096, "folder": 4096, "name": 200}  # letters
-CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")  # what isn't read but obeyed
 MOST_BYTES = 16 * 2**20  # of a preset file
 LONGEST_CODEC = 200  # letters
 BUILT_IN = (results.ROOT / "configs" / "presets", results.RESULTS / "presets")
@@ -115,7 +115,7 @@ def built_in_presets() -> dict[str, dict[str, Path]]:
 def load_preset(path: str | Path) -> dict:
     """Read and check a preset file; its calibration is then also looked for beside it."""
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # which takes any name, a pathlib.Path no long one
         raise PluginError(f"no preset file {path}: make one with scripts/auto_tune_kv_compression.py")
     if not path.is_file() or path.stat().st_size > MOST_BYTES:
         raise BadArtefact(f"{path}: not a readable preset: expected a file of at most {MOST_BYTES:,} bytes")
@@ -139,7 +139,7 @@ def check_preset(preset: dict, where: str = "preset") -> dict:
     for key, kind in GUIDE_KEYS.items():
         value = preset.get(key)
         if key in FIGURES:
-            number = type(value) in (int, float) and math.isfinite(value)
+            number = type(value) in (int, float) and abs(value) < 1e15  # which NaN isn't
             expect(value is None or (number and value > (-1 if key == "ppl_delta" else 0)), key, kind.__name__)
         elif key != "bits":  # whose kind depends on the quantizer
             expect(type(value) is kind, key, kind.__name__)
