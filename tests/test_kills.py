@@ -375,6 +375,7 @@ def test_interrupted_while_it_imports():
     command = [sys.executable, str(results.ROOT / "scripts" / "validate_ppl_postbugfix.py"), "--help"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not any("libtorch" in line for line in Path(f"/proc/{child.pid}/maps").read_text().splitlines()):
+        assert child.poll() is None
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
