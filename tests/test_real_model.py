@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import DEPRECATIONS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt2 import data, models, results
@@ -109,6 +110,7 @@ def test_quick_start_of_the_guide(loaded):
     model_name = str(models.embedded_folder())
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     model = AutoModelForCausalLM.from_pretrained(model_name, torch_dtype=torch.float32, device_map="cpu")
+    DEPRECATIONS.said.clear()  # of `torch_dtype`, the guide's own word
     preset = get_preset_info("smollm2-135m", "int8-vonly")
     cache = create_cache_from_preset(preset)
     outputs = model.generate(
