@@ -216,7 +216,8 @@ def test_killed_and_interrupted(whole, home, tmp_path, draw):
         sizes = [path.stat().st_size for at, path in files(Path(states[-1])).items() if at in expected]
         limit = draw.randrange(1, draw.choice(sizes or [100]) + 1)
         child, ended = run.complete(lambda: dies_at(limit))
-        assert ended in (-signal.SIGXFSZ, code), child.err
+        # Where a script that it has started is killed for it, it says so
+        assert ended in (-signal.SIGXFSZ, code) or "failed" in child.err, child.err
         assert_nothing_half_made(run, expected, temporary=True)
     signals = [signal.SIGKILL] * KILLS + [signal.SIGINT] if KILLS > 1 else [] if amid else [draw.choice(SIGNALS)]
     for number in signals:
@@ -233,7 +234,17 @@ def test_killed_and_interrupted(whole, home, tmp_path, draw):
         assert ended == -signal.SIGKILL or temporaries(run) <= before, "it could clean up"
     child, ended = run.complete()
     assert ended == code, child.err
-    assert_same(run.made(), expected)
+    if not another_choice(run):
+        assert_same(run.made(), expected)
+
+
+def another_choice(run: Run) -> bool:
+    """Whether a slot of a search over codecs lost two workers in a row, so that it was given another choice."""
+    if "codec" not in run.flags or KILLS == 1:
+        return False
+    (study,) = optuna.get_all_study_summaries(f"sqlite:///{run.folder}/s.db")
+    trials = optuna.load_study(study_name=study.study_name, storage=f"sqlite:///{run.folder}/s.db").trials
+    return any(trial.user_attrs.get("deaths", 0) > 1 for trial in trials)
 
 
 def dies_at(size: int) -> None:
