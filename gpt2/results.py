@@ -53,7 +53,7 @@ def atomic(path: str | Path):
     except OSError as error:
         raise PluginError(f"can't make the folder of {path}: {error.strerror}") from error
     # Named before it is made: whenever Ctrl-C comes, it is removed
-    part, handle = path.with_name(f".{path.name}.{secrets.token_hex(RANDOM_BYTES)}{PART}"), None
+    part, handle = path.parent / f".{path.name}.{secrets.token_hex(RANDOM_BYTES)}{PART}", None
     try:
         _remove_abandoned(path)
         handle = _claim(part)

@@ -134,6 +134,20 @@ def test_a_search_that_loses_a_trial_ends_as_one_that_does_not(found, nth, tmp_p
     assert search(tmp_path / "s.db", 14, evaluate=evaluate) == trials
 
 
+def test_a_choice_that_kills_two_workers_is_replaced(found, tmp_path):
+    fatal = found[2][-1]  # the sampler has drawn it
+
+    def evaluate(choice, size):
+        if choice == fatal:
+            raise KeyboardInterrupt
+        return measured(choice, size)
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            search(tmp_path / "s.db", 14, evaluate=evaluate)
+    assert fatal not in [trial.cell for trial in search(tmp_path / "s.db", 14, evaluate=evaluate)]
+
+
 def work(path: Path, log: Path, trials: int, seconds: float) -> None:
     """A worker: notes every choice that it measures."""
 

@@ -139,6 +139,18 @@ def whole_database(path: Path) -> str:
     return "a whole database"
 
 
+def another_choice(run: Run) -> bool:
+    """Whether a slot of a search over codecs lost two workers in a row, so that it was given another choice."""
+    if "codec" not in run.flags:
+        return False
+    count = "SELECT count(*) FROM trial_user_attributes WHERE key = 'deaths' AND value_json NOT IN ('0', '1')"
+    with contextlib.closing(sqlite3.connect(run.folder / "s.db")) as database:
+        try:
+            return database.execute(count).fetchone() != (0,)
+        except sqlite3.OperationalError:  # killed before there were tables
+            return False
+
+
 def assert_nothing_half_made(
     run: Run, whole: dict, *, temporary: bool = False, earlier: dict | None = None, pictures: bool = True
 ) -> None:
@@ -153,7 +165,7 @@ def assert_nothing_half_made(
         elif name.startswith("layer_ablation") and name.endswith(".json"):
             rows = whole[name]["rows"]
             assert found["rows"] == rows[: len(found["rows"])]
-        elif not name.endswith(".db"):
+        elif not name.endswith(".db") and not another_choice(run):
             assert found in (whole.get(name), (earlier or {}).get(name)), f"{name} is neither whole nor as it was"
     if run.job.record and made.get(run.job.record) == whole[run.job.record]:
         told = {name: found for name, found in whole.items() if pictures or not name.endswith(".png")}
@@ -215,7 +227,8 @@ def test_killed_and_interrupted(whole, home, tmp_path, draw):
         sizes = [path.stat().st_size for at, path in files(Path(states[-1])).items() if at in expected]
         limit = draw.randrange(1, draw.choice(sizes or [100]) + 1)
         child, ended = run.complete(lambda: dies_at(limit))
-        assert ended in (-signal.SIGXFSZ, code), child.err
+        # Where a script that it has started is killed for it, it says so
+        assert ended in (-signal.SIGXFSZ, code) or "failed" in child.err, child.err
         assert_nothing_half_made(run, expected, temporary=True)
     signals = [signal.SIGKILL] * KILLS + [signal.SIGINT] if KILLS > 1 else [] if amid else [draw.choice(SIGNALS)]
     for number in signals:
@@ -232,7 +245,8 @@ def test_killed_and_interrupted(whole, home, tmp_path, draw):
         assert ended == -signal.SIGKILL or temporaries(run) <= before, "it could clean up"
     child, ended = run.complete()
     assert ended == code, child.err
-    assert_same(run.made(), expected)
+    if not another_choice(run):
+        assert_same(run.made(), expected)
 
 
 def dies_at(size: int) -> None:

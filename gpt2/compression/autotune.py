@@ -248,8 +248,9 @@ def _enqueue_missing(
         room = None if at_most is None else max(0, at_most - len(at[TrialState.WAITING] & parameters.keys()))
         for key in [key for key in parameters if key not in taken][:room]:
             # What a dead worker was trying is tried again, once: it may be what kills workers
-            again = lost[key][0] if len(lost.get(key, [])) == 1 else {}
-            study.enqueue_trial(parameters[key] | again, user_attrs={"cell": key})
+            deaths = len(lost.get(key, []))
+            again = lost[key][0] if deaths == 1 else {}
+            study.enqueue_trial(parameters[key] | again, user_attrs={"cell": key, "deaths": deaths})
             at[TrialState.WAITING].add(key)
     return tuple(len(at[state] & parameters.keys()) for state in (TrialState.WAITING, TrialState.RUNNING))
 

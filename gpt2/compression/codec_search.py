@@ -85,7 +85,10 @@ class _BisectingTPE(BaseSampler):
         return (LOST if delta is None else delta - self.budget,)
 
     def _slot(self, trial: FrozenTrial) -> int:
-        """The number that its trial has where nothing is tried twice."""
+        """The number that its trial has where nothing is tried twice; even ones of others for what killed two workers,
+        which a bisection would try again."""
+        if trial.user_attrs.get("deaths", 0) > 1:
+            return 2 * (1000 + trial.number)
         kind, _, index = trial.user_attrs.get("cell", f"start {trial.number}").partition(" ")
         return int(index) + (self.starts if kind == SAMPLED else 0)
 
