@@ -263,6 +263,16 @@ def test_tensors_where_plain_values_belong(suffix, folder, space):
     refused(space / "bad.pt", "widths", "field 'joint.widths'")
 
 
+def test_a_basis_of_another_grouping(folder, space):
+    """As many channels, in other groups than the codec gathers."""
+    record = tensor_file.read(folder / "compact.pt")
+    own = dict(record["joint"])
+    own |= {"E": torch.eye(12).expand(3, 4, 12, 12).contiguous(), "mean": torch.zeros(3, 4, 12)}
+    own |= {"scale": torch.ones(3, 4, 1, 1), "spectrum": torch.ones(3, 4, 12), "errors": torch.ones(3, 4, 12, 8)}
+    (space / "bad.pt").write_bytes(saved(record | {"joint": own}))
+    refused(space / "bad.pt", "groups", "field 'joint.")
+
+
 def test_kinds_of_numbers(folder, space):
     """Statistics in fewer bits are read into those that are worked with; what nothing can be computed with isn't."""
     record = tensor_file.read(folder / "whole.pt")

@@ -219,9 +219,10 @@ def parse_measured(record, basis: Measured, geometry: Geometry, expect) -> Measu
     expect(isinstance(record, dict), name, "a dict", type(record).__name__)
     E = record.get("E")
     expect(isinstance(E, Tensor) and E.ndim == 4, f"{name}.E", "a tensor [L, G, w, w]", type(E).__name__)
-    L, G, w = geometry.num_layers * basis.entries, E.shape[1], E.shape[2]
     channels = 2 * geometry.num_kv_heads * geometry.head_dim // basis.entries
-    expect(G * w == channels, f"{name}.E", f"{channels} channels", G * w)
+    expect(E.shape[1] * E.shape[2] == channels, f"{name}.E", f"{channels} channels", E.shape[1] * E.shape[2])
+    shape = basis.shape(geometry)
+    L, G, w = shape.num_layers, shape.num_kv_heads, shape.head_dim
     widths = record.get("widths")
     plain = isinstance(widths, list) and all(type(width) is int for width in widths)
     expect(plain and widths == list(WIDTHS), f"{name}.widths", list(WIDTHS), brief(record.get("widths")))
