@@ -10,11 +10,14 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 from gpt2 import interrupts, results
 
@@ -104,6 +107,8 @@ def start(script: str, flags: list, folder: Path, said: Path, *before: Callable[
         os.dup2(sys.stderr.fileno(), 2)
         main = functools.partial(runpy.run_path, str(results.ROOT / "scripts" / f"{script}.py"), run_name="__main__")
         sys.argv = [script, *map(str, flags)]
+        # All processes of one parent share it: whoever is killed at a progress bar would stop the others for good
+        tqdm.set_lock(threading.RLock())
         for act in before:
             act()
         main()
