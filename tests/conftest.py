@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 
 import pytest
 
@@ -9,6 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
 
+# A shell that starts the tests in the background has Ctrl-C ignored, and all that they start would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Two threads on a shared machine spend their time waiting for each other: 20 times slower for tensors this small
 torch.set_num_threads(1)
 

@@ -166,7 +166,7 @@ def test_two_workers_share_the_slots(tmp_path):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(240)
     lines = log.read_text().splitlines()
     assert len(SPACE.starts()) <= len(lines) <= 8 and len(set(lines)) == len(lines)
     assert len(codec_search.finished(autotune.open_study(path, "s"))) == len(lines)
