@@ -72,14 +72,19 @@ def cant_use(study: str | Path, error: Exception) -> PluginError:
     return PluginError(f"can't use {shown} as a study ({reason}): give --study another")
 
 
-def is_ours(path: Path) -> bool:
-    """Whether an SQLite file is Optuna's, or has nothing in it yet; damage is for who opens it to find."""
+def refuse_others(path: Path) -> None:
+    """Raise PluginError for a file that is no database, or one of something else than Optuna."""
+    if not path.exists():
+        return
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
             tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    except sqlite3.Error:
-        return True
-    return not tables or "studies" in tables
+    except sqlite3.OperationalError:  # somebody is writing: it can't be looked at now
+        return
+    except sqlite3.DatabaseError as error:
+        raise cant_use(path, error) from error
+    if tables and "studies" not in tables:
+        raise cant_use(path, ValueError("it is a database of something else"))
 
 
 @contextmanager

@@ -21,18 +21,18 @@ the same below --output.
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from gpt2 import cli, data, models, plots, results
-from gpt2.compression import preset_calibration, presets
+from gpt2.compression import preset_calibration
 from gpt2.compression.calibration_file import calibration_folders
 from gpt2.compression.codecs import measured_codecs
-from gpt2.compression.ladder import RATIOS, Rung, compact_calibration, make_rung
+from gpt2.compression.ladder import RATIOS, compact_calibration, make_rung
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
 from gpt2.processes import Processes
 
 DEFAULT_CODEC = next(iter(measured_codecs()))
-MADE_FROM = ("fingerprint", "text_sha256", "samples", "seq_len", "seed", "sink_tokens")  # a preset's figures hold for
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -87,7 +87,7 @@ def main(processes: Processes) -> None:
     scores = score(loaded, segments, caches, chunk=args.chunk, batch_size=args.batch_size,
                    progress=cli.bar("measuring", "batch"))  # fmt: skip
     measured = {rung.name: compare(scores[BASELINE], scores[rung.name], args.seed) for rung in rungs}
-    rows = [row(rung, measured[rung.name], args.quantizer) for rung in rungs]
+    rows = [rung.row(measured[rung.name]) for rung in rungs]
     print_table(rows)
     codec_bytes = rungs[0].make().codec_bytes()
     print(f"beside the ratio: {codec_bytes:,} bytes of the basis, which caches that share their compressors hold once")
@@ -96,14 +96,14 @@ def main(processes: Processes) -> None:
     record = made | {"model": loaded.spec, "fingerprint": loaded.fingerprint, "calibration": calibration.meta}
     record |= {"codec_bytes": codec_bytes, "rows": rows}
     if not args.tag:
-        write_presets(args, folder, loaded, calibration, path, rungs, measured, made)
+        command = made_by(args, calibration.meta["text_spec"], [rung.ratio for rung in rungs])
+        for rung in rungs:
+            preset = folder / f"{loaded.slug}-{rung.name}.json"
+            about = {"measured": measured[rung.name], "made_by": command, "provenance": made}
+            named = preset_calibration.reference_to(path, preset)
+            print(f"wrote {results.write_json(preset, rung.preset(loaded, calibration, named, **about))}")
     results.write_run(output, record, picture, lambda: plots.ladder(record))  # last: it says that all is there
     print(f"wrote {output} and {picture}")
-
-
-def row(rung: Rung, measured: dict, quantizer: str) -> dict:
-    sizes = {"target_ratio": rung.ratio, "compression_ratio_2048": rung.compression_ratio, "bits": rung.bits}
-    return {"label": rung.name, "quantizer": quantizer, **sizes, **measured}
 
 
 def print_table(rows: list[dict]) -> None:
@@ -114,24 +114,14 @@ def print_table(rows: list[dict]) -> None:
               f"[{low:+7.2%}, {high:+7.2%}] {r['kl_nats']:8.5f} {r['top1_agreement']:7.2%}")  # fmt: skip
 
 
-def write_presets(args, folder, loaded, calibration, path, rungs: list[Rung], measured: dict, made: dict) -> None:
-    flags = {"model": loaded.spec, "text": calibration.meta["text_spec"], "samples": args.samples}
-    flags |= {"seq-len": args.seq_len, "seed": args.seed, "sink-tokens": args.sink_tokens}
-    flags |= {"eval-text": args.eval_text, "codec": args.codec, "quantizer": args.quantizer}
-    flags["calibration-file"] = args.calibration_file
-    flags["ratios"] = ",".join(f"{rung.ratio:g}" for rung in rungs)
-    words = [f"--{key} {value}" for key, value in flags.items() if value is not None]
-    made_by = "python scripts/make_presets.py " + " ".join(words)
-    print()
-    for rung in rungs:
-        output = folder / f"{loaded.slug}-{rung.name}.json"
-        preset = presets.new_preset(
-            loaded, None, preset_calibration.reference_to(path, output), compression_ratio=rung.compression_ratio,
-            measured=measured[rung.name], name=rung.name, target="kv", rank=loaded.geometry.head_dim, bits=rung.bits,
-            codec=args.codec, quantizer=args.quantizer, sink_tokens=args.sink_tokens, made_by=made_by, provenance=made,
-            calibrated_with={key: calibration.meta[key] for key in MADE_FROM},
-        )  # fmt: skip
-        print(f"wrote {results.write_json(output, preset)}")
+def made_by(args: argparse.Namespace, text: str, ratios: list[float]) -> str:
+    """The command that makes the same presets again."""
+    flags = {"model": args.model, "text": text, "samples": args.samples, "seq-len": args.seq_len, "seed": args.seed}
+    flags |= {"sink-tokens": args.sink_tokens, "eval-text": args.eval_text, "codec": args.codec}
+    flags |= {"quantizer": args.quantizer, "calibration-file": args.calibration_file}
+    flags["ratios"] = ",".join(f"{ratio:g}" for ratio in ratios)
+    words = [word for key, value in flags.items() if value is not None for word in (f"--{key}", str(value))]
+    return f"python scripts/make_presets.py {shlex.join(words)}"
 
 
 if __name__ == "__main__":

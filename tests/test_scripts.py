@@ -242,7 +242,7 @@ BAD = [
     ([CALIBRATE, "--output", "link.txt"], "--output and --text name the same file"),
     ([CALIBRATE, "--output", "x" * 300], "File name too long"),
     (["generate_with_preset", "--preset", "x" * 300 + ".json"], "no preset file"),
-    ([TUNE, "--study", "half.db", "--codec", "identity", "--bits", "8", *SMALL_EVAL], "can't use half.db as a study"),
+    ([TUNE, "--study", "half.db"], "can't use half.db as a study"),
     ([TUNE, "--calibration", "words.txt", *SMALL_EVAL], "not a readable calibration file"),
     (["validate_ppl_postbugfix", "--groups", "rank,nope"], "unknown nope"),
     (["generate_with_preset", "--preset", "missing.json"], "no preset file missing.json"),
@@ -265,7 +265,7 @@ def test_bad_input_is_one_clear_line(command, message, space, tmp_path, capsys):
     code = run(script, *(word for pair in defaults.items() for word in pair if pair[0] not in flags), *flags)
     err = capsys.readouterr().err
     assert code == 2 and message in err and "Traceback" not in err
-    assert files(tmp_path) - {"half.db.lock"} == before, "nothing may be left behind"
+    assert files(tmp_path) == before, "nothing may be left behind"
 
 
 def test_out_of_memory_gives_advice(space, tmp_path, capsys, monkeypatch):

@@ -29,7 +29,6 @@ from gpt2.compression.plan import Plan, Setting, plan_record, uniform
 from gpt2.errors import BudgetNotMet, PluginError
 
 HEARTBEAT_SECONDS = 5
-SQLITE = b"SQLite format 3\0"  # how its files begin
 STALE_SECONDS = 20  # without a heartbeat for this long, a trial's worker is dead
 ADVICE = """What helps:
   1. increase the rank (less compression, better quality): --rank-grid
@@ -137,14 +136,7 @@ def study_name(key: dict) -> str:
 
 def check_study(path: Path) -> None:
     """Refuse now what `open_study` would refuse after an hour of calibrating: a place or a file for no study."""
-    results.check_writable(path)
-    if path.exists():
-        with path.open("rb") as file:
-            start = file.read(len(SQLITE))
-        if start not in (b"", SQLITE):
-            raise studies.cant_use(path, ValueError("file is not a database"))
-        if not studies.is_ours(path):
-            raise studies.cant_use(path, ValueError("it is a database of something else"))
+    studies.refuse_others(results.check_writable(path))
 
 
 def open_study(path: Path, name: str) -> optuna.Study:

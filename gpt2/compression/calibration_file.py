@@ -20,7 +20,7 @@ from gpt2 import results, tensor_file
 from gpt2.compression.calibration import SIDES, Calibration, calibrate, calibration_key
 from gpt2.compression.capture import Moments, Statistics
 from gpt2.compression.codecs import full_rank, is_measured, measured_codecs, needs_calibration, single_heads
-from gpt2.compression.measured import parse_measured
+from gpt2.compression.measured import LARGEST, parse_measured
 from gpt2.errors import BadArtefact, CalibrationNotFound, PluginError, brief
 from gpt2.models import Geometry, LoadedModel
 from gpt2.texts import Text
@@ -47,7 +47,7 @@ META = {
 }
 # In what numbers are kept, and what none of a real model comes near
 STORED = {"bases": torch.float32, "statistics": torch.float64}
-LARGEST = {"bases": 1e15, "statistics": 1e60}
+REACH = {"bases": LARGEST, "statistics": LARGEST**4}  # sums of squares, weighted by squares
 LEAST = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 1, "sink_tokens": 0, "samples": 1, "seq_len": 1}
 
 
@@ -121,8 +121,8 @@ def _parse(record, path: Path) -> Calibration:
         expect(value.is_floating_point(), f"{group}.{name}", "floating-point numbers", value.dtype)
         expect(bool(torch.isfinite(value).all()), f"{group}.{name}", "finite numbers", "NaN or infinity")
         value = value.to(STORED[group])
-        reach = float(value.abs().max()) < LARGEST[group]
-        expect(reach, f"{group}.{name}", f"numbers below {LARGEST[group]:g}", "larger ones")
+        within = float(value.abs().max()) < REACH[group]
+        expect(within, f"{group}.{name}", f"numbers below {REACH[group]:g}", "larger ones")
         return value
 
     r = full_rank(single_heads(meta["codec"]), d)

@@ -21,6 +21,7 @@ from gpt2.compression.calibration_file import find_reusable, load_calibration, s
 from gpt2.compression.codecs import BASES
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.plan import compressors_for
+from gpt2.compression.presets import new_preset
 from gpt2.errors import PluginError
 from gpt2.evaluation import memory
 from gpt2.evaluation.perplexity import CacheFactory
@@ -30,6 +31,7 @@ from gpt2.texts import Text
 
 RATIOS = (2.0, 3.5, 4.0, 4.6, 5.3, 6.4, 8.0)
 TOKENS = 2048  # of the sequence at which the ratio is meant
+MADE_FROM = ("fingerprint", "text_sha256", "samples", "seq_len", "seed", "sink_tokens")  # a preset's figures hold for
 STEP = 0.01  # bits by which a rung gives way until its ratio holds
 
 
@@ -38,6 +40,8 @@ class Rung:
     """A cache of at least `ratio`. compression_ratio: what it has; bits: per coordinate; make: fresh caches."""
 
     codec: str
+    quantizer: str
+    sink_tokens: int
     ratio: float
     bits: float
     compression_ratio: float
@@ -46,6 +50,19 @@ class Rung:
     @property
     def name(self) -> str:
         return f"{BASES[self.codec].prefix}-{self.ratio:g}x"
+
+    def row(self, measured: dict) -> dict:
+        """What a results file says of it. measured: as `perplexity.compare` gives it."""
+        sizes = {"target_ratio": self.ratio, "compression_ratio_2048": self.compression_ratio, "bits": self.bits}
+        return {"label": self.name, "quantizer": self.quantizer, **sizes, **measured}
+
+    def preset(self, loaded: LoadedModel, calibration: Calibration, calibration_file: str, **more) -> dict:
+        """It as a preset. calibration_file: as a preset names it; more: measured, made_by and any further key."""
+        return new_preset(
+            loaded, None, calibration_file, compression_ratio=self.compression_ratio, name=self.name, target="kv",
+            rank=loaded.geometry.head_dim, bits=self.bits, codec=self.codec, quantizer=self.quantizer,
+            sink_tokens=self.sink_tokens, calibrated_with={key: calibration.meta[key] for key in MADE_FROM}, **more,
+        )  # fmt: skip
 
 
 def compact_calibration(
@@ -91,7 +108,7 @@ def make_rung(
             ) from error
         held = memory.compression_ratio(make, loaded.geometry, TOKENS, config=loaded.model.config)
         if held >= ratio:
-            return Rung(calibration.meta["codec"], ratio, bits, held, make)
+            return Rung(calibration.meta["codec"], quantizer, sink_tokens, ratio, bits, held, make)
         # In one go as far as bytes in proportion to bits would ask for: models with sliding layers are far off at first
         bits = round(bits - max(int((1 - held / ratio) * bits / STEP), 1) * STEP, 4)
 

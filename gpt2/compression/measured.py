@@ -20,6 +20,7 @@ from gpt2.compression.rotary import LAYOUTS, NONE, Rotary
 from gpt2.errors import BadArtefact, PluginError, brief
 from gpt2.models import Geometry
 
+LARGEST = 1e15  # in a file: what none of a real model comes near
 PRICES = 64  # at which the layers' demand is measured
 # What a calibration's unit is made for at the least: a spread of so much of the means, and of so much in channels
 SMALLEST_SPREAD, SMALLEST_SIZE = 0.01, 2.0**-10
@@ -212,8 +213,8 @@ def parse_measured(record, basis: Measured, geometry: Geometry, expect) -> Measu
         found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         expect(isinstance(value, Tensor) and list(value.shape) == list(shape), f"{name}.{key}", list(shape), found)
         expect(value.is_floating_point(), f"{name}.{key}", "floating-point numbers", value.dtype)
-        finite = bool(torch.isfinite(value).all()) and float(value.abs().max()) < 1e15
-        expect(finite, f"{name}.{key}", "finite numbers below 1e15", "others")
+        finite = bool(torch.isfinite(value).all()) and float(value.abs().max()) < LARGEST
+        expect(finite, f"{name}.{key}", f"finite numbers below {LARGEST:g}", "others")
         return value.float()
 
     expect(isinstance(record, dict), name, "a dict", type(record).__name__)
@@ -225,7 +226,7 @@ def parse_measured(record, basis: Measured, geometry: Geometry, expect) -> Measu
     L, G, w = shape.num_layers, shape.num_kv_heads, shape.head_dim
     widths = record.get("widths")
     plain = isinstance(widths, list) and all(type(width) is int for width in widths)
-    expect(plain and widths == list(WIDTHS), f"{name}.widths", list(WIDTHS), brief(record.get("widths")))
+    expect(plain and widths == list(WIDTHS), f"{name}.widths", list(WIDTHS), brief(widths))
     n = record["prices"].numel() if isinstance(record.get("prices"), Tensor) else 0
     expect(n > 1, f"{name}.prices", "two or more numbers", n)
     return MeasuredCodec(
