@@ -39,3 +39,14 @@ def no_deprecated_calls():
     DEPRECATIONS.said.clear()
     yield
     assert not DEPRECATIONS.said, DEPRECATIONS.said
+
+
+@pytest.fixture(params=[True, False], ids=["kernels", "PyTorch"])
+def kernels(request, monkeypatch):
+    """With CPU kernels and without; whether there are any on this machine is another test's matter."""
+    from gpt2.compression.kernels import cpu
+
+    if not request.param:
+        monkeypatch.setattr(cpu, "loaded", lambda: False)
+    elif not cpu.loaded():
+        pytest.skip("no compiler on this machine: PyTorch does the same")

@@ -34,15 +34,6 @@ SETTINGS = {
 SAME = 3e-4
 
 
-@pytest.fixture(params=[True, False], ids=["kernels", "PyTorch"])
-def kernels(request, monkeypatch):
-    """With CPU kernels and without; whether there are any on this machine is another test's matter."""
-    if not request.param:
-        monkeypatch.setattr(cpu, "loaded", lambda: False)
-    elif not cpu.loaded():
-        pytest.skip("no compiler on this machine: attention runs in PyTorch")
-
-
 @pytest.fixture(scope="module")
 def llama():
     return tiny_model("llama")

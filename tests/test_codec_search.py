@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 from test_scripts import SMALL, SMALL_EVAL, TUNE, files, model_folder, run  # noqa: F401
@@ -166,10 +167,37 @@ def test_two_workers_share_the_slots(tmp_path):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(240)
+        worker.join(60)
     lines = log.read_text().splitlines()
     assert len(SPACE.starts()) <= len(lines) <= 8 and len(set(lines)) == len(lines)
     assert len(codec_search.finished(autotune.open_study(path, "s"))) == len(lines)
+
+
+@pytest.mark.parametrize("late", ["the first", "both"])
+def test_two_workers_that_draw_the_same_measure_it_once(late, tmp_path, monkeypatch):
+    """Also where the first of them is the last to say what it has drawn, and where both say it before either looks."""
+    path, log, together = tmp_path / "s.db", tmp_path / "log", threading.Barrier(2)
+    suggest, say, only = Space.suggest, optuna.Trial.set_user_attr, []
+
+    def draw(space, trial):
+        only.append(suggest(space, trial))
+        if trial.number < 2:
+            together.wait(30)
+        return only[0]
+
+    def slowly(trial, key, value):
+        time.sleep(0.5 * (late == "the first" and key == "choice" and trial.number == 0))
+        say(trial, key, value)
+        time.sleep(0.5 * (late == "both" and key == "choice" and trial.number < 2))
+
+    monkeypatch.setattr(Space, "suggest", draw)
+    monkeypatch.setattr(optuna.Trial, "set_user_attr", slowly)
+    workers = [threading.Thread(target=work, args=(path, log, 2, 1)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert len(log.read_text().splitlines()) == 1
 
 
 def test_a_killed_workers_trial_is_redone(tmp_path, monkeypatch):

@@ -62,14 +62,6 @@ TURNED = "biases turned by positions"
 SMALL: tuple[int, int, int, int] = (2, 2, 128, 16)
 
 
-@pytest.fixture(params=[True, False], ids=["kernels", "PyTorch"])
-def kernels(request, monkeypatch):
-    if not request.param:
-        monkeypatch.setattr(cpu, "loaded", lambda: False)
-    elif not cpu.loaded():
-        pytest.skip("no compiler on this machine: PyTorch does the same")
-
-
 # --- codecs as a user has them
 
 

@@ -23,6 +23,7 @@ import optuna
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
+from gpt2 import studies
 from gpt2.compression.autotune import Trial, record_measured, run_queue, within_budget
 from gpt2.compression.codec_space import FAMILIES, LOWEST_BITS, Choice, Space
 from gpt2.compression.search import CacheFactory, Search
@@ -157,8 +158,10 @@ def run_search(
 
     def objective(trial: optuna.Trial, key: str) -> float:
         choice = space.suggest(trial)
-        trial.set_user_attr("choice", choice.record())
-        if any(choice == other for other in _taken(study, trial.number)):
+        with studies.locked(path):  # of two workers that draw the same at once, the second sees the first
+            trial.set_user_attr("choice", choice.record())
+            taken = _taken(study, trial.number)
+        if choice in taken:
             _skip(trial, "tried already")
         try:
             size = ratio(choice)
@@ -189,9 +192,9 @@ def _skipped(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _taken(study: optuna.Study, number: int) -> list[Choice]:
-    """Choices that trials before `number` have measured or are at."""
+    """Choices that other trials than `number` have measured or are at."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
-    return [Choice.of(t.user_attrs["choice"]) for t in trials if t.number < number and "choice" in t.user_attrs]
+    return [Choice.of(t.user_attrs["choice"]) for t in trials if t.number != number and "choice" in t.user_attrs]
 
 
 def finished(study: optuna.Study) -> list[Trial]:
