@@ -198,6 +198,8 @@ def test_two_workers_that_draw_the_same_measure_it_once(late, tmp_path, monkeypa
     for worker in workers:
         worker.join(60)
     assert len(log.read_text().splitlines()) == 1
+    states = [trial.state for trial in autotune.open_study(path, "s").trials[:2]]
+    assert states.count(optuna.trial.TrialState.COMPLETE) == 1, "neither leaves it to the other"
 
 
 def test_a_killed_workers_trial_is_redone(tmp_path, monkeypatch):
