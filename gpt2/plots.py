@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
@@ -15,23 +16,38 @@ from matplotlib.transforms import Bbox
 SIDE_COLORS = {"k": "tab:orange", "v": "tab:blue"}
 
 
+def new_figure(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **how):
+    """A figure and its axes, as pyplot's subplots gives them. figsize: width and height in inches."""
+    figure = _blank(figsize)
+    return figure, figure.subplots(rows, columns, **how)
+
+
+def _blank(figsize: tuple[float, float]) -> Figure:
+    """A figure of nobody's: pyplot keeps every one that it makes for ever."""
+    figure = Figure(figsize=figsize, layout="constrained")
+    FigureCanvasAgg(figure)  # which knows how large words are
+    return figure
+
+
 def spectra(energy: dict[str, np.ndarray], rank: int, title: str) -> Figure:
     """What a rank throws away: 1 − energy kept, per coordinate, a line per layer (mean over KV heads).
 
     energy: side to [L, H, d], cumulative share of the variance.
     """
-    figure, axes = plt.subplots(1, len(energy), figsize=(5.5 * len(energy), 4), sharey=True, layout="constrained")
+    figure, axes = new_figure(1, len(energy), figsize=(5.5 * len(energy), 4), sharey=True)
     for axis, (side, kept) in zip(np.atleast_1d(axes), energy.items(), strict=True):
         lost = np.clip(1 - kept.mean(1), 1e-5, None)  # [L, d]
         ranks = np.arange(1, lost.shape[1] + 1)
         for layer, line in enumerate(lost):
-            axis.semilogy(ranks[:-1], line[:-1], color=plt.cm.viridis(layer / max(len(lost) - 1, 1)), linewidth=0.9)
+            axis.semilogy(
+                ranks[:-1], line[:-1], color=colormaps["viridis"](layer / max(len(lost) - 1, 1)), linewidth=0.9
+            )
         axis.axvline(rank, color="tab:red", linestyle="--", label=f"rank {rank}")
         axis.set(title=f"{side.upper()} cache", xlabel="coordinates kept")
         axis.legend(loc="lower left")
         axis.grid(alpha=0.3)
     np.atleast_1d(axes)[0].set_ylabel("share of variance lost")
-    colors = plt.cm.ScalarMappable(plt.Normalize(0, len(lost) - 1), "viridis")
+    colors = ScalarMappable(Normalize(0, len(lost) - 1), "viridis")
     figure.colorbar(colors, ax=axes, label="layer", fraction=0.05)
     figure.suptitle(title)
     return figure
@@ -42,7 +58,7 @@ def frontier(points: list[dict], budget: float, chosen: str | None, title: str) 
 
     Those without a finite loss (None) have no place.
     """
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axis = new_figure(figsize=(7, 4.5))
     for point in (point for point in points if point["ppl_delta"] is not None):
         x, y = point["compression_ratio"], 100 * point["ppl_delta"]
         picked = point["label"] == chosen
@@ -65,7 +81,7 @@ def ladder(record: dict) -> Figure:
     record: as scripts/make_presets.py writes it.
     """
     rows, meta = record["rows"], record["calibration"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure, axes = new_figure(1, 2, figsize=(11, 4.5))
     x = [row["compression_ratio_2048"] for row in rows]
     y = 100 * np.array([row["ppl_delta"] for row in rows])
     low, high = 100 * np.array([row["ppl_delta_interval"] for row in rows]).T
@@ -100,9 +116,8 @@ def peers(rows: list[dict], title: str) -> Figure:
     rows: as `evaluation.peers.measure` gives them; what wasn't run has no point.
     """
     rows = [row for row in rows if "not_run" not in row]
-    figure, axes = plt.subplot_mosaic(
-        [["ppl", "kl"], ["ppl", "top1"]], figsize=(15, 8.5), width_ratios=[2.6, 1], layout="constrained"
-    )
+    figure = _blank((15, 8.5))
+    axes = figure.subplot_mosaic([["ppl", "kl"], ["ppl", "top1"]], width_ratios=[2.6, 1])
     for family in (name for name in FAMILY_STYLES if name in {row["family"] for row in rows}):
         own = [row for row in rows if row["family"] == family]
         x, y = [row["bytes_per_token"] for row in own], np.array([100 * row["ppl_delta"] for row in own])
@@ -175,12 +190,12 @@ def spread_labels(axis, labels: list[str], points: list[tuple], bars: list[tuple
 
 def deltas(rows: list[dict], title: str) -> Figure:
     """Bars of relative perplexity change with intervals. rows: label, group, ppl_delta, ppl_delta_interval."""
-    figure, axis = plt.subplots(figsize=(8, 0.27 * len(rows) + 1.4), layout="constrained")
+    figure, axis = new_figure(figsize=(8, 0.27 * len(rows) + 1.4))
     groups = list(dict.fromkeys(row["group"] for row in rows))
     for y, row in enumerate(rows):
         value = 100 * row["ppl_delta"]
         low, high = (100 * edge for edge in row["ppl_delta_interval"])
-        axis.barh(y, value, color=plt.cm.tab10(groups.index(row["group"]) % 10), height=0.7)
+        axis.barh(y, value, color=colormaps["tab10"](groups.index(row["group"]) % 10), height=0.7)
         axis.plot([low, high], [y, y], color="black", linewidth=1)
         axis.annotate(f" {value:+.2f} %", (max(value, high, 0), y), va="center", fontsize=7)
     axis.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=7)
@@ -194,7 +209,7 @@ def deltas(rows: list[dict], title: str) -> Figure:
 
 def appending(tokens: list[int], milliseconds: dict[str, list[float]], title: str) -> Figure:
     """Time to append one token against the tokens held, a line per codec."""
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axis = new_figure(figsize=(7, 4))
     for label, values in milliseconds.items():
         axis.plot(tokens, values, marker="o", label=label)
     axis.set_xscale("log", base=2)
@@ -219,15 +234,15 @@ def profiles(rows: list[dict], title: str) -> Figure:
     batches = list(dict.fromkeys(row["batch_size"] for row in rows))
     bars = max((sum(row["batch_size"] == batch for row in rows) for batch in batches), default=1)
     height = max(3.2, 0.24 * bars + 1.2)
-    figure, grid = plt.subplots(
-        max(len(batches), 1), 3, figsize=(15, height * max(len(batches), 1) + 0.6), squeeze=False, layout="constrained",
+    figure, grid = new_figure(
+        max(len(batches), 1), 3, figsize=(15, height * max(len(batches), 1) + 0.6), squeeze=False,
         gridspec_kw={"width_ratios": [1, 1, 1.3]},
     )  # fmt: skip
     for axes, batch in zip(grid, batches, strict=False):
         cells = [row for row in rows if row["batch_size"] == batch]
         for index, cache in enumerate(caches):
             own = sorted((row for row in cells if row["cache"] == cache), key=lambda row: row["context_tokens"])
-            _profile_lines(axes[:2], own, cache, plt.cm.tab10(index % 10))
+            _profile_lines(axes[:2], own, cache, colormaps["tab10"](index % 10))
         _step_bars(axes[2], cells)
         contexts = sorted({row["context_tokens"] for row in cells})
         for axis, label in zip(axes[:2], ("tokens per second, whole batch", "MiB of cache, whole batch"), strict=True):
@@ -284,9 +299,7 @@ def layer_losses(rows: list[dict], title: str) -> Figure:
     rows: as `sensitivity.ablate` gives them.
     """
     sides = list(dict.fromkeys(row["side"] for row in rows))
-    figure, axes = plt.subplots(
-        1, len(sides), figsize=(2 + 5.5 * len(sides), 4), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure, axes = new_figure(1, len(sides), figsize=(2 + 5.5 * len(sides), 4), sharey=True, squeeze=False)
     for axis, side in zip(axes[0], sides, strict=True):
         own = [row for row in rows if row["side"] == side]
         for rank, bits in sorted({(row["rank"], row["bits"]) for row in own}):
@@ -311,14 +324,14 @@ def stability(rows: list[dict], metrics: dict[str, str], title: str) -> Figure:
     factors = list(dict.fromkeys(row["factor"] for row in rows))
     across = min(3, len(metrics))
     down = -(-len(metrics) // across)
-    figure, axes = plt.subplots(down, across, figsize=(4.2 * across, 3 * down), squeeze=False, layout="constrained")
+    figure, axes = new_figure(down, across, figsize=(4.2 * across, 3 * down), squeeze=False)
     for axis in axes.flat[len(metrics) :]:
         axis.set_visible(False)
     for axis, (metric, label) in zip(axes.flat, metrics.items(), strict=False):
         shown = [row for row in rows if row[metric] is not None]
         values = [row[metric] for row in shown]
         places = [factors.index(row["factor"]) for row in shown]
-        axis.scatter(places, values, color=[plt.cm.tab10(place) for place in places], s=28, zorder=3)
+        axis.scatter(places, values, color=[colormaps["tab10"](place) for place in places], s=28, zorder=3)
         if values:
             axis.axhline(np.mean(values), color="tab:gray", linewidth=1, linestyle="--")
         axis.set_xticks(range(len(factors)), factors, fontsize=8)
@@ -341,7 +354,7 @@ def needles(cells: list[dict], title: str) -> Figure:
     names = list(dict.fromkeys(cell["cache"] for cell in cells if "verdict" in cell))
     lengths, depths = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("context_tokens", "depth"))
     size = (3 * max(1.5 + 0.85 * len(lengths), 3.2), (1.1 + max(0.45 * len(depths), 1)) * len(names) + 0.6)
-    figure, axes = plt.subplots(len(names), 3, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = new_figure(len(names), 3, figsize=size, squeeze=False)
     found = {(cell["cache"], cell["depth"], cell["context_tokens"]): cell for cell in cells}
     largest = max(1, *(abs(cell.get("logprob_change_nats", 0)) for cell in cells))
     for row, name in zip(axes, names, strict=True):
@@ -373,9 +386,7 @@ def _heat_map(axis, grid: list[list[dict]], key: str, form: str, **colors):
         color = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
         words = form.format(round(value, 2) + 0.0)  # no "-0.00"
         if not grid[y][x]["baseline_works"]:
-            box = plt.Rectangle(
-                (x - 0.5, y - 0.5), 1, 1, fill=False, hatch="///", edgecolor=color, linewidth=0, alpha=0.2
-            )
+            box = Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="///", edgecolor=color, linewidth=0, alpha=0.2)
             axis.add_patch(box)
             words += "\nbaseline fails"
         axis.text(x, y, words, ha="center", va="center", fontsize=7, color=color)

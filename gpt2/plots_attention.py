@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from gpt2.plots import plt
+from gpt2.plots import new_figure
 
 STYLES = {"16-bit": "--", "float32": ":", "compressed": "-", "torch.compile": "-."}
 
@@ -15,14 +16,14 @@ def steps(record: dict) -> Figure:
 
     record: as scripts/benchmark_attention.py writes it.
     """
-    figure, axis = plt.subplots(figsize=(8.5, 5), layout="constrained")
+    figure, axis = new_figure(figsize=(8.5, 5))
     for index, (label, kind) in enumerate(dict.fromkeys((row["row"], row["kind"]) for row in record["rows"])):
         own = sorted((row for row in record["rows"] if row["row"] == label), key=lambda row: row["context_tokens"])
         y = np.array([row["ms_median"] for row in own])
         low, high = np.array([row["ms_quartiles"] for row in own]).T
         axis.errorbar(
             [row["context_tokens"] for row in own], y, [y - low, high - y], label=label, marker="o", markersize=4,
-            capsize=3, linestyle=STYLES[kind], color=plt.cm.tab20(index % 20),
+            capsize=3, linestyle=STYLES[kind], color=colormaps["tab20"](index % 20),
         )  # fmt: skip
     contexts = sorted({row["context_tokens"] for row in record["rows"]})
     axis.set_xscale("log", base=2)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from gpt2.plots import plt, spread_labels
+from gpt2.plots import new_figure, spread_labels
 
 
 def frontier(points: list[dict], budget: float, chosen: str | None, title: str) -> Figure:
@@ -13,9 +14,9 @@ def frontier(points: list[dict], budget: float, chosen: str | None, title: str) 
     Only what nothing beats is named. points: as in `plots.frontier`, with `family` as well; those without a finite
     loss (None) stand as crosses at the upper edge.
     """
-    figure, axis = plt.subplots(figsize=(10.5, 6), layout="constrained")
+    figure, axis = new_figure(figsize=(10.5, 6))
     for index, family in enumerate(sorted({point["family"] for point in points})):
-        own, color = [point for point in points if point["family"] == family], plt.cm.tab10(index % 10)
+        own, color = [point for point in points if point["family"] == family], colormaps["tab10"](index % 10)
         for point in own:
             x, y = point["compression_ratio"], point["ppl_delta"]
             if y is None:
@@ -45,9 +46,9 @@ def ratios_by_context(rows: list[dict], title: str) -> Figure:
 
     rows: as scripts/measure_cache_bytes.py has them.
     """
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axis = new_figure(figsize=(8, 4.5))
     for index, cache in enumerate(dict.fromkeys(row["cache"] for row in rows)):
-        own, color = [row for row in rows if row["cache"] == cache], plt.cm.tab10(index % 10)
+        own, color = [row for row in rows if row["cache"] == cache], colormaps["tab10"](index % 10)
         tokens = [row["context_tokens"] for row in own]
         axis.plot(tokens, [row["compression_ratio"] for row in own], marker="o", color=color, label=cache)
         if own[0]["codec_bytes"]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from gpt2.plots import plt
+from gpt2.plots import new_figure
 
 
 def explored(rows: list[dict], title: str) -> Figure:
@@ -17,9 +18,9 @@ def explored(rows: list[dict], title: str) -> Figure:
     lines = list(dict.fromkeys((row["question"], row["label"]) for row in rows))
     # A line's place from above, with room for a heading before each question
     places = {line: i + 1.2 * (questions.index(line[0]) + 1) for i, line in enumerate(lines)}
-    figure, axis = plt.subplots(figsize=(10, 0.24 * (len(lines) + 1.2 * len(questions)) + 1.6), layout="constrained")
+    figure, axis = new_figure(figsize=(10, 0.24 * (len(lines) + 1.2 * len(questions)) + 1.6))
     for index, bits in enumerate(budgets):
-        own, color = [row for row in rows if row["bits"] == bits], plt.cm.tab10(index % 10)
+        own, color = [row for row in rows if row["bits"] == bits], colormaps["tab10"](index % 10)
         product = next(row["kl_nats"] for row in own if row["product"])
         axis.axvline(product, color=color, linewidth=1, alpha=0.6)
         for ours in (False, True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from gpt2.plots import plt
+from gpt2.plots import new_figure
 
 COLUMNS = 5
 LEAST_SPAN = 4  # of the vertical axis: what doesn't grow shall look so
@@ -17,7 +17,7 @@ def slopes(record: dict) -> Figure:
     record: as scripts/measure_scaling.py writes it.
     """
     rows = -(-len(record["slopes"]) // COLUMNS)
-    figure, axes = plt.subplots(rows, COLUMNS, figsize=(2.9 * COLUMNS, 2.3 * rows), layout="constrained", squeeze=False)
+    figure, axes = new_figure(rows, COLUMNS, figsize=(2.9 * COLUMNS, 2.3 * rows), squeeze=False)
     for axis in axes.flat[len(record["slopes"]) :]:
         axis.set_axis_off()
     for axis, slope in zip(axes.flat, record["slopes"], strict=False):

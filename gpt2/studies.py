@@ -14,6 +14,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy import Engine, event, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from gpt2 import results
 from gpt2.errors import PluginError
 
 # Heartbeats have been in Optuna since 2021 and are marked experimental still
@@ -72,8 +73,14 @@ def cant_use(study: str | Path, error: Exception) -> PluginError:
     return PluginError(f"can't use {shown} as a study ({reason}): give --study another")
 
 
-def refuse_others(path: Path) -> None:
-    """Raise PluginError for a file that is no database, or one of something else than Optuna."""
+def check_file(path: str | Path) -> Path:
+    """A study's SQLite file, its folder made. Raises PluginError for one that can't be written or isn't Optuna's."""
+    path = results.check_writable(path)
+    _refuse_others(path)
+    return path
+
+
+def _refuse_others(path: Path) -> None:
     if not path.exists():
         return
     try:

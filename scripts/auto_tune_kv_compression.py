@@ -24,7 +24,7 @@ exit code is 3.
 import argparse
 from pathlib import Path
 
-from gpt2 import cli, data, models, plots, plots_codecs, results, tuner
+from gpt2 import cli, data, models, plots, plots_codecs, results, studies, tuner
 from gpt2.compression import autotune, codec_space, tuning
 from gpt2.compression.codecs import is_measured
 from gpt2.compression.plan import TARGETS
@@ -73,7 +73,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     budget = args.target_ppl_delta
-    autotune.check_study(args.study)
+    studies.check_file(args.study)
     text = data.load_text(args.text, args.model)
     loaded = models.load(args.model, args.device, args.dtype)
     name = args.name or f"{args.target if args.search == 'grid' else 'codec'}-{100 * budget:g}pct"

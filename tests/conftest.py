@@ -29,6 +29,10 @@ class Deprecations(logging.Handler):
         if "deprecated" in message and "Passing `generation_config` together with" not in message:
             self.said.append(message)
 
+    def check(self) -> None:
+        said, self.said = self.said, []
+        assert not said, said
+
 
 DEPRECATIONS = Deprecations()
 logging.getLogger("transformers").addHandler(DEPRECATIONS)
@@ -38,7 +42,7 @@ logging.getLogger("transformers").addHandler(DEPRECATIONS)
 def no_deprecated_calls():
     DEPRECATIONS.said.clear()
     yield
-    assert not DEPRECATIONS.said, DEPRECATIONS.said
+    DEPRECATIONS.check()
 
 
 @pytest.fixture(params=[True, False], ids=["kernels", "PyTorch"])

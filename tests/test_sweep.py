@@ -7,6 +7,7 @@ import os
 import pwd
 import shutil
 import signal
+import sqlite3
 import subprocess
 import tempfile
 import time
@@ -251,7 +252,12 @@ def test_a_worker_that_was_taken_for_dead_goes_on(checkout, tmp_path):
 
 def test_a_study_that_cant_be_used_is_one_line(checkout, tmp_path):
     (tmp_path / "no.db").write_text("no database" * 100)
-    with pytest.raises(PluginError, match=r"can't use sqlite:///.*no.db as a study"):
-        work(checkout, tmp_path / "no.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "bank.db")) as bank:
+        bank.execute("CREATE TABLE accounts (money)")
+    for name, reason in (("no.db", "file is not a database"), ("bank.db", "it is a database of something else")):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(PluginError, match=rf"can't use .*{name} as a study \({reason}\)"):
+            work(checkout, tmp_path / name)
+        assert (tmp_path / name).read_bytes() == before
     with pytest.raises(PluginError, match="can't use localhost/x as a study"):
         work(checkout, "nosuchdatabase://name:secret@localhost/x")

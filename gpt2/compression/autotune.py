@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from gpt2 import results, studies
+from gpt2 import studies
 from gpt2.compression.calibration import SIDES
 from gpt2.compression.codecs import full_rank, needs_calibration, quantizer_for_bits
 from gpt2.compression.plan import Plan, Setting, plan_record, uniform
@@ -132,11 +132,6 @@ def grid(ranks: Sequence[int] | None, bits: Sequence[int], head_dim: int, codec:
 def study_name(key: dict) -> str:
     """Name of the study that belongs to a search: the same search resumes, another one starts afresh."""
     return "auto-tune-" + hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def check_study(path: Path) -> None:
-    """Refuse now what `open_study` would refuse after an hour of calibrating: a place or a file for no study."""
-    studies.refuse_others(results.check_writable(path))
 
 
 def open_study(path: Path, name: str) -> optuna.Study:

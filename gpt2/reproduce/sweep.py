@@ -54,7 +54,7 @@ class Queue:
     """An Optuna study in an SQLite file, or in a database by its URL. It is made where it doesn't exist."""
 
     def __init__(self, storage: str | Path, name: str, pace: Pace):
-        self.url = url = str(storage) if "://" in str(storage) else f"sqlite:///{results.check_writable(storage)}"
+        self.url = url = str(storage) if "://" in str(storage) else f"sqlite:///{studies.check_file(storage)}"
         for left in reversed(range(OPENINGS)):
             try:
                 self._open(url, name, pace)
