@@ -31,8 +31,12 @@ MOST_STRUCTURE = 2**18  # bytes of everything but the tensors; ours have a twent
 MOST_VALUES = 100_000
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64}
 TENSOR = "$tensor"  # in JSON, {TENSOR: name} stands for a tensor
-# What a pickle of plain values and tensors names, a smaller choice than that of weights_only: bytearray, for one,
+# What a pickle of plain values and tensors consists of, a smaller choice than that of weights_only: bytearray, for one,
 # allocates what it is told to
+OPERATIONS = {"PROTO", "STOP", "MARK", "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "APPEND", "APPENDS"}
+OPERATIONS |= {"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1"}
+OPERATIONS |= {"BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"}
+OPERATIONS |= {"GLOBAL", "REDUCE", "BINPERSID"}
 STORAGES = ("Bool", "Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double")
 NAMED = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict", *(f"torch {kind}Storage" for kind in STORAGES)}
 
@@ -70,7 +74,7 @@ def read(path: str | Path, kind: str = "file of tensors", *, only: str | None = 
         if head[8:] == b"{":
             return _read_safetensors(path, int.from_bytes(head[:8], "little"), only)
         raise _Refused("it is neither PyTorch's archive nor safetensors")
-    except _Refused as error:
+    except (_Refused, zipfile.BadZipFile) as error:
         raise BadArtefact(f"{path}: not a readable {kind}: {error}: make it again") from error
     except OSError as error:
         raise BadArtefact(f"{path}: not a readable {kind}: {error.strerror or error}") from error
@@ -90,17 +94,18 @@ def _read_archive(path: Path, only: str | None):
         if pickled.file_size > MOST_STRUCTURE:
             raise _Refused(f"{pickled.file_size:,} bytes beside its tensors")
         structure = archive.read(pickled)
-        _refuse_other_names(structure)
+        _refuse_objects(structure)
         if only is not None:  # of a large file of something else little is read
             return _Copy(0).of(_WithoutTensors(io.BytesIO(structure)).load()[only])
-        if damaged := archive.testzip():  # PyTorch reads past a wrong checksum
-            raise _Refused(f"damaged, the checksum of {damaged} is wrong")
         looked_at = _written_again(archive, parts)
     return _Copy(2 * size).of(torch.load(looked_at, map_location="cpu", weights_only=True))
 
 
 def _written_again(archive: zipfile.ZipFile, parts: list[zipfile.ZipInfo]) -> io.BytesIO:
-    """The parts that were looked at and nothing else: in a crafted file PyTorch's own reader may find others."""
+    """The parts that were looked at, with right checksums, and nothing else.
+
+    PyTorch's own reader goes past a wrong checksum, and may find other parts in a crafted file.
+    """
     copy = io.BytesIO()
     with zipfile.ZipFile(copy, "w", zipfile.ZIP_STORED) as written:
         for part in parts:
@@ -119,13 +124,13 @@ class _WithoutTensors(pickle.Unpickler):
         return None
 
 
-def _refuse_other_names(pickled: bytes) -> None:
-    """Refuse a pickle that names anything but what rebuilds a tensor, before anything is built of it."""
+def _refuse_objects(pickled: bytes) -> None:
+    """Refuse a pickle with anything but plain values and what rebuilds a tensor, before anything is built of it."""
     for operation, argument, _ in pickletools.genops(pickled):
-        foreign = operation.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")
-        foreign |= operation.name == "PROTO" and argument != torch.serialization.DEFAULT_PROTOCOL
-        if foreign or (operation.name == "GLOBAL" and argument not in NAMED):
+        if operation.name not in OPERATIONS or (operation.name == "GLOBAL" and argument not in NAMED):
             raise _Refused(f"it holds {argument or 'objects'!r:.80}, and only tensors and plain values are read")
+        if operation.name == "LONG_BINPUT" and argument > len(pickled):  # a reader makes a table of so many places
+            raise _Refused(f"it numbers {argument:,} values in {len(pickled):,} bytes")
 
 
 def _read_safetensors(path: Path, header: int, only: str | None):

@@ -238,6 +238,8 @@ def too_large(good: bytes, record: dict) -> Bad:
         "a tensor ten thousand times",
         saved(put(record, ("meta", "versions"), {"torch": [torch.ones(10**5)] * 10**4})),
     )
+    for place in (10**6, 2**32 - 1):
+        yield f"a value with the number {place}", _numbered(good, place)
     yield "zeros, packed", _bomb(good)
     yield "a part that is larger than the file", _declared(good, 2**31)
     yield "many values", saved(put(record, ("meta", "versions"), {"torch": [None] * 5 * 10**6}))
@@ -246,12 +248,23 @@ def too_large(good: bytes, record: dict) -> Bad:
 def _claiming(good: bytes, elements: int) -> bytes:
     """An archive whose pickle says that one tensor has so many elements."""
     data = saved({"meta": torch.ones(12345)})
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        (part,) = (part for part in archive.infolist() if part.filename.endswith("/data.pkl"))
-        pickled = archive.read(part)
+    pickled = _pickled(data)
     true = b"M" + struct.pack("<H", 12345)
     assert true in pickled
     return in_archive(data, pickled.replace(true, b"J" + struct.pack("<i", elements)))
+
+
+def _pickled(good: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(good)) as archive:
+        (part,) = (part for part in archive.infolist() if part.filename.endswith("/data.pkl"))
+        return archive.read(part)
+
+
+def _numbered(good: bytes, place: int) -> bytes:
+    """An archive whose pickle keeps its first value, to come back to, at such a place among all that it keeps."""
+    pickled = _pickled(good)
+    assert b"q\0" in pickled
+    return in_archive(good, pickled.replace(b"q\0", b"r" + struct.pack("<I", place), 1))
 
 
 def _laughs(depth: int) -> list:
