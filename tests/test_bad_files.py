@@ -214,12 +214,16 @@ def test_wrong_metadata(folder, space):
             for value in (None, 3, "x", [], {}):
                 if key != "energy":
                     yield f"{key} {value!r}", saved(record | {key: value})
+        for value in (3, "x", [], {"k": 3}, {"k": ["fisher"]}, {"v": None}):
+            yield f"metrics {value!r}", saved(put(record, ("statistics", "metrics"), value))
+        for value in (None, 1.5, "x", True):
+            yield f"query_count {value!r}", saved(put(record, ("statistics", "query_count"), value))
         for version in ("kv-plugin-calibration/0", "kv-plugin-calibration/2", "kv-plugin-preset/1", "x" * 10**6, DEEP):
             yield f"format {version!r:.40}", saved(record | {"format": version})
         for other in ([], {}, torch.ones(3), [record], {"model": {"weight": torch.ones(3)}}, None, 5):
             yield f"{other!r:.40} in place of all", saved(other)
 
-    assert check(space, files()) == 260
+    assert check(space, files()) == 270
 
 
 def test_hostile_pickles(folder, space):

@@ -402,6 +402,16 @@ def test_foreign_files_are_passed_over(folders, llama, made):
     assert obtain(llama)[1].name == "z.pt"
 
 
+def test_a_damaged_one_that_was_found_says_how_to_get_another(folders, llama, made):
+    path = save_calibration(made, folders / "z.pt")
+    part = made.statistics.v.scatter.numpy().tobytes()
+    path.write_bytes(path.read_bytes().replace(part, bytes(len(part))))
+    with pytest.raises(BadArtefact, match="z.pt: not a readable .*or move it away, and this command makes another"):
+        obtain(llama)
+    path.unlink()
+    assert obtain(llama)[1] != path
+
+
 def test_a_given_file_is_used_as_it_is_but_not_for_another_model(folders, llama, made):
     path = save_calibration(made, folders / "given" / "c.pt")
     assert obtain(llama, given=path, samples=2, seed=5)[1] == path

@@ -184,7 +184,12 @@ def obtain_calibration(
     )
     if path:
         print(f"calibration: using {path}", flush=True)
-        calibration = load_calibration(path)
+        try:
+            calibration = load_calibration(path)
+        except BadArtefact as error:
+            if given:
+                raise
+            raise BadArtefact(f"{error}; or move it away, and this command makes another") from error
         calibration.check_model(loaded.fingerprint, loaded.spec, str(path))
         return calibration, path
     key = calibration_key(loaded, text, **made_from) | needed

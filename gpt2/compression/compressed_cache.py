@@ -4,13 +4,16 @@
     cache = CompressedDynamicCache(k_comp, v_comp)
 
 The cache is a list of layers, as every transformers cache is; a layer only replaces how K and V are stored. A cache
-holds one conversation: make a new one, or `reset()` it, for the next. It can be copied and pickled; a pickle is for the
-version that made it, since what stored bytes mean may change.
+holds one conversation: make a new one, or `reset()` it, for the next. It can be copied and pickled; a pickle is refused
+by any other version than made it, for the same bytes may mean something else there.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -210,6 +213,15 @@ class CompressedDynamicCache(Cache):
             layers=[CompressedLayer(k, v, sink_tokens, recent_tokens, i) for i, (k, v) in enumerate(pairs)]
         )
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"stored_by": _version()}
+
+    def __setstate__(self, state: dict) -> None:
+        if state.pop("stored_by", None) != _version():
+            raise PluginError("this cache was pickled by another version of the code: run its tokens through the model "
+                              "again, into a new one")  # fmt: skip
+        self.__dict__.update(state)
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """As `CompressedLayer.update`, for one layer of the model."""
         if layer_idx >= len(self.layers):
@@ -241,6 +253,14 @@ class CompressedDynamicCache(Cache):
     def codec_bytes(self) -> int:
         """Bytes of the transforms, which all sequences share as they share weights."""
         return sum(store.compressor.nbytes() for layer in self.layers for store in layer.stores.values())
+
+
+@functools.cache
+def _version() -> str:
+    """Changes with any source that says how tokens are stored."""
+    here = Path(__file__).parent
+    sources = (Path(__file__), here / "storage.py", *sorted((here / "codecs").glob("*.py")))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def identity_cache(num_layers: int) -> CompressedDynamicCache:

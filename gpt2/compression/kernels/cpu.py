@@ -108,13 +108,16 @@ def loaded() -> bool:
 
 
 def _built_for() -> str:
-    """Names a build by its source and what it relies on: machines with other processors may share a home folder."""
+    """Names a build by its source and what it relies on: machines with other processors may share a home folder.
+
+    And by where the source lies, or two checkouts would build theirs over each other's again and again.
+    """
     try:
         text = Path("/proc/cpuinfo").read_text()
         processor = next(line for line in text.splitlines() if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         processor = platform.processor()
-    what = f"{platform.machine()} {processor} {torch.__version__} {FLAGS}".encode() + SOURCE.read_bytes()
+    what = f"{SOURCE} {platform.machine()} {processor} {torch.__version__} {FLAGS}".encode() + SOURCE.read_bytes()
     return hashlib.sha256(what).hexdigest()[:12]
 
 
