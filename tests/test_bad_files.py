@@ -348,8 +348,9 @@ def test_wrong_keys(space):
 def test_wrong_layers(space):
     one = {"codec": "hadamard", "rank": 12, "bits": 4}
     wrong = [{"q": one}, {}, [one] * 3, {"k": [one]}, {"k": [one] * 4}, {"k": "x"}, {"k": [3] * 3}, {"k": DEEP}]
+    many = "+".join(["hadamard"] * 9999)
     for key in one:
-        wrong += [{"k": one | {key: value}} for value in ("x", -1, 2**40, 1.5, [], {}, math.nan, "hadamard+" * 9999)]
+        wrong += [{"k": one | {key: value}} for value in ("x", -1, 2**40, 1.5, [], {}, math.nan, many)]
         wrong.append({"v": {k: v for k, v in one.items() if k != key}})
     wrong.append({"k": one | {"more": 1}})
     assert presets_refused(space, ((f"{layers!r:.60}", CODED | {"layers": layers}) for layers in wrong)) == 36
@@ -357,7 +358,12 @@ def test_wrong_layers(space):
 
 def test_no_presets(space, folder):
     wrong = ["", "{", "[]", "3", '"x"', "null", '{"rank": NaN}', "\0\1", "[" * 10**5, '{"rank": ' * 10**5, "9" * 10**5]
-    wrong += ["\ufeff{}", " " * (2**24 + 1)]
+    wrong += [
+        "\ufeff{}",
+        " " * (2**20 + 1),
+        f'{{"rank": [{"[]," * 2 * 10**6}1]}}',
+        json.dumps(CODED | {"more": math.nan}),
+    ]
     assert presets_refused(space, ((text[:40], text.encode()) for text in wrong)) == len(wrong)
     other = [b"\xff\xfe{}", pickle.dumps(Runs(os.mkdir, "pwned")), (folder / "whole.pt").read_bytes()]
     assert presets_refused(space, ((repr(content[:20]), content) for content in other)) == len(other)

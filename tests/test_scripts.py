@@ -245,6 +245,7 @@ BAD = [
     ([TUNE, "--study", "half.db"], "can't use half.db as a study"),
     ([TUNE, "--calibration", "words.txt", *SMALL_EVAL], "not a readable calibration file"),
     (["validate_ppl_postbugfix", "--groups", "rank,nope"], "unknown nope"),
+    (["generate_with_preset", "--preset", "\x1b[2J.json"], r"no preset file \x1b[2J.json"),
     (["generate_with_preset", "--preset", "missing.json"], "no preset file missing.json"),
     (["generate_with_preset", "--preset", "r112-vonly", "--model", "Qwen/Qwen2.5-7B"], "did you mean 'r120-vonly'?"),
 ]

@@ -54,7 +54,7 @@ _BUILDING = threading.Lock()  # threads that ask for the same at once share one,
 RANGES = {"num_layers": (1, 1024), "head_dim": (1, 1024), "sink_tokens": (0, 2**31), "recent_tokens": (0, 2**31)}
 TEXTS = {"model": 4096, "calibration_file": 4096, "folder": 4096, "name": 200}  # letters
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")  # what isn't read but obeyed
-MOST_BYTES = 16 * 2**20  # of a preset file
+MOST_BYTES = 2**20  # of a preset file; as lists in memory it is twenty times that
 LONGEST_CODEC = 200  # letters
 BUILT_IN = (results.ROOT / "configs" / "presets", results.RESULTS / "presets")
 
