@@ -138,7 +138,7 @@ class Matcher:
         if self.any_code or record.get("code_sha256") == results.code_sha256(checkout / script):
             return None
         commit = record.get("git_commit")
-        if not commit:
+        if not isinstance(commit, str) or not commit:
             return "the code has changed, it doesn't say since when"
         before = None if commit.endswith("-dirty") else code_version.committed(checkout, commit)
         if before is None:
