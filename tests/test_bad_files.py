@@ -273,6 +273,26 @@ def test_a_basis_of_another_grouping(folder, space):
     refused(space / "bad.pt", "groups", "field 'joint.")
 
 
+def test_a_measured_codec_that_asks_for_memory_or_gives_no_numbers(folder, space):
+    """Bytes per block, rotations and a basis, each of the right shape and finite, and nothing of a model."""
+    record = tensor_file.read(folder / "compact.pt")
+    own = record["joint"]
+    shifted = own["demand"] + torch.tensor([1e7, -1e7, 0])  # on average as before: layers of 10 MB a block
+    preset = PRESET | {"codec": "joint", "rank": 12, "target": "kv", "bits": 4, "quantizer": "mixed"}
+    (space / "p.json").write_text(json.dumps(preset | {"calibration_file": "bad.pt"}))
+    wrong = {
+        "demand": [shifted, own["demand"] + 1e4, -own["demand"]],
+        "frequencies": [[own["frequencies"][0].double() * 0 + 1e300] * 3],
+        "E": [own["E"] * 0, own["E"] * 0 + 1],
+        "scale": [own["scale"] * 0 + 1e-44],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            (space / "bad.pt").write_bytes(saved(put(record, ("joint", name), value)))
+            message = "the basis has no inverse" if name in ("E", "scale") else f"field 'joint.{name}'"
+            refused(space / "bad.pt", name, message, read=lambda _: make(space / "p.json"))
+
+
 def test_kinds_of_numbers(folder, space):
     """Statistics in fewer bits are read into those that are worked with; what nothing can be computed with isn't."""
     record = tensor_file.read(folder / "whole.pt")

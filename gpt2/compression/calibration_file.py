@@ -107,6 +107,8 @@ def _parse(record, path: Path) -> Calibration:
         for name, basis in measured_codecs().items()
         if name in record
     }
+    for codec in measured.values():
+        codec.where = str(path)
     own = meta["codec"]
     expect(own in measured or not is_measured(own), own, f"a {own} codec, as meta.codec says", "none")
     if measured and "statistics" not in record:
