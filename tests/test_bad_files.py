@@ -22,6 +22,7 @@ from bad_files import (
     places,
     put,
     saved,
+    slow,
     too_large,
     watched,
     wrong_safetensors,
@@ -229,6 +230,14 @@ def test_hostile_pickles(folder, space):
 
 def test_sizes_that_are_claimed(folder, space):
     assert check(space, too_large((folder / "whole.pt").read_bytes(), tensor_file.read(folder / "whole.pt"))) == 16
+
+
+def test_files_that_take_long(folder, space):
+    """Of what is looked for as well, where only a part of a file is read."""
+    assert check(space, slow((folder / "compact.pt").read_bytes())) == 4
+    for what, content in slow((folder / "compact.pt").read_bytes()):
+        (space / "bad.pt").write_bytes(content)
+        refused(space / "bad.pt", what, read=lambda path: tensor_file.read(path, only="meta"))
 
 
 def test_archives_that_two_readers_read_differently(folder, space):
