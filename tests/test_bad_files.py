@@ -302,6 +302,15 @@ def test_a_measured_codec_that_asks_for_memory_or_gives_no_numbers(folder, space
             refused(space / "bad.pt", name, message, read=lambda _: make(space / "p.json"))
 
 
+def test_long_names_and_shapes_are_cut_in_messages(folder, space):
+    record = tensor_file.read(folder / "whole.pt")
+    deep = torch.ones((1,) * 3000)
+    metrics = ("statistics", "metrics", "k", "x" * 10**5)
+    for at in (metrics, ("statistics", "k_mean"), ("joint", "mean")):
+        (space / "bad.pt").write_bytes(saved(put(record, at, deep)))
+        refused(space / "bad.pt", f"{at}"[:40], f"field '{at[0]}.")
+
+
 def test_kinds_of_numbers(folder, space):
     """Statistics in fewer bits are read into those that are worked with; what nothing can be computed with isn't."""
     record = tensor_file.read(folder / "whole.pt")

@@ -213,7 +213,7 @@ def parse_measured(record, basis: Measured, geometry: Geometry, expect) -> Measu
 
     def tensor(key: str, *shape: int) -> Tensor:
         value = record.get(key)
-        found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        found = brief(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
         expect(isinstance(value, Tensor) and list(value.shape) == list(shape), f"{name}.{key}", list(shape), found)
         expect(value.is_floating_point(), f"{name}.{key}", "floating-point numbers", value.dtype)
         finite = bool(torch.isfinite(value).all()) and float(value.abs().max()) < LARGEST
