@@ -1,6 +1,7 @@
 """Files that are damaged, foreign or hostile, two thousand of them: refused in one line, and nothing else."""
 
 import io
+import itertools
 import json
 import math
 import os
@@ -387,6 +388,31 @@ def test_wrong_layers(space):
         wrong.append({"v": {k: v for k, v in one.items() if k != key}})
     wrong.append({"k": one | {"more": 1}})
     assert presets_refused(space, ((f"{layers!r:.60}", CODED | {"layers": layers}) for layers in wrong)) == 36
+
+
+def test_presets_that_ask_for_much(space):
+    """Every layer's setting is right, and all of them together would take minutes, or gigabytes."""
+    large = CODED | {"head_dim": 1024, "rank": 1024, "num_layers": 1024}
+    ranks = [{"codec": "hadamard", "rank": 1 + i, "bits": 4} for i in range(1024)]
+    bits = [{"codec": "hadamard", "rank": 1024, "bits": 4 + i / 1024, "quantizer": "mixed"} for i in range(1024)]
+    names = ["+".join((*word, "pca")) for word in itertools.product(("pca", "fisher"), repeat=3)]
+    codecs = [{"codec": name, "rank": 1, "bits": 4} for name in (*names, "random+pca")]
+    wrong = [
+        ("bases", large | {"codec": "+".join(["hadamard"] * 22)}),
+        ("calibrated bases", PRESET | {"codec": "+".join(["pca"] * 40)}),
+        ("ranks", large | {"layers": {"k": ranks}}),
+        ("bits", large | {"layers": {"v": bits, "k": bits[::-1]}}),
+        ("codecs", PRESET | {"num_layers": len(codecs), "layers": {"k": codecs}}),
+    ]
+    assert presets_refused(space, wrong) == 5
+    for right in (large, large | {"codec": "hadamard+ln_nullspace+hadamard", "rank": 1023}):
+        (space / "p.json").write_text(json.dumps(right))
+        with watched():
+            assert make(space / "p.json").codec_bytes() > 0
+    mixed = CODED | {"head_dim": 128, "num_layers": 80, "layers": {"k": ranks[:80], "v": ranks[20:100]}}
+    (space / "p.json").write_text(json.dumps(mixed | {"rank": 128}))
+    with watched():
+        assert make(space / "p.json").codec_bytes() > 0
 
 
 def test_no_presets(space, folder):
