@@ -318,12 +318,12 @@ def _source(spec: str) -> str:
     """Folder or hub id of a spec, as transformers takes it."""
     if spec == EMBEDDED:
         return str(embedded_folder())
-    folder = Path(spec).expanduser()
-    if (folder / "config.json").exists():
+    folder = Path(os.path.expanduser(spec))  # os.path takes any name, pathlib no long one and no ~ of nobody
+    if os.path.isfile(folder / "config.json"):
         return str(folder)
     if folder.suffix == ".json":
         raise PluginError(f"{spec} is a shape without weights: only scripts that measure speed and memory take one")
-    if not spec or spec.startswith((".", "/", "~")) or ("/" in spec and folder.exists()):
+    if not spec or spec.startswith((".", "/", "~")) or ("/" in spec and os.path.exists(folder)):
         raise PluginError(f"no model in {spec!r}: expected a folder with a config.json, as save_pretrained writes it")
     return spec
 
@@ -333,8 +333,10 @@ def _cant_load(spec: str, error: Exception) -> str:
 
 
 def _hint(spec: str) -> str:
-    if Path(spec).expanduser().is_dir():
-        hidden = "" if (Path(spec) / "config.json").exists() else f"A folder named {spec} hides a hub id of that name. "
+    if os.path.isdir(os.path.expanduser(spec)):
+        hidden = (
+            "" if os.path.exists(Path(spec) / "config.json") else f"A folder named {spec} hides a hub id of that name. "
+        )
         return f"{hidden}A model's folder is complete as save_pretrained writes it: config, weights and tokenizer"
     if difflib.get_close_matches(spec, [EMBEDDED]):
         return f"Did you mean {EMBEDDED!r}?"

@@ -6,6 +6,7 @@ A shape is a JSON file of config fields, as those in configs/models. What weight
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -101,8 +102,8 @@ def _random_model(config: PretrainedConfig, target: torch.device, dtype: torch.d
 
 
 def _find(spec: str) -> Path:
-    for path in (Path(spec).expanduser(), FOLDER / Path(spec).name):
-        if path.is_file():
+    for path in (Path(os.path.expanduser(spec)), FOLDER / Path(spec).name):
+        if os.path.isfile(path):
             return path
     raise PluginError(f"no shape {spec!r}: give a JSON file of config fields, such as {', '.join(_known())}")
 

@@ -94,7 +94,7 @@ def resolve_preset(preset: str | Path, model: LoadedModel | str) -> dict:
 
     A model without weights has none of its own: it takes another's of that name, of the same head_dim if there is one.
     """
-    if str(preset).endswith(".json") or Path(preset).is_file():
+    if str(preset).endswith(".json") or os.path.isfile(preset):
         return load_preset(preset)
     preset = str(preset)
     if isinstance(model, str):
