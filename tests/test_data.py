@@ -245,8 +245,13 @@ def test_names_that_no_file_can_have(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     loaded = SimpleNamespace(spec="tiny", random_weights=False)
-    reads = (load_text, lambda name: read_config(f"{name}/"), lambda name: shapes.load(f"{name}.json"),
-             lambda name: resolve_preset(name, loaded), lambda name: resolve_preset(f"{name}.json", loaded))  # fmt: skip
+    reads = (
+        load_text,
+        lambda name: read_config(f"{name}/"),
+        lambda name: shapes.load(f"{name}.json"),
+        lambda name: resolve_preset(name, loaded),
+        lambda name: resolve_preset(f"{name}.json", loaded),
+    )
     for read in reads:
         with pytest.raises(PluginError):
             read(name)

@@ -137,6 +137,15 @@ def test_results_match_until_an_argument_changes(made):
     assert matcher.why_not("peers_x") == "made with --size 3, now 1" and matcher.to_make(["peers_x"]) == ["peers_x"]
 
 
+def test_what_is_no_record_is_missing(made):
+    """Cut short by hand, or of something else: made again, and no traceback."""
+    _, make = made
+    matcher = make()
+    for content in ("", "{", "[]", "3", "{}", '{"args": []}', "[" * 10**5):
+        matcher.record_path("peers_x").write_text(content)
+        assert matcher.why_not("peers_x") == "missing", content[:20]
+
+
 def test_an_argument_that_older_results_lack_was_the_default(made):
     checkout, make = made
     matcher = make()

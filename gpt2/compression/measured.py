@@ -233,9 +233,8 @@ def parse_measured(record, basis: Measured, geometry: Geometry, expect) -> Measu
     n = record["prices"].numel() if isinstance(record.get("prices"), Tensor) else 0
     expect(n > 1, f"{name}.prices", "two or more numbers", n)
     demand, most = tensor("demand", n, L), w * COSTS[-1]
-    within = (
-        0 <= float(demand.min()) and float(demand.max()) <= most + 1
-    )  # rounding; a cache takes so many for every block
+    # A cache takes so many for every block; rounded, they may be some more
+    within = float(demand.min()) >= 0 and float(demand.max()) <= most + 1
     expect(within, f"{name}.demand", f"0 to {most:,} bytes, which all channels at the widest take", "others")
     return MeasuredCodec(
         basis, tensor("mean", L, G, w), tensor("E", L, G, w, w) * tensor("scale", L, G, 1, 1),

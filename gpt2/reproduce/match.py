@@ -35,9 +35,10 @@ class Matcher:
     def record(self, name: str) -> dict | None:
         """The results file of a run, None where there is none that can be read."""
         try:
-            return json.loads(self.record_path(name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            record = json.loads(self.record_path(name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             return None
+        return record if isinstance(record, dict) and isinstance(record.get("args"), dict) else None
 
     def why_not(self, name: str) -> str | None:
         """None where the results are what the run would make now, else in what they differ."""
