@@ -32,6 +32,7 @@ SPREAD = {"all": "auto"}  # --device to the device_map that spreads layers
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+MOST_LAYERS = 1024  # beyond any model's: a config of a few bytes can't keep a machine busy with laying out millions
 SUPPORTED = "supported: decoder-only models whose layers all keep one K and one V per KV head"
 
 
@@ -206,6 +207,8 @@ def refuse_unsupported(config, spec: str, model: PreTrainedModel | None = None) 
         reason = f"it has layers without a plain KV cache ({', '.join(sorted(layer_types))})"
     elif _field(text, "num_kv_shared_layers"):
         reason = "its layers share one another's KV cache"
+    elif (_field(text, "num_hidden_layers") or 0) > MOST_LAYERS:
+        reason = f"its config says that it has more than {MOST_LAYERS} layers"
     elif not causal:
         reason = "it is no causal language model"
     elif not getattr(text, "use_cache", True):

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bad_files import watched
 from tiny import word_text, word_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from gpt2 import shapes
-from gpt2.compression.presets import resolve_preset
+from gpt2.compression.presets import get_preset_info, resolve_preset
 from gpt2.data import PARTS, by_official_split, by_position, default_text, load_text
 from gpt2.errors import PluginError
 from gpt2.models import EMBEDDED, read_config
@@ -266,3 +267,10 @@ def test_a_pipe_is_no_text(tmp_path):
         load_text(str(tmp_path))
     with pytest.raises(PluginError, match="no text"):
         load_text(str(tmp_path / "valid.txt"))
+
+
+def test_a_config_of_a_million_layers(tmp_path):
+    """Laying them out takes hours, and is what a policy and a preset for any model begin with."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1000000}')
+    with watched(), pytest.raises(PluginError, match="says that it has more than 1024 layers"):
+        get_preset_info(str(tmp_path), "kv4")
