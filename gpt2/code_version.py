@@ -6,6 +6,7 @@ import ast
 import functools
 import hashlib
 import io
+import re
 import subprocess
 import tarfile
 from collections.abc import Mapping
@@ -76,7 +77,12 @@ def working_tree(checkout: Path) -> Sources:
 
 @functools.lru_cache(maxsize=64)
 def committed(checkout: Path, commit: str) -> Sources | None:
-    """The sources of a commit; None where the repository doesn't have it."""
+    """The sources of a commit by its hash; None where the repository doesn't have it.
+
+    A results file names it, and may be a stranger's: anything else, such as a branch or a flag of git, isn't looked up.
+    """
+    if not re.fullmatch("[0-9a-f]{4,64}", commit):
+        return None
     shown = subprocess.run(("git", "-C", str(checkout), "archive", commit, *FOLDERS), capture_output=True)
     if shown.returncode:
         return None

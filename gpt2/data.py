@@ -11,6 +11,7 @@ a+b+…        windows of several of these, in turn              each text's own
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from gpt2.errors import PluginError
@@ -54,11 +55,11 @@ def _single(spec: str) -> Text | None:
         return by_official_split(spec, spec, *_wikitext2())
     if spec == "self":
         return SelfText()
-    path = Path(spec).expanduser()
-    if spec and path.is_dir():
+    path = Path(os.path.expanduser(spec))  # os.path takes any name, pathlib no long one and no ~ of nobody
+    if spec and os.path.isdir(path):
         valid, test = _named(path, "valid"), _named(path, "test")
         return by_official_split(f"{valid.stem} + {test.stem}", spec, _read(valid), _read(test))
-    if path.is_file():
+    if os.path.isfile(path):
         return by_position(path.name, spec, _read(path))
     return None
 
@@ -111,7 +112,7 @@ def _wikitext2() -> tuple[str, str]:
 
 
 def _named(folder: Path, word: str) -> Path:
-    found = sorted(folder.glob(f"*{word}*.txt"))
+    found = sorted(path for path in folder.glob(f"*{word}*.txt") if path.is_file())  # not a pipe, to wait for
     if len(found) != 1:
         raise PluginError(f"text folder {folder.name!r}: expected one *{word}*.txt, found {len(found)}")
     return found[0]

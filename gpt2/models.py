@@ -32,6 +32,7 @@ SPREAD = {"all": "auto"}  # --device to the device_map that spreads layers
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+MOST_LAYERS = 1024  # beyond any model's: a config of a few bytes can't keep a machine busy with laying out millions
 SUPPORTED = "supported: decoder-only models whose layers all keep one K and one V per KV head"
 
 
@@ -206,6 +207,8 @@ def refuse_unsupported(config, spec: str, model: PreTrainedModel | None = None) 
         reason = f"it has layers without a plain KV cache ({', '.join(sorted(layer_types))})"
     elif _field(text, "num_kv_shared_layers"):
         reason = "its layers share one another's KV cache"
+    elif (_field(text, "num_hidden_layers") or 0) > MOST_LAYERS:
+        reason = f"its config says that it has more than {MOST_LAYERS} layers"
     elif not causal:
         reason = "it is no causal language model"
     elif not getattr(text, "use_cache", True):
@@ -318,12 +321,12 @@ def _source(spec: str) -> str:
     """Folder or hub id of a spec, as transformers takes it."""
     if spec == EMBEDDED:
         return str(embedded_folder())
-    folder = Path(spec).expanduser()
-    if (folder / "config.json").exists():
+    folder = Path(os.path.expanduser(spec))  # os.path takes any name, pathlib no long one and no ~ of nobody
+    if os.path.isfile(folder / "config.json"):
         return str(folder)
     if folder.suffix == ".json":
         raise PluginError(f"{spec} is a shape without weights: only scripts that measure speed and memory take one")
-    if not spec or spec.startswith((".", "/", "~")) or ("/" in spec and folder.exists()):
+    if not spec or spec.startswith((".", "/", "~")) or ("/" in spec and os.path.exists(folder)):
         raise PluginError(f"no model in {spec!r}: expected a folder with a config.json, as save_pretrained writes it")
     return spec
 
@@ -333,8 +336,10 @@ def _cant_load(spec: str, error: Exception) -> str:
 
 
 def _hint(spec: str) -> str:
-    if Path(spec).expanduser().is_dir():
-        hidden = "" if (Path(spec) / "config.json").exists() else f"A folder named {spec} hides a hub id of that name. "
+    if os.path.isdir(os.path.expanduser(spec)):
+        hidden = (
+            "" if os.path.exists(Path(spec) / "config.json") else f"A folder named {spec} hides a hub id of that name. "
+        )
         return f"{hidden}A model's folder is complete as save_pretrained writes it: config, weights and tokenizer"
     if difflib.get_close_matches(spec, [EMBEDDED]):
         return f"Did you mean {EMBEDDED!r}?"

@@ -34,7 +34,7 @@ def page(folder: Path, configs: Path, model: str) -> tuple[str, list[str]]:
     config = _read_config(configs / "report.json", model, PAGE_KEYS)
     shown = sections(folder, configs, config["order"], model)
     blocks = [block for section in shown for block in section["blocks"]]
-    used = dict.fromkeys(block["results"] for block in blocks if block["table"])
+    sources = {block["results"]: block["source"] for block in blocks if block["table"]}
     headlines, absent = _headlines(config["headlines"], folder / "runs")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"inline": inline, "number": tabular.number, "picture": picture}
@@ -43,14 +43,14 @@ def page(folder: Path, configs: Path, model: str) -> tuple[str, list[str]]:
         headlines=headlines,
         chart=_chart(config["picture"]["results"], folder / "runs"),
         sections=shown,
-        sources=[_source(name, folder / "runs") for name in used],
+        sources=sources.values(),
         commit=results.git_commit(),
     )
     return html, absent + [block["error"] for block in blocks if block["error"]]
 
 
 def sections(folder: Path, configs: Path, order: list[str], model: str) -> list[dict]:
-    """Every section with id, title, about, blocks (results, heading, and a table or an error) and plots (paths).
+    """Every section with id, title, about, plots (paths) and blocks: results, heading, an error or a table and source.
 
     order: names of files in configs/tables, in which they come; others follow, and results that none of them shows.
     """
@@ -92,21 +92,28 @@ def _section(section: dict, folder: Path) -> dict:
         "title": section["title"],
         "about": section["about"],
         "blocks": [_block(show, section["name"], folder / "runs") for show in section["show"]],
-        "plots": [path for path in plots if path.is_file()],
+        "plots": [path for path in plots if path.is_file() and _is_png(path)],
     }
 
 
+def _is_png(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(24)
+    return len(head) == 24 and head.startswith(b"\x89PNG")
+
+
 def _block(show: dict, section: str, runs: Path) -> dict:
-    name, table, error = show["results"], None, None
+    name, table, source, error = show["results"], None, None, None
     path = runs / f"{name}.json"
     if not path.is_file():
         error = f"not measured yet: `python scripts/reproduce_tables.py {section}` makes `{name}`"
     else:
         try:
+            source = _source(name, runs)
             table = tables.table(name, tables.read(path), show.get("rows"), show.get("as"))
         except PluginError as problem:
             error = f"`{name}`: {problem}"
-    return {"results": name, "heading": show.get("heading"), "table": table, "error": error}
+    return {"results": name, "heading": show.get("heading"), "table": table, "source": source, "error": error}
 
 
 def _headlines(wanted: list[dict], runs: Path) -> tuple[list[dict], list[str]]:
@@ -136,21 +143,28 @@ def _row(table: Table, headline: dict) -> dict[str, str]:
 
 
 def _chart(name: str, runs: Path) -> report_chart.Chart | None:
-    path = runs / f"{name}.json"
-    return report_chart.compression_against_loss(tables.read(path)["rows"]) if path.is_file() else None
+    """None where there are no results, or such that its table says what is wrong with them."""
+    try:
+        record = tables.read(runs / f"{name}.json")
+        with tables.shown_of(name):
+            return report_chart.compression_against_loss(record["rows"])
+    except PluginError:
+        return None
 
 
 def _source(name: str, runs: Path) -> dict:
     record = tables.read(runs / f"{name}.json")
-    return {
-        "name": name,
-        "commit": record["git_commit"],
-        "date": record.get("created_utc", "")[:10],
-        "device": record["device"],
-        "threads": record.get("threads"),
-        "versions": record["versions"],
-        "args": json.dumps(record["args"], indent=1, ensure_ascii=False),
-    }
+    threads = record.get("threads")
+    with tables.shown_of(name):
+        return {
+            "name": name,
+            "commit": record["git_commit"],
+            "date": record.get("created_utc", "")[:10],
+            "device": record["device"],
+            "threads": threads if isinstance(threads, int) else None,
+            "versions": dict(record["versions"]),
+            "args": json.dumps(record["args"], indent=1, ensure_ascii=False),
+        }
 
 
 def inline(text: str) -> Markup:

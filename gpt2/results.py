@@ -192,7 +192,7 @@ def inputs(args: dict) -> dict[str, str]:
     values = [value for key, value in args.items() if key not in NOT_INPUTS]
     named = [item for value in values for item in (value if isinstance(value, list) else [value])]
     files = {_recorded(item): Path(item) for item in named if isinstance(item, (str, Path))}
-    return {name: file_sha256(path) for name, path in files.items() if path.is_file()}
+    return {name: file_sha256(path) for name, path in files.items() if os.path.isfile(path)}
 
 
 def read_and_written(args: dict) -> list[str] | None:

@@ -6,6 +6,7 @@ A shape is a JSON file of config fields, as those in configs/models. What weight
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.initialization import no_init_weights
 
 from gpt2 import models, results
-from gpt2.errors import PluginError
+from gpt2.errors import PluginError, brief, is_out_of_memory
 from gpt2.models import LoadedModel
 
 FOLDER = results.ROOT / "configs" / "models"
@@ -38,7 +39,16 @@ def load(spec: str, device: str = "auto", dtype: str = "auto", layers: int | Non
     kind = models.resolve_dtype(dtype, target)
     path = _find(spec)
     config = read_shape(path, layers)
-    return from_config(config, path.name, target, torch.bfloat16 if kind == "auto" else kind)
+    try:
+        return from_config(config, path.name, target, torch.bfloat16 if kind == "auto" else kind)
+    except PluginError:
+        raise
+    except Exception as error:  # fields that don't fit together show where a model is made of them, or runs
+        if is_out_of_memory(error):
+            raise
+        raise PluginError(
+            f"{path}: no model can be made of this shape ({type(error).__name__}: {brief(str(error))})"
+        ) from error
 
 
 def from_config(
@@ -101,8 +111,8 @@ def _random_model(config: PretrainedConfig, target: torch.device, dtype: torch.d
 
 
 def _find(spec: str) -> Path:
-    for path in (Path(spec).expanduser(), FOLDER / Path(spec).name):
-        if path.is_file():
+    for path in (Path(os.path.expanduser(spec)), FOLDER / Path(spec).name):
+        if os.path.isfile(path):
             return path
     raise PluginError(f"no shape {spec!r}: give a JSON file of config fields, such as {', '.join(_known())}")
 

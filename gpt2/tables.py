@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from gpt2.errors import PluginError
+from gpt2.errors import PluginError, brief
 from gpt2.evaluation.statistics import mean_interval
 from gpt2.tables_guide import beside_guide
 from gpt2.tables_scaling import scaling
@@ -243,10 +244,26 @@ TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
 
 
 def read(path: Path) -> dict:
-    """A results record. Raises PluginError where the file is missing."""
+    """A results record. Raises PluginError where the file is missing, or holds none."""
     if not path.is_file():
         raise PluginError(f"a table asks for {path.name}, which is not among the committed results: run it first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    with shown_of(path.stem):
+        return dict(json.loads(path.read_text(encoding="utf-8")).items())
+
+
+@contextmanager
+def shown_of(name: str) -> Iterator[None]:
+    """Raise PluginError for whatever a block meets in a results file that isn't what it should be.
+
+    Such a file may be a stranger's, or cut: it may lack anything, or have something else there.
+    """
+    try:
+        yield
+    except PluginError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {brief(str(error))}"
+        raise PluginError(f"{name}.json doesn't hold what is shown of it ({why}): make it again") from error
 
 
 def kind_of(name: str) -> str | None:
@@ -262,7 +279,10 @@ def table(name: str, record: dict, words: str | None = None, kind: str | None = 
     make = TABLES.get(kind or kind_of(name))
     if make is None:
         raise PluginError(f"no table is made of {name}: give `as`, one of {', '.join(TABLES)}")
-    return make(record, words.split(",") if words else [])
+    with shown_of(name):
+        made = make(record, words.split(",") if words else [])
+        made.markdown()  # joins its cells, which have to be strings
+        return made
 
 
 def pages(root: Path) -> list[Path]:

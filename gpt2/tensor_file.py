@@ -29,6 +29,7 @@ from gpt2.errors import BadArtefact
 SUFFIXES = (".pt", ".safetensors")
 MOST_STRUCTURE = 2**18  # bytes of everything but the tensors; ours have a twentieth
 MOST_VALUES = 100_000
+MOST_PARTS = 10_000  # of an archive: one for each tensor and a few more
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64}
 TENSOR = "$tensor"  # in JSON, {TENSOR: name} stands for a tensor
 # What a pickle of plain values and tensors consists of, a smaller choice than that of weights_only: bytearray, for one,
@@ -86,6 +87,8 @@ def _read_archive(path: Path, only: str | None):
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
+        if len(parts) > MOST_PARTS:
+            raise _Refused(f"it has {len(parts):,} parts")
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(p.file_size for p in parts) > size:
             raise _Refused("its parts would be larger than the file")
         if len({part.filename.casefold() for part in parts}) < len(parts):  # PyTorch's reader doesn't tell them apart
@@ -125,12 +128,33 @@ class _WithoutTensors(pickle.Unpickler):
 
 
 def _refuse_objects(pickled: bytes) -> None:
-    """Refuse a pickle with anything but plain values and what rebuilds a tensor, before anything is built of it."""
+    """Refuse a pickle with anything but plain values and what rebuilds a tensor, before anything is built of it.
+
+    Nor may a dict have other keys than strings: of numbers and tuples thousands can be made with one and the same hash.
+    """
+    stack, marks, kept = [], [], {}  # what lies where, as the operation that made it, or a name
     for operation, argument, _ in pickletools.genops(pickled):
-        if operation.name not in OPERATIONS or (operation.name == "GLOBAL" and argument not in NAMED):
+        name = operation.name
+        if name not in OPERATIONS or (name == "GLOBAL" and argument not in NAMED):
             raise _Refused(f"it holds {argument or 'objects'!r:.80}, and only tensors and plain values are read")
-        if operation.name == "LONG_BINPUT" and argument > len(pickled):  # a reader makes a table of so many places
+        if name == "LONG_BINPUT" and argument > len(pickled):  # a reader makes a table of so many places
             raise _Refused(f"it numbers {argument:,} values in {len(pickled):,} bytes")
+        if name == "MARK":
+            marks.append(len(stack))
+            continue
+        if "PUT" in name:
+            kept[argument] = stack[-1]
+            continue
+        to_mark = pickletools.markobject in operation.stack_before
+        start = marks.pop() if to_mark else len(stack) - len(operation.stack_before)
+        taken = stack[start:]
+        del stack[start:]
+        if name in ("SETITEM", "SETITEMS") and {"BINUNICODE"} != set(taken[-2::-2]):
+            raise _Refused("it holds a dict whose keys aren't strings")
+        if name == "REDUCE" and taken[0] == "collections OrderedDict" and taken[1] != "EMPTY_TUPLE":
+            raise _Refused("it holds a dict that isn't empty where tensors have an empty one")
+        if operation.stack_after and not (to_mark and name != "TUPLE"):  # what is added to stays where it is
+            stack.append(kept[argument] if "GET" in name else argument if name == "GLOBAL" else name)
 
 
 def _read_safetensors(path: Path, header: int, only: str | None):

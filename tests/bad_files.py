@@ -254,6 +254,24 @@ def _claiming(good: bytes, elements: int) -> bytes:
     return in_archive(data, pickled.replace(true, b"J" + struct.pack("<i", elements)))
 
 
+def slow(good: bytes) -> Bad:
+    """Small files that a reader is busy with for long."""
+    modulus = 2**61 - 1  # Python's, of numbers: all its multiples have one hash
+    keys = [(number * modulus).to_bytes(10, "little", signed=True) for number in range(1, 19_000)]
+    pairs = b"".join(b"\x8a\x0a" + key + b"N" for key in keys)
+    yield "keys of one hash", in_archive(good, b"\x80\x02}X\x04\0\0\0meta}(" + pairs + b"us.")
+    couples = b"".join(b"(K\x01\x8a\x0a" + key + b"tN" for key in keys[:15_000])
+    yield "keys of numbers in tuples", in_archive(good, b"\x80\x02}X\x04\0\0\0meta}(" + couples + b"us.")
+    listed = b"".join(b"](\x8a\x0a" + key + b"Ne" for key in keys[:15_000])
+    ordered = b"\x80\x02}X\x04\0\0\0metaccollections\nOrderedDict\n](" + listed + b"e\x85Rs."
+    yield "keys of one hash, in order", in_archive(good, ordered)
+    buffer = io.BytesIO(good)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        for number in range(60_000):
+            archive.writestr(f"archive/data/more{number}", b"")
+    yield "many empty parts", buffer.getvalue()
+
+
 def _pickled(good: bytes) -> bytes:
     with zipfile.ZipFile(io.BytesIO(good)) as archive:
         (part,) = (part for part in archive.infolist() if part.filename.endswith("/data.pkl"))

@@ -1,6 +1,7 @@
 """Files that are damaged, foreign or hostile, two thousand of them: refused in one line, and nothing else."""
 
 import io
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from bad_files import (
     places,
     put,
     saved,
+    slow,
     too_large,
     watched,
     wrong_safetensors,
@@ -235,6 +237,14 @@ def test_sizes_that_are_claimed(folder, space):
     assert check(space, too_large((folder / "whole.pt").read_bytes(), tensor_file.read(folder / "whole.pt"))) == 16
 
 
+def test_files_that_take_long(folder, space):
+    """Of what is looked for as well, where only a part of a file is read."""
+    assert check(space, slow((folder / "compact.pt").read_bytes())) == 4
+    for what, content in slow((folder / "compact.pt").read_bytes()):
+        (space / "bad.pt").write_bytes(content)
+        refused(space / "bad.pt", what, read=lambda path: tensor_file.read(path, only="meta"))
+
+
 def test_archives_that_two_readers_read_differently(folder, space):
     """PyTorch's reader takes names that differ in case for one."""
     good = (folder / "compact.pt").read_bytes()
@@ -275,6 +285,35 @@ def test_a_basis_of_another_grouping(folder, space):
     own |= {"scale": torch.ones(3, 4, 1, 1), "spectrum": torch.ones(3, 4, 12), "errors": torch.ones(3, 4, 12, 8)}
     (space / "bad.pt").write_bytes(saved(record | {"joint": own}))
     refused(space / "bad.pt", "groups", "field 'joint.")
+
+
+def test_a_measured_codec_that_asks_for_memory_or_gives_no_numbers(folder, space):
+    """Bytes per block, rotations and a basis, each of the right shape and finite, and nothing of a model."""
+    record = tensor_file.read(folder / "compact.pt")
+    own = record["joint"]
+    shifted = own["demand"] + torch.tensor([1e7, -1e7, 0])  # on average as before: layers of 10 MB a block
+    preset = PRESET | {"codec": "joint", "rank": 12, "target": "kv", "bits": 4, "quantizer": "mixed"}
+    (space / "p.json").write_text(json.dumps(preset | {"calibration_file": "bad.pt"}))
+    wrong = {
+        "demand": [shifted, own["demand"] + 1e4, -own["demand"]],
+        "frequencies": [[own["frequencies"][0].double() * 0 + 1e300] * 3],
+        "E": [own["E"] * 0, own["E"] * 0 + 1],
+        "scale": [own["scale"] * 0 + 1e-44],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            (space / "bad.pt").write_bytes(saved(put(record, ("joint", name), value)))
+            message = "the basis has no inverse" if name in ("E", "scale") else f"field 'joint.{name}'"
+            refused(space / "bad.pt", name, message, read=lambda _: make(space / "p.json"))
+
+
+def test_long_names_and_shapes_are_cut_in_messages(folder, space):
+    record = tensor_file.read(folder / "whole.pt")
+    deep = torch.ones((1,) * 3000)
+    metrics = ("statistics", "metrics", "k", "x" * 10**5)
+    for at in (metrics, ("statistics", "k_mean"), ("joint", "mean")):
+        (space / "bad.pt").write_bytes(saved(put(record, at, deep)))
+        refused(space / "bad.pt", f"{at}"[:40], f"field '{at[0]}.")
 
 
 def test_kinds_of_numbers(folder, space):
@@ -354,6 +393,31 @@ def test_wrong_layers(space):
         wrong.append({"v": {k: v for k, v in one.items() if k != key}})
     wrong.append({"k": one | {"more": 1}})
     assert presets_refused(space, ((f"{layers!r:.60}", CODED | {"layers": layers}) for layers in wrong)) == 36
+
+
+def test_presets_that_ask_for_much(space):
+    """Every layer's setting is right, and all of them together would take minutes, or gigabytes."""
+    large = CODED | {"head_dim": 1024, "rank": 1024, "num_layers": 1024}
+    ranks = [{"codec": "hadamard", "rank": 1 + i, "bits": 4} for i in range(1024)]
+    bits = [{"codec": "hadamard", "rank": 1024, "bits": 4 + i / 1024, "quantizer": "mixed"} for i in range(1024)]
+    names = ["+".join((*word, "pca")) for word in itertools.product(("pca", "fisher"), repeat=3)]
+    codecs = [{"codec": name, "rank": 1, "bits": 4} for name in (*names, "random+pca")]
+    wrong = [
+        ("bases", large | {"codec": "+".join(["hadamard"] * 22)}),
+        ("calibrated bases", PRESET | {"codec": "+".join(["pca"] * 40)}),
+        ("ranks", large | {"layers": {"k": ranks}}),
+        ("bits", large | {"layers": {"v": bits, "k": bits[::-1]}}),
+        ("codecs", PRESET | {"num_layers": len(codecs), "layers": {"k": codecs}}),
+    ]
+    assert presets_refused(space, wrong) == 5
+    for right in (large, large | {"codec": "hadamard+ln_nullspace+hadamard", "rank": 1023}):
+        (space / "p.json").write_text(json.dumps(right))
+        with watched():
+            assert make(space / "p.json").codec_bytes() > 0
+    mixed = CODED | {"head_dim": 128, "num_layers": 80, "layers": {"k": ranks[:80], "v": ranks[20:100]}}
+    (space / "p.json").write_text(json.dumps(mixed | {"rank": 128}))
+    with watched():
+        assert make(space / "p.json").codec_bytes() > 0
 
 
 def test_no_presets(space, folder):

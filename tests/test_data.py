@@ -1,16 +1,21 @@
 """Text: three parts that never overlap, segments that don't either, and every missing text explained."""
 
 import hashlib
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+from bad_files import watched
 from tiny import word_text, word_tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from gpt2 import shapes
+from gpt2.compression.presets import get_preset_info, resolve_preset
 from gpt2.data import PARTS, by_official_split, by_position, default_text, load_text
 from gpt2.errors import PluginError
-from gpt2.models import EMBEDDED
+from gpt2.models import EMBEDDED, read_config
+from gpt2.results import inputs
 
 # Every word once, so that an overlap shows
 NUMBERED = "\n".join(" ".join(f"n{i}" for i in range(a, a + 10)) for a in range(0, 3000, 10))
@@ -230,3 +235,42 @@ def test_every_segment_starts_as_the_tokenizer_starts_a_text():
     assert (segments[:, 0] == 1).all() and segments.shape[1] == 9
     joined = "".join(map(chr, segments[:, 1:].flatten().tolist()))
     assert text.calibration.startswith(joined), "no character is lost between segments"
+
+
+STRANGE = ("x" * 5000, "x/" * 3000, "~nobody-here/x", "~", "x\0y", "\ud800")
+
+
+@pytest.mark.parametrize("name", STRANGE, ids=lambda name: ascii(name)[:15])
+def test_names_that_no_file_can_have(name, tmp_path, monkeypatch):
+    """Of a text, a model, a shape and a preset."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    loaded = SimpleNamespace(spec="tiny", random_weights=False)
+    reads = (
+        load_text,
+        lambda name: read_config(f"{name}/"),
+        lambda name: shapes.load(f"{name}.json"),
+        lambda name: resolve_preset(name, loaded),
+        lambda name: resolve_preset(f"{name}.json", loaded),
+    )
+    for read in reads:
+        with pytest.raises(PluginError):
+            read(name)
+    assert inputs({"prompt": name, "output": name}) == {}
+
+
+def test_a_pipe_is_no_text(tmp_path):
+    """Reading one would wait for ever."""
+    os.mkfifo(tmp_path / "valid.txt")
+    (tmp_path / "test.txt").write_text("some words")
+    with pytest.raises(PluginError, match="expected one .valid..txt, found 0"):
+        load_text(str(tmp_path))
+    with pytest.raises(PluginError, match="no text"):
+        load_text(str(tmp_path / "valid.txt"))
+
+
+def test_a_config_of_a_million_layers(tmp_path):
+    """Laying them out takes hours, and is what a policy and a preset for any model begin with."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1000000}')
+    with watched(), pytest.raises(PluginError, match="says that it has more than 1024 layers"):
+        get_preset_info(str(tmp_path), "kv4")

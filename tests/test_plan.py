@@ -175,10 +175,11 @@ def test_ablation_touches_one_layer_and_resumes(llama, tmp_path, monkeypatch):
 
 def test_a_foreign_file_is_not_taken_for_an_ablation(llama, tmp_path):
     path = tmp_path / "a.json"
-    path.write_text('{"rows": 3}')
-    with pytest.raises(BadArtefact, match="not a layer ablation"):
-        sensitivity.ablate(llama, windows(1, 48), None, "v", [INT8], path=path, key={}, sink_tokens=2)
-    assert path.read_text() == '{"rows": 3}'
+    for content in ('{"rows": 3}', "[" * 10**5):
+        path.write_text(content)
+        with pytest.raises(BadArtefact, match="not a layer ablation"):
+            sensitivity.ablate(llama, windows(1, 48), None, "v", [INT8], path=path, key={}, sink_tokens=2)
+        assert path.read_text() == content
 
 
 def rows(losses: dict[int, tuple[float, float]]) -> list[dict]:

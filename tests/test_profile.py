@@ -592,3 +592,17 @@ def test_any_built_in_preset_serves_a_shape(tmp_path, monkeypatch):
         assert "ppl_delta" not in choice.record() and "figures" not in choice.record()
     with pytest.raises(PluginError, match="no preset 'int4-vonli'.*did you mean 'int4-vonly'"):
         from_preset("int4-vonli", loaded)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_hidden_layers": -1}, {"head_dim": 0}, {"num_key_value_heads": 3}, {"vocab_size": 0}, {"hidden_act": "x"},
+     {"rope_scaling": {"type": []}}, {"hidden_size": -4}],
+    ids=str,
+)  # fmt: skip
+def test_fields_that_make_no_model_are_refused(wrong, tmp_path):
+    fields = {"model_type": "llama", "hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 100}  # fmt: skip
+    (tmp_path / "s.json").write_text(json.dumps(fields | wrong))
+    with pytest.raises(PluginError, match="s.json: no"):
+        shapes.load(str(tmp_path / "s.json"), "cpu")

@@ -243,3 +243,34 @@ def test_a_column_really_sorts_in_a_browser(space, tmp_path):
     assert said[0] == "ascending: best better 16-bit cache worse broken", "by the figure; what has none comes last"
     assert said[1] == "descending: worse 16-bit cache better best broken"
     assert said[2] == "ascending: 16-bit cache best better broken worse"
+
+
+NO_RECORDS = ("", "{", "[]", '"x"', "3", "{}", "[" * 10**5, "\0", '{"rows": []}', '{"rows": [{}], "args": []}')
+BROKEN = {"rows": [[], {}, [[]], [{}], "x", 5], "versions": [[3], "x", None], "device": [None], "created_utc": [5],
+          "git_commit": [None], "args": [float("inf")]}  # fmt: skip
+
+
+def test_results_that_are_none_are_named_where_they_would_be(space):
+    """A stranger's folder: nothing in it stops the page."""
+    path = space / "runs/benchmark_append.json"
+    good = json.loads(path.read_text())
+    lacking = [{name: value for name, value in good.items() if name != key} for key in good]
+    others = [good | {key: value} for key, values in BROKEN.items() for value in values]
+    for content in [*NO_RECORDS, *map(json.dumps, lacking + others)]:
+        path.write_text(content)
+        html, missing = report.page(space, space, "smollm2-135m")
+        assert not Reader(html).wrong
+        assert all("\n" not in line and len(line) < 1000 for line in missing), content
+    path.write_bytes(b"\xff\xfe")
+    _, missing = report.page(space, space, "smollm2-135m")
+    assert any("benchmark_append.json doesn't hold what is shown of it (UnicodeDecodeError" in line for line in missing)
+    with pytest.raises(PluginError, match="x.json doesn't hold what is shown of it .KeyError"):
+        tables.table("peers_x", {})
+
+
+def test_pictures_that_are_none_are_left_out(space):
+    (space / "tables/one.json").write_text((space / "tables/one.json").read_text().replace("gone", "benchmark_append"))
+    path = space / "plots/benchmark_append.png"
+    for content in (b"", b"x", b"\x89PNG", b"<svg onload=alert(1)>" * 9):
+        path.write_bytes(content)
+        assert "data:image/png" not in report.page(space, space, "smollm2-135m")[0]

@@ -137,6 +137,15 @@ def test_results_match_until_an_argument_changes(made):
     assert matcher.why_not("peers_x") == "made with --size 3, now 1" and matcher.to_make(["peers_x"]) == ["peers_x"]
 
 
+def test_what_is_no_record_is_missing(made):
+    """Cut short by hand, or of something else: made again, and no traceback."""
+    _, make = made
+    matcher = make()
+    for content in ("", "{", "[]", "3", "{}", '{"args": []}', "[" * 10**5):
+        matcher.record_path("peers_x").write_text(content)
+        assert matcher.why_not("peers_x") == "missing", content[:20]
+
+
 def test_an_argument_that_older_results_lack_was_the_default(made):
     checkout, make = made
     matcher = make()
@@ -247,6 +256,12 @@ def test_older_results_are_compared_with_the_commit_that_made_them(made):
     assert why_not(commit) is None
     assert why_not("0123456789ab") == "the code has changed: 0123456789ab is not in this repository"
     assert "is not in this repository" in why_not(f"{commit}-dirty")
+    victim = checkout / "victim"
+    victim.write_text("as it was")
+    for word in (f"--output={victim}", f"--remote={checkout}", "HEAD", ""):  # git would write a file as it is told
+        assert why_not(word).startswith("the code has changed"), word
+    assert why_not(["x"]) == "the code has changed, it doesn't say since when"
+    assert victim.read_text() == "as it was"
     script = checkout / "scripts" / "fake.py"
     script.write_text(script.read_text() + "\nimport gpt2.used\n")
     assert why_not(commit) == f"the code has changed since {commit}: gpt2/used.py and 1 more"

@@ -87,7 +87,7 @@ def load_calibration(path: str | Path) -> Calibration:
 def _parse(record, path: Path) -> Calibration:
     def expect(good: bool, field: str, expected, found) -> None:
         if not good:
-            raise BadArtefact(f"{path}: field {field!r}: expected {expected}, found {found}: make the file again")
+            raise BadArtefact(f"{path}: field {brief(field)}: expected {expected}, found {found}: make the file again")
 
     expect(isinstance(record, dict), "file", "a dict", type(record).__name__)
     expect(record.get("format") == FORMAT, "format", repr(FORMAT), brief(record.get("format")))
@@ -107,6 +107,8 @@ def _parse(record, path: Path) -> Calibration:
         for name, basis in measured_codecs().items()
         if name in record
     }
+    for codec in measured.values():
+        codec.where = str(path)
     own = meta["codec"]
     expect(own in measured or not is_measured(own), own, f"a {own} codec, as meta.codec says", "none")
     if measured and "statistics" not in record:
@@ -116,7 +118,7 @@ def _parse(record, path: Path) -> Calibration:
         value = record.get(group)
         for key in name.split("."):
             value = value.get(key) if isinstance(value, dict) else None
-        found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        found = brief(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
         expect(isinstance(value, Tensor) and list(value.shape) == list(shape), f"{group}.{name}", list(shape), found)
         expect(value.is_floating_point(), f"{group}.{name}", "floating-point numbers", value.dtype)
         expect(bool(torch.isfinite(value).all()), f"{group}.{name}", "finite numbers", "NaN or infinity")

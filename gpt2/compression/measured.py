@@ -33,7 +33,8 @@ class MeasuredCodec:
     L are the entries of all layers, as `basis` has them. rotary: each layer's rotation, empty where keys keep theirs.
     mean [L, G, w]; spectrum [L, G, w]: variance of each coordinate. errors [L, G, w, widths]: mean squared error of a
     coordinate in a block at each of `mixed.WIDTHS`. prices [N], demand [N, L]: bytes per block that a group of a layer
-    buys at each price when every block chooses for itself. half: whether a file holds E in half precision.
+    buys at each price when every block chooses for itself. half: whether a file holds E in half precision. where: the
+    file that it is from, for messages.
     """
 
     basis: Measured
@@ -45,6 +46,7 @@ class MeasuredCodec:
     prices: Tensor
     demand: Tensor
     half: bool = False
+    where: str = "the calibration"
     _widths: dict[float, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -52,9 +54,10 @@ class MeasuredCodec:
         """The way back: the inverse of E as it is stored, in whatever precision."""
         # One by one: PyTorch 2.13 with MKL fails on batches of large matrices when it has more threads than one
         found = [torch.linalg.inv_ex(E) for E in self.E.double().flatten(0, 1)]
-        if any(failed for _, failed in found):
-            raise BadArtefact("the calibration's basis has no inverse: make the calibration again")
-        return torch.stack([inverse for inverse, _ in found]).view_as(self.E).float()
+        D = torch.stack([inverse for inverse, _ in found]).view_as(self.E).float()
+        if any(failed for _, failed in found) or not bool(torch.isfinite(D).all()):
+            raise BadArtefact(f"{self.where}: the basis has no inverse: make the calibration again")
+        return D
 
     def transform(self, layer: int, side: str = "k") -> Transform:
         """The transform of one layer's K or V, `side` "k" or "v", on the CPU."""
@@ -210,7 +213,7 @@ def parse_measured(record, basis: Measured, geometry: Geometry, expect) -> Measu
 
     def tensor(key: str, *shape: int) -> Tensor:
         value = record.get(key)
-        found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        found = brief(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
         expect(isinstance(value, Tensor) and list(value.shape) == list(shape), f"{name}.{key}", list(shape), found)
         expect(value.is_floating_point(), f"{name}.{key}", "floating-point numbers", value.dtype)
         finite = bool(torch.isfinite(value).all()) and float(value.abs().max()) < LARGEST
@@ -229,11 +232,15 @@ def parse_measured(record, basis: Measured, geometry: Geometry, expect) -> Measu
     expect(plain and widths == list(WIDTHS), f"{name}.widths", list(WIDTHS), brief(widths))
     n = record["prices"].numel() if isinstance(record.get("prices"), Tensor) else 0
     expect(n > 1, f"{name}.prices", "two or more numbers", n)
+    demand, most = tensor("demand", n, L), w * COSTS[-1]
+    # A cache takes so many for every block; rounded, they may be some more
+    within = float(demand.min()) >= 0 and float(demand.max()) <= most + 1
+    expect(within, f"{name}.demand", f"0 to {most:,} bytes, which all channels at the widest take", "others")
     return MeasuredCodec(
         basis, tensor("mean", L, G, w), tensor("E", L, G, w, w) * tensor("scale", L, G, 1, 1),
         tensor("spectrum", L, G, w),
         _parse_rotary(record, name, geometry, expect) if basis.turned else [],
-        tensor("errors", L, G, w, len(WIDTHS)), tensor("prices", n), tensor("demand", n, L),
+        tensor("errors", L, G, w, len(WIDTHS)), tensor("prices", n), demand,
         half=E.dtype == torch.float16,
     )  # fmt: skip
 
@@ -246,6 +253,6 @@ def _parse_rotary(record: dict, name: str, geometry: Geometry, expect) -> list[R
     for layout, own in zip(layouts, frequencies, strict=True):
         expect(layout in LAYOUTS, f"{name}.layouts", " or ".join(LAYOUTS), brief(layout))
         right = isinstance(own, Tensor) and own.ndim == 1 and 2 * len(own) <= d
-        right = right and bool(torch.isfinite(own).all())
-        expect(right, f"{name}.frequencies", f"at most {d // 2} finite numbers", type(own).__name__)
+        right = right and bool((own.abs() < LARGEST).all())  # which NaN isn't
+        expect(right, f"{name}.frequencies", f"at most {d // 2} numbers below {LARGEST:g}", type(own).__name__)
     return [Rotary(own.float(), layout) for layout, own in zip(layouts, frequencies, strict=True)]

@@ -22,7 +22,15 @@ import torch
 from gpt2 import results
 from gpt2.compression.calibration import SIDES, Calibration, stand_in
 from gpt2.compression.calibration_free import ANY_MODEL, preset_for_any_model
-from gpt2.compression.codecs import BITS, Compressor, codec_name, full_rank, quantizer_of
+from gpt2.compression.codecs import (
+    BITS,
+    IDENTITY,
+    Compressor,
+    codec_name,
+    full_rank,
+    needs_calibration,
+    quantizer_of,
+)
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.plan import TARGETS, Plan, Setting, build, needs_calibration_file, plan_record, uniform
 from gpt2.compression.preset_calibration import calibration_of, check_geometry, made_by
@@ -56,6 +64,9 @@ TEXTS = {"model": 4096, "calibration_file": 4096, "folder": 4096, "name": 200}  
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")  # what isn't read but obeyed
 MOST_BYTES = 2**20  # of a preset file; as lists in memory it is twenty times that
 LONGEST_CODEC = 200  # letters
+# Of all layers together: codecs, each fitted to all statistics; bases joined in one; and numbers in bases that aren't
+# calibrated, each as large as head_dim squared and made for every setting
+MOST_CODECS, MOST_BASES, MOST_NUMBERS = 8, 4, 2**23
 BUILT_IN = (results.ROOT / "configs" / "presets", results.RESULTS / "presets")
 
 
@@ -83,7 +94,7 @@ def resolve_preset(preset: str | Path, model: LoadedModel | str) -> dict:
 
     A model without weights has none of its own: it takes another's of that name, of the same head_dim if there is one.
     """
-    if str(preset).endswith(".json") or Path(preset).is_file():
+    if str(preset).endswith(".json") or os.path.isfile(preset):
         return load_preset(preset)
     preset = str(preset)
     if isinstance(model, str):
@@ -155,6 +166,7 @@ def check_preset(preset: dict, where: str = "preset") -> dict:
     _check_setting(preset, preset["head_dim"], where)
     if preset.get("layers") is not None:
         _check_layers(preset, where)
+    _check_work(preset, where)
     return preset
 
 
@@ -207,6 +219,20 @@ def _check_layer(setting: dict, head_dim: int, place: str) -> None:
         raise BadArtefact(f"{place}: expected null or codec, rank and bits, found {brief(setting)}")
     full = full_rank_of(setting["codec"], head_dim, place)
     _check_setting(setting | ({"rank": full} if setting["rank"] is None else {}), head_dim, place)
+
+
+def _check_work(preset: dict, where: str) -> None:
+    """Raise BadArtefact where what a preset asks for is right, but would take minutes or a machine's memory."""
+    settings = {setting for side in plan_of(preset).values() for setting in side if setting}
+    bases = {codec: codec.count("+") + 1 for codec in {setting.codec for setting in settings} - {IDENTITY}}
+    if len(bases) > MOST_CODECS or max(bases.values(), default=0) > MOST_BASES:
+        raise BadArtefact(f"{where}: expected at most {MOST_CODECS} codecs, each of at most {MOST_BASES} bases")
+    fixed = {codec for codec in bases if not needs_calibration(codec)}
+    numbers = sum(bases[setting.codec] for setting in settings if setting.codec in fixed) * preset["head_dim"] ** 2
+    if numbers > MOST_NUMBERS:
+        raise BadArtefact(
+            f"{where}: its settings ask for bases of {numbers:,} numbers: expected {MOST_NUMBERS:,} at most"
+        )
 
 
 def plan_of(preset: dict) -> Plan:

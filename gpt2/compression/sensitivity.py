@@ -79,7 +79,7 @@ def _known(path: Path, key: dict) -> list[dict]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         whole = all(row.keys() >= ROW for row in record["rows"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadArtefact(f"{path}: not a layer ablation: give another file, or remove it") from error
     # A key that went through JSON: tuples have become lists
     return record["rows"] if whole and record.get("key") == json.loads(json.dumps(key)) else []

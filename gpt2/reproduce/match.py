@@ -35,9 +35,10 @@ class Matcher:
     def record(self, name: str) -> dict | None:
         """The results file of a run, None where there is none that can be read."""
         try:
-            return json.loads(self.record_path(name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            record = json.loads(self.record_path(name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             return None
+        return record if isinstance(record, dict) and isinstance(record.get("args"), dict) else None
 
     def why_not(self, name: str) -> str | None:
         """None where the results are what the run would make now, else in what they differ."""
@@ -138,7 +139,7 @@ class Matcher:
         if self.any_code or record.get("code_sha256") == results.code_sha256(checkout / script):
             return None
         commit = record.get("git_commit")
-        if not commit:
+        if not isinstance(commit, str) or not commit:
             return "the code has changed, it doesn't say since when"
         before = None if commit.endswith("-dirty") else code_version.committed(checkout, commit)
         if before is None:

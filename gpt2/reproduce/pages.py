@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -33,10 +32,11 @@ def _part(setting: Setting, table: Table, item: dict) -> str:
     if not path.is_file():
         model = "" if setting.model == models.EMBEDDED else f" --model {setting.model}"
         return f"{heading}Not measured yet: `python scripts/reproduce_tables.py {table.name}{model}` makes `{name}`."
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = tables.read(path)
     made = tables.table(name, record, item.get("rows"), item.get("as"))
-    source = f"Source: `{name}.json`, commit {record['git_commit']}, {record['device']}, {record['created_utc'][:10]}."
-    return f"{heading}{made.markdown()}\n\n{source}"
+    with tables.shown_of(name):
+        made_with = f"commit {record['git_commit']}, {record['device']}, {record['created_utc'][:10]}"
+    return f"{heading}{made.markdown()}\n\nSource: `{name}.json`, {made_with}."
 
 
 def write(setting: Setting, table: Table) -> Path:
