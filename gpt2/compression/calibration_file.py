@@ -123,7 +123,7 @@ def _parse(record, path: Path) -> Calibration:
         expect(value.is_floating_point(), f"{group}.{name}", "floating-point numbers", value.dtype)
         value = value.to(STORED[group])
         within = float(value.abs().max()) < REACH[group]  # which NaN isn't
-        expect(within, f"{group}.{name}", f"numbers below {REACH[group]:g}", "NaN or larger ones")
+        expect(within, f"{group}.{name}", f"finite numbers below {REACH[group]:g}", "NaN or larger ones")
         return value
 
     r = full_rank(single_heads(meta["codec"]), d)

@@ -217,7 +217,7 @@ def parse_measured(record, basis: Measured, geometry: Geometry, expect) -> Measu
         expect(isinstance(value, Tensor) and list(value.shape) == list(shape), f"{name}.{key}", list(shape), found)
         expect(value.is_floating_point(), f"{name}.{key}", "floating-point numbers", value.dtype)
         within = float(value.abs().max()) < LARGEST  # which NaN isn't
-        expect(within, f"{name}.{key}", f"numbers below {LARGEST:g}", "NaN or larger ones")
+        expect(within, f"{name}.{key}", f"finite numbers below {LARGEST:g}", "NaN or larger ones")
         return value.float()
 
     expect(isinstance(record, dict), name, "a dict", type(record).__name__)
