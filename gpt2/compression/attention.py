@@ -76,7 +76,7 @@ def enable_compressed_attention(model: PreTrainedModel) -> PreTrainedModel:
 def _enable(model: PreTrainedModel) -> PreTrainedModel:
     if not getattr(type(model), "_can_set_attn_implementation", lambda: False)():
         raise _unsupported(model, "transformers can't set its attention")
-    AttentionInterface.register(NAME, compressed_attention)
+    AttentionInterface.register(NAME, torch.compiler.disable(compressed_attention))
     AttentionMaskInterface.register(NAME, sdpa_mask)
     if model.device.type == "cpu":
         cpu.loaded()  # now, so that the first token doesn't wait for a compiler

@@ -249,6 +249,7 @@ class CompressedDynamicCache(Cache):
             layers=[CompressedLayer(k, v, sink_tokens, recent_tokens, i) for i, (k, v) in enumerate(pairs)]
         )
 
+    @torch.compiler.disable  # a model may be compiled: what is stored, where, is none of its graphs' matter
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """As `CompressedLayer.update`, for one layer of the model."""
         if layer_idx >= len(self.layers):
