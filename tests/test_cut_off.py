@@ -103,6 +103,33 @@ def test_a_change_cut_off_halfway(monkeypatch, change, error):
     assert torch.equal(fed(model, cache, windows(2, 3)), fed(model, coded(), windows(2, 3)))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda cache: cache.batch_select_indices(torch.tensor([1, 0])),
+        lambda cache: cache.batch_repeat_interleave(1),
+    ],
+    ids=["reorder", "select", "repeat"],
+)
+def test_rows_changed_in_the_first_layers_only(monkeypatch, change):
+    """Beams of one layer would read those of another."""
+    model, cache = tiny_model("llama"), coded()
+    fed(model, cache, windows(2, HELD))
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.layers[1], "_map", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            change(cache)
+    with pytest.raises(PluginError, match="rows was cut off"):
+        fed(model, cache, windows(2, 1))
+    cache.reset()
+    assert torch.equal(fed(model, cache, windows(2, 3)), fed(model, coded(), windows(2, 3)))
+
+
 @pytest.mark.parametrize("wrong", [lambda c: c.reorder_cache(torch.tensor([0, 7])), lambda c: c.crop(-HELD - 1),
                                    lambda c: c.batch_select_indices(torch.tensor([2])),
                                    lambda c: c.batch_repeat_interleave(-1)])  # fmt: skip

@@ -67,6 +67,7 @@ class CompressedLayer(CacheLayerMixin):
         self.index = index
         self.reader = None  # set by `attention` while a model runs that reads the stores themselves
         self.torn = False  # whether a change of the stores is on its way, or was cut off
+        self.rows_changed = 0  # how often rows were chosen anew, as many times in every layer
         if k is not v and (k.joint or v.joint):
             raise PluginError(f"layer {index}: a joint codec is for K and V together, the same object for both")
 
@@ -147,7 +148,8 @@ class CompressedLayer(CacheLayerMixin):
                 )
         # In the first layer K depends on a token and its position alone, so the same tokens at the same positions can
         # be recognised. use_cache=False feeds prompt + 1 token at every step to a cache that keeps them all; generate
-        # feeds a prompt again, from its first position, of which the cache holds every token
+        # feeds a prompt again, from its first position, of which the cache holds every token. Where K has no positions
+        # (ALiBi) a text that is said twice, in two pieces of one length, is refused with it
         held, n = len(store), keys.shape[2]
         if self.index or not held or n not in (held, held + 1) or _alike(keys) or not store.holds(keys[:, :, :held]):
             return
@@ -172,6 +174,7 @@ class CompressedLayer(CacheLayerMixin):
         for store in self.stores.values():
             store.clear()
         self.is_initialized = self.torn = False
+        self.rows_changed = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens: a negative number, as transformers has it; 0 does nothing."""
@@ -193,14 +196,18 @@ class CompressedLayer(CacheLayerMixin):
             for store in self.stores.values():
                 store.map_(fn)
 
+    def _map_rows(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self._map(fn)
+        self.rows_changed += self.is_initialized
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda t: t[indices.to(t.device)])
+        self._map_rows(lambda t: t[indices.to(t.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+        self._map_rows(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def offload(self) -> None:
         self._map(lambda t: t.to("cpu", non_blocking=True))
@@ -263,6 +270,8 @@ class CompressedDynamicCache(Cache):
 
     def _check_layers(self) -> None:
         """Refuse what Ctrl-C or an error within a run has left: the first layers hold its tokens, the last don't."""
+        if self.layers[0].rows_changed != self.layers[-1].rows_changed:
+            raise PluginError("a change of the cache's rows was cut off between layers: reset() the cache")
         first, last = (self.layers[i].get_seq_length() for i in (0, -1))
         if first != last:
             raise PluginError(
