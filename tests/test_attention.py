@@ -154,6 +154,28 @@ def test_generation_with_identity_gives_the_same_tokens(family, mode):
     assert torch.equal(MODES[mode](model, identity_cache(3)), expected)
 
 
+@pytest.mark.parametrize("name", ["identity", "int8", "int8_channel", "mixed", "low rank"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("on", [(True, True), (True, False), (False, True)], ids=["on", "on, then off", "off, then on"])
+def test_autocast(family, name, on, kernels):
+    """In it all the way, or in every second step: no further from float32 than reconstruction is."""
+    model = tiny_model(family)
+    ids = windows(1, 90).split([70, 1, 1, 10, 8], dim=1)
+    make = lambda: cache_of(model, SETTINGS[name], SETTINGS[name], recent_tokens=2)  # noqa: E731
+
+    @torch.no_grad()
+    def run(cache, autocast=on):
+        out = []
+        for i, x in enumerate(ids):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast[i % 2]):
+                out.append(model(x, past_key_values=cache).logits.float())
+        return torch.cat(out, dim=1)
+
+    exact = run(make(), (False, False))
+    reconstructed, stored = both(model, make, run)
+    assert (stored - exact).abs().mean() <= 1.2 * (reconstructed - exact).abs().mean()
+
+
 def test_after_crop_reorder_and_selection(llama, kernels):
     ids = windows(3, 150)
 

@@ -541,8 +541,8 @@ def test_update_returns_what_is_stored():
     """Also for the tokens that were just written, and in prefill: one forward pass measures the real error."""
     cache = make_cache("int4", layers=2)
     k, v = tokens(20), tokens(20, seed=1)
-    for layer in range(2):
-        for chunk in (slice(0, 12), slice(12, 20)):
+    for chunk in (slice(0, 12), slice(12, 20)):
+        for layer in range(2):
             keys, values = cache.update(k[:, :, chunk], v[:, :, chunk], layer)
     for read, x in ((keys, k), (values, v)):
         assert torch.equal(read, filled(COMPRESSORS["int4"], USUAL, [x]).read())
@@ -687,3 +687,18 @@ def test_crop_takes_a_tensor():
     assert cache.get_seq_length() == 5
     cache.crop(torch.tensor(0))
     torch.testing.assert_close(cache.layers[0].stores["K"].read(), x[:, :, :5])
+
+
+@every_compressor
+def test_autocast_is_for_models(compressor):
+    """In it a basis would be applied with 8 bits, and float16 scales can't be joined."""
+    x, held = as_sides(compressor, tokens(50))
+    cache = CompressedDynamicCache([compressor], [compressor], recent_tokens=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        for piece in x.split([29, 1, 20], dim=2):
+            fill(cache, piece)
+        cache.crop(-2)
+        read = torch.cat(cache.layers[0].read(), dim=1) if compressor.joint else cache.layers[0].read()[0]
+    whole = filled(compressor, (4, 3), held.split([29, 1, 20], dim=2))
+    whole.crop(2)
+    assert torch.equal(read, whole.read())

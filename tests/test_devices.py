@@ -45,10 +45,10 @@ def cache_of(k: list[Compressor], v: list[Compressor]) -> CompressedDynamicCache
 
 def fill(cache: CompressedDynamicCache, batch: int = 3) -> None:
     """Seven tokens in every layer, where the layer is: sinks, blocks and a tail."""
-    for layer, device in enumerate(DEVICES):
-        x = torch.zeros(batch, H, 7, D, device=device)
-        for piece in (x[:, :, :6], x[:, :, 6:]):
-            assert {t.device for t in cache.update(piece, piece, layer)} == {device}
+    for n in (6, 1):
+        for layer, device in enumerate(DEVICES):
+            x = torch.zeros(batch, H, n, D, device=device)
+            assert {t.device for t in cache.update(x, x, layer)} == {device}
 
 
 def held(store) -> list[Tensor]:

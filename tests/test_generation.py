@@ -299,3 +299,84 @@ def test_values_with_a_large_mean_are_not_taken_for_use_cache_false():
         return generate(model, cache, torch.cat((prompt(8), prompt(9, seed=1)), dim=1))
 
     assert torch.equal(tokens(identity(model)), tokens(DynamicCache(config=model.config)))
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"do_sample": True}], ids=["greedy", "beams", "sampling"])
+@every_family
+def test_a_prompt_that_was_read_to_its_end_is_refused(family, how):
+    """`generate` would feed all of it once more, at the positions where it lies already, and answer to both."""
+    model, ids = model_of(family), prompt(batch=2)
+    for cache in (identity(model), quantized(model), quantized(model, "int8_channel")):
+        model(ids, past_key_values=cache)
+        cache.batch_repeat_interleave(how.get("num_beams", 1))
+        with pytest.raises(PluginError, match=r"crop\(-1\)"):
+            generate(model, cache, ids, **how)
+        cache.crop(-1)
+        assert generate(model, cache, ids, **how).shape == (2, 12 + NEW)
+
+
+def test_chunks_of_padding_are_not_taken_for_a_prompt_fed_again():
+    """They are all at one position."""
+    model = model_of("llama")
+    ids, mask = prompt(24, batch=2), torch.ones(2, 24, dtype=torch.long)
+    mask[0, :20] = mask[1, :15] = 0
+    how = {"attention_mask": mask, "prefill_chunk_size": 5}
+    expected = generate(model, DynamicCache(config=model.config), ids.masked_fill(mask == 0, 0), **how)
+    assert torch.equal(generate(model, identity(model), ids.masked_fill(mask == 0, 0), **how), expected)
+
+
+def test_one_row_that_repeats_is_not_taken_for_a_prompt_fed_again():
+    """Of many rows, where all but one are padding so far."""
+    model = model_of("llama")
+    ids, mask = prompt(30, batch=24), torch.ones(24, 30, dtype=torch.long)
+    mask[1:, :20] = 0
+    how = {"attention_mask": mask, "prefill_chunk_size": 5}
+    expected = generate(model, DynamicCache(config=model.config), ids.masked_fill(mask == 0, 0), **how)
+    assert torch.equal(generate(model, identity(model), ids.masked_fill(mask == 0, 0), **how), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["none", "int8", "int8_channel", "low rank"])
+@pytest.mark.parametrize("first", [True, False], ids=["on, then off", "off, then on"])
+def test_autocast_is_switched_on_the_way(family, name, first):
+    """All is held in the wider dtype, as `torch.cat` has it; a sealed cache is tried in test_attention."""
+    model = model_of(family)
+    T = Transform(*[torch.eye(12)[None]] * 2, torch.zeros(1, 12)).truncate(9)
+    codec = Compressor(QUANTIZERS["none"], T) if name == "low rank" else Compressor(QUANTIZERS[name])
+
+    @torch.no_grad()
+    def steps(cache) -> Tensor:
+        out = []
+        for i in range(4):
+            with torch.autocast("cpu", torch.bfloat16, enabled=first == (i % 2 == 0)):
+                out.append(model(prompt(70 if i == 0 else 3, seed=i), past_key_values=cache).logits.float())
+        return torch.cat(out, dim=1)
+
+    cache = CompressedDynamicCache([codec] * 3, [codec] * 3, recent_tokens=2)
+    found, expected = steps(cache), steps(DynamicCache(config=model.config))
+    assert torch.equal(found, expected) == (name == "none") and found.isfinite().all()
+    for store in (store for layer in cache.layers for store in layer.stores.values()):
+        assert {store.sinks.dtype, store.tail.dtype, store.read().dtype} == {torch.float32}
+
+
+def test_a_cache_says_that_it_has_begun():
+    """A prefix model lets the first tokens see all of themselves, and no others."""
+    from gpt2.architectures import tiny_family
+
+    model = tiny_family("hrm_text")
+
+    @torch.no_grad()
+    def turns(cache) -> Tensor:
+        out = []
+        for n, more in ((12, 12), (16, 4)):
+            types = torch.ones(1, n, dtype=torch.long)
+            out.append(model(prompt(more, seed=n), token_type_ids=types, past_key_values=cache).logits)
+        return torch.cat(out, dim=1)
+
+    theirs = DynamicCache(config=model.config)
+    ours = identity_cache(len(theirs.layers))
+    assert not ours.is_initialized
+    assert torch.equal(turns(ours), turns(theirs))
+    assert ours.is_initialized
+    ours.reset()
+    assert not ours.is_initialized

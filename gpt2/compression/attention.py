@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from gpt2.compression import direct
 from gpt2.compression.compressed_cache import CompressedDynamicCache, Sealed, identity_cache
 from gpt2.compression.kernels import cpu
+from gpt2.compression.storage import precisely
 from gpt2.errors import UnsupportedModel
 
 NAME = "compressed_cache"  # names with "flash", "sdpa" or "flex" mean something to transformers
@@ -75,7 +76,7 @@ def enable_compressed_attention(model: PreTrainedModel) -> PreTrainedModel:
 def _enable(model: PreTrainedModel) -> PreTrainedModel:
     if not getattr(type(model), "_can_set_attn_implementation", lambda: False)():
         raise _unsupported(model, "transformers can't set its attention")
-    AttentionInterface.register(NAME, compressed_attention)
+    AttentionInterface.register(NAME, torch.compiler.disable(compressed_attention))
     AttentionMaskInterface.register(NAME, sdpa_mask)
     if model.device.type == "cpu":
         cpu.loaded()  # now, so that the first token doesn't wait for a compiler
@@ -155,8 +156,9 @@ def compressed_attention(
     if special or not (few and k.compressor.foldable and v.compressor.foldable):
         return _plain(module, query, *key.read(), attention_mask, **plain), None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = direct.attend(k, v, query, attention_mask, scaling, softcap=softcap, sinks=s_aux)
-    return out.transpose(1, 2).contiguous(), None
+    with precisely(query):
+        out = direct.attend(k, v, query.to(k.sinks.dtype), attention_mask, scaling, softcap=softcap, sinks=s_aux)
+    return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
 def _plain(

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from gpt2.compression.codecs import Compressor, IdentityCompressor
 from gpt2.compression.plan import load_calibrated_compressors
-from gpt2.compression.storage import TokenStore
+from gpt2.compression.storage import TokenStore, precisely
 from gpt2.errors import PluginError
 
 __all__ = ["CompressedDynamicCache", "CompressedLayer", "IdentityCompressor", "load_calibrated_compressors"]
@@ -68,6 +69,8 @@ class CompressedLayer(CacheLayerMixin):
         self.stores = {side: TokenStore(c, sink_tokens, recent_tokens) for side, c in compressors.items()}
         self.index = index
         self.reader = None  # set by `attention` while a model runs that reads the stores themselves
+        self.torn = False  # whether a change of the stores is on its way, or was cut off
+        self.rows_changed = 0  # how often rows were chosen anew, as many times in every layer
         if k is not v and (k.joint or v.joint):
             raise PluginError(f"layer {index}: a joint codec is for K and V together, the same object for both")
 
@@ -96,7 +99,8 @@ class CompressedLayer(CacheLayerMixin):
 
     def read(self) -> tuple[Tensor, Tensor]:
         """K and V of all tokens, [B, H, T, d] each, as they are stored."""
-        read = [store.read() for store in self.stores.values()]
+        with precisely(self._first.sinks):
+            read = [store.read() for store in self.stores.values()]
         return tuple(read) if len(read) == 2 else read[0].chunk(2, dim=1)
 
     def _parts(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
@@ -112,27 +116,53 @@ class CompressedLayer(CacheLayerMixin):
         """Store new tokens, [B, H, n, d] each, and read nothing back: the cost doesn't depend on what is held."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        parts = self._parts(key_states, value_states)
-        self._check(parts[0])
-        for store, x in zip(self.stores.values(), parts, strict=True):
-            store.append(x.detach())
+        with precisely(key_states):
+            parts = self._parts(key_states, value_states)
+            self._check(parts)
+            with self._changing():
+                for store, x in zip(self.stores.values(), parts, strict=True):
+                    store.append(x.detach())
 
-    def _check(self, keys: Tensor) -> None:
-        """Refuse a batch of another size, and the whole prompt fed again."""
-        store = self._first
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around a change of the stores: what Ctrl-C or a lack of memory leaves in the middle of it can't be used."""
+        if self.torn:
+            raise PluginError(
+                f"layer {self.index}: a change of the cache was cut off halfway, so what it holds is of no use: "
+                "reset() it"
+            )
+        self.torn = True
+        yield
+        self.torn = False  # not after an error
+
+    def _check(self, parts: tuple[Tensor, ...]) -> None:
+        """Refuse a batch of another size, another model's heads, and the whole prompt fed again."""
+        store, keys = self._first, parts[0]
         if keys.shape[0] != store.sinks.shape[0]:
             raise PluginError(
                 f"the cache holds a batch of {store.sinks.shape[0]}, but {keys.shape[0]} sequences came: reset() "
                 "it, make a new one, or use batch_repeat_interleave before beam search"
             )
-        # use_cache=False feeds prompt + 1 token at every step to a cache that keeps them all. In the first layer K
-        # depends on a token and its position alone, so the same tokens at the same positions can be recognised.
-        held = len(store)
-        if self.index == 0 and held and keys.shape[2] == held + 1 and store.holds(keys[:, :, :held]):
-            raise PluginError(
-                "the whole prompt was fed again to a cache that holds it, as generate(use_cache=False) does: "
-                "use use_cache=True with this cache, or pass no past_key_values"
-            )
+        for held, x in zip((store.sinks for store in self.stores.values()), parts, strict=True):
+            if (held.shape[1], held.shape[3]) != (x.shape[1], x.shape[3]):
+                raise PluginError(
+                    f"layer {self.index}: the cache holds {held.shape[1]} KV heads of {held.shape[3]} channels, but "
+                    f"{x.shape[1]} of {x.shape[3]} came: another model filled it, so reset() it or make a new one"
+                )
+        # In the first layer K depends on a token and its position alone, so the same tokens at the same positions can
+        # be recognised. use_cache=False feeds prompt + 1 token at every step to a cache that keeps them all; generate
+        # feeds a prompt again, from its first position, of which the cache holds every token. Where K has no positions
+        # (ALiBi) a text that is said twice, in two pieces of one length, is refused with it
+        held, n = len(store), keys.shape[2]
+        if self.index or not held or n not in (held, held + 1) or _alike(keys) or not store.holds(keys[:, :, :held]):
+            return
+        advice = (
+            "as generate does with a prompt that was read to its end: crop(-1) the cache first, as generate needs one "
+            "token that it doesn't hold"
+            if n == held
+            else "as generate(use_cache=False) does: use use_cache=True with this cache, or pass no past_key_values"
+        )
+        raise PluginError(f"the whole prompt was fed again to a cache that holds it, {advice}")
 
     def get_seq_length(self) -> int:
         return len(self._first)
@@ -146,36 +176,52 @@ class CompressedLayer(CacheLayerMixin):
     def reset(self) -> None:
         for store in self.stores.values():
             store.clear()
-        self.is_initialized = False
+        self.is_initialized = self.torn = False
+        self.rows_changed = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens: a negative number, as transformers has it; 0 does nothing."""
         tokens_to_remove = int(tokens_to_remove)  # assisted decoding of transformers 5.17 passes a tensor
         if tokens_to_remove > 0:
             raise PluginError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}")
+        if -tokens_to_remove > self.get_seq_length() and self.is_initialized:
+            raise PluginError(f"can't crop {-tokens_to_remove} tokens from a cache of {self.get_seq_length()}")
         if tokens_to_remove and self.is_initialized:
-            for store in self.stores.values():
-                store.crop(-tokens_to_remove)
+            with precisely(self._first.sinks), self._changing():
+                for store in self.stores.values():
+                    store.crop(-tokens_to_remove)
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
-        for store in self.stores.values():
-            store.map_(fn)
+        if not self.is_initialized:
+            return
+        fn(self._first.sinks.new_empty(self._first.sinks.shape[0]))  # rows that there aren't fail here, nothing changed
+        with self._changing():
+            for store in self.stores.values():
+                store.map_(fn)
+
+    def _map_rows(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self._map(fn)
+        self.rows_changed += self.is_initialized
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda t: t[indices.to(t.device)])
+        self._map_rows(lambda t: t[indices.to(t.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+        self._map_rows(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def offload(self) -> None:
         self._map(lambda t: t.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        if self.is_initialized:
-            self._map(lambda t: t.to(self.device, non_blocking=True))
+        self._map(lambda t: t.to(self.device, non_blocking=True))
+
+
+def _alike(x: Tensor) -> bool:
+    """Whether all tokens of x [B, H, n, d] are the same, as padding is, so that they say nothing of where they were."""
+    return bool((x == x[:, :, :1]).all())
 
 
 class CompressedDynamicCache(Cache):
@@ -222,6 +268,7 @@ class CompressedDynamicCache(Cache):
                               "again, into a new one")  # fmt: skip
         self.__dict__.update(state)
 
+    @torch.compiler.disable  # a model may be compiled: what is stored, where, is none of its graphs' matter
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """As `CompressedLayer.update`, for one layer of the model."""
         if layer_idx >= len(self.layers):
@@ -229,7 +276,36 @@ class CompressedDynamicCache(Cache):
                 f"the model has a layer {layer_idx}, but this cache was made for {len(self.layers)} layers: "
                 "its preset or calibration is of another model"
             )
+        if layer_idx == 0:
+            self._check_layers()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_layers(self) -> None:
+        """Refuse what Ctrl-C or an error within a run has left: the first layers hold its tokens, the last don't."""
+        if self.layers[0].rows_changed != self.layers[-1].rows_changed:
+            raise PluginError("a change of the cache's rows was cut off between layers: reset() the cache")
+        first, last = (self.layers[i].get_seq_length() for i in (0, -1))
+        if first != last:
+            raise PluginError(
+                f"the first layer holds {first} tokens and the last {last}: a run was cut off between layers, so crop "
+                f"what it left with crop({last - first}), or reset() the cache; or the model has fewer layers than it"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As `CompressedLayer.crop`, of the first layer's tokens; all hold as many then, also after a run cut off."""
+        length = self.get_seq_length() + min(int(tokens_to_remove), 0)
+        if shorter := [layer.index for layer in self.layers if layer.get_seq_length() < length]:
+            raise PluginError(
+                f"layer {shorter[0]} has fewer than the {length} tokens that crop({int(tokens_to_remove)}) would leave "
+                "in the first: a run was cut off between layers, crop more or reset() the cache"
+            )
+        for layer in self.layers:
+            layer.crop(max(int(tokens_to_remove), 0) or length - layer.get_seq_length())
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether tokens have come: some models take the first for a prefix that sees all of itself."""
+        return any(layer.is_initialized for layer in self.layers)
 
     def keep_expanded(self) -> CompressedDynamicCache:
         """Hold reconstructions beside the codes, for evaluations that read all of them at every step; returns self.

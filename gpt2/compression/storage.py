@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -14,6 +15,13 @@ from gpt2.errors import PluginError
 SMALLEST_PIECE = 64  # tokens; with 1/32 of what is held already, under 5 % is unused from 2k tokens on
 GROWTH = 32
 MERGED = 4  # a merged piece holds at most one in so many of all entries: the largest are never copied
+
+
+def precisely(x: Tensor) -> AbstractContextManager:
+    """Out of autocast where x lies, if it is on: a codec works in its own dtype, whatever the model works in."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 class Pieces:
@@ -122,7 +130,14 @@ class TokenStore:
         return 0 if self.sinks is None else self.sinks.shape[2] + self.compressed_tokens + self.tail.shape[2]
 
     def append(self, x: Tensor) -> None:
-        """Add tokens x [B, H, n, d]; blocks that become full are compressed, nothing that is stored is touched."""
+        """Add tokens x [B, H, n, d]; blocks that become full are compressed, nothing that is stored is touched.
+
+        Where they come in another dtype, as when autocast is switched, all are held in the wider: `torch.cat`'s rule.
+        """
+        dtype = torch.promote_types(x.dtype, self.sinks.dtype)
+        if dtype != self.sinks.dtype:
+            self._widen(dtype)
+        x = x.to(dtype)
         missing = self.sink_tokens - self.sinks.shape[2]
         if missing > 0:
             self.sinks = torch.cat((self.sinks, x[:, :, :missing]), dim=2)
@@ -137,6 +152,13 @@ class TokenStore:
             # A copy: a slice would keep the whole prompt's activations alive
             waiting = waiting.clone(memory_format=torch.contiguous_format)
         self.tail = waiting.clone(memory_format=torch.contiguous_format) if waiting is x else waiting
+
+    def _widen(self, dtype: torch.dtype) -> None:
+        self.sinks, self.tail = self.sinks.to(dtype), self.tail.to(dtype)
+        self.expanded = None if self.expanded is None else self.expanded.to(dtype)
+        if self.compressor.quantizer.lossless:  # codes have dtypes of their own
+            for pieces in self.blocks.values():
+                pieces.map_(lambda t: t.to(dtype))
 
     def _compress(self, x: Tensor, lead: int) -> None:
         """Store whole blocks: `lead` places that sinks have left, and tokens x [B, H, n, d]."""
@@ -171,10 +193,12 @@ class TokenStore:
     def holds(self, x: Tensor) -> bool:
         """Whether x [B, H, T, d] are the tokens held: stored in the same way, they read the same."""
         again = TokenStore(self.compressor, self.sink_tokens, self.recent_tokens)
+        x = x.to(self.sinks.dtype)
         again.prepare(x, "comparison")
         again.append(x)
         # Not to the bit: another number of rows rounds differently in a matmul, and may tip a code over
-        return bool(torch.isclose(again.read(), self.read(), rtol=1e-3, atol=1e-6).float().mean() > 0.9)
+        close = torch.isclose(again.read(), self.read(), rtol=1e-3, atol=1e-6)
+        return bool((close.float().mean(dim=(1, 2, 3)) > 0.9).all())
 
     def _expand(self, start_block: int = 0) -> Tensor | None:
         """Reconstruction of the blocks from `start_block` on."""
