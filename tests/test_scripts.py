@@ -284,8 +284,8 @@ def test_out_of_memory_gives_advice(space, tmp_path, capsys, monkeypatch):
     assert "c.pt" not in files(tmp_path)
 
 
-@pytest.mark.parametrize("signal_sent", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
-def test_an_interrupted_tuning_resumes(signal_sent, space, tmp_path, capsys):
+def test_an_interrupted_tuning_resumes(space, tmp_path, capsys):
+    """Killed ones: tests/test_kills.py, and what a dead worker was at, tests/test_autotune.py."""
     flags = [*space, *SMALL, "--eval-tokens", "192", "--eval-seq-len", "192", "--chunk", "1", "--bits", "16,8,4"]
     flags += ["--rank-grid", "12,8", "--target-ppl-delta", "0.9", "--study", "s.db", "--output", "p.json"]
     command = [sys.executable, str(results.ROOT / "scripts" / f"{TUNE}.py"), *flags]
@@ -296,15 +296,13 @@ def test_an_interrupted_tuning_resumes(signal_sent, space, tmp_path, capsys):
         if "1 measured" in line:
             break
     time.sleep(0.1)
-    child.send_signal(signal_sent)
+    child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
-    assert child.returncode == (130 if signal_sent == signal.SIGINT else -signal.SIGKILL)
-    assert "Traceback" not in err
+    assert child.returncode == 130 and "Traceback" not in err
     assert "p.json" not in files(tmp_path) and not list(tmp_path.rglob(".p.json*"))
-    if signal_sent == signal.SIGINT:  # the killed worker's trial is waited for first: test_autotune has that case
-        assert run(TUNE, *flags) == 0
-        first = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("tuning:"))
-        assert int(first.split()[1]) >= 1, "what was measured before the interrupt is not measured again"
+    assert run(TUNE, *flags) == 0
+    first = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("tuning:"))
+    assert int(first.split()[1]) >= 1, "what was measured before the interrupt is not measured again"
 
 
 def test_scripts_run_from_another_folder(tmp_path, model_folder):
