@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -119,21 +118,21 @@ class CompressedLayer(CacheLayerMixin):
         with precisely(key_states):
             parts = self._parts(key_states, value_states)
             self._check(parts)
-            with self._changing():
-                for store, x in zip(self.stores.values(), parts, strict=True):
-                    store.append(x.detach())
+            self._begin_change()
+            for store, x in zip(self.stores.values(), parts, strict=True):
+                store.append(x.detach())
+            self.torn = False
 
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Around a change of the stores: what Ctrl-C or a lack of memory leaves in the middle of it can't be used."""
+    def _begin_change(self) -> None:
+        """Before a change of the stores, whose end is `torn = False`: what Ctrl-C or a lack of memory leaves in the
+        middle of it can't be used.
+        """
         if self.torn:
             raise PluginError(
                 f"layer {self.index}: a change of the cache was cut off halfway, so what it holds is of no use: "
                 "reset() it"
             )
         self.torn = True
-        yield
-        self.torn = False  # not after an error
 
     def _check(self, parts: tuple[Tensor, ...]) -> None:
         """Refuse a batch of another size, another model's heads, and the whole prompt fed again."""
@@ -143,11 +142,12 @@ class CompressedLayer(CacheLayerMixin):
                 f"the cache holds a batch of {store.sinks.shape[0]}, but {keys.shape[0]} sequences came: reset() "
                 "it, make a new one, or use batch_repeat_interleave before beam search"
             )
-        for held, x in zip((store.sinks for store in self.stores.values()), parts, strict=True):
-            if (held.shape[1], held.shape[3]) != (x.shape[1], x.shape[3]):
+        for held, x in zip(self.stores.values(), parts, strict=True):
+            (_, heads, _, width), (_, came, _, wide) = held.sinks.shape, x.shape
+            if heads != came or width != wide:
                 raise PluginError(
-                    f"layer {self.index}: the cache holds {held.shape[1]} KV heads of {held.shape[3]} channels, but "
-                    f"{x.shape[1]} of {x.shape[3]} came: another model filled it, so reset() it or make a new one"
+                    f"layer {self.index}: the cache holds {heads} KV heads of {width} channels, but {came} of {wide} "
+                    "came: another model filled it, so reset() it or make a new one"
                 )
         # In the first layer K depends on a token and its position alone, so the same tokens at the same positions can
         # be recognised. use_cache=False feeds prompt + 1 token at every step to a cache that keeps them all; generate
@@ -187,17 +187,20 @@ class CompressedLayer(CacheLayerMixin):
         if -tokens_to_remove > self.get_seq_length() and self.is_initialized:
             raise PluginError(f"can't crop {-tokens_to_remove} tokens from a cache of {self.get_seq_length()}")
         if tokens_to_remove and self.is_initialized:
-            with precisely(self._first.sinks), self._changing():
+            with precisely(self._first.sinks):
+                self._begin_change()
                 for store in self.stores.values():
                     store.crop(-tokens_to_remove)
+                self.torn = False
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
             return
         fn(self._first.sinks.new_empty(self._first.sinks.shape[0]))  # rows that there aren't fail here, nothing changed
-        with self._changing():
-            for store in self.stores.values():
-                store.map_(fn)
+        self._begin_change()
+        for store in self.stores.values():
+            store.map_(fn)
+        self.torn = False
 
     def _map_rows(self, fn: Callable[[Tensor], Tensor]) -> None:
         self._map(fn)

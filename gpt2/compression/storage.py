@@ -134,10 +134,9 @@ class TokenStore:
 
         Where they come in another dtype, as when autocast is switched, all are held in the wider: `torch.cat`'s rule.
         """
-        dtype = torch.promote_types(x.dtype, self.sinks.dtype)
-        if dtype != self.sinks.dtype:
-            self._widen(dtype)
-        x = x.to(dtype)
+        if x.dtype != self.sinks.dtype:
+            self._widen(torch.promote_types(x.dtype, self.sinks.dtype))
+            x = x.to(self.sinks.dtype)
         missing = self.sink_tokens - self.sinks.shape[2]
         if missing > 0:
             self.sinks = torch.cat((self.sinks, x[:, :, :missing]), dim=2)
