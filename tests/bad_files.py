@@ -345,5 +345,6 @@ def wrong_safetensors(good: bytes) -> Bad:
             yield f"no {key}", made(header | {"__metadata__": {k: v for k, v in about.items() if k != key}})
             yield f"another {key}", made(header | {"__metadata__": about | {key: "{}"}})
     yield "lists in lists", made(header | {"__metadata__": about | {"record": "[" * 10**5}})
+    yield "much metadata", made(header | {"__metadata__": about | {"more": "x" * 2**17}})
     yield "no metadata", made({name: header[name] for name in names})
     yield "of another program", safetensors.torch.save({"weight": torch.ones(3)}, metadata={"format": "pt"})

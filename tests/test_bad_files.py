@@ -185,7 +185,7 @@ def test_wrong_tensors_as_safetensors(folder, space):
 
 def test_headers_that_lie(folder, space):
     files = wrong_safetensors((folder / "compact.safetensors").read_bytes())
-    assert check(space, files) == 85
+    assert check(space, files) == 86
 
 
 META = ("model", "fingerprint", "num_layers", "num_kv_heads", "head_dim", "rank", "codec", "sink_tokens", "samples")
