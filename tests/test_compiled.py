@@ -23,8 +23,9 @@ def cache() -> CompressedDynamicCache:
 
 
 def test_a_function_that_reads_reconstructions():
+    pieces = torch.randn(1, 2, 72, 16, generator=torch.Generator().manual_seed(0)).split([70, 1, 1], dim=2)
+
     def run(cache):
-        pieces = torch.randn(1, 2, 72, 16, generator=torch.Generator().manual_seed(0)).split([70, 1, 1], dim=2)
         return [torch.cat(cache.update(2 * x, x + 1, 0)).sum(dim=2) for x in pieces]
 
     for found, expected in zip(torch.compile(run, backend="eager")(cache()), run(cache()), strict=True):
