@@ -109,8 +109,9 @@ def _block(show: dict, section: str, runs: Path) -> dict:
         error = f"not measured yet: `python scripts/reproduce_tables.py {section}` makes `{name}`"
     else:
         try:
-            source = _source(name, runs)
-            table = tables.table(name, tables.read(path), show.get("rows"), show.get("as"))
+            record = tables.read(path)
+            source = _source(name, record)
+            table = tables.table(name, record, show.get("rows"), show.get("as"))
         except PluginError as problem:
             error = f"`{name}`: {problem}"
     return {"results": name, "heading": show.get("heading"), "table": table, "source": source, "error": error}
@@ -152,8 +153,7 @@ def _chart(name: str, runs: Path) -> report_chart.Chart | None:
         return None
 
 
-def _source(name: str, runs: Path) -> dict:
-    record = tables.read(runs / f"{name}.json")
+def _source(name: str, record: dict) -> dict:
     threads = record.get("threads")
     with tables.shown_of(name):
         return {

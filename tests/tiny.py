@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -84,3 +87,9 @@ def word_text(words: int, seed: int = 0) -> str:
 def windows(count: int, length: int, seed: int = 0) -> torch.Tensor:
     """Random token windows of the tiny vocabulary, [count, length]."""
     return torch.randint(2, 97, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def write_shape(path: Path) -> Path:
+    """A shape file of the tiny Llama's config, without weights."""
+    path.write_text(json.dumps({"model_type": "llama", **FAMILIES["llama"]}))
+    return path

@@ -20,7 +20,7 @@ import torch
 from gpt2 import results
 from gpt2.compression.calibration import SIDES
 from gpt2.compression.calibration_free import held_by
-from gpt2.compression.codecs import full_rank
+from gpt2.compression.codecs import bases_in, full_rank
 from gpt2.compression.codecs.ln_nullspace import LayerNormNullspace
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.plan import Setting, setting_record
@@ -286,4 +286,4 @@ def _shown(setting: Setting | None, head_dim: int) -> dict | None:
 
 
 def _uses_nullspace(setting: Setting | None) -> bool:
-    return setting is not None and LayerNormNullspace.name in setting.codec.split("+")
+    return setting is not None and LayerNormNullspace.name in bases_in(setting.codec)

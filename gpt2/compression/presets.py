@@ -22,15 +22,7 @@ import torch
 from gpt2 import results
 from gpt2.compression.calibration import SIDES, Calibration, stand_in
 from gpt2.compression.calibration_free import ANY_MODEL, preset_for_any_model
-from gpt2.compression.codecs import (
-    BITS,
-    IDENTITY,
-    Compressor,
-    codec_name,
-    full_rank,
-    needs_calibration,
-    quantizer_of,
-)
+from gpt2.compression.codecs import BITS, Compressor, bases_in, codec_name, full_rank, needs_calibration, quantizer_of
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.plan import TARGETS, Plan, Setting, build, needs_calibration_file, plan_record, uniform
 from gpt2.compression.preset_calibration import calibration_of, check_geometry, made_by
@@ -224,11 +216,11 @@ def _check_layer(setting: dict, head_dim: int, place: str) -> None:
 def _check_work(preset: dict, where: str) -> None:
     """Raise BadArtefact where what a preset asks for is right, but would take minutes or a machine's memory."""
     settings = {setting for side in plan_of(preset).values() for setting in side if setting}
-    bases = {codec: codec.count("+") + 1 for codec in {setting.codec for setting in settings} - {IDENTITY}}
-    if len(bases) > MOST_CODECS or max(bases.values(), default=0) > MOST_BASES:
+    bases = {setting.codec: len(bases_in(setting.codec)) for setting in settings}
+    if sum(map(bool, bases.values())) > MOST_CODECS or max(bases.values(), default=0) > MOST_BASES:
         raise BadArtefact(f"{where}: expected at most {MOST_CODECS} codecs, each of at most {MOST_BASES} bases")
-    fixed = {codec for codec in bases if not needs_calibration(codec)}
-    numbers = sum(bases[setting.codec] for setting in settings if setting.codec in fixed) * preset["head_dim"] ** 2
+    fixed = [bases[setting.codec] for setting in settings if not needs_calibration(setting.codec)]
+    numbers = sum(fixed) * preset["head_dim"] ** 2
     if numbers > MOST_NUMBERS:
         raise BadArtefact(
             f"{where}: its settings ask for bases of {numbers:,} numbers: expected {MOST_NUMBERS:,} at most"
@@ -259,8 +251,8 @@ def create_cache_from_preset(
     model: checks that the calibration is of this model. dtype: of the transforms' arithmetic. overrides:
     `sink_tokens` or `recent_tokens` other than the preset's.
     """
-    k, v = compressors_from_preset(preset, device, model=model, dtype=dtype)
     preset = _read(preset)
+    k, v = compressors_from_preset(preset, device, model=model, dtype=dtype)
     if unknown := set(overrides) - {"sink_tokens", "recent_tokens"}:
         raise PluginError(f"create_cache_from_preset: unknown {', '.join(sorted(unknown))}")
     windows = {key: overrides.get(key, preset[key]) for key in ("sink_tokens", "recent_tokens")}

@@ -51,6 +51,7 @@ __all__ = [
     "Measured",
     "Quantizer",
     "Transform",
+    "bases_in",
     "basis_of",
     "codec_name",
     "full_rank",
@@ -117,15 +118,20 @@ def single_heads(codec: str) -> str:
     return metric_of(codec) if is_measured(codec) else codec
 
 
+def bases_in(codec: str) -> list[str]:
+    """Names of the bases that a codec applies, in that order; none of identity."""
+    return [part for part in codec_name(codec).split("+") if part != IDENTITY]
+
+
 def metric_of(codec: str) -> str:
     """The statistics that a codec is fitted to: pca, attention or fisher; what is named first weighs most."""
-    metrics = {BASES[part].metric for part in codec_name(codec).split("+") if part != IDENTITY}
+    metrics = {BASES[part].metric for part in bases_in(codec)}
     return next((metric for metric in ("fisher", "attention") if metric in metrics), "pca")
 
 
 def basis_of(codec: str) -> Basis | None:
     """The basis of a codec, composed where its name has several; None for identity."""
-    parts = [BASES[part] for part in codec_name(codec).split("+") if part != IDENTITY]
+    parts = [BASES[part] for part in bases_in(codec)]
     return reduce(Composed, parts) if parts else None
 
 
