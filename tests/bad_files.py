@@ -14,11 +14,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from gpt2.compression.calibration_file import load_calibration
+from gpt2.compression.presets import create_cache_from_preset, load_preset
+from gpt2.errors import PluginError, printable
+
 Bad = Iterator[tuple[str, bytes]]  # what was done, and the file
+PRESET = {
+    "model": "tiny-llama", "rank": 9, "target": "v", "bits": 8, "compression_ratio": 1.5, "baseline_ppl": 20.0,
+    "compressed_ppl": 21.0, "ppl_delta": 0.05, "calibration_file": "c.pt", "head_dim": 12, "num_layers": 3,
+}  # fmt: skip
+DEEP: list = []
+for _ in range(200):
+    DEEP = [DEEP]
 
 
 # --- what reading may not do
@@ -78,6 +90,43 @@ def _status(field: str) -> int:
     except OSError:
         return 0
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+@contextmanager
+def untouched(folder: Path):
+    """Puts a file into a folder that nothing in the block may touch, nor leave others there but those of tests."""
+    (folder / "victim").write_text("as it was")
+    yield
+    assert {path.name for path in folder.iterdir()} <= {"victim", "bad.pt", "p.json", "folder", "pipe"}
+    assert (folder / "victim").read_text() == "as it was"
+
+
+def refused(path, what: str, message: str = "", read=load_calibration) -> None:
+    """One line that names the file; not for want of memory, which would mean that it was asked for."""
+    with watched(), pytest.raises(PluginError) as error:
+        read(path)
+    said = str(error.value)
+    assert "\n" not in printable(said).strip() and len(said) < 1000 and "bad.pt" in said and message in said, what
+    cause = error.value.__cause__
+    assert not isinstance(cause, MemoryError) and "alloc" not in str(cause), f"{what}: {cause!r}"
+
+
+def make(path):
+    """The cache of a preset file."""
+    return create_cache_from_preset(load_preset(path))
+
+
+def check(space, files, read=load_calibration) -> int:
+    count = 0
+    for what, content in files:
+        (space / "bad.pt").write_bytes(content)
+        try:
+            refused(space / "bad.pt", what, read=read)
+        except BaseException:
+            print(what)  # pytest shows it with the failure
+            raise
+        count += 1
+    return count
 
 
 # --- bytes
