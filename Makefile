@@ -1,4 +1,5 @@
-# make demo: the main job on the embedded model, start to end     make test: all tests
+# make demo: the main job on the embedded model, start to end     make test: the tests
+# make test-all: every case of the long parameter lists, of which make test runs a sample
 # make workflow: calibrate two ranks, tune, needle test, stability check
 # make tables: all tables of results/tables, as far as their results are missing or out of date; TEXT=../wikitext
 # make report: one page with everything measured, results/report.html
@@ -21,7 +22,7 @@ COMPAT := .venv-compat
 COMPAT_PINS := 'torch==2.11.*' 'transformers==5.17.*' 'numpy<2.4'
 COMPAT_PYTHON ?= $(shell python3.12 -c 'print("python3.12")' 2>/dev/null || echo $(PYTHON))
 
-.PHONY: demo workflow tables report test test-compat fuzz kills lint audit benchmark clean
+.PHONY: demo workflow tables report test test-all test-compat fuzz kills lint audit benchmark clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +68,9 @@ report: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(RUN) $(TESTS)
 
+test-all: $(VENV)/.installed
+	TEST_ALL=1 $(RUN) $(TESTS)
+
 $(COMPAT)/.installed: requirements.txt pyproject.toml Makefile
 	$(COMPAT_PYTHON) -m venv $(COMPAT)
 	@# one call, so that no other version is installed first
@@ -81,11 +85,11 @@ test-compat: $(COMPAT)/.installed
 
 # Thousands of histories of a cache in the place of a hundred, drawn anew each time, and the longest caches of all codecs
 fuzz: $(VENV)/.installed
-	FUZZ_HISTORIES=2000 $(RUN) -m pytest tests/test_cache_machine.py tests/test_endurance.py
+	FUZZ_HISTORIES=2000 $(RUN) -m pytest tests/compression/cache/test_cache_machine.py tests/compression/cache/test_endurance.py
 
 # Every script that writes killed at ten random moments, and on ten full disks; another ten each time
 kills: $(VENV)/.installed
-	KILLS=10 $(RUN) -m pytest tests/test_kills.py
+	KILLS=10 $(RUN) -m pytest tests/scripts/test_kills.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet ruff
@@ -97,8 +101,8 @@ audit: $(VENV)/.installed
 	$(VENV)/bin/pip-audit --local --skip-editable
 
 benchmark: $(VENV)/.installed
-	$(RUN) scripts/benchmark_calibration.py
-	$(RUN) scripts/benchmark_append.py
+	$(RUN) scripts/benchmarks/calibration.py
+	$(RUN) scripts/benchmarks/append.py
 
 clean:
 	rm -rf $(VENV) $(COMPAT) $(DEMO) $(WORKFLOW) results/report.html

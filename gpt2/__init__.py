@@ -1,5 +1,5 @@
 """KV plugin: compressed KV caches for HuggingFace causal language models."""
 
-from gpt2 import interrupts
+from gpt2.common import interrupts
 
 interrupts.expect()

@@ -15,13 +15,14 @@ from typing import NoReturn
 from torch import Tensor
 from tqdm import tqdm
 
-from gpt2 import interrupts, models, processes, results
-from gpt2.compression.choice import CacheChoice, from_policy, from_preset
+from gpt2.common import files, interrupts, processes, provenance
+from gpt2.common.errors import PluginError, is_out_of_memory, printable
 from gpt2.compression.codecs import CODECS, IDENTITY, codec_name
-from gpt2.compression.kv_policies import KVPolicyName
-from gpt2.data import Text
-from gpt2.errors import PluginError, is_out_of_memory, printable
+from gpt2.compression.named_caches import CacheChoice, from_policy, from_preset
+from gpt2.compression.presets.policies import KVPolicyName
 from gpt2.evaluation.perplexity import BASELINE
+from gpt2.models import embedded, loading
+from gpt2.text.sources import Text
 
 WAIT_FOR_THE_FIRST_S = 3
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on a disk, in one's share of it, in a file
@@ -55,7 +56,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, *args, **kwargs):
         parsed = super().parse_args(*args, **kwargs)
-        if both := results.read_and_written(vars(parsed)):
+        if both := provenance.read_and_written(vars(parsed)):
             self.error("--{} and --{} name the same file, which would be lost: give another".format(*both))
         return parsed
 
@@ -91,8 +92,8 @@ def output_path(word: str) -> Path:
     """A file to write, refused before any work where it, or the picture beside it, can't be."""
     path = Path(word)
     try:
-        results.check_writable(path)
-        results.check_writable(results.picture_beside(path))
+        files.check_writable(path)
+        files.check_writable(files.picture_beside(path))
     except PluginError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return path
@@ -101,13 +102,13 @@ def output_path(word: str) -> Path:
 def output_files(given: Path | None, stem: str) -> tuple[Path, Path]:
     """Where a script writes its JSON and its picture: beside each other where --output says, else under results/."""
     if given is not None:
-        return given, results.picture_beside(given)
-    record, picture = results.RESULTS / "runs" / f"{stem}.json", results.RESULTS / "plots" / f"{stem}.png"
-    return results.check_writable(record), results.check_writable(picture)
+        return given, files.picture_beside(given)
+    record, picture = files.RESULTS / "runs" / f"{stem}.json", files.RESULTS / "plots" / f"{stem}.png"
+    return files.check_writable(record), files.check_writable(picture)
 
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--model", default=models.EMBEDDED, help="embedded model's name, local folder, or hub id")
+    p.add_argument("--model", default=embedded.EMBEDDED, help="embedded model's name, local folder, or hub id")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, or all: layers over every GPU")
     p.add_argument("--dtype", default="auto", help="auto (float32 on CPU), float32, float16, bfloat16")
 
@@ -148,7 +149,7 @@ def add_cache_flags(p: argparse.ArgumentParser, *, several: bool = False) -> Non
     group.add_argument("--policy", choices=list(KVPolicyName), help="a policy instead of a preset", **how)
 
 
-def chosen_caches(args: argparse.Namespace, loaded: models.LoadedModel) -> list[CacheChoice]:
+def chosen_caches(args: argparse.Namespace, loaded: loading.LoadedModel) -> list[CacheChoice]:
     """The caches that --preset and --policy name, checked against the model."""
 
     def words(value) -> list[str]:
@@ -181,14 +182,14 @@ def add_evaluation_flags(p: argparse.ArgumentParser, tokens: int) -> None:
     p.add_argument("--batch-size", type=positive_int, default=4, help="segments evaluated together")
 
 
-def evaluation_length(args: argparse.Namespace, loaded: models.LoadedModel) -> int:
+def evaluation_length(args: argparse.Namespace, loaded: loading.LoadedModel) -> int:
     """Tokens per evaluation segment: --eval-seq-len, or 2048 where the model and --eval-tokens allow it."""
     length = min(args.eval_seq_len or min(2048, loaded.max_context or 2048), args.eval_tokens)
     loaded.require_context(length, "--eval-seq-len")
     return length
 
 
-def evaluation_segments(args: argparse.Namespace, loaded: models.LoadedModel, text: Text, part: str) -> Tensor:
+def evaluation_segments(args: argparse.Namespace, loaded: loading.LoadedModel, text: Text, part: str) -> Tensor:
     """The token segments that --eval-tokens and --eval-seq-len ask for, [n, length]."""
     length = evaluation_length(args, loaded)
     segments = text.segments(part, loaded, length, args.eval_tokens // length, flag="--eval-seq-len")
@@ -252,8 +253,7 @@ def run(main: Callable[..., None], *, shared: bool = False) -> None:
 
     shared: several processes may run it, and main takes the `Processes`. The first one alone prints, but for an error.
     """
-    results.git_commit()  # now: in an hour, when results are written, the checkout may have moved on
-    results.code_sha256(results.main_script())
+    provenance.git_commit()  # now: in an hour, when results are written, the checkout may have moved on
 
     def together() -> None:
         with processes.together() as own, _muted(not own.first):

@@ -24,10 +24,14 @@ exit code is 3.
 import argparse
 from pathlib import Path
 
-from gpt2 import cli, data, models, plots, plots_codecs, results, studies, tuner
-from gpt2.compression import autotune, codec_space, tuning
+from gpt2 import cli
+from gpt2.common import files, provenance
 from gpt2.compression.codecs import is_measured
-from gpt2.compression.plan import TARGETS
+from gpt2.compression.settings import TARGETS
+from gpt2.models import loading
+from gpt2.report import plots, plots_codecs
+from gpt2.text import sources
+from gpt2.tuning import console, grid_search, search_space, searches, trial_queue
 
 ONLY = {"grid": ("target", "bits", "codec", "per_layer", "layer_ablation"),
         "codec": ("codecs", "num_trials", "recent_grid")}  # fmt: skip
@@ -47,12 +51,12 @@ def arguments() -> argparse.ArgumentParser:
     cli.add_codec_flag(p, "grid: basis of the search")
     p.add_argument("--per-layer", action="store_true", help="grid: also plans with a setting of its own for each layer")
     p.add_argument("--layer-ablation", action="store_true", help="grid: only measure each layer alone")
-    families = cli.word_list(codec_space.FAMILIES)
-    p.add_argument("--codecs", type=families, help=f"codec: limit it to some of {','.join(codec_space.FAMILIES)}")
+    families = cli.word_list(search_space.FAMILIES)
+    p.add_argument("--codecs", type=families, help=f"codec: limit it to some of {','.join(search_space.FAMILIES)}")
     p.add_argument("--num-trials", type=cli.positive_int, default=40, help="codec: how many candidates to measure")
     p.add_argument("--recent-grid", type=cli.int_list, help="codec: numbers of exact latest tokens to try beside none")
     p.add_argument("--calibration", type=Path, help="calibration file; a matching one is found or made if omitted")
-    p.add_argument("--study", type=Path, default=results.RESULTS / "studies" / "auto_tune.db", help="SQLite file")
+    p.add_argument("--study", type=Path, default=files.RESULTS / "studies" / "auto_tune.db", help="SQLite file")
     p.add_argument("--name", help="name of the preset; from target and budget if omitted")
     p.add_argument("--output", type=cli.output_path, help="preset file; results/presets/MODEL-NAME.json if omitted")
     return p
@@ -73,28 +77,38 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     budget = args.target_ppl_delta
-    studies.check_file(args.study)
-    text = data.load_text(args.text, args.model)
-    loaded = models.load(args.model, args.device, args.dtype)
+    trial_queue.check_file(args.study)
+    text = sources.load_text(args.text, args.model)
+    loaded = loading.load(args.model, args.device, args.dtype)
     name = args.name or f"{args.target if args.search == 'grid' else 'codec'}-{100 * budget:g}pct"
-    output = args.output or results.RESULTS / "presets" / f"{loaded.slug}-{name}.json"
-    found = (tuner.search_grid if args.search == "grid" else tuner.search_codecs)(args, loaded, text, output)
+    output = args.output or files.RESULTS / "presets" / f"{loaded.slug}-{name}.json"
+    inputs = {part: cli.evaluation_segments(args, loaded, text, part) for part in ("tuning", "evaluation")}
+    inputs["bar"] = cli.bar
+    if args.search == "grid":
+        found = searches.search_grid(args, loaded, text, output, inputs, show_layers)
+    else:
+        found = searches.search_codecs(args, loaded, text, output, inputs)
     if found is None:
         return
     search, trials, calibration_file, advice, more = found
-    tuning.print_table(trials, budget)
-    best, confirmed, failed = autotune.confirm_best(trials, budget, search.confirm, advice)
-    tuning.print_refused(failed)
-    preset = tuning.new_preset(
+    console.print_table(trials, budget)
+    best, confirmed, failed = grid_search.confirm_best(trials, budget, search.confirm, advice)
+    console.print_refused(failed)
+    preset = console.new_preset(
         search, best, calibration_file, confirmed, name=name, trials=[trial.record() for trial in trials], **more,
         refused_on_evaluation_text=[{"label": str(trial.cell)} | record for trial, record in failed],
-        provenance=results.provenance(args, text=text.name, text_sha256=text.sha256("evaluation")),
+        provenance=provenance.provenance(args, text=text.name, text_sha256=text.sha256("evaluation")),
     )  # fmt: skip
     what = f"target {args.target}" if args.search == "grid" else "all codecs"
     title = f"{args.model}, {what}: {search.tuning.numel():,} tuning tokens of {text.name}"
     draw = plots.frontier if args.search == "grid" else plots_codecs.frontier
-    tuning.print_chosen(best, confirmed)
-    tuning.write(preset, output, lambda: draw(preset["trials"], budget, str(best.cell), title))
+    console.print_chosen(best, confirmed)
+    console.write(preset, output, lambda: draw(preset["trials"], budget, str(best.cell), title))
+
+
+def show_layers(rows: list[dict], path: Path, title: str) -> None:
+    picture = files.write_figure(files.picture_beside(path), plots.layer_losses(rows, title))
+    console.print_layers(rows, path, picture)
 
 
 if __name__ == "__main__":

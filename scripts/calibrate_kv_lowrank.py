@@ -21,12 +21,16 @@ import argparse
 
 from torch import Tensor
 
-from gpt2 import cli, data, models, plots, results
-from gpt2.compression.calibration import calibrate, suggested_rank
-from gpt2.compression.calibration_file import calibration_folders, save_calibration
+from gpt2 import cli
+from gpt2.common import files
+from gpt2.common.errors import PluginError
+from gpt2.common.processes import Processes
+from gpt2.compression.calibration.calibrate import calibrate, suggested_rank
+from gpt2.compression.calibration.file import calibration_folders, save_calibration
 from gpt2.compression.codecs import is_measured, measured_codecs, metric_of
-from gpt2.errors import PluginError
-from gpt2.processes import Processes
+from gpt2.models import loading
+from gpt2.report import plots
+from gpt2.text import sources
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -73,13 +77,13 @@ def main(processes: Processes) -> None:
             raise PluginError(f"--compact keeps a codec of several heads alone, which need gradients: give --codec "
                               f"{' or '.join(several)}")  # fmt: skip
         codec = several[0]
-    text = data.load_text(args.text, args.model)
-    loaded = models.load(args.model, args.device, args.dtype)
+    text = sources.load_text(args.text, args.model)
+    loaded = loading.load(args.model, args.device, args.dtype)
     if args.gradient_checkpointing and metric != "fisher":
         print(f"note: {metric} statistics need no gradients; --gradient-checkpointing changes nothing here")
     rank = args.rank or suggested_rank(loaded.geometry.head_dim)
     default = calibration_folders()[0] / f"kv_lowrank_calib_{loaded.slug}_r{rank}.pt"
-    output = results.check_writable(args.output or default)
+    output = files.check_writable(args.output or default)
     calibration = calibrate(
         loaded, text, rank=rank, samples=args.samples, seq_len=args.seq_len, seed=args.seed,
         sink_tokens=args.sink_tokens, codec=codec, metric=metric, compact=args.compact,
@@ -97,7 +101,7 @@ def main(processes: Processes) -> None:
     print_summary(energies, shown)
     title = f"{args.model}: {calibration.meta['tokens']:,} tokens of {text.name}"
     picture = plots.spectra({side: energy.numpy() for side, energy in energies.items()}, shown, title)
-    print(f"wrote {output} and {results.write_figure(results.picture_beside(output), picture)}")
+    print(f"wrote {output} and {files.write_figure(files.picture_beside(output), picture)}")
 
 
 def print_summary(energies: dict[str, Tensor], rank: int) -> None:

@@ -18,9 +18,13 @@ import argparse
 import contextlib
 import importlib.metadata
 
-from gpt2 import cli, data, models, plots, results
+from gpt2 import cli
+from gpt2.common import files, provenance
 from gpt2.evaluation import needle, peers
 from gpt2.evaluation.perplexity import BASELINE
+from gpt2.models import loading
+from gpt2.report import plots
+from gpt2.text import sources
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -46,8 +50,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments().parse_args()
-    text = data.load_text(args.text, args.model)
-    loaded = models.load(args.model, args.device, args.dtype)
+    text = sources.load_text(args.text, args.model)
+    loaded = loading.load(args.model, args.device, args.dtype)
     output, picture = cli.output_files(args.output, f"peers_{loaded.slug}")
     compared = peers.entries(loaded, args.peers, args.preset)
     segments = cli.evaluation_segments(args, loaded, text, "evaluation")
@@ -68,14 +72,14 @@ def main() -> None:
         )
     print_rows(rows)
 
-    record = results.provenance(
+    record = provenance.provenance(
         args, model=loaded.spec, fingerprint=loaded.fingerprint, dtype=str(loaded.model.dtype), text=text.name,
         text_sha256=text.sha256("evaluation"), segments=list(segments.shape), peer_versions=peer_versions(),
         rows=rows, needle=asked,
     )  # fmt: skip
     title = f"{loaded.spec}, {segments.numel():,} tokens of {text.name}"
-    results.write_run(output, record, picture, lambda: plots.peers(rows, title))
-    print(f"\nwrote {results.shown(output)} and {results.shown(picture)}")
+    files.write_run(output, record, picture, lambda: plots.peers(rows, title))
+    print(f"\nwrote {files.shown(output)} and {files.shown(picture)}")
 
 
 def peer_versions() -> dict[str, str]:

@@ -17,9 +17,13 @@ against a compressed cache. Writes results/runs/needle_MODEL.json and a PNG in r
 
 import argparse
 
-from gpt2 import cli, data, models, plots, results
+from gpt2 import cli
+from gpt2.common import files, provenance
 from gpt2.evaluation import needle
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
+from gpt2.models import loading
+from gpt2.report import plots
+from gpt2.text import sources
 
 
 def positions(words: str) -> list[float]:
@@ -47,8 +51,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments().parse_args()
-    text = data.load_text(args.text, args.model)
-    loaded = models.load(args.model, args.device, args.dtype)
+    text = sources.load_text(args.text, args.model)
+    loaded = loading.load(args.model, args.device, args.dtype)
     output, picture = cli.output_files(args.output, f"needle_{loaded.slug}")
     chosen = cli.chosen_caches(args, loaded)
     caches = {BASELINE: baseline_factory(loaded)} | {choice.label: choice.make for choice in chosen}
@@ -64,14 +68,14 @@ def main() -> None:
         print_summary(summary)
     print_bytes(cells, str(loaded.model.dtype).removeprefix("torch."))
 
-    record = results.provenance(
+    record = provenance.provenance(
         args, model=loaded.spec, fingerprint=loaded.fingerprint, dtype=str(loaded.model.dtype), text=text.name,
         text_sha256=text.sha256("evaluation"), caches=[choice.record() for choice in chosen],
         baseline_works_from=needle.works_from(args.distractors), summary=summaries, cells=cells, rows=rows,
     )  # fmt: skip
     title = f"{loaded.spec}, {text.name}, {args.num_trials} prompts per cell, distractors: {args.distractors}"
-    results.write_run(output, record, picture, lambda: plots.needles(cells, title))
-    print(f"\nwrote {results.shown(output)} and {results.shown(picture)}")
+    files.write_run(output, record, picture, lambda: plots.needles(cells, title))
+    print(f"\nwrote {files.shown(output)} and {files.shown(picture)}")
 
 
 def print_cells(name: str, cells: list[dict]) -> None:

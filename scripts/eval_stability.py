@@ -14,14 +14,19 @@ import argparse
 import sys
 from functools import cache
 
-from gpt2 import cli, data, models, plots, results
-from gpt2.compression.calibration import check_samples, recalibrate
-from gpt2.compression.choice import CacheChoice, from_preset
-from gpt2.compression.plan import needs_calibration_file
-from gpt2.compression.presets import calibration_of, plan_of
-from gpt2.errors import PluginError
+from gpt2 import cli
+from gpt2.common import files, provenance
+from gpt2.common.errors import PluginError
+from gpt2.compression.calibration.calibrate import check_samples, recalibrate
+from gpt2.compression.named_caches import CacheChoice, from_preset
+from gpt2.compression.presets.calibration_lookup import calibration_of
+from gpt2.compression.presets.schema import plan_of
+from gpt2.compression.settings import needs_calibration_file
 from gpt2.evaluation import stability
 from gpt2.evaluation.stability import FACTORS, METRICS, Setup
+from gpt2.models import loading
+from gpt2.report import plots
+from gpt2.text import sources
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -42,8 +47,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments().parse_args()
-    text = data.load_text(args.text, args.model)
-    loaded = models.load(args.model, args.device, args.dtype)
+    text = sources.load_text(args.text, args.model)
+    loaded = loading.load(args.model, args.device, args.dtype)
     (choice,) = cli.chosen_caches(args, loaded)
     slug = f"stability_{loaded.slug}_{choice.label.replace('/', '-')}"
     output, picture = cli.output_files(args.output, slug)
@@ -56,18 +61,18 @@ def main() -> None:
     summary = stability.summarize(rows)
     print_summary(summary)
     verdict = stability.verdict(summary, args.max_ppl_delta, args.max_std)
-    record = results.provenance(
+    record = provenance.provenance(
         args, model=loaded.spec, fingerprint=loaded.fingerprint, text=text.name,
         text_sha256=text.sha256("evaluation"), cache=choice.record(), metrics=METRICS, rows=rows, summary=summary,
         verdict=verdict,
     )  # fmt: skip
     title = f"{loaded.spec}, {choice.label}, {text.name}"
-    results.write_run(output, record, picture, lambda: plots.stability(rows, METRICS, title))
-    print(f"\n{verdict['line']}\nwrote {results.shown(output)} and {results.shown(picture)}")
+    files.write_run(output, record, picture, lambda: plots.stability(rows, METRICS, title))
+    print(f"\n{verdict['line']}\nwrote {files.shown(output)} and {files.shown(picture)}")
     sys.exit(3 if verdict["stable"] is False else 0)
 
 
-def usable(args, loaded: models.LoadedModel, text: data.Text, choice: CacheChoice) -> list[str]:
+def usable(args, loaded: loading.LoadedModel, text: sources.Text, choice: CacheChoice) -> list[str]:
     """The factors that can be varied: a calibration only where there is one, of this text, with other samples."""
     if args.num_runs < 2:
         raise PluginError("--num-runs 1 varies nothing: use 2 or more")
@@ -83,7 +88,7 @@ def usable(args, loaded: models.LoadedModel, text: data.Text, choice: CacheChoic
         return [factor for factor in args.vary if factor != "calibration"]
 
 
-def prepare(args, loaded: models.LoadedModel, text: data.Text, choice: CacheChoice, num_windows: int) -> Setup:
+def prepare(args, loaded: loading.LoadedModel, text: sources.Text, choice: CacheChoice, num_windows: int) -> Setup:
     """Text windows, and a cache factory for every calibration number: 0 is the preset's own."""
     length, speed_context = cli.evaluation_length(args, loaded), min(512, args.needle_length)
     loaded.require_context(args.needle_length, "--needle-length")

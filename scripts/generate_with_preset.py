@@ -12,13 +12,14 @@ compressed cache as it is stored, in place of expanding it at every step.
 import argparse
 
 import torch
-from transformers import DynamicCache
-
-from gpt2 import cli, models
 from gpt2.compression.attention import enable_compressed_attention
 from gpt2.compression.compressed_cache import CompressedDynamicCache
+from transformers import DynamicCache
+
+from gpt2 import cli
+from gpt2.compression.cache.size import cache_bytes
 from gpt2.compression.presets import create_cache_from_preset, resolve_preset
-from gpt2.evaluation.memory import cache_bytes
+from gpt2.models import loading
 
 PROMPT = """In the early years of the twentieth century, most people in the valley still travelled by boat. The river
 was wide and slow, and in spring it flooded the fields on both banks. When the railway arrived, the village changed"""
@@ -40,7 +41,7 @@ def main() -> None:
     args = arguments().parse_args()
 
     preset = resolve_preset(args.preset, args.model)
-    loaded = models.load(args.model, args.device, args.dtype)
+    loaded = loading.load(args.model, args.device, args.dtype)
     inputs = loaded.tokenizer(args.prompt, return_tensors="pt").to(loaded.device)
     compressed = create_cache_from_preset(preset, loaded.device, model=loaded)
     if args.direct:
@@ -60,7 +61,7 @@ def main() -> None:
     report(held, compressed, loaded)
 
 
-def report(held: dict[str, int], compressed: CompressedDynamicCache, loaded: models.LoadedModel) -> None:
+def report(held: dict[str, int], compressed: CompressedDynamicCache, loaded: loading.LoadedModel) -> None:
     ratio = held["uncompressed"] / held["compressed"]
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     print(f"\nthis conversation: {ratio:.2f}x smaller than the {dtype} cache of transformers")

@@ -24,13 +24,17 @@ import argparse
 import shlex
 from pathlib import Path
 
-from gpt2 import cli, data, models, plots, results
-from gpt2.compression import preset_calibration
-from gpt2.compression.calibration_file import calibration_folders
+from gpt2 import cli
+from gpt2.common import files, provenance
+from gpt2.common.processes import Processes
+from gpt2.compression.calibration.file import calibration_folders
 from gpt2.compression.codecs import measured_codecs
-from gpt2.compression.ladder import RATIOS, compact_calibration, make_rung
+from gpt2.compression.presets import calibration_lookup
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
-from gpt2.processes import Processes
+from gpt2.models import loading
+from gpt2.report import plots
+from gpt2.text import sources
+from gpt2.tuning.ratio_presets import RATIOS, compact_calibration, make_rung
 
 DEFAULT_CODEC = next(iter(measured_codecs()))
 
@@ -60,20 +64,20 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(processes: Processes) -> None:
     args = arguments().parse_args()
-    text = data.load_text(args.text, args.model)
-    eval_text = data.load_text(args.eval_text or args.text, args.model)
-    loaded = models.load(args.model, args.device, args.dtype)
+    text = sources.load_text(args.text, args.model)
+    eval_text = sources.load_text(args.eval_text or args.text, args.model)
+    loaded = loading.load(args.model, args.device, args.dtype)
     slug = loaded.slug + (f"_{args.tag}" if args.tag else "")
     record_name = f"ladder_{'' if args.codec == DEFAULT_CODEC else args.codec + '_'}{slug}"
     # What no other process needs; before the calibration, for a text may be too short
     segments = cli.evaluation_segments(args, loaded, eval_text, "evaluation") if processes.first else None
-    root = args.output or results.RESULTS
+    root = args.output or files.RESULTS
     calibrations = args.output / "calibrations" if args.output else calibration_folders()[0]
     path = args.calibration_file or calibrations / f"kv_{args.codec}_{slug}.pt"
     output, folder = root / "runs" / f"{record_name}.json", root / "presets"
-    picture = results.picture_beside(output)
+    picture = files.picture_beside(output)
     for wanted in (output, picture, folder / f"{slug}.json"):
-        results.check_writable(wanted)
+        files.check_writable(wanted)
     calibration = compact_calibration(
         loaded, text, path, codec=args.codec, samples=args.samples, seq_len=args.seq_len, seed=args.seed,
         sink_tokens=args.sink_tokens, checkpointing=args.gradient_checkpointing, progress=cli.bar("calibrating", "seq"),
@@ -92,7 +96,7 @@ def main(processes: Processes) -> None:
     codec_bytes = rungs[0].make().codec_bytes()
     print(f"beside the ratio: {codec_bytes:,} bytes of the basis, which caches that share their compressors hold once")
 
-    made = results.provenance(args, text=eval_text.name, text_sha256=eval_text.sha256("evaluation"))
+    made = provenance.provenance(args, text=eval_text.name, text_sha256=eval_text.sha256("evaluation"))
     record = made | {"model": loaded.spec, "fingerprint": loaded.fingerprint, "calibration": calibration.meta}
     record |= {"codec_bytes": codec_bytes, "rows": rows}
     if not args.tag:
@@ -100,9 +104,9 @@ def main(processes: Processes) -> None:
         for rung in rungs:
             preset = folder / f"{loaded.slug}-{rung.name}.json"
             about = {"measured": measured[rung.name], "made_by": command, "provenance": made}
-            named = preset_calibration.reference_to(path, preset)
-            print(f"wrote {results.write_json(preset, rung.preset(loaded, calibration, named, **about))}")
-    results.write_run(output, record, picture, lambda: plots.ladder(record))  # last: it says that all is there
+            named = calibration_lookup.reference_to(path, preset)
+            print(f"wrote {files.write_json(preset, rung.preset(loaded, calibration, named, **about))}")
+    files.write_run(output, record, picture, lambda: plots.ladder(record))  # last: it says that all is there
     print(f"wrote {output} and {picture}")
 
 

@@ -11,13 +11,16 @@ where it would be.
 import argparse
 from pathlib import Path
 
-from gpt2 import cli, models, report, results
+from gpt2 import cli
+from gpt2.common import files
+from gpt2.models import embedded
+from gpt2.report import html as report
 
 
 def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
-    p.add_argument("--model", default=models.EMBEDDED, help="model as the names of results files have it")
-    p.add_argument("--results", type=Path, default=results.RESULTS, help="folder with runs/*.json and plots/*.png")
+    p.add_argument("--model", default=embedded.EMBEDDED, help="model as the names of results files have it")
+    p.add_argument("--results", type=Path, default=files.RESULTS, help="folder with runs/*.json and plots/*.png")
     p.add_argument("--output", type=Path, help="HTML file; report.html in the results folder if not given")
     return p
 
@@ -25,13 +28,13 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     args = arguments().parse_args()
     output = args.output or args.results / "report.html"
-    results.check_writable(output)
+    files.check_writable(output)
     html, missing = report.page(args.results, report.CONFIGS, args.model)
-    with results.atomic(output) as part:
+    with files.atomic(output) as part:
         part.write_text(html, encoding="utf-8")
     for what in missing:
         print(f"not shown: {what}")
-    print(f"wrote {results.shown(output)}, {output.stat().st_size / 2**20:.1f} MiB")
+    print(f"wrote {files.shown(output)}, {output.stat().st_size / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":

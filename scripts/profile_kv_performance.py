@@ -17,13 +17,16 @@ Writes results/runs/profile_MODEL.json and results/plots/profile_MODEL.png, or w
 
 import argparse
 
-from gpt2 import cli, plots, results, shapes
+from gpt2 import cli
+from gpt2.common import files, provenance
 from gpt2.compression.attention import enable_compressed_attention
 from gpt2.evaluation.instruments import cuda_devices, memory_method
 from gpt2.evaluation.lineup import lineup
 from gpt2.evaluation.peers import PACKAGES
 from gpt2.evaluation.timing import measure_cell
-from gpt2.models import LoadedModel
+from gpt2.models import random_weights
+from gpt2.models.loading import LoadedModel
+from gpt2.report import plots
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -45,7 +48,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments().parse_args()
-    loaded = shapes.load(args.model, args.device, args.dtype, args.layers)
+    loaded = random_weights.load(args.model, args.device, args.dtype, args.layers)
     loaded.require_context(max(args.context_lengths), "--context-lengths", after=args.decode_tokens)
     output, picture = cli.output_files(args.output, f"profile_{loaded.slug}")
     choices = cli.chosen_caches(args, loaded)
@@ -64,7 +67,7 @@ def main() -> None:
                 progress=progress,
             )  # fmt: skip
             print_cell(rows[-len(caches) :])
-    record = results.provenance(
+    record = provenance.provenance(
         args,
         model=loaded.spec,
         fingerprint=loaded.fingerprint,
@@ -74,7 +77,7 @@ def main() -> None:
         caches=[choice.record() for choice in choices],
         rows=rows,
     )
-    results.write_run(output, record, picture, lambda: plots.profiles(rows, title(record, loaded)))
+    files.write_run(output, record, picture, lambda: plots.profiles(rows, title(record, loaded)))
     print(f"\nwrote {output} and {picture}")
 
 

@@ -22,22 +22,24 @@ figures in prose are looked up in them (gpt2/reproduce/figures.py says which).
 import argparse
 import sys
 
-from gpt2 import cli, models, results
-from gpt2.errors import PluginError
-from gpt2.reproduce import config, pages
-from gpt2.reproduce.check import check
-from gpt2.reproduce.match import Matcher
-from gpt2.reproduce.sweep import Worker
+from gpt2 import cli
+from gpt2.common import files
+from gpt2.common.errors import PluginError
+from gpt2.models import embedded
+from gpt2.runs import config, pages
+from gpt2.runs.check import check
+from gpt2.runs.up_to_date import Matcher
+from gpt2.runs.worker import Worker
 
 
 def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     p.add_argument("tables", nargs="*", metavar="NAME", help="tables to make, or single runs; all tables if omitted")
-    p.add_argument("--model", default=models.EMBEDDED, help="embedded model's name, local folder, or hub id")
+    p.add_argument("--model", default=embedded.EMBEDDED, help="embedded model's name, local folder, or hub id")
     p.add_argument("--text", help="text of every run, such as ../wikitext")
     p.add_argument("--device", help="of this worker's runs: cpu, cuda, cuda:N; what each script chooses if omitted")
     p.add_argument("--study", help="SQLite file or database URL; results/tables/study.db if omitted")
-    p.add_argument("--any-code", action="store_true", help="reuse also what older code has made")
+    p.add_argument("--any-code", action="store_true", help="reuse also results of code that was never committed")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--quick", action="store_true", help="small runs, in results/quick: to try all, not to publish")
     how.add_argument("--status", action="store_true", help="only tell which runs are up to date, and why others aren't")
@@ -49,10 +51,10 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     args = arguments().parse_args()
     if args.check:
-        check(results.ROOT)
+        check(files.ROOT)
         print("README, docs and results/tables show what results/runs say")
         return
-    if args.model == models.EMBEDDED and not (args.text or args.quick or args.status or args.pages):
+    if args.model == embedded.EMBEDDED and not (args.text or args.quick or args.status or args.pages):
         raise PluginError("the committed tables are of WikiText-2, and would be made anew of another text: give --text")
     setting = config.Setting(args.model, args.text, args.quick, args.device)
     known, runs = config.load(setting)
@@ -67,11 +69,11 @@ def main() -> None:
         return
     failed = {}
     for table in chosen:
-        results.check_writable(pages.page_path(setting, table.name))
+        files.check_writable(pages.page_path(setting, table.name))
     if not args.pages:
         failed = Worker(args.study or setting.results / "tables" / "study.db", matcher).work(wanted)
     for table in chosen:
-        print(f"wrote {results.shown(pages.write(setting, table))}")
+        print(f"wrote {files.shown(pages.write(setting, table))}")
     for name, why in failed.items():
         print(f"not made: {name}: {why}", file=sys.stderr)
     if failed:

@@ -9,9 +9,11 @@ shows figures, as scripts/reproduce_tables.py --check does.
 
 import argparse
 
-from gpt2 import cli, results, tables
-from gpt2.errors import PluginError
-from gpt2.reproduce.check import check
+from gpt2 import cli
+from gpt2.common import files
+from gpt2.common.errors import PluginError
+from gpt2.report import tables
+from gpt2.runs.check import check
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -23,16 +25,16 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     args = arguments().parse_args()
     if args.check:
-        check(results.ROOT)
+        check(files.ROOT)
         return
     failed = []
-    for page in tables.pages(results.ROOT):
+    for page in tables.pages(files.ROOT):
         try:
-            after = tables.fill(page.read_text(encoding="utf-8"), results.RESULTS / "runs")
+            after = tables.fill(page.read_text(encoding="utf-8"), files.RESULTS / "runs")
         except PluginError as error:  # the other pages are made all the same
-            failed.append(f"{results.shown(page)}: {error}")
+            failed.append(f"{files.shown(page)}: {error}")
             continue
-        with results.atomic(page) as part:
+        with files.atomic(page) as part:
             part.write_text(after, encoding="utf-8")
     if failed:
         raise PluginError("\n".join(failed))

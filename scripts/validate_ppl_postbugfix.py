@@ -13,11 +13,15 @@ Writes results/runs/validate_ppl_MODEL.json and results/plots/validate_ppl_MODEL
 import argparse
 from pathlib import Path
 
-from gpt2 import cli, data, models, plots, results
-from gpt2.compression.autotune import default_rank_grid
-from gpt2.compression.calibration_file import obtain_calibration
-from gpt2.errors import PluginError
-from gpt2.evaluation.ablation import GROUPS, Ablation, measure
+from gpt2 import cli
+from gpt2.common import files, provenance
+from gpt2.common.errors import PluginError
+from gpt2.compression.calibration.reuse import obtain_calibration
+from gpt2.experiments.ablation import GROUPS, Ablation, measure
+from gpt2.models import loading
+from gpt2.report import plots
+from gpt2.text import sources
+from gpt2.tuning.grid_search import default_rank_grid
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -38,8 +42,8 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     args = arguments().parse_args()
 
-    text = data.load_text(args.text, args.model)
-    loaded = models.load(args.model, args.device, args.dtype)
+    text = sources.load_text(args.text, args.model)
+    loaded = loading.load(args.model, args.device, args.dtype)
     output, picture = cli.output_files(args.output, f"validate_ppl_{loaded.slug}")
     ranks = args.ranks or default_rank_grid(loaded.geometry.head_dim)[1:4]
     calibration, path = obtain_calibration(
@@ -66,7 +70,7 @@ def main() -> None:
         print_group(records)
         rows += records
 
-    record = results.provenance(
+    record = provenance.provenance(
         args,
         model=loaded.spec,
         fingerprint=loaded.fingerprint,
@@ -78,7 +82,7 @@ def main() -> None:
         rows=rows,
     )
     title = f"{loaded.spec}, {segments.numel():,} tokens of {text.name}"
-    results.write_run(output, record, picture, lambda: plots.deltas(rows, title))
+    files.write_run(output, record, picture, lambda: plots.deltas(rows, title))
     print(f"\nwrote {output} and {picture}")
     check_cache_is_on_the_path(rows)
 

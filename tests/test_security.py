@@ -9,10 +9,10 @@ from bad_files import DONE, REACHES, watching
 from test_scripts import SMALL, run
 from tiny import tiny_model, word_text, word_tokenizer
 
-from gpt2 import results
+from gpt2.common import files
 from gpt2.compression.presets import get_preset_info
 
-SOURCES = sorted(path for folder in ("gpt2", "scripts") for path in (results.ROOT / folder).rglob("*.py"))
+SOURCES = sorted(path for folder in ("gpt2", "scripts") for path in (files.ROOT / folder).rglob("*.py"))
 # Calls that run code out of data, by how they end
 RUN_CODE = (
     "eval",
@@ -46,7 +46,7 @@ def findings(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(results.ROOT).as_posix())
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(files.ROOT).as_posix())
 def test_no_code_out_of_data(path):
     assert findings(path.read_text(encoding="utf-8")) == []
 
@@ -66,7 +66,7 @@ def test_that_look_finds_it(source):
 
 @pytest.mark.parametrize("file", ["requirements.txt", "requirements-peers.txt"])
 def test_every_dependency_has_an_upper_bound(file):
-    lines = [line.split("#")[0].split(";")[0].strip() for line in (results.ROOT / file).read_text().splitlines()]
+    lines = [line.split("#")[0].split(";")[0].strip() for line in (files.ROOT / file).read_text().splitlines()]
     wanted = [line for line in lines if line and not line.startswith("-")]
     assert wanted and [line for line in wanted if not re.search(r"==|<", line)] == []
 

@@ -20,14 +20,15 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from gpt2.compression.capture import wrapped_attention
+from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.codecs import Compressor
+from gpt2.models.attention_function import wrapped_attention
 
 # Part of a step to the methods that do it, also in classes that inherit them. `copies` is what is left of a cache's
 # update: joining what is held with what is new. The last two lines are what transformers' quantized caches call theirs.
 WATCHED = (
     ("copies", Cache, "update"),
-    ("compress", Compressor, "compress"),
+    ("compress", TokenStore, "compress"),
     ("expand", Compressor, "expand"),
     ("compress", CacheLayerMixin, "_quantize"),
     ("expand", CacheLayerMixin, "_dequantize"),

@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
-from gpt2.errors import is_out_of_memory
+from gpt2.common.errors import is_out_of_memory
+from gpt2.compression.cache.attention import disable_compressed_attention, enable_compressed_attention
+from gpt2.compression.cache.size import cache_bytes
 from gpt2.evaluation.instruments import synchronizer
-from gpt2.evaluation.memory import cache_bytes
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory
-from gpt2.models import LoadedModel
+from gpt2.models.loading import LoadedModel
 
 CHUNK_VALUES = 1 << 28  # of K or V appended at a time: half a gigabyte in 16 bits
 LEAST_CHUNK = 64  # tokens

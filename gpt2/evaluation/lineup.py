@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gpt2.compression.choice import CacheChoice
-from gpt2.compression.compressed_cache import identity_cache
-from gpt2.errors import PluginError
+from gpt2.common.errors import PluginError
+from gpt2.compression.cache.dynamic_cache import identity_cache
+from gpt2.compression.named_caches import CacheChoice
 from gpt2.evaluation import peers
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory
-from gpt2.models import LoadedModel
+from gpt2.models.loading import LoadedModel
 
 # Of each package its best known setting; without exact latest tokens hqq fails at odd lengths
 PEER_SETTING = "4 bits, residual 128"

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from gpt2.errors import PluginError
-from gpt2.evaluation.memory import cache_bytes
+from gpt2.common.errors import PluginError
+from gpt2.compression.cache.size import cache_bytes
 from gpt2.evaluation.needle_prompts import Needles, Prompt
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory
 from gpt2.evaluation.statistics import mean_interval, sign_test
-from gpt2.models import LoadedModel
+from gpt2.models.loading import LoadedModel
 
 FAILS, MATCHES, LOSES = "baseline fails", "matches", "loses"
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from gpt2.compression.compressed_cache import CompressedDynamicCache
-from gpt2.errors import LossNotFinite
+from gpt2.common.errors import LossNotFinite
+from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.evaluation.statistics import paired_bootstrap
-from gpt2.models import LoadedModel
+from gpt2.models.loading import LoadedModel
 
 BASELINE = "baseline"
 CacheFactory = Callable[[], Cache]

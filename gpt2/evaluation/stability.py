@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from gpt2.errors import PluginError
+from gpt2.common.errors import PluginError
 from gpt2.evaluation import needle
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory, compare, score
 from gpt2.evaluation.timing import measure_cell
-from gpt2.models import LoadedModel
+from gpt2.models.loading import LoadedModel
 
 FACTORS = ("text", "calibration", "seed")
 AS_GIVEN = "as given"

@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from gpt2.errors import is_out_of_memory
+from gpt2.common.errors import is_out_of_memory
+from gpt2.compression.cache.size import cache_bytes
 from gpt2.evaluation.instruments import Memory, Stopwatch, cuda_devices, peak_memory, synchronizer, watched
-from gpt2.evaluation.memory import cache_bytes
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory
-from gpt2.models import LoadedModel
+from gpt2.models.loading import LoadedModel
 
 WARM_TOKENS, WARM_STEPS = 16, 2
 QUARTILES = (0.25, 0.5, 0.75)

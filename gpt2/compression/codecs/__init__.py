@@ -8,20 +8,20 @@ from __future__ import annotations
 import difflib
 from functools import reduce
 
+from gpt2.common.errors import PluginError, brief
 from gpt2.compression.codecs.base import Basis, Composed, Compressor, FixedBasis, Quantizer, Transform
 from gpt2.compression.codecs.grouped import Grouped
 from gpt2.compression.codecs.hadamard import Hadamard
 from gpt2.compression.codecs.integer import Int4, Int8
 from gpt2.compression.codecs.joint import Joint
 from gpt2.compression.codecs.ln_nullspace import LayerNormNullspace
-from gpt2.compression.codecs.measured import JointTransform, Measured
 from gpt2.compression.codecs.metric import Attention, Fisher
 from gpt2.compression.codecs.mixed import Mixed, MixedFixed
+from gpt2.compression.codecs.multi_head import JointTransform, Measured
 from gpt2.compression.codecs.none import Unquantized
 from gpt2.compression.codecs.pca import PCA
 from gpt2.compression.codecs.per_channel import Int4Channel, Int8Channel
 from gpt2.compression.codecs.random_projection import RandomProjection
-from gpt2.errors import PluginError, brief
 
 BASES: dict[str, Basis] = {
     basis.name: basis()

@@ -19,17 +19,19 @@ A joint codec sees K and V of a layer as one x of 2H heads, K's first.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from gpt2.compression.capture import Moments
-from gpt2.compression.kernels import cpu
-from gpt2.errors import PluginError
+from gpt2.common.errors import PluginError
+from gpt2.compression.codecs.formats import Packed
+from gpt2.compression.codecs.moments import Moments
 
 Fields = dict[str, Tensor]
 HALF_MAX = torch.finfo(torch.float16).max
+SIDES = ("k", "v")
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,14 @@ class Quantizer(ABC):
     def dequantize(self, fields: Fields, rank: int) -> Tensor:
         """Fields → ẑ [B, G, T, r]."""
 
-    def packed(self, fields: Fields, rank: int) -> cpu.Packed | None:
+    def plane_search(self, rank: int) -> tuple[int, Sequence[float], Sequence[float]] | None:
+        """What a kernel needs to encode blocks of `rank` channels by the search of `mixed`; None for other codes.
+
+        Bytes of a block, and the shares of its range to try for narrow and for wide codes.
+        """
+        return None
+
+    def packed(self, fields: Fields, rank: int) -> Packed | None:
         """Fields as kernels know them, which then read codes in the place of `dequantize`; None where none does."""
         return None
 
@@ -188,7 +197,17 @@ class FixedBasis(Basis):
 
     def fit(self, moments: Moments, layer: int) -> tuple[Transform, Tensor]:
         transform = self.transform(moments.mean.shape[-1])
-        return transform, moments.through(transform, layer).covariance(0).diagonal(dim1=-2, dim2=-1)
+        return transform, moments_through(moments, transform, layer).covariance(0).diagonal(dim1=-2, dim2=-1)
+
+
+def moments_through(moments: Moments, transform: Transform, layer: int) -> Moments:
+    """Moments of one layer in a transform's coordinates, as those of a model that has this layer alone."""
+    E = transform.E.to(moments.scatter.dtype)
+    mean = ((moments.mean[layer] - transform.mean)[:, None] @ E)[:, 0]
+    D = transform.D.to(E.dtype)  # an error of coordinates is felt as what it becomes
+    metrics = {name: (D @ metric[layer] @ D.mT)[None] for name, metric in moments.metrics.items()}
+    scatter = (E.mT @ moments.scatter[layer] @ E)[None]
+    return Moments(moments.count[layer : layer + 1], mean[None], scatter, metrics)
 
 
 class Composed(Basis):
@@ -205,7 +224,7 @@ class Composed(Basis):
 
     def fit(self, moments: Moments, layer: int) -> tuple[Transform, Tensor]:
         first, _ = self.first.fit(moments, layer)
-        second, spectrum = self.second.fit(moments.through(first, layer), 0)
+        second, spectrum = self.second.fit(moments_through(moments, first, layer), 0)
         return first.then(second), spectrum
 
     def transform(self, width: int) -> Transform:
@@ -243,11 +262,15 @@ class Compressor:
     def block_tokens(self) -> int:
         return self.quantizer.block_tokens
 
-    def compress(self, x: Tensor, start: int = 0) -> Fields:
-        """x [B, H, T, d] from position `start` on → fields; T a multiple of `block_tokens`."""
+    def coordinates(self, x: Tensor, start: int = 0) -> Tensor:
+        """x [B, H, T, d] from position `start` on → z [B, G, T, r], as the quantizer takes them."""
         z = x if self.transform is None else self.transform.forward(x, start)
         # What isn't quantized is held in the model's dtype, not in the basis's
-        return self.quantizer.quantize(z.to(x.dtype) if self.quantizer.lossless else z)
+        return z.to(x.dtype) if self.quantizer.lossless else z
+
+    def compress(self, x: Tensor, start: int = 0) -> Fields:
+        """x [B, H, T, d] from position `start` on → fields; T a multiple of `block_tokens`."""
+        return self.quantizer.quantize(self.coordinates(x, start))
 
     def expand(self, fields: Fields, head_dim: int, dtype: torch.dtype, start: int = 0) -> Tensor:
         """Fields → x̂ [B, H, T, d] in `dtype`; start: position of the first token."""

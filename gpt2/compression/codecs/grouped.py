@@ -4,7 +4,7 @@ It takes about half a bit per channel more than the joint codec, and in return i
 query reads what is stored, as with any basis of single heads.
 """
 
-from gpt2.compression.codecs.measured import Measured
+from gpt2.compression.codecs.multi_head import Measured
 
 
 class Grouped(Measured):

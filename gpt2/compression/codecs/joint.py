@@ -8,7 +8,7 @@ The price is arithmetic: the way back is a w × w product per token, and keys mu
 a query can read them.
 """
 
-from gpt2.compression.codecs.measured import Measured
+from gpt2.compression.codecs.multi_head import Measured
 
 
 class Joint(Measured):

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt2.compression.capture import Moments
+from gpt2.common.errors import PluginError
 from gpt2.compression.codecs.base import Basis, Transform
-from gpt2.errors import PluginError
+from gpt2.compression.codecs.moments import Moments
 
 SMALLEST_WEIGHT = 1e-6  # of the largest: directions that nothing reads still need a finite way back
 LARGEST_FACTOR = 2.0**8  # between coordinates and channels, and its inverse, for which quantizers have steps to spare

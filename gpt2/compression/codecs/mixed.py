@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gpt2.common.errors import PluginError
 from gpt2.compression.codecs.base import Fields, Quantizer
-from gpt2.compression.kernels import cpu
-from gpt2.errors import PluginError
+from gpt2.compression.codecs.formats import PLANES as PLANES_FORMAT
+from gpt2.compression.codecs.formats import Packed
 
 # Ten bits are for the few channels with most of the variance. One bit gave its place to them, which costs some KL at 3
 # bits (results/runs/explore_codecs_*)
@@ -73,9 +74,6 @@ class Mixed(Quantizer):
 
     def _quantize(self, z: Tensor) -> Fields:
         y = in_blocks(z)
-        if cpu.usable(y):
-            block, widths = cpu.encode_planes(y, self._payload(z.shape[-1]), NARROW, WIDE)
-            return {"block": block, "widths": widths}
         error, scale, offset = (torch.stack(parts, dim=-1) for parts in zip(*_grids(y, far=True), strict=True))
         costs = torch.tensor(COSTS, device=y.device) + FAR * (offset.abs() > REACH)
         choice = cheapest(error, self._payload(z.shape[-1]), costs)
@@ -86,8 +84,11 @@ class Mixed(Quantizer):
     def dequantize(self, fields: Fields, rank: int) -> Tensor:
         return _unpack(fields["block"], _width(_unpack_indices(fields["widths"], rank)))
 
-    def packed(self, fields: Fields, rank: int) -> cpu.Packed:
-        return cpu.PLANES, 0, [fields["block"], fields["widths"]]
+    def packed(self, fields: Fields, rank: int) -> Packed:
+        return PLANES_FORMAT, 0, [fields["block"], fields["widths"]]
+
+    def plane_search(self, rank: int) -> tuple[int, Sequence[float], Sequence[float]] | None:
+        return self._payload(rank), NARROW, WIDE
 
     def _payload(self, rank: int) -> int:
         """Bytes for codes and metadata of a block: what the widths leave, in whole planes."""
@@ -120,9 +121,12 @@ class MixedFixed(Mixed):
     def dequantize(self, fields: Fields, rank: int) -> Tensor:
         return _unpack(fields["block"], _width(self._choice(fields["block"])))
 
-    def packed(self, fields: Fields, rank: int) -> cpu.Packed:
+    def packed(self, fields: Fields, rank: int) -> Packed:
         block = fields["block"]
-        return cpu.PLANES, 0, [block, _pack_indices(self._choice(block[:1, :, :1])).expand(*block.shape[:3], -1)]
+        return PLANES_FORMAT, 0, [block, _pack_indices(self._choice(block[:1, :, :1])).expand(*block.shape[:3], -1)]
+
+    def plane_search(self, rank: int) -> None:
+        return None  # nothing is searched
 
     def _choice(self, like: Tensor) -> Tensor:
         """Width indices for blocks [B, G, n, …]: [B, G, n, r]."""

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from gpt2.compression.capture import Moments
 from gpt2.compression.codecs.base import Basis, Transform
+from gpt2.compression.codecs.moments import Moments
 
 
 class PCA(Basis):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from gpt2.compression.codecs.base import HALF_MAX, Fields, Quantizer
+from gpt2.compression.codecs.formats import CHANNEL, Packed
 from gpt2.compression.codecs.mixed import BLOCK, NARROW, OCTAVE, SCALE_ZERO
-from gpt2.compression.kernels import available, cpu
 
 
 class Int8Channel(Quantizer):
@@ -33,8 +33,6 @@ class Int8Channel(Quantizer):
     wider = 0
 
     def quantize(self, z: Tensor) -> Fields:
-        if (fields := available.quantized(self, z)) is not None:
-            return fields
         y = z.float().unflatten(2, (-1, BLOCK))
         low, high = y.amin(-2, keepdim=True), y.amax(-2, keepdim=True)
         scale, offset = self._grid(low, high, self.shares[0])
@@ -59,8 +57,8 @@ class Int8Channel(Quantizer):
         codes = self.unpack(fields["codes"]).float()
         return torch.addcmul(fields["offset"].float(), codes, _step(fields["scale"])).flatten(2, 3)
 
-    def packed(self, fields: Fields, rank: int) -> cpu.Packed:
-        return cpu.CHANNEL, self.bits, [fields["codes"], fields["scale"], fields["offset"]]
+    def packed(self, fields: Fields, rank: int) -> Packed:
+        return CHANNEL, self.bits, [fields["codes"], fields["scale"], fields["offset"]]
 
     def _grid(self, low: Tensor, high: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """Scale and offset, as they are stored, of codes over the middle share `share` of a range."""

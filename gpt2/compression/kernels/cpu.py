@@ -19,15 +19,15 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from gpt2.compression.codecs.formats import EXACT
+
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_suffix(".cpp")
 # Sums in any order, so that they can be vectorised; but infinities and NaN stay what they are. OpenMP is PyTorch's own
 # threads: the library is the one that it has loaded
 FLAGS = ["-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
 FLAGS += ["-fopenmp"] * (sys.platform == "linux")
-EXACT, TOKEN, CHANNEL, PLANES = range(4)  # how codes lie, as cpu.cpp numbers them
 EXACT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-Packed = tuple[int, int, list[Tensor]]  # what a quantizer stores: how it lies, bits, and fields
 
 
 class Part(NamedTuple):

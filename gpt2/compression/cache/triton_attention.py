@@ -1,0 +1,313 @@
+"""Attention over two stores with Triton: the same as `direct.attend`, in one pass over what is stored.
+
+What both stores hold compressed goes through the kernels; exact sinks and tail, a few dozen tokens, through PyTorch,
+and so do tokens that only one of the two has compressed. Both meet in one softmax.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from gpt2.compression.cache import attention_math
+from gpt2.compression.cache.token_store import TokenStore
+from gpt2.compression.codecs import Compressor
+from gpt2.compression.codecs.base import Fields
+from gpt2.compression.kernels.triton_kernels import attend_tiles, merge_splits
+from gpt2.compression.kernels.triton_tiles import DECODERS, MOST_CHANNELS, TILE, Decoder
+
+log = logging.getLogger(__name__)
+MOST_ROWS = 64  # queries of a group
+LEAST_TILES = 2  # of a split: fewer write about as much as they read
+PROGRAMS = 4  # per multiprocessor: what one waits for, another computes
+STAGE_BYTES = 64 * 1024  # of shared memory, for tiles that are on their way
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+_too_large: set[tuple] = set()  # kernels that a device has too little shared memory for
+
+
+class Part(NamedTuple):
+    """Tokens that are compressed in both stores: positions [first, end), and the pieces that K and V have there.
+
+    A piece: position of its first place, and fields.
+    """
+
+    first: int
+    end: int
+    k: tuple[int, Fields]
+    v: tuple[int, Fields]
+
+
+def attend(
+    k: TokenStore, v: TokenStore, query: Tensor, mask: Tensor | None, scaling: float, *,
+    softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    """As `direct.attend`, or None where there is no kernel for it."""
+    first, end = _shared_range(k, v)
+    if v.sinks.shape[3] != query.shape[-1]:  # V of other heads than K
+        return None
+    if end <= first or not supported(k.compressor, v.compressor, query, k.sinks.shape[1]):
+        return None
+    B, heads, Q, d = query.shape
+    H, T = k.sinks.shape[1], len(k)
+    if mask is None and Q > 1:
+        mask = torch.ones(Q, T, dtype=torch.bool, device=query.device).tril(T - Q)
+    mask = None if mask is None else mask[..., :T].expand(B, heads, Q, T)
+    M = heads // H * Q
+    q = (query * scaling).reshape(B, H, M, d)
+    kernel = (k.compressor.quantizer.name, v.compressor.quantizer.name, query.dtype, M, d, query.device)
+    if kernel in _too_large:
+        return None
+    try:
+        parts = list(_parts(k, v, first, end))
+        with torch.cuda.device_of(q):  # Triton launches on the current device, which needn't be a layer's own
+            y, inside = attend_compressed(q, parts, k.compressor, v.compressor, mask, softcap)
+    except OutOfResources as error:  # many queries of wide heads in float32
+        log.info("no kernel for %s: %s", kernel, error)
+        _too_large.add(kernel)
+        return None
+    inside = inside.view(B, heads, Q, 1)
+    x = _outside_scores(k, q, first, end).view(B, heads, Q, -1)
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    if mask is not None:
+        x = attention_math.masked(x, torch.cat((mask[..., :first], mask[..., end:]), dim=-1))
+    total = torch.logaddexp(inside, x.logsumexp(-1, keepdim=True)) if x.shape[-1] else inside
+    if sinks is not None:  # a logit that takes its share and gives nothing (gpt-oss)
+        total = torch.logaddexp(total, sinks.float().view(1, -1, 1, 1))
+    p, share = (x - total).exp().view(B, H, M, x.shape[-1]), (inside - total).exp().view(B, H, M, 1)
+    out = _outside_sum(v, p, first, end)
+    share = share.view(*y.shape[:3], 1)
+    out += _unfolded(v.compressor, y * share, share, d)
+    return out.view(B, heads, Q, d).to(query.dtype)
+
+
+def supported(k: Compressor, v: Compressor, query: Tensor, kv_heads: int) -> bool:
+    """Whether there are kernels for K and V of these compressors and for queries [B, Hq, Q, d]."""
+    if query.dtype not in DTYPES or (query.requires_grad and torch.is_grad_enabled()):
+        return False
+    for compressor in (k, v):
+        if compressor.quantizer.name not in DECODERS or not compressor.foldable:
+            return False
+        if _rank(compressor, query.shape[-1]) > MOST_CHANNELS:
+            return False
+    groups = k.groups(kv_heads, query.shape[-1])
+    rows = query.shape[1] * query.shape[2] // groups
+    return rows <= MOST_ROWS and groups == v.groups(kv_heads, query.shape[-1])
+
+
+def attend_compressed(
+    q: Tensor, parts: list[Part], k: Compressor, v: Compressor, mask: Tensor | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of q [B, H, M, d] over compressed tokens alone, their softmax by itself.
+
+    mask [B, Hq, Q, T] → Σ p ẑ of V, [B, G, H/G · M, r], and the logarithm of each sum of exponentials, [B, G, H/G · M].
+    """
+    folded = k.fold_query(q).float()
+    B, G, M, _ = folded.shape
+    rank = _rank(k, q.shape[-1])
+    bias = folded[..., rank].contiguous() if k.affine else folded.new_zeros(B, G, M)
+    folded = folded[..., :rank].contiguous()
+    aligned = TILE.value in (k.block_tokens, v.block_tokens)
+    bases = [part.first // TILE.value * TILE.value if aligned else part.first for part in parts]
+    tiles = [-(-(part.end - base) // TILE.value) for part, base in zip(parts, bases, strict=True)]
+    each = _tiles_each(sum(tiles), B * G, q.device)
+    splits = [-(-n // each) for n in tiles]
+    rank = _rank(v, q.shape[-1])
+    maxima, sums = q.new_empty(2, sum(splits), B * G, M, dtype=torch.float32)
+    accs = q.new_empty(sum(splits), B * G, M, rank, dtype=torch.float32)
+    launch = _Launch(folded, bias, mask, softcap, k, v, q)
+    for i, part in enumerate(parts):
+        launch(part, (maxima, sums, accs), bases[i], sum(splits[:i]), tiles[i], each)
+    y, logsum = accs.new_empty(B, G, M, rank), accs.new_empty(B, G, M)
+    merge_splits[(B * G * M,)](maxima, sums, accs, y, logsum, sum(splits), RANK=rank, R=triton.next_power_of_2(rank))
+    return y, logsum
+
+
+class _Launch:
+    """One call of the kernel per part, with what all of them have in common."""
+
+    def __init__(self, folded: Tensor, bias: Tensor, mask: Tensor | None, softcap: float | None, k: Compressor,
+                 v: Compressor, q: Tensor):  # fmt: skip
+        self.folded, self.bias, self.dtype, self.k, self.v = folded, bias, q.dtype, k, v
+        self.groups, self.M, self.k_rank = folded.shape[1:]
+        self.v_rank = _rank(v, q.shape[-1])
+        self.decoders = DECODERS[k.quantizer.name], DECODERS[v.quantizer.name]
+        rows = max(triton.next_power_of_2(self.M), 16)
+        self.sizes = {
+            "K_RANK": self.k_rank, "V_RANK": self.v_rank, "ROWS": rows, "SOFTCAP": softcap is not None,
+            "K_R": slots(self.k_rank, self.decoders[0]), "V_R": slots(self.v_rank, self.decoders[1]),
+            # Queries that a basis has made float32, or that steps are multiplied into, don't fit 16 bits
+            "SPLIT": k.transform is not None or self.decoders[0].axis != 0 or self.dtype == torch.float16,
+        }  # fmt: skip
+        self.softcap = softcap or 1.0
+        self._set_mask(mask, folded.shape[0])
+
+    def _set_mask(self, mask: Tensor | None, batch: int) -> None:
+        """mask [B, Hq, Q, T], expanded where it is the same for all."""
+        self.mask, self.strides, self.heads, self.queries = self.bias, (0, 0, 0, 0), self.M, 1
+        self.sizes["MASK"] = 0
+        if mask is None:
+            return
+        self.mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+        self.strides = self.mask.stride()
+        self.heads, self.queries = mask.shape[1] // self.groups, mask.shape[2]
+        same = all(n == 1 or not stride for n, stride in zip(mask.shape[1:3], self.strides[1:3], strict=True))
+        self.sizes["MASK"] = 1 if same else 2
+
+    def __call__(self, part: Part, out: tuple[Tensor, ...], base: int, first_split: int, tiles: int, each: int) -> None:
+        (k_start, k_fields), (v_start, v_fields) = part.k, part.v
+        (k_fields, k_room), (v_fields, v_room) = _in_pieces(k_fields), _in_pieces(v_fields)
+        own_k, own_v = self.decoders
+        grid = (self.folded.shape[0] * self.groups, -(-tiles // each))
+        attend_tiles[grid](
+            self.folded, self.bias, self.mask, *out, own_k.arguments(self.k.quantizer, k_fields),
+            own_v.arguments(self.v.quantizer, v_fields), k_room, v_room, base, part.first, part.end, k_start, v_start,
+            first_split, tiles, each, self.M, self.groups, self.heads, self.queries, *self.strides, self.softcap,
+            K_TILE=own_k.tile, V_TILE=own_v.tile, K_AXIS=own_k.axis, V_AXIS=own_v.axis, K_PAIRED=own_k.paired,
+            V_PAIRED=own_v.paired, K_DTYPE=self._codes_dtype(k_fields), V_DTYPE=self._codes_dtype(v_fields),
+            **self.sizes, **self._resources(k_fields, v_fields),
+        )  # fmt: skip
+
+    def _codes_dtype(self, fields: Fields) -> tl.dtype:
+        """What dot products are in: exact for a float32 model, else float16 for codes, which it holds exactly."""
+        if self.dtype == torch.float32:
+            return tl.float32
+        z = fields.get("z")
+        return tl.float16 if z is None else DTYPES[z.dtype]
+
+    def _resources(self, k_fields: Fields, v_fields: Fields) -> dict[str, int]:
+        """Warps, and tiles that may be loaded ahead, as shared memory allows."""
+        tile = sum(
+            x[0, 0, 0].nbytes * TILE.value // compressor.block_tokens
+            for compressor, fields in ((self.k, k_fields), (self.v, v_fields))
+            for x in fields.values()
+        )
+        large = self.sizes["ROWS"] * max(self.sizes["K_R"], self.sizes["V_R"]) > 4096
+        stages = min(STAGE_BYTES // tile, *(decoder.stages for decoder in self.decoders))
+        return {"num_warps": 8 if large else 4, "num_stages": max(1, stages)}
+
+
+def slots(rank: int, decoder: Decoder) -> int:
+    """Channels as a tile has them: a power of two, at least the 16 that a dot product takes."""
+    if decoder.paired:
+        return 2 * max(triton.next_power_of_2((rank + 1) // 2), 8)
+    return max(triton.next_power_of_2(rank), 16)
+
+
+def _rank(compressor: Compressor, head_dim: int) -> int:
+    return compressor.transform.rank if compressor.transform else head_dim
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tiles_each(tiles: int, groups: int, device: torch.device) -> int:
+    """Tiles of a split, so that all splits of all groups keep the device busy."""
+    if device.type != "cuda":  # in the interpreter
+        return LEAST_TILES
+    splits = max(PROGRAMS * _multiprocessors(device) // groups, 1)
+    return max(-(-tiles // splits), LEAST_TILES)
+
+
+def _in_pieces(fields: Fields) -> tuple[Fields, int]:
+    """Fields that lie as a kernel expects, and how many entries a group has room for; a copy only where they don't."""
+    if not all(_is_piece(x) for x in fields.values()):
+        fields = {name: x.contiguous() for name, x in fields.items()}
+    x = next(iter(fields.values()))
+    B, G, n = x.shape[:3]
+    return fields, x.stride(1) // x.stride(2) if G > 1 else x.stride(0) // x.stride(2) if B > 1 else n
+
+
+def _is_piece(x: Tensor) -> bool:
+    """Whether x [B, G, n, …] is contiguous but for unused room behind n."""
+    B, G = x.shape[:2]
+    return x[0, 0].is_contiguous() and (B == 1 or G == 1 or x.stride(0) == G * x.stride(1))
+
+
+def _shared_range(k: TokenStore, v: TokenStore) -> tuple[int, int]:
+    """Positions [first, end) of the tokens that both stores hold compressed; nothing where a block is cut."""
+    ranges = [(s.sinks.shape[2], s.sinks.shape[2] + s.compressed_tokens) for s in (k, v)]
+    shared = max(first for first, _ in ranges), min(end for _, end in ranges)
+    cut = any(own != shared and store.compressor.block_tokens > 1 for store, own in zip((k, v), ranges, strict=True))
+    return (0, 0) if cut else shared
+
+
+def _spans(store: TokenStore) -> Iterator[tuple[int, int, Fields]]:
+    """Pieces with the positions of their first place and behind their last."""
+    for start, fields in store.pieces():
+        yield start, start + store.compressor.block_tokens * next(iter(fields.values())).shape[2], fields
+
+
+def _parts(k: TokenStore, v: TokenStore, first: int, end: int) -> Iterator[Part]:
+    """Tokens [first, end) cut wherever a piece of K or of V ends."""
+    both = [list(_spans(store)) for store in (k, v)]
+    cuts = {first, end, *(stop for spans in both for _, stop, _ in spans if first < stop < end)}
+    for a, b in pairwise(sorted(cuts)):
+        own_k, own_v = (next((start, x) for start, stop, x in spans if start <= a < stop) for spans in both)
+        yield Part(a, b, own_k, own_v)
+
+
+def _outside(store: TokenStore, first: int, end: int) -> Iterator[tuple[slice, Tensor | Fields]]:
+    """What a store holds outside positions [first, end), as exact tokens [B, H, n, d] or as fields.
+
+    With each its place among all tokens outside.
+    """
+    S, rest = store.sinks.shape[2], store.tail.shape[2]
+    if S:
+        yield slice(0, S), store.sinks
+    for start, stop, fields in _spans(store):
+        for a, b, gone in ((max(start, S), min(stop, first), 0), (max(start, end), stop, end - first)):
+            if a < b:
+                yield slice(a - gone, b - gone), {name: x[:, :, a - start : b - start] for name, x in fields.items()}
+    if rest:
+        last = len(store) - (end - first)
+        yield slice(last - rest, last), store.tail
+
+
+def _outside_scores(store: TokenStore, q: Tensor, first: int, end: int) -> Tensor:
+    """q · k of tokens outside [first, end), [B, H, M, n] float32."""
+    folded, rank = store.compressor.fold_query(q), _rank(store.compressor, q.shape[-1])
+    out = q.new_empty(*q.shape[:3], len(store) - (end - first), dtype=torch.float32)
+    for place, held in _outside(store, first, end):
+        if isinstance(held, Tensor):
+            out[..., place] = q @ held.mT
+        else:
+            own = out[..., place].unflatten(1, (folded.shape[1], -1)).flatten(2, 3)
+            store.compressor.quantizer.scores(folded[..., :rank], held, own)
+            if store.compressor.affine:
+                own += folded[..., rank:]
+    return out
+
+
+def _outside_sum(store: TokenStore, p: Tensor, first: int, end: int) -> Tensor:
+    """Σ p v of tokens outside [first, end), [B, H, M, d] float32; p [B, H, M, n]."""
+    compressor, d = store.compressor, store.sinks.shape[3]
+    groups = compressor.groups(p.shape[1], d)
+    total = p.new_zeros(*p.shape[:3], d)
+    for place, held in _outside(store, first, end):
+        part = p[..., place]
+        if isinstance(held, Tensor):
+            total += part.to(held.dtype) @ held
+        else:
+            grouped = part.unflatten(1, (groups, -1)).flatten(2, 3)
+            y = compressor.quantizer.weighted_sum(grouped, held, _rank(compressor, d))
+            total += _unfolded(compressor, y, grouped.sum(-1, keepdim=True), d)
+    return total
+
+
+def _unfolded(v: Compressor, y: Tensor, share: Tensor, head_dim: int) -> Tensor:
+    """Sums of ẑ, y [B, G, H/G · M, r], and of their weights, share [B, G, H/G · M, 1] → sums of x̂, [B, H, M, d]."""
+    return v.unfold_sum(torch.cat((y, share), dim=-1) if v.affine else y, head_dim)

@@ -1,0 +1,149 @@
+"""Calibration: what one or two passes over a model leave, and every basis that is fitted to it.
+
+One calibration serves every rank and every basis: it holds the full-rank basis it was fitted with, and the statistics
+from which another basis is fitted when it is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import transformers
+
+from gpt2.common.errors import PluginError
+from gpt2.common.processes import ALONE, Processes
+from gpt2.compression.calibration.bit_allocation import fit_measured
+from gpt2.compression.calibration.fisher import collect_fisher
+from gpt2.compression.calibration.fit import Calibration, fit
+from gpt2.compression.calibration.statistics import collect
+from gpt2.compression.codecs import BASES, full_rank, is_measured, measured_codecs, metric_of, needs_calibration
+from gpt2.compression.codecs.base import SIDES
+from gpt2.compression.codecs.mixed import BLOCK
+from gpt2.models.loading import LoadedModel
+from gpt2.text.sources import Text
+
+
+def calibrate(
+    loaded: LoadedModel,
+    text: Text,
+    *,
+    rank: int,
+    samples: int = 100,
+    seq_len: int = 1024,
+    seed: int = 0,
+    sink_tokens: int = 4,
+    codec: str = "pca",
+    metric: str | None = None,
+    compact: bool = False,
+    checkpointing: bool = False,
+    progress=iter,
+    processes: Processes = ALONE,
+) -> Calibration:
+    """Calibrate a model on the calibration part of a text.
+
+    samples: sequences of `seq_len` tokens, drawn by `seed`; fewer where the text has fewer, which `meta` tells.
+    metric: "fisher" takes gradients in a second pass, for codecs fisher and all of several heads; what `codec` needs
+    when None. compact: gather and fit `codec` alone, which must be of several heads; the first pass falls away.
+    checkpointing: recompute activations where gradients are taken. progress: wraps the iterable of windows, as tqdm.
+    processes: each has the model and takes a share of the windows; all get the same calibration, which is that of one
+    process to rounding.
+    """
+    if not needs_calibration(codec):
+        raise PluginError(f"codec {codec} needs no calibration: give its name to a preset or to the tuner as it is")
+    head_dim, most = loaded.geometry.head_dim, full_rank(codec, loaded.geometry.head_dim)
+    if not 1 <= rank <= most:
+        limit = "" if most == head_dim else f", of which {codec} stores {most}"
+        raise PluginError(f"rank {rank} is out of range: {loaded.spec} has head_dim {head_dim}{limit}")
+    loaded.require_context(seq_len)
+    if is_measured(codec) and seq_len < sink_tokens + BLOCK:
+        raise PluginError(
+            f"codec {codec} is measured on blocks of {BLOCK} tokens behind the sinks: --seq-len {seq_len} is too "
+            f"short, give {sink_tokens + BLOCK} or more"
+        )
+    metric = metric or metric_of(codec)
+    if metric_of(codec) == "fisher" != metric:
+        raise PluginError(f"codec {codec} needs gradients, which metric {metric} doesn't take: use --metric fisher")
+    if compact and not is_measured(codec):
+        raise PluginError(f"a compact calibration has a codec of several heads ({', '.join(measured_codecs())}) alone, "
+                          f"and codec {codec} is none")  # fmt: skip
+    windows = text.segments("calibration", loaded, seq_len, samples, seed) if processes.first else None
+    windows = processes.agreed(windows)
+    if len(windows) < processes.size:
+        raise PluginError(f"{processes.size} processes are too many for {len(windows)} sequences: start fewer, or give "
+                          "more --samples")  # fmt: skip
+    own = windows[processes.share(len(windows))]
+    statistics = None if compact else collect(loaded, progress(own), sink_tokens, processes=processes)
+    fitted = {}
+    if metric == "fisher":
+        gathered = collect_fisher(
+            loaded, windows, statistics, sink_tokens, {codec: BASES[codec]} if compact else measured_codecs(),
+            seed=seed, checkpointing=checkpointing, progress=progress, processes=processes,
+        )  # fmt: skip
+        # Windows shorter than a block do for the metric alone
+        fitted = {name: fit_measured(own) for name, own in gathered.items() if own.reservoir.shape[2]}
+    meta = calibration_key(loaded, text, samples, seq_len, seed, sink_tokens) | {
+        "model": loaded.spec,
+        "num_layers": loaded.geometry.num_layers,
+        "head_dim": loaded.geometry.head_dim,
+        "num_kv_heads": loaded.geometry.num_kv_heads,
+        "rank": rank,
+        "codec": codec,
+        "metric": metric,
+        "text": text.name,
+        "text_spec": text.spec,
+        "tokens": windows.numel(),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
+    }
+    calibration = Calibration(meta, statistics, {}, fitted)
+    if compact:
+        return calibration.compact(codec)
+    calibration.bases = {side: fit(calibration.basis_codec, getattr(statistics, side)) for side in SIDES}
+    return calibration
+
+
+def recalibrate(calibration: Calibration, loaded: LoadedModel, text: Text, number: int, progress=iter) -> Calibration:
+    """The same calibration from other samples of the same text: `number` > 0 moves the seed.
+
+    At most half of the text's windows are drawn: with all of them, every seed would draw the same. Raises PluginError
+    for a text other than the calibration's, and for one with no other samples.
+    """
+    meta = calibration.meta
+    check_samples(calibration, loaded, text)
+    available = text.available("calibration", loaded, meta["seq_len"])
+    return calibrate(
+        loaded, text, rank=meta["rank"], samples=min(meta["samples"], available // 2), seq_len=meta["seq_len"],
+        seed=meta["seed"] + number, sink_tokens=meta["sink_tokens"], codec=meta["codec"], metric=meta.get("metric"),
+        progress=progress,
+    )  # fmt: skip
+
+
+def check_samples(calibration: Calibration, loaded: LoadedModel, text: Text) -> None:
+    """Raise PluginError unless `recalibrate` can draw other samples of the same text."""
+    meta = calibration.meta
+    if meta["text_sha256"] != text.sha256("calibration"):
+        raise PluginError(
+            f"the calibration was made from another text than {text.name!r}: give --text {meta['text_spec']}, "
+            "or other samples would mean another text too"
+        )
+    if text.available("calibration", loaded, meta["seq_len"]) < 2:
+        raise PluginError(f"the calibration part of text {text.name!r} has one window of {meta['seq_len']} tokens: "
+                          "there are no other samples to draw")  # fmt: skip
+
+
+def calibration_key(loaded: LoadedModel, text: Text, samples: int, seq_len: int, seed: int, sink_tokens: int) -> dict:
+    """What decides a calibration's statistics: a file with the same values can be used again."""
+    return {
+        "fingerprint": loaded.fingerprint,
+        "text_sha256": text.sha256("calibration"),
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "sink_tokens": sink_tokens,
+    }
+
+
+def suggested_rank(head_dim: int) -> int:
+    """Three quarters of head_dim, where the guide starts."""
+    return math.ceil(head_dim * 0.75)

@@ -1,0 +1,288 @@
+"""A second streaming pass over a model, forward and backward: how much the loss feels an error of K and V.
+
+The Fisher information E[ggᵀ] takes labels that the model draws itself: no text decides what is right (Kunstner et al.
+2019 on why the text's own labels won't do). Beside it is gathered what measured codecs are fitted to: moments of K and
+V as the codec arranges them, and a bounded sample of whole blocks to measure quantization on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from gpt2.common.errors import PluginError
+from gpt2.common.processes import ALONE, Processes
+from gpt2.compression.calibration.statistics import Statistics, Tap
+from gpt2.compression.codecs import rope
+from gpt2.compression.codecs.base import HALF_MAX
+from gpt2.compression.codecs.mixed import BLOCK
+from gpt2.compression.codecs.moments import Moments, refuse_non_finite
+from gpt2.compression.codecs.multi_head import Measured
+from gpt2.compression.codecs.rope import Rotary
+from gpt2.models.attention_function import wrapped_attention
+from gpt2.models.geometry import Geometry
+from gpt2.models.loading import LoadedModel
+
+RESERVOIR_BLOCKS = 48  # of 64 tokens per layer
+# What is kept of the Fisher metric between different heads, where a few thousand tokens estimate it with much noise.
+# From none to all of it nothing measured tells apart (results/runs/explore_codecs_*): half of it bounds the noise
+CROSS_HEAD_SHARE = 0.5
+SEED_STEP = 1_000_003  # from window to window, so that neighbouring seeds share no labels
+
+
+@dataclass
+class MeasuredStatistics:
+    """What a measured codec is fitted to, by entry and group of heads as its `basis` has them.
+
+    moments: with entries in the place of layers and groups in that of heads, and metrics["fisher"]. rotary: each
+    layer's rotation, empty where keys keep theirs. reservoir: vectors of whole blocks of neighbouring tokens,
+    [entries, G, blocks · 64, w] float16.
+    """
+
+    basis: Measured
+    moments: Moments
+    rotary: list[Rotary]
+    reservoir: Tensor
+
+
+def collect_fisher(
+    loaded: LoadedModel, windows: Tensor, statistics: Statistics | None, sink_tokens: int,
+    bases: Mapping[str, Measured], *, seed: int = 0, checkpointing: bool = False,
+    progress: Callable[[Iterable], Iterable] = iter, processes: Processes = ALONE,
+) -> dict[str, MeasuredStatistics]:  # fmt: skip
+    """Gather what each of these measured codecs is fitted to; put the Fisher metric of single heads into `statistics`.
+
+    windows: [n, T]. statistics: of the same windows; None where single heads are not wanted. seed: of the labels drawn
+    and of the sample kept. checkpointing: recompute activations layer by layer in the backward pass, for models whose
+    activations don't fit in memory; the result is the same. processes: each runs a share of the windows, and all get
+    the statistics of all; labels and sample are the same however many there are. Raises PluginError for a model that
+    gradients can't be taken through.
+    """
+    turns = processes.agreed(detect_rotary(loaded, windows[0], sink_tokens) if processes.first else None)
+    sample = _Sample.drawn(len(windows), windows.shape[1] - sink_tokens, seed)
+    taken = _Gathered(loaded.geometry, bases, turns, sink_tokens, sample, heads=statistics is not None)
+    tap = _checkpointed if checkpointing else _through_the_cache
+    with torch.enable_grad(), _without_parameter_gradients(loaded.model), tap(loaded.model, taken.watch) as run:
+        for number in progress(processes.share(len(windows))):
+            with taken.window(number):
+                logits = run(windows[number][None].to(loaded.device))[0]
+                labels = drawn_labels(logits, seed, number)
+                nn.functional.cross_entropy(logits.float(), labels, reduction="sum").backward()
+    for side, own in taken.fisher.items():
+        moments = getattr(statistics, side)
+        moments.metrics["fisher"] = processes.total(own) / moments.count[:, None, None, None].clamp_min(1)
+    d = loaded.geometry.head_dim
+    return {name: gathering.statistics(d, processes) for name, gathering in taken.measured.items()}
+
+
+def drawn_labels(logits: Tensor, seed: int, window: int) -> Tensor:
+    """A label for each row of a window's logits [T, V], drawn by the model's own distribution, [T]."""
+    probabilities = logits.detach().float().softmax(-1)
+    generator = torch.Generator(logits.device).manual_seed(seed + SEED_STEP * window)
+    if not torch.isfinite(probabilities).all():
+        raise PluginError("NaN or infinite logits, nothing was written. Try --dtype float32 or bfloat16")
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def detect_rotary(loaded: LoadedModel, window: Tensor, sink_tokens: int) -> list[Rotary]:
+    """Per layer, the rotation that explains its keys best; none where positions aren't rotary."""
+    choices = rope.candidates(loaded.model, loaded.geometry.head_dim)
+    found: dict[int, Rotary] = {}
+
+    def record(layer: int, k: Tensor, v: Tensor) -> None:
+        found[layer] = rope.fitting(k[0, :, sink_tokens:].cpu(), sink_tokens, choices)
+
+    with torch.no_grad():
+        cache = Tap(record)
+        loaded.model.base_model(input_ids=window[None].to(loaded.device), past_key_values=cache, use_cache=True)
+    return [found[layer] for layer in range(loaded.geometry.num_layers)]
+
+
+@dataclass
+class _Sample:
+    """Which blocks of which windows are kept: `per_window` of each in turn, blocks [kept] by number."""
+
+    blocks: Tensor
+    per_window: int
+
+    @classmethod
+    def drawn(cls, windows: int, tokens: int, seed: int) -> _Sample:
+        """The same blocks of all layers and codecs. tokens: of a window, sinks apart."""
+        generator = torch.Generator().manual_seed(seed)
+        available = max(tokens // BLOCK, 0)
+        per_window = min(-(-RESERVOIR_BLOCKS // windows), available)
+        drawn = [torch.randperm(available, generator=generator)[:per_window].sort().values for _ in range(windows)]
+        return cls(torch.cat(drawn)[:RESERVOIR_BLOCKS], per_window)
+
+    def places(self, window: int) -> slice:
+        """Where in the sample a window's blocks are."""
+        return slice(window * self.per_window, (window + 1) * self.per_window)
+
+
+class _Gathered:
+    """Statistics of K, V and their gradients, layer by layer as the backward pass comes to them."""
+
+    def __init__(
+        self, geometry: Geometry, bases: Mapping[str, Measured], turns: list[Rotary], sink_tokens: int,
+        sample: _Sample, heads: bool,
+    ):  # fmt: skip
+        L, H, d = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
+        self.sink_tokens = sink_tokens
+        self.fisher = {side: torch.zeros(L, H, d, d, dtype=torch.float64) for side in ("k", "v") if heads}
+        self.measured = {name: _Gathering(basis, geometry, turns, sink_tokens, sample) for name, basis in bases.items()}
+        self.missing: set[int] = set()  # layers of the window that runs
+        self.waiting: dict[int, dict[str, Tensor]] = {}
+        self.layers, self.number = range(L), 0
+
+    @contextmanager
+    def window(self, number: int):
+        """Take what comes while the block runs as that of a window. Raises PluginError where a layer's doesn't come."""
+        self.number, self.missing = number, set(self.layers)
+        yield
+        if self.missing:
+            raise PluginError(
+                "no gradients reached K and V of every layer, so there is no Fisher metric for this model: "
+                "use --metric pca or attention"
+            )
+
+    def watch(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Ask for the gradients of one layer's k, v [1, H, T, d]; statistics are taken when both have come."""
+        kept = k.detach(), v.detach()  # a hook that held k or v itself would be held by it: never freed
+        for side, x in (("k", k), ("v", v)):
+            if x.requires_grad:
+                x.register_hook(lambda g, side=side: self._arrived(layer, side, g, *kept))
+
+    def _arrived(self, layer: int, side: str, gradient: Tensor, k: Tensor, v: Tensor) -> None:
+        gradients = self.waiting.setdefault(layer, {})
+        gradients[side] = gradient.detach()
+        if len(gradients) < 2:
+            return
+        del self.waiting[layer]
+        self.missing.discard(layer)
+        k, v, gk, gv = (x[:, :, self.sink_tokens :].float() for x in (k, v, gradients["k"], gradients["v"]))
+        for side, g in (("k", gk), ("v", gv)):
+            if side in self.fisher:
+                self.fisher[side][layer] += _products(g[0], layer)
+        for gathering in self.measured.values():
+            gathering.add(layer, self.number, (k, v), (gk, gv))
+
+
+class _Gathering:
+    """What one measured codec is fitted to, as it comes."""
+
+    def __init__(self, basis: Measured, geometry: Geometry, turns: list[Rotary], sink_tokens: int, sample: _Sample):
+        shape = basis.shape(geometry)
+        L, G, w = shape.num_layers, shape.num_kv_heads, shape.head_dim
+        self.basis, self.turns, self.sink_tokens, self.sample = basis, turns, sink_tokens, sample
+        self.moments = Moments.zeros(shape)
+        self.fisher = torch.zeros(L, G, w, w, dtype=torch.float64)
+        self.reservoir = torch.zeros(L, G, len(sample.blocks), BLOCK, w, dtype=torch.float16)
+
+    def add(self, layer: int, window: int, pair: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor]) -> None:
+        """K and V of one layer in a window, [1, H, T, d] each, and their gradients."""
+        arranged = (self.basis.arranged(*x, self.turns[layer], self.sink_tokens) for x in (pair, gradients))
+        for entry, (x, g) in enumerate(zip(*arranged, strict=True), start=layer * self.basis.entries):
+            self.moments.update(entry, x)
+            self.fisher[entry] += _products(g[0], layer)
+            places = self.sample.places(window)
+            blocks = x[0, :, : x.shape[2] // BLOCK * BLOCK].unflatten(1, (-1, BLOCK))
+            self.reservoir[entry, :, places] = (
+                blocks[:, self.sample.blocks[places]].clamp(-HALF_MAX, HALF_MAX).half().cpu()
+            )
+
+    def statistics(self, head_dim: int, processes: Processes) -> MeasuredStatistics:
+        """Of all processes' windows."""
+        self.moments.add_up(processes)
+        fisher, reservoir = processes.total(self.fisher), processes.total(self.reservoir)
+        tokens = self.moments.count[:, None, None, None].clamp_min(1)
+        self.moments.metrics["fisher"] = fisher / tokens * self._shares(head_dim)
+        rotary = self.turns if self.basis.turned else []
+        return MeasuredStatistics(self.basis, self.moments, rotary, reservoir.flatten(2, 3))
+
+    def _shares(self, d: int) -> Tensor:
+        """1 within the channels of one head's K or V, CROSS_HEAD_SHARE between them, [w, w]."""
+        within = torch.block_diag(*[torch.ones(d, d, dtype=torch.float64)] * (self.fisher.shape[-1] // d))
+        return CROSS_HEAD_SHARE + (1 - CROSS_HEAD_SHARE) * within
+
+
+def _products(g: Tensor, layer: int) -> Tensor:
+    """Σ ggᵀ of g [G, T, w] in float64 on the CPU."""
+    products = (g.mT @ g).double().cpu()
+    refuse_non_finite(products, layer)
+    return products
+
+
+@contextmanager
+def _without_parameter_gradients(model: nn.Module):
+    """Gradients with respect to the embedded tokens only: enough to reach K and V, and none is kept for weights."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.detach().requires_grad_())
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for p in wanted:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def _through_the_cache(model: nn.Module, watch: Callable[[int, Tensor, Tensor], None]):
+    """Yields a function from tokens [1, T] to logits, under which `watch` sees each layer's K and V."""
+    yield lambda tokens: model(tokens, past_key_values=Tap(watch), use_cache=True).logits
+
+
+@contextmanager
+def _checkpointed(model: nn.Module, watch: Callable[[int, Tensor, Tensor], None]):
+    """As `_through_the_cache`, with activations recomputed: then there is no cache, and attention itself is watched."""
+
+    def tap(attention):
+        def attend(module, query, key, value, *args, **kwargs):
+            # Hooks of the way forward fire; what is recomputed is watched again and never gets gradients
+            watch(module.layer_idx, key, value)
+            return attention(module, query, key, value, *args, **kwargs)
+
+        return attend
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers or not model.supports_gradient_checkpointing:
+        raise PluginError(f"{type(model).__name__} has no gradient checkpointing: leave --gradient-checkpointing out")
+    with ExitStack() as stack:
+        if not stack.enter_context(wrapped_attention(model, tap)):
+            raise PluginError(
+                f"{type(model).__name__} has its attention hard-wired: leave --gradient-checkpointing out"
+            )
+        for layer in layers:
+            stack.enter_context(_recomputing(layer))
+        yield lambda tokens: model(tokens, use_cache=False).logits
+
+
+@contextmanager
+def _recomputing(layer: GradientCheckpointingLayer):
+    """Let a layer keep its input alone and recompute the rest: for training only, so its forward is told otherwise."""
+
+    def run(forward, *args):
+        def evaluated(*args):
+            layer.training = False
+            try:
+                return forward(*args)
+            finally:
+                layer.training = True
+
+        return checkpoint(evaluated, *args, use_reentrant=False)
+
+    ours = {"training": True, "gradient_checkpointing": True, "_gradient_checkpointing_func": run}
+    before = {name: value for name, value in vars(layer).items() if name in ours}
+    vars(layer).update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del vars(layer)[name]
+        vars(layer).update(before)

@@ -1,0 +1,121 @@
+"""Bases of several neighbouring heads, kept whole, with what each width of code costs measured.
+
+Heads of a layer share structure: their joint covariance is far from block-diagonal, and its principal axes take fewer
+bits than those of single heads. What such a codec is fitted to it says itself, by two attributes and the heads that
+share a basis; everything else follows from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gpt2.compression.codecs.base import Transform, join_heads
+from gpt2.compression.codecs.metric import Fisher
+from gpt2.compression.codecs.rope import Rotary
+from gpt2.models.geometry import Geometry
+
+MOST_CHANNELS = 512
+
+
+def heads_per_group(num_kv_heads: int, head_dim: int) -> int:
+    """Neighbouring KV heads of which K and V together have at most `MOST_CHANNELS`."""
+    fits = [n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0 and 2 * n * head_dim <= MOST_CHANNELS]
+    return max(fits, default=1)
+
+
+def side_by_side(k: Tensor, v: Tensor, groups: int) -> Tensor:
+    """k, v [B, H, T, d] → [B, G, T, w]: K of a group's heads, then V of them."""
+    B, H, T, d = k.shape
+    pair = torch.stack((k.unflatten(1, (groups, -1)), v.unflatten(1, (groups, -1))), dim=2)  # [B, G, 2, H/G, T, d]
+    return pair.permute(0, 1, 4, 2, 3, 5).reshape(B, groups, T, -1)
+
+
+def apart(x: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """[B, G, T, w] → k, v [B, H, T, d] each, the inverse of `side_by_side`."""
+    B, G, T, w = x.shape
+    pair = x.reshape(B, G, T, 2, w // head_dim // 2, head_dim).permute(0, 3, 1, 4, 2, 5)
+    return tuple(part.reshape(B, -1, T, head_dim) for part in pair.unbind(1))
+
+
+@dataclass(frozen=True)
+class TurnedTransform(Transform):
+    """Transform of keys [B, H, T, d] that are turned back by `rotary` first."""
+
+    rotary: Rotary = None
+
+    linear = False  # keys turn with their positions
+
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        return super().forward(self.rotary.turn(x.to(self.E.dtype), start, -1))
+
+    def inverse(self, z: Tensor, head_dim: int, start: int = 0) -> Tensor:
+        return self.rotary.turn(super().inverse(z, head_dim), start, 1)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Transform:
+        return replace(super().to(device, dtype), rotary=self.rotary.to(device))
+
+
+@dataclass(frozen=True)
+class JointTransform(TurnedTransform):
+    """Transform of x [B, 2H, T, d], K's heads before V's, with keys turned back by `rotary`."""
+
+    joint = True
+
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        k, v = x.to(self.E.dtype).chunk(2, dim=1)
+        grouped = side_by_side(self.rotary.turn(k, start, -1), v, groups=self.E.shape[0])
+        return (grouped - self.mean[:, None]) @ self.E
+
+    def inverse(self, z: Tensor, head_dim: int, start: int = 0) -> Tensor:
+        k, v = apart(z.to(self.D.dtype) @ self.D + self.mean[:, None], head_dim)
+        return torch.cat((self.rotary.turn(k, start, 1), v), dim=1)
+
+
+class Measured(Fisher):
+    """A Fisher basis of every entry of a layer, fitted to moments whose "layers" are entries and "heads" groups.
+
+    joint: one entry a layer, K and V side by side; else two, K and then V. turned: keys have their rotary positions
+    taken off. prefix: what presets by ratio are called, PREFIX-4x.
+    """
+
+    measured = True
+    turned = False
+    prefix: str
+
+    def heads_per_group(self, num_kv_heads: int, head_dim: int) -> int:
+        """Neighbouring KV heads that share a basis."""
+        return heads_per_group(num_kv_heads, head_dim)
+
+    @property
+    def entries(self) -> int:
+        """Entries of a layer."""
+        return 1 if self.joint else 2
+
+    def entry(self, layer: int, side: str) -> int:
+        """Where a layer's K or V, `side` "k" or "v", is found."""
+        return layer if self.joint else 2 * layer + "kv".index(side)
+
+    def shape(self, geometry: Geometry) -> Geometry:
+        """Entries, groups and channels of a group, in the place of a model's layers, heads and head_dim."""
+        L, H, d = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
+        groups = H // self.heads_per_group(H, d)
+        return Geometry(L * self.entries, groups, 2 * H * d // groups // self.entries)
+
+    def arranged(self, k: Tensor, v: Tensor, rotary: Rotary, start: int) -> list[Tensor]:
+        """A layer's k, v [B, H, T, d] from position `start` on, or their gradients, as its entries: [B, G, T, w] each.
+
+        Turning and arranging are orthogonal, so gradients go the same way.
+        """
+        _, H, _, d = k.shape
+        per_group = self.heads_per_group(H, d)
+        k = rotary.turn(k, start, -1) if self.turned else k
+        return [side_by_side(k, v, H // per_group)] if self.joint else [join_heads(x, per_group * d) for x in (k, v)]
+
+    def transform(self, side: str, E: Tensor, D: Tensor, mean: Tensor, rotary: Rotary) -> Transform:
+        """The transform of one entry, with the layer's rotation where keys turn."""
+        if self.joint:
+            return JointTransform(E, D, mean, rotary=rotary)
+        return TurnedTransform(E, D, mean, rotary=rotary) if self.turned and side == "k" else Transform(E, D, mean)

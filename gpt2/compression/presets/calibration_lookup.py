@@ -1,0 +1,116 @@
+"""A preset's calibration: where its file is, whether it is the right one, and how it is made again."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shlex
+from pathlib import Path
+
+from gpt2.common.errors import BadArtefact, CalibrationNotFound, brief
+from gpt2.compression.calibration.file import calibration_folders, load_calibration
+from gpt2.compression.calibration.fit import Calibration
+from gpt2.models.loading import LoadedModel
+
+# Words alone, nothing that a shell would take apart, and written only where calibrations are
+COMMAND = r"python scripts/(calibrate_kv_lowrank|make_presets)\.py"
+COMMAND += r"(?= |$)(?: (?!--(?:output|study)\b)[\w./:,+=~'-]+)*(?: --output results/calibrations/[\w.-]+)?"
+LONGEST_COMMAND = 1000
+
+
+def calibration_of(preset: dict, model: LoadedModel | None = None) -> Calibration:
+    """A preset's calibration, found and checked against the preset and the model."""
+    path = find_calibration(preset)
+    stat = path.stat()
+    calibration = read_calibration(path.resolve(), stat.st_mtime_ns, stat.st_size)
+    check_calibration(calibration, preset, path, model)
+    return calibration
+
+
+@functools.lru_cache(maxsize=2)
+def read_calibration(path: Path, changed_ns: int, size: int) -> Calibration:
+    """A calibration file, read once as long as it is the same."""
+    return load_calibration(path)
+
+
+def made_by(meta: dict, calibration_file: str) -> str:
+    """The command that makes a calibration again from its metadata."""
+    words = {"model": meta["model"], "rank": meta["rank"], "samples": meta["samples"], "seq-len": meta["seq_len"]}
+    words |= {"seed": meta["seed"], "sink-tokens": meta["sink_tokens"], "text": meta["text_spec"]}
+    if meta.get("metric") == "fisher":  # gradients, which codecs may need that the file's own doesn't name
+        words["metric"] = "fisher"
+    output = calibration_folders()[0] / Path(calibration_file).name
+    flags = " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in words.items())
+    return f"python scripts/calibrate_kv_lowrank.py {flags} --output {shlex.quote(str(output))}"
+
+
+def check_geometry(preset: dict, model: LoadedModel) -> None:
+    """Raise BadArtefact where a preset was made for a cache of another shape than the model's."""
+    for key in ("num_layers", "head_dim"):
+        if preset[key] != getattr(model.geometry, key):
+            raise BadArtefact(f"preset for {preset['model']}: key {key!r}: expected {getattr(model.geometry, key)} for "
+                              f"{model.spec}, found {preset[key]}: this preset is of another model")  # fmt: skip
+
+
+def check_calibration(calibration: Calibration, preset: dict, path: Path, model: LoadedModel | None) -> None:
+    """Raise BadArtefact where a calibration isn't of the preset's model, or of the model that is about to run."""
+    for key in ("head_dim", "num_layers"):
+        if calibration.meta[key] != preset[key]:
+            raise BadArtefact(
+                f"{path}: field 'meta.{key}': the preset for {preset['model']} expects {preset[key]}, "
+                f"found {calibration.meta[key]}: calibrate that model"
+            )
+    for key, value in preset.get("calibrated_with", {}).items():
+        if calibration.meta.get(key) != value:
+            raise BadArtefact(
+                f"{path}: field 'meta.{key}': the preset was measured with {brief(value)}, found "
+                f"{brief(calibration.meta.get(key))}: the file was made anew; make it as it was: {_remedy(preset)}"
+            )
+    if model is not None:
+        calibration.check_model(model.fingerprint, model.spec, str(path))
+
+
+def find_calibration(preset: dict) -> Path:
+    """A preset's calibration file: as given, beside the preset, in results/calibrations.
+
+    Raises CalibrationNotFound with the places tried and the command that makes it.
+    """
+    try:
+        given = Path(preset["calibration_file"]).expanduser()
+    except RuntimeError:  # the home of a user who isn't there
+        given = Path(preset["calibration_file"])
+    places = [given, *(Path(preset[key]) / given for key in ("folder",) if key in preset)]
+    places += [folder / given.name for folder in calibration_folders()]
+    for place in dict.fromkeys(places):
+        if _is_file(place):
+            return place
+    raise CalibrationNotFound(
+        f"Calibration file not found: {given}. Looked at: {', '.join(str(place) for place in dict.fromkeys(places))}. "
+        f"Give its full path as preset['calibration_file'], or make it: {_remedy(preset)}"
+    )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than any file's
+        return False
+
+
+def _remedy(preset: dict) -> str:
+    """The command that makes a preset's calibration; people run what is printed, so one of ours and nothing else."""
+    made_by = str(preset.get("made_by"))
+    if len(made_by) < LONGEST_COMMAND and re.fullmatch(COMMAND, made_by):
+        return preset["made_by"]
+    words = ["--model", preset["model"], "--rank", str(preset["rank"])]
+    words += [] if preset["codec"] == "pca" else ["--codec", preset["codec"]]
+    output = calibration_folders()[0] / Path(preset["calibration_file"]).name
+    return f"python scripts/calibrate_kv_lowrank.py {shlex.join([*words, '--output', str(output)])}"
+
+
+def reference_to(calibration: Path, preset_path: Path) -> str:
+    """How a preset names its calibration so that the look-up finds it, also after both folders move together."""
+    if calibration.resolve().parent in [folder.resolve() for folder in calibration_folders()]:
+        return calibration.name
+    return os.path.relpath(calibration.resolve(), preset_path.resolve().parent)

@@ -1,0 +1,203 @@
+"""The rows of the perplexity ablation: which caches are compared, by group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache, identity_cache
+from gpt2.compression.cache.size import compression_ratio
+from gpt2.compression.calibration.fit import Calibration
+from gpt2.compression.codecs import IDENTITY, Compressor, IdentityCompressor, Transform, quantizer_for_bits
+from gpt2.compression.named_caches import from_policy
+from gpt2.compression.presets.policies import KVPolicyName
+from gpt2.compression.settings import Setting, compressors_for, fixed_transform
+from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory, compare, score
+from gpt2.models.loading import LoadedModel
+
+GROUPS = ("control", "basis", "metric", "target", "rank", "bits", "sinks", "layers", "nullspace", "policies")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cache of the ablation. Rows of several groups may be the same cache: then they have the same key."""
+
+    group: str
+    label: str
+    key: tuple
+    make: CacheFactory
+    more: dict = field(default_factory=dict)  # what else its results record says
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Builds rows from one calibration. ranks: the ladder, best first; the first also serves the other groups."""
+
+    loaded: LoadedModel
+    calibration: Calibration
+    ranks: Sequence[int]
+    bits: Sequence[int]
+    sink_tokens: int
+    layer_groups: int
+
+    def rows(self, group: str) -> list[Row]:
+        """Rows of a group, by the method of its name."""
+        return getattr(self, f"_{group}")()
+
+    def _row(self, group, label, target, rank, bits=16, *, codec="pca", sinks=None, layers=None) -> Row:
+        """A cache with a codec on `target`, in `layers` only when given."""
+        sinks = self.sink_tokens if sinks is None else sinks
+        L = self.calibration.geometry.num_layers
+        k, v = compressors_for(
+            target, bits, L, self.calibration, rank=rank, codec=codec, layers=layers, device=self.loaded.device
+        )
+        key = (target, rank, bits, codec, sinks, layers)
+        return Row(group, label, key, partial(CompressedDynamicCache, k, v, sink_tokens=sinks))
+
+    def _control(self) -> list[Row]:
+        L, half = self.calibration.geometry.num_layers, self.calibration.geometry.head_dim // 2
+        lossy = f"lossy on purpose: K and V, random rank {half}"
+        identity = Row("control", "identity", (IDENTITY,), lambda: identity_cache(L))
+        return [identity, self._row("control", lossy, "kv", half, codec="random")]
+
+    def _basis(self) -> list[Row]:
+        bases = [(rank, codec) for rank in self.ranks[:2] for codec in ("pca", "random")]
+        return [self._row("basis", f"V rank {rank}, {codec}", "v", rank, codec=codec) for rank, codec in bases]
+
+    def _metric(self) -> list[Row]:
+        """The same rank of K and of V in three metrics: variance, what attention reads, what the loss feels."""
+        return [
+            self._row("metric", f"{target.upper()} rank {rank}, {codec}", target, rank, codec=codec)
+            for target in ("k", "v")
+            for rank in self.ranks[:2]
+            for codec in ("pca", "attention", "fisher")
+        ]
+
+    def _target(self) -> list[Row]:
+        return [
+            self._row("target", f"{target.upper()} rank {rank}", target, rank)
+            for target in ("v", "k", "kv")
+            for rank in self.ranks
+        ]
+
+    def _rank(self) -> list[Row]:
+        return [self._row("rank", f"V rank {rank}", "v", rank) for rank in self.ranks]
+
+    def _bits(self) -> list[Row]:
+        d = self.calibration.geometry.head_dim
+        rows = []
+        for bits in self.bits:
+            if bits != 16:
+                rows.append(self._row("bits", f"V int{bits}, no basis", "v", d, bits, codec=IDENTITY))
+            for rank in (d, self.ranks[0]):
+                rows.append(self._row("bits", f"V rank {rank}, {bits} bits", "v", rank, bits))
+        return rows
+
+    def _sinks(self) -> list[Row]:
+        rank, d = self.ranks[0], self.calibration.geometry.head_dim
+        settings = {
+            f"V rank {rank}": ("v", rank, 16, "pca"),
+            f"K rank {rank}": ("k", rank, 16, "pca"),
+            "V int4, no basis": ("v", d, 4, IDENTITY),
+        }
+        counts = dict.fromkeys((0, 1, self.sink_tokens))
+        return [
+            self._row("sinks", f"{label}, {n} exact sinks", target, rank, bits, codec=codec, sinks=n)
+            for label, (target, rank, bits, codec) in settings.items()
+            for n in counts
+        ]
+
+    def _layers(self) -> list[Row]:
+        """The lowest rank of the ladder in a few neighbouring layers at a time: which layers are sensitive."""
+        L, rank = self.calibration.geometry.num_layers, self.ranks[-1]
+        edges = [L * i // self.layer_groups for i in range(self.layer_groups + 1)]
+        stretches = [range(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+        return [
+            self._row("layers", f"V rank {rank} in layers {part[0]}–{part[-1]} only", "v", rank, layers=part)
+            for part in stretches
+        ]
+
+    def _nullspace(self) -> list[Row]:
+        """The all-ones direction against other ways to drop one direction, at the same bytes."""
+        d = self.calibration.geometry.head_dim
+        rows = [self._row("nullspace", f"{target.upper()} LN nullspace", target, d - 1, codec="ln_nullspace")
+                for target in ("v", "k", "kv")]  # fmt: skip
+        rows += [
+            self._row("nullspace", "V PCA, one direction dropped", "v", d - 1),
+            self._row("nullspace", "V random, one direction dropped", "v", d - 1, codec="random"),
+            *self._projected("V LN nullspace", self._helmert(), about_mean=(True,)),
+            *self._projected("V without the least direction of W_v", self._most_of_w_v()),
+        ]
+        for bits in (bits for bits in self.bits if bits < 16):
+            rows += [
+                self._row("nullspace", f"V int{bits}, no basis", "v", d, bits, codec=IDENTITY),
+                self._row("nullspace", f"V LN nullspace, {bits} bits", "v", d - 1, bits, codec="ln_nullspace"),
+                self._row(
+                    "nullspace", f"V LN nullspace + PCA, {bits} bits", "v", d - 1, bits, codec="ln_nullspace+pca"
+                ),
+                self._row("nullspace", f"V PCA, one dropped, {bits} bits", "v", d - 1, bits),
+            ]
+        return rows
+
+    def _helmert(self) -> list[Tensor]:
+        geometry = self.calibration.geometry
+        E = fixed_transform(Setting("ln_nullspace"), geometry.head_dim).E
+        return [E.expand(geometry.num_kv_heads, -1, -1)] * geometry.num_layers
+
+    def _most_of_w_v(self) -> list[Tensor] | None:
+        """Per layer, all but the direction that a head's rows of W_v write least into; None without v_proj."""
+        weights = [module.v_proj.weight for module in self.loaded.model.modules() if hasattr(module, "v_proj")]
+        geometry = self.calibration.geometry
+        if len(weights) != geometry.num_layers:
+            return None
+        heads = [w.detach().double().cpu().view(geometry.num_kv_heads, geometry.head_dim, -1) for w in weights]
+        return [torch.linalg.svd(w, full_matrices=False).U[..., : geometry.head_dim - 1] for w in heads]
+
+    def _projected(self, label: str, bases: list[Tensor] | None, about_mean=(False, True)) -> list[Row]:
+        """V in every layer projected onto E [H, d, r]: about zero, and about its mean, which PCA gives back too."""
+        rows = []
+        for centred in about_mean if bases else ():
+            means = self.calibration.statistics.v.mean * float(centred)
+            v = [
+                Compressor(quantizer_for_bits(16), Transform(E, E.mT, mean).to(self.loaded.device, torch.float32))
+                for E, mean in zip(bases, means, strict=True)
+            ]
+            make = partial(CompressedDynamicCache, [IdentityCompressor()] * len(v), v, sink_tokens=self.sink_tokens)
+            name = label + (", about the mean" if centred else "")
+            rows.append(Row("nullspace", name, (name,), make))
+        return rows
+
+    def _policies(self) -> list[Row]:
+        return [
+            Row(
+                "policies",
+                f"policy {name}",
+                ("policy", name),
+                from_policy(name, self.loaded).make,
+                {"policy": str(name)},
+            )
+            for name in KVPolicyName
+        ]
+
+
+def measure(
+    loaded: LoadedModel, segments: Tensor, rows: Sequence[Row], known: dict[tuple, dict], *, seed: int = 0, **scoring
+) -> list[dict]:
+    """Score rows beside the baseline; one results record per row.
+
+    known: measurements by key from earlier calls, added to; their caches are not scored again. scoring: as `score`.
+    """
+    new = {row.label: row for row in rows if row.key not in known}
+    caches = {BASELINE: baseline_factory(loaded)} | {label: row.make for label, row in new.items()}
+    scores = score(loaded, segments, caches, **scoring) if new else {}
+    for label, row in new.items():
+        known[row.key] = compare(scores[BASELINE], scores[label], seed) | {
+            "compression_ratio_2048": compression_ratio(row.make, loaded.geometry, config=loaded.model.config),
+            "largest_nll_change": float(np.abs(scores[label].nll - scores[BASELINE].nll).max()),
+        }
+    return [{"group": row.group, "label": row.label, **row.more, **known[row.key]} for row in rows]

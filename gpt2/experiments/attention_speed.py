@@ -1,0 +1,297 @@
+"""Time of one decode step's attention over a filled cache, in one layer: what is stored against 16-bit K and V.
+
+Keys and values are noise, and no model is needed. Every row holds the same tokens: a prompt, and GENERATED tokens after
+it, so that a codec of whole blocks has a tail, as it has in use. Rows take turns in an order that turns round with
+every repeat, each with caches of the processor that hold none of what it reads; ratios pair the runs of one repeat.
+Before anything is timed, what each row gives is compared with float32 attention over the same K and V.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt2.common.errors import PluginError
+from gpt2.compression.cache import attention_math, direct_attention
+from gpt2.compression.cache.token_store import TokenStore
+from gpt2.compression.codecs import QUANTIZERS, Compressor
+from gpt2.compression.kernels import cpu
+from gpt2.compression.presets.any_model import ANY_MODEL, SINK_TOKENS
+from gpt2.compression.settings import Setting, build
+from gpt2.evaluation.timing import QUARTILES
+from gpt2.experiments.compiled_attention import CompiledInt4Channel
+
+GENERATED = 33
+WARM_UP = 3
+COPIES = 10  # of the copy that bandwidth is measured with
+SHARPNESS = 2.0  # standard deviation of scores: some tokens matter more than others
+SIXTEEN, FLOAT32, OURS, COMPILED = "16-bit", "float32", "compressed", "torch.compile"
+SDPA = "sdpa"
+# What may be asked for: a quantizer for K and V alike, or the codecs of a preset for any model
+CODECS = (*(name for name in QUANTIZERS if name != "mixed_fixed"), *ANY_MODEL)
+clock = time.perf_counter
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer's attention: query heads, KV heads, channels of each, sequences side by side."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    batch: int
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise PluginError(f"{self.heads} query heads don't share {self.kv_heads} KV heads evenly")
+
+    def __str__(self) -> str:
+        return f"b{self.batch}_h{self.heads}-{self.kv_heads}x{self.head_dim}"
+
+
+@dataclass
+class Row:
+    """One way to do it. step: a decode step's attention, [B, Hq, 1, d]; nbytes: held, all of which a step reads.
+
+    expected: float32 attention over K and V as this row holds them. compile_s: by function, where one is compiled.
+    """
+
+    label: str
+    kind: str
+    step: Callable[[], Tensor]
+    nbytes: int
+    expected: Tensor
+    compile_s: dict[str, float] | None = None
+    ms: list[float] = field(default_factory=list)
+    host_ms: list[float] = field(default_factory=list)
+
+
+class Timer:
+    """Milliseconds of a step on a device, which has to fetch all it reads from memory; and of the host to launch it.
+
+    flush_bytes: written before every step, more than the processor's caches hold. On a GPU they are written for longer
+    than the host takes to launch a step: what is timed is then the GPU's work, without gaps in which it waits.
+    """
+
+    def __init__(self, device: torch.device, flush_bytes: int):
+        self.cuda = device.type == "cuda"
+        self.buffer = torch.zeros(flush_bytes, dtype=torch.uint8, device=device)
+        self.flushes = 1
+
+    def warm_up(self, steps: Sequence[Callable[[], Tensor]]) -> None:
+        """Run each step some times, and find out how long the GPU must be kept busy."""
+        for step in steps:
+            for _ in range(WARM_UP):
+                step()
+        if self.cuda:
+            host = max(min(self(step)[1] for _ in range(WARM_UP)) for step in steps)
+            self.flushes = 1 + math.ceil(2 * host / max(self(self.flush)[0], 1e-3))
+
+    def flush(self) -> None:
+        self.buffer.zero_()
+
+    def __call__(self, step: Callable) -> tuple[float, float]:
+        """Milliseconds of the device and of the host; the same on a CPU."""
+        for _ in range(self.flushes):
+            self.flush()
+        if not self.cuda:
+            start = clock()
+            step()
+            return (1000 * (clock() - start),) * 2
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        start = clock()
+        step()
+        host = 1000 * (clock() - start)
+        events[1].record()
+        events[1].synchronize()
+        return events[0].elapsed_time(events[1]), host
+
+
+def copy_bandwidth(timer: Timer, nbytes: int) -> float:
+    """Bytes per second, read and written, of copying a tensor of so many bytes: median of some copies."""
+    source = torch.zeros(nbytes, dtype=torch.uint8, device=timer.buffer.device)
+    target = torch.zeros_like(source)  # written to once: memory that was never touched is slower
+    copy = lambda: target.copy_(source)  # noqa: E731
+    timer.warm_up([copy])
+    return 2 * nbytes / statistics.median(timer(copy)[0] for _ in range(COPIES)) * 1000
+
+
+@torch.no_grad()
+def measure(
+    shape: Shape, context: int, codecs: Sequence[str], bits: Sequence[float], timer: Timer, bandwidth: float, *,
+    dtype: torch.dtype = torch.bfloat16, repeats: int = 20, compiled: bool = False, seed: int = 0, progress=iter,
+) -> list[dict]:  # fmt: skip
+    """One results record per row, at one context length. Raises PluginError where a row gives something else.
+
+    codecs: of CODECS; those that come in any number of bits once for each of `bits`. bandwidth: as `copy_bandwidth`
+    gives it. compiled: also int4_channel by torch.compile. progress: wraps the iterable of repeats, such as tqdm.
+    """
+    device = timer.buffer.device
+    k, v, q = _noise(shape, context + GENERATED, dtype, device, seed)
+    rows = [*_plain_rows(q, k, v)]
+    for name in codecs:
+        rows += [_stored_row(label, pair, q, k, v) for label, pair in _compressors(name, bits, shape.head_dim)]
+    if compiled:
+        rows.append(_compiled_row(q, k, v))
+    for row in rows:
+        check(row)
+    timer.warm_up([row.step for row in rows])
+    for n in progress(range(repeats)):
+        for row in rows[::-1] if n % 2 else rows:
+            for times, ms in zip((row.ms, row.host_ms), timer(row.step), strict=True):
+                times.append(ms)
+    cell = {"context_tokens": context, "tokens_held": k.shape[2], "batch_size": shape.batch}
+    return [cell | record for record in _records(rows, bandwidth, timer.cuda)]
+
+
+def check(row: Row) -> None:
+    """Raise PluginError unless a row gives what float32 attention over its K and V gives, to the dtype's rounding."""
+    found = row.step()
+    error = float((found.float() - row.expected).norm() / row.expected.norm())
+    tolerance = max(4 * torch.finfo(found.dtype).eps, 1e-4)
+    if not error <= tolerance:
+        raise PluginError(
+            f"{row.label}: {error:.1e} away from attention over the same K and V, more than {tolerance:.1e}"
+        )
+
+
+def _noise(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
+    """K and V [B, H, T, d], and the query [B, Hq, 1, d]."""
+    generator = torch.Generator(device).manual_seed(seed)
+    sizes = [(shape.kv_heads, tokens)] * 2 + [(shape.heads, 1)]
+    k, v, q = (
+        torch.randn(shape.batch, heads, n, shape.head_dim, generator=generator, device=device).to(dtype)
+        for heads, n in sizes
+    )
+    return k, v, SHARPNESS * q
+
+
+# --- rows
+
+
+def _plain_rows(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Row]:
+    """K and V as they are; on a CPU, whose 16-bit arithmetic may be slow, in float32 too."""
+    ways = {SDPA: _sdpa, "sdpa, heads packed": _sdpa_packed, "matmuls per KV head": _matmuls}
+    expected = exact(q, k, v)
+    for kind, dtype in ((SIXTEEN, k.dtype), (FLOAT32, torch.float32)):
+        if kind == FLOAT32 and q.device.type != "cpu":
+            continue
+        held = [x.to(dtype) for x in (q, k, v)]
+        for name, way in ways.items():
+            label = name if kind == SIXTEEN else f"{name}, {kind}"
+            yield Row(label, kind, _bound(way, *held), held[1].nbytes + held[2].nbytes, expected)
+
+
+def _bound(way: Callable, *tensors) -> Callable[[], Tensor]:
+    return lambda: way(*tensors)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As transformers calls it."""
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _sdpa_packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The queries of a KV head as if they were several tokens' of one head: each of K and V is read once."""
+    B, H, _, d = k.shape
+    return F.scaled_dot_product_attention(q.view(B, H, -1, d), k, v).view(q.shape)
+
+
+def _matmuls(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    B, H, _, d = k.shape
+    x = (q * d**-0.5).view(B, H, -1, d) @ k.mT
+    return (x.softmax(-1) @ v).view(q.shape)
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention in float32."""
+    return attention_math.attend_expanded(k.float(), v.float(), q.float(), None, q.shape[-1] ** -0.5)
+
+
+def _compressors(
+    name: str, bits: Sequence[float], head_dim: int
+) -> Iterator[tuple[str, tuple[Compressor, Compressor]]]:
+    """Compressors of K and of V by label."""
+    if name in ANY_MODEL:
+        k, v = build(dict(zip(("k", "v"), ([setting] for setting in ANY_MODEL[name]), strict=True)), head_dim)
+        yield name, (k[0], v[0])
+        return
+    adjustable = QUANTIZERS[name].adjustable
+    for each in bits if adjustable else [QUANTIZERS[name].bits]:
+        setting = Setting(bits=each, quantizer=name)
+        k, v = build({"k": [setting], "v": [setting]}, head_dim)
+        yield (f"{name}, {each:g} bits" if adjustable else name), (k[0], v[0])
+
+
+def _stored_row(label: str, pair: tuple[Compressor, Compressor], q: Tensor, k: Tensor, v: Tensor) -> Row:
+    stores = [_filled(compressor, x) for compressor, x in zip(pair, (k, v), strict=True)]
+    expected = exact(q, *(store.read() for store in stores))
+    held = sum(store.nbytes() for store in stores)
+    return Row(label, OURS, _bound(direct_attention.attend, *stores, q, None, q.shape[-1] ** -0.5), held, expected)
+
+
+def _filled(compressor: Compressor, x: Tensor) -> TokenStore:
+    """A store that holds x [B, H, T, d]: a prompt and what was generated after it."""
+    store = TokenStore(compressor, SINK_TOKENS, 0)
+    store.prepare(x, "benchmark")
+    for part in x.split([x.shape[2] - GENERATED, GENERATED], dim=2):
+        store.append(part)
+    return store
+
+
+def _compiled_row(q: Tensor, k: Tensor, v: Tensor) -> Row:
+    quantizer = CompiledInt4Channel()
+    row = _stored_row("int4_channel, torch.compile", (Compressor(quantizer),) * 2, q, k, v)
+    row.kind, row.compile_s = COMPILED, quantizer.compile_s
+    with quantizer.compiling():
+        row.step()
+    return row
+
+
+# --- figures
+
+
+def _records(rows: Sequence[Row], bandwidth: float, cuda: bool) -> Iterator[dict]:
+    stock = next(row for row in rows if row.label == SDPA)
+    best = min((row for row in rows if row.kind == SIXTEEN), key=lambda row: statistics.median(row.ms))
+    for row in rows:
+        median = statistics.median(row.ms)
+        speed = 1000 * row.nbytes / median
+        yield {
+            "row": row.label,
+            "kind": row.kind,
+            "ms": row.ms,
+            **spread("ms", row.ms),
+            **({"host_ms_median": statistics.median(row.host_ms)} if cuda else {}),
+            "bytes_held": row.nbytes,
+            "bytes_per_s": speed,
+            "share_of_copy": speed / bandwidth,
+            **spread("speed_against_sdpa", [a / b for a, b in zip(stock.ms, row.ms, strict=True)]),
+            **spread("speed_against_best_16_bit", [a / b for a, b in zip(best.ms, row.ms, strict=True)]),
+            "best_16_bit": row is best,
+            **({"compile_s": row.compile_s} if row.compile_s else {}),
+        }
+
+
+def spread(name: str, values: Sequence[float]) -> dict:
+    """Median and quartiles under a name."""
+    low, median, high = (float(value) for value in np.quantile(values, QUARTILES))
+    return {f"{name}_median": median, f"{name}_quartiles": [low, high]}
+
+
+def kernels(device: torch.device) -> str:
+    """What reads the codes on a device, in words."""
+    from gpt2.compression.kernels import dispatch
+
+    if dispatch.usable(torch.empty(0, device=device)):
+        return "Triton"
+    return "C++" if device.type == "cpu" and cpu.loaded() else "PyTorch"

@@ -1,0 +1,161 @@
+"""What a dense model of a given shape costs to calibrate, counted: no weights are needed, and nothing is measured.
+
+Multiplications and additions count one each. L layers, H KV heads of d channels, Q query heads, sequences of T tokens;
+attention is causal, so that half of its T² scores count. Formulas stand beside each function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from gpt2.compression.calibration.fisher import RESERVOIR_BLOCKS
+from gpt2.compression.codecs import measured_codecs
+from gpt2.compression.codecs.mixed import BLOCK
+from gpt2.models.geometry import Geometry, geometry_of
+
+FLOAT64, HALF = 8, 2  # bytes
+EIGEN_PER_FIT = 2  # eigen-decompositions of a basis in a metric: of the metric, and of the covariance in it
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What costs are counted from. layer_weights: of one layer, in numbers; weights: of all, with embeddings."""
+
+    geometry: Geometry
+    query_heads: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    layer_weights: int
+    weights: int
+
+    def entries(self) -> dict[str, Geometry]:
+        """Each measured codec's entries, groups and channels of one, in the place of layers, heads and head_dim."""
+        return {name: basis.shape(self.geometry) for name, basis in measured_codecs().items()}
+
+
+def dimensions(config: PretrainedConfig, name: str) -> Dimensions:
+    """Dimensions of a model by its config, laid out without weights. Norms and biases count with the layers."""
+    geometry, _ = geometry_of(config, name)
+    weights = weights_of(config, name)
+    text = config.get_text_config(decoder=True)
+    embeddings = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)
+    return Dimensions(
+        geometry, text.num_attention_heads, text.hidden_size, getattr(text, "intermediate_size", 4 * text.hidden_size),
+        text.vocab_size, (weights - embeddings) // geometry.num_layers, weights,
+    )  # fmt: skip
+
+
+def weights_of(config: PretrainedConfig, name: str) -> int:
+    """Number of a model's weights."""
+    _, nbytes = geometry_of(config, name)
+    dtype = getattr(config, "dtype", None)
+    return nbytes // getattr(dtype, "itemsize", HALF)
+
+
+# --- arithmetic
+
+
+def forward_flops(dims: Dimensions, tokens: int, *, logits: bool = False) -> float:
+    """One sequence of T tokens: L (2 · layer_weights · T + 2 Q d T²), and 2 · vocabulary · hidden · T for logits."""
+    scores = 2 * dims.query_heads * dims.geometry.head_dim * tokens**2
+    body = dims.geometry.num_layers * (2 * dims.layer_weights * tokens + scores)
+    return float(body + logits * 2 * dims.vocabulary * dims.hidden * tokens)
+
+
+def backward_flops(dims: Dimensions, tokens: int) -> float:
+    """The way back for activations alone: L (2 · layer_weights · T + 5 Q d T²) + 2 · vocabulary · hidden · T.
+
+    Weights get no gradients, so that it costs a forward pass and not two; attention makes five products for two.
+    """
+    scores = 5 * dims.query_heads * dims.geometry.head_dim * tokens**2
+    body = dims.geometry.num_layers * (2 * dims.layer_weights * tokens + scores)
+    return float(body + 2 * dims.vocabulary * dims.hidden * tokens)
+
+
+def moments_flops(dims: Dimensions, tokens: int) -> float:
+    """Products of the first pass, K, V and queries with themselves: 2 L d² (2 H + Q) T."""
+    g = dims.geometry
+    return 2.0 * g.num_layers * g.head_dim**2 * (2 * g.num_kv_heads + dims.query_heads) * tokens
+
+
+def gradient_moments_flops(dims: Dimensions, tokens: int) -> float:
+    """Products of the second: of heads 4 L H d² T; of every measured codec 4 · entries · G w² T."""
+    g = dims.geometry
+    products = [e.num_layers * e.num_kv_heads * e.head_dim**2 for e in dims.entries().values()]
+    return 4.0 * tokens * (g.num_layers * g.num_kv_heads * g.head_dim**2 + sum(products))
+
+
+def first_pass_flops(dims: Dimensions, tokens: int) -> float:
+    """All of `capture.collect` for one sequence: forward without logits, and moments."""
+    return forward_flops(dims, tokens) + moments_flops(dims, tokens)
+
+
+def gradient_pass_flops(dims: Dimensions, tokens: int, *, checkpointing: bool = False) -> float:
+    """All of `gradients.collect_fisher` for one sequence: forward with logits, backward, and moments.
+
+    checkpointing: the layers' forward pass once more.
+    """
+    again = forward_flops(dims, tokens) if checkpointing else 0
+    forward = forward_flops(dims, tokens, logits=True)
+    return forward + again + backward_flops(dims, tokens) + gradient_moments_flops(dims, tokens)
+
+
+def bases(dims: Dimensions) -> dict[int, int]:
+    """Width of a matrix to how many of that width a Fisher calibration fits: of measured codecs, and of every head."""
+    g = dims.geometry
+    fitted = [(e.head_dim, e.num_layers * e.num_kv_heads) for e in dims.entries().values()]
+    counts: dict[int, int] = {}
+    for width, count in [*fitted, (g.head_dim, 2 * g.num_layers * g.num_kv_heads)]:
+        counts[width] = counts.get(width, 0) + count
+    return counts
+
+
+# --- memory
+
+
+def statistics_bytes(dims: Dimensions) -> int:
+    """What `collect` leaves, float64: moments of K and V, and a metric for each, 8 (2 L + 2 L H d + 4 L H d²)."""
+    g = dims.geometry
+    heads = g.num_layers * g.num_kv_heads
+    return FLOAT64 * (2 * g.num_layers + heads * (2 * g.head_dim + 4 * g.head_dim**2))
+
+
+def gradient_statistics_bytes(dims: Dimensions) -> dict[str, int]:
+    """What `collect_fisher` adds. heads: 16 L H d². Each measured codec: scatter and metric, 16 w² per entry and group,
+    with mean and count. blocks: the sample that quantization is measured on, 2 · 48 · 64 · entries · G w of each.
+    """
+    g, entries = dims.geometry, dims.entries()
+    moments = {
+        name: FLOAT64 * e.num_layers * (1 + e.num_kv_heads * (e.head_dim + 2 * e.head_dim**2))
+        for name, e in entries.items()
+    }
+    vectors = sum(e.num_layers * e.num_kv_heads * e.head_dim for e in entries.values())
+    return {
+        "heads": FLOAT64 * 2 * g.num_layers * g.num_kv_heads * g.head_dim**2,
+        **moments,
+        "blocks": HALF * RESERVOIR_BLOCKS * BLOCK * vectors,
+    }
+
+
+def logits_bytes(dims: Dimensions, tokens: int) -> int:
+    """One float32 copy of a sequence's logits: 4 · T · vocabulary. The gradient pass holds three or four."""
+    return 4 * tokens * dims.vocabulary
+
+
+def activation_bytes(dims: Dimensions, tokens: int, *, checkpointing: bool = False, element: int = HALF) -> int:
+    """What a gradient pass keeps of a Llama-like model's layers for the way back, `element` bytes a number.
+
+    Of a token and layer: inputs of both norms in float32, 8 (hidden + 1); queries, output, K and V,
+    2 (Q + H) d · element; a float32 sum per query head, 4 Q; and three of the MLP, 3 · intermediate · element. Once:
+    the last norm's input, 4 (hidden + 1), and the tables of positions, 2 d · element.
+    checkpointing: every layer's input, and those of one layer.
+    """
+    g = dims.geometry
+    attention = 2 * (dims.query_heads + g.num_kv_heads) * g.head_dim * element + 4 * dims.query_heads
+    layer = 8 * (dims.hidden + 1) + attention + 3 * dims.intermediate * element
+    once = 4 * (dims.hidden + 1) + 2 * g.head_dim * element
+    layers = g.num_layers * dims.hidden * element + layer if checkpointing else g.num_layers * layer
+    return tokens * (layers + once)

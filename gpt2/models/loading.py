@@ -1,0 +1,203 @@
+"""Load a causal language model by spec, know the shape of its cache, refuse what can't be compressed.
+
+A spec is the embedded model's name, a local folder, or a hub id.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from gpt2.common.errors import PluginError, UnsupportedModel, first_line, is_out_of_memory
+from gpt2.common.processes import launched, local_rank
+from gpt2.models.embedded import EMBEDDED, embedded_folder
+from gpt2.models.geometry import Geometry, fingerprint, probe_geometry
+from gpt2.models.support import SUPPORTED, refuse_unsupported
+
+SPREAD = {"all": "auto"}  # --device to the device_map that spreads layers
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def slug_of(spec: str) -> str:
+    """A model's spec as a part of a file name."""
+    return Path(spec.rstrip("/")).name.lower().replace(" ", "-")
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to run, with what artefacts record of it.
+
+    tokenizer: None where there are no trained weights (`random_weights`), so no text means anything to the model.
+    """
+
+    model: PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase | None
+    spec: str
+    geometry: Geometry
+    fingerprint: str
+    random_weights: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def slug(self) -> str:
+        """The spec as a part of a file name."""
+        name = slug_of(self.spec)
+        return re.sub(r"[(),]|\.json", "", name) if self.random_weights else name
+
+    @property
+    def max_context(self) -> int | None:
+        """Longest trained context in tokens, None where the config doesn't say."""
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    def require_context(self, tokens: int, flag: str = "--seq-len", *, after: int = 0) -> None:
+        """Refuse a context longer than the model was trained for. after: tokens that will follow it."""
+        if self.max_context and tokens + after > self.max_context:
+            following = f" with {after} after it" if after else ""
+            raise PluginError(
+                f"a context of {tokens} tokens{following} is longer than the {self.max_context} that {self.spec} was "
+                f"trained for: use {flag} {self.max_context - after} or less"
+            )
+
+
+def load(spec: str = EMBEDDED, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load model and tokenizer.
+
+    device: auto (CUDA where there is one), cpu, cuda, cuda:N, or all (layers spread over all GPUs). dtype: auto (the
+    checkpoint's own on CUDA, float32 on CPU), float32, float16 or bfloat16. Raises UnsupportedModel before any weight
+    is read where the config tells.
+    """
+    target = resolve_device(device)
+    if not (sys.stderr.isatty() and launched().first):  # a log file wants no progress bars
+        transformers.utils.logging.disable_progress_bar()
+    config, source = read_config(spec), _source(spec)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=resolve_dtype(dtype, target), output_loading_info=True,
+            trust_remote_code=False, device_map=SPREAD.get(device),
+        )  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except PluginError:
+        raise
+    except Exception as error:  # a damaged folder shows as anything from a parser's to a shape's error
+        if is_out_of_memory(error):
+            raise
+        raise PluginError(_cant_load(spec, error)) from error
+    if missing := sorted(report["missing_keys"]):  # transformers would fill them with noise and only log it
+        raise PluginError(f"model {spec!r}: its files lack {len(missing)} weights that its config asks for, such as "
+                          f"{missing[0]}: the checkpoint and its config.json don't belong together")  # fmt: skip
+    if device in SPREAD:
+        refuse_offloaded(model, spec, target)
+    else:
+        model = model.to(target)
+    return wrap(model, tokenizer, spec)
+
+
+def read_config(spec: str) -> transformers.PretrainedConfig:
+    """A model's config, without its weights. Raises PluginError, as `load` does, where there is none to be had."""
+    source = _source(spec)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a damaged file shows as anything
+        raise PluginError(_cant_load(spec, error)) from error
+    refuse_unsupported(config, spec)
+    return config
+
+
+def refuse_offloaded(model: PreTrainedModel, spec: str, target: torch.device) -> None:
+    """Raise PluginError where layers that found no room were left off the devices: every step would wait for them."""
+    if {parameter.device.type for parameter in model.parameters()} != {target.type}:
+        raise PluginError(f"model {spec!r} doesn't fit on all GPUs together: use a smaller --dtype or model")
+
+
+def wrap(model: PreTrainedModel, tokenizer, spec: str) -> LoadedModel:
+    """Check a model that is already in memory and measure its cache's shape."""
+    refuse_unsupported(model.config, spec, model)
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModel(f"Model doesn't have past_key_values: {spec}'s forward takes none; {SUPPORTED}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PluginError(f"{spec}: device_map found no room for some layers and left them off its devices, where "
+                          "neither weights nor statistics can be read: use a smaller dtype or model")  # fmt: skip
+    model.eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, spec, probe_geometry(model, spec), fingerprint(model))
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `all` to a device that exists; `all` to the type that its devices have.
+
+    Of several processes on a machine each gets a GPU of its own.
+    """
+    own = local_rank()
+    if own is not None and device in SPREAD:
+        raise PluginError(f"--device {device} spreads one model over every GPU, which leaves none to other processes: "
+                          "give --device auto, or start the script with python")  # fmt: skip
+    if own is not None and device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{own}"
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device("cuda" if device in SPREAD else device)
+    except RuntimeError:
+        target = None
+    if target is None or target.type not in ("cpu", "cuda"):
+        raise PluginError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N, or all for every GPU")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        advice = "use auto or cpu" if own is None else f"start {found} processes, or use cpu"
+        raise PluginError(f"device {device!r} is not there ({found} CUDA devices found): {advice}")
+    return target
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    """A --dtype value to what `from_pretrained` takes."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in DTYPES:
+        raise PluginError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _source(spec: str) -> str:
+    """Folder or hub id of a spec, as transformers takes it."""
+    if spec == EMBEDDED:
+        return str(embedded_folder())
+    folder = Path(os.path.expanduser(spec))  # os.path takes any name, pathlib no long one and no ~ of nobody
+    if os.path.isfile(folder / "config.json"):
+        return str(folder)
+    if folder.suffix == ".json":
+        raise PluginError(f"{spec} is a shape without weights: only scripts that measure speed and memory take one")
+    if not spec or spec.startswith((".", "/", "~")) or ("/" in spec and os.path.exists(folder)):
+        raise PluginError(f"no model in {spec!r}: expected a folder with a config.json, as save_pretrained writes it")
+    return spec
+
+
+def _cant_load(spec: str, error: Exception) -> str:
+    return f"can't load model {spec!r}: {first_line(error)}. {_hint(spec)}"
+
+
+def _hint(spec: str) -> str:
+    if os.path.isdir(os.path.expanduser(spec)):
+        hidden = (
+            "" if os.path.exists(Path(spec) / "config.json") else f"A folder named {spec} hides a hub id of that name. "
+        )
+        return f"{hidden}A model's folder is complete as save_pretrained writes it: config, weights and tokenizer"
+    if difflib.get_close_matches(spec, [EMBEDDED]):
+        return f"Did you mean {EMBEDDED!r}?"
+    offline = " HF_HUB_OFFLINE is set, so only what is already on this machine can be used." if _offline() else ""
+    return f"Give {EMBEDDED!r}, a local folder, or a hub id that this machine can reach.{offline}"
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "ON", "YES", "TRUE"}

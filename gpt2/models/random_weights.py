@@ -1,0 +1,122 @@
+"""Models without weights: an architecture in its real shape, filled with noise, to measure speed and memory.
+
+A shape is a JSON file of config fields, as those in configs/models. What weights say changes neither figure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from gpt2.common import files
+from gpt2.common.errors import PluginError, brief, is_out_of_memory
+from gpt2.models import loading, support
+from gpt2.models.loading import LoadedModel
+
+FOLDER = files.ROOT / "configs" / "models"
+NOISE = 0.02
+
+
+def load(spec: str, device: str = "auto", dtype: str = "auto", layers: int | None = None) -> LoadedModel:
+    """A model by spec as `models.load` has it, or a shape's JSON file as a model with random weights.
+
+    layers: take so many of a shape's layers. device, dtype: as `models.load`, except that a shape is made on one
+    device, in bfloat16 on CUDA unless said. Raises PluginError where the file isn't a shape, or can't be compressed.
+    """
+    if not spec.endswith(".json"):
+        if layers:
+            raise PluginError(f"--layers cuts a shape such as {_known()[0]}: {spec} has weights, and keeps its layers")
+        return loading.load(spec, device, dtype)
+    if device in loading.SPREAD:
+        raise PluginError(f"{spec} is made on one device: use --device cuda, and --layers where it doesn't fit")
+    target = loading.resolve_device(device)
+    kind = loading.resolve_dtype(dtype, target)
+    path = _find(spec)
+    config = read_shape(path, layers)
+    try:
+        return from_config(config, path.name, target, torch.bfloat16 if kind == "auto" else kind)
+    except PluginError:
+        raise
+    except Exception as error:  # fields that don't fit together show where a model is made of them, or runs
+        if is_out_of_memory(error):
+            raise
+        raise PluginError(
+            f"{path}: no model can be made of this shape ({type(error).__name__}: {brief(str(error))})"
+        ) from error
+
+
+def from_config(
+    config: PretrainedConfig, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LoadedModel:
+    """A model of this shape with random weights. name: what results call it, the number of layers is added."""
+    loaded = loading.wrap(_random_model(config, torch.device(device), dtype), None, name)
+    count = loaded.geometry.num_layers
+    return replace(loaded, spec=f"{name} (random weights, {count} layer{'s' * (count > 1)})", random_weights=True)
+
+
+def changed(config: PretrainedConfig, layers: int | None = None, **fields) -> PretrainedConfig:
+    """A copy of a config with other fields, and of its first `layers` layers when given."""
+    return AutoConfig.for_model(**_cut(config.to_dict(), layers, config.model_type) | fields)
+
+
+def read_shape(path: Path, layers: int | None = None) -> PretrainedConfig:
+    """The config of a shape's file, of its first `layers` layers when given."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        config = AutoConfig.for_model(**_cut(fields, layers, path.name))
+    except PluginError:
+        raise
+    except Exception as error:  # config classes check their fields each in its own way
+        raise PluginError(
+            f"{path}: not a model's shape: {str(error).strip().splitlines()[0]}. Expected a JSON object with "
+            "model_type and the fields of that model's config"
+        ) from error
+    support.refuse_unsupported(config, path.name)
+    return config
+
+
+def read_shapes(specs: Iterable[str]) -> dict[str, PretrainedConfig]:
+    """Configs by name, of shapes' files or their names in configs/models."""
+    return {path.stem: read_shape(path) for path in map(_find, specs)}
+
+
+def _cut(fields: dict, layers: int | None, name: str) -> dict:
+    if not layers:
+        return fields
+    if layers > fields["num_hidden_layers"]:
+        raise PluginError(f"--layers {layers}: {name} has {fields['num_hidden_layers']} layers")
+    per_layer = {"layer_types": fields["layer_types"][:layers]} if fields.get("layer_types") else {}
+    return fields | {"num_hidden_layers": layers} | per_layer
+
+
+@torch.no_grad()
+def _random_model(config: PretrainedConfig, target: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A model made where it will run, without the initialization that would take minutes: small noise, unit norms."""
+    with target, no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    generator = torch.Generator(target).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, NOISE, generator=generator)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    return model
+
+
+def _find(spec: str) -> Path:
+    for path in (Path(os.path.expanduser(spec)), FOLDER / Path(spec).name):
+        if os.path.isfile(path):
+            return path
+    raise PluginError(f"no shape {spec!r}: give a JSON file of config fields, such as {', '.join(_known())}")
+
+
+def _known() -> list[str]:
+    return [files.shown(path) for path in sorted(FOLDER.glob("*.json"))]

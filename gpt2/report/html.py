@@ -1,0 +1,184 @@
+"""One page of everything measured, made from committed results only: tables, figures and where they come from.
+
+What it shows is data: a section per file in configs/tables; its first screen is configs/report.json.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import struct
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup, escape
+
+from gpt2.common import files, provenance
+from gpt2.common.errors import PluginError
+from gpt2.models import loading
+from gpt2.report import chart, tables
+from gpt2.report import table as tabular
+from gpt2.report.table import Table
+
+CONFIGS = files.ROOT / "configs"
+TEMPLATE = Path(__file__).with_name("page.html")
+PAGE_KEYS = {"title", "about", "headlines", "picture", "order"}
+SECTION_KEYS = {"title", "about", "show", "plots"}
+
+
+def page(folder: Path, configs: Path, model: str) -> tuple[str, list[str]]:
+    """The page as HTML, and in words what it would show but for missing results.
+
+    folder: with runs/*.json and plots/*.png. configs: with report.json and tables/*.json. model: whose name
+    in results {model} stands for. Raises PluginError where a config can't be read.
+    """
+    model = loading.slug_of(model)
+    config = _read_config(configs / "report.json", model, PAGE_KEYS)
+    shown = sections(folder, configs, config["order"], model)
+    blocks = [block for section in shown for block in section["blocks"]]
+    sources = {block["results"]: block["source"] for block in blocks if block["table"]}
+    headlines, absent = _headlines(config["headlines"], folder / "runs")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters |= {"inline": inline, "number": tabular.number, "picture": picture}
+    html = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        config=config,
+        headlines=headlines,
+        chart=_chart(config["picture"]["results"], folder / "runs"),
+        sections=shown,
+        sources=sources.values(),
+        commit=provenance.git_commit(),
+    )
+    return html, absent + [block["error"] for block in blocks if block["error"]]
+
+
+def sections(folder: Path, configs: Path, order: list[str], model: str) -> list[dict]:
+    """Every section with id, title, about, plots (paths) and blocks: results, heading, an error or a table and source.
+
+    order: names of files in configs/tables, in which they come; others follow, and results that none of them shows.
+    """
+    if not (folder / "runs").is_dir():
+        raise PluginError(f"{folder} has no folder runs: --results is a folder with runs/*.json and plots/*.png")
+    paths = sorted(configs.glob("tables/*.json"), key=lambda path: _place(path.stem, order))
+    declared = [{"name": path.stem} | _read_config(path, model, SECTION_KEYS) for path in paths]
+    return [_section(section, folder) for section in declared + _undeclared(declared, folder / "runs")]
+
+
+def _read_config(path: Path, model: str, keys: set[str]) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8").replace("{model}", model))
+    except OSError as error:
+        raise PluginError(f"can't read {files.shown(path)}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise PluginError(f"{files.shown(path)} is not JSON: {error}") from error
+    if missing := sorted(keys - config.keys()):
+        raise PluginError(f"{files.shown(path)} has no {', '.join(missing)}: the report shows them")
+    return config
+
+
+def _place(name: str, order: list[str]) -> tuple[int, str]:
+    """What sorts sections: those in `order` as they stand there, then the others by name."""
+    return (order.index(name) if name in order else len(order), name)
+
+
+def _undeclared(declared: list[dict], runs: Path) -> list[dict]:
+    """A section for each results file that none shows, so that nothing measured is left out."""
+    shown = {show["results"] for section in declared for show in section["show"]}
+    names = sorted(path.stem for path in runs.glob("*.json") if path.stem not in shown and tables.kind_of(path.stem))
+    return [{"name": name, "title": name, "about": "", "show": [{"results": name}], "plots": [name]} for name in names]
+
+
+def _section(section: dict, folder: Path) -> dict:
+    plots = [folder / "plots" / f"{name}.png" for name in section["plots"]]
+    return {
+        "id": re.sub("[^a-z0-9]+", "-", section["title"].lower()).strip("-"),
+        "title": section["title"],
+        "about": section["about"],
+        "blocks": [_block(show, section["name"], folder / "runs") for show in section["show"]],
+        "plots": [path for path in plots if path.is_file() and _is_png(path)],
+    }
+
+
+def _is_png(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(24)
+    return len(head) == 24 and head.startswith(b"\x89PNG")
+
+
+def _block(show: dict, section: str, runs: Path) -> dict:
+    name, table, source, error = show["results"], None, None, None
+    path = runs / f"{name}.json"
+    if not path.is_file():
+        error = f"not measured yet: `python scripts/reproduce_tables.py {section}` makes `{name}`"
+    else:
+        try:
+            record = tables.read(path)
+            source = _source(name, record)
+            table = tables.table(name, record, show.get("rows"), show.get("as"))
+        except PluginError as problem:
+            error = f"`{name}`: {problem}"
+    return {"results": name, "heading": show.get("heading"), "table": table, "source": source, "error": error}
+
+
+def _headlines(wanted: list[dict], runs: Path) -> tuple[list[dict], list[str]]:
+    """A table's cell each, with words around it; and in words those that can't be had."""
+    found, absent = [], []
+    for headline in wanted:
+        try:
+            name = headline["results"]
+            cells = _row(tables.table(name, tables.read(runs / f"{name}.json")), headline)
+        except PluginError as problem:
+            absent.append(f"headline: {problem}")
+            continue
+        figure, _, spread = cells[headline["figure"]].partition(" (")
+        says = headline["says"].format_map(cells)
+        found.append({"figure": figure, "spread": spread.rstrip(")"), "says": says, "results": name})
+    return found, absent
+
+
+def _row(table: Table, headline: dict) -> dict[str, str]:
+    """Column to cell of the first row that has what `row` says; of two columns of one name the first counts."""
+    for row in table.rows:
+        cells = dict(reversed(list(zip(table.columns, row, strict=False))))
+        if headline["row"].items() <= cells.items() and headline["figure"] in cells:
+            return cells
+    wanted = ", ".join(f"{column} {cell}" for column, cell in headline["row"].items())
+    raise PluginError(f"{headline['results']}.json has no row of {wanted} with {headline['figure']}: see report.json")
+
+
+def _chart(name: str, runs: Path) -> chart.Chart | None:
+    """None where there are no results, or such that its table says what is wrong with them."""
+    try:
+        record = tables.read(runs / f"{name}.json")
+        with tables.shown_of(name):
+            return chart.compression_against_loss(record["rows"])
+    except PluginError:
+        return None
+
+
+def _source(name: str, record: dict) -> dict:
+    threads = record.get("threads")
+    with tables.shown_of(name):
+        return {
+            "name": name,
+            "commit": record["git_commit"],
+            "date": record.get("created_utc", "")[:10],
+            "device": record["device"],
+            "threads": threads if isinstance(threads, int) else None,
+            "versions": dict(record["versions"]),
+            "args": json.dumps(record["args"], indent=1, ensure_ascii=False),
+        }
+
+
+def inline(text: str) -> Markup:
+    """**bold**, *italics* and `code` as HTML, all else escaped; the star of `kv-*` opens nothing."""
+    html = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", str(escape(text)))
+    html = re.sub(r"(?<!\S)\*(?=\S)([^*]+)\*", r"<em>\1</em>", html)
+    return Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", html))
+
+
+def picture(path: Path) -> dict:
+    """src, width and height of an inlined PNG."""
+    data = path.read_bytes()
+    width, height = struct.unpack(">II", data[16:24])  # the PNG header's first fields
+    return {"src": f"data:image/png;base64,{base64.b64encode(data).decode()}", "width": width, "height": height}

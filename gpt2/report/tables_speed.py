@@ -1,0 +1,145 @@
+"""Tables of time and memory, as gpt2/tables.py has them of quality."""
+
+from __future__ import annotations
+
+from gpt2.report.table import Table, select
+
+
+def appending(record: dict, _: list[str]) -> Table:
+    """Time to append one token, a row per codec and a column per number of tokens held."""
+    held = sorted({row["tokens_held"] for row in record["rows"]})
+    lines = []
+    for codec in dict.fromkeys(row["codec"] for row in record["rows"]):
+        cells = {row["tokens_held"]: row for row in record["rows"] if row["codec"] == codec}
+        times = [f"{cells[n]['append_ms_median']:.2f} ms" for n in held]
+        lines.append([codec, *times, f"{cells[held[-1]]['bytes_per_token']:,.0f}"])
+    return Table(["codec", *(f"{n:,} tokens held" for n in held), "bytes per token"], lines)
+
+
+def attention_step(record: dict, words: list[str]) -> Table:
+    """Time of a decode step's attention, a row per context and way; of some context lengths or of all."""
+    columns = [
+        "context", "attention over", "time", "held", "read at", "of copy speed", "against sdpa", "against best 16-bit",
+    ]  # fmt: skip
+    rows, lines = select(record["rows"], "context_tokens", [int(word) for word in words]), []
+    for row in rows:
+        low, high = row["ms_quartiles"]
+        best_low, best_high = row["speed_against_best_16_bit_quartiles"]
+        lines.append([
+            f"{row['context_tokens']:,}",
+            f"**{row['row']}**" if row["best_16_bit"] else row["row"],
+            f"{row['ms_median']:.3f} ms ({low:.3f} … {high:.3f})",
+            f"{row['bytes_held'] / 2**20:,.1f} MiB",
+            f"{row['bytes_per_s'] / 1e9:,.1f} GB/s",
+            f"{row['share_of_copy']:.0%}",
+            f"{row['speed_against_sdpa_median']:.2f}x",
+            f"{row['speed_against_best_16_bit_median']:.2f}x ({best_low:.2f} … {best_high:.2f})",
+        ])  # fmt: skip
+    compiled = [sum(row["compile_s"].values()) for row in rows if "compile_s" in row]
+    building = f" torch.compile took {min(compiled):.1f} to {max(compiled):.1f} s per context." if compiled else ""
+    return Table(columns, lines, f"{_attention_setting(record)}{building}")
+
+
+def _attention_setting(record: dict) -> str:
+    args = record["args"]
+    threads = f", {record['threads']} thread{'s' * (record['threads'] > 1)}" if record["device"] == "cpu" else ""
+    return (
+        f"One layer, one token for each of {args['batch_size']} sequence{'s' * (args['batch_size'] > 1)}, "
+        f"{args['heads']} query heads, {args['kv_heads']} KV heads of {args['head_dim']}, {record['dtype']}, on "
+        f"{record['device']}{threads}; codes read by {record['kernels']}. Medians of {args['repeats']} repeats, "
+        f"quartiles in brackets; in bold the fastest 16-bit row. Copies run at {record['copy_bytes_per_s'] / 1e9:,.0f} "
+        "GB/s, read and written."
+    )
+
+
+def largest_batch(record: dict, _: list[str]) -> Table:
+    """The most sequences whose caches fit, and how fast they are decoded together."""
+    base = next((row for row in record["rows"] if row["cache"] == "baseline" and row["largest_batch"]), None)
+    lines = []
+    for row in record["rows"]:
+        if not row["largest_batch"]:
+            lines.append([row["cache"], "not even one"])
+            continue
+        more, faster = (
+            format(row[key] / base[key], ".2f") + "x" if base else "–" for key in ("largest_batch", "tokens_per_s")
+        )
+        size = f"{'at least ' if row['at_limit'] else ''}{row['largest_batch']:,}"
+        speed, held = f"{row['tokens_per_s']:,.1f}", f"{row['cache_bytes'] / 2**30:,.1f} GiB"
+        lines.append([row["cache"], size, more, speed, faster, held])
+    return Table(
+        ["cache", "largest batch", "against baseline", "tokens/s", "against baseline", "cache"],
+        lines,
+        f"{record['model']} in {record['dtype']} on {record['device']}: sequences of "
+        f"{record['args']['context_length']:,} tokens, {record['args']['decode_tokens']} tokens decoded."
+        f"{_weights(record)}",
+    )
+
+
+def cache_bytes(record: dict, _: list[str]) -> Table:
+    """Bytes of whole caches by context length, and what of them is no code."""
+    lines = []
+    for row in record["rows"]:
+        exact, unused = (row[key] / row["bytes"] for key in ("exact_bytes", "unused_bytes"))
+        lines.append([
+            row["cache"],
+            f"{row['context_tokens']:,}",
+            f"{row['bytes']:,}",
+            f"{row['bytes_per_token']:,.0f}",
+            f"{row['compression_ratio']:.2f}x",
+            f"{exact:.1%}",
+            f"{unused:.1%}",
+            f"{row['ratio_with_codec']:.2f}x",
+        ])  # fmt: skip
+    return Table(
+        ["cache", "context", "bytes", "bytes per token", "ratio", "exact", "unused room", "ratio with the basis"],
+        lines,
+        f"{record['model']}, one conversation against transformers' cache in 16 bits. Exact: sinks and tail. The "
+        "last column counts the basis as if this conversation alone had to hold it.",
+    )
+
+
+def calibrating(record: dict, _: list[str]) -> Table:
+    """Cost of calibration."""
+    lines = [
+        ["time against bare forward passes", f"{record['ratio_to_forward']['body']:.2f}x"],
+        ["the same, the forward passes with logits", f"{record['ratio_to_forward']['with_logits']:.2f}x"],
+    ]
+    sizes = record["peak_rss_mb_by_samples"].items()
+    lines += [[f"peak memory with {n} samples", f"{size:,.0f} MB"] for n, size in sizes]
+    return Table(["cost of calibration", ""], lines)
+
+
+def profile(record: dict, words: list[str]) -> Table:
+    """Latency, throughput and memory, a row per cell and cache; of some batch sizes or of all."""
+    lines = []
+    for row in select(record["rows"], "batch_size", [int(word) for word in words]):
+        start = [str(row["batch_size"]), f"{row['context_tokens']:,}", row["cache"]]
+        if row.get("out_of_memory"):
+            lines.append([*start, "out of memory"])
+            continue
+        ratio = "1.00x"
+        if "ratio_to_baseline" in row:
+            low, high = row["ratio_to_baseline"]["tokens_per_s_quartiles"]
+            ratio = f"{row['ratio_to_baseline']['tokens_per_s_median']:.2f}x ({low:.2f} … {high:.2f})"
+        lines.append([
+            *start,
+            f"{row['ttft_ms_median']:,.0f} ms",
+            f"{row['token_ms_median']:,.1f} ms",
+            f"{row['tokens_per_s_median']:,.1f}",
+            ratio,
+            f"{row['cache_bytes'] / 2**20:,.1f} MiB",
+            f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        ])  # fmt: skip
+    args = record["args"]
+    return Table(
+        ["batch", "context", "cache", "first token", "per token", "tokens/s", "against baseline", "cache",
+         "peak memory"],
+        lines,
+        f"{record['model']} in {record['dtype']} on {record['device']}, {args['decode_tokens']} tokens decoded, "
+        f"medians of {args['repeats']} repeats, quartiles in brackets. Peak memory: {record['peak_memory']}."
+        f"{_weights(record)}",
+    )  # fmt: skip
+
+
+def _weights(record: dict) -> str:
+    return "" if record["weights"] == "trained" else f" Weights are {record['weights']}."

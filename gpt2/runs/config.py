@@ -1,0 +1,151 @@
+"""Tables of `configs/tables`, and the runs that they name.
+
+A table is one JSON file, named by its stem:
+
+    title, about   a heading, and two or three sentences: what it shows and how to read it
+    runs           name to {script, args, quick?, needs?, output?}: one script with arguments, which makes
+                   results/runs/NAME.json. quick: arguments in place of those of the same name; needs: runs whose files
+                   it reads; output: what --output is given, from the folder of results; runs/NAME.json if left out
+    show           [{results, rows?, as?, heading?}]: tables of results, of some rows or of all, one below the other;
+                   as: a way to show them, of `gpt2.tables.TABLES`, other than the one that goes with their name
+    plots          names of pictures in results/plots
+
+Names of runs are global: a table may show what another table's file defines. {model} stands for the model's name in
+file names, {text} for --text and {results} for the folder of results.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gpt2.common import files
+from gpt2.common.errors import PluginError
+from gpt2.models import embedded, loading
+from gpt2.text import sources
+
+KEYS = {"title", "about", "runs", "show", "plots"}
+RUN_KEYS = {"script", "args", "quick", "needs", "output"}
+SHOW_KEYS = {"results", "rows", "as", "heading"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What tables are made for. checkout: folder with scripts, configs and results; quick: small, in a folder apart."""
+
+    model: str = embedded.EMBEDDED
+    text: str | None = None
+    quick: bool = False
+    device: str | None = None
+    checkout: Path = files.ROOT
+
+    @property
+    def results(self) -> Path:
+        return self.checkout / "results" / "quick" if self.quick else self.checkout / "results"
+
+    def fill(self, value):
+        """A name, an argument or a list of them with its {model}, {text} and {results} put in."""
+        if isinstance(value, list):
+            return [self.fill(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        text = self.text or sources.default_text(self.model)
+        known = {"{model}": loading.slug_of(self.model), "{text}": text, "{results}": os.path.relpath(self.results)}
+        for word, meaning in known.items():
+            value = value.replace(word, meaning)
+        return "+".join(dict.fromkeys(value.split("+")))  # {text}+embedded, where the text is embedded: once
+
+
+@dataclass(frozen=True)
+class Run:
+    """One script with arguments, which makes one results file. output: from the folder of results."""
+
+    name: str
+    script: str
+    args: dict = field(hash=False)
+    needs: tuple[str, ...] = ()
+    output: str = ""
+
+    def words(self) -> list[str]:
+        """Its arguments as a command line has them, without those that every run is given."""
+        words = []
+        for flag, value in self.args.items():
+            if value is None or value is False:
+                continue
+            items = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{flag}", *map(str, items)]
+        return words
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as its file has it, names filled in. show: dicts of `SHOW_KEYS`."""
+
+    name: str
+    title: str
+    about: str
+    show: list[dict]
+    plots: list[str]
+
+    @property
+    def results(self) -> list[str]:
+        """Names of the runs that it shows."""
+        return list(dict.fromkeys(item["results"] for item in self.show))
+
+
+def load(setting: Setting) -> tuple[dict[str, Table], dict[str, Run]]:
+    """All tables and all runs of a checkout, by name. Raises PluginError where a file says what can't be."""
+    tables, runs = {}, {}
+    for path in sorted((setting.checkout / "configs" / "tables").glob("*.json")):
+        record = _read(path)
+        for name, defined in record["runs"].items():
+            run = _run(setting, name, defined, path)
+            if runs.setdefault(run.name, run) != run:
+                raise PluginError(
+                    f"{path.name}: run {name} is defined otherwise in another table: give it another name"
+                )
+        show = [{key: setting.fill(value) for key, value in item.items()} for item in record["show"]]
+        tables[path.stem] = Table(path.stem, record["title"], record["about"], show, setting.fill(record["plots"]))
+    for wanted, where in _references(tables, runs):
+        if wanted not in runs:
+            raise PluginError(f"{where}: no table defines a run {wanted}: define it under `runs`, or correct the name")
+    return tables, runs
+
+
+def _references(tables: dict[str, Table], runs: dict[str, Run]):
+    for table in tables.values():
+        yield from ((name, f"{table.name}.json") for name in table.results)
+    for run in runs.values():
+        yield from ((name, f"run {run.name}") for name in run.needs)
+
+
+def _run(setting: Setting, name: str, defined: dict, path: Path) -> Run:
+    _check_keys(defined, RUN_KEYS, {"script", "args"}, f"{path.name}: run {name}")
+    if not (setting.checkout / "scripts" / f"{defined['script']}.py").is_file():
+        raise PluginError(f"{path.name}: run {name}: no script {defined['script']}.py in scripts")
+    args = defined["args"] | (defined.get("quick", {}) if setting.quick else {})
+    name = setting.fill(name)
+    return Run(
+        name, defined["script"], {flag: setting.fill(value) for flag, value in args.items()},
+        tuple(setting.fill(defined.get("needs", []))), setting.fill(defined.get("output", f"runs/{name}.json")),
+    )  # fmt: skip
+
+
+def _read(path: Path) -> dict:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PluginError(f"{path.name} is no JSON: {error}") from error
+    _check_keys(record, KEYS, KEYS, path.name)
+    for item in record["show"]:
+        _check_keys(item, SHOW_KEYS, {"results"}, f"{path.name}: show")
+    return record
+
+
+def _check_keys(record: dict, allowed: set[str], needed: set[str], where: str) -> None:
+    if unknown := record.keys() - allowed:
+        raise PluginError(f"{where}: unknown {', '.join(sorted(unknown))}: the keys are {', '.join(sorted(allowed))}")
+    if missing := needed - record.keys():
+        raise PluginError(f"{where}: {', '.join(sorted(missing))} is missing")

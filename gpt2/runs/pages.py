@@ -1,0 +1,68 @@
+"""Tables as pages in results/tables, made of results files alone: the same results give the same page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gpt2.common import files
+from gpt2.common.errors import PluginError
+from gpt2.models import embedded, loading
+from gpt2.report import tables
+from gpt2.runs.config import Setting, Table, load
+
+MADE_BY = "<!-- Made by scripts/reproduce_tables.py from results/runs: not to be edited. -->"
+
+
+def page_path(setting: Setting, name: str) -> Path:
+    """results/tables/NAME.md for the embedded model, NAME_MODEL.md for another."""
+    slug = loading.slug_of(setting.model)
+    return setting.results / "tables" / (f"{name}.md" if slug == embedded.EMBEDDED else f"{name}_{slug}.md")
+
+
+def page(setting: Setting, table: Table) -> str:
+    """A page in Markdown: what the table shows, each of its parts with its source, and pictures."""
+    parts = [f"# {table.title}", table.about, *(_part(setting, table, item) for item in table.show)]
+    pictures = [name for name in table.plots if (setting.results / "plots" / f"{name}.png").is_file()]
+    parts += [f"![{name}](../plots/{name}.png)" for name in pictures]
+    return "\n\n".join([MADE_BY, *parts]) + "\n"
+
+
+def _part(setting: Setting, table: Table, item: dict) -> str:
+    name, heading = item["results"], f"## {item['heading']}\n\n" if "heading" in item else ""
+    path = setting.results / "runs" / f"{name}.json"
+    if not path.is_file():
+        model = "" if setting.model == embedded.EMBEDDED else f" --model {setting.model}"
+        return f"{heading}Not measured yet: `python scripts/reproduce_tables.py {table.name}{model}` makes `{name}`."
+    record = tables.read(path)
+    made = tables.table(name, record, item.get("rows"), item.get("as"))
+    with tables.shown_of(name):
+        made_with = f"commit {record['git_commit']}, {record['device']}, {record['created_utc'][:10]}"
+    return f"{heading}{made.markdown()}\n\nSource: `{name}.json`, {made_with}."
+
+
+def write(setting: Setting, table: Table) -> Path:
+    """Make a table's page."""
+    path = page_path(setting, table.name)
+    with files.atomic(path) as part:
+        part.write_text(page(setting, table), encoding="utf-8")
+    return path
+
+
+def differing(checkout: Path) -> list[str]:
+    """Pages in results/tables that aren't what results and configs say, each as a line for people."""
+    names = load(Setting(checkout=checkout))[0]
+    wrong = []
+    for path in sorted((checkout / "results" / "tables").glob("*.md")):
+        name = max((n for n in names if re.fullmatch(rf"{re.escape(n)}(_.+)?", path.stem)), key=len, default=None)
+        shown = f"results/tables/{path.name}"
+        if name is None:
+            wrong.append(f"{shown} has no table in configs/tables: remove it")
+            continue
+        setting = Setting(model=path.stem.removeprefix(name).removeprefix("_") or embedded.EMBEDDED, checkout=checkout)
+        try:
+            if page(setting, load(setting)[0][name]) != path.read_text(encoding="utf-8"):
+                wrong.append(f"{shown} differs from its results: run scripts/reproduce_tables.py --pages")
+        except PluginError as error:
+            wrong.append(f"{shown}: {error}")
+    return wrong

@@ -1,0 +1,32 @@
+"""Results files of runs whose scripts write something else: a calibration, or a preset."""
+
+from __future__ import annotations
+
+import json
+
+from gpt2.common import files, provenance
+from gpt2.common.errors import PluginError
+from gpt2.compression.calibration.file import load_calibration
+from gpt2.runs.config import Run
+from gpt2.runs.up_to_date import Matcher
+
+
+def write_record(matcher: Matcher, run: Run) -> None:
+    """Write runs/NAME.json of a run whose product is another file, with the product's sha256; nothing where it isn't.
+
+    Of a preset it is what the preset says, its provenance at the top; of a calibration its metadata.
+    """
+    product, path = matcher.product(run.name), matcher.record_path(run.name)
+    if product == path or not product.is_file():
+        return
+    if product.suffix == ".json":
+        record = json.loads(product.read_text(encoding="utf-8"))
+        if "provenance" not in record:
+            raise PluginError(f"{files.shown(product)} doesn't say what it was made from: give the run another output")
+        record |= record.pop("provenance")
+    else:
+        meta = load_calibration(product).meta
+        record = provenance.provenance(
+            matcher.parsed(run), text=meta["text"], text_sha256={"calibration": meta["text_sha256"]}, calibration=meta,
+        )  # fmt: skip
+    files.write_json(path, record | {"sha256": files.file_sha256(product)})

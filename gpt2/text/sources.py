@@ -1,0 +1,125 @@
+"""Text by spec, cut into three parts that never overlap: calibration, tuning, evaluation.
+
+spec         what it is                                        parts
+embedded     prose that Python itself carries (pydoc topics)   by position: 60 %, 20 %, 20 %
+wikitext2    WikiText-2 from the hub, through `datasets`       validation 80 % / 20 %, test
+a file       any UTF-8 text                                    by position: 60 %, 20 %, 20 %
+a folder     one *valid*.txt and one *test*.txt                validation 80 % / 20 %, test
+self         what the model itself writes, see sampled.py      separate samples, as many as are asked for
+a+b+…        windows of several of these, in turn              each text's own
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from gpt2.common.errors import PluginError
+from gpt2.models.embedded import EMBEDDED
+from gpt2.text.windows import Mixture, SelfText, Text, WrittenText
+
+PARTS = ("calibration", "tuning", "evaluation")
+
+
+def default_text(model_spec: str) -> str:
+    """The text spec used when --text is not given."""
+    return "embedded" if model_spec == EMBEDDED else "wikitext2"
+
+
+def load_text(spec: str | None, model_spec: str = EMBEDDED) -> Text:
+    """Open a text by its spec, or several joined by +; None is the model's default.
+
+    A file or folder whose name has a + is taken as it is, but can't be one of several.
+    """
+    spec = spec or default_text(model_spec)
+    if text := _single(spec):
+        return text
+    texts = {piece: _single(piece) for piece in spec.split("+")}
+    for piece, text in texts.items():
+        if text is None:
+            raise PluginError(
+                f"no text {piece!r}{'' if piece == spec else f' in {spec!r}'}: give embedded, wikitext2, a text file, "
+                "a folder with *valid*.txt and *test*.txt, self, or several of these joined by +"
+            )
+    mixture = Mixture(tuple(texts.values()), spec)
+    if len({text.sha256("calibration") for text in mixture.texts}) <= spec.count("+"):
+        raise PluginError(f"--text {spec} has the same text twice: name each once")
+    return mixture
+
+
+def _single(spec: str) -> Text | None:
+    """One text, None where there is none of that name."""
+    if spec == "embedded":
+        return by_position(spec, spec, _pydoc_topics())
+    if spec == "wikitext2":
+        return by_official_split(spec, spec, *_wikitext2())
+    if spec == "self":
+        return SelfText()
+    path = Path(os.path.expanduser(spec))  # os.path takes any name, pathlib no long one and no ~ of nobody
+    if spec and os.path.isdir(path):
+        valid, test = _named(path, "valid"), _named(path, "test")
+        return by_official_split(f"{valid.stem} + {test.stem}", spec, _read(valid), _read(test))
+    if os.path.isfile(path):
+        return by_position(path.name, spec, _read(path))
+    return None
+
+
+def by_position(name: str, spec: str, text: str) -> WrittenText:
+    """60 % calibration, 20 % tuning, 20 % evaluation, in reading order."""
+    a, b = _line_end(text, 0.6), _line_end(text, 0.8)
+    return _checked(WrittenText(name, spec, text[:a], text[a:b], text[b:]))
+
+
+def by_official_split(name: str, spec: str, valid: str, test: str) -> WrittenText:
+    """Validation split for calibration (80 %) and tuning (20 %), test split for evaluation."""
+    a = _line_end(valid, 0.8)
+    return _checked(WrittenText(name, spec, valid[:a], valid[a:], test))
+
+
+def _line_end(text: str, fraction: float) -> int:
+    """Position just past a fraction of the text, after a line break or at least a word where one is near."""
+    start = int(len(text) * fraction)
+    for separator in ("\n", " "):
+        if found := text.find(separator, start, start + len(text) // 20) + 1:
+            return found
+    return start
+
+
+def _checked(text: WrittenText) -> WrittenText:
+    for part in PARTS:
+        if not getattr(text, part).strip():
+            raise PluginError(f"text {text.name!r} is empty or too short: nothing left for its {part} part")
+    return text
+
+
+def _pydoc_topics() -> str:
+    from pydoc_data import topics
+
+    return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+
+
+def _wikitext2() -> tuple[str, str]:
+    from datasets import load_dataset
+
+    try:
+        splits = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
+    except Exception as error:  # every way in which the hub can fail, and there are many: the advice is the same
+        raise PluginError(
+            f"can't load wikitext2 ({type(error).__name__}): the hub is out of reach or the data set is not cached. "
+            "Give --text embedded, a text file, or a folder with *valid*.txt and *test*.txt"
+        ) from error
+    return tuple("".join(splits[name]["text"]) for name in ("validation", "test"))
+
+
+def _named(folder: Path, word: str) -> Path:
+    found = sorted(path for path in folder.glob(f"*{word}*.txt") if path.is_file())  # not a pipe, to wait for
+    if len(found) != 1:
+        raise PluginError(f"text folder {folder.name!r}: expected one *{word}*.txt, found {len(found)}")
+    return found[0]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PluginError(f"can't read text file {path}: {error}") from error

@@ -1,0 +1,160 @@
+"""Which layers can be compressed how far: each alone is measured, and settings are chosen layer by layer.
+
+One layer's K or V at a time is compressed, and the KL divergence of the model's predictions from the uncompressed
+model's is measured on tuning text. Small errors add up nearly independently, so the sum over layers predicts a whole
+plan well enough to choose which plans are worth measuring; what a plan costs is then measured, never the sum.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt2.common import files
+from gpt2.common.errors import BadArtefact
+from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
+from gpt2.compression.calibration.fit import Calibration
+from gpt2.compression.codecs import Compressor
+from gpt2.compression.codecs.base import SIDES
+from gpt2.compression.settings import TARGETS, Plan, Setting, build, uniform
+from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
+from gpt2.models.geometry import Geometry
+from gpt2.models.loading import LoadedModel
+
+ROW = {"side", "layer", "codec", "rank", "bits", "bytes_per_token", "kl_nats", "ppl_delta"}
+
+
+def ablate(
+    loaded: LoadedModel,
+    segments: Tensor,
+    calibration: Calibration | None,
+    target: str,
+    settings: Sequence[Setting],
+    *,
+    path: Path,
+    key: dict,
+    sink_tokens: int,
+    progress: Callable[[Iterable], Iterable] = iter,
+    provenance: dict | None = None,
+    **scoring,
+) -> list[dict]:
+    """Compress each layer alone in every setting and measure; rows as `ROW` names them.
+
+    segments: tuning tokens [n, T]. path: results JSON, written after every layer: what it holds of the same `key` is
+    not measured again. scoring: as `perplexity.score`.
+    """
+    rows = _known(path, key)
+    done = {(row["side"], row["layer"], _setting(row)) for row in rows}
+    L, d = loaded.geometry.num_layers, loaded.geometry.head_dim
+    for layer in progress(range(L)):
+        todo = [(side, s) for side in TARGETS[target] for s in settings if (side, layer, s) not in done]
+        if not todo:
+            continue
+        caches, sizes = {BASELINE: baseline_factory(loaded)}, {}
+        for side, setting in todo:
+            k, v = build(uniform(side, L, setting, [layer]), d, calibration, device=loaded.device)
+            caches[f"{side} {setting}"] = partial(CompressedDynamicCache, k, v, sink_tokens=sink_tokens)
+            sizes[side, setting] = _bytes_per_token((k if side == "k" else v)[layer], loaded.geometry)
+        scores = score(loaded, segments, caches, **scoring)
+        for side, setting in todo:
+            figures = {"bytes_per_token": sizes[side, setting]}
+            figures |= compare(scores[BASELINE], scores[f"{side} {setting}"])
+            rows.append({"side": side, "layer": layer, **asdict(setting), **figures})
+        files.write_json(path, {**(provenance or {}), "model": loaded.spec, "key": key, "rows": rows})
+    return rows
+
+
+def _known(path: Path, key: dict) -> list[dict]:
+    """Rows of an earlier run of the same key. Raises BadArtefact for a file that isn't a layer ablation."""
+    if not path.exists():
+        return []
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        whole = all(row.keys() >= ROW for row in record["rows"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadArtefact(f"{path}: not a layer ablation: give another file, or remove it") from error
+    # A key that went through JSON: tuples have become lists
+    return record["rows"] if whole and record.get("key") == json.loads(json.dumps(key)) else []
+
+
+class Option(NamedTuple):
+    """A way to store one layer's K or V. kl: nats lost when it alone is stored so; size: bytes per token."""
+
+    setting: Setting | None
+    kl: float
+    size: float
+
+
+def _setting(row: dict) -> Setting:
+    return Setting(row["codec"], row["rank"], row["bits"])
+
+
+def plans(rows: Sequence[dict], geometry: Geometry, budget: float, count: int = 6) -> list[Plan]:
+    """The best plan for each of a few total losses around `budget`, by the rows of `ablate`.
+
+    For a price λ of a byte every layer takes the setting with the least KL + λ · bytes; sweeping λ gives the lower
+    convex hull of (bytes, ΣKL) over all assignments. budget: relative rise of perplexity, compared with ΣKL in nats;
+    plans predicted from a quarter of it to twice it are returned, least loss first, and always the smallest that is
+    predicted below twice it. None where even the mildest loses more.
+    """
+    items, nats = _choices(rows, geometry), math.log1p(budget)
+    found: list[tuple[float, Plan]] = []
+    for price in _prices(items):
+        picks = {place: min(options, key=lambda o: o.kl + price * o.size) for place, options in items.items()}
+        loss, plan = sum(o.kl for o in picks.values()), _plan(picks, geometry.num_layers)
+        if loss <= 2 * nats and any(map(any, plan.values())) and plan not in [other for _, other in found]:
+            found.append((loss, plan))
+    # Prices rise, and with them the loss
+    near = [plan for index, (loss, plan) in enumerate(found) if loss >= nats / 4 or index == len(found) - 1]
+    return [near[i] for i in np.linspace(0, len(near) - 1, min(count, len(near))).round().astype(int)]
+
+
+def _choices(rows: Sequence[dict], geometry: Geometry) -> dict[tuple[str, int], list[Option]]:
+    """(side, layer) to what it may be stored with; the first option is the model's own vectors in 16 bits."""
+    items: dict[tuple[str, int], list[Option]] = {}
+    for row in rows:
+        options = items.setdefault((row["side"], row["layer"]), [Option(None, 0.0, _plain(geometry))])
+        # Noise makes tiny losses negative: a gain that the next text would take back
+        options.append(Option(_setting(row), max(row["kl_nats"], 0.0), row["bytes_per_token"]))
+    return items
+
+
+def _prices(items: dict) -> list[float]:
+    """Every λ at which some layer changes its mind: KL lost per byte saved, between any two of its options."""
+    slopes = {
+        (b.kl - a.kl) / (a.size - b.size)
+        for options in items.values()
+        for a, b in itertools.permutations(options, 2)
+        if b.size < a.size and b.kl > a.kl
+    }
+    # Just above each: at the slope itself both options cost the same
+    return sorted(slope * (1 + 1e-9) for slope in slopes)
+
+
+def _plan(picks: dict[tuple[str, int], Option], num_layers: int) -> Plan:
+    def setting(side: str, layer: int) -> Setting | None:
+        pick = picks.get((side, layer))
+        return pick.setting if pick else None
+
+    return {side: [setting(side, layer) for layer in range(num_layers)] for side in SIDES}
+
+
+def _plain(geometry: Geometry) -> float:
+    return geometry.num_kv_heads * geometry.head_dim * 2.0
+
+
+def _bytes_per_token(compressor: Compressor, geometry: Geometry, tokens: int = 256) -> float:
+    """What a compressor stores of one layer's K or V, of a 16-bit model."""
+    noise = torch.randn(1, geometry.num_kv_heads, tokens, geometry.head_dim).to(torch.bfloat16)
+    fields = compressor.to(noise.device).compress(noise)
+    return sum(field.nbytes for field in fields.values()) / tokens

@@ -1,0 +1,214 @@
+"""What the codec search may choose: families of codecs from the registry, each with the parameters that it has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import optuna
+
+from gpt2.common.errors import PluginError
+from gpt2.compression.calibration.fit import Calibration
+from gpt2.compression.codecs import (
+    BASES,
+    BITS,
+    CODECS,
+    QUANTIZERS,
+    full_rank,
+    is_measured,
+    metric_of,
+    needs_calibration,
+)
+from gpt2.compression.settings import TARGETS, Plan, Setting, uniform
+from gpt2.tuning.grid_search import default_rank_grid
+
+SPACE_FORMAT = 1  # raise it when a parameter's choices change: Optuna refuses other choices in the same study
+LEFT_OUT = ("random", "ln_nullspace")  # a control, and what README's table advises against; --codecs takes them
+LOWEST_BITS, HIGHEST_BITS = 1.5, 8.0  # of adjustable quantizers
+FIRST_RATIOS = (4, 5, 3.5)  # of a 16-bit cache, where an adjustable quantizer is tried first
+SINKS = (0, 1, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A codec, with a quantizer of its own where that is adjustable."""
+
+    name: str
+    codec: str
+    quantizer: str | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        return needs_calibration(self.codec)
+
+
+def _families() -> dict[str, Family]:
+    """Every codec of the registry; a measured one once for each adjustable quantizer."""
+    adjustable = [name for name, quantizer in QUANTIZERS.items() if quantizer.adjustable]
+    measured = [Family(f"{codec}+{name}", codec, name) for codec in BASES if is_measured(codec) for name in adjustable]
+    others = [Family(codec, codec) for codec in CODECS if not is_measured(codec)]
+    # In the order in which they are tried first
+    return {family.name: family for family in measured + sorted(others, key=lambda family: family.calibrated)}
+
+
+FAMILIES = _families()
+# Quantizers of a fixed width: where a rank can be cut those that a preset's `bits` means, else all that save something
+BY_BITS = tuple(BITS.values())
+LOSSY = tuple(name for name, q in QUANTIZERS.items() if not (q.adjustable or q.lossless))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One configuration of the search. target: "v", "k" or "kv"."""
+
+    family: str
+    setting: Setting
+    target: str
+    sink_tokens: int
+    recent_tokens: int = 0
+
+    def plan(self, num_layers: int) -> Plan:
+        """What each layer is stored with."""
+        return uniform(self.target, num_layers, self.setting)
+
+    @property
+    def bits(self) -> float:
+        return self.setting.bits
+
+    @property
+    def windows(self) -> dict[str, int]:
+        return {"sink_tokens": self.sink_tokens, "recent_tokens": self.recent_tokens}
+
+    def record(self) -> dict:
+        """For results files, and to make it again by `of`."""
+        return {"family": self.family, "target": self.target, **asdict(self.setting), **self.windows}
+
+    @classmethod
+    def of(cls, record: Mapping) -> Choice:
+        setting = Setting(*(record[key] for key in ("codec", "rank", "bits", "quantizer")))
+        return cls(record["family"], setting, *(record[key] for key in ("target", "sink_tokens", "recent_tokens")))
+
+    def __str__(self) -> str:
+        recent = f", {self.recent_tokens} recent" if self.recent_tokens else ""
+        return f"{self.target.upper()} {self.setting}, {self.sink_tokens} sinks{recent}"
+
+
+@dataclass(frozen=True)
+class Space:
+    """What may be chosen. families: names in FAMILIES; ranks: where one can be cut; bits: of adjustable quantizers."""
+
+    families: tuple[str, ...]
+    head_dim: int
+    ranks: tuple[int, ...]
+    bits: tuple[float, float] = (LOWEST_BITS, HIGHEST_BITS)
+    sinks: tuple[int, ...] = SINKS
+    recent: tuple[int, ...] = (0,)
+
+    def suggest(self, trial: optuna.Trial) -> Choice:
+        """Let the sampler choose; a family has only its own parameters."""
+        family = FAMILIES[trial.suggest_categorical("family", self.families)]
+        windows = [
+            trial.suggest_categorical(name, choices)
+            for name, choices in (("sink_tokens", self.sinks), ("recent_tokens", self.recent))
+        ]
+        rank = full_rank(family.codec, self.head_dim)
+        if family.quantizer:
+            bits = min(max(round(trial.suggest_float("bits", *self.bits, log=True), 2), self.bits[0]), self.bits[1])
+            return Choice(family.name, Setting(family.codec, rank, bits, family.quantizer), "kv", *windows)
+        target = trial.suggest_categorical("target", tuple(TARGETS))
+        if family.calibrated:
+            rank = min(rank, trial.suggest_categorical("rank", self.ranks))
+            quantizer = trial.suggest_categorical("width", BY_BITS)
+        else:
+            quantizer = trial.suggest_categorical("quantizer", LOSSY)
+        named = None if QUANTIZERS[quantizer].by_bits else quantizer
+        setting = Setting(family.codec, rank, QUANTIZERS[quantizer].bits, named)
+        return Choice(family.name, setting, target, *windows)
+
+    def starts(self) -> list[dict]:
+        """Parameters of the first trials: one of each family, and more bits and fewer for the first that takes any."""
+        windows = {"sink_tokens": min(self.sinks, key=lambda n: abs(n - 4)), "recent_tokens": self.recent[0]}
+        points, ratios = [], FIRST_RATIOS
+        for family in (FAMILIES[name] for name in self.families):
+            common = {"family": family.name, **windows}
+            if family.quantizer:
+                points += [common | {"bits": min(max(round(16 / r, 2), self.bits[0]), self.bits[1])} for r in ratios]
+                ratios = FIRST_RATIOS[:1]
+            elif family.calibrated:
+                fewest = min(BY_BITS, key=lambda name: QUANTIZERS[name].bits)
+                points.append(common | {"target": "v", "rank": max(self.ranks), "width": fewest})
+            else:
+                points.append(common | {"target": "kv", "quantizer": _first_quantizer(family)})
+        return points
+
+    def key(self) -> dict:
+        """What another search would not share its study with."""
+        return asdict(self) | {"quantizers": [BY_BITS, LOSSY], "format": SPACE_FORMAT}
+
+
+def _first_quantizer(family: Family) -> str:
+    """Without a basis the most bits, a safe point; with one the fewest, and of several such the latest."""
+    bits = [QUANTIZERS[name].bits for name in LOSSY]
+    wanted = min(bits) if family.codec in BASES else max(bits)
+    found = [name for name, width in zip(LOSSY, bits, strict=True) if width == wanted]
+    return found[-1 if family.codec in BASES else 0]
+
+
+def metric_for(families: Sequence[str]) -> str | None:
+    """What a calibration for these families must have; None where none needs one."""
+    metrics = {metric_of(FAMILIES[name].codec) for name in families if FAMILIES[name].calibrated}
+    return next((metric for metric in ("fisher", "attention", "pca") if metric in metrics), None)
+
+
+def default_families() -> list[str]:
+    return [name for name in FAMILIES if name not in LEFT_OUT]
+
+
+def usable(
+    wanted: Sequence[str] | None, calibration: Calibration | None, head_dim: int
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Families that a calibration has the statistics for, and why the others are left out.
+
+    wanted: those asked for by name, which must all be usable (PluginError); None takes what there is.
+    """
+    found, reasons = [], {}
+    for name in wanted or default_families():
+        family = FAMILIES[name]
+        try:
+            if family.calibrated and calibration is None:
+                raise PluginError(f"codec {family.codec} needs a calibration")
+            if family.calibrated:
+                calibration.transform("v", 0, None, family.codec)
+            full_rank(family.codec, head_dim)  # which refuses a codec that leaves nothing
+            found.append(name)
+        except PluginError as error:
+            if wanted:
+                raise
+            reasons[name] = str(error)
+    # In the registry's order: --codecs a,b and b,a are one search
+    return tuple(name for name in FAMILIES if name in found), reasons
+
+
+def space_for(
+    calibration: Calibration | None,
+    head_dim: int,
+    wanted: Sequence[str] | None = None,
+    ranks: Sequence[int] | None = None,
+    recent: Sequence[int] = (0,),
+) -> tuple[Space, dict[str, str]]:
+    """The space that a calibration allows, and why families are not in it. Arguments as `usable` and `Space`."""
+    families, reasons = usable(wanted, calibration, head_dim)
+    ranks = tuple(ranks or default_rank_grid(head_dim))
+    for rank in ranks:
+        if rank > head_dim:
+            raise PluginError(f"--rank-grid: rank {rank} is out of range, this model has head_dim {head_dim}")
+    return Space(families, head_dim, ranks, _bits_range(calibration), recent=tuple(dict.fromkeys(recent))), reasons
+
+
+def _bits_range(calibration: Calibration | None) -> tuple[float, float]:
+    """Bits that adjustable quantizers are tried with: those that all of the calibration's codecs can share out."""
+    codecs = calibration.measured.values() if calibration else ()
+    ranges = [(LOWEST_BITS, HIGHEST_BITS), *(codec.bits_range() for codec in codecs)]
+    low, high = max(low for low, _ in ranges), min(high for _, high in ranges)
+    return math.ceil(100 * low) / 100, math.floor(100 * high) / 100

@@ -1,0 +1,94 @@
+"""Time to append one token to a cache that holds many: it must not depend on how many, and memory must be as counted.
+
+    python scripts/benchmarks/append.py
+    python scripts/benchmarks/append.py --tokens 1024,16384,65536 --device cuda
+
+Needs no weights: layers of the given shape are filled with noise and appended to, all layers per token, without
+reading back what is stored (reading is attention's cost, and grows with any cache).
+Writes results/runs/benchmark_append.json and results/plots/benchmark_append.png.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from gpt2 import cli
+from gpt2.common import files, provenance
+from gpt2.compression.cache.size import cache_bytes
+from gpt2.compression.codecs import BITS, Compressor, Transform, quantizer_for_bits
+from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
+from gpt2.models import loading
+from gpt2.report import plots
+
+
+def arguments() -> argparse.ArgumentParser:
+    p = cli.parser(__doc__)
+    p.add_argument("--tokens", type=cli.int_list, default=[1024, 4096, 16384], help="tokens held before appending")
+    p.add_argument("--layers", type=cli.positive_int, default=30)
+    p.add_argument("--kv-heads", type=cli.positive_int, default=3)
+    p.add_argument("--head-dim", type=cli.positive_int, default=64)
+    p.add_argument("--rank", type=cli.positive_int, default=60)
+    p.add_argument("--repeats", type=cli.positive_int, default=200, help="appended tokens per figure")
+    p.add_argument("--device", default="auto")
+    cli.add_output_flag(p)
+    return p
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    output, picture = cli.output_files(args.output, "benchmark_append")
+    device = loading.resolve_device(args.device)
+
+    rows = [measure(label, make, tokens, args, device) for label, make in codecs(args, device).items()
+            for tokens in args.tokens]  # fmt: skip
+    lines = {}
+    for row in rows:
+        lines.setdefault(row["codec"], []).append(row["append_ms_median"])
+    title = f"{args.layers} layers, {args.kv_heads} KV heads of {args.head_dim}"
+    record = provenance.provenance(args, dtype="bfloat16", rows=rows)
+    files.write_run(output, record, picture, lambda: plots.appending(args.tokens, lines, title))
+    print(f"wrote {output} and {picture}")
+
+
+def codecs(args, device: torch.device) -> dict:
+    """Factories: identity, and a random rotation cut to the rank with every quantizer."""
+    g = torch.Generator().manual_seed(0)
+    E = torch.linalg.qr(torch.randn(args.kv_heads, args.head_dim, args.head_dim, generator=g)).Q
+    basis = Transform(E, E.mT.contiguous(), torch.zeros(args.kv_heads, args.head_dim)).truncate(args.rank).to(device)
+
+    def make(bits: int):
+        codec = [Compressor(quantizer_for_bits(bits), basis)] * args.layers
+        return lambda: CompressedDynamicCache(codec, codec)
+
+    low_rank = {f"rank {args.rank}, {bits} bits": make(bits) for bits in sorted(BITS, reverse=True)}
+    return {"identity": lambda: identity_cache(args.layers)} | low_rank
+
+
+def measure(label: str, make, tokens: int, args, device: torch.device) -> dict:
+    """Median time to append one token to all layers of a cache that holds `tokens`."""
+    cache = make()
+    shape = (1, args.kv_heads, tokens, args.head_dim)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
+    for layer in cache.layers:
+        layer.store(x, x)
+    token, times = x[:, :, :1], []
+    for _ in range(args.repeats):
+        start = time.perf_counter()
+        for layer in cache.layers:
+            layer.store(token, token)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+    held = tokens + args.repeats
+    low, median, high = statistics.quantiles(times, n=4)
+    row = {"codec": label, "tokens_held": tokens, "append_ms_median": median, "append_ms_quartiles": [low, high],
+           "cache_bytes": cache_bytes(cache), "bytes_per_token": cache_bytes(cache) / held}  # fmt: skip
+    print(f"{label:<20} {tokens:7,d} tokens held: {median:6.2f} ms [{low:.2f}, {high:.2f}], "
+          f"{row['bytes_per_token']:,.0f} bytes per token", flush=True)  # fmt: skip
+    return row
+
+
+if __name__ == "__main__":
+    cli.run(main)

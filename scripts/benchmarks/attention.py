@@ -1,0 +1,103 @@
+"""Time of one decode step's attention over a filled cache, in one layer: over codes, and over 16-bit K and V.
+
+    python scripts/benchmarks/attention.py
+    python scripts/benchmarks/attention.py --device cuda --context-lengths 4096,16384,65536,131072 --repeats 50
+    python scripts/benchmarks/attention.py --context-lengths 4096 --quantizers int4_channel,mixed --bits 3,4 --compiled
+
+Needs no weights: keys and values are noise. Rows take turns in one process, each reads from memory and not from the
+processor's caches, and what each gives is compared with float32 attention first. Beside the time are the bytes that a
+step reads, how fast it reads them, and what share that is of the speed at which the device copies. Ratios, paired by
+repeat, are to PyTorch's attention as transformers calls it, and to the fastest of the 16-bit rows. On a GPU times are
+the GPU's own; the host's, to launch a step, are in the file.
+Writes results/runs/attention_step_DEVICE_SHAPE.json and results/plots/attention_step_DEVICE_SHAPE.png.
+"""
+
+import argparse
+
+import torch
+
+from gpt2 import cli
+from gpt2.common import files, provenance
+from gpt2.experiments import attention_speed
+from gpt2.models import loading
+from gpt2.report import plots_attention
+
+CODECS = "int4_channel,int8_channel,int4,int8,mixed,kv4,kv8"
+
+
+def arguments() -> argparse.ArgumentParser:
+    p = cli.parser(__doc__)
+    p.add_argument("--context-lengths", type=cli.int_list, default=[4096, 16384], help="tokens of the prompt")
+    p.add_argument("--heads", type=cli.positive_int, default=32, help="query heads")
+    p.add_argument("--kv-heads", type=cli.positive_int, default=8)
+    p.add_argument("--head-dim", type=cli.positive_int, default=128)
+    p.add_argument("--batch-size", type=cli.positive_int, default=1, help="sequences side by side")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of the 16-bit rows")
+    p.add_argument("--quantizers", type=cli.word_list(attention_speed.CODECS), default=CODECS.split(","),
+                   help="for K and V alike, or kv4 and kv8, the presets for any model")  # fmt: skip
+    p.add_argument("--bits", type=bits_list, default=[4.0], help="bits per coordinate of adjustable quantizers (mixed)")
+    p.add_argument("--compiled", action="store_true", help="also int4_channel in PyTorch by torch.compile; on a CPU")
+    p.add_argument("--repeats", type=cli.positive_int, default=20, help="timed steps per row and context")
+    p.add_argument(
+        "--flush-mib", type=cli.positive_int, default=256, help="written before a step: more than all caches"
+    )
+    p.add_argument("--copy-mib", type=cli.positive_int, default=512, help="copied to measure the memory's speed")
+    p.add_argument("--seed", type=int, default=0, help="draws keys, values and queries")
+    cli.add_output_flag(p)
+    return p
+
+
+def parse() -> argparse.Namespace:
+    p = arguments()
+    args = p.parse_args()
+    if args.compiled and loading.resolve_device(args.device).type != "cpu":
+        p.error("--compiled is for --device cpu")
+    return args
+
+
+def bits_list(word: str) -> list[float]:
+    """`3,4.5` to [3.0, 4.5]."""
+    return [float(part) for part in word.split(",")]
+
+
+def main() -> None:
+    args = parse()
+    device = loading.resolve_device(args.device)
+    shape = attention_speed.Shape(args.heads, args.kv_heads, args.head_dim, args.batch_size)
+    output, picture = cli.output_files(args.output, f"attention_step_{provenance.device_slug(device)}_{shape}")
+    timer = attention_speed.Timer(device, args.flush_mib << 20)
+    bandwidth = attention_speed.copy_bandwidth(timer, args.copy_mib << 20)
+    print(
+        f"copies at {bandwidth / 1e9:,.1f} GB/s, read and written; codes are read by {attention_speed.kernels(device)}"
+    )
+    rows = []
+    for context in args.context_lengths:
+        rows += attention_speed.measure(
+            shape, context, args.quantizers, args.bits, timer, bandwidth, dtype=getattr(torch, args.dtype),
+            repeats=args.repeats, compiled=args.compiled, seed=args.seed, progress=cli.bar(f"{context} tokens", "turn"),
+        )  # fmt: skip
+        print_cell([row for row in rows if row["context_tokens"] == context])
+    record = provenance.provenance(
+        args, copy_bytes_per_s=bandwidth, kernels=attention_speed.kernels(device), dtype=args.dtype, rows=rows
+    )
+    files.write_run(output, record, picture, lambda: plots_attention.steps(record))
+    print(f"\nwrote {output} and {picture}")
+
+
+def print_cell(rows: list[dict]) -> None:
+    head = f"{rows[0]['tokens_held']:,} tokens, batch {rows[0]['batch_size']}"
+    print(f"\n{head:<30} {'time':>26} {'held':>11} {'speed':>12} {'of copy':>8} {'vs sdpa':>8} {'vs best':>8}")
+    for r in rows:
+        low, high = r["ms_quartiles"]
+        compiled = sum(r.get("compile_s", {}).values())
+        print(
+            f"{r['row']:<30} {r['ms_median']:9.3f} ms [{low:.3f}, {high:.3f}] {r['bytes_held'] / 2**20:7.2f} MiB "
+            f"{r['bytes_per_s'] / 1e9:7.1f} GB/s {r['share_of_copy']:8.0%} {r['speed_against_sdpa_median']:7.2f}x "
+            f"{r['speed_against_best_16_bit_median']:7.2f}x" + (f"  compiled in {compiled:.0f} s" if compiled else ""),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)

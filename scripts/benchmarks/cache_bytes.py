@@ -1,0 +1,67 @@
+"""Bytes that caches hold at several context lengths, everything counted, and how much smaller than 16 bits that is.
+
+    python scripts/benchmarks/cache_bytes.py
+    python scripts/benchmarks/cache_bytes.py --preset kv4 kv-4x fast-4x --context-lengths 128,2048,32768
+    python scripts/benchmarks/cache_bytes.py --model configs/models/qwen2.5-7b.json --layers 2 --preset kv8 kv4
+
+Real caches are filled with noise, for sizes don't depend on values: half of the tokens as a prompt, the rest 64 at a
+time. Counted are codes with their scales, exact sinks, the exact tail of less than a block, and room that is allocated
+and not yet used; beside it what the codec's basis takes, which all conversations share. The 16-bit cache is
+transformers' own. No model runs, but its shape and its presets are needed.
+Writes results/runs/cache_bytes_MODEL.json and results/plots/cache_bytes_MODEL.png, or where --output says.
+"""
+
+import argparse
+
+from gpt2 import cli
+from gpt2.common import files, provenance
+from gpt2.compression.cache import size
+from gpt2.compression.named_caches import CacheChoice
+from gpt2.models import random_weights
+from gpt2.models.loading import LoadedModel
+from gpt2.report import plots_codecs
+
+
+def arguments() -> argparse.ArgumentParser:
+    p = cli.parser(__doc__)
+    cli.add_model_flags(p)
+    cli.add_cache_flags(p, several=True)
+    p.set_defaults(preset=["kv8", "kv4"], device="cpu")
+    p.add_argument("--context-lengths", type=cli.int_list, default=[128, 512, 2048, 8192], help="tokens held")
+    p.add_argument("--layers", type=cli.positive_int, help="layers of a shape without weights; all if omitted")
+    cli.add_output_flag(p)
+    return p
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    loaded = random_weights.load(args.model, args.device, args.dtype, args.layers)
+    output, picture = cli.output_files(args.output, f"cache_bytes_{loaded.slug}")
+    choices = cli.chosen_caches(args, loaded)
+    print(f"{'cache':<20} {'context':>8} {'bytes':>14} {'per token':>10} {'ratio':>7} {'exact':>6} {'unused':>6}")
+    rows = [measure(choice, tokens, loaded) for choice in choices for tokens in args.context_lengths]
+    record = provenance.provenance(
+        args, model=loaded.spec, fingerprint=loaded.fingerprint, caches=[choice.record() for choice in choices],
+        rows=rows,
+    )  # fmt: skip
+    files.write_run(output, record, picture, lambda: plots_codecs.ratios_by_context(rows, loaded.spec))
+    print(f"\nwrote {files.shown(output)} and {files.shown(picture)}")
+
+
+def measure(choice: CacheChoice, tokens: int, loaded: LoadedModel) -> dict:
+    """One sequence of `tokens`, in bytes, against the 16-bit cache."""
+    cache = size.filled(choice.make, loaded.geometry, tokens)
+    plain = size.plain_bytes(loaded.geometry, tokens, config=loaded.model.config)
+    held, (exact, unused) = size.cache_bytes(cache), size.exact_and_unused_bytes(cache)
+    row = {
+        "cache": choice.label, "context_tokens": tokens, "bytes": held, "bytes_per_token": held / tokens,
+        "plain_bytes": plain, "exact_bytes": exact, "unused_bytes": unused, "codec_bytes": cache.codec_bytes(),
+        "compression_ratio": plain / held, "ratio_with_codec": plain / (held + cache.codec_bytes()),
+    }  # fmt: skip
+    print(f"{choice.label:<20} {tokens:8,d} {held:14,d} {held / tokens:10,.0f} {plain / held:6.2f}x "
+          f"{exact / held:6.1%} {unused / held:6.1%}", flush=True)  # fmt: skip
+    return row
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,98 @@
+"""Cost of calibration: time against bare forward passes over the same tokens, and peak memory against samples.
+
+    python scripts/benchmarks/calibration.py
+    python scripts/benchmarks/calibration.py --model Qwen/Qwen2.5-7B --device cuda --samples 8,64
+
+Time: bare forward passes, without and with logits, alternate with calibration in this process. Memory: every number
+of samples runs the calibration script in a process of its own and reads its peak resident size.
+Writes results/runs/benchmark_calibration_MODEL.json.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+
+from gpt2 import cli
+from gpt2.common import files, provenance
+from gpt2.common.errors import PluginError
+from gpt2.compression.calibration.statistics import collect
+from gpt2.models import loading
+from gpt2.text import sources
+
+
+def arguments() -> argparse.ArgumentParser:
+    p = cli.parser(__doc__)
+    cli.add_model_flags(p)
+    cli.add_text_flags(p)
+    p.add_argument("--samples", type=cli.int_list, default=[8, 64], help="numbers of sequences for the memory figure")
+    p.add_argument("--seq-len", type=cli.positive_int, default=1024, help="tokens per sequence")
+    p.add_argument("--repeats", type=cli.positive_int, default=9, help="timed rounds")
+    p.add_argument("--output", type=cli.output_path, help="JSON file")
+    return p
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    # Before the first calibration: its file will be named after the model, which is loaded later
+    files.check_writable(args.output or files.RESULTS / "runs" / "benchmark_calibration.json")
+    memory = {str(n): peak_megabytes(args, n) for n in args.samples}  # first: a child's peak starts at its parent's
+    for samples, size in memory.items():
+        print(f"peak resident size with {samples:>3} samples: {size:,.0f} MB", flush=True)
+    loaded = loading.load(args.model, args.device, args.dtype)
+    output = args.output or files.RESULTS / "runs" / f"benchmark_calibration_{loaded.slug}.json"
+    text = sources.load_text(args.text, args.model)
+    windows = text.segments("calibration", loaded, args.seq_len, args.repeats + 1)
+    times = [time_all(loaded, window, turn) for turn, window in enumerate(windows)][1:]  # the first one warms up
+    ratios = {name: statistics.median(t["capture"] / t[name] for t in times) for name in ("body", "with_logits")}
+    for name, ratio in ratios.items():
+        print(f"calibrating costs {ratio:.2f}x a bare forward pass, {name} (median of {len(times)})")
+    record = provenance.provenance(
+        args, text=text.name, text_sha256={"calibration": text.sha256("calibration")}, ratio_to_forward=ratios,
+        times_s=times, peak_rss_mb_by_samples=memory,
+    )  # fmt: skip
+    files.write_json(output, record)
+    print(f"wrote {output}")
+
+
+@torch.no_grad()
+def time_all(loaded: loading.LoadedModel, window: torch.Tensor, turn: int) -> dict[str, float]:
+    """Seconds for the same tokens: layers alone, with logits, and through capture, in changing order."""
+    ids = window[None].to(loaded.device)
+    works = {
+        "body": lambda: loaded.model.base_model(input_ids=ids, use_cache=True),
+        "with_logits": lambda: loaded.model(ids, use_cache=True),
+        "capture": lambda: collect(loaded, [window], sink_tokens=4),
+    }
+    order = list(works)[turn % 3 :] + list(works)[: turn % 3]
+    return {name: clock(works[name]) for name in order}
+
+
+def clock(work) -> float:
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_megabytes(args, samples: int) -> float:
+    """Peak resident size of the calibration script with that many samples."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "scripts/calibrate_kv_lowrank.py", "--model", args.model, "--device", args.device]
+        command += ["--dtype", args.dtype, "--samples", str(samples), "--seq-len", str(args.seq_len)]
+        command += ["--output", f"{folder}/calibration.pt", *(["--text", args.text] if args.text else [])]
+        child = subprocess.Popen(command, cwd=files.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise PluginError(f"the calibration with {samples} samples failed: run it by hand to see why")
+    return usage.ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    cli.run(main)

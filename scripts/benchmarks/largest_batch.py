@@ -1,0 +1,88 @@
+"""How many sequences fit: the largest batch whose caches fit beside a model, and tokens per second when it is decoded.
+
+    python scripts/benchmarks/largest_batch.py --model configs/models/qwen2.5-7b.json --preset kv4 kv8 \\
+        --context-length 32768
+    python scripts/benchmarks/largest_batch.py --preset int4-vonly --context-length 1024 --most 4 --device cpu
+
+The uncompressed cache comes first, then those of --preset and --policy, which the model reads as they are stored.
+Memory has to run out to be measured, so on a CPU, where that harms everything else, --most is the end. Caches hold
+noise, and a shape from configs/models has random weights: neither size nor speed depends on what they say.
+Writes results/runs/largest_batch_DEVICE_MODEL.json, or where --output says.
+"""
+
+import argparse
+
+from gpt2 import cli
+from gpt2.common import files, provenance
+from gpt2.common.errors import PluginError
+from gpt2.evaluation import largest_batch
+from gpt2.evaluation.perplexity import BASELINE, baseline_factory
+from gpt2.models import random_weights
+
+
+def arguments() -> argparse.ArgumentParser:
+    p = cli.parser(__doc__)
+    cli.add_model_flags(p)
+    cli.add_cache_flags(p, several=True)
+    p.add_argument("--context-length", type=cli.positive_int, default=32768, help="tokens held by every sequence")
+    p.add_argument("--decode-tokens", type=cli.positive_int, default=8, help="tokens decoded to measure speed")
+    p.add_argument("--most", type=cli.positive_int, help="largest batch to try; 1024 on a GPU, 4 on a CPU")
+    p.add_argument("--layers", type=cli.positive_int, help="layers of a shape without weights; all if omitted")
+    p.add_argument("--seed", type=int, default=0, help="draws what fills the caches")
+    p.add_argument("--output", type=cli.output_path, help="JSON file")
+    return p
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    loaded = random_weights.load(args.model, args.device, args.dtype, args.layers)
+    after = args.decode_tokens + largest_batch.WARM_STEPS
+    loaded.require_context(args.context_length, "--context-length", after=after)
+    stem = f"largest_batch_{provenance.device_slug(loaded.device)}_{loaded.slug}"
+    output = args.output or files.check_writable(files.RESULTS / "runs" / f"{stem}.json")
+    choices = cli.chosen_caches(args, loaded)
+    most = args.most or (1024 if loaded.device.type == "cuda" else 4)
+    rows = []
+    caches = {BASELINE: baseline_factory(loaded)} | {choice.label: choice.make for choice in choices}
+    for name, make in caches.items():
+        rows.append(
+            largest_batch.measure(
+                loaded,
+                name,
+                make,
+                args.context_length,
+                decode_tokens=args.decode_tokens,
+                most=most,
+                seed=args.seed,
+            )
+        )
+        print_row(rows[-1])
+    record = provenance.provenance(
+        args,
+        model=loaded.spec,
+        fingerprint=loaded.fingerprint,
+        weights="random" if loaded.random_weights else "trained",
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        caches=[choice.record() for choice in choices],
+        rows=rows,
+    )
+    files.write_json(output, record)
+    print(f"\nwrote {output}")
+    if not any(row["largest_batch"] for row in rows):
+        raise PluginError(f"not one sequence of {args.context_length:,} tokens fits: use a shorter --context-length")
+
+
+def print_row(row: dict) -> None:
+    if not row["largest_batch"]:
+        print(f"{row['cache']:<20} not one sequence fits")
+        return
+    limit = " (the limit)" * row["at_limit"]
+    print(
+        f"{row['cache']:<20} {row['largest_batch']:5,d} sequences{limit}, {row['cache_bytes'] / 2**30:7.2f} GiB, "
+        f"{row['tokens_per_s']:9,.1f} tokens/s, {row['token_ms']:7.1f} ms a step",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

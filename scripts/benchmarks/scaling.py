@@ -1,0 +1,83 @@
+"""What 7B and 70B models would take, on paper, and whether costs grow as that arithmetic says: measured exponents.
+
+    python scripts/benchmarks/scaling.py
+    python scripts/benchmarks/scaling.py --quick --output quick.json
+    python scripts/benchmarks/scaling.py --shapes llama-3.1-8b.json,qwen2.5-72b.json --context-lengths 32768,131072
+
+On paper: bytes of caches, by filling one layer's; time and memory of calibration, counted. Measured: calibration and
+evaluation on the model, with fewer samples, tokens and layers; caches on one layer of the model's shape and of shapes
+without weights. Each series is fitted by a power law; its exponent, with a bootstrap interval, stands beside the one
+that counted costs have at the same sizes. Times are only worth something on a machine that does nothing else.
+Writes results/runs/scaling_MODEL.json and results/plots/scaling_MODEL.png.
+"""
+
+from functools import partial
+
+from gpt2 import cli
+from gpt2.common import files, provenance
+from gpt2.experiments import growth, on_paper
+from gpt2.experiments.growth_claims import FITTING, QUICK, Sizes, claims, pass_ratios
+from gpt2.models import loading, random_weights
+from gpt2.report import plots_growth
+
+SHAPES = "qwen2.5-7b.json,llama-3.1-8b.json,qwen2.5-72b.json"
+TIMED = "qwen2.5-0.5b.json,gemma-2-2b.json,llama-3.1-8b.json,qwen2.5-72b.json"
+
+
+def arguments():
+    p = cli.parser(__doc__)
+    cli.add_model_flags(p)
+    p.add_argument("--shapes", type=names, default=SHAPES, help="models on paper: files of configs/models")
+    p.add_argument("--context-lengths", type=cli.int_list, default=[32768, 131072], help="tokens of a cache on paper")
+    p.add_argument("--presets", type=names, default="kv8,kv4,kv-4x,fast-4x", help="caches on paper")
+    p.add_argument("--samples", type=cli.positive_int, default=48, help="of a calibration on paper")
+    p.add_argument("--seq-len", type=cli.positive_int, default=1024, help="tokens per sample of that calibration")
+    p.add_argument("--flops-per-s", type=float, default=2e14, help="assumed of the device that would calibrate")
+    p.add_argument("--timed-shapes", type=names, default=TIMED, help="one layer of each is calibrated")
+    p.add_argument("--cache-shapes", type=names, default="llama-3.1-8b.json", help="one layer's cache is measured")
+    p.add_argument("--timed-presets", type=names, default="kv4,kv-4x,fast-4x", help="caches that are measured")
+    p.add_argument("--repeats", type=cli.positive_int, default=4, help="timings of every point, 3 or more for verdicts")
+    p.add_argument("--quick", action="store_true", help="the smallest sizes: to try it, not to believe it")
+    cli.add_output_flag(p)
+    return p
+
+
+def names(words: str) -> list[str]:
+    return words.split(",")
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    loaded = loading.load(args.model, args.device, args.dtype)
+    output, picture = cli.output_files(args.output, f"scaling_{loaded.slug}")
+    own, read = {loaded.slug: loaded.model.config}, random_weights.read_shapes
+    paper = own | read(args.shapes)
+    caches = on_paper.cache_rows(paper, args.context_lengths, args.presets, cli.bar("caches", "model"))
+    slopes, sizes = [], QUICK if args.quick else Sizes()
+    found = claims(loaded, own | read(args.timed_shapes), own | read(args.cache_shapes), args.timed_presets, sizes)
+    for claim in cli.bar("measured", "claim")(found):
+        slopes.append(growth.measure(claim, args.repeats))
+        print_slope(slopes[-1])
+    fitting = next(slope for slope in slopes if slope["step"] == FITTING)
+    calibrations = on_paper.calibration_rows(
+        paper, args.samples, args.seq_len, args.flops_per_s, partial(growth.at, fitting)
+    )
+    passes = pass_ratios(loaded, sizes, args.repeats)
+    record = provenance.provenance(
+        args, model=loaded.spec, caches=caches, calibrations=calibrations, passes=passes, slopes=slopes
+    )
+    files.write_run(output, record, picture, lambda: plots_growth.slopes(record))
+    print(f"wrote {output} and {picture}")
+
+
+def print_slope(slope: dict) -> None:
+    low, high = slope["exponent_interval"]
+    print(
+        f"{slope['step'] + ' / ' + slope['against']:<62} expected {slope['expected_exponent']:5.2f}, measured "
+        f"{slope['exponent']:5.2f} [{low:5.2f}, {high:5.2f}]  {slope['verdict']}  ({slope['on']})",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,238 @@
+"""Writing: all or nothing, and with what it was made from."""
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2.common import files, provenance
+from gpt2.common.errors import PluginError
+from gpt2.common.files import atomic, check_writable, write_json, write_torch
+from gpt2.report import plots
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text("old")
+    return path
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_the_old_file_and_nothing_else(path, error):
+    with pytest.raises(error), atomic(path) as part:
+        part.write_text("half of the n")
+        raise error
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+def test_until_the_end_of_the_block_the_old_file_is_there(path):
+    with atomic(path) as part:
+        part.write_text("new")
+        assert path.read_text() == "old" and part.parent == path.parent, "a rename is atomic within a file system"
+    assert path.read_text() == "new" and list(path.parent.iterdir()) == [path]
+
+
+def test_folders_are_made_and_the_file_is_readable_by_others(tmp_path):
+    path = write_json(tmp_path / "a" / "b" / "r.json", {"x": 1})
+    assert json.loads(path.read_text()) == {"x": 1} and path.stat().st_mode & 0o777 == 0o644
+
+
+def test_two_writers_dont_share_a_temporary_file(path):
+    with atomic(path) as a, atomic(path) as b:
+        assert a != b
+        a.write_text("a")
+        b.write_text("b")
+    assert path.read_text() == "a" and list(path.parent.iterdir()) == [path], "the outer one ends last"
+
+
+def test_a_path_that_cannot_be_written_is_refused(path):
+    """Root may write into read-only folders, but nobody below a file."""
+    for write in (lambda p: write_json(p, {}), lambda p: write_torch(p, {}), check_writable):
+        with pytest.raises(PluginError, match="can't make the folder of .*r.json/x/y.json: "):
+            write(path / "x" / "y.json")
+    assert path.read_text() == "old"
+
+
+def written_while_another_dies(path: Path, die: bool) -> None:
+    """A process that begins to write; it waits for a file `go`, then ends by a signal or in good order."""
+    with atomic(path) as part:
+        part.write_text("half")
+        (path.parent / "begun").touch()
+        while not (path.parent / "go").exists():
+            time.sleep(0.01)
+        if die:
+            os.kill(os.getpid(), signal.SIGKILL)
+        part.write_text("theirs")
+
+
+@pytest.mark.parametrize("die", [True, False])
+def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(path, die):
+    folder = path.parent
+    other = multiprocessing.get_context("fork").Process(target=written_while_another_dies, args=(path, die))
+    other.start()
+    until = time.monotonic() + 60
+    while not (folder / "begun").exists():
+        assert other.is_alive() and time.monotonic() < until
+        time.sleep(0.01)
+    write_json(path, {})
+    assert len(list(folder.glob(".r.json.*.tmp"))) == 1, "the other one lives, and its file is left to it"
+    (folder / "go").touch()
+    other.join(30)
+    assert other.exitcode == (-signal.SIGKILL if die else 0)
+    assert len(list(folder.glob(".r.json.*.tmp"))) == die and path.read_text() == ("{}\n" if die else "theirs")
+    neighbour, foreign = folder / ".r.jsonx.0123abcd.tmp", folder / ".r.json.mine.tmp"
+    for kept in (neighbour, foreign):
+        kept.touch()
+    check_writable(path)
+    assert set(folder.glob(".*")) == {neighbour, foreign}, "of this path, and of this name alone"
+
+
+def write_again_and_again(path: Path, number: int) -> None:
+    for turn in range(200):
+        write_json(path, {"number": number, "turn": turn, "long": list(range(500))})
+
+
+def test_many_processes_that_write_the_same_path_dont_take_each_others_files_for_abandoned(path):
+    path.unlink()
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_again_and_again, args=(path, n)) for n in range(4)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        if path.exists():
+            assert len(json.loads(path.read_text())["long"]) == 500
+        time.sleep(0.01)
+    assert [writer.exitcode for writer in writers] == [0] * 4 and list(path.parent.iterdir()) == [path]
+
+
+def test_a_record_is_written_after_its_picture_and_also_without_it(tmp_path):
+    record, picture = tmp_path / "r.json", tmp_path / "r.png"
+
+    def draw():
+        assert not record.exists()
+        return plots.appending([1, 2], {"a": [1, 2]}, "t")
+
+    def bad():
+        raise ZeroDivisionError
+
+    files.write_run(record, {"x": 1}, picture, draw)
+    assert json.loads(record.read_text()) == {"x": 1} and picture.exists()
+    with pytest.raises(ZeroDivisionError):
+        files.write_run(record, {"x": 2}, picture, bad)
+    assert json.loads(record.read_text()) == {"x": 2}, "it took the work"
+
+
+def test_torchs_files_are_the_same_to_the_byte(tmp_path):
+    one, two = (write_torch(tmp_path / name, {"t": torch.arange(3)}).read_bytes() for name in ("a.pt", "b.pt"))
+    assert one == two, "the name of a temporary file would be in it"
+
+
+def test_a_folder_in_the_files_place_is_refused(tmp_path):
+    with pytest.raises(PluginError, match="it is a folder"):
+        write_json(tmp_path, {})
+
+
+def test_a_full_disk_is_one_line(path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(PluginError, match="can't write .*r.json: No space left on device"):
+        write_torch(path, {})
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_json_refuses_what_json_has_not(path, value):
+    with pytest.raises(ValueError):
+        write_json(path, {"deep": [{"ppl": value}]})
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+def test_torch_files_load_without_running_code(tmp_path):
+    record = {"t": torch.arange(3), "meta": {"name": "x", "n": 1, "list": [1.5, None, True]}}
+    back = torch.load(write_torch(tmp_path / "c.pt", record), weights_only=True)
+    assert torch.equal(back.pop("t"), record.pop("t")) and back == record
+
+
+def test_provenance_has_what_a_result_was_made_from(monkeypatch):
+    args = argparse.Namespace(model="m", output=Path("a/b.json"), ranks=[60, 56], seed=0)
+    record = provenance.provenance(args, text_sha256="abc")
+    assert record["args"] == {"model": "m", "output": "a/b.json", "ranks": [60, 56], "seed": 0}
+    assert {"torch", "transformers", "numpy"} <= set(record["versions"]) and all(record["versions"].values())
+    assert record["text_sha256"] == "abc" and record["device"] and record["threads"] >= 1
+    assert record["created_utc"].endswith("Z")
+    json.dumps(record, allow_nan=False)
+
+
+def git(folder, *words):
+    who = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+    run = subprocess.run(("git", "-C", str(folder), *who, *words), capture_output=True, text=True, check=True)
+    return run.stdout.strip()
+
+
+@pytest.fixture
+def asked():
+    """The commit as a new process finds it: a run asks once, before the work, and remembers."""
+
+    def ask():
+        provenance.git_commit.cache_clear()
+        return provenance.git_commit()
+
+    yield ask
+    provenance.git_commit.cache_clear()
+
+
+def test_the_commit_says_when_code_differs_from_it(tmp_path, monkeypatch, asked):
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    assert asked() is None, "no checkout"
+    git(tmp_path, "init", "-q")
+    assert asked() is None, "no commit"
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "a.py").write_text("1")
+    (tmp_path / "README").write_text("1")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "first")
+    commit = git(tmp_path, "rev-parse", "--short=12", "HEAD")
+    assert asked() == commit == provenance.provenance()["git_commit"]
+    (tmp_path / "README").write_text("2")
+    assert asked() == commit, "only code counts"
+    (tmp_path / "gpt2" / "a.py").write_text("2")
+    assert provenance.git_commit() == commit, "what a run began with"
+    assert asked() == f"{commit}-dirty"
+
+
+def test_a_link_stays_a_link_and_rights_stay(tmp_path):
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "r.json", tmp_path / "r.json"
+    link.symlink_to(target)
+    write_json(link, {"a": 1})  # before there is anything at its end
+    assert link.is_symlink() and json.loads(target.read_text()) == {"a": 1}
+    target.chmod(0o600)
+    write_json(link, {"a": 2})
+    assert link.is_symlink() and json.loads(target.read_text()) == {"a": 2} and target.stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize("write", [lambda path: write_json(path, {}), check_writable], ids=["write", "check"])
+def test_what_is_no_file_is_not_replaced_by_one(write, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for path in ("pipe", "link"):
+        with pytest.raises(PluginError, match="it is no regular file"):
+            write(tmp_path / path)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and (tmp_path / "link").is_symlink()
+
+
+def test_a_name_that_no_file_has_is_one_line(tmp_path):
+    with pytest.raises(PluginError, match="File name too long"):
+        check_writable(tmp_path / ("x" * 300))

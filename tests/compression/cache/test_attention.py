@@ -1,0 +1,438 @@
+"""Attention over what is stored: the same logits as reconstruction, whatever the model asks of its attention."""
+
+import logging
+
+import pytest
+import torch
+from test_generation import MODES, SAME_TOKENS, with_dynamic_cache
+from tiny import FAMILIES, tiny_model, windows
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from gpt2.common.errors import UnsupportedModel
+from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention, is_enabled
+from gpt2.compression.cache import attention, direct_attention
+from gpt2.compression.cache.layers import Sealed
+from gpt2.compression.cache.token_store import TokenStore
+from gpt2.compression.codecs import QUANTIZERS, Compressor, Transform
+from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
+from gpt2.compression.kernels import cpu
+from gpt2.compression.settings import Setting, build
+from gpt2.evaluation.instruments import Stopwatch, watched
+
+SETTINGS = {
+    "identity": None,
+    "int8": Setting(bits=8),
+    "int4": Setting(bits=4),
+    "int8_channel": Setting(bits=8, quantizer="int8_channel"),
+    "int4_channel": Setting("hadamard", bits=4, quantizer="int4_channel"),
+    "mixed": Setting("hadamard", bits=4.0, quantizer="mixed"),
+    "mixed, no basis": Setting(bits=4.0, quantizer="mixed"),
+    "low rank": Setting("ln_nullspace"),
+    "low rank, int8": Setting("ln_nullspace", bits=8),
+}
+# Mean change against the largest logit. Sums in another order tip a code over here and there, which moves the logits
+# behind it; whatever is wrong moves all of them
+SAME = 3e-4
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama")
+
+
+def cache_of(model, k: Setting | None, v: Setting | None, **how) -> CompressedDynamicCache:
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    L = config.num_hidden_layers
+    return CompressedDynamicCache(*build({"k": [k] * L, "v": [v] * L}, head_dim), **how)
+
+
+def both(model, make, run):
+    """What `run(cache)` gives by reconstruction, and by attention over what is stored."""
+    assert not is_enabled(model)
+    reconstructed = run(make())
+    enable_compressed_attention(model)
+    try:
+        return reconstructed, run(make())
+    finally:
+        disable_compressed_attention(model)
+
+
+def streamed(model, pieces=(90, 7, 1, 1, 41), padding=0, batch=2):
+    """A function that feeds a batch in pieces, with left padding in its first row, and gives the logits that count."""
+    ids = windows(batch, sum(pieces))
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+
+    @torch.no_grad()
+    def run(cache):
+        out, T = [], 0
+        for n in pieces:
+            more = {"position_ids": positions[:, T : T + n]} if model.config.model_type != "opt" else {}
+            step = model(ids[:, T : T + n], attention_mask=mask[:, : T + n], past_key_values=cache, **more)
+            out.append(step.logits)
+            T += n
+        return torch.cat(out, dim=1)[mask.bool()]
+
+    return run
+
+
+def close(a, b) -> bool:
+    return bool((a - b).abs().mean() <= SAME * a.abs().max())
+
+
+# --- the same as reconstruction
+
+
+@pytest.mark.parametrize("k", SETTINGS)
+@pytest.mark.parametrize("v", ["int8", "mixed", "identity", "low rank"])
+@pytest.mark.parametrize("sinks", [4, 0, 70])
+def test_every_pair_of_codecs(llama, kernels, k, v, sinks):
+    make = lambda: cache_of(llama, SETTINGS[k], SETTINGS[v], sink_tokens=sinks)  # noqa: E731
+    assert close(*both(llama, make, streamed(llama, padding=5)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_family(family, name, kernels):
+    """Windows, more query heads than KV heads, learned positions, a head_dim of its own."""
+    model = tiny_model(family)
+    make = lambda: cache_of(model, SETTINGS[name], SETTINGS[name])  # noqa: E731
+    assert close(*both(model, make, streamed(model, padding=5)))
+
+
+def test_direct_attention_is_what_runs(llama, monkeypatch):
+    calls = []
+    attend = direct_attention.attend
+    monkeypatch.setattr(
+        direct_attention, "attend", lambda *args, **how: calls.append(args[2].shape[2]) or attend(*args, **how)
+    )
+    make = lambda: cache_of(llama, SETTINGS["int4"], SETTINGS["int4"])  # noqa: E731
+    both(llama, make, streamed(llama))
+    assert calls[-9:] == [7] * 3 + [1] * 6, "short pieces read codes in every layer; long ones share one expansion"
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("pieces", [(70, 1, 1, 3), (3, 1), (130, 64)])
+def test_softcap_and_sink_logits(family, pieces, kernels):
+    """Against the family's own eager attention, which is the only one that knows them."""
+    shape = FAMILIES["llama"] | {"head_dim": 16, "sliding_window": 16, "tie_word_embeddings": False}
+    more = (
+        {"num_local_experts": 2, "num_experts_per_tok": 1} if family == "gpt_oss" else {"attn_logit_softcapping": 2.0}
+    )
+    config = AutoConfig.for_model(family, **shape | more)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.mul_(6) if parameter.dim() > 1 else None
+    for module in model.modules():
+        if hasattr(module, "sinks"):
+            module.sinks.normal_()
+    make = lambda: cache_of(model, SETTINGS["int8"], SETTINGS["mixed"])  # noqa: E731
+    reconstructed, stored = both(model, make, streamed(model, pieces, padding=2))
+    assert close(reconstructed, stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_sixteen_bit_models(dtype, name, kernels):
+    model = tiny_model("llama", vocab_size=97).to(dtype)
+    make = lambda: cache_of(model, SETTINGS[name], SETTINGS[name])  # noqa: E731
+    exact = streamed(tiny_model("llama"))(make())
+    reconstructed, stored = (x.float() for x in both(model, make, streamed(model)))
+    rounding = (reconstructed - exact).abs().mean()
+    assert (stored - exact).abs().mean() <= 1.2 * rounding, "no further from float32 than reconstruction is"
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("mode", MODES)
+def test_generation_with_identity_gives_the_same_tokens(family, mode):
+    model = tiny_model(family)
+    if mode == "reset":  # not every version of transformers resets its own cache
+        expected = SAME_TOKENS[mode](model, DynamicCache(config=model.config))
+    else:
+        expected = with_dynamic_cache(family, mode)
+    enable_compressed_attention(model)
+    assert torch.equal(MODES[mode](model, identity_cache(3)), expected)
+
+
+@pytest.mark.parametrize("name", ["identity", "int8", "int8_channel", "mixed", "low rank"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("on", [(True, True), (True, False), (False, True)], ids=["on", "on, then off", "off, then on"])
+def test_autocast(family, name, on, kernels):
+    """In it all the way, or in every second step: no further from float32 than reconstruction is."""
+    model = tiny_model(family)
+    ids = windows(1, 90).split([70, 1, 1, 10, 8], dim=1)
+    make = lambda: cache_of(model, SETTINGS[name], SETTINGS[name], recent_tokens=2)  # noqa: E731
+
+    @torch.no_grad()
+    def run(cache, autocast=on):
+        out = []
+        for i, x in enumerate(ids):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast[i % 2]):
+                out.append(model(x, past_key_values=cache).logits.float())
+        return torch.cat(out, dim=1)
+
+    exact = run(make(), (False, False))
+    reconstructed, stored = both(model, make, run)
+    assert (stored - exact).abs().mean() <= 1.2 * (reconstructed - exact).abs().mean()
+
+
+def test_after_crop_reorder_and_selection(llama, kernels):
+    ids = windows(3, 150)
+
+    @torch.no_grad()
+    def run(cache):
+        llama(ids, past_key_values=cache)
+        cache.crop(-33)
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        llama(ids[:2, :20], past_key_values=cache)
+        cache.reorder_cache(torch.tensor([1, 1]))
+        return llama(ids[:2, :2], past_key_values=cache).logits
+
+    for name in ("int4", "mixed", "int8_channel", "mixed, no basis"):
+        assert close(*both(llama, lambda name=name: cache_of(llama, SETTINGS[name], SETTINGS[name]), run))
+
+
+def test_many_pieces(llama, kernels):
+    """Filled token by token, as decoding does, and never from one large tensor."""
+
+    @torch.no_grad()
+    def run(cache):
+        return torch.cat([llama(x, past_key_values=cache).logits for x in windows(1, 400).split(1, dim=1)], dim=1)
+
+    cache = cache_of(llama, SETTINGS["mixed"], SETTINGS["int8"])
+    run(cache)
+    assert len(list(cache.layers[0].stores["V"].pieces())) > 1
+    assert close(*both(llama, lambda: cache_of(llama, SETTINGS["mixed"], SETTINGS["int8"]), run))
+
+
+# --- the algebra, and the kernels
+
+
+def store_of(compressor: Compressor, x, sinks: int) -> TokenStore:
+    store = TokenStore(compressor, sinks, 0)
+    store.prepare(x, "test")
+    store.append(x)
+    return store
+
+
+@pytest.mark.parametrize("head_dim", [20, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("quantizer", ["int8", "int4", "int8_channel", "int4_channel", "mixed", "none"])
+@pytest.mark.parametrize("heads", [1, 2], ids=["a basis each", "a basis for two"])
+def test_scores_and_sums(quantizer, head_dim, heads, kernels):
+    """Ranks of odd length, heads that share a basis, a mean, sinks that a block shares, many queries."""
+    generator = torch.Generator().manual_seed(head_dim)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    B, H, M, T, w = 2, 4, 5, 64 * 3 + 9, head_dim * heads
+    q = QUANTIZERS[quantizer]
+    rank = min(w - 3, 200)
+    transform = Transform(draw(H // heads, w, rank), draw(H // heads, rank, w) / w, draw(H // heads, w))
+    store = store_of(Compressor(q.at(5.0) if q.adjustable else q, transform), draw(B, H, T, head_dim), sinks=4)
+    held, queries, p = store.read(), draw(B, H, M, head_dim), draw(B, H, M, T).softmax(-1)
+    for found, expected in (
+        (direct_attention.scores(store, queries), queries @ held.mT),
+        (direct_attention.weighted_sum(store, p.clone()), p @ held),
+    ):
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("bits", [0.5, 1, 2, 3, 4, 6, 8, 10])
+def test_every_width(bits, kernels):
+    x = torch.randn(1, 3, 64 * 5, 37, generator=torch.Generator().manual_seed(0)) * torch.logspace(2, -3, 37)
+    store = store_of(Compressor(QUANTIZERS["mixed"].at(float(bits))), x, sinks=0)
+    q = torch.randn(1, 3, 2, 37)
+    expected = q @ store.read().mT
+    assert (direct_attention.scores(store, q) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_any_number_of_threads_gives_the_same(kernels):
+    x = torch.randn(1, 3, 640, 64, generator=torch.Generator().manual_seed(0))
+    store = store_of(Compressor(QUANTIZERS["int4_channel"]), x, sinks=4)
+    q, p = torch.randn(1, 3, 3, 64), torch.rand(1, 3, 3, 640)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append((direct_attention.scores(store, q), direct_attention.weighted_sum(store, p.clone())))
+    finally:
+        torch.set_num_threads(before)
+    for scores, sums in found[1:]:
+        assert torch.allclose(scores, found[0][0], atol=1e-5) and torch.allclose(sums, found[0][1], atol=1e-4)
+
+
+def test_without_a_compiler_one_line_says_so(monkeypatch, caplog):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no compiler here\nand a long story")
+
+    monkeypatch.setattr("torch.utils.cpp_extension.load", fails)
+    with caplog.at_level(logging.WARNING):
+        assert cpu.loaded.__wrapped__() is False
+    assert [record.message for record in caplog.records] == [
+        "no CPU kernels (they take ninja, and GCC 12 or Clang), so attention over codes is slower: no compiler here"
+    ]
+
+
+# --- switching it on and off
+
+
+def test_it_can_be_undone(llama):
+    before = llama.config._attn_implementation
+    assert enable_compressed_attention(llama) is llama and enable_compressed_attention(llama) is llama
+    assert is_enabled(llama) and llama.config._attn_implementation == attention.NAME
+    assert disable_compressed_attention(llama) is llama and disable_compressed_attention(llama) is llama
+    assert not is_enabled(llama) and llama.config._attn_implementation == before
+    assert not llama._forward_hooks and not llama._forward_pre_hooks
+
+
+def test_other_caches_and_none_work_as_before(llama):
+    ids = windows(2, 20)
+    expected = llama(ids).logits, llama.generate(ids, max_new_tokens=5, past_key_values=DynamicCache())
+    enable_compressed_attention(llama)
+    try:
+        assert torch.allclose(llama(ids).logits, expected[0], atol=1e-5)
+        assert torch.equal(llama.generate(ids, max_new_tokens=5, past_key_values=DynamicCache()), expected[1])
+    finally:
+        disable_compressed_attention(llama)
+
+
+def test_the_decoder_alone_reads_what_is_stored_too(llama, monkeypatch):
+    calls = []
+    attend = direct_attention.attend
+    monkeypatch.setattr(direct_attention, "attend", lambda *args, **how: calls.append(1) or attend(*args, **how))
+    enable_compressed_attention(llama)
+    try:
+        calls.clear()
+        llama.base_model(windows(1, 5), past_key_values=cache_of(llama, SETTINGS["int8"], None))
+        assert len(calls) == 3
+    finally:
+        disable_compressed_attention(llama)
+
+
+def test_gradients_reach_queries(llama):
+    """Kernels have no way back, so what needs one is expanded."""
+    embedded = llama.get_input_embeddings()(windows(1, 8)).requires_grad_()
+    enable_compressed_attention(llama)
+    try:
+        with torch.enable_grad():
+            logits = llama(inputs_embeds=embedded, past_key_values=cache_of(llama, SETTINGS["int8"], None)).logits
+            logits.sum().backward()
+    finally:
+        disable_compressed_attention(llama)
+    assert embedded.grad.isfinite().all() and embedded.grad.abs().sum() > 0
+
+
+def test_a_float64_model(llama):
+    model = tiny_model("llama").double()
+    make = lambda: cache_of(model, SETTINGS["int8"], SETTINGS["mixed"])  # noqa: E731
+    assert close(*both(model, make, streamed(model)))
+
+
+def test_a_cache_is_sealed_only_while_such_a_model_runs(llama):
+    cache, other = cache_of(llama, SETTINGS["int8"], None), tiny_model("llama")
+    enable_compressed_attention(llama)
+    try:
+        llama(windows(1, 10), past_key_values=cache)
+        k, v = cache.update(torch.zeros(1, 2, 1, 12), torch.zeros(1, 2, 1, 12), 0)
+        assert k.shape == v.shape == (1, 2, 11, 12)
+        other(windows(1, 10), past_key_values=cache_of(llama, SETTINGS["int8"], None))
+        with pytest.raises(IndexError):
+            llama(torch.tensor([[10**6]]), past_key_values=cache)
+        assert not any(layer.reader for layer in cache.layers), "also after an error"
+    finally:
+        disable_compressed_attention(llama)
+
+
+def test_a_sealed_tensor_can_do_nothing(llama):
+    layer = cache_of(llama, None, None).layers[0]
+    layer.store(torch.zeros(1, 2, 3, 12), torch.zeros(1, 2, 3, 12))
+    for use in (lambda x: x.shape, lambda x: x + 1, lambda x: x[0], lambda x: torch.cat([x])):
+        with pytest.raises((AttributeError, TypeError)):
+            use(Sealed(layer))
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon"])
+def test_a_model_with_attention_of_its_own_is_refused_and_left_as_it_was(family):
+    from gpt2.experiments.architectures import tiny_family
+
+    model = tiny_family(family)
+    before, ids = model.config._attn_implementation, windows(1, 8)
+    expected = model(ids).logits
+    with pytest.raises(UnsupportedModel, match="can't attend over a compressed cache: .* by reconstruction"):
+        enable_compressed_attention(model)
+    assert not is_enabled(model) and model.config._attn_implementation == before
+    assert torch.equal(model(ids).logits, expected) and not model._forward_hooks
+
+
+def test_the_probe_finds_other_logits(llama, monkeypatch):
+    monkeypatch.setattr(direct_attention, "attend", lambda k, v, query, *args, **how: torch.zeros_like(query))
+    with pytest.raises(UnsupportedModel, match="another attention function changes its logits by"):
+        enable_compressed_attention(llama)
+    assert not is_enabled(llama)
+
+
+def test_interrupted_and_disabled_a_cache_is_open_again(llama, monkeypatch):
+    """Ctrl-C passes by the hook that ends reading."""
+    cache = cache_of(llama, SETTINGS["int8"], None)
+    enable_compressed_attention(llama)
+    llama(windows(1, 10), past_key_values=cache)
+
+    def interrupt(*args, **how):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(direct_attention, "attend", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llama(windows(1, 1), past_key_values=cache)
+    disable_compressed_attention(llama)
+    cache.crop(-1)
+    assert llama(windows(1, 1), past_key_values=cache).logits.isfinite().all()
+
+
+def test_another_attention_set_meanwhile_gets_reconstructions(llama):
+    enable_compressed_attention(llama)
+    try:
+        llama.set_attn_implementation("eager")
+        assert llama(windows(1, 9), past_key_values=cache_of(llama, SETTINGS["int8"], None)).logits.isfinite().all()
+    finally:
+        disable_compressed_attention(llama)
+    assert llama.config._attn_implementation == "sdpa"
+
+
+def test_instruments_watch_what_runs_without_them(llama, monkeypatch):
+    """A stopwatch around attention must not make the cache expand its history."""
+    enable_compressed_attention(llama)
+    cache = cache_of(llama, SETTINGS["int8"], SETTINGS["int4"])
+    try:
+        llama(windows(1, 90), past_key_values=cache)
+        watch = Stopwatch(lambda: None)
+        monkeypatch.setattr(TokenStore, "read", None)
+        with watched(llama, watch):
+            llama(windows(1, 1), past_key_values=cache)
+    finally:
+        disable_compressed_attention(llama)
+    assert watch.seconds["expand"] == 0 < watch.seconds["attention"]
+
+
+def test_models_in_training_and_without_a_head():
+    model = tiny_model("gpt2").train()
+    enable_compressed_attention(model)
+    assert model.training and is_enabled(model)
+    decoder = tiny_model("llama").model
+    enable_compressed_attention(decoder)
+    cache = cache_of(decoder, SETTINGS["int8"], SETTINGS["int4"])
+    assert decoder(windows(1, 9), past_key_values=cache).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize("what", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", [0, 5])
+def test_what_is_no_number_doesnt_crash_the_kernels(what, where):
+    x = torch.randn(1, 2, 130, 16)
+    x[0, 0, where, 3] = what
+    fields = QUANTIZERS["mixed"].at(4.0).quantize(x[:, :, :128])
+    assert fields["block"].shape[2] == 2
+    assert torch.isfinite(QUANTIZERS["mixed"].dequantize(fields, 16)[0, 1]).all(), "other heads are as they were"

@@ -1,0 +1,267 @@
+"""Anything that can happen to a cache, in any order, against a plain model of it: what is read is what was stored.
+
+The plain model is one tensor of what should be read; every block that becomes full goes through the codec once, by
+itself. `make test` tries a hundred histories, `make fuzz` thousands; what fails is cut down to the shortest that does.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+from contextlib import ExitStack
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from test_cache import BlockInt8, joint, transform
+from torch import Tensor
+from torch.nn.functional import pad
+
+from gpt2.common.errors import PluginError
+from gpt2.compression.cache import direct_attention, token_store
+from gpt2.compression.cache.size import cache_bytes
+from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor
+from gpt2.compression.codecs.mixed import Mixed
+from gpt2.compression.compressed_cache import CompressedDynamicCache
+from gpt2.compression.kernels import cpu
+
+HISTORIES = int(os.environ.get("FUZZ_HISTORIES", 100))
+H, D = 2, 16
+UNIT = 32  # tokens that the plain model codes together where a codec takes each by itself
+LAYOUTS = [(0, 0), (4, 0), (5, 6), (64, 0), (70, 40)]  # exact sinks, exact latest tokens
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+LOADED = cpu.loaded  # whether there are kernels
+LENGTHS = st.one_of(st.integers(0, 4), st.integers(1, 300))
+ORDERS = [torch.preserve_format, torch.contiguous_format, torch.channels_last]
+SMALLEST = [token_store.SMALLEST_PIECE, 3]  # with the second, short histories make many pieces and join them
+COMPRESSORS = {
+    "identity": lambda: IdentityCompressor(),
+    "block": lambda: Compressor(BlockInt8(), transform(7)),
+    "low-rank": lambda: Compressor(QUANTIZERS["none"], transform(9)),
+    "token-int4": lambda: Compressor(QUANTIZERS["int4"], transform(5)),
+    "joint-heads": lambda: Compressor(QUANTIZERS["int8"], transform(20, groups=1, width=H * D)),
+    "channel-int4": lambda: Compressor(QUANTIZERS["int4_channel"]),
+    "channel-int8": lambda: Compressor(QUANTIZERS["int8_channel"], transform(16)),
+    "mixed": lambda: Compressor(Mixed(4.0), transform(16)),
+    "mixed-heads": lambda: Compressor(Mixed(3.0), transform(32, groups=1, width=H * D)),
+    "kv-int8": lambda: Compressor(QUANTIZERS["int8"], joint(20, "half")),
+    "kv-mixed": lambda: Compressor(Mixed(5.0), joint(2 * D, "interleaved")),
+}
+
+
+class Plain:
+    """What should be read of one store, [B, H, T, d], and how many blocks of it have been through the codec."""
+
+    def __init__(self, compressor: Compressor, sinks: int, recent: int):
+        self.compressor, self.block = compressor, compressor.block_tokens
+        self.sinks, self.recent = (0, 0) if compressor.exact else (sinks, recent)
+        self.first = self.sinks - self.sinks % self.block  # position of the first block's first place
+        self.seen: Tensor | None = None
+        self.blocks = 0
+
+    def append(self, x: Tensor) -> None:
+        self.seen = x.clone() if self.seen is None else torch.cat((self.seen, x), dim=2)
+        full = (self.seen.shape[2] - self.first - self.recent) // self.block
+        while self.blocks < full:
+            count = min(full - self.blocks, UNIT) if self.block == 1 else 1
+            self._code(self.first + self.blocks * self.block, count * self.block)
+            self.blocks += count
+
+    def _code(self, start: int, tokens: int) -> None:
+        own = self.seen[:, :, max(start, self.sinks) : start + tokens]
+        x = torch.cat((own[:, :, :1].expand(-1, -1, tokens - own.shape[2], -1), own), dim=2)
+        back = self.compressor.expand(self.compressor.compress(x, start), x.shape[3], x.dtype, start)
+        self.seen[:, :, max(start, self.sinks) : start + tokens] = back[:, :, tokens - own.shape[2] :]
+
+    def crop(self, tokens: int) -> None:
+        length = self.seen.shape[2] - tokens
+        self.seen = self.seen[:, :, :length].clone()
+        # Of a block that is cut, what is left stays as it was decoded
+        whole = (length - self.first) // self.block if length > self.sinks else 0
+        self.blocks = min(self.blocks, whole)
+
+    def rows(self, rows: Tensor) -> None:
+        self.seen = self.seen[rows]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap, sinks) -> Tensor:
+    """From the definition, in float64: mask is added to scores, sinks are logits of heads that give nothing."""
+    group = q.shape[1] // k.shape[1]
+    q, k, v = q.double(), k.double().repeat_interleave(group, dim=1), v.double().repeat_interleave(group, dim=1)
+    x = scaling * q @ k.mT
+    x = (x if softcap is None else softcap * torch.tanh(x / softcap)) + mask
+    if sinks is not None:
+        x = torch.cat((x, sinks.double().view(1, -1, 1, 1).expand(*x.shape[:3], 1)), dim=-1)
+    return x.softmax(-1)[..., : k.shape[2]] @ v
+
+
+def causal(queries: int, padding: Tensor, held: int) -> Tensor:
+    """Where the last of `held` tokens may look in rows that begin with `padding` [B] tokens of it: [B, 1, Q, T]."""
+    token = torch.arange(held)
+    own = token[held - queries :]
+    real = (token >= padding[:, None, None]) | (token == own[:, None])  # padding sees itself: softmax needs something
+    return (real & (token <= own[:, None]))[:, None]
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """One layer of a cache and the plain models of its K and V, or of both together."""
+
+    @initialize(
+        k=st.sampled_from(sorted(COMPRESSORS)), v=st.sampled_from(sorted(COMPRESSORS)), kernels=st.booleans(),
+        layout=st.sampled_from(LAYOUTS), batch=st.integers(1, 4), dtype=st.sampled_from(DTYPES),
+        smallest=st.sampled_from(SMALLEST), n=LENGTHS, order=st.sampled_from(ORDERS),
+    )  # fmt: skip
+    def start(
+        self, k: str, v: str, kernels: bool, layout: tuple[int, int], batch: int, dtype, smallest: int, n: int, order
+    ) -> None:
+        k, v = COMPRESSORS[k](), COMPRESSORS[v]()
+        if k.joint or v.joint:
+            k = v = k if k.joint else v
+        self.patches = ExitStack()
+        self.patches.enter_context(mock.patch.object(cpu, "loaded", LOADED if kernels else lambda: False))
+        self.patches.enter_context(mock.patch.object(token_store, "SMALLEST_PIECE", smallest))
+        self.compressors, self.layout, self.dtype, self.order = (k, v), layout, dtype, order
+        self.cache = CompressedDynamicCache([k], [v], sink_tokens=layout[0], recent_tokens=layout[1])
+        self.layer = self.cache.layers[0]
+        self._begin(batch, n)
+
+    def _begin(self, batch: int, n: int) -> None:
+        """With a prompt: rules are left out by chance, and a history without tokens would prove nothing."""
+        sides = self.compressors[:1] if self.compressors[0].joint else self.compressors
+        self.batch, self.plain = batch, [Plain(side, *self.layout) for side in sides]
+        self.append(n, seed=12, scale=1)
+
+    @property
+    def held(self) -> int:
+        return 0 if self.plain[0].seen is None else self.plain[0].seen.shape[2]
+
+    def _tokens(self, n: int, seed: int, scale: int = 1) -> tuple[Tensor, Tensor]:
+        """K and V as attention makes them, heads and tokens transposed; or in another order in memory."""
+        heads = H // 2 if self.compressors[0].joint else H
+        x = scale * torch.randn(2, self.batch, n, heads, D, generator=torch.Generator().manual_seed(seed))
+        return tuple(side.clone(memory_format=self.order) for side in x.to(self.dtype).transpose(2, 3))
+
+    @rule(n=LENGTHS, seed=st.integers(0, 9), scale=st.sampled_from([1, 30]))
+    def append(self, n: int, seed: int, scale: int) -> None:
+        k, v = self._tokens(n, seed, scale)
+        if self.held + 1 == n and self.held:  # looks like a prompt fed again, which the cache compares with its own
+            k = k + 1
+        self.cache.update(k, v, 0)
+        for plain, x in zip(self.plain, (torch.cat((k, v), dim=1),) if len(self.plain) == 1 else (k, v), strict=True):
+            plain.append(x)
+
+    @rule(left=st.one_of(st.integers(-9, -1), st.integers(0, 9), st.integers(10, 400)))
+    def crop(self, left: int) -> None:
+        """To so many tokens behind the sinks, often few, for there blocks are special; or into the sinks."""
+        tokens = max(self.held - max(self.layout[0] + left, 0), 0)
+        self.cache.crop(-tokens)
+        for plain in self.plain if tokens else ():
+            plain.crop(tokens)
+
+    @rule(data=st.data(), operation=st.sampled_from(["reorder", "select", "repeat"]))
+    def change_rows(self, data: st.DataObject, operation: str) -> None:
+        if operation == "repeat":
+            repeats = data.draw(st.integers(1, max(4 // self.batch, 1)))
+            self.cache.batch_repeat_interleave(repeats)
+            rows = torch.arange(self.batch).repeat_interleave(repeats)
+        else:
+            size = st.just(self.batch) if operation == "reorder" else st.integers(1, 4)
+            rows = data.draw(size.flatmap(lambda n: st.lists(st.integers(0, self.batch - 1), min_size=n, max_size=n)))
+            rows = torch.tensor(rows)
+            change = self.cache.reorder_cache if operation == "reorder" else self.cache.batch_select_indices
+            change(rows)
+        self.batch = len(rows)
+        for plain in self.plain:
+            plain.rows(rows)
+
+    @rule(batch=st.integers(1, 4), n=LENGTHS)
+    def reset(self, batch: int, n: int) -> None:
+        self.cache.reset()
+        assert self.cache.get_seq_length() == cache_bytes(self.cache) == 0
+        self._begin(batch, n)
+
+    @rule()
+    def keep_expanded(self) -> None:
+        assert self.cache.keep_expanded() is self.cache
+
+    @rule(how=st.sampled_from([copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))]))
+    def go_on_with_a_copy(self, how) -> None:
+        """What happens to the original afterwards isn't the copy's matter."""
+        original, self.cache = self.cache, how(self.cache)
+        self.layer = self.cache.layers[0]
+        original.update(*self._tokens(70, seed=10), 0)
+        original.batch_select_indices(torch.zeros(1, dtype=torch.long))
+        original.crop(-original.get_seq_length())
+
+    @rule(what=st.sampled_from(["all but more", "a positive number", "another batch"]))
+    def refused(self, what: str) -> None:
+        k, v = self._tokens(2, seed=11)
+        with pytest.raises(PluginError):
+            if what == "another batch":
+                self.cache.update(torch.cat((k, k)), torch.cat((v, v)), 0)
+            else:
+                self.cache.crop(1 if what == "a positive number" else -self.held - 1)
+
+    @precondition(lambda self: self.held and all(c.foldable for c in self.compressors))
+    @rule(
+        queries=st.sampled_from([1, 2, 3, 70]), seed=st.integers(0, 9), group=st.integers(1, 3),
+        padding=st.lists(st.integers(0, 200), min_size=4, max_size=4), masked=st.sampled_from(["no", "bool", "added"]),
+        scaling=st.sampled_from([1.0, 0.25]), softcap=st.sampled_from([None, 2.0]), sinks=st.booleans(),
+    )  # fmt: skip
+    def attend(self, queries: int, seed: int, group: int, padding: list[int], masked: str, scaling, softcap, sinks):
+        """Of any kind that a model may want."""
+        generator = torch.Generator().manual_seed(seed)
+        sinks = torch.randn(H * group, generator=generator) if sinks else None
+        padding = torch.tensor(padding[: self.batch]) * (masked != "no")
+        queries = min(queries, self.held)
+        allowed = causal(queries, padding, self.held)
+        added = torch.zeros(allowed.shape, dtype=self.dtype).masked_fill(~allowed, torch.finfo(self.dtype).min)
+        mask = {"no": None, "bool": pad(allowed, (0, 5), value=True), "added": pad(added, (0, 5))}[masked]
+        self._attend(queries, group, generator, mask, added, scaling, softcap=softcap, sinks=sinks)
+
+    def _attend(self, queries: int, group: int, generator, mask: Tensor | None, added: Tensor, scaling: float, **how):
+        """Queries of the last tokens find in the codes what they would find in the plain model."""
+        k, v = (plain.seen for plain in self.plain)
+        q = torch.randn(self.batch, queries, H * group, D, generator=generator).to(self.dtype).transpose(1, 2)
+        q = 3 / scaling * q / (q @ k.repeat_interleave(group, dim=1).mT).abs().amax().clamp_min(1e-3)
+        expected = attention(q, k, v, added.double(), scaling, **how)
+        eps = torch.finfo(torch.float32 if self.dtype == torch.float64 else self.dtype).eps
+        for kernels in (LOADED, lambda: False):
+            with mock.patch.object(cpu, "loaded", kernels):
+                found = direct_attention.attend(*self.layer.stores.values(), q, mask, scaling, **how)
+            assert found.dtype == self.dtype
+            tolerance = max(1e-4, 8 * eps) * float(v.abs().amax())
+            torch.testing.assert_close(found.double(), expected, rtol=max(1e-3, 8 * eps), atol=tolerance)
+
+    @invariant()
+    def attention_finds_what_was_stored(self) -> None:
+        if hasattr(self, "plain") and self.held and all(c.foldable for c in self.compressors):
+            generator = torch.Generator().manual_seed(self.held)
+            self._attend(1, 1, generator, None, torch.zeros(()), 1.0, softcap=None, sinks=None)
+
+    @invariant()
+    def reads_what_was_stored(self) -> None:
+        if not hasattr(self, "plain"):
+            return
+        assert self.cache.get_seq_length() == self.held
+        assert self.cache.nbytes() == cache_bytes(self.cache), "the account is of all that is kept alive"
+        if self.held:
+            read = self.layer.read()
+            expected = self.plain[0].seen.chunk(2, dim=1) if len(self.plain) == 1 else [p.seen for p in self.plain]
+            for found, wanted in zip(read, expected, strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+    def teardown(self) -> None:
+        if hasattr(self, "patches"):
+            self.patches.close()
+
+
+TestCacheMachine = CacheMachine.TestCase
+TestCacheMachine.settings = settings(
+    max_examples=HISTORIES, stateful_step_count=40, deadline=None, derandomize=HISTORIES == 100, database=None,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip

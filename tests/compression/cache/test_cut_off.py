@@ -1,0 +1,158 @@
+"""Ctrl-C, or a lack of memory, in the middle of a run: the cache says so, and `crop` or `reset` mends it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model, windows
+from transformers import DynamicCache
+
+from gpt2.common.errors import PluginError
+from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
+from gpt2.compression.cache.token_store import TokenStore
+from gpt2.compression.codecs import QUANTIZERS, Compressor
+from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
+
+HELD = 10
+
+
+@pytest.fixture(params=[False, True], ids=["reconstruction", "direct"])
+def model(request):
+    model = tiny_model("llama")
+    if request.param:
+        enable_compressed_attention(model)
+    yield model
+    disable_compressed_attention(model)
+
+
+@torch.no_grad()
+def fed(model, cache, ids):
+    return model(ids, past_key_values=cache).logits
+
+
+def cut_off(model, cache, ids, layer: int = 1) -> None:
+    """A run that ends before a layer of the model."""
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[layer].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fed(model, cache, ids)
+    hook.remove()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("layer", [1, 2])
+def test_a_run_cut_off_between_layers(model, n, layer):
+    """To go on would attend to its tokens twice in the first layers, and once in the others."""
+    more, whole, cache = windows(1, n, seed=1), identity_cache(3), identity_cache(3)
+    for each in (whole, cache):
+        fed(model, each, windows(1, HELD))
+    cut_off(model, cache, more, layer)
+    with pytest.raises(PluginError, match=rf"holds {HELD + n} tokens and the last {HELD}: .*crop\(-{n}\)"):
+        fed(model, cache, more)
+    if n > 1:
+        with pytest.raises(PluginError, match="crop more or reset"):
+            cache.crop(-1)
+    cache.crop(-n)
+    assert torch.equal(fed(model, cache, more), fed(model, whole, more))
+    assert {layer.get_seq_length() for layer in cache.layers} == {HELD + n}
+
+
+def test_the_first_prompt_cut_off(model):
+    cache, ids = identity_cache(3), windows(1, HELD)
+    for forget in (lambda: cache.crop(-HELD), cache.reset):
+        cut_off(model, cache, ids)
+        with pytest.raises(PluginError, match=f"holds {HELD} tokens and the last 0"):
+            fed(model, cache, windows(1, 4, seed=1))
+        forget()
+    assert torch.equal(fed(model, cache, ids), fed(model, identity_cache(3), ids))
+
+
+def coded() -> CompressedDynamicCache:
+    return CompressedDynamicCache(*[[Compressor(QUANTIZERS["int8"])] * 3] * 2)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("change", ["append", "crop", "map_"])
+def test_a_change_cut_off_halfway(monkeypatch, change, error):
+    """K has it and V hasn't: nothing that is held can be told from what isn't."""
+    model, cache, rows = tiny_model("llama"), coded(), torch.tensor([1, 0])
+    fed(model, cache, windows(2, HELD))
+    ways = {
+        "append": lambda: fed(model, cache, windows(2, 1)),
+        "crop": lambda: cache.crop(-1),
+        "map_": lambda: cache.reorder_cache(rows),
+    }
+    of_values, method = cache.layers[0].stores["V"], getattr(TokenStore, change)
+
+    def interrupted(store, *args):
+        if store is of_values:
+            raise error
+        method(store, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenStore, change, interrupted)
+        with pytest.raises(error):
+            ways[change]()
+    for way in ways.values():
+        with pytest.raises(PluginError, match="cut off"):
+            way()
+    cache.reset()
+    assert torch.equal(fed(model, cache, windows(2, 3)), fed(model, coded(), windows(2, 3)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda cache: cache.batch_select_indices(torch.tensor([1, 0])),
+        lambda cache: cache.batch_repeat_interleave(1),
+    ],
+    ids=["reorder", "select", "repeat"],
+)
+def test_rows_changed_in_the_first_layers_only(monkeypatch, change):
+    """Beams of one layer would read those of another."""
+    model, cache = tiny_model("llama"), coded()
+    fed(model, cache, windows(2, HELD))
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.layers[1], "_map", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            change(cache)
+    with pytest.raises(PluginError, match="rows was cut off"):
+        fed(model, cache, windows(2, 1))
+    cache.reset()
+    assert torch.equal(fed(model, cache, windows(2, 3)), fed(model, coded(), windows(2, 3)))
+
+
+@pytest.mark.parametrize("wrong", [lambda c: c.reorder_cache(torch.tensor([0, 7])), lambda c: c.crop(-HELD - 1),
+                                   lambda c: c.batch_select_indices(torch.tensor([2])),
+                                   lambda c: c.batch_repeat_interleave(-1)])  # fmt: skip
+def test_what_is_refused_changes_nothing(wrong):
+    model, cache, other = tiny_model("llama"), coded(), coded()
+    for each in (cache, other):
+        fed(model, each, windows(2, HELD))
+    with pytest.raises((IndexError, PluginError, RuntimeError)):
+        wrong(cache)
+    assert torch.equal(fed(model, cache, windows(2, 3)), fed(model, other, windows(2, 3)))
+
+
+def test_a_model_with_other_heads_is_refused():
+    """A single KV head would spread over all that are held."""
+    cache = identity_cache(3)
+    fed(tiny_model("llama"), cache, windows(1, HELD))
+    with pytest.raises(PluginError, match="holds 2 KV heads of 12 channels, but 1 of 12 came"):
+        fed(tiny_model("llama", num_key_value_heads=1), cache, windows(1, 3))
+    assert torch.equal(fed(tiny_model("llama"), cache, windows(1, 3)), again(windows(1, HELD), windows(1, 3)))
+
+
+def again(*pieces):
+    """What transformers' own cache gives for the last piece."""
+    model = tiny_model("llama")
+    cache = DynamicCache(config=model.config)
+    return [fed(model, cache, ids) for ids in pieces][-1]

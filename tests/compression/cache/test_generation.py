@@ -1,0 +1,382 @@
+"""`generate()` with a cache of ours: token-identical to DynamicCache when nothing is lossy, and sound when it is."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_model
+from torch import Tensor
+from transformers import DynamicCache
+
+from gpt2.common.errors import PluginError
+from gpt2.compression.codecs import QUANTIZERS, Compressor, Transform
+from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
+from gpt2.models.geometry import probe_geometry
+
+NEW = 20  # generated tokens: prompt and answer together are four windows of the sliding families
+
+model_of = functools.cache(tiny_model)
+
+
+@functools.cache
+def assistant_of(model):
+    """The model itself with noise on its weights: some of its guesses are right and some are wrong."""
+    assistant = copy.deepcopy(model)
+    for parameter in assistant.parameters():
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+        parameter.add_(noise * 0.05 * parameter.std(correction=0))
+    config = assistant.generation_config
+    config.num_assistant_tokens, config.num_assistant_tokens_schedule = 4, "constant"
+    config.assistant_confidence_threshold = 0.0
+    return assistant
+
+
+def prompt(length: int = 12, batch: int = 1, seed: int = 0) -> Tensor:
+    return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def generate(model, cache, ids: Tensor, **how) -> Tensor:
+    how = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": NEW} | how
+    return model.generate(ids, past_key_values=cache, **how)
+
+
+def sample(model, cache, ids: Tensor, **how) -> Tensor:
+    torch.manual_seed(0)
+    return generate(model, cache, ids, do_sample=True, **how)
+
+
+def left_padded(model, cache, **how) -> Tensor:
+    ids = prompt(batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    return generate(model, cache, ids.masked_fill(mask == 0, 0), attention_mask=mask, **how)
+
+
+def multi_turn(model, cache, extra: int = 7) -> Tensor:
+    answer = generate(model, cache, prompt())
+    return generate(model, cache, torch.cat((answer, prompt(extra, seed=1)), dim=1))
+
+
+def after_reset(model, cache) -> Tensor:
+    """Another conversation, of another batch size, in the same cache."""
+    generate(model, cache, prompt(9, batch=2, seed=1))
+    cache.reset()
+    return generate(model, cache, prompt())
+
+
+def warm_beams(model, cache) -> Tensor:
+    """One shared prompt is read once, then continued by several beams."""
+    ids = prompt()
+    model(ids[:, :-1], past_key_values=cache)
+    cache.batch_repeat_interleave(3)
+    return generate(model, cache, ids, num_beams=3)
+
+
+def assisted(model, cache, **how) -> Tensor:
+    return generate(model, cache, prompt(), assistant_model=assistant_of(model), **how)
+
+
+def prompt_lookup(model, cache) -> Tensor:
+    return generate(model, cache, prompt().repeat(1, 2), prompt_lookup_num_tokens=3)
+
+
+MODES: dict[str, Callable[..., Tensor]] = {
+    "greedy": lambda model, cache: generate(model, cache, prompt()),
+    "sampling": lambda model, cache: sample(model, cache, prompt()),
+    "sampling-return": lambda model, cache: sample(model, cache, prompt(), num_return_sequences=2),
+    "beams": lambda model, cache: generate(model, cache, prompt(), num_beams=3),
+    "beams-batch": lambda model, cache: generate(model, cache, prompt(batch=2), num_beams=3),
+    "beams-return": lambda model, cache: generate(model, cache, prompt(), num_beams=4, num_return_sequences=3),
+    "assisted": assisted,
+    "assisted-sampling": lambda model, cache: (torch.manual_seed(0), assisted(model, cache, do_sample=True))[1],
+    "prompt-lookup": prompt_lookup,
+    "left-padded": left_padded,
+    "left-padded-beams": lambda model, cache: left_padded(model, cache, num_beams=2),
+    "chunked-prefill": lambda model, cache: generate(model, cache, prompt(), prefill_chunk_size=5),
+    "multi-turn": multi_turn,
+    "reset": after_reset,
+    "warm-beams": warm_beams,
+}
+# Two ways to the same tokens: what a cache returns for a token may not depend on how the token came in
+SAME_TOKENS: dict[str, Callable[..., Tensor]] = {
+    "assisted": MODES["greedy"],
+    "prompt-lookup": lambda model, cache: generate(model, cache, prompt().repeat(1, 2)),
+    "chunked-prefill": MODES["greedy"],
+    "reset": MODES["greedy"],
+    "warm-beams": MODES["beams"],
+}
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_mode = pytest.mark.parametrize("mode", MODES)
+
+
+@functools.cache
+def with_dynamic_cache(family: str, mode: str) -> Tensor:
+    """The tokens with transformers' own cache; a mode that fails there is none that ours could offer."""
+    model = model_of(family)
+    try:
+        return MODES[mode](model, DynamicCache(config=model.config))
+    except Exception as error:
+        pytest.skip(f"transformers itself can't do {mode} on {family}: {error}")
+
+
+def identity(model) -> CompressedDynamicCache:
+    return identity_cache(model.config.get_text_config().num_hidden_layers)
+
+
+def quantized(model, name: str = "int4", **how) -> CompressedDynamicCache:
+    compressors = [Compressor(QUANTIZERS[name])] * model.config.get_text_config().num_hidden_layers
+    return CompressedDynamicCache(compressors, compressors, **how)
+
+
+@every_family
+def test_tiny_models_can_tell_caches_apart(family):
+    """A model that repeats one token would pass every comparison below."""
+    answer = with_dynamic_cache(family, "greedy")[0, -NEW:]
+    assert len(answer.unique()) >= 4
+
+
+@every_family
+def test_a_lossy_cache_changes_the_tokens(family):
+    """So the cache is what attention reads, and the comparisons below can fail."""
+    model = model_of(family)
+    shape = probe_geometry(model, family)
+    E = torch.linalg.qr(torch.randn(shape.num_kv_heads, shape.head_dim, shape.head_dim)).Q[..., :2]
+    lossy = Compressor(QUANTIZERS["int4"], Transform(E, E.mT, torch.zeros(shape.num_kv_heads, shape.head_dim)))
+    cache = CompressedDynamicCache([lossy] * shape.num_layers, [lossy] * shape.num_layers, sink_tokens=0)
+    assert not torch.equal(MODES["greedy"](model, cache), with_dynamic_cache(family, "greedy"))
+
+
+@every_mode
+@every_family
+def test_identity_cache_gives_the_same_tokens(family, mode):
+    model = model_of(family)
+    expected = with_dynamic_cache(family, mode)
+    assert torch.equal(MODES[mode](model, identity(model)), expected)
+
+
+@every_mode
+@every_family
+def test_quantized_cache_runs(family, mode):
+    """Right lengths in every mode; and the same tokens by another way, where transformers promises them."""
+    model = model_of(family)
+    expected = with_dynamic_cache(family, mode)
+    cache = quantized(model)
+    tokens = MODES[mode](model, cache)
+    assert tokens.shape == expected.shape
+    # The last token is returned and was never fed; assisted decoding may have fed it, and crops what was refused
+    assert cache.get_seq_length() in (tokens.shape[1] - 1, tokens.shape[1])
+    assert {layer.get_seq_length() for layer in cache.layers} == {cache.get_seq_length()}
+    if mode in SAME_TOKENS:
+        assert torch.equal(tokens, SAME_TOKENS[mode](model, quantized(model)))
+
+
+@every_mode
+def test_int8_sinks_and_recent_tokens_run(mode):
+    """Every part of the storage in use at once: sinks, blocks and an exact tail."""
+    model = model_of("llama")
+    tokens = MODES[mode](model, quantized(model, "int8", sink_tokens=2, recent_tokens=5))
+    assert tokens.shape == with_dynamic_cache("llama", mode).shape
+
+
+@functools.cache
+def in_dtype(dtype: torch.dtype):
+    return tiny_model("llama").to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["greedy", "sampling", "beams", "assisted", "left-padded", "multi-turn"])
+def test_16_bit_models(mode, dtype):
+    model = in_dtype(dtype)
+    expected = MODES[mode](model, DynamicCache(config=model.config))
+    assert torch.equal(MODES[mode](model, identity(model)), expected)
+    assert MODES[mode](model, quantized(model)).shape == expected.shape
+
+
+@pytest.mark.parametrize(("family", "mode"), [("llama", "assisted"), ("phi", "prompt-lookup")])
+def test_speculation_accepts_and_refuses(family, mode, monkeypatch):
+    """Otherwise these modes would be greedy decoding under another name and `crop` would never run."""
+    model = model_of(family)
+    cache = identity(model)
+    removed, crop = [], cache.crop
+    monkeypatch.setattr(cache, "crop", lambda n: (removed.append(-n), crop(n)))
+    MODES[mode](model, cache)
+    assert max(removed) > 0, "a guess was refused"
+    assert len(removed) < NEW, "a guess was accepted"
+
+
+@every_family
+def test_use_cache_false_is_refused(family):
+    """It feeds prompt and answer again at every step: the tokens would be wrong without a sign of it."""
+    model = model_of(family)
+    for cache in (identity(model), quantized(model), quantized(model, sink_tokens=0)):
+        with pytest.raises(PluginError, match="use_cache=True"):
+            generate(model, cache, prompt(), use_cache=False)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"num_beams": 3},
+        {"do_sample": True},
+        {"ids": prompt(1)},
+        {"ids": prompt(batch=2)},
+        {"ids": prompt(), "attention_mask": torch.tensor([[0] * 4 + [1] * 8])},
+    ],
+    ids=["beams", "sampling", "one-token", "batch", "left-padded"],
+)
+def test_use_cache_false_is_refused_in_other_modes(how):
+    model = model_of("llama")
+    with pytest.raises(PluginError, match="use_cache=True"):
+        generate(model, quantized(model), **{"ids": prompt()} | how, use_cache=False)
+
+
+def test_another_batch_size_is_refused():
+    model = model_of("llama")
+    cache = identity(model)
+    generate(model, cache, prompt())
+    with pytest.raises(PluginError, match="batch of 1, but 3"):
+        generate(model, cache, prompt(40), num_beams=3)
+    with pytest.raises(PluginError, match="batch of 1, but 2"):
+        model(prompt(3, batch=2), past_key_values=cache)
+
+
+def test_a_positive_crop_is_refused():
+    model = model_of("llama")
+    cache = identity(model)
+    model(prompt(), past_key_values=cache)
+    with pytest.raises(PluginError, match="negative"):
+        cache.crop(3)
+    assert cache.get_seq_length() == 12
+
+
+def test_a_cache_filled_in_inference_mode_goes_on_without_it():
+    """`generate` runs in no_grad: a prompt that was read under inference_mode comes before it in real programs."""
+    model = model_of("llama")
+
+    def tokens(cache) -> Tensor:
+        with torch.inference_mode():
+            model(prompt(), past_key_values=cache)
+        return generate(model, cache, prompt().repeat(1, 2))
+
+    assert torch.equal(tokens(identity(model)), tokens(DynamicCache(config=model.config)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_use_cache_false_is_refused_on_16_bit_models(dtype):
+    """Where the same token, read again beside more tokens, may come out a rounding apart."""
+    model = in_dtype(dtype)
+    for name, length in (("none", 3), ("int8", 70), ("int4", 12)):
+        with pytest.raises(PluginError, match="use_cache=True"):
+            generate(model, quantized(model, name), prompt(length), use_cache=False)
+
+
+@pytest.mark.parametrize("length", [1, 12])
+@every_family
+def test_text_that_repeats_is_not_taken_for_use_cache_false(family, length):
+    """One token more than is held, beginning with the same text at its new place: a user may well say it twice."""
+    model = model_of(family)
+    ids = prompt(length)
+
+    def tokens(cache) -> Tensor:
+        model(ids, past_key_values=cache)
+        return generate(model, cache, torch.cat((ids, ids, prompt(1, seed=1)), dim=1))
+
+    assert torch.equal(tokens(identity(model)), tokens(DynamicCache(config=model.config)))
+
+
+def test_values_with_a_large_mean_are_not_taken_for_use_cache_false():
+    """A bias on V makes unrelated tokens look alike by norm."""
+    model = tiny_model("qwen2")
+    model.model.layers[0].self_attn.v_proj.bias.fill_(10.0)
+
+    def tokens(cache) -> Tensor:
+        model(prompt(8), past_key_values=cache)
+        return generate(model, cache, torch.cat((prompt(8), prompt(9, seed=1)), dim=1))
+
+    assert torch.equal(tokens(identity(model)), tokens(DynamicCache(config=model.config)))
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"do_sample": True}], ids=["greedy", "beams", "sampling"])
+@every_family
+def test_a_prompt_that_was_read_to_its_end_is_refused(family, how):
+    """`generate` would feed all of it once more, at the positions where it lies already, and answer to both."""
+    model, ids = model_of(family), prompt(batch=2)
+    for cache in (identity(model), quantized(model), quantized(model, "int8_channel")):
+        model(ids, past_key_values=cache)
+        cache.batch_repeat_interleave(how.get("num_beams", 1))
+        with pytest.raises(PluginError, match=r"crop\(-1\)"):
+            generate(model, cache, ids, **how)
+        cache.crop(-1)
+        assert generate(model, cache, ids, **how).shape == (2, 12 + NEW)
+
+
+def test_chunks_of_padding_are_not_taken_for_a_prompt_fed_again():
+    """They are all at one position."""
+    model = model_of("llama")
+    ids, mask = prompt(24, batch=2), torch.ones(2, 24, dtype=torch.long)
+    mask[0, :20] = mask[1, :15] = 0
+    how = {"attention_mask": mask, "prefill_chunk_size": 5}
+    expected = generate(model, DynamicCache(config=model.config), ids.masked_fill(mask == 0, 0), **how)
+    assert torch.equal(generate(model, identity(model), ids.masked_fill(mask == 0, 0), **how), expected)
+
+
+def test_one_row_that_repeats_is_not_taken_for_a_prompt_fed_again():
+    """Of many rows, where all but one are padding so far."""
+    model = model_of("llama")
+    ids, mask = prompt(30, batch=24), torch.ones(24, 30, dtype=torch.long)
+    mask[1:, :20] = 0
+    how = {"attention_mask": mask, "prefill_chunk_size": 5}
+    expected = generate(model, DynamicCache(config=model.config), ids.masked_fill(mask == 0, 0), **how)
+    assert torch.equal(generate(model, identity(model), ids.masked_fill(mask == 0, 0), **how), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["none", "int8", "int8_channel", "low rank"])
+@pytest.mark.parametrize("first", [True, False], ids=["on, then off", "off, then on"])
+def test_autocast_is_switched_on_the_way(family, name, first):
+    """All is held in the wider dtype, as `torch.cat` has it; a sealed cache is tried in test_attention."""
+    model = model_of(family)
+    T = Transform(*[torch.eye(12)[None]] * 2, torch.zeros(1, 12)).truncate(9)
+    codec = Compressor(QUANTIZERS["none"], T) if name == "low rank" else Compressor(QUANTIZERS[name])
+
+    @torch.no_grad()
+    def steps(cache) -> Tensor:
+        out = []
+        for i in range(4):
+            with torch.autocast("cpu", torch.bfloat16, enabled=first == (i % 2 == 0)):
+                out.append(model(prompt(70 if i == 0 else 3, seed=i), past_key_values=cache).logits.float())
+        return torch.cat(out, dim=1)
+
+    cache = CompressedDynamicCache([codec] * 3, [codec] * 3, recent_tokens=2)
+    found, expected = steps(cache), steps(DynamicCache(config=model.config))
+    assert torch.equal(found, expected) == (name == "none") and found.isfinite().all()
+    for store in (store for layer in cache.layers for store in layer.stores.values()):
+        assert {store.sinks.dtype, store.tail.dtype, store.read().dtype} == {torch.float32}
+
+
+def test_a_cache_says_that_it_has_begun():
+    """A prefix model lets the first tokens see all of themselves, and no others."""
+    from gpt2.experiments.architectures import tiny_family
+
+    model = tiny_family("hrm_text")
+
+    @torch.no_grad()
+    def turns(cache) -> Tensor:
+        out = []
+        for n, more in ((12, 12), (16, 4)):
+            types = torch.ones(1, n, dtype=torch.long)
+            out.append(model(prompt(more, seed=n), token_type_ids=types, past_key_values=cache).logits)
+        return torch.cat(out, dim=1)
+
+    theirs = DynamicCache(config=model.config)
+    ours = identity_cache(len(theirs.layers))
+    assert not ours.is_initialized
+    assert torch.equal(turns(ours), turns(theirs))
+    assert ours.is_initialized
+    ours.reset()
+    assert not ours.is_initialized

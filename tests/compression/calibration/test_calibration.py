@@ -1,0 +1,433 @@
+"""Calibration: files that are checked, and reuse only of what matches."""
+
+import os
+import pickle
+import random
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_loaded, windows, word_text, word_tokenizer
+
+from gpt2.common import files
+from gpt2.common.errors import BadArtefact, CalibrationNotFound, PluginError
+from gpt2.compression.calibration import file, reuse
+from gpt2.compression.calibration.calibrate import calibrate
+from gpt2.compression.calibration.file import load_calibration, save_calibration
+from gpt2.compression.calibration.fit import Calibration
+from gpt2.compression.calibration.statistics import Statistics
+from gpt2.compression.codecs import QUANTIZERS, IdentityCompressor
+from gpt2.compression.compressed_cache import CompressedDynamicCache, load_calibrated_compressors
+from gpt2.models.loading import wrap
+from gpt2.text.sources import by_position
+
+TEXT = by_position("words", "words.txt", word_text(3000))
+SMALL = {"samples": 3, "seq_len": 48, "seed": 0, "sink_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_loaded("llama")
+
+
+@pytest.fixture(scope="module")
+def made(llama) -> Calibration:
+    return calibrate(llama, TEXT, rank=9, **SMALL)
+
+
+@pytest.fixture
+def path(made, tmp_path):
+    return save_calibration(made, tmp_path / "c.pt")
+
+
+def tensors(calibration: Calibration) -> dict[str, torch.Tensor]:
+    """Everything with numbers in a calibration, by name."""
+    found = {f"{side}.{name}": t for side, basis in calibration.bases.items() for name, t in basis.items()}
+    for side in ("k", "v"):
+        own = vars(getattr(calibration.statistics, side))
+        found |= {f"{side}.{name}": t for name, t in (own | own["metrics"]).items() if name != "metrics"}
+    return found | {"queries": calibration.statistics.queries}
+
+
+def same(a: Calibration, b: Calibration) -> bool:
+    left, right = tensors(a), tensors(b)
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+# --- calibrate
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_calibrates(family, tmp_path):
+    loaded = tiny_loaded(family)
+    path = save_calibration(calibrate(loaded, TEXT, rank=7, samples=2, seq_len=24), tmp_path / "c.pt")
+    back = load_calibration(path)
+    assert back.geometry == loaded.geometry
+    assert back.statistics.queries is not None and (back.statistics.queries.diagonal(dim1=-2, dim2=-1) > 0).any()
+    k, v, _ = load_calibrated_compressors(path)
+    cache = CompressedDynamicCache(k, v, num_layers=loaded.geometry.num_layers)
+    with torch.no_grad():
+        assert torch.isfinite(loaded.model(windows(1, 20), past_key_values=cache).logits).all()
+
+
+def test_meta_says_what_it_was_made_from(llama, made):
+    expected = SMALL | {
+        "model": "tiny-llama", "fingerprint": llama.fingerprint, "rank": 9, "codec": "pca", "tokens": 3 * 48,
+        "num_layers": 3, "num_kv_heads": 2, "head_dim": 12, "text": "words", "text_spec": "words.txt",
+        "text_sha256": TEXT.sha256("calibration"), "dtype": "float32",
+    }  # fmt: skip
+    assert expected.items() <= made.meta.items()
+    assert set(made.meta["versions"]) == {"torch", "transformers"}
+    assert set(made.meta) == {*file.META, "metric"}
+
+
+def test_a_seed_repeats_and_another_one_draws_other_windows(llama, made):
+    assert same(calibrate(llama, TEXT, rank=9, **SMALL), made)
+    other = calibrate(llama, TEXT, rank=9, **SMALL | {"seed": 1})
+    assert not torch.allclose(other.statistics.k.mean, made.statistics.k.mean)
+
+
+def test_only_the_calibration_part_is_read(llama, made):
+    """Other words after 60 % of the text change nothing."""
+    head = TEXT.calibration
+    other = by_position("words", "words.txt", head + word_text(1200, seed=9))
+    assert other.calibration == head and other.evaluation != TEXT.evaluation
+    assert same(calibrate(llama, other, rank=9, **SMALL), made)
+
+
+def test_fewer_windows_than_samples_use_all_and_say_so(llama):
+    available = len(TEXT.tokens("calibration", llama)) // 300
+    meta = calibrate(llama, TEXT, rank=9, samples=100, seq_len=300).meta
+    assert 0 < available < 100 and meta["samples"] == 100 and meta["tokens"] == available * 300
+
+
+def test_energy_is_cumulative_and_ends_at_one(made):
+    for side in ("k", "v"):
+        energy = made.energies()[side]
+        assert (energy.diff(dim=-1) >= 0).all() and torch.allclose(energy[..., -1], torch.ones(()).double())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 0}, "rank 0 is out of range: tiny-llama has head_dim 12"),
+        ({"rank": 13}, "rank 13 is out of range: tiny-llama has head_dim 12"),
+        ({"seq_len": 513}, "513 tokens is longer than the 512 that tiny-llama was trained for: use --seq-len 512"),
+        ({"seq_len": 500, "text": by_position("short", "s", word_text(300))}, "fewer than one segment of 500"),
+        ({"seq_len": 4}, "longer than the 4 sink tokens"),
+        ({"codec": "identity"}, "codec identity needs no calibration"),
+        ({"codec": "ln_nullspace"}, "codec ln_nullspace needs no calibration"),
+        ({"codec": "ln_nullspace+pca", "rank": 12}, "head_dim 12, of which .* stores 11"),
+        ({"codec": "pcaa"}, "unknown codec 'pcaa', did you mean 'pca'"),
+    ],
+)
+def test_calibrate_refuses(llama, change, message):
+    settings = SMALL | {"rank": 9, "text": TEXT} | change
+    with pytest.raises(PluginError, match=message):
+        calibrate(llama, settings.pop("text"), **settings)
+
+
+# --- files
+
+
+def test_what_is_loaded_is_what_was_saved(made, path):
+    back = load_calibration(path)
+    assert same(back, made) and back.meta == made.meta
+    assert back.statistics.query_count == made.statistics.query_count
+
+
+def test_a_model_without_queries_saves_and_loads(made, tmp_path):
+    """Families with hard-wired attention: K and V statistics only."""
+    s = made.statistics
+    path = save_calibration(Calibration(made.meta, Statistics(s.k, s.v, None, 0), made.bases), tmp_path / "c.pt")
+    assert load_calibration(path).statistics.queries is None
+
+
+def test_every_rank_is_cut_from_one_file(made, path):
+    for rank in (1, 5, 12):
+        k, v, _ = load_calibrated_compressors(path, rank=rank)
+        for side, compressors in (("k", k), ("v", v)):
+            for layer, c in enumerate(compressors):
+                assert torch.equal(c.transform.E, made.bases[side]["E"][layer][..., :rank])
+                assert torch.equal(c.transform.mean, made.bases[side]["mean"][layer])
+
+
+def test_another_basis_is_fitted_from_the_same_file(path):
+    k, _, _ = load_calibrated_compressors(path, codec="random")
+    default, _, _ = load_calibrated_compressors(path)
+    assert k[0].transform.rank == 9 and torch.equal(k[0].transform.mean, default[0].transform.mean)
+    assert not torch.allclose(k[0].transform.E, default[0].transform.E)
+    assert load_calibrated_compressors(path, codec="identity")[0][0].transform is None
+
+
+@pytest.mark.parametrize(
+    "rank",
+    [13, -1, 0],
+)
+def test_a_rank_that_the_file_has_not_is_refused(path, rank):
+    with pytest.raises(PluginError, match=f"rank {rank} is out of range"):
+        load_calibrated_compressors(path, rank=rank)
+
+
+def refused(path, *words: str) -> None:
+    """One line that names the file and what is wrong with it."""
+    with pytest.raises(BadArtefact) as error:
+        load_calibration(path)
+    message = str(error.value)
+    assert str(path) in message and "\n" not in message and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("part", [0, 1, 100, 0.1, 0.5, 0.9, 0.999, -1])
+def test_a_truncated_file_is_refused(path, part):
+    whole = path.read_bytes()
+    path.write_bytes(whole[: part if isinstance(part, int) else int(len(whole) * part)])
+    refused(path, "not a readable calibration file", "make it again")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"PK\x03\x04",
+        b"\x80\x04\x95",
+        b"{",
+        b"",
+        b"\x80\x02",
+        b"\x80\x02}q\x00",
+    ],
+)
+def test_random_bytes_are_refused(tmp_path, start):
+    """What looks like a zip or a pickle for its first bytes is still no calibration."""
+    source = random.Random(0)
+    for length in (10, 300, 5000):
+        path = tmp_path / "noise.pt"
+        path.write_bytes(start + source.randbytes(length))
+        refused(path)
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(CalibrationNotFound, match=r"Calibration file not found: .*none\.pt.*calibrate_kv_lowrank\.py"):
+        load_calibration(tmp_path / "none.pt")
+    refused(tmp_path, "not a readable calibration file")
+    (tmp_path / "text.pt").write_text("{}")
+    refused(tmp_path / "text.pt")
+
+
+class Payload:
+    """Unpickled, it would make a folder."""
+
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("write", ["torch", "torch_meta", "pickle"])
+def test_code_in_a_file_does_not_run(path, tmp_path, write):
+    mark = tmp_path / "ran"
+    if write == "pickle":
+        path.write_bytes(pickle.dumps(Payload(mark)))
+    else:
+        record = torch.load(path, weights_only=True)
+        record["meta"]["versions"] = Payload(mark)
+        torch.save(Payload(mark) if write == "torch" else record, path)
+    refused(path)
+    assert reuse.find_reusable({}, [tmp_path]) is None
+    assert not mark.exists()
+    with open(path, "rb") as file:  # the test can fail: loaded carelessly, it does run
+        torch.load(file, weights_only=False) if write != "pickle" else pickle.load(file)
+    assert mark.exists()
+
+
+def put(*keys, value=None):
+    """A change to a record: set the last key, or remove it when the value is `...`."""
+
+    def change(record):
+        for key in keys[:-1]:
+            record = record[key]
+        if value is ...:
+            del record[keys[-1]]
+        else:
+            record[keys[-1]] = value(record[keys[-1]]) if callable(value) else value
+
+    change.label = f"{'.'.join(keys)}={'gone' if value is ... else 'changed' if callable(value) else value}"
+    return change
+
+
+def spoiled(t):
+    t = t.clone()
+    t.view(-1)[7] = float("nan")
+    return t
+
+
+DAMAGE = [
+    (put("format", value=...), ["'format'", "kv-plugin-calibration/1", "found None"]),
+    (
+        put("format", value="kv-plugin-calibration/2"),
+        ["'format'", "expected 'kv-plugin-calibration/1'", "found 'kv-plugin"],
+    ),
+    (put("meta", value=...), ["'meta'", "expected a dict"]),
+    (put("meta", value=[1]), ["'meta'", "found list"]),
+    (put("meta", "seed", value=...), ["'meta.seed'", "expected int", "found None"]),
+    (put("meta", "model", value=3), ["'meta.model'", "expected str", "found 3"]),
+    (put("meta", "rank", value=True), ["'meta.rank'", "expected int", "found True"]),
+    (put("meta", "rank", value=13), ["'meta.rank'", "expected 1 to 12", "found 13"]),
+    (put("meta", "rank", value=0), ["'meta.rank'", "found 0"]),
+    (put("meta", "codec", value="svd"), ["'meta.codec'", "pca", "found 'svd'"]),
+    (put("meta", "head_dim", value=64), ["expected [3, 2, 64]", "found [3, 2, 12]"]),
+    (put("meta", "num_layers", value=2), ["expected [2, 2, 12]", "found [3, 2, 12]"]),
+    (put("bases", value=...), ["'bases.k.mean'", "found NoneType"]),
+    (put("bases", "k", value=None), ["'bases.k.mean'", "found NoneType"]),
+    (put("bases", "k", "E", value=...), ["'bases.k.E'", "expected [3, 2, 12, 12]", "found NoneType"]),
+    (put("bases", "v", "D", value=lambda t: t[..., :9]), ["'bases.v.D'", "found [3, 2, 12, 9]"]),
+    (put("bases", "v", "E", value=spoiled), ["'bases.v.E'", "finite", "found NaN"]),
+    (put("bases", "v", "E", value=lambda t: t.tolist()), ["'bases.v.E'", "found list"]),
+    (put("statistics", value=...), ["'statistics.k_count'"]),
+    (put("statistics", "k_scatter", value=...), ["'statistics.k_scatter'"]),
+    (put("statistics", "v_mean", value=lambda t: t[:1]), ["'statistics.v_mean'", "found [1, 2, 12]"]),
+    (put("statistics", "queries", value=spoiled), ["'statistics.queries'", "finite"]),
+    (put("statistics", "query_count", value="many"), ["'statistics.query_count'"]),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), DAMAGE, ids=[change.label for change, _ in DAMAGE])
+def test_damage_is_named(path, change, words):
+    record = torch.load(path, weights_only=True)
+    change(record)
+    torch.save(record, path)
+    refused(path, *words)
+
+
+@pytest.mark.parametrize("content", [None, 3, [1, 2], "text", torch.zeros(2)])
+def test_a_foreign_pt_file_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "c.pt")
+    refused(tmp_path / "c.pt", "'file'", "expected a dict", f"found {type(content).__name__}")
+
+
+# --- use
+
+
+@pytest.mark.parametrize(("bits", "name"), [(None, "none"), (16, "none"), (8, "int8"), (4, "int4")])
+def test_guide_use(path, llama, bits, name):
+    """`k, v, metadata = load_calibrated_compressors(path, device, dtype, quantize_bits)`, edited layer by layer."""
+    k, v, metadata = load_calibrated_compressors(path, torch.device("cpu"), torch.float32, quantize_bits=bits)
+    assert len(k) == len(v) == metadata["num_layers"] == 3 and metadata["head_dim"] == 12
+    assert {c.quantizer for c in k + v} == {QUANTIZERS[name]} and {c.transform.rank for c in k + v} == {9}
+    k = [IdentityCompressor() for _ in k]
+    v[0] = IdentityCompressor()
+    cache = CompressedDynamicCache(k, v, num_layers=metadata["num_layers"])
+    out = llama.model.generate(windows(1, 20), past_key_values=cache, max_new_tokens=5, do_sample=False)
+    assert out.shape == (1, 25)
+    exact = [(layer.stores["K"].compressor.exact, layer.stores["V"].compressor.exact) for layer in cache.layers]
+    assert exact == [(True, True), (True, False), (True, False)]
+
+
+def test_metadata_is_the_callers_own(path):
+    *_, metadata = load_calibrated_compressors(path)
+    metadata["rank"] = 1
+    assert load_calibrated_compressors(path)[2]["rank"] == 9
+
+
+def test_the_transforms_dtype_is_asked_for(path, llama):
+    k, v, _ = load_calibrated_compressors(path, dtype=torch.bfloat16, quantize_bits=8)
+    assert {c.transform.E.dtype for c in k + v} == {torch.bfloat16}
+    cache = CompressedDynamicCache(k, v)
+    llama.model.generate(windows(1, 20), past_key_values=cache, max_new_tokens=3, do_sample=False)
+    assert cache.layers[0].stores["K"].read().dtype == torch.float32
+
+
+def test_another_models_calibration_is_refused(made, llama):
+    other = tiny_loaded("llama", hidden_size=96)
+    with pytest.raises(
+        BadArtefact, match=f"c.pt: calibrated on tiny-llama .*{other.fingerprint}.*calibrate this model"
+    ):
+        made.check_model(other.fingerprint, "other", "c.pt")
+    made.check_model(llama.fingerprint, "tiny-llama", "c.pt")
+
+
+# --- reuse
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """An empty working folder and an empty checkout."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "RESULTS", tmp_path / "checkout" / "results")
+    return tmp_path
+
+
+def obtain(loaded, text=TEXT, **changes):
+    return reuse.obtain_calibration(loaded, text, **{"given": None, "rank": 9} | SMALL | changes)
+
+
+def test_a_new_calibration_goes_to_results_and_is_used_again(folders, llama, made, monkeypatch):
+    first, path = obtain(llama)
+    assert path.parent == file.calibration_folders()[0] and "tiny-llama" in path.name and same(first, made)
+    monkeypatch.setattr(reuse, "calibrate", None)  # it would fail
+    second, again = obtain(llama)
+    assert again == path and same(second, first)
+    assert obtain(llama, rank=5)[1] == path, "the file serves every rank"
+
+
+@pytest.mark.parametrize("folder", [".", "results/calibrations", "checkout/results/calibrations"])
+def test_where_a_calibration_is_found(folders, llama, made, folder):
+    path = save_calibration(made, folders / folder / "any_name.pt")
+    assert obtain(llama)[1].resolve() == path
+
+
+@pytest.mark.parametrize("change", [{"samples": 2}, {"seq_len": 40}, {"seed": 1}, {"sink_tokens": 3}, {"text": 1}])
+def test_reuse_is_only_on_a_full_match(folders, llama, made, change):
+    old = save_calibration(made, folders / "old.pt")
+    if "text" in change:
+        change = {"text": by_position("words", "words.txt", word_text(3000, seed=1))}
+    _, path = obtain(llama, **change)
+    assert path != old and load_calibration(old).meta == made.meta, "the old one stays"
+
+
+def test_reuse_is_not_of_another_model(folders, made):
+    save_calibration(made, folders / "old.pt")
+    other = tiny_loaded("llama", num_hidden_layers=2)
+    found, _ = obtain(other)
+    assert found.geometry.num_layers == 2
+
+
+def test_foreign_files_are_passed_over(folders, llama, made):
+    """Whatever lies in the working folder under .pt."""
+    (folders / "a.pt").write_bytes(b"noise")
+    torch.save([1], folders / "b.pt")
+    torch.save({"meta": 3}, folders / "c.pt")
+    torch.save({"meta": {"fingerprint": llama.fingerprint}}, folders / "d.pt")
+    (folders / "e.pt").mkdir()
+    save_calibration(made, folders / "z.pt")
+    assert obtain(llama)[1].name == "z.pt"
+
+
+def test_a_damaged_one_that_was_found_says_how_to_get_another(folders, llama, made):
+    path = save_calibration(made, folders / "z.pt")
+    part = made.statistics.v.scatter.numpy().tobytes()
+    path.write_bytes(path.read_bytes().replace(part, bytes(len(part))))
+    with pytest.raises(BadArtefact, match="z.pt: not a readable .*or move it away, and this command makes another"):
+        obtain(llama)
+    path.unlink()
+    assert obtain(llama)[1] != path
+
+
+def test_a_given_file_is_used_as_it_is_but_not_for_another_model(folders, llama, made):
+    path = save_calibration(made, folders / "given" / "c.pt")
+    assert obtain(llama, given=path, samples=2, seed=5)[1] == path
+    with pytest.raises(BadArtefact, match="calibrated on tiny-llama"):
+        obtain(tiny_loaded("qwen2"), given=path)
+
+
+def test_output_that_cannot_be_written_is_refused_before_the_work(folders, llama, monkeypatch):
+    (folders / "file").write_text("")
+    monkeypatch.setattr(reuse, "calibrate", None)
+    with pytest.raises(PluginError, match="can't make the folder"):
+        obtain(llama, output=folders / "file" / "c.pt")
+
+
+def test_a_wrapped_model_calibrates_without_a_spec_on_disk(llama):
+    """`wrap` is for models that are in memory already."""
+    loaded = wrap(llama.model, word_tokenizer(), "mine")
+    assert calibrate(loaded, TEXT, rank=9, **SMALL).meta["model"] == "mine"

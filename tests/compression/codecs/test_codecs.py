@@ -1,0 +1,421 @@
+"""Codecs: what comes back, what it costs, and that a new one needs no other change."""
+
+import pytest
+import torch
+from tiny import tiny_loaded
+
+from gpt2.common.errors import PluginError
+from gpt2.compression import codecs
+from gpt2.compression.codecs import (
+    BASES,
+    CODECS,
+    IDENTITY,
+    QUANTIZERS,
+    Compressor,
+    IdentityCompressor,
+    JointTransform,
+    Quantizer,
+    Transform,
+    basis_of,
+    full_rank,
+    is_joint,
+    metric_of,
+    needs_calibration,
+)
+from gpt2.compression.codecs.mixed import MixedFixed, cheapest, errors
+from gpt2.compression.codecs.moments import Moments
+from gpt2.compression.codecs.multi_head import heads_per_group, side_by_side
+from gpt2.compression.codecs.rope import Rotary
+from gpt2.compression.compressed_cache import CompressedDynamicCache
+from gpt2.compression.settings import compressors_for
+from gpt2.models.geometry import Geometry
+
+H, D, T = 4, 12, 256  # heads of K or V; of both together for a codec that takes them so
+BY_BITS = sorted((q for q in QUANTIZERS.values() if q.by_bits), key=lambda q: q.bits)
+# Quantizers that are one another with fewer or more bits
+LADDERS = {"by bits": BY_BITS}
+LADDERS |= {q.name: [q.at(bits) for bits in (2, 3.5, 5, 8)] for q in QUANTIZERS.values() if q.adjustable}
+INTEGERS = [q for q in BY_BITS if q.name in ("int8", "int4")]
+NAMES = (*CODECS, "ln_nullspace+pca", "pca+random")
+COMPLETE = [c for c in NAMES if full_rank(c, D) == D]  # the others lose a direction whatever the rank
+EVERY_CODEC = [(c, q) for c in NAMES for q in QUANTIZERS]
+SINGULAR = torch.linspace(2, 0.5, D)  # mild, so that every coordinate is worth its bits: errors fall with rank
+
+
+def vectors(seed: int = 0, heads: int = H, tokens: int = T) -> torch.Tensor:
+    """K or V that has a mean and correlated channels, another basis in every head: [2, H, T, d]."""
+    torch.manual_seed(seed)
+    rotation = torch.linalg.qr(torch.randn(heads, D, D)).Q
+    return (torch.randn(2, heads, tokens, D) * SINGULAR) @ rotation.mT + torch.randn(heads, 1, D)
+
+
+def moments_of(x: torch.Tensor) -> Moments:
+    """Moments of one layer, with a mild metric of each kind, another one in every head."""
+    moments = Moments.zeros(Geometry(1, x.shape[1], x.shape[3]))
+    moments.update(0, x)
+    generator = torch.Generator().manual_seed(1)
+    for metric in ("attention", "fisher"):
+        gaussian = torch.randn(1, *x.shape[1::2], x.shape[3], generator=generator, dtype=torch.float64)
+        weights = torch.linspace(0.7, 1.4, x.shape[3], dtype=torch.float64)
+        axes = torch.linalg.qr(gaussian).Q
+        moments.metrics[metric] = axes * weights @ axes.mT
+    return moments
+
+
+def fit(codec: str, x: torch.Tensor) -> tuple[Transform, torch.Tensor]:
+    """A codec's transform of x, in float64, and its spectrum; the first half of the heads is K where it is joint."""
+    if not is_joint(codec):
+        return basis_of(codec).fit(moments_of(x), 0)
+    k, v = x.chunk(2, dim=1)
+    groups = k.shape[1] // heads_per_group(k.shape[1], D)
+    transform, spectrum = basis_of(codec).fit(moments_of(side_by_side(k, v, groups)), 0)
+    return JointTransform(transform.E, transform.D, transform.mean, Rotary(torch.zeros(0), "none")), spectrum
+
+
+def fitted(codec: str, x: torch.Tensor) -> Transform | None:
+    return None if codec == IDENTITY else fit(codec, x)[0].to("cpu", torch.float32)
+
+
+def compressor(codec: str, quantizer: str | Quantizer, x: torch.Tensor, rank: int = D) -> Compressor:
+    """rank: of the D coordinates of one head; where a basis is of several, as many for each."""
+    quantizer = QUANTIZERS.get(quantizer, quantizer)
+    if transform := fitted(codec, x):
+        transform = transform.truncate(min(rank * transform.E.shape[1] // D, transform.rank))
+    if isinstance(quantizer, MixedFixed):
+        error = errors(transform.forward(x) if transform else x).mean((0, 2))
+        quantizer = MixedFixed(quantizer.bits, cheapest(error, int(quantizer.bits * 8 * error.shape[1])))
+    return Compressor(quantizer, transform)
+
+
+def round_trip(c: Compressor, x: torch.Tensor) -> torch.Tensor:
+    return c.expand(c.compress(x), x.shape[3], x.dtype)
+
+
+def error(c: Compressor, x: torch.Tensor) -> float:
+    """Mean squared error relative to the variance: 1 is what storing the mean alone would cost."""
+    return ((round_trip(c, x) - x).square().mean() / (x - x.mean((0, 2), keepdim=True)).square().mean()).item()
+
+
+@pytest.mark.parametrize(("codec", "quantizer"), [pair for pair in EVERY_CODEC if pair[0] in COMPLETE])
+def test_round_trip_error_is_bounded_and_falls_with_rank(codec, quantizer):
+    x = vectors()
+    ranks = [2, 6, 9, D] if needs_calibration(codec) else [D]  # the others have no order to cut by
+    lost = [error(compressor(codec, quantizer, x, rank), x) for rank in ranks]
+    assert lost == sorted(lost, reverse=True) and len(set(lost)) == len(lost)
+    assert lost[0] < 1, "never worse than storing the mean"
+    # Uniform noise of one step in 2^bits over a range of some six deviations: (6 / 2^bits)² / 12
+    metadata = 0.5 if QUANTIZERS[quantizer].adjustable else 0  # bits of an adjustable one are all that it stores
+    bits = QUANTIZERS[quantizer].bits - metadata
+    assert lost[-1] < 3 * 2.0 ** (-2 * bits) + 1e-10
+
+
+@pytest.mark.parametrize("ladder", LADDERS)
+@pytest.mark.parametrize("codec", NAMES)
+@pytest.mark.parametrize("rank", [6, D])
+def test_error_falls_with_bits(codec, rank, ladder):
+    x = vectors()
+    lost = [error(compressor(codec, q, x, D if codec == IDENTITY else rank), x) for q in LADDERS[ladder]]
+    assert lost == sorted(lost, reverse=True) and lost[0] > lost[-1]
+
+
+@pytest.mark.parametrize("codec", COMPLETE)
+def test_full_rank_unquantized_is_exact_to_rounding(codec):
+    x = vectors()
+    assert (round_trip(compressor(codec, "none", x), x) - x).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_identity_is_exact_bit_for_bit(dtype):
+    x = vectors().to(dtype)
+    x[0, 0, 0, :3] = torch.tensor([-0.0, torch.finfo(dtype).max, torch.finfo(dtype).tiny / 2], dtype=dtype)
+    back = round_trip(IdentityCompressor(), x)
+    assert back.dtype == dtype
+    assert torch.equal(back.view(torch.uint8), x.view(torch.uint8)), "also the sign of zero and subnormals"
+    assert IdentityCompressor().exact and IdentityCompressor().nbytes() == 0
+
+
+@pytest.mark.parametrize(("codec", "quantizer"), EVERY_CODEC)
+def test_fields_have_one_entry_per_block_and_head(codec, quantizer):
+    """What the cache relies on to append, crop and reorder without looking inside."""
+    c = compressor(codec, quantizer, vectors(), 7)
+    fields = c.compress(vectors())
+    groups = c.transform.E.shape[0] if c.joint else H
+    assert all(field.shape[:3] == (2, groups, T // c.block_tokens) for field in fields.values())
+    part = c.compress(vectors()[:, :, : 2 * c.block_tokens])
+    assert all(torch.allclose(part[n].float(), fields[n][:, :, :2].float(), atol=1e-5) for n in fields), "independent"
+
+
+@pytest.mark.parametrize("codec", [name for name in NAMES if name != IDENTITY])
+def test_bases_undo_themselves_and_tell_their_variance(codec):
+    x = vectors()
+    transform, spectrum = fit(codec, x)
+    r = full_rank(codec, D)
+    if is_joint(codec):
+        assert transform.E.shape == transform.D.shape == (1, H * D, H * D)
+    else:
+        assert transform.E.shape in {(H, D, r), (1, D, r)} and transform.D.shape[1:] == (r, D)
+    assert torch.allclose(transform.D @ transform.E, torch.eye(transform.rank, dtype=torch.float64), atol=1e-9)
+    if metric_of(codec) == "pca":
+        assert torch.allclose(transform.D, transform.E.mT, atol=1e-12), "orthonormal"
+    z = transform.forward(x.double())
+    assert torch.allclose(z.var((0, 2), correction=0), spectrum, rtol=1e-4), "variance per coordinate"
+
+
+def test_pca_spectrum_is_largest_first():
+    _, spectrum = BASES["pca"].fit(moments_of(vectors()), 0)
+    assert (spectrum.diff(dim=-1) <= 0).all()
+
+
+def test_pca_loses_exactly_the_spectrum_it_drops_and_less_than_random():
+    x = vectors()
+    _, spectrum = BASES["pca"].fit(moments_of(x), 0)
+    for rank in (3, 8):
+        pca = error(compressor("pca", "none", x, rank), x)
+        assert pca == pytest.approx((spectrum[:, rank:].sum() / spectrum.sum()).item(), rel=1e-3)
+        assert pca < error(compressor("random", "none", x, rank), x)
+
+
+def test_the_nullspace_codec_loses_the_mean_over_channels_and_nothing_else():
+    x = vectors()
+    back = round_trip(compressor("ln_nullspace", "none", x), x)
+    assert torch.allclose(back, x - x.mean(-1, keepdim=True), atol=1e-5)
+    centred = x - x.mean(-1, keepdim=True)
+    assert torch.allclose(round_trip(compressor("ln_nullspace", "none", centred), centred), centred, atol=1e-5)
+    assert not needs_calibration("ln_nullspace") and needs_calibration("ln_nullspace+pca")
+
+
+def test_composed_bases_are_one_product():
+    """Two steps one after the other, with means of their own, give what the product of their matrices gives."""
+    x = vectors()
+    first, _ = BASES["ln_nullspace"].fit(moments_of(x), 0)
+    z = first.forward(x.double())
+    second, _ = BASES["pca"].fit(moments_of(z), 0)
+    product, _ = basis_of("ln_nullspace+pca").fit(moments_of(x), 0)
+    both = second.truncate(5).forward(z)
+    assert torch.allclose(product.truncate(5).forward(x.double()).abs(), both.abs(), atol=1e-4), "up to signs"
+    back = first.inverse(second.truncate(5).inverse(both, D - 1), D)
+    assert torch.allclose(product.truncate(5).inverse(product.truncate(5).forward(x.double()), D), back, atol=1e-4)
+
+
+def test_after_the_nullspace_pca_keeps_the_most_variance_that_is_left():
+    x = vectors()
+    centred = x - x.mean(-1, keepdim=True)
+    for rank in (4, 8):
+        composed = round_trip(compressor("ln_nullspace+pca", "none", x, rank), x)
+        alone = round_trip(compressor("pca", "none", centred, rank), centred)
+        assert torch.allclose(composed, alone, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("codec", "message"),
+    [("pca+ln_nullspace", "can only come first"), ("+".join(["ln_nullspace"] * D), "leaves nothing of a head_dim"),
+     ("identity+pca", "unknown codec"), ("pca+", "unknown codec"), ("", "unknown codec")],
+)  # fmt: skip
+def test_names_that_make_no_codec_are_refused(codec, message):
+    with pytest.raises(PluginError, match=message):
+        full_rank(codec, D)
+
+
+def test_a_full_rank_is_told_without_making_the_basis():
+    assert full_rank("ln_nullspace", 10**12) == 10**12 - 1
+
+
+def test_fixed_bases_compose_without_statistics():
+    twice = basis_of("ln_nullspace+ln_nullspace")
+    assert not twice.calibrated and twice.transform(D).rank == twice.full_rank(D) == D - 2
+
+
+@pytest.mark.parametrize("rank", [0, -1, D + 1])
+def test_truncate_refuses_a_rank_out_of_range(rank):
+    with pytest.raises(PluginError, match=rf"rank {rank} is out of range.*use 1 to {D}"):
+        fitted("pca", vectors()).truncate(rank)
+
+
+def test_truncate_cuts_the_full_basis():
+    full = fitted("pca", vectors())
+    for rank in (1, 5, D):
+        cut = full.truncate(rank)
+        assert cut.rank == rank and torch.equal(cut.E, full.E[..., :rank]) and torch.equal(cut.D, full.D[:, :rank])
+    assert full.rank == D, "the full basis is left alone"
+    assert full.truncate(5).nbytes() == 4 * (2 * H * D * 5 + H * D)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_grouped_heads_are_concatenated(groups):
+    """G < H: the channels of a group's heads side by side, as Transform's docstring has it."""
+    heads, per = 4, 4 // groups
+    x, w = vectors(heads=heads), D * per
+    torch.manual_seed(1)
+    E, mean = torch.linalg.qr(torch.randn(groups, w, w)).Q, torch.randn(groups, w)
+    transform = Transform(E, E.mT, mean)
+    z = transform.forward(x)
+    for g in range(groups):
+        joined = torch.cat([x[:, h] for h in range(g * per, (g + 1) * per)], dim=-1)
+        assert torch.allclose(z[:, g], (joined - mean[g]) @ E[g], atol=1e-5)
+    assert torch.allclose(transform.inverse(z, D), x, atol=1e-5)
+    Compressor(QUANTIZERS["none"], transform).check_shape(heads, D, "layer 0")
+    assert error(Compressor(QUANTIZERS["int8"], transform.truncate(w)), x) < 1e-3
+
+
+def test_check_shape_names_the_layer_and_both_shapes():
+    with pytest.raises(PluginError, match=rf"layer 3, K.*{H} groups of 12.*2 KV heads of 12"):
+        compressor("pca", "none", vectors()).check_shape(2, D, "layer 3, K")
+
+
+# --- integers
+
+
+@pytest.mark.parametrize("rank", [1, 2, 7, 12, 63, 64])
+def test_int4_packs_two_codes_a_byte(rank):
+    int4, codes = QUANTIZERS["int4"], torch.randint(0, 16, (2, 3, 5, rank), dtype=torch.uint8)
+    packed = int4.pack(codes)
+    assert packed.dtype == torch.uint8 and packed.shape[-1] == (rank + 1) // 2
+    assert torch.equal(int4.unpack(packed, rank), codes)
+
+
+@pytest.mark.parametrize(("quantizer", "code_bytes"), [("int8", 64), ("int4", 32)])
+def test_bytes_stored_per_token(quantizer, code_bytes):
+    fields = QUANTIZERS[quantizer].quantize(torch.randn(1, 1, 10, 64))
+    assert sum(field.nbytes for field in fields.values()) == 10 * (code_bytes + 4), "codes, and scale and offset"
+
+
+def outlier_channel(x):
+    return x + 400 * torch.eye(D)[3]
+
+
+AWKWARD = {
+    "plain": lambda x: x,
+    "channel with a bias of 400": outlier_channel,
+    "channel with a bias of -400": lambda x: x - 400 * torch.eye(D)[3],
+    "constant": lambda x: torch.full_like(x, 0.731),
+    "constant and large": lambda x: torch.full_like(x, -400.2),
+    "zeros": torch.zeros_like,
+    "tiny": lambda x: x * 1e-4,
+    "subnormal in float16": lambda x: x * 1e-8,
+    "near the float16 range": lambda x: x.clamp(-4, 4) * 15_000,
+    "one huge channel": lambda x: x + 6e4 * torch.eye(D)[0],
+}
+
+
+@pytest.mark.parametrize("case", AWKWARD)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("quantizer", INTEGERS, ids=lambda q: q.name)
+def test_integer_error_is_at_most_half_a_step(quantizer, dtype, case):
+    x = AWKWARD[case](vectors()).to(dtype)
+    back = round_trip(Compressor(quantizer), x).double()
+    assert torch.isfinite(back).all() and (quantizer.quantize(x)["scale"] > 0).all(), "nothing divides by zero"
+    x = x.double()
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    step = (high - low) / (2**quantizer.bits - 1)
+    # Scale, offset and result are rounded to float16, a relative 2^-11 each; a scale is never below the smallest normal
+    half_ulp = 2.0**-11
+    allowed = step * (0.5 + half_ulp * 2**quantizer.bits) + half_ulp * (low.abs() + high.abs()) + 2.0**-14
+    assert ((back - x).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("low", [400.2, -399.85, -1e-8])
+@pytest.mark.parametrize("quantizer", INTEGERS, ids=lambda q: q.name)
+def test_a_large_common_bias_costs_at_most_half_a_step(quantizer, low):
+    """An offset rounded down to float16 widens the range by one ulp, which the codes can cover.
+
+    To the nearest, each of these would be rounded up, and the lowest values would have no code.
+    """
+    x = low + torch.linspace(0, 0.1, 8).view(1, 1, 1, 8)
+    step = (0.1 + 0.25) / (2**quantizer.bits - 1)  # 0.25 is float16's spacing at 400
+    assert (round_trip(Compressor(quantizer), x) - x).abs().max() <= step * 0.6
+
+
+@pytest.mark.parametrize("quantizer", INTEGERS, ids=lambda q: q.name)
+def test_the_whole_float16_range_comes_back_finite(quantizer):
+    x = torch.tensor([-65504, 65504, 0, 1], dtype=torch.float16).view(1, 1, 1, 4)
+    assert torch.isfinite(round_trip(Compressor(quantizer), x)).all()
+
+
+@pytest.mark.parametrize("quantizer", INTEGERS, ids=lambda q: q.name)
+def test_an_outlier_is_measured_against_its_own_token_only(quantizer):
+    x = vectors()
+    spoiled = x.clone()
+    spoiled[:, :, 5, 3] += 400
+    a, b = (round_trip(Compressor(quantizer), t) for t in (x, spoiled))
+    others = torch.arange(T) != 5
+    assert torch.equal(a[:, :, others], b[:, :, others])
+
+
+@pytest.mark.parametrize("value", [1e6, -1e6, 1e30, -3e38])
+@pytest.mark.parametrize("quantizer", INTEGERS, ids=lambda q: q.name)
+def test_values_beyond_float16_saturate_and_are_never_nan(quantizer, value):
+    x = torch.tensor([-1.0, value, 0.0, 1.0]).view(1, 1, 1, 4)
+    assert torch.isfinite(round_trip(Compressor(quantizer), x)).all()
+
+
+def test_a_calibrated_mean_takes_the_bias_out_before_the_integers():
+    """A shared bias of 400 costs a raw int8 its whole range, and a centred one nothing."""
+    x = outlier_channel(vectors())
+    assert error(compressor("pca", "int8", x), x) < error(compressor(IDENTITY, "int8", x), x) / 100
+
+
+# --- registry
+
+
+@pytest.mark.parametrize(("typo", "near"), [("pcaa", "pca"), ("identiy", IDENTITY), ("randm", "random")])
+def test_unknown_codec_suggests_the_nearest(typo, near):
+    with pytest.raises(PluginError, match=rf"unknown codec '{typo}', did you mean '{near}'\? \(there are: .*pca.*\)"):
+        codecs.codec_name(typo)
+
+
+@pytest.mark.parametrize("name", ["zzzz", None, 3, ["pca"]])
+def test_what_is_near_nothing_is_still_refused_with_the_list(name):
+    with pytest.raises(PluginError, match=r"unknown codec .* \(there are: identity, pca"):
+        codecs.codec_name(name)
+
+
+@pytest.mark.parametrize("bits", [0, 5, 32, "8", None])
+def test_unknown_width_lists_those_that_exist(bits):
+    with pytest.raises(PluginError, match=r"not available: use 4, .*8, .*16"):
+        codecs.quantizer_for_bits(bits)
+
+
+def test_names_and_bits_are_unique():
+    assert all(name == entry.name for table in (BASES, QUANTIZERS) for name, entry in table.items())
+    assert len(codecs.BITS) == sum(q.by_bits for q in QUANTIZERS.values()) and IDENTITY not in BASES
+
+
+class Block6(codecs.Quantizer):
+    """Six bits, one scale per channel and block of eight tokens: a shape of quantizer that the registry hasn't."""
+
+    name, bits, block_tokens = "block6", 6, 8
+
+    def quantize(self, z):
+        z = z.unflatten(2, (-1, 8))  # [B, G, blocks, 8, r]
+        scale = (z.abs().amax(3, keepdim=True) / 31).clamp_min(1e-6).half()
+        return {"codes": (z / scale).round().clamp(-32, 31).to(torch.int8), "scale": scale}
+
+    def dequantize(self, fields, rank):
+        return (fields["codes"] * fields["scale"].float()).flatten(2, 3)
+
+
+@torch.no_grad()
+def test_a_new_quantizer_needs_only_its_registry_line(monkeypatch):
+    monkeypatch.setitem(codecs.QUANTIZERS, "block6", Block6())
+    monkeypatch.setitem(codecs.BITS, 6, "block6")
+    x = vectors()
+    assert error(compressor("pca", "block6", x), x) < 1e-2
+
+    loaded = tiny_loaded("llama")
+    geometry = loaded.geometry
+    k, v = compressors_for("kv", 6, geometry.num_layers, None)
+    cache = CompressedDynamicCache(k, v, num_layers=geometry.num_layers, sink_tokens=2)
+    prompt = torch.arange(2, 27)[None]
+    out = loaded.model.generate(prompt, past_key_values=cache, max_new_tokens=12, do_sample=False)
+    assert out.shape == (1, 37)
+    store = cache.layers[0].stores["V"]
+    # The last token is not fed back: 36 = 4 blocks of 8, the first of which begins with the 2 sinks, + a tail of 4
+    assert len(store) == 36 and store.compressed_tokens == 30 and store.tail.shape[2] == 4
+    assert store.read().shape[2] == 36 and torch.isfinite(store.read()).all()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e-3])
+def test_int8_is_as_precise_on_small_vectors(size):
+    """The step is a float16: below its normal range it must not stop shrinking while it still has digits."""
+    x = vectors() * size
+    assert error(Compressor(QUANTIZERS["int8"]), x) < 1e-4

@@ -1,0 +1,353 @@
+"""The joint codec: bases in a metric, one for K and V, from calibration to beam search."""
+
+from functools import partial
+
+import pytest
+import torch
+from test_cache import Reference, assert_same
+from tiny import tiny_loaded, windows, word_text
+from torch import Tensor
+
+from gpt2.common.errors import PluginError
+from gpt2.compression.cache.token_store import TokenStore
+from gpt2.compression.calibration.bit_allocation import MeasuredCodec
+from gpt2.compression.calibration.calibrate import calibrate
+from gpt2.compression.calibration.file import save_calibration
+from gpt2.compression.calibration.fit import Calibration
+from gpt2.compression.codecs import BASES, QUANTIZERS, Compressor, IdentityCompressor, JointTransform, codec_name
+from gpt2.compression.codecs.metric import fit_in_metric
+from gpt2.compression.codecs.mixed import BLOCK
+from gpt2.compression.codecs.moments import Moments
+from gpt2.compression.codecs.multi_head import apart, heads_per_group, side_by_side
+from gpt2.compression.compressed_cache import CompressedDynamicCache
+from gpt2.compression.presets import create_cache_from_preset
+from gpt2.compression.settings import Setting, build, compressors_for, uniform
+from gpt2.models.geometry import Geometry
+from gpt2.text.sources import by_position
+
+TEXT = by_position("words", "words.txt", word_text(3000))
+L, H, D = 3, 2, 12  # of the tiny llama
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_loaded("llama")
+
+
+@pytest.fixture(scope="module")
+def made(llama) -> Calibration:
+    return calibrate(llama, TEXT, rank=9, codec="joint", samples=4, seq_len=200)
+
+
+@pytest.fixture(scope="module")
+def codec(made) -> MeasuredCodec:
+    return made.measured_codec("joint")
+
+
+@pytest.fixture
+def preset(made, tmp_path) -> dict:
+    return preset_of(made, tmp_path / "c.pt")
+
+
+def preset_of(calibration: Calibration, path) -> dict:
+    """A preset of the calibration's own codec, which is saved there."""
+    return {
+        "model": "tiny-llama", "rank": D, "target": "kv", "bits": 3.5, "codec": calibration.meta["codec"],
+        "quantizer": "mixed", "head_dim": D, "num_layers": L,
+        "calibration_file": str(save_calibration(calibration, path)),
+    }  # fmt: skip
+
+
+def vectors(heads: int, tokens: int, d: int = D, seed: int = 0, dtype=torch.float64) -> Tensor:
+    return torch.randn(2, heads, tokens, d, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# --- bases in a metric
+
+
+def moments_of(x: Tensor, metric: Tensor, name: str = "fisher") -> Moments:
+    moments = Moments.zeros(Geometry(1, x.shape[1], x.shape[3]))
+    moments.update(0, x)
+    moments.metrics[name] = metric[None]
+    return moments
+
+
+def metric_and_vectors(rank: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """M [2, 8, 8] of a rank, and x [1, 2, 500, 8] with another covariance."""
+    generator = torch.Generator().manual_seed(seed)
+    felt, mixing = (torch.randn(2, 8, n, generator=generator, dtype=torch.float64) for n in (rank, 8))
+    x = torch.randn(1, 2, 500, 8, generator=generator, dtype=torch.float64) @ mixing.mT + 3
+    return felt @ felt.mT, x
+
+
+def m_norm(error: Tensor, metric: Tensor) -> Tensor:
+    """Σ eᵀ M e per head, [H]."""
+    return torch.einsum("bhti,hij,bhtj->h", error, metric, error)
+
+
+@pytest.mark.parametrize("name", ["attention", "fisher"])
+def test_squared_error_of_coordinates_is_the_error_in_the_metric(name):
+    metric, x = metric_and_vectors()
+    transform, variances = BASES[name].fit(moments_of(x, metric, name), 0)
+    torch.testing.assert_close(transform.D @ transform.E, torch.eye(8, dtype=torch.float64).expand(2, 8, 8))
+    error = vectors(2, 50, d=8)
+    torch.testing.assert_close((error @ transform.E).square().sum((0, 2, 3)), m_norm(error, metric))
+    z = transform.forward(x)
+    torch.testing.assert_close(z.var((0, 2), correction=0), variances, rtol=1e-4, atol=1e-6)
+    assert (variances.diff(dim=-1) <= 0).all()
+
+
+def test_a_cut_rank_loses_less_in_the_metric_than_any_other_basis():
+    metric, x = metric_and_vectors()
+    for rank in (2, 5):
+        lost = {}
+        for name in ("fisher", "pca", "random"):
+            transform = BASES[name].fit(moments_of(x, metric), 0)[0].truncate(rank)
+            lost[name] = m_norm(transform.inverse(transform.forward(x), 8) - x, metric)
+        assert (lost["fisher"] < 0.9 * lost["pca"]).all() and (lost["fisher"] < lost["random"]).all()
+        _, variances = BASES["fisher"].fit(moments_of(x, metric), 0)
+        torch.testing.assert_close(lost["fisher"] / 500, variances[:, rank:].sum(-1), rtol=1e-4, atol=1e-6)
+
+
+def test_directions_that_nothing_reads_come_back_all_the_same():
+    metric, x = metric_and_vectors(rank=3)
+    transform, variances = BASES["fisher"].fit(moments_of(x, metric), 0)
+    torch.testing.assert_close(transform.inverse(transform.forward(x), 8), x)
+    assert (variances[:, 3:].sum(-1) < 1e-3 * variances.sum(-1)).all()
+
+
+def test_where_nothing_was_felt_the_metric_is_none():
+    _, x = metric_and_vectors()
+    nothing, alike = (fit_in_metric(x.mean((0, 2)), torch.eye(8).expand(2, 8, 8), m) for m in
+                      (torch.zeros(2, 8, 8), torch.eye(8).expand(2, 8, 8)))  # fmt: skip
+    torch.testing.assert_close(nothing[1], alike[1])
+    assert torch.isfinite(nothing[0].D).all()
+
+
+@pytest.mark.parametrize("name", ["attention", "fisher"])
+def test_a_basis_without_its_statistics_says_what_to_do(name):
+    _, x = metric_and_vectors()
+    moments = Moments.zeros(Geometry(1, 2, 8))
+    with pytest.raises(PluginError, match=f"codec {name} needs statistics .*--metric {name}"):
+        BASES[name].fit(moments, 0)
+
+
+# --- the transform
+
+
+@pytest.mark.parametrize(("heads", "d", "per_group"), [(3, 64, 3), (4, 64, 4), (8, 64, 4), (8, 128, 2), (4, 256, 1),
+                                                       (2, 512, 1), (6, 64, 3), (5, 128, 1), (1, 12, 1)])  # fmt: skip
+def test_as_many_heads_share_a_basis_as_fit(heads, d, per_group):
+    assert heads_per_group(heads, d) == per_group
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_side_by_side_and_apart_are_inverse(groups):
+    k, v = vectors(6, 5), vectors(6, 5, seed=1)
+    x = side_by_side(k, v, groups)
+    assert x.shape == (2, groups, 5, 12 * D // groups)
+    per = 6 // groups
+    for group in range(groups):
+        own = [side[:, head] for side in (k, v) for head in range(group * per, (group + 1) * per)]
+        assert torch.equal(x[:, group], torch.cat(own, dim=-1)), "K of its heads, then V of them"
+    assert all(map(torch.equal, apart(x, D), (k, v)))
+
+
+@pytest.mark.parametrize("start", [0, 9, 5000])
+@pytest.mark.parametrize("layer", range(L))
+def test_the_round_trip_is_exact_wherever_it_starts(codec, start, layer):
+    transform = codec.transform(layer).to("cpu", torch.float64)
+    exact = transform.E.inverse()
+    transform = JointTransform(transform.E, exact, transform.mean, transform.rotary)
+    x = vectors(2 * H, 70)
+    torch.testing.assert_close(transform.inverse(transform.forward(x, start), D, start), x)
+
+
+def test_float32_is_exact_to_rounding(codec):
+    """As a cache holds it, D beside E."""
+    x = vectors(2 * H, 70, dtype=torch.float32)
+    for layer in range(L):
+        transform = codec.transform(layer)
+        assert transform.D.dtype == torch.float32
+        back = transform.inverse(transform.forward(x, 100), D, 100)
+        assert (back - x).abs().max() < 1e-3 and not torch.equal(back, x)
+
+
+def test_keys_that_differ_by_position_alone_have_the_same_coordinates(codec):
+    """What makes keys of any position compress alike."""
+    transform = codec.transform(1).to("cpu", torch.float64)
+    k, v = vectors(H, 1).expand(-1, -1, 40, -1), vectors(H, 1, seed=1).expand(-1, -1, 40, -1)
+    x = torch.cat((transform.rotary.turn(k, 300, 1), v), dim=1)
+    z = transform.forward(x, 300)
+    torch.testing.assert_close(z, z[:, :, :1].expand_as(z), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(transform.forward(x, 301), z, rtol=1e-2), "and elsewhere others"
+
+
+def test_groups_of_heads_have_a_basis_each(llama, monkeypatch):
+    monkeypatch.setattr("gpt2.compression.codecs.multi_head.MOST_CHANNELS", 24)
+    made = calibrate(llama, TEXT, rank=9, codec="joint", samples=4, seq_len=200)
+    assert made.measured["joint"].E.shape == (L, 2, 24, 24)
+    for quantizer in ("mixed", "mixed_fixed", "int8", "none"):
+        k, v = compressors_for("kv", 4 if "mixed" in quantizer else {"int8": 8}.get(quantizer, 16), L, made,
+                               codec="joint", quantizer=quantizer, dtype=torch.float64)  # fmt: skip
+        reads_like_the_reference(llama, CompressedDynamicCache(k, v), windows(2, 150))
+
+
+# --- from calibration to generation
+
+
+def reads_like_the_reference(llama, cache, tokens, tolerance: float = 1e-4, **generation):
+    """Generate; then every store reads as its tokens would, coded block by block. Returns the tokens.
+
+    tolerance: share of the numbers that may differ, by codes that rounding tips over.
+    """
+    chunks, append, crop, map_ = {}, TokenStore.append, TokenStore.crop, TokenStore.map_
+
+    def record(operation, original):
+        def recorded(store, argument):
+            chunks.setdefault(id(store), []).append((operation, argument))
+            return original(store, argument)
+
+        return recorded
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, original in (("append", append), ("crop", crop), ("map_", map_)):
+            patch.setattr(TokenStore, name, record(name, original))
+        out = llama.model.generate(tokens, past_key_values=cache, do_sample=False, **{"max_new_tokens": 5} | generation)
+    for layer in cache.layers:
+        for store in layer.stores.values():
+            reference = Reference(store.compressor, (store.sink_tokens, store.recent_tokens))
+            for operation, argument in chunks[id(store)]:
+                getattr(reference, operation)(argument)
+            assert len(store) == len(reference.tokens)
+            same = torch.isclose(store.read(), reference.read(), rtol=1e-3, atol=1e-3)
+            assert same.float().mean() > 1 - tolerance
+    return out
+
+
+def padded(length: int) -> dict[str, Tensor]:
+    """Two prompts, the second with padding on the left."""
+    tokens = windows(2, length)
+    mask = torch.ones_like(tokens)
+    tokens[1, :3], mask[1, :3] = 0, 0
+    return {"tokens": tokens, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("quantizer", ["mixed", "mixed_fixed"])
+@pytest.mark.parametrize("length", [3, 30, 62, 150])
+def test_from_a_file_to_tokens(llama, preset, quantizer, length):
+    """Prompts shorter than the sinks, than a block, that fill a block while they go on, and of several blocks."""
+    cache = create_cache_from_preset(preset | {"quantizer": quantizer}, model=llama, dtype=torch.float64)
+    out = reads_like_the_reference(llama, cache, **padded(length))
+    assert out.shape == (2, length + 5)
+    stores = [store for layer in cache.layers for store in layer.stores.values()]
+    assert len(stores) == L and all(store.compressor.joint for store in stores)
+    blocks = (length + 4) // BLOCK
+    assert {(len(store), store.compressed_blocks) for store in stores} == {(length + 4, blocks)}
+    assert {type(store.compressor.quantizer).name for store in stores} == {quantizer}
+
+
+def test_without_quantization_it_is_the_model_itself(llama, preset):
+    """Also with beams, whose caches are reordered, and with padding."""
+    for generation in ({}, {"num_beams": 3}):
+        make = partial(create_cache_from_preset, preset | {"quantizer": None, "bits": 16}, dtype=torch.float64)
+        prompt = padded(150)
+        ours = reads_like_the_reference(llama, make(), **prompt, max_new_tokens=12, **generation)
+        plain = llama.model.generate(prompt.pop("tokens"), **prompt, max_new_tokens=12, do_sample=False, **generation)
+        assert torch.equal(ours, plain)
+
+
+def test_beams_at_few_bits(llama, preset):
+    cache = create_cache_from_preset(preset, dtype=torch.float64)
+    out = reads_like_the_reference(llama, cache, **padded(126), num_beams=2, max_new_tokens=8)
+    assert out.shape == (2, 134) and cache.layers[0].get_seq_length() == 133
+
+
+def test_a_crop_across_blocks(llama, made):
+    k, v = compressors_for("kv", 4, L, made, codec="joint", quantizer="mixed", dtype=torch.float64)
+    store, reference = TokenStore(k[0], 4, 3), Reference(k[0], (4, 3))
+    x = vectors(2 * H, 260, dtype=torch.float32)
+    store.prepare(x, "test")
+    for side in (store, reference):
+        side.append(x[:, :, :200])
+    for n in (5, 20, 64, 1):
+        for operation, argument in (("crop", n), ("append", x[:, :, 200 : 200 + n // 2])):
+            for side in (store, reference):
+                getattr(side, operation)(argument)
+            assert_same(store, reference)
+
+
+def test_layers_with_and_without_a_joint_codec(llama, preset):
+    setting = {"codec": "joint", "rank": D, "bits": 3.5, "quantizer": "mixed"}
+    int8 = {"codec": "identity", "rank": D, "bits": 8}
+    layers = {"k": [setting, int8, None], "v": [setting, None, None]}
+    cache = create_cache_from_preset(preset | {"layers": layers}, dtype=torch.float64)
+    assert [sorted(layer.stores) for layer in cache.layers] == [["KV"], ["K", "V"], ["K", "V"]]
+    assert reads_like_the_reference(llama, cache, windows(2, 150)).shape == (2, 155)
+    cache.crop(-60)
+    assert {layer.get_seq_length() for layer in cache.layers} == {94}
+    cache.batch_select_indices(torch.tensor([1]))
+    assert llama.model(windows(1, 3), past_key_values=cache).logits.shape[0] == 1
+
+
+def test_keeping_reconstructions_changes_no_token(llama, preset):
+    one, other = (create_cache_from_preset(preset, dtype=torch.float64) for _ in range(2))
+    prompt, more = windows(2, 100), {"max_new_tokens": 40, "do_sample": False}
+    kept = llama.model.generate(prompt, past_key_values=one.keep_expanded(), **more)
+    assert torch.equal(kept, llama.model.generate(prompt, past_key_values=other, **more))
+    assert one.nbytes() > other.nbytes()
+
+
+# --- what is refused
+
+
+def test_a_joint_codec_is_one_object_for_both_sides(made):
+    k, _ = compressors_for("kv", 4, L, made, codec="joint", quantizer="mixed")
+    again, _ = compressors_for("kv", 4, L, made, codec="joint", quantizer="mixed")
+    for pair in ((k, again), (k, [IdentityCompressor()] * L), ([IdentityCompressor()] * L, k)):
+        with pytest.raises(PluginError, match="layer 0: a joint codec is for K and V together"):
+            CompressedDynamicCache(*pair)
+
+
+@pytest.mark.parametrize("target", ["k", "v"])
+def test_a_joint_codec_of_one_side_is_refused(made, target):
+    with pytest.raises(PluginError, match="layer 0: a joint codec is for K and V together: give both sides the same"):
+        build(uniform(target, L, Setting("joint", None, 4, "mixed")), D, made)
+
+
+def test_values_of_another_shape_than_keys_are_refused(made):
+    k, v = compressors_for("kv", 4, L, made, codec="joint", quantizer="mixed")
+    cache = CompressedDynamicCache(k, v)
+    with pytest.raises(PluginError, match=r"layer 1: .* K and V of one shape, .*\[2, 2, 5, 12\] and \[2, 2, 5, 6\]"):
+        cache.update(vectors(2, 5), vectors(2, 5, d=6), 1)
+
+
+def test_another_models_heads_are_refused(made):
+    k, v = compressors_for("kv", 4, L, made, codec="joint", quantizer="mixed")
+    with pytest.raises(PluginError, match=r"layer 0, KV: .*1 groups of 48 channels"):
+        CompressedDynamicCache(k, v).update(vectors(4, 5), vectors(4, 5), 0)
+
+
+@pytest.mark.parametrize("name", ["joint+pca", "pca+joint", "ln_nullspace+joint", "grouped+pca"])
+def test_a_basis_of_several_heads_combines_with_none(name):
+    from gpt2.compression.codecs import basis_of
+
+    with pytest.raises(PluginError, match="a basis of several heads doesn't combine with another"):
+        basis_of(codec_name(name))
+
+
+def test_a_calibration_without_gradients_has_none(llama):
+    plain = calibrate(llama, TEXT, rank=9, samples=2, seq_len=48)
+    for ask in (
+        lambda: plain.measured_codec("joint"),
+        lambda: plain.compact("joint"),
+        lambda: plain.transform("k", 0, codec="joint"),
+    ):
+        with pytest.raises(PluginError, match="joint is not in this calibration, it has no gradients.*--metric fisher"):
+            ask()
+
+
+def test_a_single_compressor_says_that_it_is_joint(made):
+    k, _ = compressors_for("kv", 4, L, made, codec="joint", quantizer="mixed")
+    assert k[0].joint and not Compressor(QUANTIZERS["int8"]).joint and repr(k[0]) == "Compressor(mixed, rank=48)"
+    assert k[0].to(torch.device("cpu")) is k[0] and k[0].to(torch.device("meta")).joint

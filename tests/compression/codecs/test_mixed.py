@@ -1,0 +1,333 @@
+"""Mixed widths: what is decoded is what the search chose, no block is over its bytes, and none could do better."""
+
+import pytest
+import torch
+from test_cache import filled
+from torch import Tensor
+
+from gpt2.common.errors import PluginError
+from gpt2.compression.codecs import QUANTIZERS, Compressor, mixed
+from gpt2.compression.codecs.mixed import (
+    BLOCK,
+    COSTS,
+    FAR,
+    METADATA,
+    PLANE,
+    WIDTHS,
+    Mixed,
+    MixedFixed,
+    cheapest,
+    errors,
+    width_bytes,
+)
+
+PRICES = torch.tensor(COSTS)
+
+
+def coordinates(r: int, batch: int = 2, groups: int = 2, blocks: int = 3, seed: int = 0) -> Tensor:
+    """Coordinates as a basis gives them, [B, G, blocks · 64, r]: falling variance, other in every block."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(batch, groups, blocks, BLOCK, r, generator=generator)
+    uneven = torch.randn(batch, groups, blocks, 1, r, generator=generator).exp()
+    return (z * uneven * torch.logspace(1, -2, r)).flatten(2, 3)
+
+
+def outliers(z: Tensor) -> Tensor:
+    z = z.clone()
+    z[:, :, 5] *= 300
+    return z
+
+
+def sparse(z: Tensor) -> Tensor:
+    z = z.clone()
+    z[..., ::2] = 0
+    return z
+
+
+CASES = {
+    "plain": lambda z: z,
+    "zeros": torch.zeros_like,
+    "every other channel zero": sparse,
+    "constant": lambda z: torch.full_like(z, 0.731),
+    "constant beyond the scales": lambda z: torch.full_like(z, -6e5),
+    "far from zero": lambda z: z + 400,
+    "far below zero": lambda z: z - 400,
+    "one-sided": lambda z: z.abs(),
+    "outliers": outliers,
+    "huge": lambda z: z * 1e4,
+    "tiny": lambda z: z * 1e-5,
+    "below the smallest scale": lambda z: z * 1e-12,
+    "two values": lambda z: z.sign(),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def in_blocks(x: Tensor) -> Tensor:
+    """[B, G, T, r] → [B, G, n, 64, r]."""
+    return x.unflatten(2, (-1, BLOCK))
+
+
+def lost(z: Tensor, back: Tensor) -> Tensor:
+    """Squared error of every block and channel, [B, G, n, r]."""
+    return in_blocks((back.double() - z.double()).square()).sum(3)
+
+
+def promised(z: Tensor, choice: Tensor, far: bool = True) -> Tensor:
+    return errors(z, far).gather(-1, choice[..., None])[..., 0].double()
+
+
+def chosen(fields: dict[str, Tensor], r: int) -> Tensor:
+    return mixed._unpack_indices(fields["widths"], r)
+
+
+def block_bytes(fields: dict[str, Tensor], z: Tensor) -> int:
+    return sum(field.nbytes for field in fields.values()) // (z.numel() // z.shape[-1] // BLOCK)
+
+
+# --- what comes back
+
+
+@pytest.mark.parametrize("bits", [1.5, 4, 9])
+@pytest.mark.parametrize("r", [1, 2, 7, 8, 33])
+@every_case
+def test_decoding_loses_exactly_what_the_search_promised(case, r, bits):
+    """Codes, planes, order and metadata: a slip in any would show, since each channel has an error of its own."""
+    z, quantizer = case(coordinates(r)), Mixed(bits)
+    fields = quantizer.quantize(z)
+    back = quantizer.dequantize(fields, r)
+    assert back.shape == z.shape and torch.isfinite(back).all()
+    rounding = 1e-9 * in_blocks(z.double()).square().sum(3)
+    assert ((lost(z, back) - promised(z, chosen(fields, r))).abs() <= rounding + 1e-3 * lost(z, back) + 1e-30).all()
+
+
+def test_the_width_of_a_real_basis():
+    """383 coordinates: an odd number, beyond what fits a byte."""
+    z = coordinates(383, batch=1, groups=1, blocks=2)
+    fields = Mixed(3).quantize(z)
+    back = Mixed(3).dequantize(fields, 383)
+    torch.testing.assert_close(lost(z, back), promised(z, chosen(fields, 383)), rtol=1e-3, atol=1e-6)
+    assert len(chosen(fields, 383).unique()) == len(WIDTHS), "every width is used"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_coordinates_of_16_bits(dtype):
+    z = coordinates(9).to(dtype)
+    fields = Mixed(5).quantize(z)
+    assert {field.dtype for field in fields.values()} == {torch.uint8}
+    for name, field in Mixed(5).quantize(z.float()).items():
+        assert torch.equal(field, fields[name])
+
+
+@pytest.mark.parametrize("value", [1e15, -1e15, 3e18])
+def test_values_beyond_all_scales_are_never_nan(value):
+    z = coordinates(6)
+    z[0, 0, 3, 2] = value
+    assert torch.isfinite(Mixed(6).dequantize(Mixed(6).quantize(z), 6)).all()
+
+
+@pytest.mark.parametrize("middle", [0.0, 0.3, -0.3, 1.0, -1.0, 3.7, 77.0, -77.0, 3000.0])
+def test_no_grid_is_off_by_more_than_its_step(middle):
+    """Wherever a channel lies: the offset's byte reaches it, at the price of a wider step."""
+    noise = coordinates(400, batch=1, groups=1)
+    noise = noise / noise.abs().amax((0, 1, 2)) * torch.linspace(0.05, 1, 400)
+    y = mixed.in_blocks(noise + middle)
+    size = y.amax(-1) - y.amin(-1)
+    for bits, (error, scale, _) in zip(WIDTHS[1:], mixed._grids(y)[1:], strict=True):
+        unit = float(mixed.offset_unit(torch.tensor(bits)))
+        step = torch.maximum(1.06 * size / (2**bits - 1), y.mean(-1).abs().add(size) / (120 * unit)) * 2 ** (1 / 16)
+        step = step.clamp_min(2**-17)  # there is none below
+        assert (scale <= step * 1.001).all()
+        # Half a step for the code, an eighth for an offset that is rounded
+        assert (error / BLOCK <= (0.63 * step) ** 2).all(), bits
+
+
+@pytest.mark.parametrize("bits", [4, 5])
+def test_error_is_that_of_uniform_noise(bits):
+    """One channel, so that its width is known: step² / 12 with the step of its range."""
+    z = torch.rand(1, 1, 64 * 50, 1, generator=torch.Generator().manual_seed(0))
+    index = torch.full((1, 1), WIDTHS.index(bits))
+    quantizer = MixedFixed(bits, index)
+    error = (quantizer.dequantize(quantizer.quantize(z), 1) - z).square().mean().item()
+    assert error == pytest.approx((1 / (2**bits - 1)) ** 2 / 12, rel=0.15)
+
+
+def test_narrow_codes_cut_extremes_off():
+    """Two bits for a Gaussian: a grid that reached the extremes would lose a third more."""
+    z = coordinates(1, blocks=200)
+    two = errors(z)[..., WIDTHS.index(2)] / in_blocks(z).square().sum(3)
+    whole, _, _ = mixed.best_grid(mixed.in_blocks(z), 2, (1.0,))
+    assert two.mean() < 0.15 < (whole / in_blocks(z).square().sum(3)).mean()
+
+
+# --- the container
+
+
+def test_the_container_is_as_documented():
+    """Decoded by hand, from the module's docstring; some channels are far from zero."""
+    r, quantizer = 11, Mixed(3.5)
+    z = coordinates(r) + 400 * torch.tensor([0, 1, -1, 0, 0, 0, 0.5, 0, 0, -1, 0])
+    fields = quantizer.quantize(z)
+    back = in_blocks(quantizer.dequantize(fields, r))
+    for b, g, n in [(0, 0, 0), (1, 0, 2), (1, 1, 1)]:
+        block, packed = fields["block"][b, g, n].tolist(), fields["widths"][b, g, n].tolist()
+        index = [
+            sum((packed[plane * -(-r // 8) + c // 8] >> c % 8 & 1) << plane for plane in range(3)) for c in range(r)
+        ]
+        widths = [WIDTHS[i] for i in index]
+        order = sorted(range(r), key=lambda c: -widths[c])
+        place, metadata = 0, sum(widths) * PLANE
+        coded = [channel for channel in order if widths[channel]]
+        behind = metadata + METADATA * len(coded)
+        far = {}
+        for channel in sorted(c for i, c in enumerate(coded) if not block[metadata + METADATA * i + 1]):
+            far[channel] = int.from_bytes(bytes(block[behind : behind + FAR]), "little", signed=True)
+            behind += FAR
+        assert {6, 9} & set(coded) <= set(far) <= {1, 2, 6, 9}
+        for channel in order:
+            bits, expected = widths[channel], [0.0] * BLOCK
+            if bits:
+                planes = [block[place + PLANE * j : place + PLANE * (j + 1)] for j in range(bits)]
+                place += PLANE * bits
+                codes = [sum((planes[j][t // 8] >> t % 8 & 1) << j for j in range(bits)) for t in range(BLOCK)]
+                scale, offset = 2 ** (block[metadata] / 8 - 17), far.get(channel, block[metadata + 1] - 128)
+                metadata += METADATA
+                middle = offset * max(2**bits / 64, 1 / 4)
+                expected = [scale * (code - (2**bits - 1) / 2 + middle) for code in codes]
+            torch.testing.assert_close(back[b, g, n, :, channel], torch.tensor(expected), rtol=1e-5, atol=1e-5)
+        assert not any(block[behind:]), "what is left over is zero"
+
+
+@pytest.mark.parametrize("bits", [0.25, 1, 2.75, 4, 10.5])
+@pytest.mark.parametrize("r", [1, 5, 8, 48, 100])
+def test_a_block_takes_the_bytes_of_its_bits_whatever_it_holds(r, bits):
+    for case in (CASES["plain"], CASES["zeros"], CASES["outliers"]):
+        z = case(coordinates(r))
+        fields = Mixed(bits).quantize(z)
+        assert all(field.shape[:3] == (2, 2, 3) for field in fields.values())
+        budget, stored = bits * BLOCK * r / 8, block_bytes(fields, z)
+        assert stored == fields["block"].shape[-1] + width_bytes(r)
+        if budget >= width_bytes(r) + PLANE:  # below that there is one plane, which no channel has
+            assert budget - PLANE < stored <= budget
+        assert (PRICES[chosen(fields, r)].sum(-1) <= fields["block"].shape[-1]).all(), "no block is over its budget"
+
+
+def test_blocks_are_the_same_one_token_at_a_time():
+    z = coordinates(12, groups=3).contiguous()
+    together, apart = (filled(Compressor(Mixed(3)), (0, 0), chunks) for chunks in ([z], z.split(1, dim=2)))
+    for name in ("block", "widths"):
+        one, other = (torch.cat(store.blocks[name].views(), dim=2) for store in (together, apart))
+        assert one.shape[2] == 3 and torch.equal(one, other)
+
+
+def test_blocks_do_not_know_one_another():
+    z = coordinates(12)
+    whole = Mixed(3).quantize(z)
+    for n in range(3):
+        for name, field in Mixed(3).quantize(z[1:, :, n * BLOCK : (n + 1) * BLOCK]).items():
+            assert torch.equal(field, whole[name][1:, :, n : n + 1])
+
+
+def test_fixed_widths_are_the_same_container_without_the_widths():
+    z = coordinates(13, batch=1, groups=1, blocks=1)
+    free = Mixed(4).quantize(z)
+    fixed = MixedFixed(4, chosen(free, 13)[0, :, 0])
+    fields = fixed.quantize(z)
+    assert set(fields) == {"block"}
+    bytes_used = fields["block"].shape[-1]
+    assert torch.equal(fields["block"], free["block"][..., :bytes_used])
+    assert torch.equal(fixed.dequantize(fields, 13), Mixed(4).dequantize(free, 13))
+
+
+def test_fixed_widths_of_every_group():
+    """Groups of different sizes lie in blocks of one length."""
+    z = coordinates(10)
+    widths = torch.randint(len(WIDTHS), (2, 10), generator=torch.Generator().manual_seed(0))
+    fixed = MixedFixed(4, widths)
+    fields = fixed.quantize(z)
+    assert fields["block"].shape == (2, 2, 3, int(PRICES[widths].sum(-1).max()))
+    expected = promised(z, widths[None, :, None].expand(2, 2, 3, 10), far=False)
+    torch.testing.assert_close(lost(z, fixed.dequantize(fields, 10)), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_fixed_widths_have_to_come_from_somewhere():
+    fixed = QUANTIZERS["mixed_fixed"].at(3)
+    with pytest.raises(PluginError, match="mixed_fixed takes its widths from a calibration of a joint codec"):
+        fixed.quantize(coordinates(4))
+    with pytest.raises(PluginError, match="mixed_fixed takes its widths from a calibration"):
+        fixed.dequantize({"block": torch.zeros(1, 1, 1, 8, dtype=torch.uint8)}, 4)
+
+
+# --- what is chosen
+
+
+def least(error: Tensor, budget: int) -> float:
+    """The least total error of one block [r, W] within a budget, by dynamic programming over every byte."""
+    best = torch.zeros(budget + 1, dtype=torch.float64)
+    for own in error.double():
+        options = torch.full((len(COSTS), budget + 1), float("inf"), dtype=torch.float64)
+        for index, cost in enumerate(COSTS):
+            options[index, cost:] = best[: max(budget + 1 - cost, 0)] + own[index]
+        best = options.amin(0)
+    return float(best[budget])
+
+
+@pytest.mark.parametrize("r", [1, 2, 6, 20])
+@pytest.mark.parametrize("bits", [1, 2.2, 4, 7])
+def test_no_other_widths_lose_less_in_the_same_bytes(r, bits):
+    error, budget = errors(coordinates(r, blocks=4, seed=r)), int(bits * 8 * r)
+    choice = cheapest(error, budget)
+    total, spent = error.double().gather(-1, choice[..., None]).sum((-1, -2)), PRICES[choice].sum(-1)
+    assert (spent <= budget).all()
+    for own, found, size in zip(error.flatten(0, 2), total.flatten(), spent.flatten(), strict=True):
+        assert found <= least(own, int(size)) * (1 + 1e-5) + 1e-9
+    if r == 20:  # among so many channels what can't be spent is small
+        best = [least(own, budget) for own in error.flatten(0, 2)]
+        assert total.sum() <= 1.1 * sum(best)
+        assert (budget - spent < max(COSTS)).all(), "less than one channel's widest step is left"
+
+
+def test_blocks_choose_for_themselves():
+    error = errors(coordinates(8))
+    whole = cheapest(error, 200)
+    assert torch.equal(cheapest(error[1:, :, 2:], 200), whole[1:, :, 2:])
+    assert len(whole.flatten(0, 2).unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-3, 1e6])
+def test_widths_do_not_depend_on_the_unit(scale):
+    error = errors(coordinates(16))
+    assert torch.equal(cheapest(error * scale, 400), cheapest(error, 400))
+
+
+def test_nothing_and_everything_fit():
+    error = errors(coordinates(8))
+    assert not cheapest(error, COSTS[1] - 1).any(), "less than one channel of the narrowest codes"
+    assert not cheapest(torch.zeros_like(error), 400).any(), "nothing to gain"
+    assert (cheapest(error, 8 * max(COSTS)) == error.argmin(-1)).float().mean() > 0.99
+
+
+@every_case
+def test_error_falls_with_bits(case):
+    z = case(coordinates(24))
+    found = [float(lost(z, Mixed(b).dequantize(Mixed(b).quantize(z), 24)).sum()) for b in (0.5, 1, 2, 3, 4, 6, 9)]
+    assert all(b <= a * (1 + 1e-5) for a, b in zip(found, found[1:], strict=False))
+    assert found[0] > 10 * found[-1] or found[0] == 0 or case is CASES["below the smallest scale"]
+
+
+@pytest.mark.parametrize("name", ["mixed", "mixed_fixed"])
+def test_any_bits_within_the_limits(name):
+    quantizer = QUANTIZERS[name]
+    for bits in (0.25, 1, 3.3, 10.5):
+        other = quantizer.at(bits)
+        assert (type(other), other.bits) == (type(quantizer), bits) and quantizer.bits == 4
+    for bits in (0.2, 10.6, 0, -1, float("inf"), float("nan")):
+        with pytest.raises(PluginError, match=f"bits {bits}: quantizer {name} takes 0.25 to 10.5 bits"):
+            quantizer.at(bits)
+
+
+def test_indices_pack_to_three_bits():
+    for r in (1, 7, 8, 9, 64, 383):
+        indices = torch.randint(8, (2, 3, r), generator=torch.Generator().manual_seed(r))
+        packed = mixed._pack_indices(indices)
+        assert packed.shape[-1] == width_bytes(r) == 3 * -(-r // 8)
+        assert torch.equal(mixed._unpack_indices(packed, r), indices)

@@ -1,0 +1,229 @@
+"""Calibrations of hard keys and values: sums that don't cancel, bases of degenerate text, the same files every time."""
+
+import json
+
+import optuna
+import pytest
+import torch
+from hostile import CHANNELS, HOSTILE, SIZES, hostile
+from test_numerics import (
+    EXACT_BASES,
+    SMALL,
+    allowed,
+    compressor,
+    fit_of_measured,
+    given,
+    int4_bits,
+    lost,
+    metric,
+    moments_of,
+    round_trip,
+)
+from test_scripts import SMALL as FEW
+from test_scripts import SMALL_EVAL, run
+from tiny import tiny_model, word_text, word_tokenizer
+
+from gpt2.compression.calibration.calibrate import calibrate
+from gpt2.compression.calibration.file import load_calibration, save_calibration
+from gpt2.compression.calibration.statistics import Tap
+from gpt2.compression.codecs import Compressor, basis_of, is_joint, is_measured, measured_codecs
+from gpt2.compression.codecs.mixed import Mixed
+from gpt2.compression.codecs.moments import Moments
+from gpt2.compression.settings import compressors_for
+from gpt2.models.geometry import Geometry
+from gpt2.models.loading import LoadedModel, wrap
+from gpt2.text.sources import by_position
+from gpt2.tuning import grid_search
+
+TEXT = by_position("words", "words.txt", word_text(3000))
+BIASED = torch.tensor([400.0, -300, 0, 0, 150, 0, 0, 90, 0, 0, 0, 0])  # of a head's 12 channels
+
+
+def biased_model(dtype: torch.dtype = torch.float32, feels: bool = True) -> LoadedModel:
+    """Qwen2.5 in small: a few channels of its keys have biases of hundreds. feels: else nothing reaches its loss."""
+    model = tiny_model("qwen2")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias += BIASED.repeat(2)
+            layer.self_attn.q_proj.weight *= 1e-3  # or attention would be one token's, and no key would be felt
+        model.lm_head.weight *= float(feels)
+    return wrap(model.to(dtype), word_tokenizer(), "tiny-biased")
+
+
+@pytest.fixture(scope="module")
+def biased() -> LoadedModel:
+    return biased_model()
+
+
+@pytest.fixture(scope="module")
+def made(biased):
+    return calibrate(biased, TEXT, rank=9, codec="joint", samples=3, seq_len=140)
+
+
+# --- sums
+
+
+@pytest.mark.parametrize("case", [name for name in HOSTILE if name not in SIZES])
+@pytest.mark.parametrize("parts", [1, 7])
+def test_moments_are_those_of_float64(case, parts):
+    """Also where a bias is 40,000 times the spread: Σxxᵀ − nμμᵀ would have no digit left in float32."""
+    x = hostile(case, SMALL)
+    moments = Moments.zeros(Geometry(1, *x.shape[1::2]))
+    for part in x.tensor_split(parts, dim=2):
+        moments.update(0, part)
+    exact = x.double().transpose(0, 1).flatten(1, 2)
+    mean = exact.mean(1)
+    centred = exact - mean[:, None]
+    covariance = centred.mT @ centred / exact.shape[1]
+    size = covariance.diagonal(dim1=1, dim2=2).sqrt()
+    rounding = 2e-7 * mean.abs()  # of the mean of each part, in float32
+    torch.testing.assert_close(moments.mean[0], mean, rtol=1e-6, atol=1e-6 * float(size.max()))
+    either = size[:, None] + rounding[:, None], size[..., None] + rounding[..., None]
+    products = either[0] * either[1] - size[:, None] * size[..., None]
+    assert ((moments.covariance(0) - covariance).abs() <= 1e-5 * size[:, None] * size[..., None] + products).all()
+
+
+# --- bases
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("codec", [name for name in EXACT_BASES if not is_measured(name)])
+def test_fewer_tokens_than_channels(codec, tokens):
+    basis, x = basis_of(codec), hostile("plain", (1, 2, tokens, 16))
+    transform = basis.fit(moments_of(x, codec), 0)[0] if basis.calibrated else basis.transform(16)
+    torch.testing.assert_close(transform.D @ transform.E, torch.eye(16).double().expand(len(transform.E), -1, -1))
+    other = hostile("plain", (1, 2, 64, 16), seed=2).double()
+    torch.testing.assert_close(transform.inverse(transform.forward(other), 16), other)
+
+
+@pytest.mark.parametrize("sample", CHANNELS)
+def test_a_basis_of_any_text_serves_ordinary_text(sample):
+    """Calibrated where nothing varied, or on biases that the run hasn't: no worse than int4 all the same."""
+    for codec in EXACT_BASES:
+        x = given(codec, hostile("plain", SMALL), "plain")
+        for quantizer in ("int4_channel", "mixed"):
+            c = compressor(codec, quantizer, sample, SMALL)
+            back = round_trip(c, x)
+            if sample != "near float16's end":  # 15,000 times as large: then its steps are of another world
+                assert lost(codec, back, x) <= allowed(codec, c.quantizer, x), (codec, quantizer)
+            assert torch.isfinite(back).all()
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-8, 1e8])
+@pytest.mark.parametrize("codec", ["attention", "fisher", *measured_codecs()])
+def test_the_size_of_gradients_says_nothing(codec, size):
+    """Of a long text they may be tiny: what is stored is the same but for a power of two, and loses no more."""
+    x = given(codec, hostile("plain", SMALL), "plain")
+    w = SMALL[3] * (1 if not is_measured(codec) else 2 * SMALL[1] if is_joint(codec) else SMALL[1])
+    groups = 1 if is_measured(codec) else SMALL[1]
+
+    def error(factor: float) -> float:
+        sample = hostile("plain", SMALL, seed=1)
+        if is_measured(codec):
+            transform = fit_of_measured(codec, sample, "plain", factor**2 * metric(groups, w)).transform(0)
+        else:
+            transform = basis_of(codec).fit(moments_of(sample, codec, factor**2 * metric(groups, w)), 0)[0]
+        c = Compressor(Mixed(int4_bits(SMALL)), transform.to("cpu", torch.float32))
+        return lost(codec, round_trip(c, x), x)
+
+    assert error(size) == pytest.approx(error(1.0), rel=0.1)
+
+
+@pytest.mark.parametrize("codec", measured_codecs())
+def test_a_sample_beyond_float16_is_measured_all_the_same(codec, biased, monkeypatch):
+    """It is held in float16, where a step beyond the end would be infinite, and no file with it could be read."""
+    with torch.no_grad():
+        loaded = biased_model()
+        for layer in loaded.model.model.layers:
+            layer.self_attn.v_proj.weight *= 1e6
+            layer.self_attn.o_proj.weight *= 1e-6
+    fitted = calibrate(loaded, TEXT, rank=9, codec=codec, samples=2, seq_len=140).measured_codec(codec)
+    assert all(torch.isfinite(x).all() for x in (fitted.errors, fitted.prices, fitted.demand, fitted.E, fitted.D))
+
+
+# --- calibrations of a model
+
+
+def kept(loaded: LoadedModel) -> dict[int, tuple]:
+    """K and V of every layer behind the sinks, of text that took no part."""
+    found = {}
+    window = TEXT.segments("evaluation", loaded, 132, 1, 0)[0]
+    with torch.no_grad():
+        record = Tap(lambda layer, k, v: found.setdefault(layer, (k[:, :, 4:], v[:, :, 4:])))
+        loaded.model.base_model(input_ids=window[None], past_key_values=record, use_cache=True)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("feels", [True, False], ids=["gradients", "no gradients"])
+def test_a_model_with_biased_keys(dtype, feels, tmp_path):
+    """From its text to its cache: finite, saved and read, and no worse than int4 per token."""
+    loaded = biased_model(dtype, feels)
+    made = calibrate(loaded, TEXT, rank=9, codec="joint", samples=3, seq_len=140)
+    made = load_calibration(save_calibration(made, tmp_path / "c.pt"))
+    d = loaded.geometry.head_dim
+    for codec, quantizer in [
+        *(("joint", name) for name in ("mixed", "mixed_fixed")), ("grouped", "mixed"), ("fisher", "int4_channel"),
+        ("attention", "mixed"), ("pca", "int4_channel"), ("pca", "int4"),
+    ]:  # fmt: skip
+        bits = int4_bits((1, 1, 1, d)) if quantizer.startswith("mixed") else 4
+        k, v = compressors_for("kv", bits, 3, made, codec=codec, quantizer=quantizer, rank=d)
+        total = reference = 0.0
+        for layer, (keys, values) in kept(loaded).items():
+            assert keys.abs().amax() > 100, "or they have no bias"
+            sides = (
+                [(k[layer], torch.cat((keys, values), 1))]
+                if is_joint(codec)
+                else [(k[layer], keys), (v[layer], values)]
+            )
+            for c, x in sides:
+                back = c.expand(c.compress(x, 4), d, x.dtype, 4)
+                assert torch.isfinite(back).all()
+                total += lost("pca", back, x)
+                reference += allowed("pca", c.quantizer, x) + lost("pca", x * (1 + torch.finfo(dtype).eps), x)
+        assert total <= reference, (codec, quantizer)
+
+
+def test_calibrating_twice_gives_the_same(biased, made, tmp_path):
+    """Every tensor to the bit, in memory and read from a file."""
+    again = calibrate(biased, TEXT, rank=9, codec="joint", samples=3, seq_len=140)
+    files = [save_calibration(c, tmp_path / name / "c.pt") for name, c in (("one", made), ("other", again))]
+    assert identical(*(torch.load(path, weights_only=True) for path in files))
+    other = calibrate(biased, TEXT, rank=9, codec="joint", samples=3, seq_len=140, seed=1)
+    assert not torch.equal(other.measured["joint"].E, made.measured["joint"].E), "or nothing was drawn"
+
+
+def identical(one, other) -> bool:
+    """Whether two records of tensors and plain types are the same to the bit."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(identical(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(identical, one, other))
+    return one == other
+
+
+def test_presets_by_ratio_and_the_search_twice_are_the_same(tmp_path, monkeypatch):
+    """The same seed, the same candidates in the same order, and losses to the last digit."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama").save_pretrained("tiny")
+    word_tokenizer().save_pretrained("tiny")
+    (tmp_path / "words.txt").write_text(word_text(3000))
+    common = ["--model", "tiny", "--text", "words.txt", *FEW[:2], "--seq-len", 100]
+    scored = ["--eval-tokens", 128, "--eval-seq-len", 64]
+    found = []
+    for name in ("one", "other"):
+        calibration = f"{name}/calibrations/kv_joint_tiny.pt"
+        assert run("make_presets", *common, *scored, "--ratios", "2,6.4", "--output", name) == 0
+        assert run("calibrate_kv_lowrank", *common, "--codec", "joint", "--rank", 12, "--output", calibration) == 0
+        flags = [*common, *SMALL_EVAL, "--target-ppl-delta", 0.5, "--calibration", calibration]
+        flags += ["--search", "codec", "--codecs", "joint+mixed,pca", "--num-trials", 5, "--study", f"{name}/s.db"]
+        assert run("auto_tune_kv_compression", *flags, "--output", f"{name}/preset.json") == 0
+        study = grid_search.open_study(
+            tmp_path / name / "s.db", optuna.get_all_study_names(f"sqlite:///{name}/s.db")[0]
+        )
+        rows = json.loads((tmp_path / name / "runs/ladder_tiny.json").read_text())["rows"]
+        found.append([[(t.params, t.values, t.state) for t in study.get_trials()], rows])
+    assert found[0][0] == found[1][0] and len(found[0][0]) >= 5
+    assert found[0][1] == found[1][1]

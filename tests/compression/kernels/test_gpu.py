@@ -1,0 +1,156 @@
+"""On a GPU: kernels against PyTorch on the same device, and caches of a model there. gpu_check.sh runs it.
+
+Without a GPU all is skipped; with TRITON_INTERPRET=1 it runs on the CPU in Triton's interpreter, to try the tests.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model, windows
+from torch import Tensor
+
+from gpt2.compression.codecs import QUANTIZERS
+from gpt2.compression.kernels import dispatch
+
+pytest.importorskip("triton", reason="kernels need Triton, which isn't installed: pip install triton")
+
+from kernels_interpreted import NAMES, bfloat16_products, compare, compressor, store, tokens  # noqa: E402, F401
+from test_attention import SETTINGS, both, cache_of, close  # noqa: E402
+
+from gpt2.compression.cache import triton_attention
+from gpt2.compression.kernels import triton_quantize  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+TOLERANCES = {torch.float32: 5e-5, torch.bfloat16: 6 * 2**-7, torch.float16: 6 * 2**-10}
+pytestmark = [
+    pytest.mark.skipif(not CUDA and not dispatch.interpreted(), reason="no GPU on this machine"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+only_cuda = pytest.mark.skipif(not CUDA, reason="too slow in the interpreter")
+
+
+def layer(k: str, v: str, d: int, dtype: torch.dtype, *, rank: int | None = None, chunks=(150, 70, 1), per_head=3,
+          batch=1, heads=2):  # fmt: skip
+    """K's store, V's store and a query of one token, [B, Hq, 1, d], on the device."""
+    sides = [tokens(sum(chunks), d, batch, heads, seed).to(DEVICE, dtype) for seed in (1, 2)]
+    stores = [store(compressor(name, d, rank), x, chunks) for name, x in zip((k, v), sides, strict=True)]
+    return *stores, tokens(1, d, batch, heads * per_head, 3).to(DEVICE, dtype)
+
+
+# --- kernels
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("name", NAMES)
+def test_every_quantizer(name, dtype, monkeypatch):
+    compare(monkeypatch, *layer(name, name, 64, dtype), tolerance=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_quantizer_in_a_basis(name, monkeypatch):
+    compare(monkeypatch, *layer(name, "int4", 64, torch.bfloat16, rank=60), tolerance=TOLERANCES[torch.bfloat16])
+
+
+@only_cuda
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "mixed_fixed"])
+def test_a_long_context_of_a_real_shape(name, monkeypatch):
+    made = layer(name, name, 128, torch.bfloat16, chunks=(9000, 500, 1, 1), per_head=4, batch=2, heads=8)
+    compare(monkeypatch, *made, tolerance=TOLERANCES[torch.bfloat16])
+
+
+def test_left_padding(monkeypatch):
+    k, v, query = layer("int4_channel", "int8", 64, torch.float32, batch=2)
+    seen = torch.ones(2, 1, 1, len(k), dtype=torch.bool, device=DEVICE)
+    seen[1, ..., :90] = False
+    compare(monkeypatch, k, v, query, seen, tolerance=TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", triton_quantize.KERNELS)
+def test_quantizing(name, dtype, monkeypatch):
+    """The same to the bit by token. By channel two steps or shares that are as good may be told apart differently."""
+    z = (tokens(256, 80, 2) + torch.arange(80) % 7 * 5).to(DEVICE, dtype)
+    quantizer = QUANTIZERS[name]
+    found = quantizer.quantize(z)
+    monkeypatch.setattr(dispatch, "usable", lambda x: False)
+    expected = quantizer.quantize(z)
+    assert found.keys() == expected.keys()
+    same = min(float((found[field] == value).float().mean()) for field, value in expected.items())
+    assert same == 1.0 if quantizer.block_tokens == 1 else same > 0.99
+    lost = [float((quantizer.dequantize(fields, 80) - z.float()).square().mean()) for fields in (found, expected)]
+    assert lost[0] == pytest.approx(lost[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("bits", (2.0, 4.0))
+def test_mixed_loses_as_much_as_on_the_cpu(bits):
+    z = tokens(256, 32, 2)
+    quantizer = QUANTIZERS["mixed"].at(bits)
+    there = quantizer.dequantize(quantizer.quantize(z.to(DEVICE)), 32).cpu()
+    here = quantizer.dequantize(quantizer.quantize(z), 32)
+    assert float((there - z).square().mean()) == pytest.approx(float((here - z).square().mean()), rel=1e-3)
+
+
+# --- a model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model().to(DEVICE)
+
+
+def fed(model, pieces=(90, 7, 1, 1, 41)):
+    """A function that feeds two sequences to a cache in pieces and gives their logits."""
+    ids = windows(2, sum(pieces)).to(DEVICE)
+
+    @torch.no_grad()
+    def run(cache) -> Tensor:
+        return torch.cat([model(x, past_key_values=cache).logits for x in ids.split(pieces, dim=1)], dim=1)
+
+    return run
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_attention_over_codes_is_attention_over_reconstructions(name, model, monkeypatch):
+    used, attend = [], triton_attention.attend_compressed
+    monkeypatch.setattr(triton_attention, "attend_compressed", lambda *args: used.append(1) or attend(*args))
+    assert close(*both(model, lambda: cache_of(model, SETTINGS[name], SETTINGS[name]), fed(model)))
+    assert used, "by kernels"
+
+
+@pytest.mark.parametrize("beams", (1, 3))
+@pytest.mark.parametrize("name", ("identity", "int8", "int4_channel"))
+def test_generating(name, beams, model):
+    ids = windows(2, 80).to(DEVICE)
+    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "num_beams": beams, "do_sample": False}
+
+    def generate(cache) -> Tensor:
+        return model.generate(ids, past_key_values=cache, **how)
+
+    found = both(model, lambda: cache_of(model, SETTINGS[name], SETTINGS[name]), generate)
+    assert torch.equal(*found)
+    if name == "identity":
+        assert torch.equal(found[0], model.generate(ids, **how))
+
+
+@pytest.mark.parametrize("name", ("identity", "int8", "int4_channel", "mixed"))
+def test_cropping_and_reordering(name, model):
+    cache = cache_of(model, SETTINGS[name], SETTINGS[name])
+    fed(model)(cache)
+    before = [x.clone() for x in cache.layers[1].read()]
+    cache.crop(-9)
+    cache.reorder_cache(torch.tensor([1, 0], device=DEVICE))
+    assert cache.get_seq_length() == 131
+    for now, then in zip(cache.layers[1].read(), before, strict=True):
+        assert now.device.type == DEVICE
+        torch.testing.assert_close(now, then[[1, 0], :, :131], rtol=1e-3, atol=1e-5)
+
+
+def test_all_of_a_cache_is_on_the_device(model):
+    cache = cache_of(model, SETTINGS["int8"], SETTINGS["mixed"])
+    fed(model)(cache)
+    stores = [own for each in cache.layers for own in each.stores.values()]
+    held = [x for own in stores for pieces in own.blocks.values() for x in pieces.parts]
+    held += [x for own in stores for x in (own.sinks, own.tail)]
+    assert {x.device.type for x in held} == {DEVICE}

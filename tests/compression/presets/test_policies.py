@@ -1,0 +1,182 @@
+"""Policies: the guide's names, sizes by KV heads, a choice that is explained, and caches made of it."""
+
+import json
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_loaded, tiny_model
+from transformers import AutoConfig, DynamicCache
+
+from gpt2.common.errors import PluginError, UnsupportedModel
+from gpt2.compression.cache.size import cache_bytes, compression_ratio
+from gpt2.compression.kv_policies import (
+    KVPolicyName,
+    build_compressor_config_for_policy,
+    choose_policy_for_run,
+    create_cache_from_policy,
+)
+from gpt2.compression.named_caches import from_policy
+from gpt2.compression.presets import policies
+from gpt2.compression.presets.policies import GIB, geometry_of
+from gpt2.experiments import architectures
+from gpt2.models.loading import wrap
+
+QWEN = AutoConfig.for_model(
+    "qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+    num_key_value_heads=4, vocab_size=152064, max_position_embeddings=32768,
+)  # fmt: skip
+RUN = {"batch_size": 8, "max_context": 32768}
+PROMPT = torch.arange(2, 42)[None]
+
+
+@pytest.fixture(autouse=True)
+def figures(tmp_path, monkeypatch):
+    """What policies cost, as a results file has it: the choice must follow the file."""
+    rows = [{"policy": name, "ppl_delta": delta} for name, delta in zip(KVPolicyName, (0.001, 0.02, 0.1), strict=True)]
+    (tmp_path / "v.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(policies, "MEASURED", tmp_path / "v.json")
+
+
+@pytest.fixture(scope="module")
+def tiny_config():
+    return tiny_model("llama").config
+
+
+def test_the_guides_snippet(tiny_config):
+    config = build_compressor_config_for_policy(tiny_config, model_id="tiny", policy_name=KVPolicyName.MEMORY_EMERGENCY)
+    assert config["use_ln_nullspace_v"] is True and config["use_ln_nullspace_k"] is False
+    for milder in ("default", KVPolicyName.HIGH_COMPRESSION):
+        assert build_compressor_config_for_policy(tiny_config, "tiny", milder)["use_ln_nullspace_v"] is False
+
+
+def test_the_config_is_plain_data_in_the_models_shape(tiny_config):
+    config = build_compressor_config_for_policy(tiny_config, "tiny", "memory_emergency")
+    assert json.loads(json.dumps(config)) == config
+    assert (config["num_layers"], config["num_kv_heads"], config["head_dim"]) == (3, 2, 12)
+    assert config["v"] == {"codec": "ln_nullspace", "rank": 11, "bits": 4}
+
+
+def test_policies_get_stronger_in_order(tiny_config):
+    ratios = [build_compressor_config_for_policy(QWEN, "q", name)["compression_ratio"] for name in KVPolicyName]
+    assert 1.5 < ratios[0] < ratios[1] < ratios[2] < 4
+
+
+def test_an_unknown_policy_is_named(tiny_config):
+    with pytest.raises(PluginError, match="unknown policy 'fast': use default, high_compression, memory_emergency"):
+        build_compressor_config_for_policy(tiny_config, "tiny", "fast")
+
+
+def test_an_unsupported_model_is_refused():
+    with pytest.raises(UnsupportedModel, match="encoder-decoder"):
+        choose_policy_for_run(AutoConfig.for_model("t5"), "t5", vram_gb=8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", KVPolicyName)
+def test_a_cache_in_one_call_for_every_family(family, name):
+    model = tiny_model(family)
+    cache = create_cache_from_policy(model.config, name)
+    out = model.generate(PROMPT, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    assert out.shape == (1, 44) and cache.get_seq_length() == 43
+    config = build_compressor_config_for_policy(model.config, family, name)
+    assert config["compression_ratio"] == pytest.approx(
+        compression_ratio(
+            lambda: create_cache_from_policy(model.config, name),
+            geometry_of(model.config, family)[0],
+            config=model.config,
+        ),
+        rel=0.01,
+    ), "one layer is measured for all, against what transformers keeps"
+
+
+def test_scripts_take_a_policy_as_a_cache():
+    loaded = tiny_loaded("llama")
+    choice = from_policy("high_compression", loaded)
+    assert choice.label == "high_compression" and json.loads(json.dumps(choice.record()))["target"] == "kv"
+    held, plain = choice.make(), DynamicCache(config=loaded.model.config)
+    for cache in (held, plain):
+        loaded.model(PROMPT.repeat(1, 8), past_key_values=cache)
+    assert cache_bytes(held) < cache_bytes(plain) / 2
+    assert {repr(layer.stores["V"].compressor) for layer in held.layers} == {"Compressor(int4)"}
+
+
+def test_a_config_that_does_not_tell_the_shape_is_said_and_the_loaded_model_helps():
+    """JetMoe reads how many tokens each of its experts has: there are none without weights."""
+    model = architectures.tiny_family("jetmoe")
+    with pytest.raises(PluginError, match="its config alone doesn't tell the shape.*from_policy"):
+        create_cache_from_policy(model.config, "default", model_id="jetmoe")
+    cache = from_policy("default", wrap(model, None, "jetmoe")).make()
+    assert model.generate(PROMPT, past_key_values=cache, max_new_tokens=3).shape == (1, 43)
+
+
+# --- choosing
+
+
+def test_the_cache_is_sized_by_kv_heads():
+    """Seven query heads share a KV head here: by query heads the cache would be taken for seven times its size."""
+    geometry, weights = geometry_of(QWEN, "q")
+    assert (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim) == (28, 4, 128)
+    assert geometry.bytes_per_token() == 57_344
+    assert 7.5e9 < weights / 2 < 7.7e9, "Qwen2.5-7B has 7.6 billion parameters"
+    assert "would take 14.00 GiB" in choose_policy_for_run(QWEN, "q", vram_gb=80, **RUN).explanation
+
+
+def test_the_mildest_that_fits_is_chosen():
+    assert choose_policy_for_run(QWEN, "q", vram_gb=80, **RUN).policy == KVPolicyName.DEFAULT
+    tight = choose_policy_for_run(QWEN, "q", vram_gb=25.5, **RUN)
+    assert tight.policy == KVPolicyName.HIGH_COMPRESSION and tight.fits
+    assert [e.fits_memory for e in tight.estimates] == [False, True, True]
+    assert choose_policy_for_run(QWEN, "q", vram_gb=23, ppl_budget=0.15, **RUN).policy == KVPolicyName.MEMORY_EMERGENCY
+
+
+def test_needs_are_weights_cache_and_one_layers_expansion():
+    default = choose_policy_for_run(QWEN, "q", vram_gb=80, **RUN).estimates[0]
+    plain = 57_344 * 8 * 32768 / GIB
+    assert default.kv_gib == pytest.approx(plain / default.compression_ratio + 4 * plain / 28)
+    assert default.total_gib == pytest.approx(default.kv_gib + geometry_of(QWEN, "q")[1] / GIB)
+
+
+def test_a_sliding_window_counts_for_transformers_too():
+    """Its own cache forgets what the window hides; a ratio against a full one would promise what isn't there."""
+    config = AutoConfig.for_model("gemma3_text", hidden_size=256, num_hidden_layers=12, num_attention_heads=4,
+                                  num_key_value_heads=1, head_dim=64, sliding_window=64, vocab_size=1000)  # fmt: skip
+    choice = choose_policy_for_run(config, "g", vram_gb=8, max_context=8192)
+    assert choice.policy is None and "Use DynamicCache" in choice.explanation
+    assert all(estimate.compression_ratio < 1 for estimate in choice.estimates)
+
+
+def test_a_budget_that_no_policy_meets_where_the_plain_cache_fits():
+    choice = choose_policy_for_run(QWEN, "q", vram_gb=80, ppl_budget=0.0001)
+    assert choice.policy is None and "uncompressed cache fits: use DynamicCache" in choice.explanation
+
+
+def test_a_policy_over_the_budget_is_not_chosen_and_that_is_said():
+    choice = choose_policy_for_run(QWEN, "q", vram_gb=25.5, ppl_budget=0.01, **RUN)
+    assert choice.policy is None and not choice.fits
+    assert "over the perplexity budget" in choice.explanation and "+2.00% perplexity" in choice.explanation
+
+
+def test_when_nothing_fits_it_says_what_would():
+    choice = choose_policy_for_run(QWEN, "q", vram_gb=20, **RUN)
+    assert choice.policy is None
+    would = int(choice.explanation.split("about ")[1].split(" tokens")[0].replace(",", ""))
+    assert 1000 < would < 8 * 32768
+    again = choose_policy_for_run(QWEN, "q", vram_gb=20, batch_size=1, max_context=int(would * 0.95), ppl_budget=0.5)
+    assert again.policy == KVPolicyName.MEMORY_EMERGENCY, "and that does fit"
+
+
+def test_weights_that_fill_the_device_leave_nothing():
+    choice = choose_policy_for_run(QWEN, "q", vram_gb=12)
+    assert choice.policy is None and "the weights alone" in choice.explanation
+
+
+def test_without_figures_it_says_so_and_goes_by_what_policies_are_meant_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(policies, "MEASURED", tmp_path / "none.json")
+    choice = choose_policy_for_run(QWEN, "q", vram_gb=80, **RUN)
+    assert choice.policy == KVPolicyName.DEFAULT and "perplexity not measured" in choice.explanation
+
+
+@pytest.mark.parametrize("bad", [{"vram_gb": 0}, {"batch_size": 0}, {"max_context": 0}, {"ppl_budget": 0}])
+def test_senseless_runs_are_refused(bad):
+    with pytest.raises(PluginError, match="all must be positive"):
+        choose_policy_for_run(QWEN, "q", **{"vram_gb": 8} | bad)

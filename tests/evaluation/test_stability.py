@@ -1,0 +1,186 @@
+"""Stability: runs that differ in one named thing, honest spreads, and a verdict that can fail."""
+
+import json
+
+import pytest
+import torch
+from test_scripts import run
+from tiny import char_tokenizer, tiny_loaded, tiny_model, word_text
+
+from gpt2.common.errors import PluginError
+from gpt2.compression.calibration.calibrate import calibrate, recalibrate
+from gpt2.evaluation import stability
+from gpt2.evaluation.stability import METRICS, Run
+from gpt2.text.sources import by_position
+
+
+def test_each_run_changes_one_factor_and_every_value_is_another():
+    runs = stability.schedule(["text", "calibration", "seed"], num_runs=3, seed=5)
+    first, *others = runs
+    assert first == Run("as given", 0, 0, 5) and len(others) == 6
+    fields = ("text_window", "calibration", "seed")
+    assert len({tuple(getattr(one, name) for name in fields) for one in runs}) == 7, "no two runs are the same"
+    for one in others:
+        changed = {name for name in fields if getattr(one, name) != getattr(first, name)}
+        assert changed == {"text_window" if one.factor == "text" else one.factor}
+    assert stability.schedule(["text"], 1) == [Run("as given")]
+
+
+def test_windows_do_not_overlap():
+    segments = torch.arange(7 * 4).view(7, 4)
+    taken = stability.windows_of(segments, num_runs=3, segments_per_run=2)
+    assert taken.shape == (3, 2, 4) and len(taken.flatten().unique()) == 24
+    with pytest.raises(PluginError, match="7 segments of 4 tokens, but 4 runs of 2 need 8"):
+        stability.windows_of(segments, 4, 2)
+
+
+def row(factor: str, value: float) -> dict:
+    return {"factor": factor} | dict.fromkeys(METRICS, value)
+
+
+def test_summary_is_mean_sample_deviation_and_range():
+    rows = [row("as given", 0.01), row("text", 0.02), row("text", 0.06), row("seed", 0.5)]
+    by = {(r["factor"], r["metric"]): r for r in stability.summarize(rows)}
+    text = by["text", "ppl_delta"]
+    assert (text["runs"], text["min"], text["max"]) == (3, 0.01, 0.06)
+    assert text["mean"] == pytest.approx(0.03) and text["std"] == pytest.approx(0.0264575, rel=1e-4)
+    assert by["all", "needle_accuracy"]["runs"] == 4 and by["seed", "needle_accuracy"]["max"] == 0.5
+
+
+def test_what_a_seed_can_not_move_has_no_rows_of_it():
+    """They would be copies of run 0, and make every spread look smaller."""
+    rows = [row("as given", 0.0), row("text", 0.02), *[row("seed", 0.0)] * 20]
+    by = {(r["factor"], r["metric"]): r for r in stability.summarize(rows)}
+    assert ("seed", "ppl_delta") not in by and ("seed", "speed_ratio") in by
+    assert by["all", "ppl_delta"]["runs"] == 2 and by["all", "speed_ratio"]["runs"] == 22
+
+
+def test_a_needle_that_the_baseline_misses_says_nothing():
+    rows = [row("as given", 0.0), row("text", 0.1) | {"needle_accuracy_change": None}]
+    by = {(r["factor"], r["metric"]): r for r in stability.summarize(rows)}
+    assert by["all", "needle_accuracy_change"]["runs"] == 1 and by["all", "needle_accuracy"]["runs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("deltas", "stable"), [((0.01, 0.012), True), ((0.01, 0.06), False), ((0.0, 0.04), False), ((-0.04, 0.0), False)]
+)
+def test_verdict_needs_both_limits(deltas, stable):
+    summary = stability.summarize([row("as given", deltas[0]), row("text", deltas[1])])
+    verdict = stability.verdict(summary, max_delta=0.05, max_std=0.01)
+    assert verdict["stable"] is stable and ("NOT" in verdict["line"]) is not stable
+    assert "limit +5.00%" in verdict["line"] and "limit 1.00%" in verdict["line"] and "by text" in verdict["line"]
+
+
+def test_a_steady_factor_does_not_hide_another():
+    rows = [row("as given", 0.0), row("text", 0.02), *[row("calibration", 0.0)] * 20]
+    verdict = stability.verdict(stability.summarize(rows), max_delta=0.05, max_std=0.01)
+    assert not verdict["stable"] and "deviation 1.41% (limit 1.00%), by text" in verdict["line"]
+
+
+@pytest.mark.parametrize("rows", [[row("as given", 0.01)], [row("as given", 0.01), row("seed", 0.01)]])
+def test_no_verdict_where_nothing_was_varied_that_counts(rows):
+    verdict = stability.verdict(stability.summarize(rows), 0.05, 0.01)
+    assert verdict["stable"] is None and verdict["line"].startswith("no verdict")
+
+
+# --- the whole of it, on a tiny model that reads characters
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chars")
+    tiny_model("llama").save_pretrained(folder)
+    char_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def space(tmp_path, monkeypatch, model_folder):
+    monkeypatch.chdir(tmp_path)
+    letters = torch.randint(0, 10, (9000,), generator=torch.Generator().manual_seed(0)).tolist()
+    (tmp_path / "t.txt").write_text("".join("abcdefg  \n"[i] for i in letters))
+    flags = ["--model", str(model_folder), "--text", "t.txt", "--output", "s.json", "--needle-length", "256"]
+    return [*flags, "--needle-trials", "1", "--eval-tokens", "64", "--eval-seq-len", "64", "--chunk", "32"]
+
+
+def preset(path, **more) -> None:
+    guide = {"model": "chars", "rank": 12, "target": "kv", "bits": 4, "calibration_file": "", "head_dim": 12,
+             "num_layers": 3, "codec": "identity"}  # fmt: skip
+    path.write_text(json.dumps(guide | more))
+
+
+def test_the_script_varies_what_there_is(space, tmp_path, capsys):
+    preset(tmp_path / "p.json")
+    assert run("eval_stability", *space, "--preset", "p.json", "--num-runs", 2, "--max-ppl-delta", 0.9,
+               "--max-std", 0.9) == 0  # fmt: skip
+    said = capsys.readouterr().out
+    assert "note: the calibration is not varied" in said and "\nstable: worst" in said
+    record = json.loads((tmp_path / "s.json").read_text())
+    first, text, seed = record["rows"]
+    assert [row["factor"] for row in record["rows"]] == ["as given", "text", "seed"] and (tmp_path / "s.png").exists()
+    assert text["baseline_ppl"] != first["baseline_ppl"] == seed["baseline_ppl"], "other text, and the same text"
+    assert seed["ppl_delta"] == first["ppl_delta"] != text["ppl_delta"]
+    assert all(row["kl_nats"] > 0 and row["speed_ratio"] > 0 for row in record["rows"])
+    assert all(row["needle_accuracy_change"] is None for row in record["rows"]), "a random model answers nothing"
+    assert "which fails" in said
+
+
+def test_the_script_calibrates_anew(space, tmp_path, capsys):
+    flags = ["--samples", 2, "--seq-len", 64, "--rank", 6]
+    assert run("calibrate_kv_lowrank", *space[:4], *flags, "--output", "c.pt") == 0
+    preset(tmp_path / "p.json", codec="pca", rank=6, bits=16, target="v", calibration_file="c.pt")
+    code = run("eval_stability", *space, "--preset", "p.json", "--num-runs", 2, "--vary", "calibration",
+               "--max-ppl-delta", 0.0001, "--max-std", 0.0001)  # fmt: skip
+    said = capsys.readouterr().out
+    assert code == 3 and "NOT stable" in said and "tokens drawn anew" in said
+    first, other = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert other["factor"] == "calibration" and other["baseline_ppl"] == first["baseline_ppl"]
+    assert other["ppl"] != first["ppl"], "another calibration, another cache"
+
+
+def test_another_text_is_no_other_sample(space, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text(word_text(2000))
+    assert run("calibrate_kv_lowrank", *space[:2], "--text", "other.txt", "--samples", 2, "--seq-len", 64,
+               "--output", "c.pt") == 0  # fmt: skip
+    preset(tmp_path / "p.json", codec="pca", rank=6, bits=16, target="v", calibration_file="c.pt")
+    assert run("eval_stability", *space, "--preset", "p.json", "--num-runs", 2, "--vary", "calibration") == 0
+    said = capsys.readouterr().out
+    assert "made from another text than 't.txt': give --text other.txt" in said and "no verdict" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-runs", "1"], "varies nothing"),
+        (["--num-runs", "99"], "use fewer --num-runs"),
+        (["--needle-length", "510"], "use --needle-length 504 or less"),
+        (["--vary", "weather"], "unknown weather"),
+        (["--max-std", "2"], "out of range"),
+    ],
+)
+def test_bad_flags_stop_before_the_first_run(space, tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.setattr(stability, "measure", lambda *args: pytest.fail("measured"))
+    preset(tmp_path / "p.json")
+    assert run("eval_stability", *space, "--preset", "p.json", *flags) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "s.json").exists()
+
+
+def test_recalibration_draws_other_samples_also_where_all_were_used(loaded):
+    """100 samples of a text that has 12 are all of it: any seed would draw the same."""
+    text = by_position("words", "words.txt", word_text(1000))
+    given = calibrate(loaded, text, rank=6, samples=100, seq_len=48)
+    others = [recalibrate(given, loaded, text, number) for number in (1, 2)]
+    means = [c.statistics.v.mean for c in (given, *others)]
+    assert not any(torch.allclose(a, b) for i, a in enumerate(means) for b in means[:i])
+    assert all(c.meta["tokens"] == given.meta["tokens"] // 2 for c in others)
+    assert {c.meta["seq_len"] for c in others} == {48} and others[0].meta["seed"] != others[1].meta["seed"]
+    short = by_position("w", "w", word_text(130))
+    with pytest.raises(PluginError, match="no other samples"):
+        recalibrate(calibrate(loaded, short, rank=6, samples=9, seq_len=48), loaded, short, 1)
+    with pytest.raises(PluginError, match="another text"):
+        recalibrate(given, loaded, short, 1)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return tiny_loaded("llama")

@@ -1,0 +1,248 @@
+"""Every decoder family of the installed transformers: what happens to it, and start to end where it works."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import pytest
+import torch
+import transformers
+from test_scripts import run
+from tiny import word_text, word_tokenizer
+from transformers import DynamicCache
+
+from gpt2.common import files
+from gpt2.common.errors import UnsupportedModel
+from gpt2.compression.attention import enable_compressed_attention
+from gpt2.compression.calibration.calibrate import calibrate
+from gpt2.compression.calibration.file import save_calibration
+from gpt2.compression.codecs import Compressor, quantizer_for_bits
+from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
+from gpt2.compression.presets import create_cache_from_preset
+from gpt2.compression.presets.build import new_preset
+from gpt2.experiments import architectures
+from gpt2.experiments.architectures import DIRECT, FAILED, NEW, NOT_TRIED, PROMPT, RECONSTRUCT, REFUSED, WORKING
+from gpt2.models.loading import wrap
+from gpt2.report import tables
+from gpt2.text.sources import by_position
+
+COMMITTED = files.RESULTS / "runs" / "architectures.json"
+
+
+@functools.cache
+def committed() -> dict[str, dict]:
+    """Rows of the committed table by family; none where another transformers is installed, or it wasn't made yet."""
+    record = json.loads(COMMITTED.read_text(encoding="utf-8")) if COMMITTED.exists() else {}
+    same = record.get("versions", {}).get("transformers") == transformers.__version__
+    return {row["model_type"]: row for row in record["rows"]} if same else {}
+
+
+examined = functools.cache(architectures.examine)
+
+
+@functools.cache
+def text():
+    return by_position("words", "words.txt", word_text(3000))
+
+
+@pytest.mark.parametrize("family", architectures.families())
+def test_every_family(family, tmp_path):
+    """Works from calibration to generation, or is turned away with a reason; and README's table says the same."""
+    row = examined(family)
+    assert row["mode"] != FAILED, row["reason"]
+    assert row["reason"] != "it is no causal language model", "transformers says that all of these are"
+    assert row["mode"] == committed().get(family, row)["mode"], "run scripts/benchmarks/architectures.py"
+    if row["mode"] in WORKING:
+        runs_start_to_end(family, row, tmp_path)
+    else:
+        assert row["reason"] and "geometry" not in row
+
+
+def runs_start_to_end(family: str, row: dict, folder) -> None:
+    """Calibrate, save, make a preset, make a cache of it, generate."""
+    loaded = wrap(architectures.tiny_family(family), word_tokenizer(), f"tiny-{family}")
+    assert vars(loaded.geometry) == row["geometry"]
+    calibration = calibrate(loaded, text(), rank=9, samples=2, seq_len=32)
+    assert (calibration.statistics.k.count == 2 * (32 - 4)).all() and calibration.energies()["v"].isfinite().all()
+    if row["mode"] == DIRECT:
+        seen = calibration.statistics.queries.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
+        assert seen.all(), "queries of every layer and KV head"
+    file = save_calibration(calibration, folder / "c.pt")
+    nothing_measured = {"baseline_ppl": 1.0, "ppl": 1.0, "ppl_delta": 0.0}
+    setting = {"target": "kv", "rank": 9, "bits": 8, "codec": "pca", "sink_tokens": 2, "recent_tokens": 3}
+    preset = new_preset(loaded, calibration, str(file), compression_ratio=1.0, measured=nothing_measured, **setting)
+    cache = create_cache_from_preset(preset, model=loaded)
+    tokens = architectures.generated(loaded.model, cache)
+    fed = PROMPT + NEW - 1  # the last token is returned and was never fed
+    assert tokens.shape == (1, PROMPT + NEW)
+    assert {layer.get_seq_length() for layer in cache.layers} == {fed}
+    for store in (store for layer in cache.layers for store in layer.stores.values()):
+        assert store.compressed_tokens == fed - 2 - 3 and store.read().isfinite().all()
+    reads_what_is_stored(row["mode"], loaded.model, lambda: create_cache_from_preset(preset, model=loaded))
+
+
+def reads_what_is_stored(mode: str, model, make) -> None:
+    """Attention over the cache gives the logits of reconstruction, or the model is refused and left as it was."""
+    reconstructed = architectures.streamed(model, make())
+    if mode == RECONSTRUCT:
+        with pytest.raises(UnsupportedModel, match="can't attend over a compressed cache"):
+            enable_compressed_attention(model)
+        assert torch.equal(architectures.streamed(model, make()), reconstructed)
+        return
+    enable_compressed_attention(model)
+    change = (architectures.streamed(model, make()) - reconstructed).abs().mean() / reconstructed.abs().max()
+    assert change < 1e-3, "a code may tip over here and there; whatever is wrong moves all logits"
+
+
+KNOWN = {
+    DIRECT: "llama qwen2 qwen3 mistral gemma2 gemma3_text gpt2 phi phi3 opt gpt_neox stablelm starcoder2 olmo2 cohere "
+    "granite smollm3 gpt_oss qwen3_moe mixtral",
+    RECONSTRUCT: "bloom falcon gptj gpt_neo codegen mpt xglm diffllama doge jetmoe",
+    REFUSED: "bart deepseek_v3 minicpm3 mamba qwen3_next lfm2 gemma3n_text gemma4_text openai-gpt rwkv",
+}
+
+
+def test_the_families_that_were_checked_by_hand():
+    for mode, names in KNOWN.items():
+        found = {name: examined(name) for name in names.split()}
+        assert {name: row["mode"] for name, row in found.items()} == dict.fromkeys(found, mode)
+    windows = {name for name in KNOWN[DIRECT].split() if examined(name)["sliding_layers"]}
+    assert windows == {"mistral", "gemma2", "gemma3_text", "gpt_oss"}
+
+
+# --- every way to fail is noticed
+
+
+def int4(layers: int) -> CompressedDynamicCache:
+    return CompressedDynamicCache(*[[Compressor(quantizer_for_bits(4))] * layers] * 2)
+
+
+def reason(family: str = "llama") -> str:
+    row = architectures.examine(family)
+    assert row["mode"] == FAILED
+    return row["reason"]
+
+
+def test_a_cache_that_loses_something_is_noticed(monkeypatch):
+    monkeypatch.setattr(architectures, "identity_cache", int4)
+    assert "loses nothing changes logits" in reason()
+
+
+def test_a_cache_that_is_not_read_is_noticed(monkeypatch):
+    monkeypatch.setattr(architectures, "CompressedDynamicCache", lambda k, v: identity_cache(len(k)))
+    assert reason() == "RuntimeError: 4 bits change logits by 0.0 of the largest"
+
+
+def test_generation_that_leaves_the_cache_alone_is_noticed(monkeypatch):
+    monkeypatch.setattr(architectures, "generated", lambda model, cache: torch.zeros(1, PROMPT + NEW))
+    assert "holds 0 tokens" in reason()
+
+
+def test_other_tokens_are_noticed(monkeypatch):
+    generated = architectures.generated
+    monkeypatch.setattr(
+        architectures,
+        "generated",
+        lambda model, cache: generated(model, cache) + isinstance(cache, CompressedDynamicCache),
+    )
+    assert reason() == "RuntimeError: a cache that loses nothing changes tokens"
+
+
+def test_an_error_of_ours_is_held_against_us_only_where_transformers_does_better(monkeypatch):
+    def broken(*args):
+        raise KeyError("ours")
+
+    monkeypatch.setattr(architectures, "wrap", broken)
+    assert reason() == "KeyError: 'ours'"
+    monkeypatch.setattr(architectures, "streamed", broken)
+    row = architectures.examine("llama")
+    assert row["mode"] == NOT_TRIED and row["reason"].startswith("transformers doesn't run it with its own cache: Key")
+
+
+def test_what_is_not_small_is_not_built(monkeypatch):
+    monkeypatch.setattr(architectures, "MOST_PARAMETERS", 1000)
+    row = architectures.examine("llama")
+    assert (row["mode"], row["reason"]) == (NOT_TRIED, "the miniature has 65,856 weights")
+
+
+def test_attention_that_is_not_replaced_is_told(monkeypatch):
+    model = architectures.tiny_family("llama")
+    logits, _ = architectures.reference(model)
+    before = model.config._attn_implementation
+    assert architectures.why_attention_stays(model, logits) is None
+    assert architectures.why_attention_stays(model, logits + 1) == "another attention function changes its logits"
+    monkeypatch.setattr(architectures, "_SealingCache", DynamicCache)
+    assert "attention of its own" in architectures.why_attention_stays(model, logits)
+    assert model.config._attn_implementation == before
+
+
+# --- miniatures
+
+
+def test_a_miniature_is_the_same_each_time_and_leaves_the_dice_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    a, b = architectures.tiny_family("qwen2"), architectures.tiny_family("qwen2")
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_shrinking_keeps_a_layer_of_every_kind():
+    fields = {
+        "hidden_size": 4096, "num_hidden_layers": 6, "head_dim": 256, "num_key_value_heads": None, "vocab_size": 50,
+        "layer_types": ["s", "s", "s", "f", "g", "f"], "rope": [1, 1, 1, 0, 1, 0], "moe": [0, 1, 3, 5], "flag": True,
+        "sparse": [2, 5], "dims": [3, 80],
+        "eos_token_id": 7, "image_token_id": 9999, "boi_token_id": None, "use_cache": False, "id2label": {"0": "a"},
+        "vision": {"hidden_size": 1024, "depth": 3}, "per_layer_config": {"03": {"head_dim": 512, "x": 3}, "5": {}},
+    }  # fmt: skip
+    assert architectures.shrunk(fields) == fields | {
+        "hidden_size": 64, "num_hidden_layers": 5, "head_dim": 16, "num_key_value_heads": 2,
+        "layer_types": ["s", "s", "s", "f", "g"], "rope": [1, 1, 1, 0, 1], "moe": [0, 1, 3], "sparse": [2],
+        "eos_token_id": None,
+        "image_token_id": 120, "use_cache": True, "vision": {"hidden_size": 64, "depth": 3},
+        "per_layer_config": {3: {"head_dim": 32, "x": 3}},
+    }  # fmt: skip
+
+
+# --- script and table
+
+
+def test_the_script_writes_a_row_for_each_family(tmp_path, capsys):
+    output = tmp_path / "out" / "a.json"
+    assert run("benchmarks/architectures", "--families", "bloom,llama,mamba", "--output", output) == 0
+    record = json.loads(output.read_text())
+    assert [(row["model_type"], row["mode"]) for row in record["rows"]] == [
+        ("bloom", RECONSTRUCT), ("llama", DIRECT), ("mamba", REFUSED),
+    ]  # fmt: skip
+    assert record["versions"]["transformers"] == transformers.__version__ and record["prompt_tokens"] == PROMPT
+    printed = capsys.readouterr().out
+    assert "1 direct-capable, 1 reconstruct-only, 1 refused, 0 not tried, 0 failed" in printed
+    assert "2 × 4 × 16" in printed and "without a plain KV cache" in printed
+
+
+def test_the_script_refuses_a_family_that_there_is_not(tmp_path, capsys):
+    assert run("benchmarks/architectures", "--families", "llama,lama", "--output", tmp_path / "a.json") == 2
+    assert "unknown lama" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_table_groups_by_mode_and_kind_of_reason():
+    rows = [
+        ("a", REFUSED, "it has layers of another kind (conv)"), ("b", DIRECT, None), ("c", FAILED, "TypeError: x | y"),
+        ("d", REFUSED, "it has layers of another kind (mlp)"), ("e", DIRECT, None), ("f", RECONSTRUCT, "no: x (y)"),
+        ("g", NOT_TRIED, "transformers doesn't: KeyError: 'x'"),
+    ]  # fmt: skip
+    record = {"versions": {"transformers": "5.0"}, "rows": [dict(zip(("model_type", "mode", "reason"), r, strict=True))
+                                                            for r in rows]}  # fmt: skip
+    assert tables.architectures(record, []).markdown().splitlines() == [
+        "| what happens | families | which |",
+        "|---|---|---|",
+        "| works; its attention can be replaced | 2 | b, e |",
+        "| works; its attention can't | 1 | f |",
+        "| refused: it has layers of another kind | 2 | a, d |",
+        "| not tried: transformers doesn't | 1 | g |",
+        "| failed: TypeError: x \\| y | 1 | c |",
+        "",
+        "7 families of transformers 5.0, each tried as a small random model of its default config.",
+    ]

@@ -1,0 +1,226 @@
+"""The benchmark of a decode step's attention: every row is right before it is timed, and figures are what they say."""
+
+import json
+import runpy
+import sys
+
+import pytest
+import torch
+
+from gpt2.common import files, provenance
+from gpt2.common.errors import PluginError
+from gpt2.compression.cache import direct_attention
+from gpt2.compression.codecs import Compressor
+from gpt2.compression.codecs.per_channel import Int4Channel
+from gpt2.experiments import attention_speed, compiled_attention
+from gpt2.report import tables
+
+SHAPE = attention_speed.Shape(heads=6, kv_heads=2, head_dim=16, batch=2)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def timer():
+    return attention_speed.Timer(CPU, 1 << 10)
+
+
+def measured(timer, codecs=("int8",), bits=(4.0,), **how) -> list[dict]:
+    return attention_speed.measure(SHAPE, 100, codecs, bits, timer, 1e9, **{"repeats": 2} | how)
+
+
+def test_every_codec_gives_what_its_stores_hold(timer):
+    rows = measured(timer, attention_speed.CODECS, bits=(3.0, 4.5))
+    labels = [row["row"] for row in rows]
+    assert labels[:2] == ["sdpa", "sdpa, heads packed"] and len(set(labels)) == len(labels)
+    assert {"mixed, 3 bits", "mixed, 4.5 bits", "kv4", "kv8", "none"} < set(labels)
+    held = {row["row"]: row["bytes_held"] for row in rows}
+    T = 100 + attention_speed.GENERATED
+    assert held["sdpa"] == 2 * (2 * 2 * T * 16) * 2 and held["sdpa, float32"] == 2 * held["sdpa"]
+    assert held["kv4"] < held["kv8"] < held["sdpa"]
+    assert {row["tokens_held"] for row in rows} == {T} and {row["batch_size"] for row in rows} == {2}
+
+
+def test_a_cache_has_a_tail_and_compressed_blocks():
+    k, v, q = attention_speed._noise(SHAPE, 128 + attention_speed.GENERATED, torch.bfloat16, CPU, 0)
+    store = attention_speed._filled(Compressor(Int4Channel()), k)
+    assert (store.sinks.shape[2], store.compressed_tokens, store.tail.shape[2]) == (4, 124, 33)
+    assert len(store) == k.shape[2] == 161 and q.shape == (2, 6, 1, 16)
+
+
+def test_a_row_that_gives_something_else_is_refused(timer, monkeypatch):
+    attend = direct_attention.attend
+    monkeypatch.setattr(direct_attention, "attend", lambda *args, **how: 1.1 * attend(*args, **how))
+    with pytest.raises(PluginError, match="int8: .* away from attention over the same K and V"):
+        measured(timer)
+    monkeypatch.setattr(direct_attention, "attend", lambda *args, **how: float("nan") * attend(*args, **how))
+    with pytest.raises(PluginError, match="int8: nan away"):
+        measured(timer)
+
+
+def test_figures_are_medians_and_ratios_paired_by_repeat(timer, monkeypatch):
+    """Times are scripted: all are twice as long in the second repeat, which a ratio of medians would see."""
+    plain, order = attention_speed._plain_rows, []
+    monkeypatch.setattr(attention_speed, "_plain_rows", lambda q, k, v: list(plain(q, k, v))[:2])
+    own = {"sdpa": 8.0, "sdpa, heads packed": 4.0, "int8": 2.0}
+    labels = {}
+    check = attention_speed.check
+    monkeypatch.setattr(attention_speed, "check", lambda row: labels.update({id(row.step): row.label}) or check(row))
+    monkeypatch.setattr(timer, "warm_up", lambda steps: None)
+
+    def scripted(self, step):
+        order.append(labels[id(step)])
+        ms = own[order[-1]] * (2 if 3 <= len(order) - 1 < 6 else 1)
+        return ms, ms / 2
+
+    monkeypatch.setattr(attention_speed.Timer, "__call__", scripted)
+    sdpa, packed, int8 = measured(timer, repeats=3)
+    names = list(own)
+    assert order == [*names, *names[::-1], *names], "turns in alternating order"
+    assert int8["ms"] == [2.0, 4.0, 2.0] and int8["ms_median"] == 2.0 and int8["ms_quartiles"] == [2.0, 3.0]
+    assert int8["speed_against_sdpa_median"] == 4.0 and int8["speed_against_sdpa_quartiles"] == [4.0, 4.0]
+    assert int8["speed_against_best_16_bit_median"] == 2.0 and packed["best_16_bit"] and not sdpa["best_16_bit"]
+    assert int8["bytes_per_s"] == int8["bytes_held"] / 0.002
+    assert int8["share_of_copy"] == int8["bytes_per_s"] / 1e9
+    assert "host_ms_median" not in int8, "on a CPU it is the same"
+
+
+def test_the_timer_flushes_before_it_starts(monkeypatch):
+    timer, seen = attention_speed.Timer(CPU, 64), []
+    monkeypatch.setattr(timer, "flush", lambda: seen.append("flush"))
+    monkeypatch.setattr(attention_speed, "clock", lambda: seen.append("clock") or 0.0)
+    assert timer(lambda: seen.append("step")) == (0.0, 0.0)
+    assert seen == ["flush", "clock", "step", "clock"]
+
+
+def test_on_a_gpu_it_keeps_it_busy_while_the_host_launches(monkeypatch):
+    """Simulated: a flush takes the GPU 1 ms, launching a step takes the host 2.25 ms."""
+    timer, seen, now = attention_speed.Timer(CPU, 64), [], [0.0]
+    timer.cuda = True
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            seen.append("event")
+
+        def synchronize(self):
+            seen.append("wait")
+
+        def elapsed_time(self, other):
+            return 7.0 if seen[-3:-2] == ["step"] else 1.0
+
+    def step():
+        seen.append("step")
+        now[0] += 0.00225
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(timer, "flush", lambda: seen.append("flush"))
+    monkeypatch.setattr(attention_speed, "clock", lambda: now[0])
+    timer.warm_up([step])
+    seen.clear()
+    ms, host_ms = timer(step)
+    assert (ms, host_ms) == (7.0, pytest.approx(2.25)) and timer.flushes == 6
+    assert seen == 6 * ["flush"] + ["event", "step", "event", "wait"]
+
+
+def test_bandwidth_counts_bytes_read_and_written(timer, monkeypatch):
+    monkeypatch.setattr(attention_speed.Timer, "__call__", lambda self, step: (step() is None, 2.0)[::-1])
+    assert attention_speed.copy_bandwidth(timer, 1000) == 2 * 1000 / 0.002
+
+
+def test_formulations_that_compile_are_those_of_the_codec():
+    quantizer = Int4Channel()
+    generator = torch.Generator().manual_seed(0)
+    z, q = (torch.randn(2, 3, n, 16, generator=generator) for n in (192, 5))
+    p = torch.rand(2, 3, 5, 192, generator=generator)
+    fields = quantizer.quantize(z)
+    out = torch.empty(2, 3, 5, 192)
+    quantizer.scores(q, fields, out)
+    torch.testing.assert_close(compiled_attention.int4_scores(q, **fields), out, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        compiled_attention.int4_sums(p, **fields), quantizer.weighted_sum(p, fields, 16), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_compiled_row_is_read_by_its_functions(timer, monkeypatch):
+    """Compiling takes seconds, which the benchmark's own check is enough for: here functions stay as they are."""
+    called = []
+
+    def uncompiled(fn, **how):
+        assert how == {"dynamic": False}
+        return lambda *args, **fields: called.append(fn.__name__) or fn(*args, **fields)
+
+    monkeypatch.setattr(torch, "compile", uncompiled)
+    row = measured(timer, codecs=(), compiled=True)[-1]
+    assert (row["row"], row["kind"]) == ("int4_channel, torch.compile", "torch.compile")
+    assert set(called) == {"int4_scores", "int4_sums"} and row["compile_s"].keys() == {"scores", "sums"}
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(PluginError, match="7 query heads don't share 2 KV heads"):
+        attention_speed.Shape(7, 2, 16, 1)
+    assert str(SHAPE) == "b2_h6-2x16"
+
+
+# --- script and table
+
+
+def run(*args) -> int:
+    sys_argv, sys.argv = sys.argv, ["benchmark_attention", *map(str, args)]
+    try:
+        runpy.run_path(str(files.ROOT / "scripts" / "benchmarks" / "attention.py"), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code or 0
+    finally:
+        sys.argv = sys_argv
+    return 0
+
+
+SMALL = ["--heads", 4, "--kv-heads", 2, "--head-dim", 16, "--flush-mib", 1, "--copy-mib", 1, "--repeats", 2]
+SMALL += ["--device", "cpu"]
+
+
+def test_the_script_writes_figures_a_plot_and_a_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(files, "RESULTS", tmp_path)
+    assert run(*SMALL, "--context-lengths", "64,130", "--quantizers", "int4,kv4", "--batch-size", 3) == 0
+    stem = "attention_step_cpu_b3_h4-2x16"
+    assert (tmp_path / "plots" / f"{stem}.png").stat().st_size > 10_000
+    record = json.loads((tmp_path / "runs" / f"{stem}.json").read_text())
+    said = capsys.readouterr().out
+    assert "163 tokens, batch 3" in said and record["kernels"] in ("C++", "PyTorch") and record["kernels"] in said
+    assert len(record["rows"]) == 2 * 8 and record["copy_bytes_per_s"] > 0
+    table = tables.attention_step(record, []).markdown()
+    assert table.count("\n| 64 |") == table.count("\n| 130 |") == 8 and table.count("**") == 4
+    assert {line.count("|") for line in table.splitlines()[:18]} == {9}
+    assert "each of 3 sequences, 4 query heads, 2 KV heads of 16, bfloat16, on cpu" in table
+    assert "| 64 |" not in tables.attention_step(record, ["130"]).markdown()
+    with pytest.raises(PluginError, match=r"no rows of context tokens 131"):
+        tables.attention_step(record, ["131"])
+    text = f"<!-- results: {stem} 64 -->\n<!-- end -->"
+    assert "| 64 | sdpa" in tables.fill(text, tmp_path / "runs").replace("**", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--quantizers", "int5"], "unknown int5"),
+        (["--heads", 5], "5 query heads don't share 2 KV heads"),
+        (["--quantizers", "mixed", "--bits", 99], "bits 99.0"),
+        (["--dtype", "float32"], "invalid choice"),
+    ],
+)
+def test_bad_input_is_one_clear_line(flags, message, tmp_path, capsys):
+    assert run(*SMALL, "--context-lengths", 64, *flags, "--output", tmp_path / "x.json") == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+
+
+def test_devices_in_file_names(monkeypatch):
+    assert provenance.device_slug("cpu") == "cpu"
+    for name, slug in {
+        "NVIDIA H100 80GB HBM3": "cuda-h100", "NVIDIA A100-SXM4-80GB": "cuda-a100-sxm4-80gb",
+        "NVIDIA GeForce RTX 4090": "cuda-4090", "Some GPU": "cuda-some-gpu",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(provenance, "device_name", lambda device, name=name: name)
+        assert provenance.device_slug("cuda:0") == slug

@@ -1,0 +1,269 @@
+"""The simulation of codecs: its default is the product, every row takes the bits it says, and what is new is right."""
+
+import itertools
+import json
+import runpy
+import sys
+from functools import partial
+
+import pytest
+import torch
+from tiny import tiny_loaded, tiny_model, windows, word_text, word_tokenizer
+
+from gpt2.common import files
+from gpt2.common.errors import PluginError
+from gpt2.compression.calibration.bit_allocation import fit_measured
+from gpt2.compression.calibration.fisher import collect_fisher
+from gpt2.compression.codecs import BASES, Compressor, mixed
+from gpt2.compression.codecs.mixed import BLOCK, Mixed, width_bytes
+from gpt2.compression.codecs.rope import Rotary
+from gpt2.compression.compressed_cache import CompressedDynamicCache
+from gpt2.evaluation.perplexity import BASELINE, baseline_factory, score
+from gpt2.experiments import codec_simulation
+from gpt2.experiments.codec_simulation import Replaced, Variation, ball, coded, errors, nearest_e8, nearest_in_ball
+from gpt2.experiments.codec_variations import PRODUCT, QUESTIONS, CentredRotary, fit, gather, measure, simulations
+from gpt2.report import tables
+
+SINKS = 4
+ROWS = {f"{question}: {label}": row for question, rows in QUESTIONS.items() for label, row in rows.items()}
+every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_loaded("llama")
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """For calibration and for evaluation."""
+    return windows(4, 256), windows(2, 128, seed=1)
+
+
+@pytest.fixture(scope="module")
+def gathered(llama, texts):
+    return gather(llama, texts[0], SINKS)
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- the default is the product
+
+
+def test_errors_and_widths_are_the_products():
+    z = gaussian(1, 2, 4 * BLOCK, 20) * torch.logspace(1, -2, 20) + 0.3
+    y = mixed.in_blocks(z)
+    error = errors(y, PRODUCT, torch.ones(y.shape[:-1]))
+    torch.testing.assert_close(error, mixed.errors(z), rtol=1e-4, atol=1e-6)
+    assert torch.equal(PRODUCT.costs(), 8 * torch.tensor(mixed.COSTS, dtype=torch.float32))
+    choice = mixed.cheapest(error, 400)
+    assert torch.equal(mixed.cheapest(error, 8 * 400, PRODUCT.costs()), choice)
+    quantizer = Mixed((400 + width_bytes(20)) * 8 / BLOCK / 20 + 1e-9)
+    stored = mixed.in_blocks(quantizer.dequantize(quantizer.quantize(z), 20))
+    found = codec_simulation.read_back(*(part.flatten(0, 2) for part in (y, choice)), PRODUCT, torch.ones(8, 20))
+    torch.testing.assert_close(found.view_as(stored), stored)
+    assert PRODUCT.overhead(20) == 8 * width_bytes(20)
+
+
+def test_the_basis_is_the_products(llama, texts, gathered):
+    codec = fit_measured(collect_fisher(llama, texts[0], None, SINKS, {"joint": BASES["joint"]})["joint"])
+    fitted = fit(gathered, PRODUCT)
+    torch.testing.assert_close(fitted.spread.square(), codec.spectrum, rtol=1e-3, atol=1e-6)
+    for layer, transform in enumerate(fitted.transforms):
+        torch.testing.assert_close(transform.mean, codec.mean[layer], rtol=1e-4, atol=1e-6)
+        metrics = [E @ E.mT for E in (transform.E, codec.E[layer])]
+        torch.testing.assert_close(*metrics, rtol=1e-3, atol=1e-3 * float(metrics[0].abs().max()))
+
+
+def test_a_real_cache_reads_what_is_simulated(llama, texts, gathered):
+    """Fed block by block: only then does it hold whole blocks at every step."""
+    made = simulations(llama, texts[1], gathered, PRODUCT, [3])[3]
+    w = made.fitted.spread.shape[-1]
+    compressors = [
+        Compressor(Mixed((limit / 8 + width_bytes(w)) * 8 / BLOCK / w + 1e-9), transform)
+        for limit, transform in zip(made.plan.limits, made.fitted.transforms, strict=True)
+    ]
+    real = {"real": partial(CompressedDynamicCache, compressors, compressors, sink_tokens=SINKS)}
+    caches = {BASELINE: baseline_factory(llama)}
+    real = score(llama, texts[1], caches | real, chunk=BLOCK)["real"]
+    whole = score(llama, texts[1], caches | {"": partial(Replaced, made.replace)}, chunk=128, batch_size=1)[""]
+    assert whole.kl.mean() == pytest.approx(real.kl.mean(), rel=0.01) and whole.kl.mean() > 0.01
+
+
+# --- every row, at equal bits
+
+
+def recounted(made, monkeypatch, run) -> float:
+    """Bits per coordinate of what is chosen while `run` runs, by the sizes that the row's words promise."""
+    v, choose, seen = made.fitted.variation, made.choose, []
+
+    def watched(layer, y, spread):
+        choice = choose(layer, y, spread)
+        seen.append((layer, torch.tensor(v.menu)[choice], y))
+        return choice
+
+    monkeypatch.setattr(made, "choose", watched)
+    run()
+    metadata = {"bytes": 8 + 8, "half": 16 + 16, "nibbles": 4 + 4, "scale": 8}[v.metadata]
+    total = coordinates = 0
+    for layer, widths, y in seen:
+        used = (y.shape[-1] * widths + metadata * (widths > 0)).sum(-1)  # [B, G, n]
+        if v.widths == "block":
+            limit = made.plan.limits[layer]
+            assert (used <= limit).all(), "a block is over its bytes"
+            used = torch.full_like(used, limit)
+        index = {8: 3, 4: 2}[len(v.menu)] * widths.shape[-1]
+        total += int((used + {"fixed": 0, "block": index}.get(v.widths, index + 16)).sum())
+        coordinates += y.numel()
+    return total / coordinates
+
+
+@every_row
+def test_every_row_takes_the_bits_that_were_asked_for(row, llama, texts, gathered, monkeypatch):
+    made = simulations(llama, texts[1], gathered, row, [3])[3]
+    counted = recounted(
+        made, monkeypatch, lambda: llama.model(texts[1], past_key_values=Replaced(made.replace), use_cache=True)
+    )
+    assert made.bits == pytest.approx(counted, rel=1e-9)
+    if row.widths != "calibration":  # whose price says nothing about another text's bits
+        assert counted == pytest.approx(3, abs=0.03), "within a hundredth, on so small a model"
+
+
+@pytest.mark.parametrize("what", ["costs", "overhead"])
+def test_the_count_would_show_bits_that_are_forgotten(what, llama, texts, gathered, monkeypatch):
+    forgetful = {"costs": lambda v: v.block * torch.tensor(v.menu, dtype=torch.float32), "overhead": lambda *_: 0}
+    monkeypatch.setattr(Variation, what, forgetful[what])
+    row = Variation(widths="text")
+    made = simulations(llama, texts[1], gathered, row, [3])[3]
+    counted = recounted(
+        made, monkeypatch, lambda: llama.model(texts[1], past_key_values=Replaced(made.replace), use_cache=True)
+    )
+    assert counted > made.bits + 0.03, "which the row believes to have kept to"
+
+
+def test_records_stand_beside_the_product(llama, texts, gathered):
+    known = {}
+    rows = measure(llama, texts[1], gathered, QUESTIONS["metric"], [4, 2], known)
+    again = measure(llama, texts[1], gathered, QUESTIONS["metric"], [4, 2], known | {BASELINE: known[BASELINE]})
+    assert rows == again and len(rows) == 10 and sum(row["product"] for row in rows) == 2
+    for row in rows:
+        ours = next(r for r in rows if r["product"] and r["bits"] == row["bits"])
+        if row is not ours:
+            low, high = row["kl_change_interval"]
+            assert row["kl_change"] == pytest.approx(row["kl_nats"] / ours["kl_nats"] - 1)
+            assert low < row["kl_change"] < high
+    plain = [row for row in rows if row["label"] == "plain PCA"]
+    assert all(row["kl_change_interval"][0] > 0 for row in plain), "loses, beyond what chance explains"
+
+
+def test_nothing_is_replaced_among_sinks_and_everything_behind(llama, texts, gathered):
+    made = simulations(llama, texts[1], gathered, PRODUCT, [2])[2]
+    k, v = gaussian(1, 2, 128, 12), gaussian(1, 2, 128, 12, seed=1)
+    for x, read in zip((k, v), made.replace(0, k, v), strict=True):
+        same = (x == read).all(-1)
+        assert same[:, :, :SINKS].all() and not same[:, :, SINKS:].any()
+
+
+@pytest.mark.parametrize("length", [100, 64])
+def test_texts_are_of_whole_blocks(length, llama, texts, gathered):
+    with pytest.raises(PluginError, match=f"--seq-len {length}: give a multiple of 128"):
+        gather(llama, windows(1, length), SINKS)
+    with pytest.raises(PluginError, match=f"--eval-seq-len {length}: give a multiple of 128"):
+        measure(llama, windows(1, length), gathered, QUESTIONS["block"], [3], {})
+
+
+# --- what is new
+
+
+def test_keys_turned_to_their_blocks_middle():
+    rotary = CentredRotary(torch.tensor([0.3, 0.01]), "half")
+    keys, plain = gaussian(2, 2 * BLOCK, 4), Rotary(rotary.frequencies, "half")
+    turned = rotary.turn(keys, BLOCK, -1)
+    torch.testing.assert_close(rotary.turn(turned, BLOCK, 1), keys, rtol=1e-4, atol=1e-5)
+    by_hand = torch.cat([plain.turn(keys[:, t : t + 1], 3 * BLOCK // 2, -1) for t in range(BLOCK)], dim=1)
+    torch.testing.assert_close(turned[:, :BLOCK], by_hand, rtol=1e-4, atol=1e-5)
+
+
+def test_a_basis_keeps_to_its_parts(gathered):
+    for parts, nonzero in (("head", 12), ("side", 24), ("pair", 24), ("joint", 48)):
+        E = fit(gathered, Variation(parts=parts)).transforms[0].E[0]
+        assert ((E != 0).sum(0) == nonzero).all()
+        mixes_k_and_v = bool((E[:24, 24:] != 0).any())
+        assert mixes_k_and_v == (parts in ("pair", "joint"))
+
+
+def test_levels_of_a_gaussian():
+    assert codec_simulation.gaussian_levels(1).tolist() == pytest.approx([-0.7979, 0.7979], abs=1e-3)
+    assert codec_simulation.gaussian_levels(2).tolist() == pytest.approx([-1.510, -0.4528, 0.4528, 1.510], abs=1e-3)
+
+
+def test_the_nearest_point_of_e8():
+    """Against all points of squared norm 4 at most: 1 + 240 + 2160."""
+    whole = torch.tensor(list(itertools.product((-2, -1, 0, 1, 2), repeat=8)), dtype=torch.float32)
+    half = torch.tensor(list(itertools.product((-1.5, -0.5, 0.5, 1.5), repeat=8)))
+    lattice = torch.cat([x[(x.square().sum(-1) <= 4) & (x.sum(-1).remainder(2) == 0)] for x in (whole, half)])
+    assert len(lattice) == 2401
+    x = 0.3 * gaussian(300, 8)  # so near to zero that the nearest point is among them
+    expected = torch.cdist(x, lattice).min(-1).values
+    torch.testing.assert_close((x - nearest_e8(x)).norm(dim=-1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_index_into_the_ball_fits_its_bits():
+    assert [ball(bits) for bits in (1, 2)] == [2, 10], "241 of 256 and 56,881 of 65,536 points"
+    for radius in (2, 10, 44):
+        points = nearest_in_ball(2 * gaussian(2000, 8), radius)
+        assert (points.square().sum(-1) <= radius + 1e-4).all()
+        torch.testing.assert_close(nearest_e8(points), points)
+
+
+def test_a_lattice_loses_less_in_the_same_bits():
+    y = gaussian(500, BLOCK)
+    for bits, gain in ((2, 0.85), (3, 0.85), (4, 1)):
+        own, ours = (coded(y, bits, v, torch.ones(500))[0].sum() for v in (Variation(levels="lattice"), PRODUCT))
+        assert own <= gain * ours
+
+
+@pytest.mark.parametrize("metadata", ["half", "nibbles", "scale"])
+def test_metadata_is_what_fits_its_bits(metadata):
+    """Steps and middles that a block can have: as many as its bits can tell apart, at most."""
+    y = 3 * gaussian(5000, BLOCK) * gaussian(5000, 1, seed=1).exp()
+    low, high = y.amin(-1), y.amax(-1)
+    step, middle = codec_simulation.GRIDS[metadata](low, high, 1 / 7, 3, torch.ones(5000))
+    if metadata == "half":
+        assert torch.equal(step, step.half().float()) and torch.equal(middle, middle.half().float())
+        return
+    assert len(step.unique()) <= {"nibbles": 16, "scale": 256}[metadata]
+    offsets = (middle / step).mul(2).round().unique()  # a sixteenth of 8 levels is half a step
+    assert len(offsets) <= {"nibbles": 16, "scale": 1}[metadata]
+
+
+def test_rotating_channels_of_a_width_and_back_loses_nothing_else():
+    y, choice = gaussian(2, 30, BLOCK), torch.tensor([7, 1, 0]).repeat(2, 10)
+    back = codec_simulation.read_back(y, choice, Variation(rotated=True), torch.ones(2, 30))
+    wide = choice == 7
+    assert (y - back)[wide].abs().max() < 0.01 and (back[choice == 0] == 0).all()
+
+
+# --- the script
+
+
+def test_the_script_writes_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
+    tiny_model("llama").save_pretrained(tmp_path / "tiny")
+    word_tokenizer().save_pretrained(tmp_path / "tiny")
+    (tmp_path / "words.txt").write_text(word_text(3000))
+    monkeypatch.chdir(tmp_path)
+    small = "--samples 2 --seq-len 128 --eval-tokens 256 --eval-seq-len 128 --bits 4,2 --rows metric,widths"
+    arguments = f"explore --model tiny --text words.txt {small} --output explore_codecs_tiny.json".split()
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(files.ROOT / "scripts" / "benchmarks" / "codec_variations.py"), run_name="__main__")
+    assert (tmp_path / "explore_codecs_tiny.png").stat().st_size > 10_000
+    record = json.loads((tmp_path / "explore_codecs_tiny.json").read_text())
+    assert len(record["rows"]) == 2 * (5 + 4) and record["segments"] == [2, 128]
+    table = tables.fill("<!-- results: explore_codecs_tiny widths -->\n<!-- end -->", tmp_path)
+    assert "| widths: **by block within its bytes** |" in table and "metric" not in table
+    assert "| changed | KL at 4 bits | KL at 2 bits | Δ perplexity at 2 bits |" in table
+    with pytest.raises(PluginError, match="no rows of question lattice"):
+        tables.fill("<!-- results: explore_codecs_tiny lattice -->\n<!-- end -->", tmp_path)
+    assert "by block within its bytes" in capsys.readouterr().out

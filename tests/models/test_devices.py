@@ -1,0 +1,326 @@
+"""Layers on several devices, as device_map spreads them: each layer's cache and codec live where the layer is.
+
+No second device is needed: fake tensors say that they are on cpu:0 or cpu:1 and refuse to be mixed, as two GPUs do.
+They have shapes and no values, so tokens are compared with layers on disk instead, which accelerate moves as it runs.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from tiny import tiny_model, windows
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from gpt2.common.errors import PluginError
+from gpt2.compression.calibration import fisher, statistics
+from gpt2.compression.calibration.fisher import collect_fisher
+from gpt2.compression.codecs import BASES, QUANTIZERS, Compressor, Transform, measured_codecs, moments
+from gpt2.compression.codecs.rope import Rotary
+from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
+from gpt2.models.geometry import Geometry
+from gpt2.models.loading import LoadedModel, wrap
+
+CPU, FIRST, SECOND = (torch.device(name) for name in ("cpu", "cpu:0", "cpu:1"))
+DEVICES = [FIRST, SECOND, FIRST]  # of the layers
+H, D = 2, 12  # KV heads and channels of the tiny models
+
+
+def low_rank() -> Compressor:
+    """A codec with a transform, on the CPU as a preset gives it."""
+    E = torch.linalg.qr(torch.randn(H, D, D, generator=torch.Generator().manual_seed(0))).Q
+    return Compressor(QUANTIZERS["int4"], Transform(E, E.mT.contiguous(), torch.ones(H, D)).truncate(9))
+
+
+def compressors() -> list[Compressor]:
+    return [low_rank() for _ in DEVICES]
+
+
+def cache_of(k: list[Compressor], v: list[Compressor]) -> CompressedDynamicCache:
+    return CompressedDynamicCache(k, v, sink_tokens=2, recent_tokens=1)
+
+
+def fill(cache: CompressedDynamicCache, batch: int = 3) -> None:
+    """Seven tokens in every layer, where the layer is: sinks, blocks and a tail."""
+    for n in (6, 1):
+        for layer, device in enumerate(DEVICES):
+            x = torch.zeros(batch, H, n, D, device=device)
+            assert {t.device for t in cache.update(x, x, layer)} == {device}
+
+
+def held(store) -> list[Tensor]:
+    return [store.sinks, store.tail, *(part for pieces in store.blocks.values() for part in pieces.parts)]
+
+
+def assert_in_place(cache: CompressedDynamicCache, batch: int) -> None:
+    for layer, device in zip(cache.layers, DEVICES, strict=True):
+        assert layer.device == device
+        for store in layer.stores.values():
+            transform = store.compressor.transform
+            assert set(store.blocks) == {"codes", "scale", "offset"} and store.compressed_tokens == 4
+            assert {t.device for t in held(store)} == {device} and {len(t) for t in held(store)} == {batch}
+            assert {transform.E.device, transform.D.device, transform.mean.device} == {device}
+
+
+@pytest.fixture
+def apart():
+    """Devices of their own for as long as the test runs; tensors made before are on the CPU, which is neither."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        yield
+
+
+def test_stand_ins_refuse_to_be_mixed(apart):
+    """Or nothing below would show anything."""
+    x, y = torch.zeros(2, device=FIRST), torch.zeros(2, device=SECOND)
+    for a, b in ((x, y), (y, x), (y, torch.zeros(2))):
+        with pytest.raises(RuntimeError, match="device"):
+            a + b
+
+
+def test_every_part_of_a_layer_is_where_the_layer_is(apart):
+    cache = cache_of(compressors(), compressors())
+    fill(cache)
+    assert_in_place(cache, 3)
+    cache.crop(-1)
+    assert_in_place(cache, 3)
+    cache.reset()
+    fill(cache, batch=1)
+    assert_in_place(cache, 1)
+
+
+def test_a_layer_follows_its_model_to_another_device(apart):
+    """After a reset the same cache may serve a model that was moved."""
+    cache = cache_of([low_rank()], [low_rank()])
+    for device in (FIRST, SECOND):
+        x = torch.zeros(1, H, 7, D, device=device)
+        assert {t.device for t in cache.update(x, x, 0)} == {device}
+        assert cache.layers[0].stores["V"].compressor.transform.E.device == device
+        cache.reset()
+
+
+def test_caches_share_the_transforms_that_were_moved(apart):
+    """A transform is copied to a device once, not once per conversation; the caller's stays where it is."""
+    k, v = compressors(), compressors()
+    caches = [cache_of(k, v) for _ in range(2)]
+    for cache in caches:
+        fill(cache)
+    for layer in range(len(DEVICES)):
+        for side in "KV":
+            a, b = (cache.layers[layer].stores[side].compressor for cache in caches)
+            assert a is b
+    assert {c.transform.E.device for c in (*k, *v)} == {CPU}
+
+
+def test_one_compressor_may_serve_layers_on_several_devices(apart):
+    shared = low_rank()
+    cache = cache_of([shared] * 3, [shared] * 3)
+    fill(cache)
+    assert_in_place(cache, 3)
+    first, second, third = (layer.stores["K"].compressor for layer in cache.layers)
+    assert first is third and first is not second
+
+
+def test_a_compressor_that_is_there_already_is_not_copied():
+    compressor = low_rank()
+    assert compressor.to(CPU) is compressor
+    plain = Compressor(QUANTIZERS["int4"])
+    assert plain.to(SECOND) is plain, "and one without a transform is nowhere"
+
+
+@pytest.mark.parametrize("indices_on", [CPU, FIRST, SECOND], ids=str)
+def test_beams_are_chosen_by_indices_from_any_device(apart, indices_on):
+    cache = cache_of(compressors(), compressors())
+    fill(cache)
+    cache.reorder_cache(torch.zeros(3, dtype=torch.long, device=indices_on))
+    assert_in_place(cache, 3)
+    cache.batch_repeat_interleave(2)
+    assert_in_place(cache, 6)
+    cache.batch_select_indices(torch.zeros(2, dtype=torch.long, device=indices_on))
+    assert_in_place(cache, 2)
+
+
+class Indices:
+    """Stands for indices on another device: fake tensors let those pass that a GPU would refuse."""
+
+    def __init__(self):
+        self.moved_to = []
+
+    def to(self, device: torch.device) -> Tensor:
+        self.moved_to.append(device)
+        return torch.zeros(1, dtype=torch.long, device=device)
+
+
+@pytest.mark.parametrize("method", ["reorder_cache", "batch_select_indices"])
+def test_indices_are_brought_to_every_layer(apart, method):
+    cache = cache_of(compressors(), compressors())
+    fill(cache)
+    indices = Indices()
+    getattr(cache, method)(indices)
+    assert_in_place(cache, 1)
+    assert set(indices.moved_to) == {FIRST, SECOND}
+
+
+def test_offloading_takes_a_layer_to_the_cpu_and_back(apart):
+    cache = cache_of(compressors(), compressors())
+    fill(cache)
+    for layer in cache.layers:
+        layer.offload()
+        assert {t.device for store in layer.stores.values() for t in held(store)} == {CPU}
+        layer.prefetch()
+    assert_in_place(cache, 3)
+
+
+# --- a whole model
+
+
+@contextmanager
+def spread_llama():
+    """A llama with its second layer on another device, and what accelerate puts around a layer that is."""
+    config = tiny_model("llama").config
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        models = []
+        for device in (FIRST, SECOND):
+            with device:
+                models.append(AutoModelForCausalLM.from_config(config).eval())
+        model, layer = models[0], models[1].model.layers[1]
+        model.model.layers[1] = layer
+        skipped = model._skip_keys_device_placement  # the cache among them: it stays as it is
+        add_hook_to_module(layer, AlignDevicesHook(execution_device=SECOND, io_same_device=True, skip_keys=skipped))
+        yield model
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "identity"])
+def test_a_spread_model_runs_with_one_cache(kind):
+    k, v = compressors(), compressors()  # on the CPU, before there are devices
+    with spread_llama() as model:
+        cache = cache_of(k, v) if kind == "low-rank" else identity_cache(3)
+        ids = torch.zeros(2, 7, dtype=torch.long, device=FIRST)
+        for piece in (ids[:, :5], ids[:, 5:6], ids[:, 6:]):
+            logits = model(piece, past_key_values=cache, use_cache=True).logits
+        assert logits.device == FIRST and cache.get_seq_length() == 7
+        for layer, device in zip(cache.layers, DEVICES, strict=True):
+            assert {t.device for store in layer.stores.values() for t in held(store)} == {device}
+        if kind == "low-rank":
+            assert_in_place(cache, 2)
+
+
+def test_a_spread_model_needs_its_hooks():
+    """So the run above did cross devices."""
+    with spread_llama() as model:
+        del model.model.layers[1]._hf_hook
+        model.model.layers[1].forward = model.model.layers[1]._old_forward
+        with pytest.raises(RuntimeError, match="device"):
+            model(torch.zeros(1, 5, dtype=torch.long, device=FIRST), past_key_values=DynamicCache(), use_cache=True)
+
+
+def test_a_spread_model_is_calibrated(monkeypatch):
+    """The statistics of all layers are gathered on the CPU, queries as well."""
+    for module in (moments, statistics):
+        monkeypatch.setattr(module, "refuse_non_finite", lambda *args: None)  # fake tensors have no values to look at
+    seen = []
+    update = moments.Moments.update
+    monkeypatch.setattr(
+        moments.Moments, "update", lambda self, layer, x: (seen.append(x.device), update(self, layer, x))
+    )
+
+    class Done(Exception):
+        pass
+
+    def one_window():
+        yield torch.zeros(20, dtype=torch.long)
+        raise Done
+
+    with spread_llama() as model, pytest.raises(Done):
+        statistics.collect(LoadedModel(model, None, "spread", Geometry(3, H, D), ""), one_window(), 4)
+    assert seen == [device for device in DEVICES for _ in "KV"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_taken_through_a_spread_model(monkeypatch, checkpointing):
+    """Each layer's statistics come from where it is and are gathered on the CPU."""
+    for module in (moments, fisher):
+        monkeypatch.setattr(module, "refuse_non_finite", lambda *args: None)  # fake tensors have no values to look at
+    turns = [Rotary(torch.ones(D // 2))] * len(DEVICES)
+    monkeypatch.setattr(fisher, "detect_rotary", lambda *args: turns)
+    monkeypatch.setattr(fisher, "drawn_labels", lambda logits, *args: logits.argmax(-1))
+    seen, update = [], moments.Moments.update
+    monkeypatch.setattr(
+        moments.Moments, "update", lambda self, entry, x: (seen.append((entry, x.device)), update(self, entry, x))
+    )
+    bases = {"grouped": BASES["grouped"]}
+    with spread_llama() as model:
+        model.requires_grad_(False)
+        loaded = LoadedModel(model, None, "spread", Geometry(3, H, D), "")
+        tokens = torch.zeros(1, 80, dtype=torch.long)
+        found = collect_fisher(loaded, tokens, None, 4, bases, checkpointing=checkpointing)["grouped"]
+    assert sorted(seen) == [(2 * layer + side, device) for layer, device in enumerate(DEVICES) for side in (0, 1)]
+    assert {t.device for t in (found.moments.scatter, found.moments.metrics["fisher"], found.reservoir)} == {CPU}
+
+
+# --- real values: layers on disk
+
+
+@pytest.fixture(scope="module")
+def dispatched(tmp_path_factory):
+    """A llama, and the same with its second layer on disk."""
+    folder = tmp_path_factory.mktemp("dispatched")
+    model = tiny_model("llama")
+    model.save_pretrained(folder / "model")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu",
+              "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    spread = AutoModelForCausalLM.from_pretrained(
+        folder / "model", device_map=places, offload_folder=folder / "off", dtype=torch.float32
+    )
+    assert spread.hf_device_map == places and next(spread.model.layers[1].parameters()).device.type == "meta"
+    return model, spread.eval()
+
+
+@pytest.mark.parametrize("kind", ["identity", "low-rank"])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_a_dispatched_model_gives_the_same_tokens(dispatched, kind, how):
+    k, v = compressors(), compressors()
+    how |= {"max_new_tokens": 12, "do_sample": False}
+    ids = windows(2, 10)
+
+    def tokens(model, cache) -> Tensor:
+        return model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **how)
+
+    model, spread = dispatched
+    make = (lambda: identity_cache(3)) if kind == "identity" else (lambda: cache_of(k, v))
+    expected = tokens(model, make())
+    assert torch.equal(tokens(spread, make()), expected)
+    if kind == "identity":
+        assert torch.equal(tokens(model, DynamicCache(config=model.config)), expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_dispatched_model_has_the_same_gradients(dispatched, checkpointing):
+    tokens, found = windows(2, 100), []
+    for model in dispatched:
+        loaded = LoadedModel(model.requires_grad_(False), None, "tiny", Geometry(3, H, D), "")
+        found.append(collect_fisher(loaded, tokens, None, 4, measured_codecs(), checkpointing=checkpointing))
+    for name, own in found[0].items():
+        other = found[1][name]
+        assert torch.equal(own.reservoir, other.reservoir) and own.moments.metrics["fisher"].norm() > 0
+        torch.testing.assert_close(other.moments.metrics["fisher"], own.moments.metrics["fisher"])
+
+
+def test_a_model_with_layers_off_its_devices_is_not_calibrated(dispatched):
+    with pytest.raises(PluginError, match="spread: device_map found no room for some layers"):
+        wrap(dispatched[1], None, "spread")
+
+
+def test_device_map_auto_on_one_device(tmp_path):
+    """As the ten lines of README go, with `device_map`: whatever it chooses, the cache finds its place."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    spread = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto", dtype=torch.float32)
+    loaded = wrap(spread, None, "auto")
+    ids = windows(1, 10).to(loaded.device)
+    cache = cache_of(compressors(), compressors())
+    spread.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=4)
+    assert {layer.device.type for layer in cache.layers} == {loaded.device.type}

@@ -1,0 +1,141 @@
+"""Shapes: models of random weights made from a few fields, and what is no shape."""
+
+import json
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_loaded, tiny_model, word_tokenizer, write_shape
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gpt2.common import files
+from gpt2.common.errors import PluginError
+from gpt2.compression.named_caches import from_preset
+from gpt2.models import geometry, loading, random_weights
+
+PARAMETERS = {
+    "gemma-2-2b": 2_614_341_888,
+    "llama-3.1-8b": 8_030_261_248,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-72b": 72_706_203_648,
+}
+
+
+def test_every_shape_is_expected():
+    assert {path.stem for path in random_weights.FOLDER.glob("*.json")} == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_shape_has_as_many_parameters_as_the_published_model(name):
+    config = random_weights.read_shape(random_weights.FOLDER / f"{name}.json")
+    with torch.device("meta"):
+        assert AutoModelForCausalLM.from_config(config).num_parameters() == PARAMETERS[name]
+    assert config.max_position_embeddings >= 8192 and config.rope_parameters["rope_theta"] >= 10_000
+
+
+@pytest.fixture(scope="module")
+def shape_file(tmp_path_factory):
+    return write_shape(tmp_path_factory.mktemp("shapes") / "tiny-shape.json")
+
+
+@pytest.mark.parametrize(("layers", "found"), [(None, 3), (2, 2), (1, 1)])
+def test_a_shape_becomes_a_model_with_random_weights(shape_file, layers, found):
+    loaded = random_weights.load(str(shape_file), "cpu", "bfloat16", layers)
+    assert loaded.geometry == geometry.Geometry(found, 2, 12) and loaded.random_weights and loaded.tokenizer is None
+    assert loaded.spec == f"tiny-shape.json (random weights, {found} layer{'s' * (found > 1)})"
+    assert loaded.slug == f"tiny-shape-random-weights-{found}-layer{'s' * (found > 1)}"
+    assert loaded.model.dtype == torch.bfloat16 and not loaded.model.training and loaded.max_context == 512
+    logits = loaded.model(torch.arange(40)[None]).logits
+    assert logits.isfinite().all() and logits.std() > 0
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama"}))
+def test_a_shape_of_any_family_gives_finite_logits(family, tmp_path):
+    fields = {"model_type": family, **FAMILIES[family]}
+    (tmp_path / "s.json").write_text(json.dumps(fields))
+    loaded = random_weights.load(str(tmp_path / "s.json"), "cpu")
+    assert loaded.model.dtype == torch.float32 and loaded.geometry == tiny_loaded(family).geometry
+    assert loaded.model(torch.arange(40)[None]).logits.isfinite().all()
+
+
+def test_a_shape_has_the_positions_of_its_config(shape_file):
+    """Rotary frequencies are no weights: skipping initialization must not skip them. Tied weights stay tied."""
+    loaded = random_weights.load(str(shape_file), "cpu")
+    assert torch.equal(loaded.model.model.rotary_emb.inv_freq, tiny_model("llama").model.rotary_emb.inv_freq)
+    tied = random_weights.load("qwen2.5-0.5b.json", "cpu", "bfloat16", layers=1).model
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
+def test_a_spec_that_is_no_shape_is_loaded_as_ever(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    loaded = random_weights.load(str(tmp_path), "cpu")
+    assert not loaded.random_weights and loaded.tokenizer is not None
+    with pytest.raises(PluginError, match="--layers cuts a shape such as configs/models/.*has weights"):
+        random_weights.load(str(tmp_path), "cpu", layers=2)
+
+
+BAD_SHAPES = {
+    "{": "not a model's shape",
+    "[1]": "not a model's shape",
+    "{}": "not a model's shape",
+    '{"model_type": "zzz"}': "not a model's shape.*zzz",
+    '{"model_type": "llama", "num_hidden_layers": "three"}': "not a model's shape",
+    '{"model_type": "t5"}': "encoder-decoder",
+}
+
+
+@pytest.mark.parametrize("content", BAD_SHAPES)
+def test_what_is_no_shape_is_refused_in_one_line(content, tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    with pytest.raises(PluginError, match=BAD_SHAPES[content]) as error:
+        random_weights.load(str(path), "cpu")
+    assert "\n" not in str(error.value) and "bad.json" in str(error.value)
+
+
+def test_a_shape_that_isnt_there_or_has_fewer_layers_is_refused(shape_file):
+    with pytest.raises(PluginError, match="no shape 'none.json'.*configs/models/qwen2.5-7b.json"):
+        random_weights.load("none.json", "cpu")
+    with pytest.raises(PluginError, match="--layers 4: tiny-shape.json has 3 layers"):
+        random_weights.load(str(shape_file), "cpu", layers=4)
+    with pytest.raises(PluginError, match="is a shape without weights"):
+        loading.load(str(shape_file))
+
+
+def test_shape_files_hold_plain_config_fields():
+    for path in random_weights.FOLDER.glob("*.json"):
+        fields = json.loads(path.read_text())
+        config = AutoConfig.for_model(**fields)
+        known = vars(config).keys() | {"model_type", "rope_theta", "rope_scaling"}
+        assert fields.keys() <= known, path.name
+
+
+def test_any_built_in_preset_serves_a_shape(tmp_path, monkeypatch):
+    """Speed doesn't depend on what a basis says: noise stands in for the calibration of another model."""
+    monkeypatch.chdir(tmp_path)
+    loaded = random_weights.load(str(files.ROOT / "configs/models/qwen2.5-0.5b.json"), "cpu", "float32", 1)
+    for name, shown in (("r120-vonly", "Compressor(none, rank=60)"), ("int4-vonly", "Compressor(int4)")):
+        choice = from_preset(name, loaded)
+        cache = choice.make()
+        loaded.model(torch.arange(20)[None], past_key_values=cache, use_cache=True)
+        assert repr(cache.layers[0].stores["V"].compressor) == shown
+        assert "ppl_delta" not in choice.record() and "figures" not in choice.record()
+    with pytest.raises(PluginError, match="no preset 'int4-vonli'.*did you mean 'int4-vonly'"):
+        from_preset("int4-vonli", loaded)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_hidden_layers": -1}, {"head_dim": 0}, {"num_key_value_heads": 3}, {"vocab_size": 0}, {"hidden_act": "x"},
+     {"rope_scaling": {"type": []}}, {"hidden_size": -4}],
+    ids=str,
+)  # fmt: skip
+def test_fields_that_make_no_model_are_refused(wrong, tmp_path):
+    fields = {"model_type": "llama", "hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 100}  # fmt: skip
+    (tmp_path / "s.json").write_text(json.dumps(fields | wrong))
+    # Of fewer than no layers some versions make a model, without a cache
+    with pytest.raises(PluginError, match="s.json"):
+        random_weights.load(str(tmp_path / "s.json"), "cpu")

@@ -1,0 +1,317 @@
+"""Scripts from the outside, on a tiny model: flags, files, messages, exit codes."""
+
+import contextlib
+import json
+import os
+import runpy
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny import tiny_model, word_text, word_tokenizer
+
+from gpt2.common import files
+from gpt2.compression.calibration.file import load_calibration
+from gpt2.compression.presets import create_cache_from_preset
+from gpt2.experiments.ablation import GROUPS
+
+FOLDER = files.ROOT / "scripts"
+SCRIPTS = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.py"))
+CALIBRATE, TUNE = "calibrate_kv_lowrank", "auto_tune_kv_compression"
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tiny_model("llama").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def space(tmp_path, monkeypatch, model_folder):
+    """An empty working folder with a text; flags that make everything small."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.txt").write_text(word_text(3000))
+    return ["--model", str(model_folder), "--text", "words.txt"]
+
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # as conftest has it for this process
+SMALL = ["--samples", "3", "--seq-len", "64"]
+SMALL_EVAL = ["--eval-tokens", "128", "--eval-seq-len", "64", "--chunk", "16"]
+
+
+def run(script: str, *args) -> int:
+    """Run a script in this process; returns its exit code."""
+    sys_argv, sys.argv = sys.argv, [script, *map(str, args)]
+    try:
+        runpy.run_path(str(files.ROOT / "scripts" / f"{script}.py"), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code or 0
+    finally:
+        sys.argv = sys_argv
+    return 0
+
+
+def listing(folder) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_a_manual(script, capsys):
+    assert run(script, "--help") == 0
+    text = capsys.readouterr().out
+    assert f"python scripts/{script}.py" in text, "an example that can be pasted"
+    assert "(default: " in text
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_unknown_flags_are_refused(script, capsys):
+    assert run(script, "--preset", "x", "--no-such-flag") == 2
+    assert "--no-such-flag" in capsys.readouterr().err
+
+
+def test_calibrate_writes_where_it_is_told(space, tmp_path, capsys):
+    assert run(CALIBRATE, *space, *SMALL, "--rank", 9, "--output", "out/c.pt", "--gradient-checkpointing") == 0
+    assert listing(tmp_path) == {"words.txt", "out/c.pt", "out/c.png"}
+    meta = load_calibration(tmp_path / "out/c.pt").meta
+    assert (meta["rank"], meta["samples"], meta["seq_len"], meta["tokens"]) == (9, 3, 64, 192)
+    said = capsys.readouterr().out
+    assert "energy kept at rank 9 of 12" in said and "need no gradients" in said
+
+
+def test_safetensors_all_the_way(space, tmp_path):
+    """Calibrated into it, tuned from it, found beside the preset."""
+    assert run(CALIBRATE, *space, *SMALL, "--output", "out/c.safetensors") == 0
+    assert listing(tmp_path) == {"words.txt", "out/c.safetensors", "out/c.png"}
+    assert run(TUNE, *space, *SMALL_EVAL, "--target-ppl-delta", "0.9", "--rank-grid", "12", "--bits", "8", "--study",
+               "s.db", "--calibration", "out/c.safetensors", "--output", "out/p.json") == 0  # fmt: skip
+    assert json.loads((tmp_path / "out/p.json").read_text())["calibration_file"] == "c.safetensors"
+    assert (
+        run(
+            "generate_with_preset",
+            *space[:2],
+            "--preset",
+            "out/p.json",
+            "--prompt",
+            "w2 w3 w4",
+            "--max-new-tokens",
+            "3",
+        )
+        == 0
+    )
+
+
+def test_calibrate_without_output_goes_to_results(space, tmp_path):
+    assert run(CALIBRATE, *space, *SMALL) == 0
+    written = {name for name in listing(tmp_path) if name.endswith(".pt")}
+    assert len(written) == 1 and next(iter(written)).startswith("results/calibrations/kv_lowrank_calib_tiny-llama")
+
+
+def test_tune_writes_a_preset_that_makes_a_cache(space, tmp_path, capsys, model_folder):
+    flags = [*space, *SMALL, *SMALL_EVAL, "--target-ppl-delta", "0.9", "--rank-grid", "12,10", "--bits", "16,8"]
+    flags += ["--study", "s.db", "--output", "p.json"]
+    assert run(TUNE, *flags) == 0
+    assert "chosen: rank" in capsys.readouterr().out
+    assert (tmp_path / "p.png").exists()
+    preset = json.loads((tmp_path / "p.json").read_text())
+    keys = ["model", "rank", "target", "bits", "compression_ratio", "baseline_ppl", "compressed_ppl", "ppl_delta"]
+    assert set(keys) | {"calibration_file", "head_dim", "num_layers"} <= preset.keys()
+    assert preset["ppl_delta"] == pytest.approx(preset["compressed_ppl"] / preset["baseline_ppl"] - 1, abs=1e-4)
+    inside = [t for t in preset["trials"] if t["ppl_delta"] <= 0.9]
+    assert preset["compression_ratio"] == pytest.approx(max(t["compression_ratio"] for t in inside), abs=1e-3)
+    cache = create_cache_from_preset(preset)
+    x = torch.randint(2, 97, (1, 30))
+    model = tiny_model("llama")
+    assert model.generate(x, past_key_values=cache, use_cache=True, max_new_tokens=5).shape == (1, 35)
+    # The same command again finds the calibration and every trial done
+    assert run(TUNE, *flags) == 0
+    assert "calibration: using" in (said := capsys.readouterr().out) and "tuning: 3 measured" in said.splitlines()[1]
+
+
+def test_tune_per_layer(space, tmp_path, capsys):
+    flags = [*space, *SMALL_EVAL, "--codec", "identity", "--bits", "8,4", "--target", "kv", "--study", "s.db"]
+    assert run(TUNE, *flags, "--layer-ablation", "--output", "a.json") == 0
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert len(rows) == 3 * 2 * 2 and listing(tmp_path) == {"words.txt", "a.json", "a.png"}, "an ablation, no search"
+    largest = max(row["kl_nats"] for row in rows)
+    assert f"KL {largest:.5f}" in capsys.readouterr().out
+    assert run(TUNE, *flags, "--per-layer", "--target-ppl-delta", "0.02", "--output", "p.json") == 0
+    preset = json.loads((tmp_path / "p.json").read_text())
+    assert any(trial["label"].startswith("per layer ") for trial in preset["trials"])
+    cache = create_cache_from_preset(preset)
+    assert cache.layers[0].stores["V"].compressor.quantizer.bits in (4, 8, 16)
+
+
+def test_tune_without_a_basis_needs_no_calibration(space, tmp_path):
+    flags = [*SMALL_EVAL, "--codec", "identity", "--bits", "8", "--study", "s.db", "--output", "p.json"]
+    assert run(TUNE, *space, *flags, "--target", "kv", "--target-ppl-delta", "0.9") == 0
+    assert not list(tmp_path.rglob("*.pt"))
+    assert create_cache_from_preset(tmp_path / "p.json").codec_bytes() == 0
+
+
+def test_tune_over_budget_writes_no_preset(space, tmp_path, capsys):
+    flags = [*SMALL, *SMALL_EVAL, "--rank-grid", "2,1", "--bits", "4", "--target-ppl-delta", "0.0001"]
+    code = run(TUNE, *space, *flags, "--target", "kv", "--study", "s.db", "--output", "p.json")
+    err = capsys.readouterr().err
+    assert code == 3 and "PPL degradation too high" in err and "Nearest: rank" in err and "--target v" in err
+    assert not {"p.json", "p.png"} & listing(tmp_path)
+
+
+def test_validate_proves_that_the_cache_is_on_the_path(space, tmp_path, capsys):
+    code = run("validate_ppl_postbugfix", *space, *SMALL, *SMALL_EVAL, "--layer-groups", 2, "--output", "v.json")
+    said = capsys.readouterr().out
+    assert code == 0 and "the cache is on the path: identity moves no token" in said
+    record = json.loads((tmp_path / "v.json").read_text())
+    assert (tmp_path / "v.png").exists()
+    assert {row["group"] for row in record["rows"]} == set(GROUPS)
+    identity, lossy = (row for row in record["rows"] if row["group"] == "control")
+    assert identity["largest_nll_change"] == 0 and identity["kl_nats"] == 0
+    assert record["text_sha256"] and record["calibration"]["fingerprint"] == record["fingerprint"]
+
+
+def test_validate_fails_when_its_controls_fail(space, tmp_path, capsys, monkeypatch):
+    """A cache that ignores its codec would make every figure look perfect: that must not pass."""
+    from gpt2.compression.codecs import Compressor
+
+    monkeypatch.setattr(Compressor, "compress", lambda self, x, start=0: {"x": x})
+    monkeypatch.setattr(Compressor, "expand", lambda self, fields, head_dim, dtype, start=0: fields["x"])
+    flags = [*space, *SMALL, *SMALL_EVAL, "--groups", "control", "--output", "v.json"]
+    assert run("validate_ppl_postbugfix", *flags) == 2
+    assert "the controls failed" in capsys.readouterr().err
+
+
+def test_generate_shows_both_texts(space, tmp_path, capsys):
+    assert run(TUNE, *space, *SMALL, *SMALL_EVAL, "--rank-grid", "12", "--bits", "8", "--target-ppl-delta", "0.9",
+               "--study", "s.db", "--output", "p.json") == 0  # fmt: skip
+    assert run("generate_with_preset", *space[:2], "--preset", "p.json", "--prompt", "w2 w3 w4 w5 w6 w7 w8") == 0
+    said = capsys.readouterr().out
+    assert "[uncompressed] " in said and "[compressed] " in said and "x smaller than the float32 cache" in said
+
+
+def test_benchmarks_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "RESULTS", tmp_path)
+    flags = ["--tokens", "16,32", "--layers", 2, "--repeats", 4, "--output", tmp_path / "a.json"]
+    assert run("benchmarks/append", *flags) == 0
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert len(rows) == 8 and all(row["append_ms_median"] > 0 for row in rows)
+
+
+def test_segments_fit_a_model_of_short_context(space, tmp_path):
+    """2048 is more than the tiny model's 512: without a flag the segments are as long as the model allows."""
+    flags = ["--codec", "identity", "--bits", "8", "--eval-tokens", "512", "--target-ppl-delta", "0.9"]
+    assert run(TUNE, *space, *flags, "--study", "s.db", "--output", "p.json") == 0
+    assert json.loads((tmp_path / "p.json").read_text())["figures"]["tokens"] == 511
+
+
+def test_results_name_no_folder_of_the_machine(space, tmp_path):
+    flags = [*SMALL_EVAL, "--codec", "identity", "--bits", "8", "--target-ppl-delta", "0.9", "--output", "p.json"]
+    assert run(TUNE, *space, *flags, "--study", files.ROOT / "results/demo/test.db") == 0
+    args = json.loads((tmp_path / "p.json").read_text())["provenance"]["args"]
+    assert args["study"] == "results/demo/test.db" and args["output"] == "p.json"
+
+
+BAD = [
+    ([CALIBRATE, "--model", "no/such-model"], "can't load model 'no/such-model'"),
+    ([CALIBRATE, "--model", "smollm2-135"], "Did you mean 'smollm2-135m'?"),
+    ([CALIBRATE, "--text", "missing.txt"], "no text 'missing.txt'"),
+    ([CALIBRATE, "--rank", "13"], "rank 13 is out of range: "),
+    ([CALIBRATE, "--rank", "0"], "0 is not a positive number"),
+    ([CALIBRATE, "--seq-len", "4096"], "longer than the 512 that"),
+    ([CALIBRATE, "--seq-len", "511", "--text", "short.txt"], "fewer than one segment of 511"),
+    ([CALIBRATE, "--seq-len", "4"], "longer than the 4 sink tokens"),
+    ([CALIBRATE, "--text", "empty.txt"], "is empty or too short"),
+    ([CALIBRATE, "--device", "cuda:9"], "is not there"),
+    ([CALIBRATE, "--dtype", "int3"], "unknown dtype 'int3'"),
+    ([CALIBRATE, "--output", "words.txt/c.pt"], "can't make the folder"),
+    ([CALIBRATE, "--output", "."], "it is a folder"),
+    ([TUNE, "--target-ppl-delta", "5"], "5 is out of range: 0.05 means 5 %"),
+    ([TUNE, "--target-ppl-delta", "-0.1"], "out of range"),
+    ([TUNE, "--rank-grid", "12,x"], "invalid"),
+    ([TUNE, "--rank-grid", "99"], "rank 99 is out of range"),
+    ([TUNE, "--bits", "7"], "bits 7 is not available: use 4, 8, 16"),
+    ([TUNE, "--target", "q"], "invalid choice"),
+    ([TUNE, "--study", "short.txt"], "can't use short.txt as a study (file is not a database)"),
+    ([TUNE, "--study", "bank.db"], "it is a database of something else"),
+    ([TUNE, "--study", "pipe"], "it is no regular file"),
+    ([TUNE, "--calibration", "words.txt", "--output", "words.txt"], "--output and --text name the same file"),
+    ([CALIBRATE, "--output", "link.txt"], "--output and --text name the same file"),
+    ([CALIBRATE, "--output", "x" * 300], "File name too long"),
+    (["generate_with_preset", "--preset", "x" * 300 + ".json"], "no preset file"),
+    ([TUNE, "--study", "half.db"], "can't use half.db as a study"),
+    ([TUNE, "--calibration", "words.txt", *SMALL_EVAL], "not a readable calibration file"),
+    (["validate_ppl_postbugfix", "--groups", "rank,nope"], "unknown nope"),
+    (["generate_with_preset", "--preset", "\x1b[2J.json"], r"no preset file \x1b[2J.json"),
+    (["generate_with_preset", "--preset", "missing.json"], "no preset file missing.json"),
+    (["generate_with_preset", "--preset", "r112-vonly", "--model", "Qwen/Qwen2.5-7B"], "did you mean 'r120-vonly'?"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), BAD, ids=lambda value: " ".join(value) if type(value) is list else "")
+def test_bad_input_is_one_clear_line(command, message, space, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "short.txt").write_text(word_text(300))
+    (tmp_path / "half.db").write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
+    (tmp_path / "link.txt").symlink_to("words.txt")
+    os.mkfifo(tmp_path / "pipe")
+    with contextlib.closing(sqlite3.connect(tmp_path / "bank.db")) as bank:
+        bank.execute("CREATE TABLE accounts (money)")
+    before = listing(tmp_path)
+    script, *flags = command
+    defaults = dict(zip(space[::2], space[1::2], strict=True)) if script != "generate_with_preset" else {}
+    code = run(script, *(word for pair in defaults.items() for word in pair if pair[0] not in flags), *flags)
+    err = capsys.readouterr().err
+    assert code == 2 and message in err and "Traceback" not in err
+    assert listing(tmp_path) == before, "nothing may be left behind"
+
+
+def test_out_of_memory_gives_advice(space, tmp_path, capsys, monkeypatch):
+    import gpt2.compression.calibration.calibrate as module
+
+    def explode(*args, **kwargs):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 10 bytes")
+
+    monkeypatch.setattr(module, "collect", explode)
+    assert run(CALIBRATE, *space, *SMALL, "--output", "c.pt") == 4
+    err = capsys.readouterr().err
+    assert (
+        "out of memory" in err and "--samples" in err and "--seq-len 512" in err and "--gradient-checkpointing" in err
+    )
+    assert "c.pt" not in listing(tmp_path)
+
+
+def test_an_interrupted_tuning_resumes(space, tmp_path, capsys):
+    """Killed ones: tests/test_kills.py, and what a dead worker was at, tests/test_autotune.py."""
+    flags = [*space, *SMALL, "--eval-tokens", "192", "--eval-seq-len", "192", "--chunk", "1", "--bits", "16,8,4"]
+    flags += ["--rank-grid", "12,8", "--target-ppl-delta", "0.9", "--study", "s.db", "--output", "p.json"]
+    command = [sys.executable, str(files.ROOT / "scripts" / f"{TUNE}.py"), *flags]
+    child = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
+    )
+    for line in child.stdout:
+        if "1 measured" in line:
+            break
+    time.sleep(0.1)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and "Traceback" not in err
+    assert "p.json" not in listing(tmp_path) and not list(tmp_path.rglob(".p.json*"))
+    assert run(TUNE, *flags) == 0
+    first = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("tuning:"))
+    assert int(first.split()[1]) >= 1, "what was measured before the interrupt is not measured again"
+
+
+def test_scripts_run_from_another_folder(tmp_path, model_folder):
+    """`python path/to/script` must not need the working folder to be the checkout."""
+    (tmp_path / "words.txt").write_text(word_text(3000))
+    script = files.ROOT / "scripts" / f"{CALIBRATE}.py"
+    command = [sys.executable, script, "--model", model_folder, "--text", "words.txt", *SMALL, "--output", "c.pt"]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    assert {"c.pt", "c.png"} <= listing(tmp_path)
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,300 @@
+"""Every trouble that the guide knows, made on purpose: message, advice, a non-zero exit, nothing half-written."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+
+import pytest
+import torch
+from test_scripts import SMALL, SMALL_EVAL, listing, run
+from tiny import tiny_model, word_text, word_tokenizer
+
+from gpt2.common import files
+from gpt2.compression.calibration.file import load_calibration
+from gpt2.compression.presets import create_cache_from_preset
+from gpt2.models import loading, random_weights
+
+CALIBRATE, TUNE, VALIDATE = "calibrate_kv_lowrank", "auto_tune_kv_compression", "validate_ppl_postbugfix"
+NEEDLE, STABILITY, PROFILE = "eval_long_context_needle", "eval_stability", "profile_kv_performance"
+GENERATE = "generate_with_preset"
+WITH_PRESET = (NEEDLE, STABILITY, PROFILE, GENERATE)  # scripts that take --preset
+WITH_TEXT = (CALIBRATE, TUNE, VALIDATE, NEEDLE, STABILITY)  # scripts that take --text
+EVERY = (*WITH_TEXT, PROFILE, GENERATE)
+# What keeps each script small; a preset that needs no calibration where one is asked for
+FLAGS = {
+    CALIBRATE: SMALL,
+    TUNE: [*SMALL, *SMALL_EVAL, "--rank-grid", "9", "--bits", "8", "--target-ppl-delta", "0.9", "--study", "s.db"],
+    VALIDATE: [*SMALL, *SMALL_EVAL, "--groups", "control"],
+    NEEDLE: ["--preset", "free.json", "--context-lengths", "128", "--num-trials", "1", "--needle-positions", "0.5"],
+    STABILITY: [
+        "--preset",
+        "free.json",
+        *SMALL_EVAL,
+        "--num-runs",
+        "2",
+        "--needle-length",
+        "128",
+        "--needle-trials",
+        "1",
+    ],
+    PROFILE: ["--preset", "free.json", "--context-lengths", "32", "--batch-sizes", "1", "--repeats", "1"],
+    GENERATE: ["--preset", "free.json", "--prompt", "w2 w3 w4", "--max-new-tokens", "4"],
+}
+PRESET = {
+    "model": "tiny", "rank": 9, "target": "v", "bits": 8, "compression_ratio": 1.5, "baseline_ppl": 20.0,
+    "compressed_ppl": 21.0, "ppl_delta": 0.05, "calibration_file": "c.pt", "head_dim": 12, "num_layers": 3,
+}  # fmt: skip
+FREE = PRESET | {"codec": "identity", "calibration_file": ""}
+
+
+def saved(folder, family="llama", change=lambda model: None):
+    model = tiny_model(family)
+    change(model)
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory, model_folder):
+    """A good calibration of the tiny model, made by the script."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "words.txt").write_text(word_text(3000))
+    code = run(CALIBRATE, "--model", model_folder, "--text", folder / "words.txt", *SMALL, "--output", folder / "c.pt")
+    assert code == 0
+    return folder / "c.pt"
+
+
+@pytest.fixture
+def space(tmp_path, monkeypatch):
+    """An empty working folder, with a text and a preset that needs no calibration."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.txt").write_text(word_text(3000))
+    (tmp_path / "free.json").write_text(json.dumps(FREE))
+    return tmp_path
+
+
+def fails(capsys, space, script: str, *flags, code: int = 2, model=None, text="words.txt", also=()) -> str:
+    """Run a script that must fail with one clear error and leave nothing; returns what it said."""
+    before = listing(space)
+    given = ["--model", model] if model else []
+    given += ["--text", text] if script in WITH_TEXT and "--text" not in flags else []
+    assert run(script, *given, *FLAGS[script], *flags) == code
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and err.count("error: ") == 1, err
+    left = listing(space) - before - {"s.db", "s.db.lock"} - set(also)
+    assert left == set(), "nothing may be left behind"
+    return err
+
+
+# --- "Calibration file not found"
+
+
+@pytest.mark.parametrize("script", WITH_PRESET)
+def test_calibration_file_not_found(script, space, capsys, model_folder):
+    (space / "p.json").write_text(json.dumps(PRESET | {"calibration_file": "lost.pt"}))
+    err = fails(capsys, space, script, "--preset", "p.json", model=model_folder)
+    assert "Calibration file not found: lost.pt" in err and "Looked at: " in err
+    assert "python scripts/calibrate_kv_lowrank.py --model tiny --rank 9" in err, "the command that makes it"
+
+
+def test_the_guides_remedy_is_the_full_path(space, calibration, model_folder):
+    preset = PRESET | {"calibration_file": "lost.pt"}
+    preset["calibration_file"] = str(calibration)
+    assert create_cache_from_preset(preset).codec_bytes() > 0
+    (space / "p.json").write_text(json.dumps(preset))
+    assert run(GENERATE, "--model", model_folder, *FLAGS[GENERATE], "--preset", "p.json") == 0
+
+
+# --- "PPL degradation too high"
+
+
+def test_ppl_degradation_too_high(space, capsys, model_folder, calibration):
+    tight = ["--calibration", calibration, "--rank-grid", "1", "--bits", "4", "--target-ppl-delta", "0.0001"]
+    err = fails(capsys, space, TUNE, *tight, "--target", "kv", "--output", "p.json", code=3, model=model_folder)
+    assert "PPL degradation too high" in err and "No preset was written" in err
+    assert "increase the rank" in err and "V only" in err and "int8 instead of int4" in err, (
+        "the guide's three remedies"
+    )
+
+
+# --- "OOM during calibration"
+
+
+@pytest.mark.parametrize("script", [CALIBRATE, TUNE, VALIDATE])
+def test_out_of_memory_during_calibration(script, space, capsys, monkeypatch, model_folder):
+    import gpt2.compression.calibration.calibrate as module
+
+    def explode(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(module, "collect", explode)
+    err = fails(capsys, space, script, "--output", "o.json", code=4, model=model_folder)
+    assert "--samples" in err and "--seq-len 512" in err
+    assert ("--gradient-checkpointing" in err) == (script == CALIBRATE), "only flags that the script has"
+
+
+def test_the_remedies_for_it_are_flags_that_work(space, model_folder):
+    flags = ["--samples", "2", "--seq-len", "48", "--gradient-checkpointing", "--rank", "9", "--output", "c.pt"]
+    assert run(CALIBRATE, "--model", model_folder, "--text", "words.txt", *flags) == 0
+    assert (load_calibration(space / "c.pt").meta["samples"], load_calibration(space / "c.pt").meta["seq_len"]) == (
+        2,
+        48,
+    )
+
+
+# --- "Model doesn't have past_key_values"
+
+
+@pytest.mark.parametrize("script", EVERY)
+def test_model_without_a_cache(script, space, capsys):
+    saved(space / "no-cache", change=lambda model: setattr(model.config, "use_cache", False))
+    err = fails(capsys, space, script, "--output" if script != GENERATE else "--prompt", "o.json", model="no-cache")
+    assert "Model doesn't have past_key_values" in err and "use_cache is False" in err and "supported: " in err
+
+
+# --- inputs that no run may take
+
+
+@pytest.mark.parametrize("script", WITH_TEXT)
+@pytest.mark.parametrize(
+    ("words", "message"), [("", "is empty or too short"), (word_text(40), "fewer than"), (None, "no text")]
+)
+def test_text_that_is_empty_short_or_missing(script, words, message, space, capsys, model_folder):
+    if words is not None:
+        (space / "t.txt").write_text(words)
+    err = fails(capsys, space, script, "--text", "t.txt", "--output", "o.json", model=model_folder)
+    assert message in err and "t.txt" in err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("script", [CALIBRATE, TUNE, VALIDATE, STABILITY])
+def test_activations_that_are_not_numbers(script, value, space, capsys):
+    def poison(model):
+        model.model.layers[1].self_attn.v_proj.weight[0, 0] = value
+
+    saved(space / "poisoned", change=poison)
+    err = fails(capsys, space, script, "--output", "o.json", model="poisoned")
+    assert re.search("NaN or infinit", err) and "--dtype float32" in err
+
+
+@pytest.mark.parametrize("script", [TUNE, VALIDATE])
+def test_a_calibration_of_another_model(script, space, capsys, calibration):
+    saved(space / "other", change=lambda model: model.model.layers[0].mlp.up_proj.weight.neg_())
+    err = fails(capsys, space, script, "--calibration", calibration, "--output", "o.json", model="other")
+    assert str(calibration) in err and "but the model is other" in err and "calibrate this model" in err
+
+
+@pytest.mark.parametrize("script", WITH_PRESET)
+def test_a_preset_whose_calibration_is_of_another_model(script, space, capsys, calibration):
+    saved(space / "other", change=lambda model: model.model.layers[0].mlp.up_proj.weight.neg_())
+    (space / "p.json").write_text(json.dumps(PRESET | {"calibration_file": str(calibration)}))
+    err = fails(capsys, space, script, "--preset", "p.json", model="other")
+    assert "calibrated on" in err and "but the model is other" in err
+
+
+class Payload:
+    def __reduce__(self):
+        return (os.mkdir, ("pwned",))
+
+
+def hostile(path, good):
+    with path.open("wb") as file:
+        pickle.dump(Payload(), file)
+
+
+def hostile_inside(path, good):
+    """A real archive of torch's whose pickle runs code when it is unpickled."""
+    torch.save({"format": "kv-plugin-calibration/1", "meta": Payload()}, path)
+
+
+def truncated(path, good):
+    path.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [hostile, hostile_inside, truncated, lambda path, good: path.write_bytes(b"")])
+@pytest.mark.parametrize("script", [TUNE, VALIDATE])
+def test_a_bad_calibration_file_is_never_run(damage, script, space, capsys, calibration, model_folder):
+    damage(space / "bad.pt", calibration)
+    err = fails(capsys, space, script, "--calibration", "bad.pt", "--output", "o.json", model=model_folder)
+    assert "bad.pt: not a readable calibration file" in err and "make it again" in err
+    assert not (space / "pwned").exists(), "code from the file was run"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": None}, "key 'rank'"),
+        ({"rank": 99}, "key 'rank': expected 1 to head_dim 12, found 99"),
+        ({"bits": 3}, "key 'bits': expected 4 or 8 or 16"),
+        ({"target": "q"}, "key 'target': expected v, k or kv"),
+        ({"num_layers": -3}, "key 'num_layers'"),
+        ({"head_dim": 10**9}, "head_dim"),
+        ({"head_dim": 10**9, "codec": "ln_nullspace"}, "head_dim"),
+        ({"name": ["x"]}, "key 'name'"),
+        ({"codec": "pcb"}, "did you mean 'pca'"),
+        ({"sink_tokens": -1}, "key 'sink_tokens'"),
+        ({"layers": [1, 2]}, "key 'layers'"),
+        ({"format": "other/9"}, "key 'format'"),
+    ],
+)
+@pytest.mark.parametrize("script", WITH_PRESET)
+def test_a_preset_with_absurd_keys(script, change, message, space, capsys, model_folder):
+    (space / "p.json").write_text(json.dumps(FREE | change))
+    assert message in fails(capsys, space, script, "--preset", "p.json", model=model_folder)
+
+
+@pytest.mark.parametrize("key", ["model", "rank", "target", "bits", "calibration_file", "head_dim", "num_layers"])
+def test_a_preset_with_a_missing_key(key, space, capsys, model_folder):
+    (space / "p.json").write_text(json.dumps({k: v for k, v in FREE.items() if k != key}))
+    assert f"key '{key}': expected" in fails(capsys, space, GENERATE, "--preset", "p.json", model=model_folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rank": NaN}', "\x00\x01"])
+def test_a_preset_that_is_no_preset(text, space, capsys, model_folder):
+    (space / "p.json").write_text(text)
+    assert "p.json: " in fails(capsys, space, GENERATE, "--preset", "p.json", model=model_folder)
+
+
+@pytest.mark.parametrize("script", [name for name in EVERY if name != GENERATE])
+@pytest.mark.parametrize("output", ["words.txt/o.json", ".", "o.png"])
+def test_an_output_that_can_not_be_written_stops_before_the_work(script, output, space, capsys, monkeypatch):
+    monkeypatch.setattr(loading, "load", lambda *args: pytest.fail("the work began"))
+    monkeypatch.setattr(random_weights, "load", lambda *args: pytest.fail("the work began"))
+    err = fails(capsys, space, script, "--output", output)
+    assert "can't make the folder" in err or "it is a folder" in err or "the picture goes there" in err
+
+
+def test_a_disk_that_is_full_leaves_no_half_file(space, capsys, monkeypatch, model_folder):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.torch, "save", full)
+    err = fails(capsys, space, CALIBRATE, "--output", "c.pt", model=model_folder)
+    assert "can't write c.pt: No space left on device" in err
+
+
+@pytest.mark.parametrize("script", EVERY)
+@pytest.mark.parametrize(
+    "flags", [["--device", "tpu"], ["--dtype", "int3"], ["--model", "no/such"], ["--sampels", "3"]]
+)
+def test_bad_flags(script, flags, space, capsys, model_folder):
+    model = None if "--model" in flags else model_folder
+    err = fails(capsys, space, script, *flags, model=model)
+    assert any(word in err for word in (f"'{flags[1]}'", flags[0]))
+
+
+def test_results_of_a_failed_run_do_not_replace_good_ones(space, capsys, calibration, model_folder):
+    """An earlier preset stays as it was when the next search finds nothing."""
+    shutil.copy(space / "free.json", space / "p.json")
+    before = (space / "p.json").read_bytes()
+    tight = ["--calibration", calibration, "--rank-grid", "1", "--bits", "4", "--target-ppl-delta", "0.0001"]
+    fails(capsys, space, TUNE, *tight, "--target", "kv", "--output", "p.json", code=3, model=model_folder)
+    assert (space / "p.json").read_bytes() == before

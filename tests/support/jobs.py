@@ -1,0 +1,173 @@
+"""Every script that writes, with flags that make it small, and a folder in which it finds what it reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkouts import fake, make_checkout
+from test_scripts import SMALL, SMALL_EVAL
+from test_troubleshooting import FREE
+from tiny import char_tokenizer, tiny_model, word_text
+
+from gpt2.common import files
+from gpt2.runs import config, worker
+from gpt2.tuning import grid_search
+
+TEXT = ["--model", "tiny", "--text", "words.txt"]
+PRESET = ["--preset", "free.json"]
+TUNING = [*TEXT, *SMALL, *SMALL_EVAL, "--target-ppl-delta", 0.9, "--study", "s.db", "--output", "out/r.json"]
+GRID = [*TUNING, "--rank-grid", "12,10", "--bits", 8]
+RUN = ["--output", "out/r.json"]
+NEEDLE = ["--num-trials", 1]
+
+
+def soon_stale() -> None:
+    """A dead worker's trial is taken over after two seconds."""
+    grid_search.HEARTBEAT_SECONDS, grid_search.STALE_SECONDS = 1, 2
+    worker.Pace.__init__.__defaults__ = (1, 2, 0.1)
+
+
+def in_this_checkout() -> None:
+    """The working folder is the checkout whose results and pages are made."""
+    files.ROOT, files.RESULTS = Path.cwd(), Path.cwd() / "results"
+    config.Setting.__init__.__defaults__ = (*config.Setting.__init__.__defaults__[:-1], Path.cwd())
+
+
+@dataclass(frozen=True)
+class Job:
+    """A script with flags. record: what it writes last; timed: keys of it that are times, and what comes of them.
+
+    before: called before its main; long: seconds of other processes, which `make test` does without.
+    """
+
+    script: str
+    flags: list
+    record: str | None = "out/r.json"
+    timed: frozenset[str] = frozenset()
+    before: tuple[Callable[[], None], ...] = ()
+    long: bool = False
+
+
+def timed(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+JOBS = {
+    "tune": Job("auto_tune_kv_compression", GRID, before=(soon_stale,)),
+    "tune per layer": Job("auto_tune_kv_compression", [*GRID, "--per-layer"], long=True, before=(soon_stale,)),
+    "tune codecs": Job(
+        "auto_tune_kv_compression",
+        [*TUNING, "--search", "codec", "--codecs", "identity", "--num-trials", 3],
+        before=(soon_stale,),
+    ),
+    "append": Job(
+        "benchmarks/append",
+        ["--tokens", "16,32", "--layers", 2, "--repeats", 4, *RUN],
+        timed=timed("append_ms_median append_ms_quartiles"),
+    ),
+    "attention": Job(
+        "benchmarks/attention",
+        ["--context-lengths", 128, "--heads", 4, "--kv-heads", 2, "--head-dim", 64, "--repeats", 2, "--flush-mib", 1]
+        + ["--copy-mib", 1, "--quantizers", "int8", *RUN],
+        timed=timed(
+            "best_16_bit copy_bytes_per_s bytes_per_s ms ms_median ms_quartiles share_of_copy host_ms_median "
+            "speed_against_best_16_bit_median speed_against_best_16_bit_quartiles "
+            "speed_against_sdpa_median speed_against_sdpa_quartiles"
+        ),
+    ),
+    "calibrating": Job(
+        "benchmarks/calibration",
+        ["--model", "{home}/tiny", "--text", "{home}/words.txt", "--samples", 2, "--seq-len", 64, "--repeats", 2, *RUN],
+        timed=timed("peak_rss_mb_by_samples ratio_to_forward times_s"),
+        long=True,
+    ),
+    "calibrate": Job("calibrate_kv_lowrank", [*TEXT, *SMALL, "--output", "out/c.pt"], record=None),
+    "peers": Job(
+        "compare_peers",
+        [*TEXT, *SMALL_EVAL, "--peers", "kivi", *PRESET, "--needle-context-lengths", "none", *RUN],
+    ),
+    "needle": Job(
+        "eval_long_context_needle",
+        [*TEXT, *PRESET, "--context-lengths", 256, *NEEDLE, "--needle-positions", 0.5, *RUN],
+    ),
+    "stability": Job(
+        "eval_stability",
+        [*TEXT, *PRESET, *SMALL_EVAL, "--num-runs", 2, "--vary", "text", "--needle-length", 256]
+        + ["--needle-trials", 1, *RUN],
+        timed=timed("speed_ratio token_ms"),
+    ),
+    "explore": Job(
+        "benchmarks/codec_variations",
+        [*TEXT, *SMALL, "--seq-len", 128, "--eval-tokens", 128, "--eval-seq-len", 128, "--bits", 4]
+        + ["--rows", "rotation", *RUN],
+    ),
+    "batch": Job(
+        "benchmarks/largest_batch",
+        ["--model", "tiny", *PRESET, "--context-length", 64, "--most", 2, "--decode-tokens", 2, *RUN],
+        timed=timed("token_ms tokens_per_s"),
+    ),
+    "architectures": Job("benchmarks/architectures", ["--families", "llama", *RUN]),
+    "presets": Job(
+        "make_presets",
+        [*TEXT, *SMALL, *SMALL_EVAL, "--seq-len", 100, "--ratios", "2,6.4", "--output", "out"],
+        record="out/runs/ladder_tiny.json",
+    ),
+    "report": Job("make_report", ["--results", "results", "--output", "out/r.html"], record=None),
+    "bytes": Job("benchmarks/cache_bytes", ["--model", "tiny", *PRESET, "--context-lengths", 64, *RUN]),
+    "scaling": Job(
+        "benchmarks/scaling",
+        ["--model", "four", "--quick", "--shapes", "h64.json", "--timed-shapes", "h64.json,h96.json,h128.json"]
+        + ["--cache-shapes", "h64.json", "--context-lengths", 256, "--presets", "kv8", "--timed-presets", "kv4"]
+        + ["--repeats", 1, *RUN],
+        timed=timed(
+            "fitting_s ratio_median ratio_quartiles exponent exponent_interval farthest_from_line medians values"
+        ),
+        long=True,
+    ),
+    "profile": Job(
+        "profile_kv_performance",
+        ["--model", "tiny", *PRESET, "--context-lengths", 32, "--batch-sizes", 1, "--repeats", 1, "--decode-tokens", 2]
+        + RUN,
+        timed=timed(
+            "instrumented_token_ms peak_memory_bytes peak_memory_over_start_bytes ratio_to_baseline share_of_step "
+            "token_ms token_ms_median token_ms_quartiles tokens_per_s_median tokens_per_s_quartiles ttft_ms "
+            "ttft_ms_median ttft_ms_quartiles"
+        ),
+    ),
+    "validate": Job("validate_ppl_postbugfix", [*TEXT, *SMALL, *SMALL_EVAL, "--groups", "control", *RUN]),
+    "tables": Job(
+        "reproduce_tables",
+        ["one", "two", "three", "--text", "words.txt"],
+        record=None,
+        before=(in_this_checkout, soon_stale),
+    ),
+    "readme": Job("update_readme", [], record=None, before=(in_this_checkout,)),
+}
+
+
+def make_home(home: Path) -> None:
+    """The tiny model and a text, and a folder `space` to be copied for each run."""
+    tiny_model("llama").save_pretrained(home / "tiny")
+    tiny_model("llama", num_hidden_layers=4).save_pretrained(home / "four")
+    for name in ("tiny", "four"):
+        char_tokenizer().save_pretrained(home / name)
+    (home / "words.txt").write_text(word_text(3000))
+    runs = {name: fake({"size": size}) for size, name in enumerate(("one", "two"))}
+    space = make_checkout(home / "space", t=runs | {"three": fake(needs=["one"])})
+    for name in ("tiny", "four"):
+        (space / name).symlink_to(home / name)
+    shape = json.loads((home / "four" / "config.json").read_text())
+    for hidden in (64, 96, 128):
+        made = shape | {"hidden_size": hidden, "head_dim": hidden // 4}
+        (space / f"h{hidden}.json").write_text(json.dumps(made))
+    shutil.copy(home / "words.txt", space)
+    (space / "free.json").write_text(json.dumps(FREE))
+    (space / "results" / "runs").mkdir(parents=True)
+    shutil.copy(files.RESULTS / "runs" / "benchmark_append.json", space / "results" / "runs")
+    (space / "docs").mkdir()
+    for page in ("README.md", "docs/a.md"):
+        (space / page).write_text("# Page\n\n<!-- results: benchmark_append -->\nold\n<!-- end -->\n")

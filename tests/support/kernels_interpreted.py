@@ -1,0 +1,275 @@
+"""Triton kernels in Triton's interpreter, against PyTorch. Not collected: test_kernels.py runs it in a process of
+its own, because TRITON_INTERPRET=1 has to be there before Triton is imported, and would change every other test."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from hostile import hostile
+from tiny import tiny_model
+from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from gpt2.compression.attention import enable_compressed_attention
+from gpt2.compression.cache import direct_attention, triton_attention
+from gpt2.compression.cache.token_store import TokenStore
+from gpt2.compression.codecs import QUANTIZERS, Compressor, JointTransform, Quantizer, Transform
+from gpt2.compression.codecs.mixed import WIDTHS, Mixed, MixedFixed
+from gpt2.compression.codecs.rope import Rotary
+from gpt2.compression.compressed_cache import CompressedDynamicCache
+from gpt2.compression.kernels import dispatch, triton_quantize
+
+H = 2  # KV heads, where a test doesn't say otherwise
+NAMES = tuple(QUANTIZERS)
+HARD = ("no variance in most channels", "constant", "massive activations", "massive first tokens", "near float16's end",
+        "times 1e-30", "times 1e+17")  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of an exp2 that is rightly 0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bfloat16_products():
+    """The interpreter holds bfloat16 as its bits, and tl.dot would multiply those."""
+    dot = InterpreterBuilder.create_dot
+
+    def exact(x: TensorHandle) -> TensorHandle:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, exact(a), exact(b), *rest))
+        yield
+
+
+def quantizer(name: str, rank: int, groups: int = H) -> Quantizer:
+    if name != "mixed_fixed":
+        return QUANTIZERS[name]
+    every = torch.arange(groups * rank) * 5 % len(WIDTHS)
+    return MixedFixed(4.0, every.view(groups, rank))
+
+
+def transform(rank: int, width: int, groups: int = H) -> Transform:
+    generator = torch.Generator().manual_seed(rank)
+    E = torch.linalg.qr(torch.randn(groups, width, width, generator=generator)).Q[..., :rank].contiguous()
+    return Transform(E, E.mT.contiguous(), torch.randn(groups, width, generator=generator))
+
+
+def compressor(name: str, d: int, rank: int | None = None) -> Compressor:
+    return Compressor(quantizer(name, rank or d), transform(rank, d) if rank else None)
+
+
+def tokens(n: int, d: int, batch: int = 1, heads: int = H, seed: int = 0) -> Tensor:
+    """[B, H, n, d], channels of very different size, so that mixed gives them all widths."""
+    x = torch.randn(batch, n, heads, d, generator=torch.Generator().manual_seed(seed))
+    return (x * torch.logspace(0.5, -1, d)).transpose(1, 2)
+
+
+def store(own: Compressor, x: Tensor, chunks: tuple[int, ...], sinks: int = 4, recent: int = 0) -> TokenStore:
+    made = TokenStore(own, sinks, recent)
+    made.prepare(x, "test")
+    for chunk in x.split(chunks, dim=2):
+        made.append(chunk)
+    return made
+
+
+def make(
+    k: Compressor, v: Compressor, d: int, *, n: int = 150, chunks=(), queries: int = 1, per_head: int = 1,
+    batch: int = 1, dtype=torch.float32, **layout,
+):  # fmt: skip
+    """K's store, V's store and a query [B, Hq, Q, d]."""
+    chunks = chunks or (n,)
+    sides = (tokens(sum(chunks), d, batch, seed=seed).to(dtype) for seed in (1, 2))
+    stores = (store(own, x, chunks, **layout) for own, x in zip((k, v), sides, strict=True))
+    return *stores, tokens(queries, d, batch, H * per_head, seed=3).to(dtype)
+
+
+def compare(monkeypatch, k, v, query, mask=None, tolerance: float = 1.2e-5, **options) -> None:
+    found = triton_attention.attend(k, v, query, mask, 0.3, **options)
+    assert found is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "usable", lambda x: False)
+        expected = direct_attention.attend(k, v, query, mask, 0.3, **options)
+    assert (found.shape, found.dtype) == (expected.shape, query.dtype)
+    error = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+    assert error < tolerance
+    torch.testing.assert_close(
+        direct_attention.attend(k, v, query, mask, 0.3, **options), found, rtol=0, atol=0
+    )  # it is used
+
+
+@pytest.mark.parametrize("k", NAMES)
+@pytest.mark.parametrize("step", (0, 1, 4))
+def test_every_quantizer_for_k_and_for_v(k, step, monkeypatch):
+    v = NAMES[(NAMES.index(k) + step) % len(NAMES)]
+    compare(monkeypatch, *make(compressor(k, 16), compressor(v, 16, rank=9), 16, sinks=0 if step == 1 else 4))
+
+
+@pytest.mark.parametrize("bits", (1.5, 3.0, 4.0, 8.0))
+def test_every_budget_of_mixed(bits, monkeypatch):
+    own = Compressor(Mixed(bits), transform(30, 32))
+    compare(monkeypatch, *make(own, own, 32))
+
+
+@pytest.mark.parametrize("d", (16, 12, 80))
+def test_mixed_widths_far_from_zero(d, monkeypatch):
+    """Some channels' offsets lie behind the metadata, and are found among those that don't."""
+    own = Compressor(Mixed(4.5))
+    bias = 400 * torch.linspace(-1, 1, d) * (torch.arange(d) % 3 > 0)
+    keys, values = (tokens(150, d, seed=seed) + bias for seed in (1, 2))
+    k, v = (store(own, x, (150,)) for x in (keys, values))
+    assert (k.read() - keys).abs().amax() < 1, "nearer than an offset in a byte comes"
+    compare(monkeypatch, k, v, tokens(1, d, seed=3) / 400)
+
+
+@pytest.mark.parametrize(("d", "rank"), [(64, None), (64, 60), (80, None), (96, 90), (128, None), (256, None)])
+@pytest.mark.parametrize("name", ("int4", "int4_channel"))
+def test_head_widths_and_ranks(name, d, rank, monkeypatch):
+    own = compressor(name, d, rank)
+    compare(monkeypatch, *make(own, own, d, n=80, per_head=3))
+
+
+@pytest.mark.parametrize("name", ("none", "int8", "mixed"))
+def test_rank_60_of_64(name, monkeypatch):
+    own = compressor(name, 64, 60)
+    compare(monkeypatch, *make(own, own, 64, n=80, per_head=3))
+
+
+@pytest.mark.parametrize("sinks", (0, 4, 70))
+@pytest.mark.parametrize("pair", [("int8", "int4"), ("mixed", "int4"), ("none", "int4_channel")])
+def test_sinks_pieces_and_recent_tokens(sinks, pair, monkeypatch):
+    k, v = (compressor(name, 16) for name in pair)
+    stores = make(k, v, 16, chunks=(140, 60, 1, 1, 1, 130), sinks=sinks, recent=5)
+    assert max(len(list(own.pieces())) for own in stores[:2]) > 2
+    compare(monkeypatch, *stores)
+
+
+@pytest.mark.parametrize("per_head", (1, 3))
+@pytest.mark.parametrize("queries", (1, 3))
+def test_left_padding(per_head, queries, monkeypatch):
+    own = compressor("int4_channel", 16), compressor("int8", 16)
+    stores = make(*own, 16, n=140, batch=2, per_head=per_head, queries=queries)
+    seen = torch.ones(2, 1, queries, 145, dtype=torch.bool).tril(140 - queries)  # wider than the cache, as static masks
+    seen[1, ..., :90] = False
+    compare(monkeypatch, *stores, seen)
+    compare(monkeypatch, *stores, torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min))
+    compare(monkeypatch, *stores, torch.zeros(seen.shape).masked_fill(~seen, float("-inf")))
+    seen[1, ..., :140] = False
+    out = triton_attention.attend(*stores, seen, 0.3)
+    assert out.isfinite().all()
+
+
+def test_mask_of_each_head(monkeypatch):
+    stores = make(compressor("int4", 16), compressor("int4", 16), 16, per_head=3, queries=2)
+    bias = torch.randn(1, 3 * H, 2, 150, generator=torch.Generator().manual_seed(5))
+    compare(monkeypatch, *stores, bias)
+
+
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"sinks": True}, {"softcap": 5.0, "sinks": True}], ids=str)
+def test_softcap_and_sink_logits(options, monkeypatch):
+    own = compressor("int8_channel", 16, 12)
+    stores = make(own, own, 16, per_head=3, queries=2)
+    if "sinks" in options:
+        options = options | {"sinks": torch.linspace(-1, 3, 3 * H)}
+    compare(monkeypatch, *stores, **options)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("none", torch.float16), *((name, torch.bfloat16) for name in NAMES)])
+def test_16_bit_models(name, dtype, monkeypatch):
+    own = compressor(name, 32, 30)
+    compare(monkeypatch, *make(own, own, 32, dtype=dtype), tolerance=6 * torch.finfo(dtype).eps)
+
+
+def test_one_basis_for_two_heads(monkeypatch):
+    own = [Compressor(quantizer(name, 40, 1), transform(40, 64, groups=1)) for name in ("mixed_fixed", "int4")]
+    compare(monkeypatch, *make(*own, 32, per_head=3))
+
+
+def test_after_crop_and_batch_selection(monkeypatch):
+    own = compressor("int4_channel", 16), compressor("int4_channel", 16)
+    k, v, query = make(*own, 16, n=200, batch=3)
+    for side in (k, v):
+        side.crop(40)
+        side.map_(lambda x: x[[2, 0]])
+    compare(monkeypatch, k, v, query[:2])
+    for side in (k, v):
+        side.map_(lambda x: x.transpose(0, 1).contiguous().transpose(0, 1))  # not as kernels expect
+    compare(monkeypatch, k, v, query[:2])
+
+
+def test_a_model_generates_the_same(monkeypatch):
+    model = enable_compressed_attention(tiny_model())
+    layers = model.config.num_hidden_layers
+    ids = torch.arange(3, 3 + 80)[None] % model.config.vocab_size
+
+    def generate() -> Tensor:
+        sides = [[Compressor(QUANTIZERS[name])] * layers for name in ("int8_channel", "int8")]
+        cache = CompressedDynamicCache(*sides)
+        return model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+
+    attended = []
+    attend = triton_attention.attend_compressed
+    monkeypatch.setattr(triton_attention, "attend_compressed", lambda *args: attended.append(1) or attend(*args))
+    found = generate()
+    assert attended
+    monkeypatch.setattr(dispatch, "usable", lambda x: False)
+    assert torch.equal(found, generate())
+
+
+def test_a_kernel_that_does_not_fit(monkeypatch):
+    own = compressor("int8", 16)
+    stores = make(own, own, 16)
+
+    def refuse(*args):
+        raise triton_attention.OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(triton_attention, "_too_large", set())
+    monkeypatch.setattr(triton_attention, "attend_compressed", refuse)
+    assert triton_attention.attend(*stores, None, 1.0) is None
+    monkeypatch.setattr(triton_attention, "attend_compressed", None)
+    assert triton_attention.attend(*stores, None, 1.0) is None  # it isn't tried again
+
+
+def test_pytorch_takes_what_has_no_kernel():
+    own = compressor("int8", 16)
+    k, v, query = make(own, own, 16)
+    assert triton_attention.attend(k, v, query.double(), None, 1.0) is None
+    assert triton_attention.attend(k, v, query.expand(1, H, 65, 16), None, 1.0) is None  # more rows than a tile has
+    assert triton_attention.attend(k, v, query.clone().requires_grad_(), None, 1.0) is None
+    shared = Compressor(own.quantizer, transform(20, 32, groups=1))  # K by head, V by pairs of heads
+    assert not triton_attention.supported(own, shared, query, H)
+    joint = transform(20, 32)
+    turned = JointTransform(joint.E, joint.D, joint.mean, Rotary(torch.ones(8)))
+    assert not triton_attention.supported(Compressor(own.quantizer, turned), own, query, H)
+    other = type("Other", (type(own.quantizer),), {"name": "other"})()
+    assert not triton_attention.supported(Compressor(other), own, query, H)
+    assert triton_attention.attend(*make(own, own, 16, n=3)[:2], query, None, 1.0) is None  # sinks alone
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("rank", (1, 9, 64, 80))
+@pytest.mark.parametrize("name", triton_quantize.KERNELS)
+def test_quantizing(name, rank, dtype, monkeypatch):
+    z = (tokens(128, rank, 2) + torch.arange(rank) % 7 * 5).to(dtype)  # not contiguous
+    z[0, 0, :70] = 3.0  # no range at all
+    z[1, 1, 3] *= 1e6  # beyond float16
+    found = QUANTIZERS[name].quantize(z)
+    monkeypatch.setattr(dispatch, "usable", lambda x: False)
+    expected = QUANTIZERS[name].quantize(z)
+    assert found.keys() == expected.keys()
+    for field, value in expected.items():
+        assert torch.equal(found[field], value), field
+
+
+@pytest.mark.parametrize("case", HARD)
+@pytest.mark.parametrize("name", triton_quantize.KERNELS)
+def test_quantizing_what_is_hard(name, case, monkeypatch):
+    z = hostile(case, (1, 2, 128, 16))
+    found = QUANTIZERS[name].quantize(z)
+    monkeypatch.setattr(dispatch, "usable", lambda x: False)
+    expected = QUANTIZERS[name].quantize(z)
+    alike = [float((found[field] == value).float().mean()) for field, value in expected.items()]
+    assert min(alike) > (0.99 if QUANTIZERS[name].block_tokens > 1 else 1 - 1e-9), alike
+    one, other = ((QUANTIZERS[name].dequantize(f, 16) - z).double().square().sum() for f in (found, expected))
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-12)

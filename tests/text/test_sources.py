@@ -1,0 +1,277 @@
+"""Text: three parts that never overlap, segments that don't either, and every missing text explained."""
+
+import hashlib
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bad_files import watched
+from tiny import word_text, word_tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from gpt2.common.errors import PluginError
+from gpt2.common.provenance import inputs
+from gpt2.compression.presets import get_preset_info, resolve_preset
+from gpt2.models import random_weights
+from gpt2.models.embedded import EMBEDDED
+from gpt2.models.loading import read_config
+from gpt2.text.sources import PARTS, by_official_split, by_position, default_text, load_text
+
+# Every word once, so that an overlap shows
+NUMBERED = "\n".join(" ".join(f"n{i}" for i in range(a, a + 10)) for a in range(0, 3000, 10))
+
+
+def reader(tokenizer=None):
+    """What a written text needs of a model."""
+    return SimpleNamespace(tokenizer=tokenizer or word_tokenizer())
+
+
+def parts(text) -> list[str]:
+    return [getattr(text, part) for part in PARTS]
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        NUMBERED,
+        NUMBERED.replace("\n", " "),
+        NUMBERED + "\n",
+        "\n" * 5 + NUMBERED,
+        NUMBERED.replace("\n", "\r\n"),
+        "abc",
+    ],
+    ids=["lines", "one line", "final newline", "leading newlines", "CRLF", "three letters"],
+)
+def test_parts_by_position_cover_the_text_without_overlap(whole):
+    text = by_position("t", "t.txt", whole)
+    assert "".join(parts(text)) == whole, "each part begins where the one before it ends"
+    assert all(part.strip() for part in parts(text))
+
+
+def test_parts_by_position_are_60_20_20_and_share_no_line():
+    text = by_position("t", "t.txt", NUMBERED)
+    words = [set(part.split()) for part in parts(text)]
+    assert not words[0] & words[1] and not words[0] & words[2] and not words[1] & words[2]
+    assert [len(part) / len(NUMBERED) for part in parts(text)] == pytest.approx([0.6, 0.2, 0.2], abs=0.01)
+    assert text.calibration.endswith("\n") and text.tuning.endswith("\n")
+
+
+def test_official_splits_keep_test_for_evaluation():
+    valid, test = NUMBERED, NUMBERED.replace("n", "t")
+    text = by_official_split("t", "folder", valid, test)
+    assert text.calibration + text.tuning == valid and text.evaluation == test
+    assert len(text.calibration) / len(valid) == pytest.approx(0.8, abs=0.01) and text.calibration.endswith("\n")
+
+
+def test_parts_of_tokens_are_the_same_every_time():
+    tokenizer = word_tokenizer()
+    bos = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = bos  # as most models have it
+    a, b = (by_position("t", "t.txt", word_text(500)) for _ in range(2))
+    assert a == b and all(
+        torch.equal(a.tokens(part, reader(tokenizer)), b.tokens(part, reader(tokenizer))) for part in PARTS
+    )
+    joined = torch.cat([a.tokens(part, reader(tokenizer)) for part in PARTS])
+    assert torch.equal(joined, tokenizer(word_text(500), return_tensors="pt").input_ids[0, 1:]), "no BOS in the middle"
+
+
+def test_sha256_is_of_the_part_and_changes_with_it():
+    text, tail = by_position("t", "t.txt", NUMBERED), by_position("t", "t.txt", NUMBERED[:-1] + "X")
+    assert text.sha256("tuning") == hashlib.sha256(text.tuning.encode()).hexdigest()
+    assert len({text.sha256(part) for part in PARTS}) == 3
+    assert [text.sha256(p) == tail.sha256(p) for p in PARTS] == [True, True, False]
+
+
+# --- segments
+
+
+@pytest.fixture
+def text():
+    return by_position("words", "words.txt", word_text(3000))
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+@pytest.mark.parametrize("length", [7, 64])
+def test_segments_tile_the_part(text, length, seed):
+    """All of them, sorted by where they begin, are the part's tokens: no overlap and no gap."""
+    ids = text.tokens("calibration", reader())
+    segments = text.segments("calibration", reader(), length, seed=seed)
+    assert segments.shape == (len(ids) // length, length)
+    tiles = ids[: segments.numel()].view(-1, length)
+    assert sorted(map(tuple, segments.tolist())) == sorted(map(tuple, tiles.tolist()))
+    assert torch.equal(segments, tiles) == (seed is None), "in reading order without a seed"
+
+
+def test_segments_are_drawn_by_seed(text):
+    drawn = {seed: text.segments("calibration", reader(), 16, 5, seed) for seed in (0, 1)}
+    assert drawn[0].shape == (5, 16) and not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], text.segments("calibration", reader(), 16, 5, seed=0))
+    more = text.segments("calibration", reader(), 16, 9, seed=0)
+    assert torch.equal(more[:5], drawn[0]), "more samples add windows and keep those before"
+
+
+def test_segments_are_fewer_where_the_text_is_short(text):
+    assert text.segments("tuning", reader(), 100, 50).shape == (6, 100)
+
+
+def test_a_part_shorter_than_one_segment_is_refused(text):
+    with pytest.raises(PluginError, match="tuning part of text 'words' has 600 tokens, fewer than one segment of 601"):
+        text.segments("tuning", reader(), 601)
+
+
+# --- specs
+
+
+def test_default_text_follows_the_model():
+    assert (default_text(EMBEDDED), default_text("some/model")) == ("embedded", "wikitext2")
+    assert load_text(None).name == "embedded"
+
+
+def test_embedded_text_is_long_english():
+    text = load_text("embedded", "some/model")
+    assert sum(map(len, parts(text))) > 400_000 and text.spec == "embedded"
+    assert " the " in text.evaluation and text == load_text("embedded")
+
+
+def test_a_file(tmp_path):
+    path = tmp_path / "some words.txt"
+    path.write_text(NUMBERED + " é ü 漢", encoding="utf-8")
+    text = load_text(str(path))
+    assert (text.name, text.spec) == ("some words.txt", str(path)) and text.evaluation.endswith("漢")
+
+
+def test_a_file_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "t.txt").write_text(NUMBERED)
+    assert load_text("~/t.txt") == by_position("t.txt", "~/t.txt", NUMBERED)
+
+
+def folder(tmp_path, *names):
+    for name in names:
+        (tmp_path / name).write_text(f"{name} " + NUMBERED)
+    return str(tmp_path)
+
+
+def test_a_folder_with_official_splits(tmp_path):
+    spec = folder(tmp_path, "wiki_valid.txt", "wiki_test.txt", "README.md")
+    text = load_text(spec)
+    assert text.evaluation.startswith("wiki_test.txt") and text.calibration.startswith("wiki_valid.txt")
+    assert (text.name, text.spec) == ("wiki_valid + wiki_test", spec)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], r"expected one \*valid\*.txt, found 0"),
+        (["a_valid.txt"], r"expected one \*test\*.txt, found 0"),
+        (["a_test.txt"], r"expected one \*valid\*.txt, found 0"),
+        (["a_valid.txt", "b_valid.txt", "a_test.txt"], r"expected one \*valid\*.txt, found 2"),
+    ],
+)
+def test_a_folder_without_both_splits_is_refused(tmp_path, names, message):
+    with pytest.raises(PluginError, match=message):
+        load_text(folder(tmp_path, *names))
+
+
+@pytest.mark.parametrize("content", ["", "\n \n", "ab", "a\n\n\n\n\n"])
+def test_an_empty_or_short_file_is_refused(tmp_path, content):
+    (tmp_path / "t.txt").write_text(content)
+    with pytest.raises(PluginError, match=r"text 't\.txt' is empty or too short"):
+        load_text(str(tmp_path / "t.txt"))
+
+
+def test_a_long_file_of_one_line_is_not_too_short(tmp_path):
+    (tmp_path / "t.txt").write_text(NUMBERED.replace("\n", " ") + "\n")
+    assert load_text(str(tmp_path / "t.txt")).evaluation
+
+
+def test_a_binary_file_is_refused(tmp_path):
+    (tmp_path / "t.bin").write_bytes(bytes(range(256)))
+    with pytest.raises(PluginError, match=r"can't read text file .*t\.bin: 'utf-8' codec"):
+        load_text(str(tmp_path / "t.bin"))
+
+
+@pytest.mark.parametrize("spec", ["none.txt", "wikitext", "/no/such/file", "Embedded"])
+def test_an_unknown_text_lists_what_there_is(spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = f"no text '{spec}': give embedded, wikitext2, a text file, a folder with .*, self, or several of these"
+    with pytest.raises(PluginError, match=message):
+        load_text(spec)
+
+
+def test_wikitext2_offline_says_what_to_use_instead(tmp_path, monkeypatch):
+    """conftest set HF_HUB_OFFLINE before `datasets` read it; an empty cache makes it the same on every machine."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(PluginError, match="can't load wikitext2 .*Give --text embedded, a text file, or a folder"):
+        load_text("wikitext2")
+
+
+def test_wikitext2_is_cut_at_its_own_splits(monkeypatch):
+    import datasets
+
+    lines = {"validation": ["v\n"] * 100, "test": ["t\n"] * 100, "train": ["x\n"]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a: {k: {"text": v} for k, v in lines.items()})
+    text = load_text(None, "some/model")
+    assert (text.name, text.evaluation) == ("wikitext2", "t\n" * 100)
+    assert text.calibration + text.tuning == "v\n" * 100
+
+
+class StartingTokenizer:
+    """Puts a start token before every text, as Llama's and Gemma's do."""
+
+    bos_token_id = 1
+
+    def __call__(self, text, add_special_tokens=True, return_tensors=None, **_):
+        ids = [1] * add_special_tokens + [ord(c) for c in text]
+        return type("Encoded", (), {"input_ids": torch.tensor([ids]) if return_tensors else ids})
+
+
+def test_every_segment_starts_as_the_tokenizer_starts_a_text():
+    text = by_position("t", "t", "abcdefgh\n" * 40)
+    segments = text.segments("calibration", reader(StartingTokenizer()), 9)
+    assert (segments[:, 0] == 1).all() and segments.shape[1] == 9
+    joined = "".join(map(chr, segments[:, 1:].flatten().tolist()))
+    assert text.calibration.startswith(joined), "no character is lost between segments"
+
+
+STRANGE = ("x" * 5000, "x/" * 3000, "~nobody-here/x", "~", "x\0y", "\ud800")
+
+
+@pytest.mark.parametrize("name", STRANGE, ids=lambda name: ascii(name)[:15])
+def test_names_that_no_file_can_have(name, tmp_path, monkeypatch):
+    """Of a text, a model, a shape and a preset."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    loaded = SimpleNamespace(spec="tiny", random_weights=False)
+    reads = (
+        load_text,
+        lambda name: read_config(f"{name}/"),
+        lambda name: random_weights.load(f"{name}.json"),
+        lambda name: resolve_preset(name, loaded),
+        lambda name: resolve_preset(f"{name}.json", loaded),
+    )
+    for read in reads:
+        with pytest.raises(PluginError):
+            read(name)
+    assert inputs({"prompt": name, "output": name}) == {}
+
+
+def test_a_pipe_is_no_text(tmp_path):
+    """Reading one would wait for ever."""
+    os.mkfifo(tmp_path / "valid.txt")
+    (tmp_path / "test.txt").write_text("some words")
+    with pytest.raises(PluginError, match="expected one .valid..txt, found 0"):
+        load_text(str(tmp_path))
+    with pytest.raises(PluginError, match="no text"):
+        load_text(str(tmp_path / "valid.txt"))
+
+
+def test_a_config_of_a_million_layers(tmp_path):
+    """Laying them out takes hours, and is what a policy and a preset for any model begin with."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1000000}')
+    with watched(), pytest.raises(PluginError, match="says that it has more than 1024 layers"):
+        get_preset_info(str(tmp_path), "kv4")
