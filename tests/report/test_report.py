@@ -15,7 +15,6 @@ from gpt2.common.errors import PluginError
 from gpt2.models import embedded
 from gpt2.report import chart as report_chart
 from gpt2.report import html as report
-from gpt2.report import table as tabular
 from gpt2.report import tables
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -175,22 +174,6 @@ def test_the_script_writes_the_page_and_says_what_it_lacks(tmp_path, monkeypatch
     runpy.run_path(str(files.ROOT / "scripts/make_report.py"), run_name="__main__")
     assert "ladder_none" in capsys.readouterr().out
     assert (tmp_path / "report.html").read_text(encoding="utf-8").endswith("</html>\n")
-
-
-@pytest.mark.parametrize(("cell", "value"), [
-    ("+0.14%", 0.14), ("-1,125.6% … +2%", -1125.6), ("0.95x (0.93 … 1.21)", 0.95), ("4.1e-05", 4.1e-5),
-    ("12.0 MiB", 12), ("at least 3", 3), ("5 of 5 depths", 5), ("–", None), ("kv4", None), ("**8 bits**", None),
-    ("3 (0.1), 4 (0.2)", None),
-])  # fmt: skip
-def test_the_figure_that_a_cell_is_sorted_by(cell, value):
-    assert tabular.number(cell) == value
-
-
-def test_a_short_row_takes_the_rest_of_its_line_in_both_forms():
-    table = tabular.Table(["cache", "ms", "x"], [["a|b", "1.0", "2"], ["c", "not run"]], "Note.")
-    assert table.markdown().splitlines() == ["| cache | ms | x |", "|---|---|---|", "| a\\|b | 1.0 | 2 |",
-                                             "| c | not run | |", "", "Note."]  # fmt: skip
-    assert tabular.Table(["cache", "ms"], [["c", "1"], ["d", "2"], ["e", "–"]]).numeric() == [False, True]
 
 
 def test_the_picture_keeps_order_and_stays_inside():
