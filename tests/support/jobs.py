@@ -113,7 +113,7 @@ JOBS = {
     "presets": Job(
         "make_presets",
         [*TEXT, *SMALL, *SMALL_EVAL, "--seq-len", 100, "--ratios", "2,6.4", "--output", "out"],
-        record="out/runs/ladder_tiny.json",
+        record="out/runs/ratio_presets_tiny.json",
     ),
     "report": Job("make_report", ["--results", "results", "--output", "out/r.html"], record=None),
     "bytes": Job("benchmarks/cache_bytes", ["--model", "tiny", *PRESET, "--context-lengths", 64, *RUN]),

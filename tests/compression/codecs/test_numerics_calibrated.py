@@ -223,7 +223,7 @@ def test_presets_by_ratio_and_the_search_twice_are_the_same(tmp_path, monkeypatc
         study = grid_search.open_study(
             tmp_path / name / "s.db", optuna.get_all_study_names(f"sqlite:///{name}/s.db")[0]
         )
-        rows = json.loads((tmp_path / name / "runs/ladder_tiny.json").read_text())["rows"]
+        rows = json.loads((tmp_path / name / "runs/ratio_presets_tiny.json").read_text())["rows"]
         found.append([[(t.params, t.values, t.state) for t in study.get_trials()], rows])
     assert found[0][0] == found[1][0] and len(found[0][0]) >= 5
     assert found[0][1] == found[1][1]
