@@ -155,7 +155,7 @@ def peers(record: dict, families: list[str]) -> Table:
     return Table(columns, lines, words)
 
 
-def ladder(record: dict, _: list[str]) -> Table:
+def ratio_presets(record: dict, _: list[str]) -> Table:
     """Presets by ratio, one row each."""
     lines = [
         [row["label"], f"{row['compression_ratio_2048']:.2f}x", f"{row['bits']:.2f}", *_loss(row, kl_digits=5)]
@@ -232,7 +232,7 @@ TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
     "benchmark_calibration": calibrating,
     "architectures": architectures,
     "explore_codecs": exploration,
-    "ladder": ladder,
+    "ratio_presets": ratio_presets,
     "largest_batch": largest_batch,
     "layer_ablation": layer_ablation,
     "needle": needle,

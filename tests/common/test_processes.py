@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from test_scripts import CALIBRATE, ONE_THREAD, listing, run
+from script_runs import CALIBRATE, ONE_THREAD, listing, run
 from tiny import tiny_loaded, tiny_model, word_text, word_tokenizer
 from torch import Tensor
 

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 import transformers
-from test_scripts import run
+from script_runs import run
 from tiny import word_text, word_tokenizer
 from transformers import DynamicCache
 
