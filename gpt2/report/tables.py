@@ -148,7 +148,7 @@ def peers(record: dict, families: list[str]) -> Table:
         words += f" Needle: exact match over {record['needle']['summary'][0]['prompts']} prompts of {context} tokens."
         words += "".join(
             f" Not asked: {row['label']} ({row['needle_not_run']})."
-            for row in record["rows"]
+            for row in chosen
             if "needle_not_run" in row
         )
     columns = ["cache", "bytes per token", "ratio", "Δ perplexity", "95 % interval", "KL, nats", "top-1", "needle"]
