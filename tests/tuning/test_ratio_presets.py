@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_scripts import listing, run
+from script_runs import listing, run
 from tiny import tiny_loaded, tiny_model, word_text, word_tokenizer
 
 from gpt2.common.errors import BadArtefact, PluginError

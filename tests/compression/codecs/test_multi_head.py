@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from script_runs import run
 from test_fisher import close, direct
 from test_joint import TEXT, D, H, L, preset_of, reads_like_the_reference, vectors
 from test_mixed import PRICES, least
-from test_scripts import run
 from tiny import tiny_loaded, tiny_model, windows, word_text, word_tokenizer
 from torch import Tensor
 

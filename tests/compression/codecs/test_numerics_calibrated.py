@@ -6,6 +6,8 @@ import optuna
 import pytest
 import torch
 from hostile import CHANNELS, HOSTILE, SIZES, hostile
+from script_runs import SMALL as FEW
+from script_runs import SMALL_EVAL, run
 from test_numerics import (
     EXACT_BASES,
     SMALL,
@@ -19,8 +21,6 @@ from test_numerics import (
     moments_of,
     round_trip,
 )
-from test_scripts import SMALL as FEW
-from test_scripts import SMALL_EVAL, run
 from tiny import tiny_model, word_text, word_tokenizer
 
 from gpt2.compression.calibration.calibrate import calibrate
