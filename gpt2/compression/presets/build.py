@@ -74,14 +74,14 @@ def compressors_from_preset(
         if model is None or not model.random_weights:
             settings = tuple(preset.plan["k"]), tuple(preset.plan["v"])
             with _BUILDING:
-                k, v = _shared(calibration_of(preset, model), *settings, dtype, device)
+                k, v = shared_compressors(calibration_of(preset, model), *settings, dtype, device)
             return list(k), list(v)
         calibration = stand_in(model)
     return build(preset.plan, preset.head_dim, calibration, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=8)
-def _shared(calibration: Calibration, k: tuple, v: tuple, dtype: torch.dtype, device) -> tuple[list, list]:
+def shared_compressors(calibration: Calibration, k: tuple, v: tuple, dtype: torch.dtype, device) -> tuple[list, list]:
     """Compressors of a calibration and settings, made once: caches that are made one after another share them.
 
     A basis may take more memory than a conversation. A calibration is one object as long as its file is unchanged.
