@@ -29,7 +29,7 @@ from gpt2.common import files, provenance
 from gpt2.compression.codecs import is_measured
 from gpt2.compression.settings import TARGETS
 from gpt2.models import loading
-from gpt2.report import plots, plots_codecs, tables
+from gpt2.report import plots, tables
 from gpt2.text import sources
 from gpt2.tuning import console, grid_search, search_space, searches, trial_queue
 
@@ -102,7 +102,7 @@ def main() -> None:
     )  # fmt: skip
     what = f"target {args.target}" if args.search == "grid" else "all codecs"
     title = f"{args.model}, {what}: {search.tuning.numel():,} tuning tokens of {text.name}"
-    draw = plots.frontier if args.search == "grid" else plots_codecs.frontier
+    draw = plots.grid_frontier if args.search == "grid" else plots.codec_frontier
     console.print_chosen(best, confirmed)
     console.write(preset, output, lambda: draw(preset["trials"], budget, str(best.cell), title))
 

@@ -73,7 +73,7 @@ def main() -> None:
         )  # fmt: skip
         tables.show("validate_ppl", record, group)
     title = f"{loaded.spec}, {segments.numel():,} tokens of {text.name}"
-    files.write_run(output, record, picture, lambda: plots.deltas(rows, title))
+    files.write_run(output, record, picture, lambda: plots.perplexity_changes(rows, title))
     print(f"\nwrote {output} and {picture}")
     check_cache_is_on_the_path(rows)
 

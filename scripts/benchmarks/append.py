@@ -48,7 +48,7 @@ def main() -> None:
         lines.setdefault(row["codec"], []).append(row["append_ms_median"])
     title = f"{args.layers} layers, {args.kv_heads} KV heads of {args.head_dim}"
     record = provenance.provenance(args, dtype="bfloat16", rows=rows)
-    files.write_run(output, record, picture, lambda: plots.appending(args.tokens, lines, title))
+    files.write_run(output, record, picture, lambda: plots.append_times(args.tokens, lines, title))
     tables.show("benchmark_append", record)
     print(f"wrote {output} and {picture}")
 

@@ -20,7 +20,7 @@ from gpt2 import cli
 from gpt2.common import files, provenance
 from gpt2.experiments import attention_speed
 from gpt2.models import loading
-from gpt2.report import plots_attention, tables
+from gpt2.report import plots, tables
 
 CODECS = "int4_channel,int8_channel,int4,int8,mixed,kv4,kv8"
 
@@ -78,7 +78,7 @@ def main() -> None:
             repeats=args.repeats, compiled=args.compiled, seed=args.seed, progress=cli.bar(f"{context} tokens", "turn"),
         )  # fmt: skip
         tables.show("attention_step", record, str(context), note=context == args.context_lengths[-1])
-    files.write_run(output, record, picture, lambda: plots_attention.steps(record))
+    files.write_run(output, record, picture, lambda: plots.attention_times(record))
     print(f"\nwrote {output} and {picture}")
 
 

@@ -19,7 +19,7 @@ from gpt2.compression.cache import size
 from gpt2.compression.named_caches import CacheChoice
 from gpt2.models import random_weights
 from gpt2.models.loading import LoadedModel
-from gpt2.report import plots_codecs, tables
+from gpt2.report import plots, tables
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -43,7 +43,7 @@ def main() -> None:
         args, model=loaded.spec, fingerprint=loaded.fingerprint, caches=[choice.record() for choice in choices],
         rows=rows,
     )  # fmt: skip
-    files.write_run(output, record, picture, lambda: plots_codecs.ratios_by_context(rows, loaded.spec))
+    files.write_run(output, record, picture, lambda: plots.ratios_by_context(rows, loaded.spec))
     tables.show("cache_bytes", record)
     print(f"\nwrote {files.shown(output)} and {files.shown(picture)}")
 

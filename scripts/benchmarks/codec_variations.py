@@ -21,7 +21,7 @@ from gpt2 import cli
 from gpt2.common import files, provenance
 from gpt2.experiments.codec_variations import QUESTIONS, gather, measure
 from gpt2.models import loading
-from gpt2.report import plots_variations, tables
+from gpt2.report import plots, tables
 from gpt2.text import sources
 
 
@@ -67,7 +67,7 @@ def main() -> None:
         rows += [{"question": question, **row} for row in found]
         tables.show("explore_codecs", record, question, note=question == args.rows[-1])
     title = f"{loaded.spec}, {segments.numel():,} tokens of {eval_text.name}, calibrated on {text.name}"
-    files.write_run(output, record, picture, lambda: plots_variations.explored(rows, title))
+    files.write_run(output, record, picture, lambda: plots.codec_variations(rows, title))
     print(f"\nwrote {files.shown(output)} and {files.shown(picture)}")
 
 

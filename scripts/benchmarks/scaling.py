@@ -18,7 +18,7 @@ from gpt2.common import files, provenance
 from gpt2.experiments import growth, on_paper
 from gpt2.experiments.growth_claims import FITTING, QUICK, Sizes, claims, pass_ratios
 from gpt2.models import loading, random_weights
-from gpt2.report import plots_growth, tables
+from gpt2.report import plots, tables
 
 SHAPES = "qwen2.5-7b.json,llama-3.1-8b.json,qwen2.5-72b.json"
 TIMED = "qwen2.5-0.5b.json,gemma-2-2b.json,llama-3.1-8b.json,qwen2.5-72b.json"
@@ -65,7 +65,7 @@ def main() -> None:
     record = provenance.provenance(
         args, model=loaded.spec, caches=caches, calibrations=calibrations, passes=passes, slopes=slopes
     )
-    files.write_run(output, record, picture, lambda: plots_growth.slopes(record))
+    files.write_run(output, record, picture, lambda: plots.growth(record))
     for name in ("bytes", "time", "memory", "passes", "slopes"):
         tables.show("scaling", record, name)
     print(f"wrote {output} and {picture}")
