@@ -17,7 +17,6 @@ from gpt2.compression.cache.size import cache_bytes
 from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.named_caches import from_preset
-from gpt2.compression.presets.schema import check_preset
 from gpt2.evaluation import instruments, timing
 from gpt2.evaluation.instruments import PARTS, Stopwatch, peak_memory, watched
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
@@ -38,7 +37,7 @@ def llama():
 
 @pytest.fixture(scope="module")
 def caches(llama):
-    return {BASELINE: baseline_factory(llama), "int4": from_preset(check_preset(PRESET), llama).make}
+    return {BASELINE: baseline_factory(llama), "int4": from_preset(PRESET, llama).make}
 
 
 # --- runs and cells
