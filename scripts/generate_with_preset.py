@@ -12,12 +12,12 @@ compressed cache as it is stored, in place of expanding it at every step.
 import argparse
 
 import torch
-from gpt2.compression.attention import enable_compressed_attention
-from gpt2.compression.compressed_cache import CompressedDynamicCache
 from transformers import DynamicCache
 
 from gpt2 import cli
+from gpt2.compression.attention import enable_compressed_attention
 from gpt2.compression.cache.size import cache_bytes
+from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.presets import create_cache_from_preset, resolve_preset
 from gpt2.models import loading
 

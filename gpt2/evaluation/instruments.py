@@ -29,7 +29,7 @@ from gpt2.models.attention_function import wrapped_attention
 WATCHED = (
     ("copies", Cache, "update"),
     ("compress", TokenStore, "compress"),
-    ("expand", Compressor, "expand"),
+    ("expand", Compressor, "reconstruct"),
     ("compress", CacheLayerMixin, "_quantize"),
     ("expand", CacheLayerMixin, "_dequantize"),
 )

@@ -180,7 +180,7 @@ def test_validate_fails_when_its_controls_fail(space, tmp_path, capsys, monkeypa
     from gpt2.compression.codecs import Compressor
 
     monkeypatch.setattr(Compressor, "compress", lambda self, x, start=0: {"x": x})
-    monkeypatch.setattr(Compressor, "expand", lambda self, fields, head_dim, dtype, start=0: fields["x"])
+    monkeypatch.setattr(Compressor, "reconstruct", lambda self, fields, head_dim, dtype, start=0: fields["x"])
     flags = [*space, *SMALL, *SMALL_EVAL, "--groups", "control", "--output", "v.json"]
     assert run("validate_ppl_postbugfix", *flags) == 2
     assert "the controls failed" in capsys.readouterr().err
