@@ -16,7 +16,7 @@ calibration, and the first measures. Then
 
 works wherever results/presets and results/calibrations are. The text may be a mixture, joined by +; self is sampled
 from the model. --tag measures without writing presets: for other calibration texts, other quantizers, other seeds.
-Writes results/runs/ladder_MODEL[_TAG].json, or ladder_grouped_MODEL…, and a PNG of the frontier, or
+Writes results/runs/ratio_presets_MODEL[_TAG].json, or ratio_presets_grouped_MODEL…, and a PNG of the frontier, or
 the same below --output.
 """
 
@@ -34,7 +34,7 @@ from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, scor
 from gpt2.models import loading
 from gpt2.report import plots
 from gpt2.text import sources
-from gpt2.tuning.ratio_presets import RATIOS, compact_calibration, make_rung
+from gpt2.tuning.ratio_presets import RATIOS, compact_calibration, make_ratio_preset
 
 DEFAULT_CODEC = next(iter(multi_head_bases()))
 
@@ -58,7 +58,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--quantizer", choices=("mixed", "mixed_fixed"), default="mixed", help="widths per block, or once")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory and more time for the gradients")
     p.add_argument("--calibration-file", type=Path, help="results/calibrations/kv_CODEC_MODEL[_TAG].pt if omitted")
-    p.add_argument("--tag", help="only measure, and write ladder_MODEL_TAG.json")
+    p.add_argument("--tag", help="only measure, and write ratio_presets_MODEL_TAG.json")
     p.add_argument("--output", type=Path, help="folder for presets, calibrations, runs, plots; else results")
     return p
 
@@ -69,7 +69,7 @@ def main(processes: Processes) -> None:
     eval_text = sources.load_text(args.eval_text or args.text, args.model)
     loaded = loading.load(args.model, args.device, args.dtype)
     slug = loaded.slug + (f"_{args.tag}" if args.tag else "")
-    record_name = f"ladder_{'' if args.codec == DEFAULT_CODEC else args.codec + '_'}{slug}"
+    record_name = f"ratio_presets_{'' if args.codec == DEFAULT_CODEC else args.codec + '_'}{slug}"
     # What no other process needs; before the calibration, for a text may be too short
     segments = cli.evaluation_segments(args, loaded, eval_text, "evaluation") if processes.first else None
     root = args.output or files.RESULTS
@@ -87,27 +87,28 @@ def main(processes: Processes) -> None:
     if not processes.first:
         return
     options = {"quantizer": args.quantizer, "sink_tokens": args.sink_tokens}
-    rungs = [make_rung(loaded, calibration, ratio, **options) for ratio in cli.bar("sizing", "preset")(args.ratios)]
-    caches = {BASELINE: baseline_factory(loaded)} | {rung.name: rung.make for rung in rungs}
+    ratios = cli.bar("sizing", "preset")(args.ratios)
+    presets = [make_ratio_preset(loaded, calibration, ratio, **options) for ratio in ratios]
+    caches = {BASELINE: baseline_factory(loaded)} | {preset.name: preset.make for preset in presets}
     scores = score(loaded, segments, caches, chunk=args.chunk, batch_size=args.batch_size,
                    progress=cli.bar("measuring", "batch"))  # fmt: skip
-    measured = {rung.name: compare(scores[BASELINE], scores[rung.name], args.seed) for rung in rungs}
-    rows = [rung.row(measured[rung.name]) for rung in rungs]
+    measured = {preset.name: compare(scores[BASELINE], scores[preset.name], args.seed) for preset in presets}
+    rows = [preset.row(measured[preset.name]) for preset in presets]
     print_table(rows)
-    codec_bytes = rungs[0].make().codec_bytes()
+    codec_bytes = presets[0].make().codec_bytes()
     print(f"beside the ratio: {codec_bytes:,} bytes of the basis, which caches that share their compressors hold once")
 
     made = provenance.provenance(args, text=eval_text.name, text_sha256=eval_text.sha256("evaluation"))
     record = made | {"model": loaded.spec, "fingerprint": loaded.fingerprint, "calibration": calibration.meta}
     record |= {"codec_bytes": codec_bytes, "rows": rows}
     if not args.tag:
-        command = made_by(args, calibration.meta["text_spec"], [rung.ratio for rung in rungs])
-        for rung in rungs:
-            preset = folder / f"{loaded.slug}-{rung.name}.json"
-            about = {"measured": measured[rung.name], "made_by": command, "provenance": made}
-            named = calibration_lookup.reference_to(path, preset)
-            print(f"wrote {files.write_json(preset, rung.preset(loaded, calibration, named, **about))}")
-    files.write_run(output, record, picture, lambda: plots.ladder(record))  # last: it says that all is there
+        command = made_by(args, calibration.meta["text_spec"], [preset.ratio for preset in presets])
+        for preset in presets:
+            file = folder / f"{loaded.slug}-{preset.name}.json"
+            about = {"measured": measured[preset.name], "made_by": command, "provenance": made}
+            named = calibration_lookup.reference_to(path, file)
+            print(f"wrote {files.write_json(file, preset.preset(loaded, calibration, named, **about))}")
+    files.write_run(output, record, picture, lambda: plots.ratio_presets(record))  # last: it says that all is there
     print(f"wrote {output} and {picture}")
 
 

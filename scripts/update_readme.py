@@ -3,8 +3,8 @@
     python scripts/update_readme.py
     python scripts/update_readme.py --check
 
-A region of a page names the file in results/runs that it comes from; see gpt2/tables.py. --check looks at all that
-shows figures, as scripts/reproduce_tables.py --check does.
+A region of a page names the file in results/runs that it comes from; see gpt2/report/regions.py. --check looks at all
+that shows figures, as scripts/reproduce_tables.py --check does.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import argparse
 from gpt2 import cli
 from gpt2.common import files
 from gpt2.common.errors import PluginError
-from gpt2.report import tables
+from gpt2.report import regions
 from gpt2.runs.check import check
 
 
@@ -28,9 +28,9 @@ def main() -> None:
         check(files.ROOT)
         return
     failed = []
-    for page in tables.pages(files.ROOT):
+    for page in regions.pages(files.ROOT):
         try:
-            after = tables.fill(page.read_text(encoding="utf-8"), files.RESULTS / "runs")
+            after = regions.fill(page.read_text(encoding="utf-8"), files.RESULTS / "runs")
         except PluginError as error:  # the other pages are made all the same
             failed.append(f"{files.shown(page)}: {error}")
             continue

@@ -32,7 +32,7 @@ def arguments() -> argparse.ArgumentParser:
     cli.add_evaluation_flags(p, tokens=8192)
     p.add_argument("--calibration", type=Path, help="calibration file; a matching one is found or made if omitted")
     p.add_argument("--groups", type=cli.word_list(GROUPS), default=list(GROUPS), help="which groups of rows to run")
-    p.add_argument("--ranks", type=cli.int_list, help="rank ladder, best first; from head_dim if omitted")
+    p.add_argument("--ranks", type=cli.int_list, help="ranks to try, best first; from head_dim if omitted")
     p.add_argument("--bits", type=cli.int_list, default=[16, 8, 4], help="quantizer widths")
     p.add_argument("--layer-groups", type=cli.positive_int, default=5, help="stretches of layers in group `layers`")
     cli.add_output_flag(p)

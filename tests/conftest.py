@@ -54,3 +54,24 @@ def kernels(request, monkeypatch):
         monkeypatch.setattr(cpu, "loaded", lambda: False)
     elif not cpu.loaded():
         pytest.skip("no compiler on this machine: PyTorch does the same")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A folder with the tiny Llama and its tokenizer of words, for scripts that load a model."""
+    from tiny import tiny_model, word_tokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny_model("llama").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_flags(tmp_path, monkeypatch, model_folder):
+    """Flags of a script that runs on the tiny model, in an empty working folder that holds only a text."""
+    from tiny import word_text
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.txt").write_text(word_text(3000))
+    return ["--model", str(model_folder), "--text", "words.txt"]

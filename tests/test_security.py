@@ -6,7 +6,7 @@ import time
 
 import pytest
 from bad_files import DONE, REACHES, watching
-from test_scripts import SMALL, run
+from script_runs import SMALL, run
 from tiny import tiny_model, word_text, word_tokenizer
 
 from gpt2.common import files

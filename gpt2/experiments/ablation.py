@@ -36,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Ablation:
-    """Builds rows from one calibration. ranks: the ladder, best first; the first also serves the other groups."""
+    """Builds rows from one calibration. ranks: best first; the first also serves the other groups."""
 
     loaded: LoadedModel
     calibration: Calibration
@@ -113,7 +113,7 @@ class Ablation:
         ]
 
     def _layers(self) -> list[Row]:
-        """The lowest rank of the ladder in a few neighbouring layers at a time: which layers are sensitive."""
+        """The lowest rank in a few neighbouring layers at a time: which layers are sensitive."""
         L, rank = self.calibration.geometry.num_layers, self.ranks[-1]
         edges = [L * i // self.layer_groups for i in range(self.layer_groups + 1)]
         stretches = [range(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]

@@ -105,7 +105,7 @@ def first_pass(loaded: LoadedModel, windows: Tensor) -> object:
 
 def gradient_pass(loaded: LoadedModel, windows: Tensor) -> object:
     moments = [Moments.zeros(loaded.geometry) for _ in range(2)]
-    return collect_fisher(loaded, windows, Statistics(*moments, None, 0), SINK_TOKENS, multi_head_bases())
+    return collect_fisher(loaded, windows, Statistics(*moments), SINK_TOKENS, multi_head_bases())
 
 
 def first_flops(dims: Dimensions, samples: int, tokens: int) -> float:
@@ -236,7 +236,7 @@ def _gradient_bytes(config: PretrainedConfig, geometry: Geometry) -> float:
     loaded = narrow(config, geometry)
     moments = [Moments.zeros(geometry) for _ in range(2)]
     windows = random_tokens(loaded, 1, SINK_TOKENS + cost_model.BLOCK, seed=0)
-    found = collect_fisher(loaded, windows, Statistics(*moments, None, 0), SINK_TOKENS, multi_head_bases())
+    found = collect_fisher(loaded, windows, Statistics(*moments), SINK_TOKENS, multi_head_bases())
     return float(sum(m.metrics["fisher"].nbytes for m in moments) + sum(map(measured_bytes, found.values())))
 
 

@@ -75,7 +75,7 @@ def frontier(points: list[dict], budget: float, chosen: str | None, title: str) 
     return figure
 
 
-def ladder(record: dict) -> Figure:
+def ratio_presets(record: dict) -> Figure:
     """Presets by ratio: change of perplexity with its interval, and KL beside, over the whole-KV compression.
 
     record: as scripts/make_presets.py writes it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gpt2.common.errors import PluginError
-from gpt2.report import tables
+from gpt2.report import regions
 from gpt2.runs import check_figures, pages
 
 
@@ -13,10 +13,10 @@ def check(checkout: Path) -> None:
     """Raise PluginError with every place that shows something else."""
     wrong = pages.differing(checkout)
     made = [path.read_text(encoding="utf-8") for path in sorted((checkout / "results" / "tables").glob("*.md"))]
-    for path in tables.pages(checkout):
+    for path in regions.pages(checkout):
         text, name = path.read_text(encoding="utf-8"), path.relative_to(checkout)
         try:
-            if tables.fill(text, checkout / "results" / "runs") != text:
+            if regions.fill(text, checkout / "results" / "runs") != text:
                 wrong.append(f"{name} shows tables that differ from results/runs: run scripts/update_readme.py")
         except PluginError as error:  # a table that can't be made must not hide what else is wrong
             wrong.append(f"{name}: {error}")

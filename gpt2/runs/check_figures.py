@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from decimal import Decimal
 
-from gpt2.report.tables import REGION
+from gpt2.report.regions import REGION
 
 FIGURE = re.compile(r"(?<![\w.,/-])([+−-]?)(\d[\d,]*(?:\.\d+)?) ?(x|%|nats)(?![\w])")
 CODE = re.compile(r"```.*?```|`[^`]*`|<!--.*?-->", re.DOTALL)

@@ -7,7 +7,7 @@ A table is one JSON file, named by its stem:
                    results/runs/NAME.json. quick: arguments in place of those of the same name; needs: runs whose files
                    it reads; output: what --output is given, from the folder of results; runs/NAME.json if left out
     show           [{results, rows?, as?, heading?}]: tables of results, of some rows or of all, one below the other;
-                   as: a way to show them, of `gpt2.tables.TABLES`, other than the one that goes with their name
+                   as: a way to show them, of `gpt2.report.tables.TABLES`, other than the one that goes with their name
     plots          names of pictures in results/plots
 
 Names of runs are global: a table may show what another table's file defines. {model} stands for the model's name in

@@ -1,12 +1,12 @@
-"""Presets by ratio: one measured codec, a rung for every compression ratio that people ask for.
+"""Presets by ratio: one measured codec, a preset for every compression ratio that people ask for.
 
     calibration = compact_calibration(loaded, text, path, codec="joint", samples=48)
-    rungs = [make_rung(loaded, calibration, ratio) for ratio in RATIOS]
+    presets = [make_ratio_preset(loaded, calibration, ratio) for ratio in RATIOS]
 
 A codec of several heads says what its presets are called: kv-4x is of joint, which loses least, and fast-4x of grouped,
 which attention reads as it is stored.
 
-All rungs share one compact calibration file; they differ in bits alone.
+All presets share one compact calibration file; they differ in bits alone.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from gpt2.text.windows import Text
 RATIOS = (2.0, 3.5, 4.0, 4.6, 5.3, 6.4, 8.0)
 TOKENS = 2048  # of the sequence at which the ratio is meant
 MADE_FROM = ("fingerprint", "text_sha256", "samples", "seq_len", "seed", "sink_tokens")  # a preset's figures hold for
-STEP = 0.01  # bits by which a rung gives way until its ratio holds
+STEP = 0.01  # bits by which a preset gives way until its ratio holds
 
 
 @dataclass(frozen=True)
-class Rung:
+class RatioPreset:
     """A cache of at least `ratio`. compression_ratio: what it has; bits: per coordinate; make: fresh caches."""
 
     codec: str
@@ -94,9 +94,9 @@ def compact_calibration(
     return calibration
 
 
-def make_rung(
+def make_ratio_preset(
     loaded: LoadedModel, calibration: Calibration, ratio: float, *, quantizer: str = "mixed", sink_tokens: int = 4,
-) -> Rung:  # fmt: skip
+) -> RatioPreset:  # fmt: skip
     """The most bits at which a sequence of `TOKENS` still takes 1 / `ratio` of a 16-bit cache, everything counted."""
     exact = 16 * sink_tokens / TOKENS  # bits per coordinate that sinks take
     bits = round(16 / ratio - exact, 4)  # as presets say it, so that what is measured is what they make
@@ -110,7 +110,7 @@ def make_rung(
             ) from error
         held = size.compression_ratio(make, loaded.geometry, TOKENS, config=loaded.model.config)
         if held >= ratio:
-            return Rung(calibration.meta["codec"], quantizer, sink_tokens, ratio, bits, held, make)
+            return RatioPreset(calibration.meta["codec"], quantizer, sink_tokens, ratio, bits, held, make)
         # In one go as far as bytes in proportion to bits would ask for: models with sliding layers are far off at first
         bits = round(bits - max(int((1 - held / ratio) * bits / STEP), 1) * STEP, 4)
 

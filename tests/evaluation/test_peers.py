@@ -21,7 +21,7 @@ from gpt2.compression.compressed_cache import identity_cache
 from gpt2.compression.presets import preset_files
 from gpt2.evaluation import kivi, needle, peers
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
-from gpt2.report import plots, tables
+from gpt2.report import plots, regions, tables
 
 BITS = (4, 3, 2)
 H, D, T = 2, 64, 300
@@ -377,7 +377,7 @@ def test_the_script_compares(script, tmp_path, capsys, monkeypatch):
     assert sum("not_run" in row for row in record["rows"]) == 5 and "not_run" in rows["r12-vonly"]
     assert rows["int4-vonly"]["preset"]["bits"] == 4 and "needle_exact_match" in rows["KIVI 2 bits"]
     assert rows["KIVI 2 bits"]["kl_nats"] > rows["KIVI 4 bits"]["kl_nats"] > 0
-    table = tables.fill("<!-- results: peers_tiny kivi -->\n<!-- end -->", tmp_path / "results/runs")
+    table = regions.fill("<!-- results: peers_tiny kivi -->\n<!-- end -->", tmp_path / "results/runs")
     assert table.count("| KIVI") == 6 and "quanto" not in table and "| 16-bit cache | 384 | 1.00x |" in table
 
 

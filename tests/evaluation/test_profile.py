@@ -267,21 +267,21 @@ def test_instruments_see_subclasses_that_have_their_own_methods():
 
 
 def test_instruments_are_gone_afterwards_also_after_an_error(llama):
-    before = (TokenStore.compress, Compressor.expand, DynamicCache.update, CompressedDynamicCache.update)
+    before = (TokenStore.compress, Compressor.reconstruct, DynamicCache.update, CompressedDynamicCache.update)
     with pytest.raises(KeyboardInterrupt), watched(llama.model, Stopwatch()):
         assert TokenStore.compress is not before[0]
         assert llama.model.config._attn_implementation != "sdpa"
         raise KeyboardInterrupt
-    assert (TokenStore.compress, Compressor.expand, DynamicCache.update, CompressedDynamicCache.update) == before
+    assert (TokenStore.compress, Compressor.reconstruct, DynamicCache.update, CompressedDynamicCache.update) == before
     assert llama.model.config._attn_implementation == "sdpa"
 
 
 def test_instruments_are_only_in_the_pass_that_isnt_timed(llama, caches):
-    plain, seen = Compressor.expand, []
+    plain, seen = Compressor.reconstruct, []
 
     class Spying(DynamicCache):
         def update(self, keys, *args, **kwargs):
-            seen.append((keys.shape[2], Compressor.expand is plain))
+            seen.append((keys.shape[2], Compressor.reconstruct is plain))
             return super().update(keys, *args, **kwargs)
 
     timing.measure_cell(llama, {"spy": Spying}, 20, 1, decode_tokens=4, repeats=2)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_scripts import run
+from script_runs import run
 from tiny import char_tokenizer, tiny_loaded, tiny_model, word_text
 
 from gpt2.common.errors import PluginError

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 import transformers
-from test_scripts import run
+from script_runs import run
 from tiny import word_text, word_tokenizer
 from transformers import DynamicCache
 
@@ -66,7 +66,7 @@ def runs_start_to_end(family: str, row: dict, folder) -> None:
     calibration = calibrate(loaded, text(), rank=9, samples=2, seq_len=32)
     assert (calibration.statistics.k.count == 2 * (32 - 4)).all() and calibration.energies()["v"].isfinite().all()
     if row["mode"] == DIRECT:
-        seen = calibration.statistics.queries.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
+        seen = calibration.statistics.k.metrics["attention"].diagonal(dim1=-2, dim2=-1).sum(-1) > 0
         assert seen.all(), "queries of every layer and KV head"
     file = save_calibration(calibration, folder / "c.pt")
     nothing_measured = {"baseline_ppl": 1.0, "ppl": 1.0, "ppl_delta": 0.0}

@@ -13,7 +13,7 @@ from gpt2.compression.cache import direct_attention
 from gpt2.compression.codecs import Compressor
 from gpt2.compression.codecs.per_channel import Int4Channel
 from gpt2.experiments import attention_speed, compiled_attention
-from gpt2.report import tables
+from gpt2.report import regions, tables
 
 SHAPE = attention_speed.Shape(heads=6, kv_heads=2, head_dim=16, batch=2)
 CPU = torch.device("cpu")
@@ -198,7 +198,7 @@ def test_the_script_writes_figures_a_plot_and_a_table(tmp_path, capsys, monkeypa
     with pytest.raises(PluginError, match=r"no rows of context tokens 131"):
         tables.attention_step(record, ["131"])
     text = f"<!-- results: {stem} 64 -->\n<!-- end -->"
-    assert "| 64 | sdpa" in tables.fill(text, tmp_path / "runs").replace("**", "")
+    assert "| 64 | sdpa" in regions.fill(text, tmp_path / "runs").replace("**", "")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from gpt2.evaluation.perplexity import BASELINE, baseline_factory, score
 from gpt2.experiments import codec_simulation
 from gpt2.experiments.codec_simulation import Replaced, Variation, ball, coded, errors, nearest_e8, nearest_in_ball
 from gpt2.experiments.codec_variations import PRODUCT, QUESTIONS, CentredRotary, fit, gather, measure, simulations
-from gpt2.report import tables
+from gpt2.report import regions
 
 SINKS = 4
 ROWS = {f"{question}: {label}": row for question, rows in QUESTIONS.items() for label, row in rows.items()}
@@ -261,9 +261,9 @@ def test_the_script_writes_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "explore_codecs_tiny.png").stat().st_size > 10_000
     record = json.loads((tmp_path / "explore_codecs_tiny.json").read_text())
     assert len(record["rows"]) == 2 * (5 + 4) and record["segments"] == [2, 128]
-    table = tables.fill("<!-- results: explore_codecs_tiny widths -->\n<!-- end -->", tmp_path)
+    table = regions.fill("<!-- results: explore_codecs_tiny widths -->\n<!-- end -->", tmp_path)
     assert "| widths: **by block within its bytes** |" in table and "metric" not in table
     assert "| changed | KL at 4 bits | KL at 2 bits | Δ perplexity at 2 bits |" in table
     with pytest.raises(PluginError, match="no rows of question lattice"):
-        tables.fill("<!-- results: explore_codecs_tiny lattice -->\n<!-- end -->", tmp_path)
+        regions.fill("<!-- results: explore_codecs_tiny lattice -->\n<!-- end -->", tmp_path)
     assert "by block within its bytes" in capsys.readouterr().out

@@ -126,7 +126,7 @@ def test_counted_statistics_are_those_that_passes_leave(loaded):
     found = collect(loaded, windows(2, 72), sink_tokens=4)
     assert moments_bytes(found.k) + moments_bytes(found.v) == cost_model.statistics_bytes(dims)
     sides = [Moments.zeros(loaded.geometry) for _ in range(2)]
-    statistics = Statistics(*sides, None, 0)
+    statistics = Statistics(*sides)
     found = collect_fisher(loaded, windows(1, 4 + 48 * 64 // 8), statistics, 4, multi_head_bases())
     counted = cost_model.gradient_statistics_bytes(dims)
     assert sum(side.metrics["fisher"].nbytes for side in sides) == counted["heads"]

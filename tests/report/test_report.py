@@ -15,7 +15,6 @@ from gpt2.common.errors import PluginError
 from gpt2.models import embedded
 from gpt2.report import chart as report_chart
 from gpt2.report import html as report
-from gpt2.report import table as tabular
 from gpt2.report import tables
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -65,7 +64,7 @@ def space(tmp_path):
     (tmp_path / "tables").mkdir()
     (tmp_path / "runs").mkdir()
     (tmp_path / "plots").mkdir()
-    shown = [{"results": "benchmark_append", "heading": "A & B"}, {"results": "ladder_{model}"}]
+    shown = [{"results": "benchmark_append", "heading": "A & B"}, {"results": "ratio_presets_{model}"}]
     section = {
         "title": "Adding <b>",
         "about": "Held `x<y`, **now**, kv-* and *so* on.",
@@ -83,7 +82,7 @@ def space(tmp_path):
     headline = {"figure": "2,000 tokens held", "says": "to add to {100 tokens held}"}
     headlines = [headline | {"results": "benchmark_append", "row": {"codec": "int4"}},
                  headline | {"results": "benchmark_append", "row": {"codec": "int5"}},
-                 headline | {"results": "ladder_{model}", "row": {}}]  # fmt: skip
+                 headline | {"results": "ratio_presets_{model}", "row": {}}]  # fmt: skip
     config = {"title": "T", "about": "A", "order": [], "picture": {"results": "none"}, "headlines": headlines}
     (tmp_path / "report.json").write_text(json.dumps(config))
     return tmp_path
@@ -150,9 +149,9 @@ def test_what_is_missing_is_named_and_what_is_odd_escaped(space):
     assert read.tables[0][1:] == [["int8 <i>", "0.20 ms", "4.00 ms", "2"], ["int4", "1.05 ms", "21.00 ms", "10"],
                                   ["none", "0.10 ms", "2.00 ms", "1"]]  # fmt: skip
     assert "<strong>21.00 ms</strong> to add to 1.05 ms" in page
-    assert "no row of codec int5" in missing[0] and "ladder_tiny.json" in missing[1] and len(missing) == 3
-    assert missing[2] == "not measured yet: `python scripts/reproduce_tables.py one` makes `ladder_tiny`"
-    assert re.search(r'class="absent">not measured yet: .* one</code> makes <code>ladder_tiny</code>', page)
+    assert "no row of codec int5" in missing[0] and "ratio_presets_tiny.json" in missing[1] and len(missing) == 3
+    assert missing[2] == "not measured yet: `python scripts/reproduce_tables.py one` makes `ratio_presets_tiny`"
+    assert re.search(r'class="absent">not measured yet: .* one</code> makes <code>ratio_presets_tiny</code>', page)
 
 
 def test_a_config_that_cannot_be_read_is_named(space):
@@ -173,24 +172,8 @@ def test_the_script_writes_the_page_and_says_what_it_lacks(tmp_path, monkeypatch
     assert "has no folder runs" in capsys.readouterr().err and not list(tmp_path.iterdir())
     (tmp_path / "runs").mkdir()
     runpy.run_path(str(files.ROOT / "scripts/make_report.py"), run_name="__main__")
-    assert "ladder_none" in capsys.readouterr().out
+    assert "ratio_presets_none" in capsys.readouterr().out
     assert (tmp_path / "report.html").read_text(encoding="utf-8").endswith("</html>\n")
-
-
-@pytest.mark.parametrize(("cell", "value"), [
-    ("+0.14%", 0.14), ("-1,125.6% … +2%", -1125.6), ("0.95x (0.93 … 1.21)", 0.95), ("4.1e-05", 4.1e-5),
-    ("12.0 MiB", 12), ("at least 3", 3), ("5 of 5 depths", 5), ("–", None), ("kv4", None), ("**8 bits**", None),
-    ("3 (0.1), 4 (0.2)", None),
-])  # fmt: skip
-def test_the_figure_that_a_cell_is_sorted_by(cell, value):
-    assert tabular.number(cell) == value
-
-
-def test_a_short_row_takes_the_rest_of_its_line_in_both_forms():
-    table = tabular.Table(["cache", "ms", "x"], [["a|b", "1.0", "2"], ["c", "not run"]], "Note.")
-    assert table.markdown().splitlines() == ["| cache | ms | x |", "|---|---|---|", "| a\\|b | 1.0 | 2 |",
-                                             "| c | not run | |", "", "Note."]  # fmt: skip
-    assert tabular.Table(["cache", "ms"], [["c", "1"], ["d", "2"], ["e", "–"]]).numeric() == [False, True]
 
 
 def test_the_picture_keeps_order_and_stays_inside():

@@ -7,33 +7,33 @@ import pytest
 
 from gpt2.common import files
 from gpt2.common.errors import PluginError
-from gpt2.report import tables
+from gpt2.report import regions
 
 
-@pytest.mark.parametrize("page", tables.pages(files.ROOT), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", regions.pages(files.ROOT), ids=lambda page: page.name)
 def test_pages_show_what_the_results_say(page):
     text = page.read_text(encoding="utf-8")
-    assert tables.fill(text, files.RESULTS / "runs") == text, "run scripts/update_readme.py"
-    assert len(tables.REGION.findall(text)) >= 5
+    assert regions.fill(text, files.RESULTS / "runs") == text, "run scripts/update_readme.py"
+    assert len(regions.REGION.findall(text)) >= 5
 
 
 def test_a_changed_figure_is_noticed():
     readme = (files.ROOT / "README.md").read_text(encoding="utf-8")
     start = readme.index("| V rank 60")
     tampered = readme[:start] + readme[start:].replace("%", "0 %", 1)
-    assert tables.fill(tampered, files.RESULTS / "runs") == readme != tampered
+    assert regions.fill(tampered, files.RESULTS / "runs") == readme != tampered
 
 
 def test_a_missing_results_file_is_named():
     text = "<!-- results: validate_ppl_nothing -->\n<!-- end -->"
     with pytest.raises(PluginError, match="validate_ppl_nothing.json"):
-        tables.fill(text, files.RESULTS / "runs")
+        regions.fill(text, files.RESULTS / "runs")
 
 
 def test_a_group_that_was_not_run_is_named(tmp_path):
     (tmp_path / "validate_ppl_x.json").write_text(json.dumps({"rows": [{"group": "rank"}]}))
     with pytest.raises(PluginError, match="no rows of group sinks"):
-        tables.fill("<!-- results: validate_ppl_x sinks -->\n<!-- end -->", tmp_path)
+        regions.fill("<!-- results: validate_ppl_x sinks -->\n<!-- end -->", tmp_path)
 
 
 def test_committed_results_have_provenance():

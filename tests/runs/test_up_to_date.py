@@ -276,8 +276,8 @@ def test_a_preset_that_is_made_has_a_record_of_its_own(tmp_path):
 def paged(tmp_path):
     """A checkout with the committed ladder and a page of it."""
     checkout = make_checkout(tmp_path)
-    runs = {"ladder_{model}": fake()}
-    show = [{"results": "ladder_{model}", "heading": "Presets"}]
+    runs = {"ratio_presets_{model}": fake()}
+    show = [{"results": "ratio_presets_{model}", "heading": "Presets"}]
     write_table(checkout, "t", {"title": "A table", "about": "What it shows.", "runs": runs, "show": show, "plots": []})
     setting = Setting(checkout=checkout)
     return checkout, setting, lambda: pages.write(setting, load(setting)[0]["t"])
@@ -295,7 +295,7 @@ def test_a_page_that_was_touched_is_noticed(paged):
     text = page.read_text()
     assert (
         "# A table\n\nWhat it shows.\n\n## Presets\n\n| preset |" in text
-        and "Source: `ladder_smollm2-135m.json`" in text
+        and "Source: `ratio_presets_smollm2-135m.json`" in text
     )
     assert pages.differing(checkout) == []
     page.write_text(re.sub(r"\+0\.\d\d%", "+0.99%", text, count=1))
@@ -310,13 +310,14 @@ def test_another_models_page_is_its_own(paged):
     checkout, _, _ = paged
     other = Setting("models/Other-1B", checkout=checkout)
     shutil.copytree(RUNS, other.results / "runs")
-    (other.results / "runs" / "ladder_smollm2-135m.json").rename(other.results / "runs" / "ladder_other-1b.json")
+    runs = other.results / "runs"
+    (runs / "ratio_presets_smollm2-135m.json").rename(runs / "ratio_presets_other-1b.json")
     assert pages.write(other, load(other)[0]["t"]).name == "t_other-1b.md"
     assert pages.differing(checkout) == []
 
 
 PROSE = """About {figure} of it.
-<!-- results: ladder_x -->
+<!-- results: ratio_presets_x -->
 | kv-4x | 3.97x | +0.14% | 0.00158 |
 <!-- end -->
 """

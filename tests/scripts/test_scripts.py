@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import runpy
 import shutil
 import signal
 import sqlite3
@@ -13,7 +12,8 @@ import time
 
 import pytest
 import torch
-from tiny import tiny_model, word_text, word_tokenizer
+from script_runs import CALIBRATE, ONE_THREAD, SMALL, SMALL_EVAL, TUNE, listing, run
+from tiny import tiny_model, word_text
 
 from gpt2.common import files
 from gpt2.compression.calibration.file import load_calibration
@@ -22,44 +22,6 @@ from gpt2.experiments.ablation import GROUPS
 
 FOLDER = files.ROOT / "scripts"
 SCRIPTS = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.py"))
-CALIBRATE, TUNE = "calibrate_kv_lowrank", "auto_tune_kv_compression"
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    tiny_model("llama").save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def space(tmp_path, monkeypatch, model_folder):
-    """An empty working folder with a text; flags that make everything small."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "words.txt").write_text(word_text(3000))
-    return ["--model", str(model_folder), "--text", "words.txt"]
-
-
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # as conftest has it for this process
-SMALL = ["--samples", "3", "--seq-len", "64"]
-SMALL_EVAL = ["--eval-tokens", "128", "--eval-seq-len", "64", "--chunk", "16"]
-
-
-def run(script: str, *args) -> int:
-    """Run a script in this process; returns its exit code."""
-    sys_argv, sys.argv = sys.argv, [script, *map(str, args)]
-    try:
-        runpy.run_path(str(files.ROOT / "scripts" / f"{script}.py"), run_name="__main__")
-    except SystemExit as stop:
-        return stop.code or 0
-    finally:
-        sys.argv = sys_argv
-    return 0
-
-
-def listing(folder) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -76,8 +38,8 @@ def test_unknown_flags_are_refused(script, capsys):
     assert "--no-such-flag" in capsys.readouterr().err
 
 
-def test_calibrate_writes_where_it_is_told(space, tmp_path, capsys):
-    assert run(CALIBRATE, *space, *SMALL, "--rank", 9, "--output", "out/c.pt", "--gradient-checkpointing") == 0
+def test_calibrate_writes_where_it_is_told(tiny_flags, tmp_path, capsys):
+    assert run(CALIBRATE, *tiny_flags, *SMALL, "--rank", 9, "--output", "out/c.pt", "--gradient-checkpointing") == 0
     assert listing(tmp_path) == {"words.txt", "out/c.pt", "out/c.png"}
     meta = load_calibration(tmp_path / "out/c.pt").meta
     assert (meta["rank"], meta["samples"], meta["seq_len"], meta["tokens"]) == (9, 3, 64, 192)
@@ -85,17 +47,17 @@ def test_calibrate_writes_where_it_is_told(space, tmp_path, capsys):
     assert "energy kept at rank 9 of 12" in said and "need no gradients" in said
 
 
-def test_safetensors_all_the_way(space, tmp_path):
+def test_safetensors_all_the_way(tiny_flags, tmp_path):
     """Calibrated into it, tuned from it, found beside the preset."""
-    assert run(CALIBRATE, *space, *SMALL, "--output", "out/c.safetensors") == 0
+    assert run(CALIBRATE, *tiny_flags, *SMALL, "--output", "out/c.safetensors") == 0
     assert listing(tmp_path) == {"words.txt", "out/c.safetensors", "out/c.png"}
-    assert run(TUNE, *space, *SMALL_EVAL, "--target-ppl-delta", "0.9", "--rank-grid", "12", "--bits", "8", "--study",
-               "s.db", "--calibration", "out/c.safetensors", "--output", "out/p.json") == 0  # fmt: skip
+    assert run(TUNE, *tiny_flags, *SMALL_EVAL, "--target-ppl-delta", "0.9", "--rank-grid", "12", "--bits", "8",
+               "--study", "s.db", "--calibration", "out/c.safetensors", "--output", "out/p.json") == 0  # fmt: skip
     assert json.loads((tmp_path / "out/p.json").read_text())["calibration_file"] == "c.safetensors"
     assert (
         run(
             "generate_with_preset",
-            *space[:2],
+            *tiny_flags[:2],
             "--preset",
             "out/p.json",
             "--prompt",
@@ -107,14 +69,24 @@ def test_safetensors_all_the_way(space, tmp_path):
     )
 
 
-def test_calibrate_without_output_goes_to_results(space, tmp_path):
-    assert run(CALIBRATE, *space, *SMALL) == 0
+def test_calibrate_without_output_goes_to_results(tiny_flags, tmp_path):
+    assert run(CALIBRATE, *tiny_flags, *SMALL) == 0
     written = {name for name in listing(tmp_path) if name.endswith(".pt")}
     assert len(written) == 1 and next(iter(written)).startswith("results/calibrations/kv_lowrank_calib_tiny-llama")
 
 
-def test_tune_writes_a_preset_that_makes_a_cache(space, tmp_path, capsys, model_folder):
-    flags = [*space, *SMALL, *SMALL_EVAL, "--target-ppl-delta", "0.9", "--rank-grid", "12,10", "--bits", "16,8"]
+def test_tune_writes_a_preset_that_makes_a_cache(tiny_flags, tmp_path, capsys, model_folder):
+    flags = [
+        *tiny_flags,
+        *SMALL,
+        *SMALL_EVAL,
+        "--target-ppl-delta",
+        "0.9",
+        "--rank-grid",
+        "12,10",
+        "--bits",
+        "16,8",
+    ]
     flags += ["--study", "s.db", "--output", "p.json"]
     assert run(TUNE, *flags) == 0
     assert "chosen: rank" in capsys.readouterr().out
@@ -134,8 +106,8 @@ def test_tune_writes_a_preset_that_makes_a_cache(space, tmp_path, capsys, model_
     assert "calibration: using" in (said := capsys.readouterr().out) and "tuning: 3 measured" in said.splitlines()[1]
 
 
-def test_tune_per_layer(space, tmp_path, capsys):
-    flags = [*space, *SMALL_EVAL, "--codec", "identity", "--bits", "8,4", "--target", "kv", "--study", "s.db"]
+def test_tune_per_layer(tiny_flags, tmp_path, capsys):
+    flags = [*tiny_flags, *SMALL_EVAL, "--codec", "identity", "--bits", "8,4", "--target", "kv", "--study", "s.db"]
     assert run(TUNE, *flags, "--layer-ablation", "--output", "a.json") == 0
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert len(rows) == 3 * 2 * 2 and listing(tmp_path) == {"words.txt", "a.json", "a.png"}, "an ablation, no search"
@@ -148,23 +120,23 @@ def test_tune_per_layer(space, tmp_path, capsys):
     assert cache.layers[0].stores["V"].compressor.quantizer.bits in (4, 8, 16)
 
 
-def test_tune_without_a_basis_needs_no_calibration(space, tmp_path):
+def test_tune_without_a_basis_needs_no_calibration(tiny_flags, tmp_path):
     flags = [*SMALL_EVAL, "--codec", "identity", "--bits", "8", "--study", "s.db", "--output", "p.json"]
-    assert run(TUNE, *space, *flags, "--target", "kv", "--target-ppl-delta", "0.9") == 0
+    assert run(TUNE, *tiny_flags, *flags, "--target", "kv", "--target-ppl-delta", "0.9") == 0
     assert not list(tmp_path.rglob("*.pt"))
     assert create_cache_from_preset(tmp_path / "p.json").codec_bytes() == 0
 
 
-def test_tune_over_budget_writes_no_preset(space, tmp_path, capsys):
+def test_tune_over_budget_writes_no_preset(tiny_flags, tmp_path, capsys):
     flags = [*SMALL, *SMALL_EVAL, "--rank-grid", "2,1", "--bits", "4", "--target-ppl-delta", "0.0001"]
-    code = run(TUNE, *space, *flags, "--target", "kv", "--study", "s.db", "--output", "p.json")
+    code = run(TUNE, *tiny_flags, *flags, "--target", "kv", "--study", "s.db", "--output", "p.json")
     err = capsys.readouterr().err
     assert code == 3 and "PPL degradation too high" in err and "Nearest: rank" in err and "--target v" in err
     assert not {"p.json", "p.png"} & listing(tmp_path)
 
 
-def test_validate_proves_that_the_cache_is_on_the_path(space, tmp_path, capsys):
-    code = run("validate_ppl_postbugfix", *space, *SMALL, *SMALL_EVAL, "--layer-groups", 2, "--output", "v.json")
+def test_validate_proves_that_the_cache_is_on_the_path(tiny_flags, tmp_path, capsys):
+    code = run("validate_ppl_postbugfix", *tiny_flags, *SMALL, *SMALL_EVAL, "--layer-groups", 2, "--output", "v.json")
     said = capsys.readouterr().out
     assert code == 0 and "the cache is on the path: identity moves no token" in said
     record = json.loads((tmp_path / "v.json").read_text())
@@ -175,21 +147,21 @@ def test_validate_proves_that_the_cache_is_on_the_path(space, tmp_path, capsys):
     assert record["text_sha256"] and record["calibration"]["fingerprint"] == record["fingerprint"]
 
 
-def test_validate_fails_when_its_controls_fail(space, tmp_path, capsys, monkeypatch):
-    """A cache that ignores its codec would make every figure look perfect: that must not pass."""
-    from gpt2.compression.codecs import Compressor
+def test_validate_fails_when_its_controls_fail(tiny_flags, capsys, monkeypatch):
+    """A cache that ignores its codec would make every figure look perfect: the script must not succeed then."""
+    from gpt2.compression.codecs import IdentityCompressor
+    from gpt2.experiments import ablation
 
-    monkeypatch.setattr(Compressor, "compress", lambda self, x, start=0: {"x": x})
-    monkeypatch.setattr(Compressor, "reconstruct", lambda self, fields, head_dim, dtype, start=0: fields["x"])
-    flags = [*space, *SMALL, *SMALL_EVAL, "--groups", "control", "--output", "v.json"]
+    monkeypatch.setattr(ablation, "compressors_for", lambda *args, **how: ([IdentityCompressor()] * 3,) * 2)
+    flags = [*tiny_flags, *SMALL, *SMALL_EVAL, "--groups", "control", "--output", "v.json"]
     assert run("validate_ppl_postbugfix", *flags) == 2
     assert "the controls failed" in capsys.readouterr().err
 
 
-def test_generate_shows_both_texts(space, tmp_path, capsys):
-    assert run(TUNE, *space, *SMALL, *SMALL_EVAL, "--rank-grid", "12", "--bits", "8", "--target-ppl-delta", "0.9",
+def test_generate_shows_both_texts(tiny_flags, tmp_path, capsys):
+    assert run(TUNE, *tiny_flags, *SMALL, *SMALL_EVAL, "--rank-grid", "12", "--bits", "8", "--target-ppl-delta", "0.9",
                "--study", "s.db", "--output", "p.json") == 0  # fmt: skip
-    assert run("generate_with_preset", *space[:2], "--preset", "p.json", "--prompt", "w2 w3 w4 w5 w6 w7 w8") == 0
+    assert run("generate_with_preset", *tiny_flags[:2], "--preset", "p.json", "--prompt", "w2 w3 w4 w5 w6 w7 w8") == 0
     said = capsys.readouterr().out
     assert "[uncompressed] " in said and "[compressed] " in said and "x smaller than the float32 cache" in said
 
@@ -202,16 +174,16 @@ def test_benchmarks_run(tmp_path, monkeypatch, capsys):
     assert len(rows) == 8 and all(row["append_ms_median"] > 0 for row in rows)
 
 
-def test_segments_fit_a_model_of_short_context(space, tmp_path):
+def test_segments_fit_a_model_of_short_context(tiny_flags, tmp_path):
     """2048 is more than the tiny model's 512: without a flag the segments are as long as the model allows."""
     flags = ["--codec", "identity", "--bits", "8", "--eval-tokens", "512", "--target-ppl-delta", "0.9"]
-    assert run(TUNE, *space, *flags, "--study", "s.db", "--output", "p.json") == 0
+    assert run(TUNE, *tiny_flags, *flags, "--study", "s.db", "--output", "p.json") == 0
     assert json.loads((tmp_path / "p.json").read_text())["figures"]["tokens"] == 511
 
 
-def test_results_name_no_folder_of_the_machine(space, tmp_path):
+def test_results_name_no_folder_of_the_machine(tiny_flags, tmp_path):
     flags = [*SMALL_EVAL, "--codec", "identity", "--bits", "8", "--target-ppl-delta", "0.9", "--output", "p.json"]
-    assert run(TUNE, *space, *flags, "--study", files.ROOT / "results/demo/test.db") == 0
+    assert run(TUNE, *tiny_flags, *flags, "--study", files.ROOT / "results/demo/test.db") == 0
     args = json.loads((tmp_path / "p.json").read_text())["provenance"]["args"]
     assert args["study"] == "results/demo/test.db" and args["output"] == "p.json"
 
@@ -253,7 +225,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("command", "message"), BAD, ids=lambda value: " ".join(value) if type(value) is list else "")
-def test_bad_input_is_one_clear_line(command, message, space, tmp_path, capsys):
+def test_bad_input_is_one_clear_line(command, message, tiny_flags, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "short.txt").write_text(word_text(300))
     (tmp_path / "half.db").write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
@@ -263,21 +235,21 @@ def test_bad_input_is_one_clear_line(command, message, space, tmp_path, capsys):
         bank.execute("CREATE TABLE accounts (money)")
     before = listing(tmp_path)
     script, *flags = command
-    defaults = dict(zip(space[::2], space[1::2], strict=True)) if script != "generate_with_preset" else {}
+    defaults = dict(zip(tiny_flags[::2], tiny_flags[1::2], strict=True)) if script != "generate_with_preset" else {}
     code = run(script, *(word for pair in defaults.items() for word in pair if pair[0] not in flags), *flags)
     err = capsys.readouterr().err
     assert code == 2 and message in err and "Traceback" not in err
     assert listing(tmp_path) == before, "nothing may be left behind"
 
 
-def test_out_of_memory_gives_advice(space, tmp_path, capsys, monkeypatch):
+def test_out_of_memory_gives_advice(tiny_flags, tmp_path, capsys, monkeypatch):
     import gpt2.compression.calibration.calibrate as module
 
     def explode(*args, **kwargs):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 10 bytes")
 
     monkeypatch.setattr(module, "collect", explode)
-    assert run(CALIBRATE, *space, *SMALL, "--output", "c.pt") == 4
+    assert run(CALIBRATE, *tiny_flags, *SMALL, "--output", "c.pt") == 4
     err = capsys.readouterr().err
     assert (
         "out of memory" in err and "--samples" in err and "--seq-len 512" in err and "--gradient-checkpointing" in err
@@ -285,9 +257,20 @@ def test_out_of_memory_gives_advice(space, tmp_path, capsys, monkeypatch):
     assert "c.pt" not in listing(tmp_path)
 
 
-def test_an_interrupted_tuning_resumes(space, tmp_path, capsys):
+def test_an_interrupted_tuning_resumes(tiny_flags, tmp_path, capsys):
     """Killed ones: tests/test_kills.py, and what a dead worker was at, tests/test_autotune.py."""
-    flags = [*space, *SMALL, "--eval-tokens", "192", "--eval-seq-len", "192", "--chunk", "1", "--bits", "16,8,4"]
+    flags = [
+        *tiny_flags,
+        *SMALL,
+        "--eval-tokens",
+        "192",
+        "--eval-seq-len",
+        "192",
+        "--chunk",
+        "1",
+        "--bits",
+        "16,8,4",
+    ]
     flags += ["--rank-grid", "12,8", "--target-ppl-delta", "0.9", "--study", "s.db", "--output", "p.json"]
     command = [sys.executable, str(files.ROOT / "scripts" / f"{TUNE}.py"), *flags]
     child = subprocess.Popen(

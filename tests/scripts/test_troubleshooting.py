@@ -8,7 +8,21 @@ import shutil
 
 import pytest
 import torch
-from test_scripts import SMALL, SMALL_EVAL, listing, run
+from script_runs import (
+    CALIBRATE,
+    FREE_PRESET,
+    GENERATE,
+    NEEDLE,
+    PRESET,
+    PROFILE,
+    SMALL,
+    SMALL_EVAL,
+    STABILITY,
+    TUNE,
+    VALIDATE,
+    listing,
+    run,
+)  # fmt: skip
 from tiny import tiny_model, word_text, word_tokenizer
 
 from gpt2.common import files
@@ -16,9 +30,6 @@ from gpt2.compression.calibration.file import load_calibration
 from gpt2.compression.presets import create_cache_from_preset
 from gpt2.models import loading, random_weights
 
-CALIBRATE, TUNE, VALIDATE = "calibrate_kv_lowrank", "auto_tune_kv_compression", "validate_ppl_postbugfix"
-NEEDLE, STABILITY, PROFILE = "eval_long_context_needle", "eval_stability", "profile_kv_performance"
-GENERATE = "generate_with_preset"
 WITH_PRESET = (NEEDLE, STABILITY, PROFILE, GENERATE)  # scripts that take --preset
 WITH_TEXT = (CALIBRATE, TUNE, VALIDATE, NEEDLE, STABILITY)  # scripts that take --text
 EVERY = (*WITH_TEXT, PROFILE, GENERATE)
@@ -42,11 +53,6 @@ FLAGS = {
     PROFILE: ["--preset", "free.json", "--context-lengths", "32", "--batch-sizes", "1", "--repeats", "1"],
     GENERATE: ["--preset", "free.json", "--prompt", "w2 w3 w4", "--max-new-tokens", "4"],
 }
-PRESET = {
-    "model": "tiny", "rank": 9, "target": "v", "bits": 8, "compression_ratio": 1.5, "baseline_ppl": 20.0,
-    "compressed_ppl": 21.0, "ppl_delta": 0.05, "calibration_file": "c.pt", "head_dim": 12, "num_layers": 3,
-}  # fmt: skip
-FREE = PRESET | {"codec": "identity", "calibration_file": ""}
 
 
 def saved(folder, family="llama", change=lambda model: None):
@@ -55,11 +61,6 @@ def saved(folder, family="llama", change=lambda model: None):
     model.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def space(tmp_path, monkeypatch):
     """An empty working folder, with a text and a preset that needs no calibration."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "words.txt").write_text(word_text(3000))
-    (tmp_path / "free.json").write_text(json.dumps(FREE))
+    (tmp_path / "free.json").write_text(json.dumps(FREE_PRESET))
     return tmp_path
 
 
@@ -247,13 +248,13 @@ def test_a_bad_calibration_file_is_never_run(damage, script, space, capsys, cali
 )
 @pytest.mark.parametrize("script", WITH_PRESET)
 def test_a_preset_with_absurd_keys(script, change, message, space, capsys, model_folder):
-    (space / "p.json").write_text(json.dumps(FREE | change))
+    (space / "p.json").write_text(json.dumps(FREE_PRESET | change))
     assert message in fails(capsys, space, script, "--preset", "p.json", model=model_folder)
 
 
 @pytest.mark.parametrize("key", ["model", "rank", "target", "bits", "calibration_file", "head_dim", "num_layers"])
 def test_a_preset_with_a_missing_key(key, space, capsys, model_folder):
-    (space / "p.json").write_text(json.dumps({k: v for k, v in FREE.items() if k != key}))
+    (space / "p.json").write_text(json.dumps({k: v for k, v in FREE_PRESET.items() if k != key}))
     assert f"key '{key}': expected" in fails(capsys, space, GENERATE, "--preset", "p.json", model=model_folder)
 
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkouts import fake, make_checkout
-from test_scripts import SMALL, SMALL_EVAL
-from test_troubleshooting import FREE
+from script_runs import FREE_PRESET, SMALL, SMALL_EVAL
 from tiny import char_tokenizer, tiny_model, word_text
 
 from gpt2.common import files
@@ -114,7 +113,7 @@ JOBS = {
     "presets": Job(
         "make_presets",
         [*TEXT, *SMALL, *SMALL_EVAL, "--seq-len", 100, "--ratios", "2,6.4", "--output", "out"],
-        record="out/runs/ladder_tiny.json",
+        record="out/runs/ratio_presets_tiny.json",
     ),
     "report": Job("make_report", ["--results", "results", "--output", "out/r.html"], record=None),
     "bytes": Job("benchmarks/cache_bytes", ["--model", "tiny", *PRESET, "--context-lengths", 64, *RUN]),
@@ -165,7 +164,7 @@ def make_home(home: Path) -> None:
         made = shape | {"hidden_size": hidden, "head_dim": hidden // 4}
         (space / f"h{hidden}.json").write_text(json.dumps(made))
     shutil.copy(home / "words.txt", space)
-    (space / "free.json").write_text(json.dumps(FREE))
+    (space / "free.json").write_text(json.dumps(FREE_PRESET))
     (space / "results" / "runs").mkdir(parents=True)
     shutil.copy(files.RESULTS / "runs" / "benchmark_append.json", space / "results" / "runs")
     (space / "docs").mkdir()

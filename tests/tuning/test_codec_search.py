@@ -12,8 +12,7 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
-from test_scripts import SMALL, SMALL_EVAL, TUNE, listing, model_folder, run  # noqa: F401
-from test_scripts import space as workspace  # noqa: F401
+from script_runs import SMALL, SMALL_EVAL, TUNE, listing, run
 from tiny import tiny_loaded, tiny_model, windows
 
 from gpt2 import cli
@@ -322,8 +321,8 @@ def test_without_statistics_a_family_is_left_out_or_refused_when_asked_for():
 CODEC = [*SMALL[:2], "--seq-len", "160", *SMALL_EVAL, "--search", "codec", "--study", "s.db", "--output", "p.json"]
 
 
-def test_script_writes_a_preset_of_the_best_codec(workspace, tmp_path, capsys):  # noqa: F811
-    flags = [*workspace, *CODEC, "--num-trials", "9", "--target-ppl-delta", "0.9"]
+def test_script_writes_a_preset_of_the_best_codec(tiny_flags, tmp_path, capsys):
+    flags = [*tiny_flags, *CODEC, "--num-trials", "9", "--target-ppl-delta", "0.9"]
     flags += ["--codecs", "identity,joint+mixed,joint+mixed_fixed,pca", "--recent-grid", "8"]
     assert run(TUNE, *flags) == 0
     preset = json.loads((tmp_path / "p.json").read_text())
@@ -353,18 +352,18 @@ def test_script_writes_a_preset_of_the_best_codec(workspace, tmp_path, capsys): 
     assert "calibration: using" in said and said.count("tuning: ") == 1, "everything is done"
 
 
-def test_script_without_a_calibrated_codec_makes_no_calibration(workspace, tmp_path):  # noqa: F811
+def test_script_without_a_calibrated_codec_makes_no_calibration(tiny_flags, tmp_path):
     flags = ["--codecs", "identity", "--num-trials", "2", "--target-ppl-delta", "0.9"]
-    assert run(TUNE, *workspace, *CODEC, *flags) == 0
+    assert run(TUNE, *tiny_flags, *CODEC, *flags) == 0
     preset = json.loads((tmp_path / "p.json").read_text())
     assert not list(tmp_path.rglob("*.pt")) and preset["calibration_file"] == "" and preset["codec"] == "identity"
     assert create_cache_from_preset(tmp_path / "p.json").codec_bytes() == 0
 
 
-def test_script_over_budget_writes_nothing(workspace, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_script_over_budget_writes_nothing(tiny_flags, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Search, "evaluate", lambda self, cell, ratio: Trial(
         cell, 1.0, ratio, {"ppl_delta": 1.0, "ppl_delta_interval": [1.0, 1.0]}))  # fmt: skip
-    assert run(TUNE, *workspace, *CODEC, "--codecs", "identity", "--num-trials", "2") == BudgetNotMet.exit_code
+    assert run(TUNE, *tiny_flags, *CODEC, "--codecs", "identity", "--num-trials", "2") == BudgetNotMet.exit_code
     err = capsys.readouterr().err
     assert "PPL degradation too high" in err and "--num-trials" in err
     assert not {"p.json", "p.png"} & listing(tmp_path)
@@ -378,8 +377,8 @@ def test_script_over_budget_writes_nothing(workspace, tmp_path, capsys, monkeypa
         (["--codecs", "identify"], "unknown identify"),
     ],
 )
-def test_flags_of_the_other_search_are_refused(workspace, flags, message, capsys):  # noqa: F811
-    assert run(TUNE, *workspace, *CODEC, *flags) == 2
+def test_flags_of_the_other_search_are_refused(tiny_flags, flags, message, capsys):
+    assert run(TUNE, *tiny_flags, *CODEC, *flags) == 2
     assert message in capsys.readouterr().err
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_scripts import listing, run
+from script_runs import listing, run
 from tiny import tiny_loaded, tiny_model, word_text, word_tokenizer
 
 from gpt2.common.errors import BadArtefact, PluginError
@@ -32,23 +32,23 @@ def calibration(llama):
 @pytest.mark.parametrize("quantizer", ["mixed", "mixed_fixed"])
 @pytest.mark.parametrize("ratio", [2.0, 4.6, 8.0])
 def test_a_rung_holds_its_ratio_and_wastes_little(llama, calibration, ratio, quantizer):
-    rung = ratio_presets.make_rung(llama, calibration, ratio, quantizer=quantizer)
+    preset = ratio_presets.make_ratio_preset(llama, calibration, ratio, quantizer=quantizer)
     held = plain_bytes(llama.geometry, ratio_presets.TOKENS) / held_bytes(
-        rung.make, llama.geometry, ratio_presets.TOKENS
+        preset.make, llama.geometry, ratio_presets.TOKENS
     )
-    assert rung.compression_ratio == pytest.approx(held) and ratio <= held < 1.05 * ratio
-    assert rung.name == f"kv-{ratio:g}x" and rung.bits < 16 / ratio
+    assert preset.compression_ratio == pytest.approx(held) and ratio <= held < 1.05 * ratio
+    assert preset.name == f"kv-{ratio:g}x" and preset.bits < 16 / ratio
 
 
 def test_sinks_are_paid_for(llama, calibration):
-    few, many = (ratio_presets.make_rung(llama, calibration, 4.0, sink_tokens=n) for n in (0, 64))
+    few, many = (ratio_presets.make_ratio_preset(llama, calibration, 4.0, sink_tokens=n) for n in (0, 64))
     assert many.bits < few.bits - 0.4, "64 of 2048 tokens in 16 bits are half a bit of all"
 
 
 @pytest.mark.parametrize("ratio", [1.2, 60.0])
 def test_a_ratio_out_of_reach_is_named(llama, calibration, ratio):
     with pytest.raises(PluginError, match=f"ratio {ratio:g} is out of range"):
-        ratio_presets.make_rung(llama, calibration, ratio)
+        ratio_presets.make_ratio_preset(llama, calibration, ratio)
 
 
 def test_the_calibration_is_compact_and_used_again(llama, tmp_path, capsys):
@@ -78,10 +78,10 @@ def test_the_script_makes_presets_that_work(tmp_path, monkeypatch, capsys):
     flags += ["--eval-seq-len", 128, "--ratios", "2,6.4"]
     before = listing(tmp_path)
     assert run("make_presets", *flags, "--output", "out") == 0
-    names = {"runs/ladder_tiny.json", "plots/ladder_tiny.png", "calibrations/kv_joint_tiny.pt"}
+    names = {"runs/ratio_presets_tiny.json", "plots/ratio_presets_tiny.png", "calibrations/kv_joint_tiny.pt"}
     names |= {"presets/tiny-kv-2x.json", "presets/tiny-kv-6.4x.json"}
     assert listing(tmp_path) - before == {f"out/{name}" for name in names}
-    for row in json.loads((tmp_path / "out/runs/ladder_tiny.json").read_text())["rows"]:
+    for row in json.loads((tmp_path / "out/runs/ratio_presets_tiny.json").read_text())["rows"]:
         preset = load_preset(tmp_path / f"out/presets/tiny-{row['label']}.json")
         assert preset["compression_ratio"] == pytest.approx(row["compression_ratio_2048"], abs=1e-3)
         assert preset["ppl_delta"] == pytest.approx(row["ppl_delta"], abs=1e-6)
@@ -95,8 +95,10 @@ def test_the_script_makes_presets_that_work(tmp_path, monkeypatch, capsys):
         create_cache_from_preset(preset | {"calibrated_with": {"seed": 5}})
     assert run("make_presets", *flags, "--output", "out", "--tag", "other") == 0
     assert {name for name in listing(tmp_path) if "other" in name} == {
-        "out/runs/ladder_tiny_other.json", "out/plots/ladder_tiny_other.png", "out/calibrations/kv_joint_tiny_other.pt"
-    }  # fmt: skip
+        "out/runs/ratio_presets_tiny_other.json",
+        "out/plots/ratio_presets_tiny_other.png",
+        "out/calibrations/kv_joint_tiny_other.pt",
+    }
     assert len(list((tmp_path / "out/presets").iterdir())) == 2, "a tag measures only"
     assert run("make_presets", *flags, "--ratios", "0.5") == 2
     assert "lies between 1 and 64" in capsys.readouterr().err

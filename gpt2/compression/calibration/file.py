@@ -55,7 +55,6 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
     if calibration.statistics is not None:
         record |= {
             "bases": calibration.bases,
-            "energy": {side: energy.float() for side, energy in calibration.energies().items()},
             "statistics": _statistics_record(calibration.statistics),
         }
     record |= {name: codec.record() for name, codec in calibration.multi_head.items()}
@@ -63,7 +62,7 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
 
 
 def _statistics_record(statistics: Statistics) -> dict:
-    record = {"queries": statistics.queries, "query_count": statistics.query_count, "metrics": {}}
+    record: dict = {"metrics": {}}
     for side in SIDES:
         moments = getattr(statistics, side)
         record |= {f"{side}_{name}": getattr(moments, name) for name in ("count", "mean", "scatter")}
@@ -137,16 +136,12 @@ def _parse(record, path: Path) -> Calibration:
         )
         for side in SIDES
     ]
-    has_queries = record["statistics"].get("queries") is not None
-    queries = tensor("statistics", "queries", L, H, d, d) if has_queries else None
-    query_count = record["statistics"].get("query_count")
-    expect(type(query_count) is int, "statistics.query_count", "int", brief(query_count))
     metrics = record["statistics"].get("metrics", {})  # older files have none
     for side, own in zip(SIDES, moments, strict=True):
         names = metrics.get(side, {}) if isinstance(metrics, dict) else metrics
         expect(isinstance(names, dict), "statistics.metrics", "a dict of each side", type(names).__name__)
         own.metrics = {name: tensor("statistics", f"metrics.{side}.{name}", L, H, d, d) for name in names}
-    return Calibration(meta, Statistics(*moments, queries, query_count), bases, measured)
+    return Calibration(meta, Statistics(*moments), bases, measured)
 
 
 def _is_calibrated(codec: str) -> bool:

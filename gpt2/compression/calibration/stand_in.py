@@ -25,4 +25,4 @@ def stand_in(loaded: LoadedModel) -> Calibration:
     meta |= {"num_kv_heads": geometry.num_kv_heads, "head_dim": geometry.head_dim}
     bases = {side: fit("pca", own) for side, own in zip(SIDES, moments, strict=True)}
     fitted = {name: bit_allocation.stand_in(basis, geometry) for name, basis in multi_head_bases().items()}
-    return Calibration(meta, Statistics(*moments, None, 0), bases, fitted)
+    return Calibration(meta, Statistics(*moments), bases, fitted)

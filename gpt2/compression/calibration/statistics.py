@@ -25,12 +25,14 @@ OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")  # what models call an
 
 @dataclass
 class Statistics:
-    """Everything a basis may be fitted to. `queries` is Σqqᵀ / n over the query heads of a KV head, [L, H, d, d]."""
+    """Everything a basis may be fitted to: moments of keys and values, and the metrics that weigh their errors.
+
+    k.metrics["attention"] is Σqqᵀ / n over the query heads that share a KV head, v.metrics["attention"] that of
+    `output_metric`; both [L, H, d, d], each missing where the model doesn't show what it is computed from.
+    """
 
     k: Moments
     v: Moments
-    queries: Tensor | None
-    query_count: int
 
 
 class Tap(DynamicCache):
@@ -83,7 +85,7 @@ def collect(
         k.metrics["attention"] = queries.mean()
     if (outputs := output_metric(model, geometry)) is not None:
         v.metrics["attention"] = outputs
-    return Statistics(k, v, k.metrics.get("attention"), queries.count)
+    return Statistics(k, v)
 
 
 def output_metric(model, geometry: Geometry) -> Tensor | None:

@@ -3,6 +3,7 @@
 import os
 import pickle
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def tensors(calibration: Calibration) -> dict[str, torch.Tensor]:
     for side in ("k", "v"):
         own = vars(getattr(calibration.statistics, side))
         found |= {f"{side}.{name}": t for name, t in (own | own["metrics"]).items() if name != "metrics"}
-    return found | {"queries": calibration.statistics.queries}
+    return found
 
 
 def same(a: Calibration, b: Calibration) -> bool:
@@ -62,7 +63,7 @@ def test_every_family_calibrates(family, tmp_path):
     path = save_calibration(calibrate(loaded, TEXT, rank=7, samples=2, seq_len=24), tmp_path / "c.pt")
     back = load_calibration(path)
     assert back.geometry == loaded.geometry
-    assert back.statistics.queries is not None and (back.statistics.queries.diagonal(dim1=-2, dim2=-1) > 0).any()
+    assert (back.statistics.k.metrics["attention"].diagonal(dim1=-2, dim2=-1) > 0).any()
     k, v, _ = load_calibrated_compressors(path)
     cache = CompressedDynamicCache(k, v, num_layers=loaded.geometry.num_layers)
     with torch.no_grad():
@@ -132,14 +133,22 @@ def test_calibrate_refuses(llama, change, message):
 def test_what_is_loaded_is_what_was_saved(made, path):
     back = load_calibration(path)
     assert same(back, made) and back.meta == made.meta
-    assert back.statistics.query_count == made.statistics.query_count
 
 
 def test_a_model_without_queries_saves_and_loads(made, tmp_path):
     """Families with hard-wired attention: K and V statistics only."""
-    s = made.statistics
-    path = save_calibration(Calibration(made.meta, Statistics(s.k, s.v, None, 0), made.bases), tmp_path / "c.pt")
-    assert load_calibration(path).statistics.queries is None
+    k = replace(made.statistics.k, metrics={})
+    path = save_calibration(Calibration(made.meta, Statistics(k, made.statistics.v), made.bases), tmp_path / "c.pt")
+    assert not load_calibration(path).statistics.k.metrics
+
+
+def test_fields_that_older_files_have_are_ignored(made, path):
+    """Files of earlier versions also have the energies, and the keys' attention metric a second time."""
+    record = torch.load(path, weights_only=True)
+    record["energy"] = {"k": torch.ones(3, 2, 12), "v": torch.ones(3, 2, 12)}
+    record["statistics"] |= {"queries": record["statistics"]["metrics"]["k"]["attention"], "query_count": 288}
+    torch.save(record, path)
+    assert same(load_calibration(path), made)
 
 
 def test_every_rank_is_cut_from_one_file(made, path):
@@ -286,8 +295,7 @@ DAMAGE = [
     (put("statistics", value=...), ["'statistics.k_count'"]),
     (put("statistics", "k_scatter", value=...), ["'statistics.k_scatter'"]),
     (put("statistics", "v_mean", value=lambda t: t[:1]), ["'statistics.v_mean'", "found [1, 2, 12]"]),
-    (put("statistics", "queries", value=spoiled), ["'statistics.queries'", "finite"]),
-    (put("statistics", "query_count", value="many"), ["'statistics.query_count'"]),
+    (put("statistics", "metrics", "k", "attention", value=spoiled), ["'statistics.metrics.k.attention'", "finite"]),
 ]
 
 

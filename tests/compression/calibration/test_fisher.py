@@ -310,11 +310,6 @@ def test_windows_shorter_than_a_block_have_a_metric_but_no_joint_codec(llama):
 # --- the attention metric
 
 
-def test_the_attention_metric_of_keys_is_that_of_the_queries(llama):
-    statistics = collect(llama, windows(2, 30), SINKS)
-    assert statistics.k.metrics["attention"] is statistics.queries
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi", "opt"])
 def test_the_attention_metric_of_values_is_what_they_do_to_the_output(family):
     """|Δ W_o|² of an error of one head's values, for every query head that reads it."""

@@ -89,7 +89,8 @@ def test_collect_equals_a_direct_computation_without_the_sinks(llama, sinks):
     batches = windows(3, 20)
     found = collect(llama, batches, sinks)
     per_window = [direct_qkv(llama, tokens) for tokens in batches]
-    assert (found.k.count == 3 * (20 - sinks)).all() and found.query_count == 3 * (20 - sinks) * 2
+    seen = found.k.metrics["attention"]
+    assert (found.k.count == 3 * (20 - sinks)).all()
     for layer in range(llama.geometry.num_layers):
         q, k, v = (torch.cat([w[layer][i][:, sinks:] for w in per_window], dim=1).double() for i in range(3))
         for moments, x in ((found.k, k), (found.v, v)):
@@ -100,13 +101,14 @@ def test_collect_equals_a_direct_computation_without_the_sinks(llama, sinks):
         for head in range(2):
             mine = q[2 * head : 2 * head + 2].flatten(0, 1)
             expected = mine.mT @ mine / len(mine)
-            assert torch.allclose(found.queries[layer, head], expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+            assert torch.allclose(seen[layer, head], expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
 
 
 def test_collect_is_independent_of_the_order_of_windows(llama):
     batches = windows(4, 20)
     a, b = collect(llama, batches, 4), collect(llama, batches.flip(0), 4)
-    assert torch.allclose(a.k.scatter, b.k.scatter, rtol=1e-6) and torch.allclose(a.queries, b.queries, rtol=1e-6)
+    assert torch.allclose(a.k.scatter, b.k.scatter, rtol=1e-6)
+    assert torch.allclose(a.k.metrics["attention"], b.k.metrics["attention"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("sinks", [20, 50])
@@ -153,7 +155,7 @@ def test_collect_leaves_the_attention_as_it_was(llama, implementation):
     llama.model.set_attn_implementation(implementation)
     tokens = windows(1, 20)
     before = llama.model(tokens).logits
-    queries = collect(llama, tokens, 4).queries
+    queries = collect(llama, tokens, 4).k.metrics["attention"]
     assert llama.model.config._attn_implementation == implementation
     assert torch.equal(llama.model(tokens).logits, before)
 
@@ -165,7 +167,7 @@ def test_collect_leaves_the_attention_as_it_was(llama, implementation):
         collect(llama, interrupted(), 4)
     assert llama.model.config._attn_implementation == implementation
     llama.model.set_attn_implementation("sdpa")
-    assert torch.allclose(collect(llama, tokens, 4).queries, queries, rtol=1e-4, atol=1e-4), "either way the same"
+    assert torch.allclose(collect(llama, tokens, 4).k.metrics["attention"], queries, rtol=1e-4, atol=1e-4)
 
 
 def test_collect_keeps_no_activations(llama):
@@ -183,9 +185,8 @@ def test_collect_keeps_no_activations(llama):
     finally:
         gc.unfreeze()
     assert len(set(alive[1:])) == 1, "live bytes don't grow with the windows"
-    sides = vars(found.k) | {f"v {name}": value for name, value in vars(found.v).items()}
-    assert sides.pop("metrics")["attention"] is found.queries
-    held = [*sides.pop("v metrics").values(), *sides.values(), found.queries]
+    held = [getattr(side, name) for side in (found.k, found.v) for name in ("count", "mean", "scatter")]
+    held += [side.metrics["attention"] for side in (found.k, found.v)]
     L, H, d = vars(llama.geometry).values()
     assert sum(t.untyped_storage().nbytes() for t in held) == 8 * (2 * L + 2 * L * H * d + 4 * L * H * d * d)
-    assert set(vars(found)) == {"k", "v", "queries", "query_count"}, "nothing beside"
+    assert set(vars(found)) == {"k", "v"} and set(vars(found.k)) == {"count", "mean", "scatter", "metrics"}

@@ -16,7 +16,7 @@ from gpt2.compression.codecs.base import join_heads
 from gpt2.compression.presets import create_cache_from_preset
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
 from gpt2.text.sources import by_position
-from gpt2.tuning.ratio_presets import compact_calibration, make_rung
+from gpt2.tuning.ratio_presets import compact_calibration, make_ratio_preset
 
 TEXT = by_position("words", "words.txt", word_text(3000))
 L, H, D = 3, 2, 12  # of the tiny llama
@@ -85,14 +85,14 @@ def test_a_file_holds_it(made, compact, tmp_path):
             back.fit_of("joint")
 
 
-def test_a_ladder_is_read_as_it_is_stored(llama, tmp_path):
+def test_its_presets_by_ratio_are_read_as_they_are_stored(llama, tmp_path):
     made = compact_calibration(
         llama, TEXT, tmp_path / "g.pt", codec="grouped", samples=4, seq_len=200, seed=0, sink_tokens=4
     )
-    rung = make_rung(llama, made, 3.5)
-    assert rung.name == "fast-3.5x" and rung.compression_ratio >= 3.5
+    found = make_ratio_preset(llama, made, 3.5)
+    assert found.name == "fast-3.5x" and found.compression_ratio >= 3.5
     preset = {
-        "model": "tiny-llama", "rank": D, "target": "kv", "bits": rung.bits, "codec": "grouped", "quantizer": "mixed",
+        "model": "tiny-llama", "rank": D, "target": "kv", "bits": found.bits, "codec": "grouped", "quantizer": "mixed",
         "head_dim": D, "num_layers": L, "calibration_file": str(tmp_path / "g.pt"),
     }  # fmt: skip
     segments, own = windows(2, 200), tiny_loaded("llama")  # the other tests' model stays as it is

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from script_runs import run
 from test_fisher import close, direct
 from test_joint import TEXT, D, H, L, preset_of, reads_like_the_reference, vectors
 from test_mixed import PRICES, least
-from test_scripts import run
 from tiny import tiny_loaded, tiny_model, windows, word_text, word_tokenizer
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from gpt2.compression.presets import create_cache_from_preset
 from gpt2.compression.settings import compressors_for
 from gpt2.models.geometry import Geometry
 from gpt2.tuning import search_space
-from gpt2.tuning.ratio_presets import make_rung
+from gpt2.tuning.ratio_presets import make_ratio_preset
 
 
 @pytest.fixture(scope="module")
@@ -461,8 +461,8 @@ def test_coordinates_follow_positions_where_keys_keep_them(llama, third):
 
 def test_a_model_decodes_with_it(llama, third, tmp_path):
     made = calibrate(llama, TEXT, codec="third", compact=True, **SMALL)
-    rung = make_rung(llama, made, 4.0)
-    assert rung.name == "third-4x" and rung.compression_ratio >= 4
+    found = make_ratio_preset(llama, made, 4.0)
+    assert found.name == "third-4x" and found.compression_ratio >= 4
     preset = preset_of(made, tmp_path / "small.pt")
     prompt = windows(2, 150)
     cache = create_cache_from_preset(preset, dtype=torch.float64)
@@ -493,7 +493,7 @@ def test_the_search_the_scripts_and_models_without_weights_know_it(llama, third,
     assert run("make_presets", *common, *sizes, "--codec", "third", "--output", "out") == 0
     names = {path.name for path in (tmp_path / "out").rglob("*.*")}
     slug = folder.name
-    assert {f"{slug}-third-3x.json", f"kv_third_{slug}.pt", f"ladder_third_{slug}.json"} <= names
+    assert {f"{slug}-third-3x.json", f"kv_third_{slug}.pt", f"ratio_presets_third_{slug}.json"} <= names
 
 
 @pytest.mark.parametrize("codec", ["pca", "fisher"])

@@ -6,6 +6,8 @@ import optuna
 import pytest
 import torch
 from hostile import CHANNELS, HOSTILE, SIZES, hostile
+from script_runs import SMALL as FEW
+from script_runs import SMALL_EVAL, run
 from test_numerics import (
     EXACT_BASES,
     SMALL,
@@ -19,8 +21,6 @@ from test_numerics import (
     moments_of,
     round_trip,
 )
-from test_scripts import SMALL as FEW
-from test_scripts import SMALL_EVAL, run
 from tiny import tiny_model, word_text, word_tokenizer
 
 from gpt2.compression.calibration.calibrate import calibrate
@@ -223,7 +223,7 @@ def test_presets_by_ratio_and_the_search_twice_are_the_same(tmp_path, monkeypatc
         study = grid_search.open_study(
             tmp_path / name / "s.db", optuna.get_all_study_names(f"sqlite:///{name}/s.db")[0]
         )
-        rows = json.loads((tmp_path / name / "runs/ladder_tiny.json").read_text())["rows"]
+        rows = json.loads((tmp_path / name / "runs/ratio_presets_tiny.json").read_text())["rows"]
         found.append([[(t.params, t.values, t.state) for t in study.get_trials()], rows])
     assert found[0][0] == found[1][0] and len(found[0][0]) >= 5
     assert found[0][1] == found[1][1]

@@ -1,6 +1,7 @@
-"""Rows of the perplexity ablation with the integration guide's figures beside them, where it has the same cell.
+"""Rows of the perplexity ablation beside what the integration guide says of the same cell.
 
-The same cell: target, bits, and rank as a share of head_dim. What the guide says is in `configs/guide.json`.
+Two cells are the same if target, bits, and rank as a share of head_dim agree. The guide's figures are in
+`configs/guide.json`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ CELL = re.compile(r"(KV|K|V) (?:rank (\d+)|(LN nullspace))(?:, (\d+) bits)?")
 
 
 def beside_guide(record: dict, groups: list[str]) -> Table:
-    """Rows of some groups or of all, by our results; the last column is the guide's own."""
+    """Rows of some groups or of all with our results; the last column is what the guide says."""
     rows, lines = select(record["rows"], "group", groups), []
     for row in rows:
         cell = _cell(row["label"], record["calibration"]["head_dim"])
@@ -35,7 +36,7 @@ def beside_guide(record: dict, groups: list[str]) -> Table:
 
 
 def _cell(label: str, head_dim: int) -> dict | None:
-    """What a row's label says that it stores; None where the guide can have nothing like it."""
+    """Target, share of head_dim, nullspace and bits of a row's label; None for labels of other kinds."""
     if not (match := CELL.fullmatch(label)):
         return None
     target, rank, nullspace, bits = match.groups()
@@ -44,11 +45,11 @@ def _cell(label: str, head_dim: int) -> dict | None:
 
 
 def _guide(cell: dict | None) -> str:
-    found = [figure for figure in _figures() if cell and _is_of(figure, cell)]
-    return "; ".join(_said(figure) for figure in found) or "–"
+    found = [figure for figure in _figures() if cell and _same_cell(figure, cell)]
+    return "; ".join(_in_words(figure) for figure in found) or "–"
 
 
-def _is_of(figure: dict, cell: dict) -> bool:
+def _same_cell(figure: dict, cell: dict) -> bool:
     if (figure["target"], figure["bits"]) != (cell["target"], cell["bits"]):
         return False
     if ("codec" in figure) != cell["nullspace"]:
@@ -56,7 +57,7 @@ def _is_of(figure: dict, cell: dict) -> bool:
     return "rank" not in figure or figure["rank"] / figure["head_dim"] == cell["share"]
 
 
-def _said(figure: dict) -> str:
+def _in_words(figure: dict) -> str:
     words = [f"rank {figure['rank']}:"] if "rank" in figure else []
     if "ppl_delta" in figure:
         delta = figure["ppl_delta"]

@@ -1,4 +1,4 @@
-"""Tables of docs/scale.md, from records that scripts/benchmarks/scaling.py writes."""
+"""Tables of costs at scale, from records that scripts/benchmarks/scaling.py writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GIB, MIB = 2**30, 2**20
 
 
 def scaling(record: dict, words: list[str]) -> Table:
-    """One of the tables by name, `bytes`, `time`, `memory`, `passes` or `slopes`; slopes of some steps, or of all."""
+    """The table `bytes`, `time`, `memory`, `passes` or `slopes`, by the first word; other words are steps of slopes."""
     name, *steps = words or ["slopes"]
     if name not in SCALING:
         raise PluginError(f"a table of {record['model']} asks for {name}: give one of {', '.join(SCALING)} first")

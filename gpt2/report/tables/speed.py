@@ -1,4 +1,4 @@
-"""Tables of time and memory, as gpt2/tables.py has them of quality."""
+"""Tables of time and memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from gpt2.report.table import Table, select
 
 
 def appending(record: dict, _: list[str]) -> Table:
-    """Time to append one token, a row per codec and a column per number of tokens held."""
+    """Time to append one token: a row per codec, a column per number of tokens held."""
     held = sorted({row["tokens_held"] for row in record["rows"]})
     lines = []
     for codec in dict.fromkeys(row["codec"] for row in record["rows"]):
@@ -17,7 +17,7 @@ def appending(record: dict, _: list[str]) -> Table:
 
 
 def attention_step(record: dict, words: list[str]) -> Table:
-    """Time of a decode step's attention, a row per context and way; of some context lengths or of all."""
+    """Time of a decode step's attention: a row per context length and cache, of some context lengths or of all."""
     columns = [
         "context", "attention over", "time", "held", "read at", "of copy speed", "against sdpa", "against best 16-bit",
     ]  # fmt: skip
@@ -76,7 +76,7 @@ def largest_batch(record: dict, _: list[str]) -> Table:
 
 
 def cache_bytes(record: dict, _: list[str]) -> Table:
-    """Bytes of whole caches by context length, and what of them is no code."""
+    """Bytes of whole caches by context length, and which share of them isn't codes."""
     lines = []
     for row in record["rows"]:
         exact, unused = (row[key] / row["bytes"] for key in ("exact_bytes", "unused_bytes"))
@@ -99,7 +99,7 @@ def cache_bytes(record: dict, _: list[str]) -> Table:
 
 
 def calibrating(record: dict, _: list[str]) -> Table:
-    """Cost of calibration."""
+    """Time and memory of calibration."""
     lines = [
         ["time against bare forward passes", f"{record['ratio_to_forward']['body']:.2f}x"],
         ["the same, the forward passes with logits", f"{record['ratio_to_forward']['with_logits']:.2f}x"],
@@ -110,7 +110,7 @@ def calibrating(record: dict, _: list[str]) -> Table:
 
 
 def profile(record: dict, words: list[str]) -> Table:
-    """Latency, throughput and memory, a row per cell and cache; of some batch sizes or of all."""
+    """Latency, throughput and memory: a row per batch size, context length and cache, of some batch sizes or of all."""
     lines = []
     for row in select(record["rows"], "batch_size", [int(word) for word in words]):
         start = [str(row["batch_size"]), f"{row['context_tokens']:,}", row["cache"]]
@@ -139,6 +139,22 @@ def profile(record: dict, words: list[str]) -> Table:
         f"medians of {args['repeats']} repeats, quartiles in brackets. Peak memory: {record['peak_memory']}."
         f"{_weights(record)}",
     )  # fmt: skip
+
+
+def profile_steps(record: dict, words: list[str]) -> Table:
+    """Where the time of a decode step goes, in shares of an instrumented step; of some batch sizes or of all."""
+    rows = [
+        row for row in select(record["rows"], "batch_size", [int(word) for word in words]) if "share_of_step" in row
+    ]
+    parts = list(dict.fromkeys(part for row in rows for part in row["share_of_step"]))
+    lines = [
+        [str(row["batch_size"]), f"{row['context_tokens']:,}", row["cache"]]
+        + [format(row["share_of_step"].get(part, 0), ".0%") for part in parts]
+        for row in rows
+    ]
+    return Table(
+        ["batch", "context", "cache", *parts], lines, "Shares of a decode step, measured in a pass of its own."
+    )
 
 
 def _weights(record: dict) -> str:

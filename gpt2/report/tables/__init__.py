@@ -1,0 +1,111 @@
+"""Tables from results records, the same ones for a terminal, for Markdown and for HTML.
+
+Every kind of results file in results/runs has one function that makes its table and one line in TABLES. The function
+gets the record and some words that choose rows, such as groups of the perplexity ablation; no words mean all rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gpt2.common.errors import PluginError, brief
+from gpt2.report.table import Table
+from gpt2.report.tables.architectures import architectures
+from gpt2.report.tables.guide import beside_guide
+from gpt2.report.tables.needle import needle, needle_cells, needle_pairs
+from gpt2.report.tables.quality import (
+    codec_variations,
+    layer_ablation,
+    peers,
+    ratio_presets,
+    stability,
+    tuned,
+    validation,
+)
+from gpt2.report.tables.scaling import scaling
+from gpt2.report.tables.speed import (
+    appending,
+    attention_step,
+    cache_bytes,
+    calibrating,
+    largest_batch,
+    profile,
+    profile_steps,
+)
+
+# Start of a results file's name to its table; a kind that no file name starts with is shown by `as` or by a script
+TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
+    "architectures": architectures,
+    "attention_step": attention_step,
+    "auto_tune": tuned,
+    "benchmark_append": appending,
+    "benchmark_calibration": calibrating,
+    "beside_guide": beside_guide,
+    "cache_bytes": cache_bytes,
+    "explore_codecs": codec_variations,
+    "largest_batch": largest_batch,
+    "layer_ablation": layer_ablation,
+    "needle_cells": needle_cells,
+    "needle_pairs": needle_pairs,
+    "needle": needle,
+    "peers": peers,
+    "profile_steps": profile_steps,
+    "profile": profile,
+    "ratio_presets": ratio_presets,
+    "scaling": scaling,
+    "stability": stability,
+    "validate_ppl": validation,
+}
+
+
+def show(kind: str, record: dict, *words: str, note: bool = True) -> None:
+    """Print a table of TABLES for a terminal, after an empty line. words: as its function takes them."""
+    table = TABLES[kind](record, list(words))
+    if not note:
+        table.note = ""
+    print(f"\n{table.console()}", flush=True)
+
+
+def table(name: str, record: dict, words: str | None = None, kind: str | None = None) -> Table:
+    """The table of a results file. words: which of its rows, joined by commas; kind: a key of TABLES, by name if None.
+
+    Raises PluginError where there is no such table, the record has no such rows, or something is missing in it.
+    """
+    make = TABLES.get(kind or kind_of(name))
+    if make is None:
+        raise PluginError(f"no table is made of {name}: give `as`, one of {', '.join(TABLES)}")
+    with shown_of(name):
+        made = make(record, words.split(",") if words else [])
+        made.markdown()  # fails on cells that aren't strings
+        return made
+
+
+def kind_of(name: str) -> str | None:
+    """The key of TABLES that the name of a results file starts with; None where there is none."""
+    return next((kind for kind in TABLES if name.startswith(kind)), None)
+
+
+def read(path: Path) -> dict:
+    """A results record. Raises PluginError where the file is missing or isn't a JSON object."""
+    if not path.is_file():
+        raise PluginError(f"a table asks for {path.name}, which is not among the committed results: run it first")
+    with shown_of(path.stem):
+        return dict(json.loads(path.read_text(encoding="utf-8")).items())
+
+
+@contextmanager
+def shown_of(name: str) -> Iterator[None]:
+    """Turn any error within into a PluginError that names the results file.
+
+    Such a file may come from outside or be cut off: any key may be missing or have a value of another type.
+    """
+    try:
+        yield
+    except PluginError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {brief(str(error))}"
+        raise PluginError(f"{name}.json doesn't hold what is shown of it ({why}): make it again") from error
