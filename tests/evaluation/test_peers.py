@@ -272,15 +272,15 @@ def test_without_a_baseline_there_is_nothing_to_measure(llama, failed):
 
 def test_rows_have_what_score_and_weights_say(llama):
     segments = windows(2, 160)
-    kivi = peers.Entry("kivi", "KIVI", lambda: kivi.kivi_cache(3, 2))
+    own = peers.Entry("kivi", "KIVI", lambda: kivi.kivi_cache(3, 2))
     broken = peers.Entry("quanto", "breaks", lambda: kivi.kivi_cache(3, 2).nothing)
-    rows = peers.measure(llama, segments, [broken, kivi], chunk=32, batch_size=1)
+    rows = peers.measure(llama, segments, [broken, own], chunk=32, batch_size=1)
     assert [row["label"] for row in rows] == [BASELINE, "breaks", "KIVI"]
     assert rows[1]["not_run"].startswith("AttributeError")
     assert rows[0]["ppl_delta"] == 0 and rows[0]["bytes_per_token"] == llama.geometry.bytes_per_token()
-    scores = score(llama, segments, {BASELINE: baseline_factory(llama), "KIVI": kivi.make}, chunk=32, batch_size=1)
+    scores = score(llama, segments, {BASELINE: baseline_factory(llama), "KIVI": own.make}, chunk=32, batch_size=1)
     assert rows[2].items() >= compare(scores[BASELINE], scores["KIVI"]).items() and rows[2]["kl_nats"] > 0
-    assert rows[2]["cache_bytes_2048"] == held_bytes(kivi.make, llama.geometry, 2048, chunk=32)
+    assert rows[2]["cache_bytes_2048"] == held_bytes(own.make, llama.geometry, 2048, chunk=32)
     assert rows[2]["compression_ratio_2048"] == rows[0]["cache_bytes_2048"] / rows[2]["cache_bytes_2048"]
 
 
@@ -367,7 +367,7 @@ def test_the_script_compares(script, tmp_path, capsys, monkeypatch):
     flags = ["--peers", "quanto,kivi,lowrank", "--needle-context-lengths", 320, "--num-trials", 1]
     assert script(*flags) == 0 and chunks == {32}
     said = capsys.readouterr().out
-    assert "quanto 4 bits, residual 128      not run: optimum-quanto is not installed" in said and "KIVI 3 bits" in said
+    assert "quanto 4 bits, residual 128  not run: optimum-quanto is not installed" in said and "KIVI 3 bits" in said
     written = {path.name for path in (tmp_path / "results").rglob("*.*")}
     assert written == {"peers_tiny.json", "peers_tiny.png"}
     record = json.loads((tmp_path / "results/runs/peers_tiny.json").read_text())
