@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from gpt2.compression.cache.token_store import TokenStore
-from gpt2.compression.codecs import Compressor
 from gpt2.models.attention_function import wrapped_attention
 
 # Part of a step to the methods that do it, also in classes that inherit them. `copies` is what is left of a cache's
@@ -29,7 +28,7 @@ from gpt2.models.attention_function import wrapped_attention
 WATCHED = (
     ("copies", Cache, "update"),
     ("compress", TokenStore, "compress"),
-    ("expand", Compressor, "expand"),
+    ("expand", TokenStore, "reconstruct"),
     ("compress", CacheLayerMixin, "_quantize"),
     ("expand", CacheLayerMixin, "_dequantize"),
 )

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from gpt2.common.errors import is_out_of_memory
+from gpt2.compression.cache import size
 from gpt2.compression.cache.attention import disable_compressed_attention, enable_compressed_attention
-from gpt2.compression.cache.size import cache_bytes
 from gpt2.evaluation.instruments import synchronizer
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory
 from gpt2.models.loading import LoadedModel
@@ -101,7 +101,7 @@ def _filled_and_decoded(loaded: LoadedModel, cache: Cache, context: int, batch: 
     return {
         "tokens_per_s": batch * steps / seconds,
         "token_ms": 1000 * seconds / steps,
-        "cache_bytes": cache_bytes(cache),
+        "cache_bytes": size.cache_bytes(cache),
     }
 
 
@@ -111,8 +111,7 @@ def fill(cache: Cache, loaded: LoadedModel, context: int, batch: int, seed: int 
     generator = torch.Generator(loaded.device).manual_seed(seed)
     for tokens in chunks(context, batch * heads * d):
         x = torch.randn(batch, heads, tokens, d, generator=generator, device=loaded.device, dtype=loaded.model.dtype)
-        for layer in cache.layers:
-            getattr(layer, "store", layer.update)(x, x)  # ours needn't read back what it holds
+        size.fill(cache, [(x, x)])
 
 
 def chunks(context: int, values_per_token: int) -> Iterator[int]:

@@ -119,7 +119,7 @@ def _built_in(name: str, loaded: LoadedModel, family: str) -> Entry:
 
 
 def _of_choice(choice: CacheChoice) -> Entry:
-    preset = choice.preset
+    preset = choice.preset.record
     cut = preset["bits"] == 16 and preset["rank"] < preset["head_dim"] and not preset.get("layers")
     return Entry("lowrank" if cut else OURS, choice.label, choice.make, preset=choice.record())
 

@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PretrainedConfig
 
 from gpt2.compression.cache import direct_attention
+from gpt2.compression.cache.size import fill, noise
 from gpt2.compression.calibration.fisher import MeasuredStatistics, collect_fisher
 from gpt2.compression.calibration.statistics import Statistics, Tap, collect
 from gpt2.compression.codecs import measured_codecs
@@ -275,8 +276,8 @@ def caches(name: str, config: PretrainedConfig, presets: Sequence[str], sizes: S
     geometry = Geometry(1, dims.geometry.num_kv_heads, dims.geometry.head_dim)
     loaded, on = narrow(config, geometry), f"one layer of {name}"
     choices = [from_preset(preset, loaded) for preset in presets]
-    prompts = {n: _noise(n, geometry.num_kv_heads, geometry.head_dim) for n in sizes.contexts}
-    query = _noise(1, dims.query_heads, geometry.head_dim)
+    prompts = {n: noise(geometry.num_kv_heads, n, geometry.head_dim) for n in sizes.contexts}
+    query = noise(dims.query_heads, 1, geometry.head_dim)
     timer = partial(seconds, lambda: None)
     for choice in choices:
         points = [Point(n, n, partial(timer, partial(_filled, choice, x))) for n, x in prompts.items()]
@@ -294,16 +295,9 @@ def caches(name: str, config: PretrainedConfig, presets: Sequence[str], sizes: S
     yield Claim(f"decode: attention, {SIXTEEN}", "tokens held", on, points)
 
 
-def _noise(tokens: int, heads: int, head_dim: int) -> Tensor:
-    """[1, heads, tokens, head_dim]"""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, heads, tokens, head_dim, generator=generator).bfloat16()
-
-
 def _filled(choice: CacheChoice, x: Tensor):
-    layer = choice.make().layers[0]
-    layer.store(x, x)
-    return layer
+    """The layer of a cache of one layer, with K and V [1, H, T, d] of a prompt."""
+    return fill(choice.make(), [(x, x)]).layers[0]
 
 
 def _append_s(layer, x: Tensor) -> float:

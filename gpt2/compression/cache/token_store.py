@@ -222,6 +222,10 @@ class TokenStore:
     def _expand_from(self, start_block: int) -> Tensor:
         """Reconstruction of whole blocks, the lead included."""
         fields = {name: _joined(pieces.views())[:, :, start_block:] for name, pieces in self.blocks.items()}
+        return self.reconstruct(fields, start_block)
+
+    def reconstruct(self, fields: Fields, start_block: int) -> Tensor:
+        """Tokens [B, H, n · block, d] of n blocks as they are stored; `start_block` is the place of the first one."""
         return self.compressor.expand(fields, self.sinks.shape[3], self.sinks.dtype, self._position(start_block))
 
     def crop(self, tokens: int) -> None:

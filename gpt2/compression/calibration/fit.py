@@ -16,7 +16,7 @@ from gpt2.compression.codecs.moments import Moments
 from gpt2.models.geometry import Geometry
 
 
-@dataclass
+@dataclass(eq=False)  # by identity, so that it can be a key of what is made of it
 class Calibration:
     """Contents of a calibration file. A compact one has neither `statistics` nor `bases`, but a measured codec.
 
