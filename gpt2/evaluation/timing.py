@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,10 +23,10 @@ from gpt2.common.errors import is_out_of_memory
 from gpt2.compression.cache.size import cache_bytes
 from gpt2.evaluation.instruments import Memory, Stopwatch, cuda_devices, peak_memory, synchronizer, watched
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory
+from gpt2.evaluation.statistics import spread
 from gpt2.models.loading import LoadedModel
 
 WARM_TOKENS, WARM_STEPS = 16, 2
-QUARTILES = (0.25, 0.5, 0.75)
 clock = time.perf_counter
 
 
@@ -196,9 +195,9 @@ def _figures(runs: Sequence[Run], inside: Inside) -> dict:
     return {
         "ttft_ms": prefill,
         "token_ms": token,
-        **_spread("ttft_ms", prefill),
-        **_spread("token_ms", token),
-        **_spread("tokens_per_s", [1000 * batch / ms for ms in token]),
+        **spread("ttft_ms", prefill),
+        **spread("token_ms", token),
+        **spread("tokens_per_s", [1000 * batch / ms for ms in token]),
         "cache_bytes": runs[-1].held_bytes,
         "peak_memory_bytes": inside.memory.peak,
         "peak_memory_over_start_bytes": inside.memory.peak - inside.memory.start,
@@ -211,14 +210,8 @@ def _ratios(runs: Sequence[Run], baseline: Sequence[Run]) -> dict:
     """Own figure over the baseline's, run by run: what slowed both at the time cancels out."""
     pairs = list(zip(runs, baseline, strict=True))
     return {
-        **_spread("ttft", [own.prefill_s / other.prefill_s for own, other in pairs]),
-        **_spread("token_time", [own.token_ms / other.token_ms for own, other in pairs]),
-        **_spread("tokens_per_s", [other.token_ms / own.token_ms for own, other in pairs]),
+        **spread("ttft", [own.prefill_s / other.prefill_s for own, other in pairs]),
+        **spread("token_time", [own.token_ms / other.token_ms for own, other in pairs]),
+        **spread("tokens_per_s", [other.token_ms / own.token_ms for own, other in pairs]),
         "cache_bytes": runs[-1].held_bytes / baseline[-1].held_bytes,
     }
-
-
-def _spread(name: str, values: Sequence[float]) -> dict:
-    """Median and quartiles under a name."""
-    low, median, high = (float(value) for value in np.quantile(values, QUARTILES))
-    return {f"{name}_median": median, f"{name}_quartiles": [low, high]}

@@ -28,9 +28,9 @@ from gpt2.compression.codecs.moments import Moments
 from gpt2.compression.named_caches import CacheChoice, from_preset
 from gpt2.evaluation.instruments import synchronizer
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, score
+from gpt2.evaluation.statistics import spread
 from gpt2.evaluation.timing import random_tokens, run_once
 from gpt2.experiments import cost_model
-from gpt2.experiments.attention_speed import spread
 from gpt2.experiments.cost_model import Dimensions
 from gpt2.experiments.growth import BYTES, Claim, Point
 from gpt2.experiments.on_paper import SIXTEEN, narrow
