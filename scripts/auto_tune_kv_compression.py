@@ -29,7 +29,7 @@ from gpt2.common import files, provenance
 from gpt2.compression.codecs import is_measured
 from gpt2.compression.settings import TARGETS
 from gpt2.models import loading
-from gpt2.report import plots, plots_codecs
+from gpt2.report import plots, tables
 from gpt2.text import sources
 from gpt2.tuning import console, grid_search, search_space, searches, trial_queue
 
@@ -91,24 +91,26 @@ def main() -> None:
     if found is None:
         return
     search, trials, calibration_file, advice, more = found
-    console.print_table(trials, budget)
+    records = [trial.record() for trial in trials]
+    tables.show("auto_tune", {"model": args.model, "args": vars(args), "trials": records})
     best, confirmed, failed = grid_search.confirm_best(trials, budget, search.confirm, advice)
     console.print_refused(failed)
     preset = console.new_preset(
-        search, best, calibration_file, confirmed, name=name, trials=[trial.record() for trial in trials], **more,
+        search, best, calibration_file, confirmed, name=name, trials=records, **more,
         refused_on_evaluation_text=[{"label": str(trial.cell)} | record for trial, record in failed],
         provenance=provenance.provenance(args, text=text.name, text_sha256=text.sha256("evaluation")),
     )  # fmt: skip
     what = f"target {args.target}" if args.search == "grid" else "all codecs"
     title = f"{args.model}, {what}: {search.tuning.numel():,} tuning tokens of {text.name}"
-    draw = plots.frontier if args.search == "grid" else plots_codecs.frontier
+    draw = plots.grid_frontier if args.search == "grid" else plots.codec_frontier
     console.print_chosen(best, confirmed)
     console.write(preset, output, lambda: draw(preset["trials"], budget, str(best.cell), title))
 
 
 def show_layers(rows: list[dict], path: Path, title: str) -> None:
     picture = files.write_figure(files.picture_beside(path), plots.layer_losses(rows, title))
-    console.print_layers(rows, path, picture)
+    tables.show("layer_ablation", tables.read(path) | {"rows": rows})
+    print(f"wrote {files.shown(path)} and {files.shown(picture)}")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     os.environ["COMMIT"] = provenance.git_commit() or ""
     make_home(home)
-    files.write_figure(home / "warm.png", plots.appending([1, 2], {"a": [1, 2]}, "t"))
+    files.write_figure(home / "warm.png", plots.append_times([1, 2], {"a": [1, 2]}, "t"))
     optuna.create_study(storage=trial_queue.open_storage(f"sqlite:///{home}/warm.db", 1, 2))
     provenance.git_commit()
     gc.collect()

@@ -22,7 +22,7 @@ from gpt2.compression.codecs import CODECS, needs_calibration
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.presets import create_cache_from_preset
 from gpt2.compression.settings import Setting
-from gpt2.report import plots_codecs
+from gpt2.report import plots
 from gpt2.tuning import codec_search, grid_search
 from gpt2.tuning.codec_search import run_search
 from gpt2.tuning.grid_search import Cell, Trial
@@ -255,7 +255,7 @@ def test_a_loss_that_is_not_finite_is_over_the_budget(tmp_path):
     assert any(math.isinf(t.ppl_delta) for t in trials), "recorded"
     assert all(t.cell.family != "joint+mixed" for t in grid_search.within_budget(trials, BUDGET))
     json.dumps([t.record() for t in trials], allow_nan=False)
-    figure = plots_codecs.frontier([t.record() for t in trials], BUDGET, None, "t")
+    figure = plots.codec_frontier([t.record() for t in trials], BUDGET, None, "t")
     assert [line.get_marker() for line in figure.axes[0].lines].count("x") == sum(
         math.isinf(t.ppl_delta) for t in trials
     )

@@ -15,10 +15,10 @@ import torch
 from gpt2.common import files, tensor_file
 from gpt2.common.errors import CalibrationNotFound, PluginError
 from gpt2.common.schema import Anything, Checked, Default, Kind, OneOf, Plain, Record, TensorOf, Text, Whole, parse
-from gpt2.compression.calibration.bit_allocation import LARGEST, measured_from, measured_schema
+from gpt2.compression.calibration.bit_allocation import LARGEST, multi_head_from, multi_head_schema
 from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.calibration.statistics import Statistics
-from gpt2.compression.codecs import full_rank, measured_codecs, needs_calibration, single_heads
+from gpt2.compression.codecs import full_rank, multi_head_bases, needs_calibration, single_heads
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.codecs.moments import Moments
 from gpt2.models.geometry import Geometry
@@ -60,7 +60,7 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
     record = {"format": FORMAT, "meta": calibration.meta}
     if calibration.statistics is not None:
         record |= {"bases": calibration.bases, "statistics": _statistics_record(calibration.statistics)}
-    record |= {name: codec.record() for name, codec in calibration.measured.items()}
+    record |= {name: codec.record() for name, codec in calibration.multi_head.items()}
     return tensor_file.write(path, record)
 
 
@@ -89,29 +89,29 @@ def _calibration_from(record: dict, path: Path) -> Calibration:
     head = Record({"format": OneOf((FORMAT,)), "meta": Record(META, Plain())}, Anything())
     meta = parse(record, head, path, remedy=REMEDY)["meta"]
     geometry = Geometry(meta["num_layers"], meta["num_kv_heads"], meta["head_dim"])
-    bases = {name: basis for name, basis in measured_codecs().items() if name in (*record, meta["codec"])}
+    bases = {name: basis for name, basis in multi_head_bases().items() if name in (*record, meta["codec"])}
     fields: dict[str, Kind] = {"meta": Record({"rank": Whole(1, geometry.head_dim)}, Anything())}
-    fields |= {name: measured_schema(basis, geometry) for name, basis in bases.items()}
+    fields |= {name: multi_head_schema(basis, geometry) for name, basis in bases.items()}
     compact = bool(bases) and "statistics" not in record
     if not compact:
         fields |= _whole_schema(meta["codec"], geometry)
     parsed = parse(record, Record(fields, Anything()), path, remedy=REMEDY)
-    measured = {
-        name: measured_from(parsed[name], basis, record[name]["E"].dtype == torch.float16, str(path))
+    multi_head = {
+        name: multi_head_from(parsed[name], basis, record[name]["E"].dtype == torch.float16, str(path))
         for name, basis in bases.items()
     }
     if compact:
-        return Calibration(meta, None, {}, measured)
+        return Calibration(meta, None, {}, multi_head)
     own = parsed["statistics"]
     k, v = (
         Moments(own[f"{side}_count"], own[f"{side}_mean"], own[f"{side}_scatter"], own["metrics"].get(side, {}))
         for side in SIDES
     )
-    return Calibration(meta, Statistics(k, v), {side: parsed["bases"][side] for side in SIDES}, measured)
+    return Calibration(meta, Statistics(k, v), {side: parsed["bases"][side] for side in SIDES}, multi_head)
 
 
 def _whole_schema(codec: str, geometry: Geometry) -> dict[str, Kind]:
-    """What a whole calibration has beside its measured codecs: bases in single precision, statistics in double."""
+    """What a whole calibration has beside multi-head bases: bases in single precision, statistics in double."""
     L, H, d = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
     r = full_rank(single_heads(codec), d)
     shapes = {"mean": (L, H, d), "E": (L, H, d, r), "D": (L, H, r, d), "spectrum": (L, H, r)}
