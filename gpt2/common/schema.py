@@ -87,6 +87,14 @@ class Kind:
 
 
 @dataclass(frozen=True)
+class Anything(Kind):
+    """Any value: what is neither used nor checked."""
+
+    def fits(self, value):
+        return True
+
+
+@dataclass(frozen=True)
 class Plain(Kind):
     """Any value without a tensor in it."""
 
