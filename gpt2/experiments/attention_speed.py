@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,7 +27,7 @@ from gpt2.compression.codecs import QUANTIZERS, Compressor
 from gpt2.compression.kernels import cpu
 from gpt2.compression.presets.any_model import ANY_MODEL, SINK_TOKENS
 from gpt2.compression.settings import Setting, build
-from gpt2.evaluation.timing import QUARTILES
+from gpt2.evaluation.statistics import spread
 from gpt2.experiments.compiled_attention import CompiledInt4Channel
 
 GENERATED = 33
@@ -280,12 +279,6 @@ def _records(rows: Sequence[Row], bandwidth: float, cuda: bool) -> Iterator[dict
             "best_16_bit": row is best,
             **({"compile_s": row.compile_s} if row.compile_s else {}),
         }
-
-
-def spread(name: str, values: Sequence[float]) -> dict:
-    """Median and quartiles under a name."""
-    low, median, high = (float(value) for value in np.quantile(values, QUARTILES))
-    return {f"{name}_median": median, f"{name}_quartiles": [low, high]}
 
 
 def kernels(device: torch.device) -> str:

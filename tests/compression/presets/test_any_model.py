@@ -36,7 +36,7 @@ PROMPT = torch.arange(2, 32)[None]
 def round_trip(quantizer: str, x: torch.Tensor, codec: str = "identity") -> torch.Tensor:
     basis = basis_of(codec)
     c = Compressor(QUANTIZERS[quantizer], basis and basis.transform(x.shape[-1]).to("cpu", torch.float32))
-    return c.expand(c.compress(x), x.shape[-1], x.dtype)
+    return c.reconstruct(c.compress(x), x.shape[-1], x.dtype)
 
 
 # --- the rotation
