@@ -6,7 +6,7 @@ import pytest
 from presets import PRESET, write
 from tiny import tiny_loaded
 
-from gpt2.common.errors import BadArtefact, CalibrationNotFound, PluginError
+from gpt2.common.errors import BadArtefact, CalibrationNotFound
 from gpt2.compression.calibration.file import save_calibration
 from gpt2.compression.presets import calibration_lookup, create_cache_from_preset
 from gpt2.compression.presets.preset_files import read_preset
