@@ -25,7 +25,7 @@ from gpt2.common.errors import PluginError
 from gpt2.common.processes import Processes
 from gpt2.compression.calibration.calibrate import calibrate, suggested_rank
 from gpt2.compression.calibration.file import calibration_folders, save_calibration
-from gpt2.compression.codecs import is_measured, measured_codecs, metric_of
+from gpt2.compression.codecs import is_measured, metric_of, multi_head_bases
 from gpt2.models import loading
 from gpt2.report import plots
 from gpt2.report.tables import calibration as calibration_tables
@@ -33,7 +33,7 @@ from gpt2.text import sources
 
 
 def arguments() -> argparse.ArgumentParser:
-    several = list(measured_codecs())
+    several = list(multi_head_bases())
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
     cli.add_text_flags(p)
@@ -68,7 +68,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(processes: Processes) -> None:
     args = arguments().parse_args()
-    several = list(measured_codecs())
+    several = list(multi_head_bases())
     codec = args.codec or args.metric or "pca"
     metric = args.metric or metric_of(codec)
     if args.compact and not is_measured(codec):  # now, and not after an hour
