@@ -15,10 +15,10 @@ from torch import Tensor
 
 from gpt2.common import files, tensor_file
 from gpt2.common.errors import BadArtefact, CalibrationNotFound, PluginError, brief
-from gpt2.compression.calibration.bit_allocation import LARGEST, parse_measured
 from gpt2.compression.calibration.fit import Calibration
+from gpt2.compression.calibration.multi_head_fit import LARGEST, parse_measured
 from gpt2.compression.calibration.statistics import Statistics
-from gpt2.compression.codecs import full_rank, is_measured, multi_head_bases, needs_calibration, single_heads
+from gpt2.compression.codecs import basis_of, full_rank, multi_head_bases, needs_calibration
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.codecs.moments import Moments
 from gpt2.models.geometry import Geometry
@@ -107,7 +107,7 @@ def _parse(record, path: Path) -> Calibration:
     for codec in measured.values():
         codec.where = str(path)
     own = meta["codec"]
-    expect(own in measured or not is_measured(own), own, f"a {own} codec, as meta.codec says", "none")
+    expect(own in measured or not basis_of(own).multi_head, own, f"a {own} codec, as meta.codec says", "none")
     if measured and "statistics" not in record:
         return Calibration(meta, None, {}, measured)
 
@@ -123,7 +123,7 @@ def _parse(record, path: Path) -> Calibration:
         expect(within, f"{group}.{name}", f"finite numbers below {REACH[group]:g}", "NaN or larger ones")
         return value
 
-    r = full_rank(single_heads(meta["codec"]), d)
+    r = full_rank(basis_of(meta["codec"]).per_head, d)
     shapes = {"mean": (L, H, d), "E": (L, H, d, r), "D": (L, H, r, d), "spectrum": (L, H, r)}
     bases = {
         side: {name: tensor("bases", f"{side}.{name}", *shape) for name, shape in shapes.items()} for side in SIDES
