@@ -102,8 +102,8 @@ def build(
 
 def fixed_transform(setting: Setting, head_dim: int) -> Transform | None:
     """Transform of a codec that needs no calibration; None for identity."""
-    basis = basis_of(setting.codec)
-    return basis and basis.transform(head_dim).truncate(setting.rank or full_rank(setting.codec, head_dim))
+    transform = basis_of(setting.codec).transform(head_dim)
+    return transform and transform.truncate(setting.rank or full_rank(setting.codec, head_dim))
 
 
 def compressors_for(
