@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_loaded, windows, word_text
+from tiny import tiny_loaded, word_text
 
 from gpt2.common.errors import BadArtefact, PluginError
 from gpt2.compression.calibration.calibrate import calibrate
@@ -13,10 +13,7 @@ from gpt2.compression.compressed_cache import CompressedDynamicCache, IdentityCo
 from gpt2.compression.presets import create_cache_from_preset
 from gpt2.compression.presets.schema import plan_of
 from gpt2.compression.settings import Setting, build, needs_calibration_file, plan_record, uniform
-from gpt2.models.geometry import Geometry
 from gpt2.text.sources import by_position
-from gpt2.tuning import layer_sensitivity
-from gpt2.tuning.grid_search import Cell
 
 PROMPT = torch.arange(2, 42)[None]
 INT4, INT8 = Setting("identity", 12, 4), Setting("identity", 12, 8)
@@ -146,95 +143,3 @@ def test_a_setting_says_what_it_is(setting, text):
 def test_a_calibrated_codec_without_a_calibration_is_named():
     with pytest.raises(PluginError, match="layer 1, V: codec pca needs a calibration"):
         build(uniform("v", 3, Setting("pca", 4), layers=[1]), head_dim=12)
-
-
-# --- the ablation and the choice
-
-
-def test_ablation_touches_one_layer_and_resumes(llama, tmp_path, monkeypatch):
-    path, calls = tmp_path / "a.json", []
-    real = layer_sensitivity.score
-
-    def counted(loaded, segments, caches, **how):
-        calls.append(len(caches) - 1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(loaded, segments, caches, **how)
-
-    monkeypatch.setattr(layer_sensitivity, "score", counted)
-    arguments = (llama, windows(2, 48), None, "kv", [INT8, INT4])
-    with pytest.raises(KeyboardInterrupt):
-        layer_sensitivity.ablate(*arguments, path=path, key={"a": 1}, sink_tokens=2)
-    assert len(json.loads(path.read_text())["rows"]) == 8, "two layers, two sides, two settings"
-    rows = layer_sensitivity.ablate(*arguments, path=path, key={"a": 1}, sink_tokens=2)
-    assert calls == [4, 4, 4, 4] and len(rows) == 12, "only the layer that was interrupted is measured again"
-    kl = {(r["side"], r["layer"], r["bits"]): r["kl_nats"] for r in rows}
-    assert all(kl[side, layer, 8] < kl[side, layer, 4] for side in "kv" for layer in range(3))
-    layer_sensitivity.ablate(*arguments, path=path, key={"a": 2}, sink_tokens=2)
-    assert len(calls) == 7, "another key is another measurement"
-
-
-def test_a_foreign_file_is_not_taken_for_an_ablation(llama, tmp_path):
-    path = tmp_path / "a.json"
-    for content in ('{"rows": 3}', "[" * 10**5):
-        path.write_text(content)
-        with pytest.raises(BadArtefact, match="not a layer ablation"):
-            layer_sensitivity.ablate(llama, windows(1, 48), None, "v", [INT8], path=path, key={}, sink_tokens=2)
-        assert path.read_text() == content
-
-
-def rows(losses: dict[int, tuple[float, float]]) -> list[dict]:
-    """Layer to KL at 8 and at 4 bits."""
-    return [
-        {"side": "v", "layer": layer, "codec": "identity", "rank": 12, "bits": bits, "kl_nats": kl, "ppl_delta": kl,
-         "bytes_per_token": bits * 3.0}
-        for layer, pair in losses.items() for bits, kl in zip((8, 4), pair, strict=True)
-    ]  # fmt: skip
-
-
-def test_sensitive_layers_keep_more():
-    losses = rows({0: (0.001, 0.2), 1: (0.001, 0.004), 2: (0.05, 0.4)})
-    chosen = layer_sensitivity.plans(losses, Geometry(3, 2, 12), budget=0.01)
-    bits = [[s.bits if s else 16 for s in plan["v"]] for plan in chosen]
-    assert [8, 4, 16] in bits, "8 bits where 4 hurt, 4 where they don't, none where even 8 hurt"
-    assert all(plan["k"] == [None] * 3 for plan in chosen)
-
-
-def test_plans_are_the_lower_hull_of_all_assignments():
-    """Against all 3^4 assignments: no other loses less with no more bytes, for any of the plans."""
-    import itertools
-
-    generator = torch.Generator().manual_seed(0)
-    losses = {layer: tuple(sorted((torch.rand(2, generator=generator) * 0.02).tolist())) for layer in range(4)}
-    geometry = Geometry(4, 2, 12)
-
-    def cost(bits) -> tuple[float, float]:
-        kl = sum(0 if b == 16 else losses[i][0 if b == 8 else 1] for i, b in enumerate(bits))
-        return kl, sum(3.0 * b if b < 16 else 48.0 for b in bits)
-
-    every = [cost(bits) for bits in itertools.product((16, 8, 4), repeat=4)]
-    found = layer_sensitivity.plans(rows(losses), geometry, budget=0.02, count=20)
-    assert len(found) >= 2
-    for plan in found:
-        kl, size = cost([s.bits if s else 16 for s in plan["v"]])
-        assert 0.0198 / 4 <= kl <= 2 * 0.0199
-        assert not [other for other in every if other[0] < kl - 1e-12 and other[1] <= size]
-
-
-def test_far_inside_the_budget_the_smallest_plan_is_offered():
-    found = layer_sensitivity.plans(rows({0: (1e-6, 2e-6), 1: (1e-6, 3e-6)}), Geometry(2, 2, 12), budget=0.5)
-    assert [[s.bits for s in plan["v"]] for plan in found] == [[4, 4]]
-
-
-def test_where_even_the_mildest_loses_too_much_there_is_no_plan():
-    assert layer_sensitivity.plans(rows({0: (1.0, 2.0)}), Geometry(1, 2, 12), budget=0.001) == []
-
-
-def test_cells_of_plans_have_a_name_and_a_key_of_their_own():
-    from gpt2.tuning.grid_search import _key
-
-    first, second = (Cell.of_plan({"k": [None] * 3, "v": list(v)}) for v in ((INT4, INT8, None), (INT8, INT4, None)))
-    assert str(first) == f"per layer {first.digest[:4]}: V 1 × exact + 1 × r12 4 bits + 1 × r12 8 bits"
-    assert str(first) != str(second) and (first.rank, first.bits) == (12, 4)
-    assert len({_key(first), _key(second), _key(Cell(12, 4))}) == 3
-    assert first.plan("v", "identity", 3) == {"k": [None] * 3, "v": [INT4, INT8, None]}
