@@ -29,7 +29,7 @@ from gpt2.common import files
 from gpt2.compression.codecs import is_measured
 from gpt2.compression.settings import TARGETS
 from gpt2.models import loading
-from gpt2.report import plots, plots_codecs
+from gpt2.report import plots, tables
 from gpt2.text import sources
 from gpt2.tuning import search_space, trial_queue, tune
 
@@ -87,10 +87,11 @@ def main() -> None:
     found = tune.search_grid(job, show_layers) if grid else tune.search_codecs(job)
     if found is None:
         return
+    tables.show("auto_tune", {"model": args.model, "args": vars(args), "trials": found.records})
     preset, best = tune.choose(job, found, name)
     what = f"target {args.target}" if grid else "all codecs"
     title = f"{args.model}, {what}: {job.tuning.numel():,} tuning tokens of {text.name}"
-    draw = plots.frontier if grid else plots_codecs.frontier
+    draw = plots.grid_frontier if grid else plots.codec_frontier
     picture = files.picture_beside(output)
     files.write_run(
         output, preset, picture, lambda: draw(preset["trials"], args.target_ppl_delta, str(best.candidate), title)
@@ -100,7 +101,8 @@ def main() -> None:
 
 def show_layers(rows: list[dict], path: Path, title: str) -> None:
     picture = files.write_figure(files.picture_beside(path), plots.layer_losses(rows, title))
-    tune.print_layers(rows, path, picture)
+    tables.show("layer_ablation", tables.read(path) | {"rows": rows})
+    print(f"wrote {files.shown(path)} and {files.shown(picture)}")
 
 
 if __name__ == "__main__":

@@ -19,22 +19,21 @@ process.
 
 import argparse
 
-from torch import Tensor
-
 from gpt2 import cli
 from gpt2.common import files
 from gpt2.common.errors import PluginError
 from gpt2.common.processes import Processes
 from gpt2.compression.calibration.calibrate import calibrate, suggested_rank
 from gpt2.compression.calibration.file import calibration_folders, save_calibration
-from gpt2.compression.codecs import is_measured, measured_codecs, metric_of
+from gpt2.compression.codecs import is_measured, metric_of, multi_head_bases
 from gpt2.models import loading
 from gpt2.report import plots
+from gpt2.report.tables import calibration as calibration_tables
 from gpt2.text import sources
 
 
 def arguments() -> argparse.ArgumentParser:
-    several = list(measured_codecs())
+    several = list(multi_head_bases())
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
     cli.add_text_flags(p)
@@ -69,7 +68,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(processes: Processes) -> None:
     args = arguments().parse_args()
-    several = list(measured_codecs())
+    several = list(multi_head_bases())
     codec = args.codec or args.metric or "pca"
     metric = args.metric or metric_of(codec)
     if args.compact and not is_measured(codec):  # now, and not after an hour
@@ -98,23 +97,10 @@ def main(processes: Processes) -> None:
     energies = calibration.energies()
     # Of a compact file the same share of its coordinates
     shown = rank * next(iter(energies.values())).shape[-1] // loaded.geometry.head_dim
-    print_summary(energies, shown)
+    print(f"\n{calibration_tables.energies(energies, shown).console()}")
     title = f"{args.model}: {calibration.meta['tokens']:,} tokens of {text.name}"
     picture = plots.spectra({side: energy.numpy() for side, energy in energies.items()}, shown, title)
     print(f"wrote {output} and {files.write_figure(files.picture_beside(output), picture)}")
-
-
-def print_summary(energies: dict[str, Tensor], rank: int) -> None:
-    """Energy kept at the rank, worst and mean over what has a basis in each layer, and how flat the spectrum is."""
-    width = next(iter(energies.values())).shape[-1]
-    print(f"\nenergy kept at rank {rank} of {width}, and rank that keeps 99 %")
-    heads = [f"{f'{side} mean':>8} {f'{side} worst':>8} {f'{side} r99':>6}" for side in map(str.upper, energies)]
-    print("  ".join(["layer", *heads]))
-    for layer, sides in enumerate(zip(*energies.values(), strict=True)):  # [H, d] each
-        r99 = [int((kept < 0.99).sum(-1).max()) + 1 for kept in sides]
-        at = [kept[:, rank - 1] for kept in sides]
-        cells = [f"{kept.mean():8.2%} {kept.min():8.2%} {r:6d}" for kept, r in zip(at, r99, strict=True)]
-        print("  ".join([f"{layer:5d}", *cells]))
 
 
 if __name__ == "__main__":

@@ -20,10 +20,9 @@ import importlib.metadata
 
 from gpt2 import cli
 from gpt2.common import files, provenance
-from gpt2.evaluation import needle, peers
-from gpt2.evaluation.perplexity import BASELINE
+from gpt2.evaluation import lineup, needle, other_caches, peers
 from gpt2.models import loading
-from gpt2.report import plots
+from gpt2.report import plots, tables
 from gpt2.text import sources
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -40,7 +39,7 @@ def arguments() -> argparse.ArgumentParser:
     cli.add_text_flags(p)
     cli.add_evaluation_flags(p, tokens=32768)
     p.set_defaults(batch_size=1)  # fp8 has one scale for all that is read together
-    p.add_argument("--peers", type=cli.word_list(peers.PEERS), default=list(peers.PEERS), help="whose caches to run")
+    p.add_argument("--peers", type=cli.word_list(lineup.PEERS), default=list(lineup.PEERS), help="whose caches to run")
     p.add_argument("--preset", nargs="*", help="preset files or built-in names; all of the model's if omitted")
     p.add_argument("--needle-context-lengths", type=lengths, default=[1024], help="tokens; none or 0 asks no needles")
     p.add_argument("--num-trials", type=cli.positive_int, default=3, help="needle prompts per length and depth")
@@ -53,7 +52,7 @@ def main() -> None:
     text = sources.load_text(args.text, args.model)
     loaded = loading.load(args.model, args.device, args.dtype)
     output, picture = cli.output_files(args.output, f"peers_{loaded.slug}")
-    compared = peers.entries(loaded, args.peers, args.preset)
+    compared = lineup.for_quality(loaded, args.peers, args.preset)
     segments = cli.evaluation_segments(args, loaded, text, "evaluation")
     grid = {"lengths": args.needle_context_lengths, "depths": DEPTHS, "trials": args.num_trials, "seed": args.seed,
             "prefill_chunk": args.chunk, "haystack_name": f"the evaluation part of text {text.name!r}"}  # fmt: skip
@@ -70,7 +69,6 @@ def main() -> None:
         asked = peers.ask_needles(
             loaded, haystack, compared, rows, progress=lambda label: cli.bar(f"needles, {label}", "prompt"), **grid
         )
-    print_rows(rows)
 
     record = provenance.provenance(
         args, model=loaded.spec, fingerprint=loaded.fingerprint, dtype=str(loaded.model.dtype), text=text.name,
@@ -79,33 +77,17 @@ def main() -> None:
     )  # fmt: skip
     title = f"{loaded.spec}, {segments.numel():,} tokens of {text.name}"
     files.write_run(output, record, picture, lambda: plots.peers(rows, title))
+    tables.show("peers", record)
     print(f"\nwrote {files.shown(output)} and {files.shown(picture)}")
 
 
 def peer_versions() -> dict[str, str]:
     """Versions of the optional packages that are installed."""
     versions = {}
-    for _, package in peers.PACKAGES.values():
+    for _, package in other_caches.PACKAGES.values():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions
-
-
-def print_rows(rows: list[dict]) -> None:
-    print(f"\n{'cache':<32} {'bytes/token':>11} {'ratio':>6} {'PPL':>9} {'Δ PPL':>10}  {'95 % interval':>22} {'KL':>8} "
-          f"{'top-1':>7} {'needle':>7}")  # fmt: skip
-    for r in rows:
-        label = "16-bit cache" if r["label"] == BASELINE else r["label"]
-        if "not_run" in r:
-            print(f"{label:<32} not run: {r['not_run']}")
-            continue
-        low, high = r["ppl_delta_interval"]
-        found = f"{r['needle_exact_match']:7.0%}" if "needle_exact_match" in r else f"{'–':>7}"
-        print(f"{label:<32} {r['bytes_per_token']:11,.0f} {r['compression_ratio_2048']:5.2f}x {r['ppl']:9.3f} "
-              f"{r['ppl_delta']:+10.2%}  [{low:+9.2%}, {high:+9.2%}] {r['kl_nats']:8.5f} {r['top1_agreement']:7.2%} "
-              f"{found}")  # fmt: skip
-    for r in (r for r in rows if "needle_not_run" in r):
-        print(f"needle not run with {r['label']}: {r['needle_not_run']}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from gpt2.common import files, provenance
 from gpt2.evaluation import needle
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
 from gpt2.models import loading
-from gpt2.report import plots
+from gpt2.report import plots, tables
 from gpt2.text import sources
 
 
@@ -63,11 +63,6 @@ def main() -> None:
         haystack_name=f"the evaluation part of text {text.name!r}", progress=cli.bar("needles", "prompt"),
     )  # fmt: skip
     cells, summaries = needle.cells(rows), needle.summarize(rows, args.seed)
-    for summary in summaries:
-        print_cells(summary["cache"], cells)
-        print_summary(summary)
-    print_bytes(cells, str(loaded.model.dtype).removeprefix("torch."))
-
     record = provenance.provenance(
         args, model=loaded.spec, fingerprint=loaded.fingerprint, dtype=str(loaded.model.dtype), text=text.name,
         text_sha256=text.sha256("evaluation"), caches=[choice.record() for choice in chosen],
@@ -75,38 +70,9 @@ def main() -> None:
     )  # fmt: skip
     title = f"{loaded.spec}, {text.name}, {args.num_trials} prompts per cell, distractors: {args.distractors}"
     files.write_run(output, record, picture, lambda: plots.needles(cells, title))
+    for kind in ("needle_cells", "needle_pairs", "needle"):
+        tables.show(kind, record)
     print(f"\nwrote {files.shown(output)} and {files.shown(picture)}")
-
-
-def print_cells(name: str, cells: list[dict]) -> None:
-    """One line per cell: exact match of both, log-probability of the answer, verdict."""
-    reference = {(c["context_tokens"], c["depth"]): c for c in cells if c["cache"] == BASELINE}
-    print(f"\n{name}\n{'context':>8} {'depth':>6} | {'exact match':^21} | {'log p of the answer, nats':^30} |")
-    print(f"{'':15} | {'baseline':>10} {'compressed':>10} | {'baseline':>9} {'compressed':>10} {'change':>9} | verdict")
-    for c in (c for c in cells if c["cache"] == name):
-        b = reference[c["context_tokens"], c["depth"]]
-        print(f"{c['context_tokens']:8,} {c['depth']:6.2f} | {b['exact_match']:10.0%} {c['exact_match']:10.0%} | "
-              f"{b['answer_logprob_nats']:9.2f} {c['answer_logprob_nats']:10.2f} {c['logprob_change_nats']:+9.3f} | "
-              f"{c['verdict']}")  # fmt: skip
-
-
-def print_summary(s: dict) -> None:
-    edges = s["logprob_change_nats_interval"]
-    interval = f"[{edges[0]:+.3f}, {edges[1]:+.3f}]" if edges else "(one prompt, no interval)"
-    print(f"{s['cache']} matches the baseline at {s['cells_matched']} of {s['cells_where_baseline_works']} cells where "
-          f"the baseline works, of {s['cells']} in all")  # fmt: skip
-    print(f"all {s['prompts']} prompts: exact match {s['exact_match']:.1%}, baseline {s['baseline_exact_match']:.1%}; "
-          f"{s['only_baseline_right']} right with the baseline only, {s['only_compressed_right']} with the compressed "
-          f"cache only (sign test p = {s['sign_test_p']:.2g}); log p {s['logprob_change_nats']:+.3f} nats per answer "
-          f"{interval}")  # fmt: skip
-
-
-def print_bytes(cells: list[dict], dtype: str) -> None:
-    print(f"\ncache of a prompt, beside the baseline in {dtype}:")
-    for length in dict.fromkeys(cell["context_tokens"] for cell in cells):
-        held = {c["cache"]: c["cache_bytes"] for c in cells if c["context_tokens"] == length}
-        words = [f"{name} {n:,.0f} bytes ({held[BASELINE] / n:.2f}x)" for name, n in held.items()]
-        print(f"{length:8,} tokens: {', '.join(words)}")
 
 
 if __name__ == "__main__":

@@ -20,12 +20,11 @@ from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.calibrate import check_samples, recalibrate
 from gpt2.compression.named_caches import CacheChoice, from_preset
 from gpt2.compression.presets.calibration_lookup import calibration_of
-from gpt2.compression.presets.schema import plan_of
 from gpt2.compression.settings import needs_calibration_file
 from gpt2.evaluation import stability
 from gpt2.evaluation.stability import FACTORS, METRICS, Setup
 from gpt2.models import loading
-from gpt2.report import plots
+from gpt2.report import plots, tables
 from gpt2.text import sources
 
 
@@ -59,7 +58,6 @@ def main() -> None:
         rows.append(stability.measure(setup, run, cli.bar(f"run {number}, {run.factor}", "batch")))
         print_run(number, rows[-1])
     summary = stability.summarize(rows)
-    print_summary(summary)
     verdict = stability.verdict(summary, args.max_ppl_delta, args.max_std)
     record = provenance.provenance(
         args, model=loaded.spec, fingerprint=loaded.fingerprint, text=text.name,
@@ -68,6 +66,7 @@ def main() -> None:
     )  # fmt: skip
     title = f"{loaded.spec}, {choice.label}, {text.name}"
     files.write_run(output, record, picture, lambda: plots.stability(rows, METRICS, title))
+    tables.show("stability", record)
     print(f"\n{verdict['line']}\nwrote {files.shown(output)} and {files.shown(picture)}")
     sys.exit(3 if verdict["stable"] is False else 0)
 
@@ -79,7 +78,7 @@ def usable(args, loaded: loading.LoadedModel, text: sources.Text, choice: CacheC
     if "calibration" not in args.vary:
         return args.vary
     try:
-        if not needs_calibration_file(plan_of(choice.preset)):
+        if not needs_calibration_file(choice.preset.plan):
             raise PluginError(f"{choice.label} has none")
         check_samples(calibration_of(choice.preset, loaded), loaded, text)
         return args.vary
@@ -118,13 +117,6 @@ def print_run(number: int, row: dict) -> None:
     print(f"run {number} ({row['factor']}): Δ perplexity {row['ppl_delta']:+.2%}, KL {row['kl_nats']:.4f} nats, top-1 "
           f"{row['top1_agreement']:.1%}, needle {row['needle_accuracy']:.0%} (baseline "
           f"{row['needle_accuracy_baseline']:.0%}{fails}), speed {row['speed_ratio']:.2f}x", flush=True)  # fmt: skip
-
-
-def print_summary(summary: list[dict]) -> None:
-    print(f"\n{'factor':<12} {'metric':<20} {'runs':>4} {'mean':>10} {'std':>10} {'min':>10} {'max':>10}")
-    for row in summary:
-        figures = " ".join(f"{row[key]:10.5f}" for key in ("mean", "std", "min", "max"))
-        print(f"{row['factor']:<12} {METRICS[row['metric']]:<20} {row['runs']:4d} {figures}")
 
 
 if __name__ == "__main__":

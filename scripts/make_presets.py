@@ -28,15 +28,15 @@ from gpt2 import cli
 from gpt2.common import files, provenance
 from gpt2.common.processes import Processes
 from gpt2.compression.calibration.file import calibration_folders
-from gpt2.compression.codecs import measured_codecs
+from gpt2.compression.codecs import multi_head_bases
 from gpt2.compression.presets import calibration_lookup
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
 from gpt2.models import loading
-from gpt2.report import plots
+from gpt2.report import plots, tables
 from gpt2.text import sources
 from gpt2.tuning.ratio_presets import RATIOS, compact_calibration, make_ratio_preset
 
-DEFAULT_CODEC = next(iter(measured_codecs()))
+DEFAULT_CODEC = next(iter(multi_head_bases()))
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -50,9 +50,10 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--ratios", type=cli.ratio_list, default=list(RATIOS), help="such as 2,4,8")
     p.add_argument(
         "--codec",
-        choices=list(measured_codecs()),
+        choices=list(multi_head_bases()),
         default=DEFAULT_CODEC,
-        help="presets are called " + ", ".join(f"{b.prefix}-* ({name})" for name, b in measured_codecs().items()),
+        help="presets are called "
+        + ", ".join(f"{b.preset_prefix}-* ({name})" for name, b in multi_head_bases().items()),
     )
     p.add_argument("--quantizer", choices=("mixed", "mixed_fixed"), default="mixed", help="widths per block, or once")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory and more time for the gradients")
@@ -93,13 +94,12 @@ def main(processes: Processes) -> None:
                    progress=cli.bar("measuring", "batch"))  # fmt: skip
     measured = {preset.name: compare(scores[BASELINE], scores[preset.name], args.seed) for preset in presets}
     rows = [preset.row(measured[preset.name]) for preset in presets]
-    print_table(rows)
     codec_bytes = presets[0].make().codec_bytes()
-    print(f"beside the ratio: {codec_bytes:,} bytes of the basis, which caches that share their compressors hold once")
-
     made = provenance.provenance(args, text=eval_text.name, text_sha256=eval_text.sha256("evaluation"))
     record = made | {"model": loaded.spec, "fingerprint": loaded.fingerprint, "calibration": calibration.meta}
     record |= {"codec_bytes": codec_bytes, "rows": rows}
+    tables.show("ratio_presets", record)
+    print(f"beside the ratio: {codec_bytes:,} bytes of the basis, which caches that share their compressors hold once")
     if not args.tag:
         command = made_by(args, calibration.meta["text_spec"], [preset.ratio for preset in presets])
         for preset in presets:
@@ -109,14 +109,6 @@ def main(processes: Processes) -> None:
             print(f"wrote {files.write_json(file, preset.preset(loaded, calibration, named, **about))}")
     files.write_run(output, record, picture, lambda: plots.ratio_presets(record))  # last: it says that all is there
     print(f"wrote {output} and {picture}")
-
-
-def print_table(rows: list[dict]) -> None:
-    print(f"\n{'preset':<10} {'ratio':>7} {'bits':>6} {'Δ PPL':>8}  {'95 % interval':>18} {'KL':>8} {'top-1':>7}")
-    for r in rows:
-        low, high = r["ppl_delta_interval"]
-        print(f"{r['label']:<10} {r['compression_ratio_2048']:6.3f}x {r['bits']:6.3f} {r['ppl_delta']:+8.2%}  "
-              f"[{low:+7.2%}, {high:+7.2%}] {r['kl_nats']:8.5f} {r['top1_agreement']:7.2%}")  # fmt: skip
 
 
 def made_by(args: argparse.Namespace, text: str, ratios: list[float]) -> str:

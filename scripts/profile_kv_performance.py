@@ -20,13 +20,13 @@ import argparse
 from gpt2 import cli
 from gpt2.common import files, provenance
 from gpt2.compression.attention import enable_compressed_attention
+from gpt2.evaluation import lineup
 from gpt2.evaluation.instruments import cuda_devices, memory_method
-from gpt2.evaluation.lineup import lineup
-from gpt2.evaluation.peers import PACKAGES
+from gpt2.evaluation.other_caches import PACKAGES
 from gpt2.evaluation.timing import measure_cell
 from gpt2.models import random_weights
 from gpt2.models.loading import LoadedModel
-from gpt2.report import plots
+from gpt2.report import plots, tables
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -52,31 +52,31 @@ def main() -> None:
     loaded.require_context(max(args.context_lengths), "--context-lengths", after=args.decode_tokens)
     output, picture = cli.output_files(args.output, f"profile_{loaded.slug}")
     choices = cli.chosen_caches(args, loaded)
-    caches = lineup(loaded, choices, identity=args.identity, direct=args.direct, packages=args.peers)
+    caches = lineup.for_speed(loaded, choices, identity=args.identity, direct=args.direct, packages=args.peers)
     if args.direct:
         enable_compressed_attention(loaded.model)
 
     if loaded.random_weights:
         print("note: the weights are random; neither speed nor memory depends on what they say")
     rows = []
-    for batch in args.batch_sizes:
-        for context in args.context_lengths:
-            progress = cli.bar(f"batch {batch}, {context} tokens", "run")
-            rows += measure_cell(
-                loaded, caches, context, batch, decode_tokens=args.decode_tokens, repeats=args.repeats, seed=args.seed,
-                progress=progress,
-            )  # fmt: skip
-            print_cell(rows[-len(caches) :])
     record = provenance.provenance(
-        args,
-        model=loaded.spec,
-        fingerprint=loaded.fingerprint,
+        args, model=loaded.spec, fingerprint=loaded.fingerprint, rows=rows,
         weights="random" if loaded.random_weights else "trained",
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         peak_memory=memory_method(cuda_devices(loaded.model)),
         caches=[choice.record() for choice in choices],
-        rows=rows,
-    )
+    )  # fmt: skip
+    for batch in args.batch_sizes:
+        for context in args.context_lengths:
+            progress = cli.bar(f"batch {batch}, {context} tokens", "run")
+            found = measure_cell(
+                loaded, caches, context, batch, decode_tokens=args.decode_tokens, repeats=args.repeats, seed=args.seed,
+                progress=progress,
+            )  # fmt: skip
+            rows += found
+            tables.show("profile", record | {"rows": found}, note=False)
+    tables.show("profile_steps", record)
+    print(f"\n{tables.profile(record, []).note}")
     files.write_run(output, record, picture, lambda: plots.profiles(rows, title(record, loaded)))
     print(f"\nwrote {output} and {picture}")
 
@@ -85,24 +85,6 @@ def title(record: dict, loaded: LoadedModel) -> str:
     args = record["args"]
     made = f"{args['decode_tokens']} tokens decoded, medians of {args['repeats']} repeats with quartiles"
     return f"{loaded.spec}, {record['dtype']} on {record['device']}: {made}"
-
-
-def print_cell(rows: list[dict]) -> None:
-    head = f"batch {rows[0]['batch_size']}, {rows[0]['context_tokens']:,} tokens"
-    print(f"\n{head:<30} {'first token':>12} {'per token':>18} {'tok/s':>8} {'vs':>6} {'cache':>10} {'peak':>9}")
-    for r in rows:
-        if r.get("out_of_memory"):
-            print(f"{r['cache']:<30} {'out of memory':>12}")
-            continue
-        low, high = r["token_ms_quartiles"]
-        ratio = f"{r['ratio_to_baseline']['tokens_per_s_median']:5.2f}x" if "ratio_to_baseline" in r else ""
-        print(
-            f"{r['cache']:<30} {r['ttft_ms_median']:9,.0f} ms {r['token_ms_median']:7.1f} [{low:.1f}, {high:.1f}] ms "
-            f"{r['tokens_per_s_median']:8,.1f} {ratio:>6} {r['cache_bytes'] / 2**20:6.1f} MiB "
-            f"{r['peak_memory_bytes'] / 2**20:5,.0f} MiB"
-        )
-        shares = ", ".join(f"{part} {share:.0%}" for part, share in r["share_of_step"].items() if share >= 0.005)
-        print(f"{'':<6}a step: {shares}", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.reuse import obtain_calibration
 from gpt2.experiments.ablation import GROUPS, Ablation, measure
 from gpt2.models import loading
-from gpt2.report import plots
+from gpt2.report import plots, tables
 from gpt2.text import sources
 from gpt2.tuning.grid_search import default_rank_grid
 
@@ -62,39 +62,20 @@ def main() -> None:
     segments = cli.evaluation_segments(args, loaded, text, "evaluation")
     wanted = {group: ablation.rows(group) for group in args.groups}  # all: none may fail after hours of others
     rows, known = [], {}
+    record = provenance.provenance(
+        args, model=loaded.spec, fingerprint=loaded.fingerprint, text=text.name, calibration=calibration.meta,
+        text_sha256=text.sha256("evaluation"), dtype=str(loaded.model.dtype), segments=list(segments.shape), rows=rows,
+    )  # fmt: skip
     for group, compared in wanted.items():
-        records = measure(
+        rows += measure(
             loaded, segments, compared, known, seed=args.seed, chunk=args.chunk,
             batch_size=args.batch_size, progress=cli.bar(group, "batch"),
         )  # fmt: skip
-        print_group(records)
-        rows += records
-
-    record = provenance.provenance(
-        args,
-        model=loaded.spec,
-        fingerprint=loaded.fingerprint,
-        text=text.name,
-        calibration=calibration.meta,
-        text_sha256=text.sha256("evaluation"),
-        dtype=str(loaded.model.dtype),
-        segments=list(segments.shape),
-        rows=rows,
-    )
+        tables.show("validate_ppl", record, group)
     title = f"{loaded.spec}, {segments.numel():,} tokens of {text.name}"
-    files.write_run(output, record, picture, lambda: plots.deltas(rows, title))
+    files.write_run(output, record, picture, lambda: plots.perplexity_changes(rows, title))
     print(f"\nwrote {output} and {picture}")
     check_cache_is_on_the_path(rows)
-
-
-def print_group(records: list[dict]) -> None:
-    group, baseline = records[0]["group"], records[0]["baseline_ppl"]
-    print(f"\n{group:<46} {'PPL':>8} {'Δ PPL':>9}  {'95 % interval':>20} {'KL':>8} {'top-1':>7} {'ratio':>6}")
-    print(f"{'16-bit cache':<46} {baseline:8.3f}")
-    for r in records:
-        low, high = r["ppl_delta_interval"]
-        figures = f"{r['ppl']:8.3f} {r['ppl_delta']:+9.2%}  [{low:+8.2%}, {high:+8.2%}] {r['kl_nats']:8.5f}"
-        print(f"{r['label']:<46} {figures} {r['top1_agreement']:7.2%} {r['compression_ratio_2048']:5.2f}x", flush=True)
 
 
 def check_cache_is_on_the_path(rows: list[dict]) -> None:

@@ -88,7 +88,7 @@ def build(
             raise PluginError(f"layer {layer}, {side.upper()}: codec {setting.codec} needs a calibration")
         quantizer = quantizer_of(setting.quantizer, setting.bits)
         if is_measured(setting.codec):
-            quantizer = calibration.measured_codec(setting.codec).quantizer(quantizer, layer, side)
+            quantizer = calibration.fit_of(setting.codec).quantizer(quantizer, layer, side)
         transform = calibration.transform(side, layer, setting.rank, setting.codec)
         return Compressor(quantizer, transform.to(device, dtype))
 

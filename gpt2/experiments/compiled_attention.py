@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gpt2.compression.codecs.base import Fields
+from gpt2.compression.codecs.base import Encoded
 from gpt2.compression.codecs.mixed import BLOCK, OCTAVE, SCALE_ZERO
 from gpt2.compression.codecs.per_channel import Int4Channel
 
@@ -26,13 +26,13 @@ class CompiledInt4Channel(Int4Channel):
         self._scores = self._timed("scores", torch.compile(int4_scores, dynamic=False))
         self._sums = self._timed("sums", torch.compile(int4_sums, dynamic=False))
 
-    def packed(self, fields: Fields, rank: int) -> None:
+    def packed(self, fields: Encoded, rank: int) -> None:
         return None  # else C++ would read them
 
-    def scores(self, q: Tensor, fields: Fields, out: Tensor) -> None:
+    def scores(self, q: Tensor, fields: Encoded, out: Tensor) -> None:
         out.copy_(self._scores(q.float(), **fields))
 
-    def weighted_sum(self, p: Tensor, fields: Fields, rank: int) -> Tensor:
+    def weighted_sum(self, p: Tensor, fields: Encoded, rank: int) -> Tensor:
         return self._sums(p, **fields)
 
     @contextmanager

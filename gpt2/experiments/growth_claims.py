@@ -19,17 +19,18 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PretrainedConfig
 
 from gpt2.compression.cache import direct_attention
-from gpt2.compression.calibration.fisher import MeasuredStatistics, collect_fisher
+from gpt2.compression.cache.size import fill, noise
+from gpt2.compression.calibration.fisher import MultiHeadStatistics, collect_fisher
 from gpt2.compression.calibration.statistics import Statistics, Tap, collect
-from gpt2.compression.codecs import measured_codecs
+from gpt2.compression.codecs import multi_head_bases
 from gpt2.compression.codecs.metric import Fisher
 from gpt2.compression.codecs.moments import Moments
 from gpt2.compression.named_caches import CacheChoice, from_preset
 from gpt2.evaluation.instruments import synchronizer
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, score
+from gpt2.evaluation.statistics import spread
 from gpt2.evaluation.timing import random_tokens, run_once
 from gpt2.experiments import cost_model
-from gpt2.experiments.attention_speed import spread
 from gpt2.experiments.cost_model import Dimensions
 from gpt2.experiments.growth import BYTES, Claim, Point
 from gpt2.experiments.on_paper import SIXTEEN, narrow
@@ -105,7 +106,7 @@ def first_pass(loaded: LoadedModel, windows: Tensor) -> object:
 
 def gradient_pass(loaded: LoadedModel, windows: Tensor) -> object:
     moments = [Moments.zeros(loaded.geometry) for _ in range(2)]
-    return collect_fisher(loaded, windows, Statistics(*moments), SINK_TOKENS, measured_codecs())
+    return collect_fisher(loaded, windows, Statistics(*moments), SINK_TOKENS, multi_head_bases())
 
 
 def first_flops(dims: Dimensions, samples: int, tokens: int) -> float:
@@ -209,7 +210,7 @@ def memory(loaded: LoadedModel, configs: Configs, sizes: Sizes) -> Iterator[Clai
         g = dims.geometry
         heads = partial(_first_bytes, config, g)
         one.append(Point(g.num_layers * g.num_kv_heads * g.head_dim**2, cost_model.statistics_bytes(dims), heads))
-        groups = sum(e.num_layers * e.num_kv_heads * e.head_dim**2 for e in dims.entries().values())
+        groups = sum(e.num_layers * e.num_kv_heads * e.head_dim**2 for e in dims.multi_head_shapes().values())
         added = cost_model.gradient_statistics_bytes(dims)
         added["blocks"] //= cost_model.RESERVOIR_BLOCKS  # a window of one
         other.append(Point(groups, sum(added.values()), partial(_gradient_bytes, config, g)))
@@ -236,7 +237,7 @@ def _gradient_bytes(config: PretrainedConfig, geometry: Geometry) -> float:
     loaded = narrow(config, geometry)
     moments = [Moments.zeros(geometry) for _ in range(2)]
     windows = random_tokens(loaded, 1, SINK_TOKENS + cost_model.BLOCK, seed=0)
-    found = collect_fisher(loaded, windows, Statistics(*moments), SINK_TOKENS, measured_codecs())
+    found = collect_fisher(loaded, windows, Statistics(*moments), SINK_TOKENS, multi_head_bases())
     return float(sum(m.metrics["fisher"].nbytes for m in moments) + sum(map(measured_bytes, found.values())))
 
 
@@ -245,7 +246,7 @@ def moments_bytes(moments: Moments) -> int:
     return sum(part.nbytes for part in parts)
 
 
-def measured_bytes(statistics: MeasuredStatistics) -> int:
+def measured_bytes(statistics: MultiHeadStatistics) -> int:
     return moments_bytes(statistics.moments) + statistics.reservoir.nbytes
 
 
@@ -275,8 +276,8 @@ def caches(name: str, config: PretrainedConfig, presets: Sequence[str], sizes: S
     geometry = Geometry(1, dims.geometry.num_kv_heads, dims.geometry.head_dim)
     loaded, on = narrow(config, geometry), f"one layer of {name}"
     choices = [from_preset(preset, loaded) for preset in presets]
-    prompts = {n: _noise(n, geometry.num_kv_heads, geometry.head_dim) for n in sizes.contexts}
-    query = _noise(1, dims.query_heads, geometry.head_dim)
+    prompts = {n: noise(geometry.num_kv_heads, n, geometry.head_dim) for n in sizes.contexts}
+    query = noise(dims.query_heads, 1, geometry.head_dim)
     timer = partial(seconds, lambda: None)
     for choice in choices:
         points = [Point(n, n, partial(timer, partial(_filled, choice, x))) for n, x in prompts.items()]
@@ -294,16 +295,9 @@ def caches(name: str, config: PretrainedConfig, presets: Sequence[str], sizes: S
     yield Claim(f"decode: attention, {SIXTEEN}", "tokens held", on, points)
 
 
-def _noise(tokens: int, heads: int, head_dim: int) -> Tensor:
-    """[1, heads, tokens, head_dim]"""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, heads, tokens, head_dim, generator=generator).bfloat16()
-
-
 def _filled(choice: CacheChoice, x: Tensor):
-    layer = choice.make().layers[0]
-    layer.store(x, x)
-    return layer
+    """The layer of a cache of one layer, with K and V [1, H, T, d] of a prompt."""
+    return fill(choice.make(), [(x, x)]).layers[0]
 
 
 def _append_s(layer, x: Tensor) -> float:

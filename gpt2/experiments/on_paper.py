@@ -49,7 +49,7 @@ def cache_rows(
             found = [(SIXTEEN, plain, 0)]
             for choice in chosen:
                 # A codec without a calibration is one object for all layers
-                copies = parts if is_measured(choice.preset["codec"]) else 1
+                copies = parts if is_measured(choice.preset.record["codec"]) else 1
                 held = held_bytes(choice.make, part.geometry, tokens) * parts
                 found.append((choice.label, held, choice.make().codec_bytes() * copies))
             rows += [

@@ -22,9 +22,7 @@ def write_record(matcher: Matcher, run: Run) -> None:
     if product.suffix == ".json":
         record = json.loads(product.read_text(encoding="utf-8"))
         if "provenance" not in record:
-            raise PluginError(
-                f"{files.shown(product)} has no `provenance`: a run must write a preset or a calibration"
-            )
+            raise PluginError(f"{files.shown(product)} has no `provenance`: a run must write a preset or a calibration")
         record |= record.pop("provenance")
     else:
         meta = load_calibration(product).meta

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from gpt2.common import files
 from gpt2.common.errors import BadArtefact
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
+from gpt2.compression.cache.size import held_bytes
 from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.codecs import Compressor
 from gpt2.compression.codecs.base import SIDES
@@ -155,6 +155,5 @@ def _plain(geometry: Geometry) -> float:
 
 def _bytes_per_token(compressor: Compressor, geometry: Geometry, tokens: int = 256) -> float:
     """Bytes per token that a compressor stores of one layer's K or V of a 16-bit model."""
-    noise = torch.randn(1, geometry.num_kv_heads, tokens, geometry.head_dim).to(torch.bfloat16)
-    fields = compressor.to(noise.device).compress(noise)
-    return sum(field.nbytes for field in fields.values()) / tokens
+    make = partial(CompressedDynamicCache, [compressor], [compressor], sink_tokens=0)
+    return held_bytes(make, Geometry(1, geometry.num_kv_heads, geometry.head_dim), tokens) / 2 / tokens  # K and V alike

@@ -51,7 +51,7 @@ class RatioPreset:
 
     @property
     def name(self) -> str:
-        return f"{BASES[self.codec].prefix}-{self.ratio:g}x"
+        return f"{BASES[self.codec].preset_prefix}-{self.ratio:g}x"
 
     def row(self, measured: dict) -> dict:
         """What a results file says of it. measured: as `perplexity.compare` gives it."""

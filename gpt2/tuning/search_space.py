@@ -208,7 +208,7 @@ def space_for(
 
 def _bits_range(calibration: Calibration | None) -> tuple[float, float]:
     """Bits that adjustable quantizers are tried with: those that all of the calibration's codecs can share out."""
-    codecs = calibration.measured.values() if calibration else ()
+    codecs = calibration.multi_head.values() if calibration else ()
     ranges = [(LOWEST_BITS, HIGHEST_BITS), *(codec.bits_range() for codec in codecs)]
     low, high = max(low for low, _ in ranges), min(high for _, high in ranges)
     return math.ceil(100 * low) / 100, math.floor(100 * high) / 100

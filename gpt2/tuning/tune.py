@@ -75,6 +75,11 @@ class Found:
     advice: str
     more: dict
 
+    @property
+    def records(self) -> list[dict]:
+        """The trials as results files and presets have them."""
+        return [trial.record() for trial in self.trials]
+
 
 def search_grid(job: Job, show_layers: Callable[[list[dict], Path, str], None]) -> Found | None:
     """The search over one codec's grid; None where only a layer ablation was asked for.
@@ -125,7 +130,6 @@ def choose(job: Job, found: Found, name: str) -> tuple[dict, Trial]:
     Raises BudgetNotMet where none does.
     """
     search, budget, text = found.search, job.args.target_ppl_delta, job.text
-    print_table(found.trials, budget)
     best, measured, failed = confirm_best(found.trials, budget, search.confirm, found.advice)
     for trial, record in failed:
         print(f"{trial.candidate} holds on tuning text but not on evaluation text: {percent(record['ppl_delta'])}")
@@ -137,35 +141,14 @@ def choose(job: Job, found: Found, name: str) -> tuple[dict, Trial]:
     preset = build.new_preset(
         job.loaded, search.calibration if calibrated else None, found.calibration_file if calibrated else "",
         compression_ratio=best.compression_ratio, measured=measured, name=name, **keys, **found.more,
-        trials=[trial.record() for trial in found.trials],
+        trials=found.records,
         refused_on_evaluation_text=[{"label": str(trial.candidate)} | record for trial, record in failed],
         provenance=provenance.provenance(job.args, text=text.name, text_sha256=text.sha256("evaluation")),
     )  # fmt: skip
     return preset, best
 
 
-def print_layers(rows: list[dict], path: Path, picture: Path) -> None:
-    """The layers that lose most, and where all are."""
-    print(f"\nlayer by layer, the most sensitive first ({files.shown(path)}, {files.shown(picture)}):")
-    for row in sorted(rows, key=lambda row: -row["kl_nats"])[:10]:
-        print(f"  layer {row['layer']:2d} {row['side'].upper()}, rank {row['rank']}, {row['bits']} bits: "
-              f"KL {row['kl_nats']:.5f} nats, {row['ppl_delta']:+.2%} perplexity")  # fmt: skip
-
-
 def print_progress(trials: Sequence[Trial], note: str) -> None:
     """A line on the latest trial."""
     last = f"; last {trials[-1].candidate}: {percent(trials[-1].ppl_delta)}" if trials else ""
     print(f"tuning: {len(trials)} measured{last}{'; ' + note if note else ''}", flush=True)
-
-
-def print_table(trials: Sequence[Trial], budget: float) -> None:
-    """All trials by compression."""
-    width = max((len(str(trial.candidate)) for trial in trials), default=0)
-    width = max(20, width)
-    print(f"\n{'configuration':<{width}} {'Δ PPL':>9}  {'95 % interval':>20} {'ratio':>6}  within {budget:+.1%}")
-    for trial in sorted(trials, key=lambda t: t.compression_ratio):
-        interval = trial.details["ppl_delta_interval"]
-        spread = f"[{interval[0]:+8.2%}, {interval[1]:+8.2%}]" if interval else f"{'no finite loss':>20}"
-        delta = f"{trial.ppl_delta:+9.2%}" if interval else f"{'':9}"
-        inside = "yes" if trial.ppl_delta <= budget else "no"
-        print(f"{str(trial.candidate):<{width}} {delta}  {spread} {trial.compression_ratio:5.2f}x  {inside}")

@@ -20,7 +20,7 @@ from gpt2.compression.cache.size import cache_bytes
 from gpt2.compression.codecs import BITS, Compressor, Transform, quantizer_for_bits
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.models import loading
-from gpt2.report import plots
+from gpt2.report import plots, tables
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -48,7 +48,8 @@ def main() -> None:
         lines.setdefault(row["codec"], []).append(row["append_ms_median"])
     title = f"{args.layers} layers, {args.kv_heads} KV heads of {args.head_dim}"
     record = provenance.provenance(args, dtype="bfloat16", rows=rows)
-    files.write_run(output, record, picture, lambda: plots.appending(args.tokens, lines, title))
+    files.write_run(output, record, picture, lambda: plots.append_times(args.tokens, lines, title))
+    tables.show("benchmark_append", record)
     print(f"wrote {output} and {picture}")
 
 
@@ -83,11 +84,8 @@ def measure(label: str, make, tokens: int, args, device: torch.device) -> dict:
         times.append(1000 * (time.perf_counter() - start))
     held = tokens + args.repeats
     low, median, high = statistics.quantiles(times, n=4)
-    row = {"codec": label, "tokens_held": tokens, "append_ms_median": median, "append_ms_quartiles": [low, high],
-           "cache_bytes": cache_bytes(cache), "bytes_per_token": cache_bytes(cache) / held}  # fmt: skip
-    print(f"{label:<20} {tokens:7,d} tokens held: {median:6.2f} ms [{low:.2f}, {high:.2f}], "
-          f"{row['bytes_per_token']:,.0f} bytes per token", flush=True)  # fmt: skip
-    return row
+    return {"codec": label, "tokens_held": tokens, "append_ms_median": median, "append_ms_quartiles": [low, high],
+            "cache_bytes": cache_bytes(cache), "bytes_per_token": cache_bytes(cache) / held}  # fmt: skip
 
 
 if __name__ == "__main__":

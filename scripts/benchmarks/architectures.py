@@ -11,12 +11,12 @@ Writes results/runs/architectures.json, or where --output says.
 """
 
 import argparse
-from collections import Counter
 from pathlib import Path
 
 from gpt2 import cli
 from gpt2.common import files, provenance
 from gpt2.experiments import architectures
+from gpt2.report import tables
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -31,21 +31,12 @@ def main() -> None:
     args = arguments().parse_args()
     files.check_writable(args.output)
 
-    rows = []
-    print(f"{'family':<28} {'mode':<17} {'miniature':<21} reason")
-    for family in architectures.families() if "all" in args.families else args.families:
-        rows.append(architectures.examine(family))
-        print_row(rows[-1])
-    counts = Counter(row["mode"] for row in rows)
-    print("\n" + ", ".join(f"{counts[mode]} {mode}" for mode in architectures.MODES))
-    files.write_json(args.output, provenance.provenance(args, device="cpu", **architectures.settings(), rows=rows))
+    names = architectures.families() if "all" in args.families else args.families
+    rows = [architectures.examine(family) for family in cli.bar("families", "family")(names)]
+    record = provenance.provenance(args, device="cpu", **architectures.settings(), rows=rows)
+    files.write_json(args.output, record)
+    tables.show("architectures", record)
     print(f"wrote {args.output}")
-
-
-def print_row(row: dict) -> None:
-    shape = "{num_layers} × {num_kv_heads} × {head_dim}".format(**row["geometry"]) if "geometry" in row else ""
-    windows = " windows" if row.get("sliding_layers") else ""
-    print(f"{row['model_type']:<28} {row['mode']:<17} {shape + windows:<21} {row['reason'] or ''}"[:200], flush=True)
 
 
 if __name__ == "__main__":

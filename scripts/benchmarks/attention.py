@@ -20,7 +20,7 @@ from gpt2 import cli
 from gpt2.common import files, provenance
 from gpt2.experiments import attention_speed
 from gpt2.models import loading
-from gpt2.report import plots_attention
+from gpt2.report import plots, tables
 
 CODECS = "int4_channel,int8_channel,int4,int8,mixed,kv4,kv8"
 
@@ -68,35 +68,18 @@ def main() -> None:
     output, picture = cli.output_files(args.output, f"attention_step_{provenance.device_slug(device)}_{shape}")
     timer = attention_speed.Timer(device, args.flush_mib << 20)
     bandwidth = attention_speed.copy_bandwidth(timer, args.copy_mib << 20)
-    print(
-        f"copies at {bandwidth / 1e9:,.1f} GB/s, read and written; codes are read by {attention_speed.kernels(device)}"
-    )
     rows = []
+    record = provenance.provenance(
+        args, copy_bytes_per_s=bandwidth, kernels=attention_speed.kernels(device), dtype=args.dtype, rows=rows
+    )
     for context in args.context_lengths:
         rows += attention_speed.measure(
             shape, context, args.quantizers, args.bits, timer, bandwidth, dtype=getattr(torch, args.dtype),
             repeats=args.repeats, compiled=args.compiled, seed=args.seed, progress=cli.bar(f"{context} tokens", "turn"),
         )  # fmt: skip
-        print_cell([row for row in rows if row["context_tokens"] == context])
-    record = provenance.provenance(
-        args, copy_bytes_per_s=bandwidth, kernels=attention_speed.kernels(device), dtype=args.dtype, rows=rows
-    )
-    files.write_run(output, record, picture, lambda: plots_attention.steps(record))
+        tables.show("attention_step", record, str(context), note=context == args.context_lengths[-1])
+    files.write_run(output, record, picture, lambda: plots.attention_times(record))
     print(f"\nwrote {output} and {picture}")
-
-
-def print_cell(rows: list[dict]) -> None:
-    head = f"{rows[0]['tokens_held']:,} tokens, batch {rows[0]['batch_size']}"
-    print(f"\n{head:<30} {'time':>26} {'held':>11} {'speed':>12} {'of copy':>8} {'vs sdpa':>8} {'vs best':>8}")
-    for r in rows:
-        low, high = r["ms_quartiles"]
-        compiled = sum(r.get("compile_s", {}).values())
-        print(
-            f"{r['row']:<30} {r['ms_median']:9.3f} ms [{low:.3f}, {high:.3f}] {r['bytes_held'] / 2**20:7.2f} MiB "
-            f"{r['bytes_per_s'] / 1e9:7.1f} GB/s {r['share_of_copy']:8.0%} {r['speed_against_sdpa_median']:7.2f}x "
-            f"{r['speed_against_best_16_bit_median']:7.2f}x" + (f"  compiled in {compiled:.0f} s" if compiled else ""),
-            flush=True,
-        )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from gpt2.compression.cache import size
 from gpt2.compression.named_caches import CacheChoice
 from gpt2.models import random_weights
 from gpt2.models.loading import LoadedModel
-from gpt2.report import plots_codecs
+from gpt2.report import plots, tables
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -38,13 +38,13 @@ def main() -> None:
     loaded = random_weights.load(args.model, args.device, args.dtype, args.layers)
     output, picture = cli.output_files(args.output, f"cache_bytes_{loaded.slug}")
     choices = cli.chosen_caches(args, loaded)
-    print(f"{'cache':<20} {'context':>8} {'bytes':>14} {'per token':>10} {'ratio':>7} {'exact':>6} {'unused':>6}")
     rows = [measure(choice, tokens, loaded) for choice in choices for tokens in args.context_lengths]
     record = provenance.provenance(
         args, model=loaded.spec, fingerprint=loaded.fingerprint, caches=[choice.record() for choice in choices],
         rows=rows,
     )  # fmt: skip
-    files.write_run(output, record, picture, lambda: plots_codecs.ratios_by_context(rows, loaded.spec))
+    files.write_run(output, record, picture, lambda: plots.ratios_by_context(rows, loaded.spec))
+    tables.show("cache_bytes", record)
     print(f"\nwrote {files.shown(output)} and {files.shown(picture)}")
 
 
@@ -53,14 +53,11 @@ def measure(choice: CacheChoice, tokens: int, loaded: LoadedModel) -> dict:
     cache = size.filled(choice.make, loaded.geometry, tokens)
     plain = size.plain_bytes(loaded.geometry, tokens, config=loaded.model.config)
     held, (exact, unused) = size.cache_bytes(cache), size.exact_and_unused_bytes(cache)
-    row = {
+    return {
         "cache": choice.label, "context_tokens": tokens, "bytes": held, "bytes_per_token": held / tokens,
         "plain_bytes": plain, "exact_bytes": exact, "unused_bytes": unused, "codec_bytes": cache.codec_bytes(),
         "compression_ratio": plain / held, "ratio_with_codec": plain / (held + cache.codec_bytes()),
     }  # fmt: skip
-    print(f"{choice.label:<20} {tokens:8,d} {held:14,d} {held / tokens:10,.0f} {plain / held:6.2f}x "
-          f"{exact / held:6.1%} {unused / held:6.1%}", flush=True)  # fmt: skip
-    return row
 
 
 if __name__ == "__main__":

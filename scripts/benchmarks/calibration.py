@@ -23,6 +23,7 @@ from gpt2.common import files, provenance
 from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.statistics import collect
 from gpt2.models import loading
+from gpt2.report import tables
 from gpt2.text import sources
 
 
@@ -42,21 +43,18 @@ def main() -> None:
     # Before the first calibration: its file will be named after the model, which is loaded later
     files.check_writable(args.output or files.RESULTS / "runs" / "benchmark_calibration.json")
     memory = {str(n): peak_megabytes(args, n) for n in args.samples}  # first: a child's peak starts at its parent's
-    for samples, size in memory.items():
-        print(f"peak resident size with {samples:>3} samples: {size:,.0f} MB", flush=True)
     loaded = loading.load(args.model, args.device, args.dtype)
     output = args.output or files.RESULTS / "runs" / f"benchmark_calibration_{loaded.slug}.json"
     text = sources.load_text(args.text, args.model)
     windows = text.segments("calibration", loaded, args.seq_len, args.repeats + 1)
     times = [time_all(loaded, window, turn) for turn, window in enumerate(windows)][1:]  # the first one warms up
     ratios = {name: statistics.median(t["capture"] / t[name] for t in times) for name in ("body", "with_logits")}
-    for name, ratio in ratios.items():
-        print(f"calibrating costs {ratio:.2f}x a bare forward pass, {name} (median of {len(times)})")
     record = provenance.provenance(
         args, text=text.name, text_sha256={"calibration": text.sha256("calibration")}, ratio_to_forward=ratios,
         times_s=times, peak_rss_mb_by_samples=memory,
     )  # fmt: skip
     files.write_json(output, record)
+    tables.show("benchmark_calibration", record)
     print(f"wrote {output}")
 
 

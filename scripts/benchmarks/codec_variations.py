@@ -21,7 +21,7 @@ from gpt2 import cli
 from gpt2.common import files, provenance
 from gpt2.experiments.codec_variations import QUESTIONS, gather, measure
 from gpt2.models import loading
-from gpt2.report import plots_variations
+from gpt2.report import plots, tables
 from gpt2.text import sources
 
 
@@ -53,41 +53,22 @@ def main() -> None:
     windows = text.segments("calibration", loaded, args.seq_len, args.samples, args.seed)
     gathered = gather(loaded, windows, args.sink_tokens, seed=args.seed, progress=cli.bar("calibrating", "seq"))
     rows, known = [], {}
-    print_head(args.bits)
-    for question in args.rows:
-        found = measure(
-            loaded, segments, gathered, QUESTIONS[question], args.bits, known, seed=args.seed,
-            progress=cli.bar(question, "segment"),
-        )  # fmt: skip
-        rows += [{"question": question, **row} for row in found]
-        print_question(question, found)
-
     record = provenance.provenance(
         args, model=loaded.spec, fingerprint=loaded.fingerprint, dtype=str(loaded.model.dtype), text=eval_text.name,
         calibration_text=text.name,
         text_sha256={"calibration": text.sha256("calibration"), "evaluation": eval_text.sha256("evaluation")},
         calibration_tokens=windows.numel(), segments=list(segments.shape), rows=rows,
     )  # fmt: skip
+    for question in args.rows:
+        found = measure(
+            loaded, segments, gathered, QUESTIONS[question], args.bits, known, seed=args.seed,
+            progress=cli.bar(question, "segment"),
+        )  # fmt: skip
+        rows += [{"question": question, **row} for row in found]
+        tables.show("explore_codecs", record, question, note=question == args.rows[-1])
     title = f"{loaded.spec}, {segments.numel():,} tokens of {eval_text.name}, calibrated on {text.name}"
-    files.write_run(output, record, picture, lambda: plots_variations.explored(rows, title))
+    files.write_run(output, record, picture, lambda: plots.codec_variations(rows, title))
     print(f"\nwrote {files.shown(output)} and {files.shown(picture)}")
-
-
-def print_head(budgets: list[int]) -> None:
-    figures = f"{'bits':>6} {'KL':>9} {'change':>7} {'Δ PPL':>8} {'top-1':>7}"
-    print(f"{'':<58} " + " | ".join(figures for _ in budgets))
-
-
-def print_question(question: str, rows: list[dict]) -> None:
-    print(question)
-    for label in dict.fromkeys(row["label"] for row in rows):
-        cells = [
-            f"{r['bits_counted']:6.3f} {r['kl_nats']:9.5f} {r.get('kl_change', 0):+7.0%} {r['ppl_delta']:+8.2%} "
-            f"{r['top1_agreement']:7.2%}"
-            for r in rows
-            if r["label"] == label
-        ]
-        print(f"  {label:<56} " + " | ".join(cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from gpt2.common.errors import PluginError
 from gpt2.evaluation import largest_batch
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
 from gpt2.models import random_weights
+from gpt2.report import tables
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -43,45 +44,23 @@ def main() -> None:
     choices = cli.chosen_caches(args, loaded)
     most = args.most or (1024 if loaded.device.type == "cuda" else 4)
     rows = []
+    record = provenance.provenance(
+        args, model=loaded.spec, fingerprint=loaded.fingerprint, rows=rows,
+        weights="random" if loaded.random_weights else "trained",
+        dtype=str(loaded.model.dtype).removeprefix("torch."), caches=[choice.record() for choice in choices],
+    )  # fmt: skip
     caches = {BASELINE: baseline_factory(loaded)} | {choice.label: choice.make for choice in choices}
-    for name, make in caches.items():
+    for name, make in cli.bar("largest batches", "cache")(caches.items()):
         rows.append(
             largest_batch.measure(
-                loaded,
-                name,
-                make,
-                args.context_length,
-                decode_tokens=args.decode_tokens,
-                most=most,
-                seed=args.seed,
+                loaded, name, make, args.context_length, decode_tokens=args.decode_tokens, most=most, seed=args.seed
             )
         )
-        print_row(rows[-1])
-    record = provenance.provenance(
-        args,
-        model=loaded.spec,
-        fingerprint=loaded.fingerprint,
-        weights="random" if loaded.random_weights else "trained",
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
-        caches=[choice.record() for choice in choices],
-        rows=rows,
-    )
     files.write_json(output, record)
+    tables.show("largest_batch", record)
     print(f"\nwrote {output}")
     if not any(row["largest_batch"] for row in rows):
         raise PluginError(f"not one sequence of {args.context_length:,} tokens fits: use a shorter --context-length")
-
-
-def print_row(row: dict) -> None:
-    if not row["largest_batch"]:
-        print(f"{row['cache']:<20} not one sequence fits")
-        return
-    limit = " (the limit)" * row["at_limit"]
-    print(
-        f"{row['cache']:<20} {row['largest_batch']:5,d} sequences{limit}, {row['cache_bytes'] / 2**30:7.2f} GiB, "
-        f"{row['tokens_per_s']:9,.1f} tokens/s, {row['token_ms']:7.1f} ms a step",
-        flush=True,
-    )
 
 
 if __name__ == "__main__":

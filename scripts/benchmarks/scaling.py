@@ -18,7 +18,7 @@ from gpt2.common import files, provenance
 from gpt2.experiments import growth, on_paper
 from gpt2.experiments.growth_claims import FITTING, QUICK, Sizes, claims, pass_ratios
 from gpt2.models import loading, random_weights
-from gpt2.report import plots_growth
+from gpt2.report import plots, tables
 
 SHAPES = "qwen2.5-7b.json,llama-3.1-8b.json,qwen2.5-72b.json"
 TIMED = "qwen2.5-0.5b.json,gemma-2-2b.json,llama-3.1-8b.json,qwen2.5-72b.json"
@@ -57,7 +57,6 @@ def main() -> None:
     found = claims(loaded, own | read(args.timed_shapes), own | read(args.cache_shapes), args.timed_presets, sizes)
     for claim in cli.bar("measured", "claim")(found):
         slopes.append(growth.measure(claim, args.repeats))
-        print_slope(slopes[-1])
     fitting = next(slope for slope in slopes if slope["step"] == FITTING)
     calibrations = on_paper.calibration_rows(
         paper, args.samples, args.seq_len, args.flops_per_s, partial(growth.at, fitting)
@@ -66,17 +65,10 @@ def main() -> None:
     record = provenance.provenance(
         args, model=loaded.spec, caches=caches, calibrations=calibrations, passes=passes, slopes=slopes
     )
-    files.write_run(output, record, picture, lambda: plots_growth.slopes(record))
+    files.write_run(output, record, picture, lambda: plots.growth(record))
+    for name in ("bytes", "time", "memory", "passes", "slopes"):
+        tables.show("scaling", record, name)
     print(f"wrote {output} and {picture}")
-
-
-def print_slope(slope: dict) -> None:
-    low, high = slope["exponent_interval"]
-    print(
-        f"{slope['step'] + ' / ' + slope['against']:<62} expected {slope['expected_exponent']:5.2f}, measured "
-        f"{slope['exponent']:5.2f} [{low:5.2f}, {high:5.2f}]  {slope['verdict']}  ({slope['on']})",
-        flush=True,
-    )
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def test_a_record_is_written_after_its_picture_and_also_without_it(tmp_path):
 
     def draw():
         assert not record.exists()
-        return plots.appending([1, 2], {"a": [1, 2]}, "t")
+        return plots.append_times([1, 2], {"a": [1, 2]}, "t")
 
     def bad():
         raise ZeroDivisionError

@@ -11,7 +11,7 @@ from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import save_calibration
 from gpt2.compression.compressed_cache import CompressedDynamicCache, IdentityCompressor, load_calibrated_compressors
 from gpt2.compression.presets import create_cache_from_preset
-from gpt2.compression.presets.schema import plan_of
+from gpt2.compression.presets.schema import parse
 from gpt2.compression.settings import Setting, build, needs_calibration_file, plan_record, uniform
 from gpt2.text.sources import by_position
 
@@ -116,7 +116,7 @@ def test_absurd_layers_are_named(preset, layers, message):
 
 def test_plan_records_come_back_the_same(preset):
     plan = uniform("kv", 3, Setting("pca", 7, 8), layers=[1]) | {"k": [INT4, None, INT8]}
-    again = plan_of(preset | {"layers": json.loads(json.dumps(plan_record(plan)))})
+    again = parse(preset | {"layers": json.loads(json.dumps(plan_record(plan)))}).plan
     assert again == plan and needs_calibration_file(plan) and not needs_calibration_file(uniform("v", 3, INT4))
 
 
@@ -125,7 +125,7 @@ def test_a_named_quantizer_comes_back_and_others_keep_their_record(preset):
     record = json.loads(json.dumps(plan_record(plan)))
     assert record["v"][1] == {"codec": "pca", "rank": 7, "bits": 3.5, "quantizer": "mixed"}
     assert record["k"][0] == {"codec": "identity", "rank": 12, "bits": 4}, "as older versions read it"
-    assert plan_of(preset | {"layers": record}) == plan
+    assert parse(preset | {"layers": record}).plan == plan
     cache = create_cache_from_preset(preset | {"layers": record})
     assert shown(cache)["V"][1] == "Compressor(mixed, rank=7)"
     assert cache.layers[1].stores["V"].compressor.quantizer.bits == 3.5

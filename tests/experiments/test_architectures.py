@@ -218,8 +218,7 @@ def test_the_script_writes_a_row_for_each_family(tmp_path, capsys):
     ]  # fmt: skip
     assert record["versions"]["transformers"] == transformers.__version__ and record["prompt_tokens"] == PROMPT
     printed = capsys.readouterr().out
-    assert "1 direct-capable, 1 reconstruct-only, 1 refused, 0 not tried, 0 failed" in printed
-    assert "2 × 4 × 16" in printed and "without a plain KV cache" in printed
+    assert "works; its attention can be replaced" in printed and "refused: " in printed and "mamba" in printed
 
 
 def test_the_script_refuses_a_family_that_there_is_not(tmp_path, capsys):

@@ -15,7 +15,7 @@ from gpt2.common.errors import PluginError
 from gpt2.compression.cache.size import held_bytes
 from gpt2.compression.calibration.fisher import collect_fisher
 from gpt2.compression.calibration.statistics import Statistics, collect
-from gpt2.compression.codecs import measured_codecs
+from gpt2.compression.codecs import multi_head_bases
 from gpt2.compression.codecs.moments import Moments
 from gpt2.compression.named_caches import from_preset
 from gpt2.experiments import cost_model, growth, on_paper
@@ -99,7 +99,7 @@ def test_arithmetic_by_hand():
     assert cost_model.backward_flops(SMALL, 10) == 2 * (20_000 + 5 * 16 * 100) + 32_000
     assert cost_model.moments_flops(SMALL, 10) == 2 * 2 * 16 * 8 * 10
     # Both heads share a basis of 2 · 2 · 4 = 16 channels
-    assert SMALL.entries()["joint"] == Geometry(2, 1, 16) and SMALL.entries()["grouped"] == Geometry(4, 1, 8)
+    assert SMALL.multi_head_shapes() == {"joint": Geometry(2, 1, 16), "grouped": Geometry(4, 1, 8)}
     assert cost_model.gradient_moments_flops(SMALL, 10) == 2 * 10 * (4 * 2 * 16 + 4 * 256 + 8 * 64)
     assert cost_model.gradient_pass_flops(SMALL, 10) == 78_400 + 88_000 + 33_280
     again = cost_model.gradient_pass_flops(SMALL, 10, checkpointing=True) - cost_model.gradient_pass_flops(SMALL, 10)
@@ -110,7 +110,7 @@ def test_arithmetic_by_hand():
 
 def test_bases_are_at_most_512_wide():
     dims = cost_model.dimensions(random_weights.read_shapes(["llama-3.1-8b.json"])["llama-3.1-8b"], "llama-3.1-8b")
-    assert dims.entries()["joint"] == Geometry(32, 4, 512)
+    assert dims.multi_head_shapes()["joint"] == Geometry(32, 4, 512)
     assert dims.weights == pytest.approx(8.03e9, rel=1e-3)
     # q and o 4096², k and v 4096 · 1024, three of 4096 · 14336; norms are 8,192 more
     assert dims.layer_weights == pytest.approx(2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336, rel=1e-4)
@@ -127,7 +127,7 @@ def test_counted_statistics_are_those_that_passes_leave(loaded):
     assert moments_bytes(found.k) + moments_bytes(found.v) == cost_model.statistics_bytes(dims)
     sides = [Moments.zeros(loaded.geometry) for _ in range(2)]
     statistics = Statistics(*sides)
-    found = collect_fisher(loaded, windows(1, 4 + 48 * 64 // 8), statistics, 4, measured_codecs())
+    found = collect_fisher(loaded, windows(1, 4 + 48 * 64 // 8), statistics, 4, multi_head_bases())
     counted = cost_model.gradient_statistics_bytes(dims)
     assert sum(side.metrics["fisher"].nbytes for side in sides) == counted["heads"]
     moments = {name: moments_bytes(own.moments) for name, own in found.items()}

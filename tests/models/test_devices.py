@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from gpt2.common.errors import PluginError
 from gpt2.compression.calibration import fisher, statistics
 from gpt2.compression.calibration.fisher import collect_fisher
-from gpt2.compression.codecs import BASES, QUANTIZERS, Compressor, Transform, measured_codecs, moments
+from gpt2.compression.codecs import BASES, QUANTIZERS, Compressor, Transform, moments, multi_head_bases
 from gpt2.compression.codecs.rope import Rotary
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.models.geometry import Geometry
@@ -302,7 +302,7 @@ def test_a_dispatched_model_has_the_same_gradients(dispatched, checkpointing):
     tokens, found = windows(2, 100), []
     for model in dispatched:
         loaded = LoadedModel(model.requires_grad_(False), None, "tiny", Geometry(3, H, D), "")
-        found.append(collect_fisher(loaded, tokens, None, 4, measured_codecs(), checkpointing=checkpointing))
+        found.append(collect_fisher(loaded, tokens, None, 4, multi_head_bases(), checkpointing=checkpointing))
     for name, own in found[0].items():
         other = found[1][name]
         assert torch.equal(own.reservoir, other.reservoir) and own.moments.metrics["fisher"].norm() > 0

@@ -7,21 +7,38 @@ import pytest
 
 from gpt2.common import files
 from gpt2.common.errors import PluginError
-from gpt2.report import regions
+from gpt2.report import regions, tables
 
 
 @pytest.mark.parametrize("page", regions.pages(files.ROOT), ids=lambda page: page.name)
 def test_pages_show_what_the_results_say(page):
     text = page.read_text(encoding="utf-8")
-    assert regions.fill(text, files.RESULTS / "runs") == text, "run scripts/update_readme.py"
-    assert len(regions.REGION.findall(text)) >= 5
+    assert regions.fill(text, files.RESULTS / "runs") == text, "run scripts/reproduce_tables.py --pages"
+
+
+def test_pages_are_made_of_results():
+    """Regions are found at all: else the test above compares nothing."""
+    found = {page.name: regions.REGION.findall(page.read_text(encoding="utf-8")) for page in regions.pages(files.ROOT)}
+    assert len(found["README.md"]) == 2 and len(found["quality.md"]) >= 10 and len(found["speed.md"]) >= 5
+    shown = {name for regions in found.values() for _, name, _, _ in regions}
+    committed = {path.stem for path in (files.RESULTS / "runs").glob("*.json")}
+    # The first is a calibration, which other results name; the second is a table of results/tables only
+    assert committed - shown == {"kv_calib_smollm2-135m", "validate_ppl_targets_smollm2-135m"}
 
 
 def test_a_changed_figure_is_noticed():
-    readme = (files.ROOT / "README.md").read_text(encoding="utf-8")
-    start = readme.index("| V rank 60")
-    tampered = readme[:start] + readme[start:].replace("%", "0 %", 1)
-    assert regions.fill(tampered, files.RESULTS / "runs") == readme != tampered
+    page = (files.ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    start = page.index("| V rank 60")
+    tampered = page[:start] + page[start:].replace("%", "0 %", 1)
+    assert regions.fill(tampered, files.RESULTS / "runs") == page != tampered
+
+
+def test_rows_of_a_speed_table_are_chosen_by_batch_size_and_context():
+    record = tables.read(files.RESULTS / "runs" / "profile_smollm2-135m.json")
+    rows = tables.table("profile_smollm2-135m", record, "1,context=1024").rows
+    assert {(row[0], row[1]) for row in rows} == {("1", "1,024")}
+    with pytest.raises(PluginError, match="no rows of context tokens 77"):
+        tables.table("profile_smollm2-135m", record, "context=77")
 
 
 def test_a_missing_results_file_is_named():

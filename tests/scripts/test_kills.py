@@ -49,7 +49,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     os.environ["COMMIT"] = provenance.git_commit() or ""
     make_home(home)
-    files.write_figure(home / "warm.png", plots.appending([1, 2], {"a": [1, 2]}, "t"))
+    files.write_figure(home / "warm.png", plots.append_times([1, 2], {"a": [1, 2]}, "t"))
     trial_queue.TrialQueue(home / "warm.db", "warm")
     provenance.git_commit()
     gc.collect()

@@ -112,7 +112,7 @@ def test_tune_per_layer(tiny_flags, tmp_path, capsys):
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert len(rows) == 3 * 2 * 2 and listing(tmp_path) == {"words.txt", "a.json", "a.png"}, "an ablation, no search"
     largest = max(row["kl_nats"] for row in rows)
-    assert f"KL {largest:.5f}" in capsys.readouterr().out
+    assert f" ({largest:.2g}), " in capsys.readouterr().out, "the table names the layers that lose most"
     assert run(TUNE, *flags, "--per-layer", "--target-ppl-delta", "0.02", "--output", "p.json") == 0
     preset = json.loads((tmp_path / "p.json").read_text())
     assert any(trial["label"].startswith("per layer ") for trial in preset["trials"])

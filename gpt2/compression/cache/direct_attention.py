@@ -43,7 +43,7 @@ def attend(
 def scores(store: TokenStore, q: Tensor) -> Tensor:
     """q · k of every token of K's store, [B, H, M, T] float32; q [B, H, M, d], M queries per KV head."""
     out = q.new_empty((*q.shape[:3], len(store)), dtype=torch.float32)
-    folded = store.compressor.fold_query(q) if store.compressed_tokens else q
+    folded = store.compressor.absorb_query(q) if store.compressed_tokens else q
     exact, blocks = _parts(store)
     if cpu.usable(q) and blocks is not None:
         cpu.scores(exact + blocks, [q] * len(exact) + [folded] * len(blocks), out)
@@ -61,7 +61,7 @@ def weighted_sum(store: TokenStore, p: Tensor) -> Tensor:
     else:
         total, y = _weighted_sum(store, p)
     if store.compressed_tokens:
-        y = store.compressor.unfold_sum(y, store.sinks.shape[3])
+        y = store.compressor.reconstruct_sum(y, store.sinks.shape[3])
         total = y if total is None else total + y
     return total
 

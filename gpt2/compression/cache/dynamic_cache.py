@@ -120,7 +120,7 @@ class CompressedDynamicCache(Cache):
     @property
     def readable(self) -> bool:
         """Whether attention can read every layer as it is stored; a joint codec's keys it can't."""
-        return all(c.foldable for layer in self.layers for c in (s.compressor for s in layer.stores.values()))
+        return all(c.readable for layer in self.layers for c in (s.compressor for s in layer.stores.values()))
 
     def nbytes(self) -> int:
         """Bytes held for the cached tokens, all of them: exact parts, codes, scales, and allocated room."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.codecs import Compressor
-from gpt2.compression.codecs.base import Fields
+from gpt2.compression.codecs.base import Encoded
 from gpt2.compression.kernels import dispatch
 
 SMALLEST_PIECE = 64  # tokens; with 1/32 of what is held already, under 5 % is unused from 2k tokens on
@@ -180,7 +180,7 @@ class TokenStore:
             return self.sinks
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def pieces(self) -> Iterator[tuple[int, Fields]]:
+    def pieces(self) -> Iterator[tuple[int, Encoded]]:
         """Blocks as they are stored, without a copy: position of the first place, and fields, piece by piece.
 
         Of the first block the lead lies at the positions of the last sinks.
@@ -222,7 +222,11 @@ class TokenStore:
     def _expand_from(self, start_block: int) -> Tensor:
         """Reconstruction of whole blocks, the lead included."""
         fields = {name: _joined(pieces.views())[:, :, start_block:] for name, pieces in self.blocks.items()}
-        return self.compressor.expand(fields, self.sinks.shape[3], self.sinks.dtype, self._position(start_block))
+        return self.reconstruct(fields, start_block)
+
+    def reconstruct(self, fields: Encoded, start_block: int) -> Tensor:
+        """Tokens [B, H, n · block, d] of n blocks as they are stored; `start_block` is the place of the first one."""
+        return self.compressor.reconstruct(fields, self.sinks.shape[3], self.sinks.dtype, self._position(start_block))
 
     def crop(self, tokens: int) -> None:
         """Forget the last `tokens` tokens. What stays of a block that is cut joins the tail as its reconstruction."""

@@ -21,7 +21,7 @@ from triton.runtime.errors import OutOfResources
 from gpt2.compression.cache import attention_math
 from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.codecs import Compressor
-from gpt2.compression.codecs.base import Fields
+from gpt2.compression.codecs.base import Encoded
 from gpt2.compression.kernels.triton_kernels import attend_tiles, merge_splits
 from gpt2.compression.kernels.triton_tiles import DECODERS, MOST_CHANNELS, TILE, Decoder
 
@@ -44,8 +44,8 @@ class Part(NamedTuple):
 
     first: int
     end: int
-    k: tuple[int, Fields]
-    v: tuple[int, Fields]
+    k: tuple[int, Encoded]
+    v: tuple[int, Encoded]
 
 
 def attend(
@@ -97,7 +97,7 @@ def supported(k: Compressor, v: Compressor, query: Tensor, kv_heads: int) -> boo
     if query.dtype not in DTYPES or (query.requires_grad and torch.is_grad_enabled()):
         return False
     for compressor in (k, v):
-        if compressor.quantizer.name not in DECODERS or not compressor.foldable:
+        if compressor.quantizer.name not in DECODERS or not compressor.readable:
             return False
         if _rank(compressor, query.shape[-1]) > MOST_CHANNELS:
             return False
@@ -113,7 +113,7 @@ def attend_compressed(
 
     mask [B, Hq, Q, T] → Σ p ẑ of V, [B, G, H/G · M, r], and the logarithm of each sum of exponentials, [B, G, H/G · M].
     """
-    folded = k.fold_query(q).float()
+    folded = k.absorb_query(q).float()
     B, G, M, _ = folded.shape
     rank = _rank(k, q.shape[-1])
     bias = folded[..., rank].contiguous() if k.affine else folded.new_zeros(B, G, M)
@@ -179,14 +179,14 @@ class _Launch:
             **self.sizes, **self._resources(k_fields, v_fields),
         )  # fmt: skip
 
-    def _codes_dtype(self, fields: Fields) -> tl.dtype:
+    def _codes_dtype(self, fields: Encoded) -> tl.dtype:
         """What dot products are in: exact for a float32 model, else float16 for codes, which it holds exactly."""
         if self.dtype == torch.float32:
             return tl.float32
         z = fields.get("z")
         return tl.float16 if z is None else DTYPES[z.dtype]
 
-    def _resources(self, k_fields: Fields, v_fields: Fields) -> dict[str, int]:
+    def _resources(self, k_fields: Encoded, v_fields: Encoded) -> dict[str, int]:
         """Warps, and tiles that may be loaded ahead, as shared memory allows."""
         tile = sum(
             x[0, 0, 0].nbytes * TILE.value // compressor.block_tokens
@@ -222,7 +222,7 @@ def _tiles_each(tiles: int, groups: int, device: torch.device) -> int:
     return max(-(-tiles // splits), LEAST_TILES)
 
 
-def _in_pieces(fields: Fields) -> tuple[Fields, int]:
+def _in_pieces(fields: Encoded) -> tuple[Encoded, int]:
     """Fields that lie as a kernel expects, and how many entries a group has room for; a copy only where they don't."""
     if not all(_is_piece(x) for x in fields.values()):
         fields = {name: x.contiguous() for name, x in fields.items()}
@@ -245,7 +245,7 @@ def _shared_range(k: TokenStore, v: TokenStore) -> tuple[int, int]:
     return (0, 0) if cut else shared
 
 
-def _spans(store: TokenStore) -> Iterator[tuple[int, int, Fields]]:
+def _spans(store: TokenStore) -> Iterator[tuple[int, int, Encoded]]:
     """Pieces with the positions of their first place and behind their last."""
     for start, fields in store.pieces():
         yield start, start + store.compressor.block_tokens * next(iter(fields.values())).shape[2], fields
@@ -260,7 +260,7 @@ def _parts(k: TokenStore, v: TokenStore, first: int, end: int) -> Iterator[Part]
         yield Part(a, b, own_k, own_v)
 
 
-def _outside(store: TokenStore, first: int, end: int) -> Iterator[tuple[slice, Tensor | Fields]]:
+def _outside(store: TokenStore, first: int, end: int) -> Iterator[tuple[slice, Tensor | Encoded]]:
     """What a store holds outside positions [first, end), as exact tokens [B, H, n, d] or as fields.
 
     With each its place among all tokens outside.
@@ -279,7 +279,7 @@ def _outside(store: TokenStore, first: int, end: int) -> Iterator[tuple[slice, T
 
 def _outside_scores(store: TokenStore, q: Tensor, first: int, end: int) -> Tensor:
     """q · k of tokens outside [first, end), [B, H, M, n] float32."""
-    folded, rank = store.compressor.fold_query(q), _rank(store.compressor, q.shape[-1])
+    folded, rank = store.compressor.absorb_query(q), _rank(store.compressor, q.shape[-1])
     out = q.new_empty(*q.shape[:3], len(store) - (end - first), dtype=torch.float32)
     for place, held in _outside(store, first, end):
         if isinstance(held, Tensor):
@@ -310,4 +310,4 @@ def _outside_sum(store: TokenStore, p: Tensor, first: int, end: int) -> Tensor:
 
 def _unfolded(v: Compressor, y: Tensor, share: Tensor, head_dim: int) -> Tensor:
     """Sums of ẑ, y [B, G, H/G · M, r], and of their weights, share [B, G, H/G · M, 1] → sums of x̂, [B, H, M, d]."""
-    return v.unfold_sum(torch.cat((y, share), dim=-1) if v.affine else y, head_dim)
+    return v.reconstruct_sum(torch.cat((y, share), dim=-1) if v.affine else y, head_dim)

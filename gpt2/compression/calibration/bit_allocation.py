@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from gpt2.common.errors import BadArtefact, PluginError, brief
-from gpt2.compression.calibration.fisher import MeasuredStatistics
-from gpt2.compression.codecs import Measured, Quantizer, Transform
+from gpt2.compression.calibration.fisher import MultiHeadStatistics
+from gpt2.compression.codecs import MultiHead, Quantizer, Transform
 from gpt2.compression.codecs.mixed import BLOCK, COSTS, PLANE, WIDTHS, Mixed, MixedFixed, errors, width_bytes
 from gpt2.compression.codecs.rope import LAYOUTS, NONE, Rotary
 from gpt2.models.geometry import Geometry
@@ -27,7 +27,7 @@ SMALLEST_SPREAD, SMALLEST_SIZE = 0.01, 2.0**-10
 
 
 @dataclass
-class MeasuredCodec:
+class MultiHeadFit:
     """Basis of every entry and group, [L, G, w, w], and what its quantization was measured to cost.
 
     L are the entries of all layers, as `basis` has them. rotary: each layer's rotation, empty where keys keep theirs.
@@ -37,7 +37,7 @@ class MeasuredCodec:
     file that it is from, for messages.
     """
 
-    basis: Measured
+    basis: MultiHead
     mean: Tensor
     E: Tensor
     spectrum: Tensor
@@ -61,13 +61,13 @@ class MeasuredCodec:
 
     def transform(self, layer: int, side: str = "k") -> Transform:
         """The transform of one layer's K or V, `side` "k" or "v", on the CPU."""
-        i = self.basis.entry(layer, side)
+        i = self.basis.basis_index(layer, side)
         rotary = self.rotary[layer] if self.rotary else NONE
         return self.basis.transform(side, self.E[i].float(), self.D[i], self.mean[i].float(), rotary)
 
     def quantizer(self, quantizer: Quantizer, layer: int, side: str = "k") -> Quantizer:
         """A quantizer of one entry, of a budget that is meant for the mean of all."""
-        entry = self.basis.entry(layer, side)
+        entry = self.basis.basis_index(layer, side)
         if isinstance(quantizer, MixedFixed):
             if quantizer.bits not in self._widths:
                 self._widths[quantizer.bits] = self.widths(quantizer.bits)
@@ -116,10 +116,10 @@ class MeasuredCodec:
 
     def spectra(self) -> dict[str, Tensor]:
         """Variance of each coordinate by what shares a basis in a layer: "kv", or "k" and "v"; [layers, G, w] each."""
-        sides = ("k", "v")[: self.basis.entries] if self.basis.entries > 1 else ("kv",)
+        sides = ("k", "v")[: self.basis.bases_per_layer] if self.basis.bases_per_layer > 1 else ("kv",)
         return dict(zip(sides, self.spectrum.unflatten(0, (-1, len(sides))).unbind(1), strict=True))
 
-    def compact(self) -> MeasuredCodec:
+    def compact(self) -> MultiHeadFit:
         """This codec with its basis as a file in half precision holds it."""
         scale = self._scale()
         return replace(self, E=(self.E / scale).half().float() * scale, half=True)
@@ -145,7 +145,7 @@ class MeasuredCodec:
         }
 
 
-def fit_measured(statistics: MeasuredStatistics) -> MeasuredCodec:
+def fit_multi_head(statistics: MultiHeadStatistics) -> MultiHeadFit:
     """Fit the basis of every entry, and measure on the reservoir what each width costs."""
     if not statistics.reservoir.shape[2]:
         raise PluginError(f"this codec is measured on blocks of {BLOCK} tokens: give a longer --seq-len")
@@ -155,7 +155,7 @@ def fit_measured(statistics: MeasuredStatistics) -> MeasuredCodec:
     E = torch.stack([transform.E for transform, _ in fitted])
     unit = _unit(E, moments.mean, spectrum)
     E = E / unit
-    codec = MeasuredCodec(
+    codec = MultiHeadFit(
         statistics.basis, moments.mean.float(), E.float(), (spectrum / unit**2).float(), statistics.rotary,
         torch.empty(0), torch.empty(0), torch.empty(0),
     )  # fmt: skip
@@ -176,7 +176,7 @@ def _unit(E: Tensor, mean: Tensor, spectrum: Tensor) -> Tensor:
     return torch.stack((spectrum.mean(), SMALLEST_SPREAD**2 * of_mean, SMALLEST_SIZE**2 * of_metric)).amax().sqrt()
 
 
-def stand_in(basis: Measured, geometry: Geometry) -> MeasuredCodec:
+def stand_in(basis: MultiHead, geometry: Geometry) -> MultiHeadFit:
     """A codec of no model: the cost of one doesn't depend on its values."""
     shape, d = basis.shape(geometry), geometry.head_dim
     L, G, w = shape.num_layers, shape.num_kv_heads, shape.head_dim
@@ -184,13 +184,14 @@ def stand_in(basis: Measured, geometry: Geometry) -> MeasuredCodec:
     rotary = Rotary(10_000 ** -(torch.arange(0, d // 2 * 2, 2) / d))
     error = torch.logspace(0, -4, w)[:, None] * 0.25 ** torch.tensor(WIDTHS)
     prices, demand = _demand([error[None, None]])
-    return MeasuredCodec(
+    return MultiHeadFit(
         basis, torch.zeros(L, G, w), E.expand(L, G, w, w), torch.ones(L, G, w),
-        [rotary] * geometry.num_layers if basis.turned else [], error.expand(L, G, w, -1), prices, demand.expand(-1, L),
+        [rotary] * geometry.num_layers if basis.unrotated else [], error.expand(L, G, w, -1), prices,
+        demand.expand(-1, L),
     )  # fmt: skip
 
 
-def _coordinates(codec: MeasuredCodec, reservoir: Tensor, layer: int) -> Tensor:
+def _coordinates(codec: MultiHeadFit, reservoir: Tensor, layer: int) -> Tensor:
     """The reservoir of one layer in its basis, [1, G, T, w]."""
     return (reservoir[layer].float() - codec.mean[layer, :, None]) @ codec.E[layer][None]
 
@@ -207,7 +208,7 @@ def _demand(per_layer: list[Tensor]) -> tuple[Tensor, Tensor]:
     return prices, torch.stack(demand)
 
 
-def parse_measured(record, basis: Measured, geometry: Geometry, expect) -> MeasuredCodec:
+def parse_measured(record, basis: MultiHead, geometry: Geometry, expect) -> MultiHeadFit:
     """Check a file's record and make the codec of it. expect(good, field, expected, found) raises."""
     name = basis.name
 
@@ -223,7 +224,7 @@ def parse_measured(record, basis: Measured, geometry: Geometry, expect) -> Measu
     expect(isinstance(record, dict), name, "a dict", type(record).__name__)
     E = record.get("E")
     expect(isinstance(E, Tensor) and E.ndim == 4, f"{name}.E", "a tensor [L, G, w, w]", type(E).__name__)
-    channels = 2 * geometry.num_kv_heads * geometry.head_dim // basis.entries
+    channels = 2 * geometry.num_kv_heads * geometry.head_dim // basis.bases_per_layer
     expect(E.shape[1] * E.shape[2] == channels, f"{name}.E", f"{channels} channels", E.shape[1] * E.shape[2])
     shape = basis.shape(geometry)
     L, G, w = shape.num_layers, shape.num_kv_heads, shape.head_dim
@@ -236,10 +237,10 @@ def parse_measured(record, basis: Measured, geometry: Geometry, expect) -> Measu
     # A cache takes so many for every block; rounded, they may be some more
     within = float(demand.min()) >= 0 and float(demand.max()) <= most + 1
     expect(within, f"{name}.demand", f"0 to {most:,} bytes, which all channels at the widest take", "others")
-    return MeasuredCodec(
+    return MultiHeadFit(
         basis, tensor("mean", L, G, w), tensor("E", L, G, w, w) * tensor("scale", L, G, 1, 1),
         tensor("spectrum", L, G, w),
-        _parse_rotary(record, name, geometry, expect) if basis.turned else [],
+        _parse_rotary(record, name, geometry, expect) if basis.unrotated else [],
         tensor("errors", L, G, w, len(WIDTHS)), tensor("prices", n), demand,
         half=E.dtype == torch.float16,
     )  # fmt: skip

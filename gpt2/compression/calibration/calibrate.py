@@ -13,11 +13,11 @@ import transformers
 
 from gpt2.common.errors import PluginError
 from gpt2.common.processes import ALONE, Processes
-from gpt2.compression.calibration.bit_allocation import fit_measured
+from gpt2.compression.calibration.bit_allocation import fit_multi_head
 from gpt2.compression.calibration.fisher import collect_fisher
 from gpt2.compression.calibration.fit import Calibration, fit
 from gpt2.compression.calibration.statistics import collect
-from gpt2.compression.codecs import BASES, full_rank, is_measured, measured_codecs, metric_of, needs_calibration
+from gpt2.compression.codecs import BASES, full_rank, is_measured, metric_of, multi_head_bases, needs_calibration
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.codecs.mixed import BLOCK
 from gpt2.models.loading import LoadedModel
@@ -65,8 +65,8 @@ def calibrate(
     if metric_of(codec) == "fisher" != metric:
         raise PluginError(f"codec {codec} needs gradients, which metric {metric} doesn't take: use --metric fisher")
     if compact and not is_measured(codec):
-        raise PluginError(f"a compact calibration has a codec of several heads ({', '.join(measured_codecs())}) alone, "
-                          f"and codec {codec} is none")  # fmt: skip
+        raise PluginError(f"a compact calibration has a codec of several heads ({', '.join(multi_head_bases())}) "
+                          f"alone, and codec {codec} is none")  # fmt: skip
     windows = text.segments("calibration", loaded, seq_len, samples, seed) if processes.first else None
     windows = processes.agreed(windows)
     if len(windows) < processes.size:
@@ -77,11 +77,11 @@ def calibrate(
     fitted = {}
     if metric == "fisher":
         gathered = collect_fisher(
-            loaded, windows, statistics, sink_tokens, {codec: BASES[codec]} if compact else measured_codecs(),
+            loaded, windows, statistics, sink_tokens, {codec: BASES[codec]} if compact else multi_head_bases(),
             seed=seed, checkpointing=checkpointing, progress=progress, processes=processes,
         )  # fmt: skip
         # Windows shorter than a block do for the metric alone
-        fitted = {name: fit_measured(own) for name, own in gathered.items() if own.reservoir.shape[2]}
+        fitted = {name: fit_multi_head(own) for name, own in gathered.items() if own.reservoir.shape[2]}
     meta = calibration_key(loaded, text, samples, seq_len, seed, sink_tokens) | {
         "model": loaded.spec,
         "num_layers": loaded.geometry.num_layers,

@@ -18,7 +18,7 @@ from gpt2.common.errors import BadArtefact, CalibrationNotFound, PluginError, br
 from gpt2.compression.calibration.bit_allocation import LARGEST, parse_measured
 from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.calibration.statistics import Statistics
-from gpt2.compression.codecs import full_rank, is_measured, measured_codecs, needs_calibration, single_heads
+from gpt2.compression.codecs import full_rank, is_measured, multi_head_bases, needs_calibration, single_heads
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.codecs.moments import Moments
 from gpt2.models.geometry import Geometry
@@ -57,7 +57,7 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
             "bases": calibration.bases,
             "statistics": _statistics_record(calibration.statistics),
         }
-    record |= {name: codec.record() for name, codec in calibration.measured.items()}
+    record |= {name: codec.record() for name, codec in calibration.multi_head.items()}
     return tensor_file.write(path, record)
 
 
@@ -101,7 +101,7 @@ def _parse(record, path: Path) -> Calibration:
     expect(_is_calibrated(meta["codec"]), "meta.codec", "a calibrated codec, such as pca", brief(meta["codec"]))
     measured = {
         name: parse_measured(record[name], basis, Geometry(L, H, d), expect)
-        for name, basis in measured_codecs().items()
+        for name, basis in multi_head_bases().items()
         if name in record
     }
     for codec in measured.values():

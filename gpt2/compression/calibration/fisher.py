@@ -23,7 +23,7 @@ from gpt2.compression.codecs import rope
 from gpt2.compression.codecs.base import HALF_MAX
 from gpt2.compression.codecs.mixed import BLOCK
 from gpt2.compression.codecs.moments import Moments, refuse_non_finite
-from gpt2.compression.codecs.multi_head import Measured
+from gpt2.compression.codecs.multi_head import MultiHead
 from gpt2.compression.codecs.rope import Rotary
 from gpt2.models.attention_function import wrapped_attention
 from gpt2.models.geometry import Geometry
@@ -37,7 +37,7 @@ SEED_STEP = 1_000_003  # from window to window, so that neighbouring seeds share
 
 
 @dataclass
-class MeasuredStatistics:
+class MultiHeadStatistics:
     """What a measured codec is fitted to, by entry and group of heads as its `basis` has them.
 
     moments: with entries in the place of layers and groups in that of heads, and metrics["fisher"]. rotary: each
@@ -45,7 +45,7 @@ class MeasuredStatistics:
     [entries, G, blocks · 64, w] float16.
     """
 
-    basis: Measured
+    basis: MultiHead
     moments: Moments
     rotary: list[Rotary]
     reservoir: Tensor
@@ -53,9 +53,9 @@ class MeasuredStatistics:
 
 def collect_fisher(
     loaded: LoadedModel, windows: Tensor, statistics: Statistics | None, sink_tokens: int,
-    bases: Mapping[str, Measured], *, seed: int = 0, checkpointing: bool = False,
+    bases: Mapping[str, MultiHead], *, seed: int = 0, checkpointing: bool = False,
     progress: Callable[[Iterable], Iterable] = iter, processes: Processes = ALONE,
-) -> dict[str, MeasuredStatistics]:  # fmt: skip
+) -> dict[str, MultiHeadStatistics]:  # fmt: skip
     """Gather what each of these measured codecs is fitted to; put the Fisher metric of single heads into `statistics`.
 
     windows: [n, T]. statistics: of the same windows; None where single heads are not wanted. seed: of the labels drawn
@@ -129,7 +129,7 @@ class _Gathered:
     """Statistics of K, V and their gradients, layer by layer as the backward pass comes to them."""
 
     def __init__(
-        self, geometry: Geometry, bases: Mapping[str, Measured], turns: list[Rotary], sink_tokens: int,
+        self, geometry: Geometry, bases: Mapping[str, MultiHead], turns: list[Rotary], sink_tokens: int,
         sample: _Sample, heads: bool,
     ):  # fmt: skip
         L, H, d = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
@@ -176,7 +176,7 @@ class _Gathered:
 class _Gathering:
     """What one measured codec is fitted to, as it comes."""
 
-    def __init__(self, basis: Measured, geometry: Geometry, turns: list[Rotary], sink_tokens: int, sample: _Sample):
+    def __init__(self, basis: MultiHead, geometry: Geometry, turns: list[Rotary], sink_tokens: int, sample: _Sample):
         shape = basis.shape(geometry)
         L, G, w = shape.num_layers, shape.num_kv_heads, shape.head_dim
         self.basis, self.turns, self.sink_tokens, self.sample = basis, turns, sink_tokens, sample
@@ -186,8 +186,8 @@ class _Gathering:
 
     def add(self, layer: int, window: int, pair: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor]) -> None:
         """K and V of one layer in a window, [1, H, T, d] each, and their gradients."""
-        arranged = (self.basis.arranged(*x, self.turns[layer], self.sink_tokens) for x in (pair, gradients))
-        for entry, (x, g) in enumerate(zip(*arranged, strict=True), start=layer * self.basis.entries):
+        arranged = (self.basis.arrange(*x, self.turns[layer], self.sink_tokens) for x in (pair, gradients))
+        for entry, (x, g) in enumerate(zip(*arranged, strict=True), start=layer * self.basis.bases_per_layer):
             self.moments.update(entry, x)
             self.fisher[entry] += _products(g[0], layer)
             places = self.sample.places(window)
@@ -196,14 +196,14 @@ class _Gathering:
                 blocks[:, self.sample.blocks[places]].clamp(-HALF_MAX, HALF_MAX).half().cpu()
             )
 
-    def statistics(self, head_dim: int, processes: Processes) -> MeasuredStatistics:
+    def statistics(self, head_dim: int, processes: Processes) -> MultiHeadStatistics:
         """Of all processes' windows."""
         self.moments.add_up(processes)
         fisher, reservoir = processes.total(self.fisher), processes.total(self.reservoir)
         tokens = self.moments.count[:, None, None, None].clamp_min(1)
         self.moments.metrics["fisher"] = fisher / tokens * self._shares(head_dim)
-        rotary = self.turns if self.basis.turned else []
-        return MeasuredStatistics(self.basis, self.moments, rotary, reservoir.flatten(2, 3))
+        rotary = self.turns if self.basis.unrotated else []
+        return MultiHeadStatistics(self.basis, self.moments, rotary, reservoir.flatten(2, 3))
 
     def _shares(self, d: int) -> Tensor:
         """1 within the channels of one head's K or V, CROSS_HEAD_SHARE between them, [w, w]."""

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from gpt2.common.errors import BadArtefact, PluginError
-from gpt2.compression.calibration.bit_allocation import MeasuredCodec
+from gpt2.compression.calibration.bit_allocation import MultiHeadFit
 from gpt2.compression.calibration.statistics import Statistics
 from gpt2.compression.codecs import Transform, basis_of, is_measured, single_heads
 from gpt2.compression.codecs.moments import Moments
 from gpt2.models.geometry import Geometry
 
 
-@dataclass
+@dataclass(eq=False)  # by identity, so that it can be a key of what is made of it
 class Calibration:
     """Contents of a calibration file. A compact one has neither `statistics` nor `bases`, but a measured codec.
 
@@ -27,7 +27,7 @@ class Calibration:
     meta: dict
     statistics: Statistics | None
     bases: dict[str, dict[str, Tensor]]
-    measured: dict[str, MeasuredCodec] = field(default_factory=dict)
+    multi_head: dict[str, MultiHeadFit] = field(default_factory=dict)
     _others: dict[tuple[str, str], dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
@@ -45,7 +45,7 @@ class Calibration:
         Of `bases`, "k" and "v" [L, H, d]; of a compact file's codec what shares a basis in a layer, [L, G, w].
         """
         spectra = {side: basis["spectrum"] for side, basis in self.bases.items()}
-        spectra = spectra or self.measured_codec(self.meta["codec"]).spectra()
+        spectra = spectra or self.fit_of(self.meta["codec"]).spectra()
         kept = {side: spectrum.double().cumsum(-1) for side, spectrum in spectra.items()}
         return {side: torch.where(x[..., -1:] > 0, x / x[..., -1:], torch.ones_like(x)) for side, x in kept.items()}
 
@@ -57,7 +57,7 @@ class Calibration:
         """
         codec = codec or self.meta["codec"]
         if is_measured(codec):
-            return self.measured_codec(codec).transform(layer, side)
+            return self.fit_of(codec).transform(layer, side)
         if not self.bases:
             raise PluginError(
                 f"codec {codec}: this is a compact calibration of {self.meta['model']}, which has codec "
@@ -72,19 +72,19 @@ class Calibration:
         whole = Transform(*(basis[name][layer] for name in ("E", "D", "mean")))
         return whole.truncate(min(self.meta["rank"], whole.rank) if rank is None else rank)
 
-    def measured_codec(self, codec: str) -> MeasuredCodec:
+    def fit_of(self, codec: str) -> MultiHeadFit:
         """A codec of several heads. Raises PluginError where no gradients were taken, or a file has another alone."""
-        if codec not in self.measured:
+        if codec not in self.multi_head:
             if self.meta.get("compact"):
                 lacks = f"it has codec {self.meta['codec']} alone"
             else:
-                lacks = "it was made before there was one" if self.measured else "it has no gradients"
+                lacks = "it was made before there was one" if self.multi_head else "it has no gradients"
             raise PluginError(f"codec {codec} is not in this calibration, {lacks}: make one with --metric fisher")
-        return self.measured[codec]
+        return self.multi_head[codec]
 
     def compact(self, codec: str) -> Calibration:
         """One measured codec alone, its basis in half precision."""
-        kept = {codec: self.measured_codec(codec).compact()}
+        kept = {codec: self.fit_of(codec).compact()}
         return Calibration(self.meta | {"codec": codec, "compact": True}, None, {}, kept)
 
     def check_model(self, fingerprint: str, spec: str, where: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from gpt2.compression.calibration import bit_allocation
 from gpt2.compression.calibration.fit import Calibration, fit
 from gpt2.compression.calibration.statistics import Statistics
-from gpt2.compression.codecs import measured_codecs
+from gpt2.compression.codecs import multi_head_bases
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.codecs.moments import Moments
 from gpt2.models.loading import LoadedModel
@@ -24,5 +24,5 @@ def stand_in(loaded: LoadedModel) -> Calibration:
     meta = {"model": loaded.spec, "codec": "pca", "rank": geometry.head_dim, "num_layers": geometry.num_layers}
     meta |= {"num_kv_heads": geometry.num_kv_heads, "head_dim": geometry.head_dim}
     bases = {side: fit("pca", own) for side, own in zip(SIDES, moments, strict=True)}
-    fitted = {name: bit_allocation.stand_in(basis, geometry) for name, basis in measured_codecs().items()}
+    fitted = {name: bit_allocation.stand_in(basis, geometry) for name, basis in multi_head_bases().items()}
     return Calibration(meta, Statistics(*moments), bases, fitted)

@@ -17,7 +17,7 @@ from gpt2.compression.codecs.joint import Joint
 from gpt2.compression.codecs.ln_nullspace import LayerNormNullspace
 from gpt2.compression.codecs.metric import Attention, Fisher
 from gpt2.compression.codecs.mixed import Mixed, MixedFixed
-from gpt2.compression.codecs.multi_head import JointTransform, Measured
+from gpt2.compression.codecs.multi_head import JointTransform, MultiHead
 from gpt2.compression.codecs.none import Unquantized
 from gpt2.compression.codecs.pca import PCA
 from gpt2.compression.codecs.per_channel import Int4Channel, Int8Channel
@@ -48,7 +48,7 @@ __all__ = [
     "FixedBasis",
     "IdentityCompressor",
     "JointTransform",
-    "Measured",
+    "MultiHead",
     "Quantizer",
     "Transform",
     "bases_in",
@@ -57,7 +57,7 @@ __all__ = [
     "full_rank",
     "is_joint",
     "is_measured",
-    "measured_codecs",
+    "multi_head_bases",
     "metric_of",
     "needs_calibration",
     "quantizer_for_bits",
@@ -105,12 +105,12 @@ def is_joint(codec: str) -> bool:
 def is_measured(codec: str) -> bool:
     """Whether a codec's basis is of several heads and kept whole, with what each width of code costs measured."""
     basis = basis_of(codec)
-    return basis is not None and basis.measured
+    return basis is not None and basis.multi_head
 
 
-def measured_codecs() -> dict[str, Measured]:
+def multi_head_bases() -> dict[str, MultiHead]:
     """Registered codecs of several heads by name; the first is meant where none is named."""
-    return {name: basis for name, basis in BASES.items() if basis.measured}
+    return {name: basis for name, basis in BASES.items() if basis.multi_head}
 
 
 def single_heads(codec: str) -> str:

@@ -29,7 +29,7 @@ from gpt2.common.errors import PluginError
 from gpt2.compression.codecs.formats import Packed
 from gpt2.compression.codecs.moments import Moments
 
-Fields = dict[str, Tensor]
+Encoded = dict[str, Tensor]  # what a quantizer stores, [B, G, T / block_tokens, …] each
 HALF_MAX = torch.finfo(torch.float16).max
 SIDES = ("k", "v")
 
@@ -43,7 +43,7 @@ class Transform:
     mean: Tensor
 
     joint = False  # whether x is K and V of a layer together
-    linear = True  # the same matrix for every token, so that queries can take its place
+    absorbable = True  # the same matrix for every token, so that a query can absorb it and read coordinates
 
     @property
     def rank(self) -> int:
@@ -70,12 +70,12 @@ class Transform:
         """z [B, G, T, r] → x̂ [B, H, T, d]."""
         return _split_heads(z.to(self.D.dtype) @ self.D + self.mean[:, None], head_dim)
 
-    def fold_query(self, q: Tensor) -> Tensor:
+    def absorb_query(self, q: Tensor) -> Tensor:
         """q [B, H, M, d] → q' [B, G, H/G · M, r + 1], such that q · x̂ = q' · [ẑ, 1]."""
         D = self._affine(q.shape[-1])
         return (q.to(D.dtype).unflatten(1, (-1, D.shape[1])) @ D.mT).flatten(2, 3)
 
-    def unfold_sum(self, y: Tensor, head_dim: int) -> Tensor:
+    def reconstruct_sum(self, y: Tensor, head_dim: int) -> Tensor:
         """Sums of [ẑ, 1], y [B, G, H/G · M, r + 1] → sums of x̂, [B, H, M, d]."""
         D = self._affine(head_dim)
         return (y.to(D.dtype).unflatten(2, (D.shape[1], -1)) @ D).flatten(1, 2)
@@ -135,12 +135,12 @@ class Quantizer(ABC):
         raise PluginError(f"quantizer {self.name} has {self.bits} bits and no others")
 
     @abstractmethod
-    def quantize(self, z: Tensor) -> Fields:
+    def quantize(self, z: Tensor) -> Encoded:
         """z [B, G, T, r] → fields, each [B, G, T / block_tokens, …]."""
 
     @abstractmethod
-    def dequantize(self, fields: Fields, rank: int) -> Tensor:
-        """Fields → ẑ [B, G, T, r]."""
+    def dequantize(self, fields: Encoded, rank: int) -> Tensor:
+        """What `quantize` gave → ẑ [B, G, T, r]."""
 
     def plane_search(self, rank: int) -> tuple[int, Sequence[float], Sequence[float]] | None:
         """What a kernel needs to encode blocks of `rank` channels by the search of `mixed`; None for other codes.
@@ -149,16 +149,16 @@ class Quantizer(ABC):
         """
         return None
 
-    def packed(self, fields: Fields, rank: int) -> Packed | None:
+    def packed(self, fields: Encoded, rank: int) -> Packed | None:
         """Fields as kernels know them, which then read codes in the place of `dequantize`; None where none does."""
         return None
 
-    def scores(self, q: Tensor, fields: Fields, out: Tensor) -> None:
+    def scores(self, q: Tensor, fields: Encoded, out: Tensor) -> None:
         """Write q · ẑ of every token into out [B, G, M, T] float32; q [B, G, M, r]."""
         z = self.dequantize(fields, q.shape[-1])
         out.copy_(q.to(z.dtype) @ z.mT)
 
-    def weighted_sum(self, p: Tensor, fields: Fields, rank: int) -> Tensor:
+    def weighted_sum(self, p: Tensor, fields: Encoded, rank: int) -> Tensor:
         """Σ p ẑ over tokens, [B, G, M, r]; p [B, G, M, T] float32."""
         z = self.dequantize(fields, rank)
         return p.to(z.dtype) @ z
@@ -170,7 +170,7 @@ class Basis(ABC):
     name: str
     calibrated = True  # fitted to statistics, so that its coordinates have an order and a rank can be cut
     joint = False  # one basis for K and V of a layer together
-    measured = False  # of several heads, whole, with the error of each width measured (`measured.Measured`)
+    multi_head = False  # shared by several heads and kept whole, with the error of each width of code measured
     metric = "pca"  # what statistics it is fitted to
 
     @abstractmethod
@@ -217,7 +217,7 @@ class Composed(Basis):
         self.first, self.second = first, second
         self.name = f"{first.name}+{second.name}"
         self.calibrated = second.calibrated
-        if first.measured or second.measured:
+        if first.multi_head or second.multi_head:
             raise PluginError(f"codec {self.name}: a basis of several heads doesn't combine with another")
         if first.calibrated and not second.calibrated:  # its coordinates would lose their order
             raise PluginError(f"codec {self.name}: {second.name} needs no calibration and can only come first")
@@ -268,12 +268,12 @@ class Compressor:
         # What isn't quantized is held in the model's dtype, not in the basis's
         return z.to(x.dtype) if self.quantizer.lossless else z
 
-    def compress(self, x: Tensor, start: int = 0) -> Fields:
+    def compress(self, x: Tensor, start: int = 0) -> Encoded:
         """x [B, H, T, d] from position `start` on → fields; T a multiple of `block_tokens`."""
         return self.quantizer.quantize(self.coordinates(x, start))
 
-    def expand(self, fields: Fields, head_dim: int, dtype: torch.dtype, start: int = 0) -> Tensor:
-        """Fields → x̂ [B, H, T, d] in `dtype`; start: position of the first token."""
+    def reconstruct(self, fields: Encoded, head_dim: int, dtype: torch.dtype, start: int = 0) -> Tensor:
+        """What `compress` gave → x̂ [B, H, T, d] in `dtype`; start: position of the first token."""
         z = self.quantizer.dequantize(fields, self.transform.rank if self.transform else head_dim)
         x = z if self.transform is None else self.transform.inverse(z, head_dim, start)
         if dtype == torch.float16 and x.dtype != dtype:  # a step beyond the largest number would be infinite
@@ -281,22 +281,22 @@ class Compressor:
         return x.to(dtype)
 
     @property
-    def foldable(self) -> bool:
+    def readable(self) -> bool:
         """Whether queries can read what is stored: `scores` and `weighted_sum` work."""
-        return self.transform is None or self.transform.linear
+        return self.transform is None or self.transform.absorbable
 
     @property
     def affine(self) -> bool:
         """Whether folded queries and sums have a last coordinate that stands for the mean."""
         return self.transform is not None
 
-    def fold_query(self, q: Tensor) -> Tensor:
-        """As `Transform.fold_query`, q itself where there is no transform."""
-        return q if self.transform is None else self.transform.fold_query(q)
+    def absorb_query(self, q: Tensor) -> Tensor:
+        """As `Transform.absorb_query`, q itself where there is no transform."""
+        return q if self.transform is None else self.transform.absorb_query(q)
 
-    def unfold_sum(self, y: Tensor, head_dim: int) -> Tensor:
-        """As `Transform.unfold_sum`, y itself where there is no transform."""
-        return y if self.transform is None else self.transform.unfold_sum(y, head_dim)
+    def reconstruct_sum(self, y: Tensor, head_dim: int) -> Tensor:
+        """As `Transform.reconstruct_sum`, y itself where there is no transform."""
+        return y if self.transform is None else self.transform.reconstruct_sum(y, head_dim)
 
     def groups(self, heads: int, head_dim: int) -> int:
         """Groups that so many heads make: one each where every head has a basis, or the same."""

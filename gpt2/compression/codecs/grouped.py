@@ -4,11 +4,11 @@ It takes about half a bit per channel more than the joint codec, and in return i
 query reads what is stored, as with any basis of single heads.
 """
 
-from gpt2.compression.codecs.multi_head import Measured
+from gpt2.compression.codecs.multi_head import MultiHead
 
 
-class Grouped(Measured):
+class Grouped(MultiHead):
     """K and V apart, keys with their positions: what attention reads as it is stored."""
 
     name = "grouped"
-    prefix = "fast"
+    preset_prefix = "fast"

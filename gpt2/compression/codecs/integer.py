@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gpt2.compression.codecs.base import Fields, Quantizer
+from gpt2.compression.codecs.base import Encoded, Quantizer
 from gpt2.compression.codecs.formats import TOKEN, Packed
 
 HALF = torch.finfo(torch.float16)
@@ -22,7 +22,7 @@ class Int8(Quantizer):
     name = "int8"
     bits = 8
 
-    def quantize(self, z: Tensor) -> Fields:
+    def quantize(self, z: Tensor) -> Encoded:
         levels = 2**self.bits - 1
         z = z.float()
         low, high = z.amin(-1, keepdim=True), z.amax(-1, keepdim=True)
@@ -31,11 +31,11 @@ class Int8(Quantizer):
         codes = ((z - offset.float()) / scale.float()).round_().clamp_(0, levels).to(torch.uint8)
         return {"codes": self.pack(codes), "scale": scale, "offset": offset}
 
-    def dequantize(self, fields: Fields, rank: int) -> Tensor:
+    def dequantize(self, fields: Encoded, rank: int) -> Tensor:
         codes = self.unpack(fields["codes"], rank)
         return torch.addcmul(fields["offset"].float(), codes.float(), fields["scale"].float())
 
-    def packed(self, fields: Fields, rank: int) -> Packed:
+    def packed(self, fields: Encoded, rank: int) -> Packed:
         return TOKEN, self.bits, [fields["codes"], fields["scale"], fields["offset"]]
 
     def pack(self, codes: Tensor) -> Tensor:

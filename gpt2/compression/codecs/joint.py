@@ -8,13 +8,13 @@ The price is arithmetic: the way back is a w × w product per token, and keys mu
 a query can read them.
 """
 
-from gpt2.compression.codecs.multi_head import Measured
+from gpt2.compression.codecs.multi_head import MultiHead
 
 
-class Joint(Measured):
+class Joint(MultiHead):
     """K and V of neighbouring heads together, keys without positions."""
 
     name = "joint"
-    prefix = "kv"
+    preset_prefix = "kv"
     joint = True
-    turned = True
+    unrotated = True

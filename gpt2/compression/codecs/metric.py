@@ -58,7 +58,7 @@ class Attention(Basis):
                 f"--metric {self.metric}, on a model whose attention can be read"
             )
         metric = moments.metrics[self.metric][layer]
-        metric = metric if self.measured else within_reach(metric)  # measured ones have one unit for all layers
+        metric = metric if self.multi_head else within_reach(metric)  # measured ones have one unit for all layers
         return fit_in_metric(moments.mean[layer], moments.covariance(layer), metric)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gpt2.common.errors import PluginError
-from gpt2.compression.codecs.base import Fields, Quantizer
+from gpt2.compression.codecs.base import Encoded, Quantizer
 from gpt2.compression.codecs.formats import PLANES as PLANES_FORMAT
 from gpt2.compression.codecs.formats import Packed
 
@@ -67,12 +67,12 @@ class Mixed(Quantizer):
             raise PluginError(f"bits {bits!r}: quantizer {self.name} takes 0.25 to 10.5 bits per coordinate")
         return type(self)(float(bits))
 
-    def quantize(self, z: Tensor) -> Fields:
+    def quantize(self, z: Tensor) -> Encoded:
         """Some blocks at a time: the search takes many times their memory."""
         parts = [self._quantize(part) for part in z.split(AT_ONCE * BLOCK, dim=2)]
         return {name: torch.cat([fields[name] for fields in parts], dim=2) for name in parts[0]}
 
-    def _quantize(self, z: Tensor) -> Fields:
+    def _quantize(self, z: Tensor) -> Encoded:
         y = in_blocks(z)
         error, scale, offset = (torch.stack(parts, dim=-1) for parts in zip(*_grids(y, far=True), strict=True))
         costs = torch.tensor(COSTS, device=y.device) + FAR * (offset.abs() > REACH)
@@ -81,10 +81,10 @@ class Mixed(Quantizer):
         block = _pack(y, scale, offset, _width(choice), self._payload(z.shape[-1]))
         return {"block": block, "widths": _pack_indices(choice)}
 
-    def dequantize(self, fields: Fields, rank: int) -> Tensor:
+    def dequantize(self, fields: Encoded, rank: int) -> Tensor:
         return _unpack(fields["block"], _width(_unpack_indices(fields["widths"], rank)))
 
-    def packed(self, fields: Fields, rank: int) -> Packed:
+    def packed(self, fields: Encoded, rank: int) -> Packed:
         return PLANES_FORMAT, 0, [fields["block"], fields["widths"]]
 
     def plane_search(self, rank: int) -> tuple[int, Sequence[float], Sequence[float]] | None:
@@ -108,7 +108,7 @@ class MixedFixed(Mixed):
         super().__init__(bits)
         self.widths = widths
 
-    def _quantize(self, z: Tensor) -> Fields:
+    def _quantize(self, z: Tensor) -> Encoded:
         y = in_blocks(z)
         choice = self._choice(y)
         scale, offset = torch.zeros_like(y[..., 0]), torch.zeros_like(y[..., 0])
@@ -118,10 +118,10 @@ class MixedFixed(Mixed):
         payload = int(torch.tensor(COSTS)[self.widths.cpu()].sum(-1).max())
         return {"block": _pack(y, scale, offset, _width(choice), payload)}
 
-    def dequantize(self, fields: Fields, rank: int) -> Tensor:
+    def dequantize(self, fields: Encoded, rank: int) -> Tensor:
         return _unpack(fields["block"], _width(self._choice(fields["block"])))
 
-    def packed(self, fields: Fields, rank: int) -> Packed:
+    def packed(self, fields: Encoded, rank: int) -> Packed:
         block = fields["block"]
         return PLANES_FORMAT, 0, [block, _pack_indices(self._choice(block[:1, :, :1])).expand(*block.shape[:3], -1)]
 

@@ -41,81 +41,83 @@ def apart(x: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class TurnedTransform(Transform):
+class UnrotatedTransform(Transform):
     """Transform of keys [B, H, T, d] that are turned back by `rotary` first."""
 
     rotary: Rotary = None
 
-    linear = False  # keys turn with their positions
+    absorbable = False  # keys turn with their positions
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        return super().forward(self.rotary.turn(x.to(self.E.dtype), start, -1))
+        return super().forward(self.rotary.unrotate(x.to(self.E.dtype), start))
 
     def inverse(self, z: Tensor, head_dim: int, start: int = 0) -> Tensor:
-        return self.rotary.turn(super().inverse(z, head_dim), start, 1)
+        return self.rotary.rotate(super().inverse(z, head_dim), start)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Transform:
         return replace(super().to(device, dtype), rotary=self.rotary.to(device))
 
 
 @dataclass(frozen=True)
-class JointTransform(TurnedTransform):
+class JointTransform(UnrotatedTransform):
     """Transform of x [B, 2H, T, d], K's heads before V's, with keys turned back by `rotary`."""
 
     joint = True
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         k, v = x.to(self.E.dtype).chunk(2, dim=1)
-        grouped = side_by_side(self.rotary.turn(k, start, -1), v, groups=self.E.shape[0])
+        grouped = side_by_side(self.rotary.unrotate(k, start), v, groups=self.E.shape[0])
         return (grouped - self.mean[:, None]) @ self.E
 
     def inverse(self, z: Tensor, head_dim: int, start: int = 0) -> Tensor:
         k, v = apart(z.to(self.D.dtype) @ self.D + self.mean[:, None], head_dim)
-        return torch.cat((self.rotary.turn(k, start, 1), v), dim=1)
+        return torch.cat((self.rotary.rotate(k, start), v), dim=1)
 
 
-class Measured(Fisher):
+class MultiHead(Fisher):
     """A Fisher basis of every entry of a layer, fitted to moments whose "layers" are entries and "heads" groups.
 
     joint: one entry a layer, K and V side by side; else two, K and then V. turned: keys have their rotary positions
     taken off. prefix: what presets by ratio are called, PREFIX-4x.
     """
 
-    measured = True
-    turned = False
-    prefix: str
+    multi_head = True
+    unrotated = False
+    preset_prefix: str
 
     def heads_per_group(self, num_kv_heads: int, head_dim: int) -> int:
         """Neighbouring KV heads that share a basis."""
         return heads_per_group(num_kv_heads, head_dim)
 
     @property
-    def entries(self) -> int:
-        """Entries of a layer."""
+    def bases_per_layer(self) -> int:
+        """1 where K and V of a layer share one, else 2: K's and V's."""
         return 1 if self.joint else 2
 
-    def entry(self, layer: int, side: str) -> int:
-        """Where a layer's K or V, `side` "k" or "v", is found."""
+    def basis_index(self, layer: int, side: str) -> int:
+        """Where the basis of a layer's K or V, `side` "k" or "v", is among those of all layers."""
         return layer if self.joint else 2 * layer + "kv".index(side)
 
     def shape(self, geometry: Geometry) -> Geometry:
         """Entries, groups and channels of a group, in the place of a model's layers, heads and head_dim."""
         L, H, d = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
         groups = H // self.heads_per_group(H, d)
-        return Geometry(L * self.entries, groups, 2 * H * d // groups // self.entries)
+        return Geometry(L * self.bases_per_layer, groups, 2 * H * d // groups // self.bases_per_layer)
 
-    def arranged(self, k: Tensor, v: Tensor, rotary: Rotary, start: int) -> list[Tensor]:
+    def arrange(self, k: Tensor, v: Tensor, rotary: Rotary, start: int) -> list[Tensor]:
         """A layer's k, v [B, H, T, d] from position `start` on, or their gradients, as its entries: [B, G, T, w] each.
 
         Turning and arranging are orthogonal, so gradients go the same way.
         """
         _, H, _, d = k.shape
         per_group = self.heads_per_group(H, d)
-        k = rotary.turn(k, start, -1) if self.turned else k
+        k = rotary.unrotate(k, start) if self.unrotated else k
         return [side_by_side(k, v, H // per_group)] if self.joint else [join_heads(x, per_group * d) for x in (k, v)]
 
     def transform(self, side: str, E: Tensor, D: Tensor, mean: Tensor, rotary: Rotary) -> Transform:
         """The transform of one entry, with the layer's rotation where keys turn."""
         if self.joint:
             return JointTransform(E, D, mean, rotary=rotary)
-        return TurnedTransform(E, D, mean, rotary=rotary) if self.turned and side == "k" else Transform(E, D, mean)
+        return (
+            UnrotatedTransform(E, D, mean, rotary=rotary) if self.unrotated and side == "k" else Transform(E, D, mean)
+        )

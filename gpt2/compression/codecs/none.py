@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from gpt2.compression.codecs.base import Fields, Quantizer
+from gpt2.compression.codecs.base import Encoded, Quantizer
 
 
 class Unquantized(Quantizer):
@@ -12,8 +12,8 @@ class Unquantized(Quantizer):
     bits = 16
     lossless = True
 
-    def quantize(self, z: Tensor) -> Fields:
+    def quantize(self, z: Tensor) -> Encoded:
         return {"z": z}
 
-    def dequantize(self, fields: Fields, rank: int) -> Tensor:
+    def dequantize(self, fields: Encoded, rank: int) -> Tensor:
         return fields["z"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt2.compression.codecs.base import HALF_MAX, Fields, Quantizer
+from gpt2.compression.codecs.base import HALF_MAX, Encoded, Quantizer
 from gpt2.compression.codecs.formats import CHANNEL, Packed
 from gpt2.compression.codecs.mixed import BLOCK, NARROW, OCTAVE, SCALE_ZERO
 
@@ -32,7 +32,7 @@ class Int8Channel(Quantizer):
     # Steps of the scales' grid to try where a code is put on the bulk of a block: of 8 bits none is too wide for that
     wider = 0
 
-    def quantize(self, z: Tensor) -> Fields:
+    def quantize(self, z: Tensor) -> Encoded:
         y = z.float().unflatten(2, (-1, BLOCK))
         low, high = y.amin(-2, keepdim=True), y.amax(-2, keepdim=True)
         scale, offset = self._grid(low, high, self.shares[0])
@@ -53,11 +53,11 @@ class Int8Channel(Quantizer):
         codes = self._codes(y, scale, offset).to(torch.uint8)
         return {"codes": self.pack(codes), "scale": scale, "offset": offset}
 
-    def dequantize(self, fields: Fields, rank: int) -> Tensor:
+    def dequantize(self, fields: Encoded, rank: int) -> Tensor:
         codes = self.unpack(fields["codes"]).float()
         return torch.addcmul(fields["offset"].float(), codes, _step(fields["scale"])).flatten(2, 3)
 
-    def packed(self, fields: Fields, rank: int) -> Packed:
+    def packed(self, fields: Encoded, rank: int) -> Packed:
         return CHANNEL, self.bits, [fields["codes"], fields["scale"], fields["offset"]]
 
     def _grid(self, low: Tensor, high: Tensor, share: float) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gpt2.compression.codecs.base import Compressor, Fields, Quantizer
+from gpt2.compression.codecs.base import Compressor, Encoded, Quantizer
 from gpt2.compression.codecs.mixed import in_blocks
 from gpt2.compression.kernels import cpu
 
@@ -31,12 +31,12 @@ def usable(x: Tensor) -> bool:
     return x.device.type == "cpu" and interpreted() and _installed(False)
 
 
-def compress(compressor: Compressor, x: Tensor, start: int = 0) -> Fields:
+def compress(compressor: Compressor, x: Tensor, start: int = 0) -> Encoded:
     """As `compressor.compress`, by a kernel where there is one."""
     return quantize(compressor.quantizer, compressor.coordinates(x, start))
 
 
-def quantize(quantizer: Quantizer, z: Tensor) -> Fields:
+def quantize(quantizer: Quantizer, z: Tensor) -> Encoded:
     """What `quantizer` stores of z [B, G, T, r], by a kernel where there is one, else by the quantizer itself."""
     if usable(z):
         from gpt2.compression.kernels import triton_quantize  # imports Triton

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpt2.compression.codecs import integer, mixed, per_channel
-from gpt2.compression.codecs.base import HALF_MAX, Fields, Quantizer
+from gpt2.compression.codecs.base import HALF_MAX, Encoded, Quantizer
 
 BLOCK = tl.constexpr(mixed.BLOCK)
 OCTAVE, SCALE_ZERO = tl.constexpr(mixed.OCTAVE), tl.constexpr(mixed.SCALE_ZERO)
@@ -29,7 +29,7 @@ MOST_CHANNELS = 16384
 LANES = 64  # channels of a program, by channel
 
 
-def quantized(quantizer: Quantizer, z: Tensor) -> Fields | None:
+def quantized(quantizer: Quantizer, z: Tensor) -> Encoded | None:
     """As `quantizer.quantize(z)`, or None where there is no kernel for it."""
     kernel = KERNELS.get(quantizer.name)
     if kernel is None or not z.is_floating_point() or not z.numel() or z.shape[-1] > MOST_CHANNELS:
@@ -185,7 +185,7 @@ def quantize_blocks(z, codes, scales, offsets, steps, factors, RANK: tl.constexp
         tl.store(codes + block * (BLOCK * RANK) + half * RANK + places, second, mask=mask)
 
 
-def _by_token(quantizer: Quantizer, z: Tensor) -> Fields:
+def _by_token(quantizer: Quantizer, z: Tensor) -> Encoded:
     *shape, rank = z.shape
     half = rank if quantizer.bits == 8 else -(-rank // 2)
     codes = z.new_empty(*shape, half, dtype=torch.uint8)
@@ -199,7 +199,7 @@ def _by_token(quantizer: Quantizer, z: Tensor) -> Fields:
     return {"codes": codes, "scale": scale, "offset": offset}
 
 
-def _by_channel(quantizer: per_channel.Int8Channel, z: Tensor) -> Fields:
+def _by_channel(quantizer: per_channel.Int8Channel, z: Tensor) -> Encoded:
     B, G, T, rank = z.shape
     packed, levels = quantizer.bits == 4, 2**quantizer.bits - 1
     n = T // quantizer.block_tokens

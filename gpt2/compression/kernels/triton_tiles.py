@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpt2.compression.codecs import mixed
-from gpt2.compression.codecs.base import Fields, Quantizer
+from gpt2.compression.codecs.base import Encoded, Quantizer
 
 TILE = tl.constexpr(64)
 NONE, TOKEN, CHANNEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -221,18 +221,18 @@ def _places(classes, R: tl.constexpr):
     return width, planes_before, before, all_planes
 
 
-def _all(quantizer: Quantizer, fields: Fields) -> tuple:
+def _all(quantizer: Quantizer, fields: Encoded) -> tuple:
     return tuple(fields.values())
 
 
-def _of_mixed(quantizer: Quantizer, fields: Fields) -> tuple:
+def _of_mixed(quantizer: Quantizer, fields: Encoded) -> tuple:
     return fields["block"], fields["widths"], fields["block"].shape[-1]
 
 
 _widths: WeakKeyDictionary[Quantizer, Tensor] = WeakKeyDictionary()
 
 
-def _of_mixed_fixed(quantizer: Quantizer, fields: Fields) -> tuple:
+def _of_mixed_fixed(quantizer: Quantizer, fields: Encoded) -> tuple:
     block = fields["block"]
     widths = _widths.get(quantizer)
     if widths is None or widths.device != block.device:
@@ -251,7 +251,7 @@ class Decoder(NamedTuple):
     tile: triton.JITFunction
     axis: int
     paired: bool = False
-    arguments: Callable[[Quantizer, Fields], tuple] = _all
+    arguments: Callable[[Quantizer, Encoded], tuple] = _all
     stages: int = 3
 
 

@@ -1,8 +1,9 @@
-"""What a preset may say: keys, ranges and what they mean for each layer."""
+"""The preset format: which keys a preset has, which values they take, and the settings of each layer that follow."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from gpt2.common.errors import BadArtefact, PluginError, brief
 from gpt2.compression.codecs import BITS, bases_in, codec_name, full_rank, needs_calibration, quantizer_of
@@ -23,24 +24,60 @@ GUIDE_KEYS = {
     "head_dim": int,
     "num_layers": int,
 }
-# Figures may be unknown (null); without the rest there is no cache to make
+# Figures may be unknown (null); every other key is needed to make a cache
 FIGURES = ("compression_ratio", "baseline_ppl", "compressed_ppl", "ppl_delta")
 DEFAULTS = {"format": FORMAT, "codec": "pca", "quantizer": None, "sink_tokens": 4, "recent_tokens": 0}
-# Beyond any model's, and small enough that a preset of a few bytes can't ask for a machine's memory
+# Larger than any model's, and small enough that a short preset can't ask for all of a machine's memory
 RANGES = {"num_layers": (1, 1024), "head_dim": (1, 1024), "sink_tokens": (0, 2**31), "recent_tokens": (0, 2**31)}
-TEXTS = {"model": 4096, "calibration_file": 4096, "folder": 4096, "name": 200}  # letters
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")  # what isn't read but obeyed
-LONGEST_CODEC = 200  # letters
+TEXTS = {"model": 4096, "calibration_file": 4096, "folder": 4096, "name": 200}  # longest, in characters
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")  # characters that a terminal obeys
+LONGEST_CODEC = 200  # characters
 # Of all layers together: codecs, each fitted to all statistics; bases joined in one; and numbers in bases that aren't
 # calibrated, each as large as head_dim squared and made for every setting
 MOST_CODECS, MOST_BASES, MOST_NUMBERS = 8, 4, 2**23
 
 
-def check_preset(preset: dict, where: str = "preset") -> dict:
-    """A preset with its defaults filled in. Raises BadArtefact for a missing key or an absurd value, naming it."""
+@dataclass(frozen=True)
+class Preset:
+    """A valid preset. Only `parse` makes one, so no code that is given one has to check it again.
+
+    folder: of the preset's file, where its calibration may lie too; None for a preset that isn't from a file.
+    plan: the setting of each layer's K and V. record: the JSON object that it was made from, with defaults filled in
+    and unknown keys kept.
+    """
+
+    model: str
+    num_layers: int
+    head_dim: int
+    sink_tokens: int
+    recent_tokens: int
+    calibration_file: str
+    folder: str | None
+    plan: Plan
+    record: dict
+
+    def windows(self, **overrides: int) -> dict[str, int]:
+        """Numbers of exact tokens, as a cache takes them. Raises PluginError for an override of another name."""
+        windows = {"sink_tokens": self.sink_tokens, "recent_tokens": self.recent_tokens}
+        if unknown := sorted(set(overrides) - set(windows)):
+            raise PluginError(f"unknown {', '.join(unknown)}: a cache takes {' and '.join(windows)}")
+        return windows | overrides
+
+
+def parse(preset: dict, where: str = "preset") -> Preset:
+    """A JSON object as a preset. Raises BadArtefact with `where` and the key for a missing key or an invalid value."""
     if not isinstance(preset, dict):
         raise BadArtefact(f"{where}: expected a JSON object, found {type(preset).__name__}")
-    preset = DEFAULTS | preset
+    record = DEFAULTS | preset
+    _check_keys(record, where)
+    plan = _plan(record, where)
+    _check_work(plan, record["head_dim"], where)
+    same = ("model", "num_layers", "head_dim", "sink_tokens", "recent_tokens", "calibration_file")
+    return Preset(**{key: record[key] for key in same}, folder=record.get("folder"), plan=plan, record=record)
+
+
+def _check_keys(preset: dict, where: str) -> None:
+    """Raise BadArtefact unless all keys but those of settings have values of their kind and range."""
 
     def expect(good: bool, key: str, expected: str) -> None:
         if not good:
@@ -62,19 +99,48 @@ def check_preset(preset: dict, where: str = "preset") -> dict:
     for key, (least, most) in RANGES.items():
         right = type(preset[key]) is int and least <= preset[key] <= most
         expect(right, key, f"a whole number from {least} to {most}")
-    _check_setting(preset, preset["head_dim"], where)
-    if preset.get("layers") is not None:
-        _check_layers(preset, where)
-    _check_work(preset, where)
-    return preset
 
 
-def _check_setting(setting: dict, head_dim: int, where: str) -> None:
-    """Raise BadArtefact unless codec, rank and bits exist and fit together."""
-    most = full_rank_of(setting["codec"], head_dim, where)
-    rank, bits, quantizer = setting["rank"], setting.get("bits"), setting.get("quantizer")
-    if type(rank) is not int or not 1 <= rank <= most:
-        full = f"1 to head_dim {most}" if most == head_dim else f"1 to {most}, as {setting['codec']} has coordinates"
+def _plan(preset: dict, where: str) -> Plan:
+    """Settings of each layer: those of `layers` where a preset has them, else its own in all layers of its target."""
+    L, head_dim = preset["num_layers"], preset["head_dim"]
+    setting = _setting({key: preset.get(key) for key in ("codec", "rank", "bits", "quantizer")}, head_dim, where)
+    layers = preset.get("layers")
+    if layers is None:
+        return uniform(preset["target"], L, setting)
+    if not isinstance(layers, dict) or not layers or set(layers) - set(SIDES):
+        raise BadArtefact(f"{where}: key 'layers': expected an object with 'k', 'v' or both, found {brief(layers)}")
+    plan = {side: [None] * L for side in SIDES}
+    return plan | {side: _side(settings, L, head_dim, where, f"layers.{side}") for side, settings in layers.items()}
+
+
+def _side(settings, num_layers: int, head_dim: int, where: str, key: str) -> list[Setting | None]:
+    """One side of `layers`: a setting for all layers, or a list with a setting or null for each layer."""
+    if isinstance(settings, dict):
+        return [_layer_setting(settings, head_dim, f"{where}: {key}")] * num_layers
+    if not isinstance(settings, list) or len(settings) != num_layers:
+        found = len(settings) if isinstance(settings, list) else type(settings).__name__
+        raise BadArtefact(f"{where}: key {key!r}: expected a list of {num_layers} entries, found {found}")
+    places = (f"{where}: {key}[{layer}]" for layer in range(num_layers))
+    pairs = zip(settings, places, strict=True)
+    return [None if setting is None else _layer_setting(setting, head_dim, place) for setting, place in pairs]
+
+
+def _layer_setting(setting, head_dim: int, where: str) -> Setting:
+    if not isinstance(setting, dict) or set(setting) - {"quantizer"} != {"codec", "rank", "bits"}:
+        raise BadArtefact(f"{where}: expected null or codec, rank and bits, found {brief(setting)}")
+    return _setting({"quantizer": None} | setting, head_dim, where, whole=True)
+
+
+def _setting(setting: dict, head_dim: int, where: str, whole: bool = False) -> Setting:
+    """codec, rank, bits and quantizer as a Setting; whole: whether null is a rank, that of all coordinates.
+
+    Raises BadArtefact unless they exist and fit together.
+    """
+    codec, rank, bits, quantizer = (setting[key] for key in ("codec", "rank", "bits", "quantizer"))
+    most = full_rank_of(codec, head_dim, where)
+    if not (whole and rank is None) and (type(rank) is not int or not 1 <= rank <= most):
+        full = f"1 to head_dim {most}" if most == head_dim else f"1 to {most}, as {codec} has coordinates"
         raise BadArtefact(f"{where}: key 'rank': expected {full}, found {brief(rank)}")
     if quantizer is None and (type(bits) is not int or bits not in BITS):
         raise BadArtefact(f"{where}: key 'bits': expected {' or '.join(map(str, sorted(BITS)))}, found {brief(bits)}")
@@ -84,6 +150,7 @@ def _check_setting(setting: dict, head_dim: int, where: str) -> None:
         quantizer_of(quantizer, bits)
     except (PluginError, TypeError) as error:
         raise BadArtefact(f"{where}: keys 'quantizer' and 'bits': {error}") from error
+    return Setting(**setting)
 
 
 def full_rank_of(codec, head_dim: int, where: str) -> int:
@@ -96,49 +163,15 @@ def full_rank_of(codec, head_dim: int, where: str) -> int:
         raise BadArtefact(f"{where}: key 'codec': {error}") from error
 
 
-def _check_layers(preset: dict, where: str) -> None:
-    """Raise BadArtefact unless `layers` has, for K, V or both, a setting for all layers or a list with one for each."""
-    layers, L = preset["layers"], preset["num_layers"]
-    if not isinstance(layers, dict) or not layers or set(layers) - set(SIDES):
-        raise BadArtefact(f"{where}: key 'layers': expected an object with 'k', 'v' or both, found {brief(layers)}")
-    for side, settings in layers.items():
-        if isinstance(settings, dict):
-            _check_layer(settings, preset["head_dim"], f"{where}: layers.{side}")
-            continue
-        if not isinstance(settings, list) or len(settings) != L:
-            found = len(settings) if isinstance(settings, list) else type(settings).__name__
-            raise BadArtefact(f"{where}: key 'layers.{side}': expected a list of {L} entries, found {found}")
-        for layer, setting in enumerate(settings):
-            if setting is not None:
-                _check_layer(setting, preset["head_dim"], f"{where}: layers.{side}[{layer}]")
-
-
-def _check_layer(setting: dict, head_dim: int, place: str) -> None:
-    if not isinstance(setting, dict) or set(setting) - {"quantizer"} != {"codec", "rank", "bits"}:
-        raise BadArtefact(f"{place}: expected null or codec, rank and bits, found {brief(setting)}")
-    full = full_rank_of(setting["codec"], head_dim, place)
-    _check_setting(setting | ({"rank": full} if setting["rank"] is None else {}), head_dim, place)
-
-
-def _check_work(preset: dict, where: str) -> None:
+def _check_work(plan: Plan, head_dim: int, where: str) -> None:
     """Raise BadArtefact where what a preset asks for is right, but would take minutes or a machine's memory."""
-    settings = {setting for side in plan_of(preset).values() for setting in side if setting}
+    settings = {setting for side in plan.values() for setting in side if setting}
     bases = {setting.codec: len(bases_in(setting.codec)) for setting in settings}
     if sum(map(bool, bases.values())) > MOST_CODECS or max(bases.values(), default=0) > MOST_BASES:
         raise BadArtefact(f"{where}: expected at most {MOST_CODECS} codecs, each of at most {MOST_BASES} bases")
     fixed = [bases[setting.codec] for setting in settings if not needs_calibration(setting.codec)]
-    numbers = sum(fixed) * preset["head_dim"] ** 2
+    numbers = sum(fixed) * head_dim**2
     if numbers > MOST_NUMBERS:
         raise BadArtefact(
             f"{where}: its settings ask for bases of {numbers:,} numbers: expected {MOST_NUMBERS:,} at most"
         )
-
-
-def plan_of(preset: dict) -> Plan:
-    """What a preset stores each layer's K and V with: its `layers` where it has them, else one setting for all."""
-    L = preset["num_layers"]
-    if layers := preset.get("layers"):
-        plan = {side: layers.get(side) or [None] * L for side in SIDES}
-        plan = {side: [settings] * L if isinstance(settings, dict) else settings for side, settings in plan.items()}
-        return {side: [setting and Setting(**setting) for setting in settings] for side, settings in plan.items()}
-    return uniform(preset["target"], L, Setting(preset["codec"], preset["rank"], preset["bits"], preset["quantizer"]))

@@ -110,9 +110,14 @@ def calibrating(record: dict, _: list[str]) -> Table:
 
 
 def profile(record: dict, words: list[str]) -> Table:
-    """Latency, throughput and memory: a row per batch size, context length and cache, of some batch sizes or of all."""
-    lines = []
-    for row in select(record["rows"], "batch_size", [int(word) for word in words]):
+    """Latency, throughput and memory: a row per batch size, context length and cache.
+
+    words: the rows to show, by batch size (`1`), by context length (`context=8000`), or all if there are none.
+    """
+    contexts = [word.removeprefix("context=") for word in words if word.startswith("context=")]
+    batches = [int(word) for word in words if not word.startswith("context=")]
+    rows, lines = select(record["rows"], "batch_size", batches), []
+    for row in select(rows, "context_tokens", list(map(int, contexts))):
         start = [str(row["batch_size"]), f"{row['context_tokens']:,}", row["cache"]]
         if row.get("out_of_memory"):
             lines.append([*start, "out of memory"])

@@ -16,6 +16,7 @@ from gpt2.compression.cache.token_store import Pieces, TokenStore
 from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor, JointTransform, Quantizer, Transform
 from gpt2.compression.codecs.rope import Rotary
 from gpt2.compression.compressed_cache import CompressedDynamicCache
+from gpt2.compression.kernels import dispatch
 
 H, D = 2, 16  # KV heads and channels, where a test doesn't say otherwise
 
@@ -114,7 +115,7 @@ class Reference:
         start = self.start(block)
         own = self.tokens[max(start, self.sinks) : start + self.block]
         x = torch.cat([own[0]] * (self.block - len(own)) + own, dim=2)
-        back = self.compressor.expand(self.compressor.compress(x, start), x.shape[3], x.dtype, start)
+        back = self.compressor.reconstruct(dispatch.compress(self.compressor, x, start), x.shape[3], x.dtype, start)
         return back.split(1, dim=2)[self.block - len(own) :]
 
     def read(self) -> Tensor:
@@ -359,13 +360,13 @@ def test_keeping_reconstructions_changes_no_reading(compressor, layout, seed):
 
 
 def test_kept_reconstructions_are_made_once(monkeypatch):
-    expanded, expand = [], Compressor.expand
+    expanded, reconstruct = [], Compressor.reconstruct
 
     def counted(self, fields, *args):
         expanded.append(fields["codes"].shape[2])
-        return expand(self, fields, *args)
+        return reconstruct(self, fields, *args)
 
-    monkeypatch.setattr(Compressor, "expand", counted)
+    monkeypatch.setattr(Compressor, "reconstruct", counted)
     cache = make_cache("block").keep_expanded()
     for token in tokens(40).split(1, dim=2):
         cache.update(token, token, 0)

@@ -74,7 +74,7 @@ class Plain:
     def _code(self, start: int, tokens: int) -> None:
         own = self.seen[:, :, max(start, self.sinks) : start + tokens]
         x = torch.cat((own[:, :, :1].expand(-1, -1, tokens - own.shape[2], -1), own), dim=2)
-        back = self.compressor.expand(self.compressor.compress(x, start), x.shape[3], x.dtype, start)
+        back = self.compressor.reconstruct(self.compressor.compress(x, start), x.shape[3], x.dtype, start)
         self.seen[:, :, max(start, self.sinks) : start + tokens] = back[:, :, tokens - own.shape[2] :]
 
     def crop(self, tokens: int) -> None:
@@ -206,7 +206,7 @@ class CacheMachine(RuleBasedStateMachine):
             else:
                 self.cache.crop(1 if what == "a positive number" else -self.held - 1)
 
-    @precondition(lambda self: self.held and all(c.foldable for c in self.compressors))
+    @precondition(lambda self: self.held and all(c.readable for c in self.compressors))
     @rule(
         queries=st.sampled_from([1, 2, 3, 70]), seed=st.integers(0, 9), group=st.integers(1, 3),
         padding=st.lists(st.integers(0, 200), min_size=4, max_size=4), masked=st.sampled_from(["no", "bool", "added"]),
@@ -239,7 +239,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def attention_finds_what_was_stored(self) -> None:
-        if hasattr(self, "plain") and self.held and all(c.foldable for c in self.compressors):
+        if hasattr(self, "plain") and self.held and all(c.readable for c in self.compressors):
             generator = torch.Generator().manual_seed(self.held)
             self._attend(1, 1, generator, None, torch.zeros(()), 1.0, softcap=None, sinks=None)
 

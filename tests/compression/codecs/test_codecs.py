@@ -88,7 +88,7 @@ def compressor(codec: str, quantizer: str | Quantizer, x: torch.Tensor, rank: in
 
 
 def round_trip(c: Compressor, x: torch.Tensor) -> torch.Tensor:
-    return c.expand(c.compress(x), x.shape[3], x.dtype)
+    return c.reconstruct(c.compress(x), x.shape[3], x.dtype)
 
 
 def error(c: Compressor, x: torch.Tensor) -> float:

@@ -51,13 +51,13 @@ def test_statistics_are_of_keys_as_cached_and_of_values(llama, most, monkeypatch
 def test_it_is_measured_and_not_joint(made):
     assert is_measured("grouped") and not is_joint("grouped")
     k, v = made.transform("k", 1), made.transform("v", 1)
-    assert k.linear and k.E.shape == v.E.shape == (1, H * D, H * D) and not torch.equal(k.E, v.E)
+    assert k.absorbable and k.E.shape == v.E.shape == (1, H * D, H * D) and not torch.equal(k.E, v.E)
     x = torch.randn(2, H, 20, D)
     torch.testing.assert_close(k.inverse(k.forward(x), D), x, rtol=1e-3, atol=1e-3)
 
 
 def test_bits_are_shared_out_between_keys_and_values_of_all_layers(made):
-    codec = made.measured_codec("grouped")
+    codec = made.fit_of("grouped")
     shares = codec.layer_bits(3)
     assert len(shares) == 2 * L and sum(shares) / len(shares) == pytest.approx(3, abs=0.2) and len(set(shares)) > 2
     mixed = codec.quantizer(codec_quantizer("mixed", 3), 1, "v")
@@ -77,12 +77,12 @@ def test_a_file_holds_it(made, compact, tmp_path):
     saved = made.compact("grouped") if compact else made
     back = load_calibration(save_calibration(saved, tmp_path / "c.pt"))
     tolerance = {"rtol": 2e-3, "atol": 1e-3} if compact else {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(back.measured["grouped"].E, made.measured["grouped"].E, **tolerance)
-    assert back.measured["grouped"].layer_bits(3) == made.measured["grouped"].layer_bits(3)
-    assert ("joint" in back.measured) != compact
+    torch.testing.assert_close(back.multi_head["grouped"].E, made.multi_head["grouped"].E, **tolerance)
+    assert back.multi_head["grouped"].layer_bits(3) == made.multi_head["grouped"].layer_bits(3)
+    assert ("joint" in back.multi_head) != compact
     if compact:
         with pytest.raises(PluginError, match="codec joint is not in this calibration, it has codec grouped alone"):
-            back.measured_codec("joint")
+            back.fit_of("joint")
 
 
 def test_its_presets_by_ratio_are_read_as_they_are_stored(llama, tmp_path):

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from gpt2.compression.cache import attention_math, direct_attention
 from gpt2.compression.cache.token_store import TokenStore
-from gpt2.compression.calibration.bit_allocation import MeasuredCodec, fit_measured
-from gpt2.compression.calibration.fisher import MeasuredStatistics
+from gpt2.compression.calibration.bit_allocation import MultiHeadFit, fit_multi_head
+from gpt2.compression.calibration.fisher import MultiHeadStatistics
 from gpt2.compression.codecs import (
     BASES,
     IDENTITY,
@@ -86,13 +86,13 @@ def rotary(d: int) -> Rotary:
     return Rotary(1e6 ** (-torch.arange(0, d, 2) / d))
 
 
-def fit_of_measured(codec: str, x: Tensor, case: str, weights: Tensor | None = None) -> MeasuredCodec:
+def fit_of_measured(codec: str, x: Tensor, case: str, weights: Tensor | None = None) -> MultiHeadFit:
     """Fitted to keys x [B, H, T, d], and for the joint codec to other values of the same kind."""
     basis, turn = BASES[codec], rotary(x.shape[3])
     k, v = halves(x, case) if basis.joint else (x, x)
-    entry = basis.arranged(k, v, turn, 0)[0]
+    entry = basis.arrange(k, v, turn, 0)[0]
     sample = entry.transpose(0, 1).flatten(1, 2).clamp(-65504, 65504).half()
-    turns = [turn] if basis.turned else []
+    turns = [turn] if basis.unrotated else []
     moments = moments_of(entry, codec, weights)
     if not basis.joint:  # K and V of a layer are two entries: twice the same
         moments = Moments(*(torch.cat((t, t)) for t in (moments.count, moments.mean, moments.scatter)),
@@ -100,12 +100,12 @@ def fit_of_measured(codec: str, x: Tensor, case: str, weights: Tensor | None = N
         sample = torch.stack((sample, sample))
     else:
         sample = sample[None]
-    return fit_measured(MeasuredStatistics(basis, moments, turns, sample))
+    return fit_multi_head(MultiHeadStatistics(basis, moments, turns, sample))
 
 
 def halves(x: Tensor, case: str) -> tuple[Tensor, Tensor]:
     """Keys, which positions have turned, and values of the same kind in another order."""
-    return x if case == TURNED else rotary(x.shape[3]).turn(x, 0, 1), x.flip(2)
+    return x if case == TURNED else rotary(x.shape[3]).rotate(x, 0), x.flip(2)
 
 
 def given(codec: str, x: Tensor, case: str) -> Tensor:
@@ -135,7 +135,7 @@ def transform_of(codec: str, sample: str, shape: tuple) -> Transform | None:
 
 
 @functools.cache
-def measured_codec(codec: str, case: str, shape: tuple) -> MeasuredCodec:
+def measured_codec(codec: str, case: str, shape: tuple) -> MultiHeadFit:
     return fit_of_measured(codec, sampled(case, shape), case)
 
 
@@ -155,7 +155,7 @@ def stored_bits(quantizer: Quantizer, shape: tuple) -> float:
 
 
 def round_trip(c: Compressor, x: Tensor) -> Tensor:
-    return c.expand(c.compress(x), x.shape[3], x.dtype)
+    return c.reconstruct(c.compress(x), x.shape[3], x.dtype)
 
 
 def lost(codec: str, back: Tensor, x: Tensor) -> float:
@@ -165,7 +165,7 @@ def lost(codec: str, back: Tensor, x: Tensor) -> float:
         return float(error.square().sum())
     if is_measured(codec):
         k, v = error.chunk(2, dim=1) if is_joint(codec) else (error, error)
-        error = BASES[codec].arranged(k, v, rotary(x.shape[3]), 0)[0]
+        error = BASES[codec].arrange(k, v, rotary(x.shape[3]), 0)[0]
     return float(torch.einsum("bgti,gij,bgtj->", error, metric(error.shape[1], error.shape[3]), error))
 
 
@@ -263,7 +263,7 @@ def test_a_massive_token_outside_the_sinks_costs_its_own_block_alone(codec, quan
     rest = torch.cat((block[:, :, :6], block[:, :, 7:]), dim=2)
     collapsed = (rest - rest.mean(2, keepdim=True)).square().sum()
     step = (block.amax(2) - block.amin(2)) / 15 * 2 ** (3 / 8)
-    error = (c.expand(fields, shape[3], x.dtype) - spoiled).double()[:, :, 64:].square().sum()
+    error = (c.reconstruct(fields, shape[3], x.dtype) - spoiled).double()[:, :, 64:].square().sum()
     assert error <= TOLERANCE * collapsed + (step / 2).square().sum()
 
 

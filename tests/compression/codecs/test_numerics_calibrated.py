@@ -26,7 +26,7 @@ from tiny import tiny_model, word_text, word_tokenizer
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import load_calibration, save_calibration
 from gpt2.compression.calibration.statistics import Tap
-from gpt2.compression.codecs import Compressor, basis_of, is_joint, is_measured, measured_codecs
+from gpt2.compression.codecs import Compressor, basis_of, is_joint, is_measured, multi_head_bases
 from gpt2.compression.codecs.mixed import Mixed
 from gpt2.compression.codecs.moments import Moments
 from gpt2.compression.settings import compressors_for
@@ -110,7 +110,7 @@ def test_a_basis_of_any_text_serves_ordinary_text(sample):
 
 
 @pytest.mark.parametrize("size", [1e-20, 1e-8, 1e8])
-@pytest.mark.parametrize("codec", ["attention", "fisher", *measured_codecs()])
+@pytest.mark.parametrize("codec", ["attention", "fisher", *multi_head_bases()])
 def test_the_size_of_gradients_says_nothing(codec, size):
     """Of a long text they may be tiny: what is stored is the same but for a power of two, and loses no more."""
     x = given(codec, hostile("plain", SMALL), "plain")
@@ -129,7 +129,7 @@ def test_the_size_of_gradients_says_nothing(codec, size):
     assert error(size) == pytest.approx(error(1.0), rel=0.1)
 
 
-@pytest.mark.parametrize("codec", measured_codecs())
+@pytest.mark.parametrize("codec", multi_head_bases())
 def test_a_sample_beyond_float16_is_measured_all_the_same(codec, biased, monkeypatch):
     """It is held in float16, where a step beyond the end would be infinite, and no file with it could be read."""
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_a_sample_beyond_float16_is_measured_all_the_same(codec, biased, monkeyp
         for layer in loaded.model.model.layers:
             layer.self_attn.v_proj.weight *= 1e6
             layer.self_attn.o_proj.weight *= 1e-6
-    fitted = calibrate(loaded, TEXT, rank=9, codec=codec, samples=2, seq_len=140).measured_codec(codec)
+    fitted = calibrate(loaded, TEXT, rank=9, codec=codec, samples=2, seq_len=140).fit_of(codec)
     assert all(torch.isfinite(x).all() for x in (fitted.errors, fitted.prices, fitted.demand, fitted.E, fitted.D))
 
 
@@ -177,7 +177,7 @@ def test_a_model_with_biased_keys(dtype, feels, tmp_path):
                 else [(k[layer], keys), (v[layer], values)]
             )
             for c, x in sides:
-                back = c.expand(c.compress(x, 4), d, x.dtype, 4)
+                back = c.reconstruct(c.compress(x, 4), d, x.dtype, 4)
                 assert torch.isfinite(back).all()
                 total += lost("pca", back, x)
                 reference += allowed("pca", c.quantizer, x) + lost("pca", x * (1 + torch.finfo(dtype).eps), x)
@@ -190,7 +190,7 @@ def test_calibrating_twice_gives_the_same(biased, made, tmp_path):
     files = [save_calibration(c, tmp_path / name / "c.pt") for name, c in (("one", made), ("other", again))]
     assert identical(*(torch.load(path, weights_only=True) for path in files))
     other = calibrate(biased, TEXT, rank=9, codec="joint", samples=3, seq_len=140, seed=1)
-    assert not torch.equal(other.measured["joint"].E, made.measured["joint"].E), "or nothing was drawn"
+    assert not torch.equal(other.multi_head["joint"].E, made.multi_head["joint"].E), "or nothing was drawn"
 
 
 def identical(one, other) -> bool:

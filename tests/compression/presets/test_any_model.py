@@ -22,11 +22,10 @@ from gpt2.compression.presets import (
     load_preset,
     preset_files,
     resolve_preset,
-    schema,
 )
 from gpt2.compression.presets.any_model import ANY_MODEL
 from gpt2.compression.presets.build import preset_for_shape
-from gpt2.compression.presets.schema import plan_of
+from gpt2.compression.presets.schema import parse
 from gpt2.models import geometry, loading
 from gpt2.models.geometry import Geometry
 
@@ -37,7 +36,7 @@ PROMPT = torch.arange(2, 32)[None]
 def round_trip(quantizer: str, x: torch.Tensor, codec: str = "identity") -> torch.Tensor:
     basis = basis_of(codec)
     c = Compressor(QUANTIZERS[quantizer], basis and basis.transform(x.shape[-1]).to("cpu", torch.float32))
-    return c.expand(c.compress(x), x.shape[-1], x.dtype)
+    return c.reconstruct(c.compress(x), x.shape[-1], x.dtype)
 
 
 # --- the rotation
@@ -223,10 +222,10 @@ def test_a_models_own_preset_of_that_name_wins(space):
     folder, loaded = folder_of(space), tiny_loaded("llama")
     own = get_preset_info(folder, "kv4") | {"model": loaded.spec, "ppl_delta": 0.0123}
     files.write_json(space / "presets" / "own.json", own)
-    for found in (get_preset_info(loaded.spec, "kv4"), resolve_preset("kv4", loaded)):
+    for found in (get_preset_info(loaded.spec, "kv4"), resolve_preset("kv4", loaded).record):
         assert found["ppl_delta"] == 0.0123
-    assert resolve_preset("kv8", loaded)["name"] == "kv8", "the other is still made"
-    assert resolve_preset("kv4", tiny_loaded("qwen2")).get("ppl_delta") is None, "it is no other model's"
+    assert resolve_preset("kv8", loaded).record["name"] == "kv8", "the other is still made"
+    assert resolve_preset("kv4", tiny_loaded("qwen2")).record.get("ppl_delta") is None, "it is no other model's"
 
 
 def test_other_names_still_list_what_there_is(space):
@@ -251,33 +250,33 @@ def test_on_a_shape_without_weights(space, name):
     loaded = tiny_loaded("llama", num_hidden_layers=2)
     loaded.random_weights = True
     choice = from_preset(name, loaded)
-    assert choice.label == name and "compression_ratio" not in choice.preset
+    assert choice.label == name and "compression_ratio" not in choice.record()
     out = loaded.model.generate(PROMPT, past_key_values=choice.make(), max_new_tokens=3)
     assert out.shape == (1, 33)
 
 
 def test_one_setting_per_side_goes_to_any_number_of_layers(space):
-    preset = get_preset_info(folder_of(space), "kv4")
+    preset = parse(get_preset_info(folder_of(space), "kv4"))
     other = tiny_loaded("llama", num_hidden_layers=5, hidden_size=80)
-    moved = preset_for_shape(preset, other)
-    assert {s.rank for side in plan_of(moved).values() for s in side} == {20}
-    assert {side: len(settings) for side, settings in plan_of(moved).items()} == {"k": 5, "v": 5}
+    moved = preset_for_shape(preset, other).plan
+    assert {s.rank for side in moved.values() for s in side} == {20}
+    assert {side: len(settings) for side, settings in moved.items()} == {"k": 5, "v": 5}
 
 
 @pytest.mark.parametrize("name", ANY_MODEL)
 def test_saved_and_loaded_again(space, name):
     preset = get_preset_info(folder_of(space), name)
     back = load_preset(files.write_json(space / "mine.json", preset))
-    assert back.items() >= preset.items() and plan_of(back) == plan_of(preset)
+    assert back.items() >= preset.items() and parse(back).plan == parse(preset).plan
     create_cache_from_preset(space / "mine.json")
 
 
 def test_a_setting_for_all_layers_is_what_a_list_of_it_is(space):
     preset = get_preset_info(folder_of(space), "kv8")
     listed = preset | {"layers": {side: [setting] * 3 for side, setting in preset["layers"].items()}}
-    assert plan_of(schema.check_preset(listed)) == plan_of(preset)
-    alone = schema.check_preset(preset | {"layers": {"k": preset["layers"]["k"]}})
-    assert plan_of(alone)["v"] == [None] * 3 and plan_of(alone)["k"] == plan_of(preset)["k"]
+    assert parse(listed).plan == parse(preset).plan
+    alone = parse(preset | {"layers": {"k": preset["layers"]["k"]}}).plan
+    assert alone["v"] == [None] * 3 and alone["k"] == parse(preset).plan["k"]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +290,7 @@ def test_a_setting_for_all_layers_is_what_a_list_of_it_is(space):
 def test_bad_settings_for_all_layers_are_named(space, setting, message):
     preset = get_preset_info(folder_of(space), "kv4")
     with pytest.raises(BadArtefact, match=message):
-        schema.check_preset(preset | {"layers": {"k": setting}})
+        parse(preset | {"layers": {"k": setting}})
 
 
 @pytest.mark.parametrize("name", ANY_MODEL)

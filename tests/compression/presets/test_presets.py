@@ -89,7 +89,7 @@ def test_older_presets_get_the_defaults(preset):
     assert preset.keys() == GUIDE_KEYS.keys()
     store = create_cache_from_preset(preset).layers[0].stores["V"]
     assert (store.sink_tokens, store.recent_tokens) == (4, 0)
-    assert schema.check_preset(preset)["codec"] == "pca"
+    assert schema.parse(preset).record["codec"] == "pca"
 
 
 def test_figures_may_be_unknown(preset):
@@ -163,7 +163,7 @@ LOOKED_AT = ["work/c.pt", "presets/c.pt", "work/results/calibrations/c.pt", "che
 def test_look_up_order(space, made, first):
     """From the working folder, beside the preset, in results/calibrations of the working folder, of the checkout."""
     placed(space, made, *LOOKED_AT[first:])
-    preset = load_preset(write(space / "presets" / "p.json", PRESET))
+    preset = preset_files.read_preset(write(space / "presets" / "p.json", PRESET))
     assert calibration_lookup.find_calibration(preset).resolve() == space / LOOKED_AT[first]
     create_cache_from_preset(preset)
 
@@ -264,7 +264,7 @@ def test_each_missing_key_is_named(space, preset, key):
     path = write(space / "p.json", preset)
     kind = "4 or 8 or 16" if key == "bits" else GUIDE_KEYS[key].__name__
     with pytest.raises(BadArtefact, match=rf"p\.json: key '{key}': expected {kind}, found None"):
-        load_preset(path)
+        create_cache_from_preset(path)
 
 
 ABSURD = [
@@ -318,7 +318,7 @@ def test_each_absurd_value_is_refused(preset, key, value):
 @pytest.mark.parametrize(("key", "value"), [("bits", 5), ("codec", "pcaa")])
 def test_the_file_is_named_for_every_key(space, key, value):
     with pytest.raises(BadArtefact, match="p.json"):
-        load_preset(write(space / "p.json", PRESET | {key: value}))
+        create_cache_from_preset(write(space / "p.json", PRESET | {key: value}))
 
 
 NOT_PRESETS = {
@@ -342,7 +342,7 @@ def test_what_is_no_preset_is_refused_by_file(space, content):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.5])
 def test_a_figure_that_cannot_be_is_refused(value):
     with pytest.raises(BadArtefact, match="compression_ratio"):
-        schema.check_preset(PRESET | {"compression_ratio": value})
+        schema.parse(PRESET | {"compression_ratio": value})
 
 
 def test_a_binary_file_a_folder_and_no_file(space):
@@ -403,9 +403,9 @@ def test_unknown_names_list_what_exists(built_in, model, name, message):
 def test_resolve_takes_a_file_or_a_name(built_in, space):
     path = write(space / "work" / "mine.json", PRESET | {"rank": 3})
     extensionless = write(space / "work" / "mine", PRESET | {"rank": 4})
-    assert preset_files.resolve_preset(path, "tiny-llama")["rank"] == 3
-    assert preset_files.resolve_preset(extensionless, "tiny-llama")["rank"] == 4
-    assert preset_files.resolve_preset("int8-vonly", "tiny-llama")["rank"] == 9
+    assert preset_files.resolve_preset(path, "tiny-llama").record["rank"] == 3
+    assert preset_files.resolve_preset(extensionless, "tiny-llama").record["rank"] == 4
+    assert preset_files.resolve_preset("int8-vonly", "tiny-llama").record["rank"] == 9
     with pytest.raises(PluginError, match="no preset file none.json"):
         preset_files.resolve_preset("none.json", "tiny-llama")
 
@@ -414,7 +414,7 @@ def test_the_shipped_presets_load():
     """Whatever configs/presets and results/presets hold is valid, or nobody's preset can be listed."""
     for model, names in preset_files.built_in_presets().items():
         for name in names:
-            assert get_preset_info(model, name)["model"] == model
+            assert schema.parse(get_preset_info(model, name)).model == model
 
 
 # --- new presets

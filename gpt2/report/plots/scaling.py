@@ -1,18 +1,19 @@
-"""Figure of how costs grow. As gpt2/plots.py: from a results record, no window is ever opened."""
+"""The figure of how costs grow."""
 
 from __future__ import annotations
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gpt2.report.plots import new_figure
+from gpt2.report.plots.figure import new_figure
 
 COLUMNS = 5
-LEAST_SPAN = 4  # of the vertical axis: what doesn't grow shall look so
+LEAST_SPAN = 4  # ratio of the ends of the vertical axis: a cost that doesn't grow looks flat
 
 
-def slopes(record: dict) -> Figure:
-    """Every claim's points and the power law through them, with the expected one from the same middle.
+def growth(record: dict) -> Figure:
+    """For each series of costs its points and the power law fitted to them, beside the expected one.
 
     record: as scripts/benchmarks/scaling.py writes it.
     """
@@ -28,11 +29,11 @@ def slopes(record: dict) -> Figure:
     return figure
 
 
-def _panel(axis, slope: dict) -> None:
+def _panel(axis: Axes, slope: dict) -> None:
     x, values = np.array(slope["x"]), np.array(slope["values"])
     axis.loglog(np.repeat(x, values.shape[1]), values.ravel(), ".", color="tab:gray", label="measured")
     axis.loglog(x, slope["medians"], "o", color="tab:blue", label="median")
-    centre = np.exp(np.log(x).mean()), np.exp(np.log(slope["medians"]).mean())
+    centre = np.exp(np.log(x).mean()), np.exp(np.log(slope["medians"]).mean())  # which both lines go through
     for name, style, color in (("exponent", "-", "tab:blue"), ("expected_exponent", "--", "tab:orange")):
         label = {"exponent": "fitted", "expected_exponent": "expected"}[name]
         axis.loglog(x, centre[1] * (x / centre[0]) ** slope[name], style, color=color, label=label)
@@ -43,4 +44,3 @@ def _panel(axis, slope: dict) -> None:
     axis.set_xlabel(f"{slope['against']}: exponent {slope['exponent']:.2f}, {slope['verdict']}", fontsize=6)
     axis.set_ylabel(slope["unit"], fontsize=6)
     axis.tick_params(which="both", labelsize=5)
-    axis.grid(alpha=0.3)
