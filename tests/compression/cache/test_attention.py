@@ -363,7 +363,7 @@ def test_a_sealed_tensor_can_do_nothing(llama):
 
 @pytest.mark.parametrize("family", ["bloom", "falcon"])
 def test_a_model_with_attention_of_its_own_is_refused_and_left_as_it_was(family):
-    from gpt2.experiments.architectures import tiny_family
+    from gpt2.experiments.miniatures import tiny_family
 
     model = tiny_family(family)
     before, ids = model.config._attn_implementation, windows(1, 8)

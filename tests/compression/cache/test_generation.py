@@ -360,7 +360,7 @@ def test_autocast_is_switched_on_the_way(family, name, first):
 
 def test_a_cache_says_that_it_has_begun():
     """A prefix model lets the first tokens see all of themselves, and no others."""
-    from gpt2.experiments.architectures import tiny_family
+    from gpt2.experiments.miniatures import tiny_family
 
     model = tiny_family("hrm_text")
 
