@@ -287,14 +287,14 @@ def test_the_grid_goes_on_after_a_loss_that_is_not_finite(tmp_path, monkeypatch)
 
 def test_reconstructions_are_kept_while_scoring_and_not_counted(monkeypatch):
     kept = []
-    real = CompressedDynamicCache.keep_expanded
-    monkeypatch.setattr(CompressedDynamicCache, "keep_expanded", lambda self: kept.append(1) or real(self))
+    real = CompressedDynamicCache.keep_reconstructed
+    monkeypatch.setattr(CompressedDynamicCache, "keep_reconstructed", lambda self: kept.append(1) or real(self))
     search = tiny_search(tiny_loaded())
     trial = search.evaluate(Cell(12, 8))
     assert kept
     own = memory.compression_ratio(search.factory(trial.cell), search.loaded.geometry)
     assert trial.compression_ratio == pytest.approx(own) and own > 1.4
-    monkeypatch.setattr(CompressedDynamicCache, "keep_expanded", lambda self: self)
+    monkeypatch.setattr(CompressedDynamicCache, "keep_reconstructed", lambda self: self)
     assert search.evaluate(Cell(12, 8)).ppl_delta == pytest.approx(trial.ppl_delta, abs=1e-4)
 
 
