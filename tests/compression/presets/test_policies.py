@@ -19,7 +19,7 @@ from gpt2.compression.kv_policies import (
 from gpt2.compression.named_caches import from_policy
 from gpt2.compression.presets import policies
 from gpt2.compression.presets.policies import GIB, geometry_of
-from gpt2.experiments import architectures
+from gpt2.experiments import miniatures
 from gpt2.models.loading import wrap
 
 QWEN = AutoConfig.for_model(
@@ -104,7 +104,7 @@ def test_scripts_take_a_policy_as_a_cache():
 
 def test_where_a_config_does_not_tell_the_shape_the_loaded_model_does():
     """JetMoe reads how many tokens each of its experts has: there are none without weights."""
-    model = architectures.tiny_family("jetmoe")
+    model = miniatures.tiny_family("jetmoe")
     with pytest.raises(PluginError, match="its config alone doesn't tell the shape.*from_policy"):
         create_cache_from_policy(model.config, "default", model_id="jetmoe")
     cache = from_policy("default", wrap(model, None, "jetmoe")).make()
