@@ -27,7 +27,7 @@ from gpt2.common.errors import PluginError
 from gpt2.tuning import trial_queue
 from gpt2.tuning.grid_search import Trial, record_measured, run_queue, within_budget
 from gpt2.tuning.measurement import CacheFactory, Search
-from gpt2.tuning.search_space import FAMILIES, LOWEST_BITS, Choice, Space
+from gpt2.tuning.search_space import LOWEST_BITS, Choice, Space, families
 
 LEAST_GAP = 1.02  # between the leader's bits and bits that failed, for a bisection to be worth a trial
 FIRST_STEP = 0.7  # of the leader's bits, where nothing of its kind has failed yet
@@ -114,7 +114,7 @@ class _BisectingTPE(BaseSampler):
 def _halfway(trials: Sequence[Trial], budget: float) -> dict:
     """Parameters between the leader and the nearest of its kind that failed; none where its bits can't be adjusted."""
     within = within_budget(trials, budget)
-    if not within or not FAMILIES[within[0].cell.family].quantizer:
+    if not within or not families()[within[0].cell.family].quantizer:
         return {}
     leader = within[0].cell
     failed = [t.cell.bits for t in trials if t.ppl_delta > budget and _alike(t.cell, leader)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gpt2.common import files, provenance
 from gpt2.compression.calibration.reuse import obtain_calibration
-from gpt2.compression.codecs import metric_of, needs_calibration
+from gpt2.compression.codecs import basis_of
 from gpt2.compression.presets import calibration_lookup
 from gpt2.tuning import codec_search, console, grid_search, search_space
 from gpt2.tuning.measurement import Search
@@ -22,7 +22,8 @@ def search_grid(args, loaded, text, output: Path, inputs: dict, show_layers: Cal
     a layer ablation, the file that has them, and a title.
     """
     cells = grid_search.grid(args.rank_grid, args.bits, loaded.geometry.head_dim, args.codec)
-    metric = metric_of(args.codec) if needs_calibration(args.codec) else None
+    basis = basis_of(args.codec)
+    metric = basis.metric if basis.calibrated else None
     parts, calibration_file = measured_with(args, loaded, text, output, inputs, metric, cells[0].rank)
     search = Search(**parts)
     study_name = grid_search.study_name(search.key(text.sha256("tuning")))

@@ -27,7 +27,7 @@ from gpt2.tuning import codec_search, grid_search
 from gpt2.tuning.codec_search import run_search
 from gpt2.tuning.grid_search import Cell, Trial
 from gpt2.tuning.measurement import Search
-from gpt2.tuning.search_space import FAMILIES, LOSSY, Choice, Space, default_families, metric_for, space_for
+from gpt2.tuning.search_space import Choice, Space, default_families, families, lossy, metric_for, space_for
 
 SPACE = Space(("joint+mixed", "identity", "pca"), 64, (64, 48))
 BUDGET = 0.05
@@ -299,12 +299,12 @@ def test_reconstructions_are_kept_while_scoring_and_not_counted(monkeypatch):
 
 
 def test_families_come_from_the_registry():
-    assert {codec for codec in CODECS if not needs_calibration(codec)} <= FAMILIES.keys()
+    assert {codec for codec in CODECS if not needs_calibration(codec)} <= families().keys()
     assert {"joint+mixed", "joint+mixed_fixed", "fisher", "attention", "pca"} <= set(default_families())
     assert "random" not in default_families(), "a control"
-    families = tuple(FAMILIES)
-    assert {point["family"] for point in Space(families, 64, (64,)).starts()} == set(families)
-    assert {"int8", "int4"} <= set(LOSSY) and not {"none", "mixed"} & set(LOSSY)
+    names = tuple(families())
+    assert {point["family"] for point in Space(names, 64, (64,)).starts()} == set(names)
+    assert {"int8", "int4"} <= set(lossy()) and not {"none", "mixed"} & set(lossy())
     assert metric_for(["identity"]) is None and metric_for(["pca", "joint+mixed"]) == "fisher"
 
 
@@ -385,8 +385,8 @@ def test_flags_of_the_other_search_are_refused(tiny_flags, flags, message, capsy
 def test_another_budget_or_other_codecs_are_another_study():
     loaded = tiny_loaded()
     names = set()
-    for budget, families in ((0.05, ("identity",)), (0.06, ("identity",)), (0.05, ("identity", "hadamard"))):
-        space = Space(families, 12, (12,))
+    for budget, chosen in ((0.05, ("identity",)), (0.06, ("identity",)), (0.05, ("identity", "hadamard"))):
+        space = Space(chosen, 12, (12,))
         own = codec_search.CodecSearch(**vars(tiny_search(loaded)), space=space, budget=budget)
         names.add(grid_search.study_name(own.key("text")))
     assert len(names) == 3

@@ -76,14 +76,15 @@ def _parts(store: TokenStore) -> tuple[list[cpu.Part], list[cpu.Part] | None]:
         return [], None
     rest, compressor = store.tail.shape[2], store.compressor
     exact = [cpu.exact(start, x) for start, x in ((0, store.sinks), (len(store) - rest, store.tail)) if x.shape[2]]
+    if not cpu.reads(compressor.quantizer.memory_format):
+        return exact, [] if not store.compressed_tokens else None
     rank, blocks = _rank(store), []
     for start, encoded in store.chunks():
-        packed = compressor.quantizer.packed(encoded, rank)
-        if packed is None:
-            return exact, None
-        kind, bits, own = packed
-        skip = 0 if blocks else store.lead
-        blocks.append(cpu.Part(kind, bits, rank, start, _slots(store, encoded), skip, compressor.affine, own))
+        part = cpu.coded(
+            compressor.quantizer, encoded, rank=rank, start=start, length=_slots(store, encoded),
+            skip=0 if blocks else store.lead, affine=compressor.affine,
+        )  # fmt: skip
+        blocks.append(part)
     return exact, blocks
 
 

@@ -64,7 +64,8 @@ def attend(
     mask = None if mask is None else mask.expand(B, heads, Q, T)
     M = heads // H * Q
     q = (query * scaling).reshape(B, H, M, d)
-    kernel = (k.compressor.quantizer.name, v.compressor.quantizer.name, query.dtype, M, d, query.device)
+    formats = (store.compressor.quantizer.memory_format for store in (k, v))
+    kernel = (*formats, query.dtype, M, d, query.device)
     if kernel in _too_large:
         return None
     try:
@@ -94,7 +95,7 @@ def supported(k: Compressor, v: Compressor, query: Tensor, kv_heads: int) -> boo
     if query.dtype not in DTYPES or (query.requires_grad and torch.is_grad_enabled()):
         return False
     for compressor in (k, v):
-        if compressor.quantizer.name not in DECODERS or not compressor.readable:
+        if compressor.quantizer.memory_format not in DECODERS or not compressor.readable:
             return False
         if _rank(compressor, query.shape[-1]) > MOST_CHANNELS:
             return False
@@ -139,7 +140,7 @@ class _Launch:
         self.absorbed, self.bias, self.dtype, self.k, self.v = absorbed, bias, q.dtype, k, v
         self.groups, self.M, self.k_rank = absorbed.shape[1:]
         self.v_rank = _rank(v, q.shape[-1])
-        self.decoders = DECODERS[k.quantizer.name], DECODERS[v.quantizer.name]
+        self.decoders = DECODERS[k.quantizer.memory_format], DECODERS[v.quantizer.memory_format]
         rows = max(triton.next_power_of_2(self.M), 16)
         self.sizes = {
             "K_RANK": self.k_rank, "V_RANK": self.v_rank, "ROWS": rows, "SOFTCAP": softcap is not None,
@@ -168,9 +169,10 @@ class _Launch:
         own_k, own_v = self.decoders
         grid = (self.absorbed.shape[0] * self.groups, -(-tiles // each))
         attend_tiles[grid](
-            self.absorbed, self.bias, self.mask, *out, own_k.arguments(self.k.quantizer, k_encoded),
-            own_v.arguments(self.v.quantizer, v_encoded), k_room, v_room, base, part.first, part.end, k_start, v_start,
-            first_split, tiles, each, self.M, self.groups, self.heads, self.queries, *self.strides, self.softcap,
+            self.absorbed, self.bias, self.mask, *out, own_k.arguments(self.k.quantizer.kernel_tensors(k_encoded)),
+            own_v.arguments(self.v.quantizer.kernel_tensors(v_encoded)), k_room, v_room, base, part.first, part.end,
+            k_start, v_start, first_split, tiles, each, self.M, self.groups, self.heads, self.queries, *self.strides,
+            self.softcap,
             K_TILE=own_k.tile, V_TILE=own_v.tile, K_AXIS=own_k.axis, V_AXIS=own_v.axis, K_PAIRED=own_k.paired,
             V_PAIRED=own_v.paired, K_DTYPE=self._codes_dtype(k_encoded), V_DTYPE=self._codes_dtype(v_encoded),
             **self.sizes, **self._resources(k_encoded, v_encoded),
@@ -180,8 +182,7 @@ class _Launch:
         """Dtype of dot products: float32 for a float32 model, else float16 for codes, which represents them exactly."""
         if self.dtype == torch.float32:
             return tl.float32
-        z = encoded.get("z")
-        return tl.float16 if z is None else DTYPES[z.dtype]
+        return DTYPES.get(next(iter(encoded.values())).dtype, tl.float16)
 
     def _resources(self, k_encoded: Encoded, v_encoded: Encoded) -> dict[str, int]:
         """Number of warps, and of tiles that are loaded ahead, as shared memory allows."""
