@@ -35,11 +35,11 @@ def test_a_loss_that_is_not_finite_is_recorded_and_others_are_measured(search, m
 
 def test_reconstructions_are_kept_while_scoring_and_not_counted(search, monkeypatch):
     kept = []
-    real = CompressedDynamicCache.keep_expanded
-    monkeypatch.setattr(CompressedDynamicCache, "keep_expanded", lambda self: kept.append(1) or real(self))
+    real = CompressedDynamicCache.keep_reconstructed
+    monkeypatch.setattr(CompressedDynamicCache, "keep_reconstructed", lambda self: kept.append(1) or real(self))
     trial = search.evaluate(Cell(12, 8))
     assert kept
     own = size.compression_ratio(search.factory(trial.candidate), search.loaded.geometry)
     assert trial.compression_ratio == pytest.approx(own) and own > 1.4
-    monkeypatch.setattr(CompressedDynamicCache, "keep_expanded", lambda self: self)
+    monkeypatch.setattr(CompressedDynamicCache, "keep_reconstructed", lambda self: self)
     assert search.evaluate(Cell(12, 8)).ppl_delta == pytest.approx(trial.ppl_delta, abs=1e-4)
