@@ -26,7 +26,7 @@ from pathlib import Path
 
 from gpt2 import cli
 from gpt2.common import files
-from gpt2.compression.codecs import is_measured
+from gpt2.compression.codecs import adjustable_quantizers, basis_of
 from gpt2.compression.settings import TARGETS
 from gpt2.models import loading
 from gpt2.report import plots, tables
@@ -51,8 +51,8 @@ def arguments() -> argparse.ArgumentParser:
     cli.add_codec_flag(p, "grid: basis of the search")
     p.add_argument("--per-layer", action="store_true", help="grid: also plans with a setting of its own for each layer")
     p.add_argument("--layer-ablation", action="store_true", help="grid: only measure each layer alone")
-    families = cli.word_list(search_space.FAMILIES)
-    p.add_argument("--codecs", type=families, help=f"codec: limit it to some of {','.join(search_space.FAMILIES)}")
+    families = search_space.families()
+    p.add_argument("--codecs", type=cli.word_list(families), help=f"codec: limit it to some of {','.join(families)}")
     p.add_argument("--num-trials", type=cli.positive_int, default=40, help="codec: how many candidates to measure")
     p.add_argument("--recent-grid", type=cli.int_list, help="codec: numbers of exact latest tokens to try beside none")
     p.add_argument("--calibration", type=Path, help="calibration file; a matching one is found or made if omitted")
@@ -69,8 +69,10 @@ def parse() -> argparse.Namespace:
     for name in ONLY[other]:
         if getattr(args, name) != p.get_default(name):
             p.error(f"--{name.replace('_', '-')} belongs to --search {other}")
-    if is_measured(args.codec):
-        p.error(f"--codec {args.codec} has no grid of ranks: use --search codec --codecs {args.codec}+mixed")
+    basis = basis_of(args.codec)
+    if basis.calibrated and not basis.ranked:
+        name = f"{args.codec}+{adjustable_quantizers()[0]}"
+        p.error(f"--codec {args.codec} has no grid of ranks: use --search codec --codecs {name}")
     return args
 
 

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from gpt2.common.errors import PluginError
 from gpt2.evaluation.perplexity import CacheFactory
 from gpt2.tuning.measurement import Search
-from gpt2.tuning.search_space import FAMILIES, LOWEST_BITS, Choice, Space
+from gpt2.tuning.search_space import LOWEST_BITS, Choice, Space, families
 from gpt2.tuning.trial_queue import TrialQueue, key_of
 from gpt2.tuning.trials import Trial, within_budget
 
@@ -116,7 +116,7 @@ def _bisected(trials: Sequence[Trial], budget: float) -> dict:
     None where the bits of the best choice can't be adjusted, or lie close enough to bits that failed.
     """
     within = within_budget(trials, budget)
-    if not within or not FAMILIES[within[0].candidate.family].quantizer:
+    if not within or not families()[within[0].candidate.family].quantizer:
         return {}
     best = within[0].candidate
     failed = [t.candidate.bits for t in trials if t.ppl_delta > budget and _alike(t.candidate, best)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpt2.common import files, provenance
 from gpt2.compression.calibration.reuse import obtain_calibration
-from gpt2.compression.codecs import metric_of, needs_calibration
+from gpt2.compression.codecs import basis_of
 from gpt2.compression.presets import build, calibration_lookup
 from gpt2.models.loading import LoadedModel
 from gpt2.text.windows import Text
@@ -88,8 +88,8 @@ def search_grid(job: Job, show_layers: Callable[[list[dict], Path, str], None]) 
     """
     args = job.args
     cells = grid_search.grid(args.rank_grid, args.bits, job.loaded.geometry.head_dim, args.codec)
-    metric = metric_of(args.codec) if needs_calibration(args.codec) else None
-    parts, calibration_file = job.measured_with(metric, cells[0].rank)
+    basis = basis_of(args.codec)
+    parts, calibration_file = job.measured_with(basis.metric if basis.calibrated else None, cells[0].rank)
     search = grid_search.GridSearch(**parts, target=args.target, codec=args.codec, sink_tokens=args.sink_tokens)
     name = job.study_name(search)
     if args.layer_ablation or args.per_layer:
@@ -137,7 +137,7 @@ def choose(job: Job, found: Found, name: str) -> tuple[dict, Trial]:
     print(f"\nchosen: {best.candidate}, {best.compression_ratio:.2f}x over the whole KV cache; on evaluation text "
           f"{measured['ppl_delta']:+.2%} perplexity [{low:+.2%}, {high:+.2%}]")  # fmt: skip
     keys = search.preset_keys(best.candidate)
-    calibrated = needs_calibration(keys["codec"])
+    calibrated = basis_of(keys["codec"]).calibrated
     preset = build.new_preset(
         job.loaded, search.calibration if calibrated else None, found.calibration_file if calibrated else "",
         compression_ratio=best.compression_ratio, measured=measured, name=name, **keys, **found.more,

@@ -75,14 +75,15 @@ def _parts(store: TokenStore) -> tuple[list[cpu.Part], list[cpu.Part] | None]:
         return [], None
     rest, compressor = store.tail.shape[2], store.compressor
     exact = [cpu.exact(start, x) for start, x in ((0, store.sinks), (len(store) - rest, store.tail)) if x.shape[2]]
+    if not cpu.reads(compressor.quantizer.memory_format):
+        return exact, [] if not store.compressed_tokens else None
     rank, blocks = _rank(store), []
     for start, fields in store.pieces():
-        packed = compressor.quantizer.packed(fields, rank)
-        if packed is None:
-            return exact, None
-        kind, bits, own = packed
-        skip = 0 if blocks else store.lead
-        blocks.append(cpu.Part(kind, bits, rank, start, _places(store, fields), skip, compressor.affine, own))
+        part = cpu.coded(
+            compressor.quantizer, fields, rank=rank, start=start, length=_places(store, fields),
+            skip=0 if blocks else store.lead, affine=compressor.affine,
+        )  # fmt: skip
+        blocks.append(part)
     return exact, blocks
 
 

@@ -65,7 +65,8 @@ def attend(
     mask = None if mask is None else mask[..., :T].expand(B, heads, Q, T)
     M = heads // H * Q
     q = (query * scaling).reshape(B, H, M, d)
-    kernel = (k.compressor.quantizer.name, v.compressor.quantizer.name, query.dtype, M, d, query.device)
+    formats = (store.compressor.quantizer.memory_format for store in (k, v))
+    kernel = (*formats, query.dtype, M, d, query.device)
     if kernel in _too_large:
         return None
     try:
@@ -97,7 +98,7 @@ def supported(k: Compressor, v: Compressor, query: Tensor, kv_heads: int) -> boo
     if query.dtype not in DTYPES or (query.requires_grad and torch.is_grad_enabled()):
         return False
     for compressor in (k, v):
-        if compressor.quantizer.name not in DECODERS or not compressor.readable:
+        if compressor.quantizer.memory_format not in DECODERS or not compressor.readable:
             return False
         if _rank(compressor, query.shape[-1]) > MOST_CHANNELS:
             return False
@@ -142,7 +143,7 @@ class _Launch:
         self.folded, self.bias, self.dtype, self.k, self.v = folded, bias, q.dtype, k, v
         self.groups, self.M, self.k_rank = folded.shape[1:]
         self.v_rank = _rank(v, q.shape[-1])
-        self.decoders = DECODERS[k.quantizer.name], DECODERS[v.quantizer.name]
+        self.decoders = DECODERS[k.quantizer.memory_format], DECODERS[v.quantizer.memory_format]
         rows = max(triton.next_power_of_2(self.M), 16)
         self.sizes = {
             "K_RANK": self.k_rank, "V_RANK": self.v_rank, "ROWS": rows, "SOFTCAP": softcap is not None,
@@ -171,9 +172,10 @@ class _Launch:
         own_k, own_v = self.decoders
         grid = (self.folded.shape[0] * self.groups, -(-tiles // each))
         attend_tiles[grid](
-            self.folded, self.bias, self.mask, *out, own_k.arguments(self.k.quantizer, k_fields),
-            own_v.arguments(self.v.quantizer, v_fields), k_room, v_room, base, part.first, part.end, k_start, v_start,
-            first_split, tiles, each, self.M, self.groups, self.heads, self.queries, *self.strides, self.softcap,
+            self.folded, self.bias, self.mask, *out, own_k.arguments(self.k.quantizer.kernel_tensors(k_fields)),
+            own_v.arguments(self.v.quantizer.kernel_tensors(v_fields)), k_room, v_room, base, part.first, part.end,
+            k_start, v_start, first_split, tiles, each, self.M, self.groups, self.heads, self.queries, *self.strides,
+            self.softcap,
             K_TILE=own_k.tile, V_TILE=own_v.tile, K_AXIS=own_k.axis, V_AXIS=own_v.axis, K_PAIRED=own_k.paired,
             V_PAIRED=own_v.paired, K_DTYPE=self._codes_dtype(k_fields), V_DTYPE=self._codes_dtype(v_fields),
             **self.sizes, **self._resources(k_fields, v_fields),
@@ -183,8 +185,7 @@ class _Launch:
         """What dot products are in: exact for a float32 model, else float16 for codes, which it holds exactly."""
         if self.dtype == torch.float32:
             return tl.float32
-        z = fields.get("z")
-        return tl.float16 if z is None else DTYPES[z.dtype]
+        return DTYPES.get(next(iter(fields.values())).dtype, tl.float16)
 
     def _resources(self, k_fields: Encoded, v_fields: Encoded) -> dict[str, int]:
         """Warps, and tiles that may be loaded ahead, as shared memory allows."""

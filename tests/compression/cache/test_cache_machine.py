@@ -29,7 +29,7 @@ from gpt2.compression.codecs.mixed import Mixed
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.kernels import cpu
 
-HISTORIES = int(os.environ.get("FUZZ_HISTORIES", 100))
+HISTORIES = int(os.environ.get("FUZZ_HISTORIES", 40))
 H, D = 2, 16
 UNIT = 32  # tokens that the plain model codes together where a codec takes each by itself
 LAYOUTS = [(0, 0), (4, 0), (5, 6), (64, 0), (70, 40)]  # exact sinks, exact latest tokens
@@ -262,6 +262,6 @@ class CacheMachine(RuleBasedStateMachine):
 
 TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(
-    max_examples=HISTORIES, stateful_step_count=40, deadline=None, derandomize=HISTORIES == 100, database=None,
+    max_examples=HISTORIES, stateful_step_count=40, deadline=None, derandomize=HISTORIES == 40, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip

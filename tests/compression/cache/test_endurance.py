@@ -36,9 +36,9 @@ CODECS = {
     "mixed": lambda: Compressor(Mixed(4.0), transform(H * D, groups=1, width=H * D)),
     "int4": lambda: Compressor(QUANTIZERS["int4"]),
 }
-LENGTHS = {"int4_channel": TOKENS, "kv-mixed": TOKENS, "identity": TOKENS // 4, "mixed": TOKENS // 4}
+LENGTHS = {"int4_channel": TOKENS // 4, "kv-mixed": TOKENS, "identity": TOKENS // 8, "mixed": TOKENS // 4}
 FEW = 2**14  # bytes of Python's own, which come and go
-STEPS = 4000 if LONG else 500  # of a model
+STEPS = 4000 if LONG else 200  # of a model
 
 
 def cache_of(compressor: Compressor) -> CompressedDynamicCache:
