@@ -89,8 +89,7 @@ def search_grid(job: Job, show_layers: Callable[[list[dict], Path, str], None]) 
     args = job.args
     cells = grid_search.grid(args.rank_grid, args.bits, job.loaded.geometry.head_dim, args.codec)
     basis = basis_of(args.codec)
-    metric = basis.metric if basis.calibrated else None
-    parts, calibration_file = job.measured_with(metric, cells[0].rank)
+    parts, calibration_file = job.measured_with(basis.metric if basis.calibrated else None, cells[0].rank)
     search = grid_search.GridSearch(**parts, target=args.target, codec=args.codec, sink_tokens=args.sink_tokens)
     name = job.study_name(search)
     if args.layer_ablation or args.per_layer:
