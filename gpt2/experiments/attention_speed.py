@@ -214,7 +214,7 @@ def _matmuls(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention in float32."""
-    return attention_math.attend_expanded(k.float(), v.float(), q.float(), None, q.shape[-1] ** -0.5)
+    return attention_math.attend_reconstructed(k.float(), v.float(), q.float(), None, q.shape[-1] ** -0.5)
 
 
 def _compressors(

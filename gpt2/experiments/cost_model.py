@@ -16,7 +16,6 @@ from gpt2.compression.codecs.mixed import BLOCK
 from gpt2.models.geometry import Geometry, geometry_of
 
 FLOAT64, HALF = 8, 2  # bytes
-EIGEN_PER_FIT = 2  # eigen-decompositions of a basis in a metric: of the metric, and of the covariance in it
 
 
 @dataclass(frozen=True)

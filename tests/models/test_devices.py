@@ -53,7 +53,7 @@ def fill(cache: CompressedDynamicCache, batch: int = 3) -> None:
 
 
 def held(store) -> list[Tensor]:
-    return [store.sinks, store.tail, *(part for pieces in store.blocks.values() for part in pieces.parts)]
+    return [store.sinks, store.tail, *(part for stored in store.blocks.values() for part in stored.chunks)]
 
 
 def assert_in_place(cache: CompressedDynamicCache, batch: int) -> None:

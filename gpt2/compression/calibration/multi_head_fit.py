@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gpt2.common.errors import BadArtefact, PluginError, brief
+from gpt2.common.schema import Anything, Checked, Kind, ListOf, OneOf, Record, TensorOf, Whole
 from gpt2.compression.calibration.bit_allocation import BitAllocation
 from gpt2.compression.calibration.statistics import MultiHeadStatistics
 from gpt2.compression.codecs import MultiHead, Quantizer, Transform
@@ -119,52 +120,44 @@ def _unit(E: Tensor, mean: Tensor, spectrum: Tensor) -> Tensor:
     return torch.stack((spectrum.mean(), SMALLEST_SPREAD**2 * of_mean, SMALLEST_SIZE**2 * of_metric)).amax().sqrt()
 
 
-def parse_measured(record, basis: MultiHead, geometry: Geometry, expect) -> MultiHeadFit:
-    """Check a file's record and make the codec of it. expect(good, field, expected, found) raises."""
-    name = basis.name
-
-    def tensor(key: str, *shape: int) -> Tensor:
-        value = record.get(key)
-        found = brief(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-        expect(isinstance(value, Tensor) and list(value.shape) == list(shape), f"{name}.{key}", list(shape), found)
-        expect(value.is_floating_point(), f"{name}.{key}", "floating-point numbers", value.dtype)
-        within = float(value.abs().max()) < LARGEST  # which NaN isn't
-        expect(within, f"{name}.{key}", f"finite numbers below {LARGEST:g}", "NaN or larger ones")
-        return value.float()
-
-    expect(isinstance(record, dict), name, "a dict", type(record).__name__)
-    E = record.get("E")
-    expect(isinstance(E, Tensor) and E.ndim == 4, f"{name}.E", "a tensor [L, G, w, w]", type(E).__name__)
-    channels = 2 * geometry.num_kv_heads * geometry.head_dim // basis.bases_per_layer
-    expect(E.shape[1] * E.shape[2] == channels, f"{name}.E", f"{channels} channels", E.shape[1] * E.shape[2])
-    shape = basis.shape(geometry)
+def multi_head_schema(basis: MultiHead, geometry: Geometry) -> Kind:
+    """What a calibration file must hold of a codec, as `MultiHeadFit.record` writes it."""
+    shape, layers, widths = basis.shape(geometry), geometry.num_layers, list(WIDTHS)
     L, G, w = shape.num_layers, shape.num_kv_heads, shape.head_dim
-    widths = record.get("widths")
-    plain = isinstance(widths, list) and all(type(width) is int for width in widths)
-    expect(plain and widths == list(WIDTHS), f"{name}.widths", list(WIDTHS), brief(widths))
-    n = record["prices"].numel() if isinstance(record.get("prices"), Tensor) else 0
-    expect(n > 1, f"{name}.prices", "two or more numbers", n)
-    demand, most = tensor("demand", n, L), w * COSTS[-1]
-    # A cache takes so many for every block; rounded, they may be some more
-    within = float(demand.min()) >= 0 and float(demand.max()) <= most + 1
-    expect(within, f"{name}.demand", f"0 to {most:,} bytes, which all channels at the widest take", "others")
+
+    def check_frequencies(frequencies: Tensor) -> None:
+        if 2 * len(frequencies) > geometry.head_dim:
+            raise PluginError(f"expected at most {geometry.head_dim // 2} frequencies, found {len(frequencies)}")
+
+    def check_widths(found: list[int]) -> None:
+        if found != widths:
+            raise PluginError(f"expected {widths}, found {brief(found)}")
+
+    def check_prices(record: dict) -> None:
+        if not 1 < len(record["prices"]) == len(record["demand"]):
+            raise PluginError("expected two or more prices, and the demand at each")
+
+    # Every block of a cache takes as many bytes as demand says; the widest codes of all channels take the most
+    fields = {
+        "mean": TensorOf((L, G, w), LARGEST),
+        "E": TensorOf((L, G, w, w), LARGEST),
+        "scale": TensorOf((L, G, 1, 1), LARGEST),
+        "spectrum": TensorOf((L, G, w), LARGEST),
+        "widths": Checked(ListOf(Whole(0)), check_widths),
+        "errors": TensorOf((L, G, w, len(WIDTHS)), LARGEST),
+        "prices": TensorOf((None,), LARGEST),
+        "demand": TensorOf((None, L), w * COSTS[-1] + 1, least=0),
+    }
+    if basis.unrotated:
+        fields["frequencies"] = ListOf(Checked(TensorOf((None,), LARGEST), check_frequencies), layers)
+        fields["layouts"] = ListOf(OneOf(LAYOUTS), layers)
+    return Checked(Record(fields, Anything()), check_prices)
+
+
+def multi_head_from(record: dict, basis: MultiHead, half: bool, where: str) -> MultiHeadFit:
+    """The codec of a record that fits `multi_head_schema`. half, where: as MultiHeadFit has them."""
+    rotary = zip(record["frequencies"], record["layouts"], strict=True) if basis.unrotated else ()
     return MultiHeadFit(
-        basis, tensor("mean", L, G, w), tensor("E", L, G, w, w) * tensor("scale", L, G, 1, 1),
-        tensor("spectrum", L, G, w),
-        _parse_rotary(record, name, geometry, expect) if basis.unrotated else [],
-        BitAllocation(tensor("errors", L, G, w, len(WIDTHS)), tensor("prices", n), demand),
-        half=E.dtype == torch.float16,
+        basis, record["mean"], record["E"] * record["scale"], record["spectrum"], [Rotary(*own) for own in rotary],
+        BitAllocation(record["errors"], record["prices"], record["demand"]), half=half, where=where,
     )  # fmt: skip
-
-
-def _parse_rotary(record: dict, name: str, geometry: Geometry, expect) -> list[Rotary]:
-    layouts, frequencies, d = record.get("layouts"), record.get("frequencies"), geometry.head_dim
-    for key, value in (("layouts", layouts), ("frequencies", frequencies)):
-        right = isinstance(value, list) and len(value) == geometry.num_layers
-        expect(right, f"{name}.{key}", f"a list of {geometry.num_layers}", type(value).__name__)
-    for layout, own in zip(layouts, frequencies, strict=True):
-        expect(layout in LAYOUTS, f"{name}.layouts", " or ".join(LAYOUTS), brief(layout))
-        right = isinstance(own, Tensor) and own.ndim == 1 and 2 * len(own) <= d
-        right = right and bool((own.abs() < LARGEST).all())  # which NaN isn't
-        expect(right, f"{name}.frequencies", f"at most {d // 2} numbers below {LARGEST:g}", type(own).__name__)
-    return [Rotary(own.float(), layout) for layout, own in zip(layouts, frequencies, strict=True)]

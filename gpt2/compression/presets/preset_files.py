@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from pathlib import Path
 
 from gpt2.common import files
-from gpt2.common.errors import BadArtefact, PluginError
+from gpt2.common.errors import PluginError
+from gpt2.common.schema import Anything, Record, read_json
+from gpt2.common.schema import parse as parse_record
 from gpt2.compression.presets.any_model import ANY_MODEL, preset_for_any_model
 from gpt2.compression.presets.schema import DEFAULTS, Preset, parse
 from gpt2.models.geometry import geometry_of
 from gpt2.models.loading import LoadedModel, read_config, slug_of
 
-MOST_BYTES = 2**20  # of a preset file; in memory, lists take twenty times that
 # The guide's presets, then those that were measured here: of two with the same name, the second counts
 BUILT_IN = (files.ROOT / "configs" / "presets", files.RESULTS / "presets")
 
@@ -95,19 +95,8 @@ def load_preset(path: str | Path) -> dict:
     path = Path(path)
     if not os.path.exists(path):  # which takes any name, a pathlib.Path no long one
         raise PluginError(f"no preset file {path}: make one with scripts/auto_tune_kv_compression.py")
-    if not path.is_file() or path.stat().st_size > MOST_BYTES:
-        raise BadArtefact(f"{path}: not a readable preset: expected a file of at most {MOST_BYTES:,} bytes")
-    try:
-        preset = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadArtefact(f"{path}: not a readable preset: {error}") from error
-    if not isinstance(preset, dict):
-        raise BadArtefact(f"{path}: expected a JSON object, found {type(preset).__name__}")
+    preset = parse_record(read_json(path, "preset"), Record(others=Anything()), path)
     return DEFAULTS | preset | {"folder": str(path.parent)}
-
-
-def _refuse_constant(word: str):
-    raise ValueError(f"{word} is not a number in JSON")
 
 
 def _no_preset(name: str, for_model: str, there_are: list[str]) -> str:

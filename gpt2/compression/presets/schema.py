@@ -2,39 +2,65 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from gpt2.common.errors import BadArtefact, PluginError, brief
-from gpt2.compression.codecs import BITS, bases_in, codec_name, full_rank, needs_calibration, quantizer_of
+from gpt2.common.errors import BadArtefact, PluginError
+from gpt2.common.schema import (
+    ABSENT,
+    Anything,
+    Default,
+    ListOf,
+    ListOrRecord,
+    Nullable,
+    Number,
+    OneOf,
+    Record,
+    Text,
+    Whole,
+)
+from gpt2.common.schema import parse as parse_record
+from gpt2.compression.codecs import bases_in, full_rank, needs_calibration, quantizer_of
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.settings import TARGETS, Plan, Setting, uniform
 
 FORMAT = "kv-plugin-preset/1"
+WIDEST, MOST_LAYERS, MOST_TOKENS = 1024, 1024, 2**31  # larger than any model's
+NAME = Text(200)  # of a codec or quantizer
+LAYER = Record(
+    {"codec": NAME, "rank": Nullable(Whole(1, WIDEST)), "bits": Number(above=0), "quantizer": Default(Nullable(NAME))}
+)
+SIDE = ListOrRecord(ListOf(Nullable(LAYER)), LAYER)
+FIGURE = Default(Nullable(Number(above=0)))  # null where it is unknown
 GUIDE_KEYS = {
-    "model": str,
-    "rank": int,
-    "target": str,
-    "bits": (int, float),
-    "compression_ratio": float,
-    "baseline_ppl": float,
-    "compressed_ppl": float,
-    "ppl_delta": float,
-    "calibration_file": str,
-    "head_dim": int,
-    "num_layers": int,
+    "model": Text(),
+    "rank": Whole(1, WIDEST),
+    "target": OneOf(tuple(TARGETS)),
+    "bits": Number(above=0),
+    "compression_ratio": FIGURE,
+    "baseline_ppl": FIGURE,
+    "compressed_ppl": FIGURE,
+    "ppl_delta": Default(Nullable(Number(above=-1))),
+    "calibration_file": Text(),
+    "head_dim": Whole(1, WIDEST),
+    "num_layers": Whole(1, MOST_LAYERS),
 }
-# Figures may be unknown (null); every other key is needed to make a cache
-FIGURES = ("compression_ratio", "baseline_ppl", "compressed_ppl", "ppl_delta")
-DEFAULTS = {"format": FORMAT, "codec": "pca", "quantizer": None, "sink_tokens": 4, "recent_tokens": 0}
-# Larger than any model's, and small enough that a short preset can't ask for all of a machine's memory
-RANGES = {"num_layers": (1, 1024), "head_dim": (1, 1024), "sink_tokens": (0, 2**31), "recent_tokens": (0, 2**31)}
-TEXTS = {"model": 4096, "calibration_file": 4096, "folder": 4096, "name": 200}  # longest, in characters
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")  # characters that a terminal obeys
-LONGEST_CODEC = 200  # characters
-# Of all layers together: codecs, each fitted to all statistics; bases joined in one; and numbers in bases that aren't
-# calibrated, each as large as head_dim squared and made for every setting
-MOST_CODECS, MOST_BASES, MOST_NUMBERS = 8, 4, 2**23
+FIGURES = tuple(key for key, kind in GUIDE_KEYS.items() if isinstance(kind, Default))
+OUR_KEYS = {
+    "format": Default(OneOf((FORMAT,)), FORMAT),
+    "codec": Default(NAME, "pca"),
+    "quantizer": Default(Nullable(NAME), None),
+    "sink_tokens": Default(Whole(0, MOST_TOKENS), 4),
+    "recent_tokens": Default(Whole(0, MOST_TOKENS), 0),
+    "layers": Default(Nullable(Record({side: Default(SIDE) for side in SIDES}))),
+    "name": Default(Text(200)),
+    "folder": Default(Text()),
+    "calibrated_with": Default(Record(others=Anything())),
+}
+PRESET = Record(GUIDE_KEYS | OUR_KEYS, others=Anything())
+DEFAULTS = {key: kind.value for key, kind in OUR_KEYS.items() if kind.value is not ABSENT}
+# Without these, a preset of 100 KB could ask for 16 GB (1,024 ranks of a basis of 1,024 channels, for K and for V) or
+# for 20 minutes (64 codecs of 32 bases each, fitted to 32 layers)
+MOST_BASES, MOST_NUMBERS = 16, 2**23
 
 
 @dataclass(frozen=True)
@@ -66,112 +92,57 @@ class Preset:
 
 def parse(preset: dict, where: str = "preset") -> Preset:
     """A JSON object as a preset. Raises BadArtefact with `where` and the key for a missing key or an invalid value."""
-    if not isinstance(preset, dict):
-        raise BadArtefact(f"{where}: expected a JSON object, found {type(preset).__name__}")
-    record = DEFAULTS | preset
-    _check_keys(record, where)
+    record = parse_record(preset, PRESET, where, noun="key")
     plan = _plan(record, where)
     _check_work(plan, record["head_dim"], where)
     same = ("model", "num_layers", "head_dim", "sink_tokens", "recent_tokens", "calibration_file")
     return Preset(**{key: record[key] for key in same}, folder=record.get("folder"), plan=plan, record=record)
 
 
-def _check_keys(preset: dict, where: str) -> None:
-    """Raise BadArtefact unless all keys but those of settings have values of their kind and range."""
-
-    def expect(good: bool, key: str, expected: str) -> None:
-        if not good:
-            raise BadArtefact(f"{where}: key {key!r}: expected {expected}, found {brief(preset.get(key))}")
-
-    for key, kind in GUIDE_KEYS.items():
-        value = preset.get(key)
-        if key in FIGURES:
-            number = type(value) in (int, float) and abs(value) < 1e15  # which NaN isn't
-            expect(value is None or (number and value > (-1 if key == "ppl_delta" else 0)), key, kind.__name__)
-        elif key != "bits":  # whose kind depends on the quantizer
-            expect(type(value) is kind, key, kind.__name__)
-    for key, most in TEXTS.items():
-        text = preset.get(key, "")
-        expect(type(text) is str and len(text) <= most and not CONTROL.search(text), key, f"up to {most} letters")
-    expect(isinstance(preset.get("calibrated_with", {}), dict), "calibrated_with", "an object of calibration metadata")
-    expect(preset["format"] == FORMAT, "format", repr(FORMAT))
-    expect(preset["target"] in TARGETS, "target", "v, k or kv")
-    for key, (least, most) in RANGES.items():
-        right = type(preset[key]) is int and least <= preset[key] <= most
-        expect(right, key, f"a whole number from {least} to {most}")
-
-
 def _plan(preset: dict, where: str) -> Plan:
     """Settings of each layer: those of `layers` where a preset has them, else its own in all layers of its target."""
-    L, head_dim = preset["num_layers"], preset["head_dim"]
-    setting = _setting({key: preset.get(key) for key in ("codec", "rank", "bits", "quantizer")}, head_dim, where)
-    layers = preset.get("layers")
+    num_layers, head_dim, layers = preset["num_layers"], preset["head_dim"], preset.get("layers")
+    setting = _setting(preset, head_dim, where)
     if layers is None:
-        return uniform(preset["target"], L, setting)
-    if not isinstance(layers, dict) or not layers or set(layers) - set(SIDES):
-        raise BadArtefact(f"{where}: key 'layers': expected an object with 'k', 'v' or both, found {brief(layers)}")
-    plan = {side: [None] * L for side in SIDES}
-    return plan | {side: _side(settings, L, head_dim, where, f"layers.{side}") for side, settings in layers.items()}
+        return uniform(preset["target"], num_layers, setting)
+    if not layers:
+        raise BadArtefact(f"{where}: key 'layers': expected 'k', 'v' or both, found neither")
+    plan = {side: [None] * num_layers for side in SIDES}
+    for side, settings in layers.items():
+        if isinstance(settings, dict):
+            plan[side] = [_setting(settings, head_dim, f"{where}: layers.{side}")] * num_layers
+            continue
+        if len(settings) != num_layers:
+            raise BadArtefact(f"{where}: key 'layers.{side}': expected a list of {num_layers}, found {len(settings)}")
+        for layer, own in enumerate(settings):
+            plan[side][layer] = own and _setting(own, head_dim, f"{where}: layers.{side}[{layer}]")
+    return plan
 
 
-def _side(settings, num_layers: int, head_dim: int, where: str, key: str) -> list[Setting | None]:
-    """One side of `layers`: a setting for all layers, or a list with a setting or null for each layer."""
-    if isinstance(settings, dict):
-        return [_layer_setting(settings, head_dim, f"{where}: {key}")] * num_layers
-    if not isinstance(settings, list) or len(settings) != num_layers:
-        found = len(settings) if isinstance(settings, list) else type(settings).__name__
-        raise BadArtefact(f"{where}: key {key!r}: expected a list of {num_layers} entries, found {found}")
-    places = (f"{where}: {key}[{layer}]" for layer in range(num_layers))
-    pairs = zip(settings, places, strict=True)
-    return [None if setting is None else _layer_setting(setting, head_dim, place) for setting, place in pairs]
-
-
-def _layer_setting(setting, head_dim: int, where: str) -> Setting:
-    if not isinstance(setting, dict) or set(setting) - {"quantizer"} != {"codec", "rank", "bits"}:
-        raise BadArtefact(f"{where}: expected null or codec, rank and bits, found {brief(setting)}")
-    return _setting({"quantizer": None} | setting, head_dim, where, whole=True)
-
-
-def _setting(setting: dict, head_dim: int, where: str, whole: bool = False) -> Setting:
-    """codec, rank, bits and quantizer as a Setting; whole: whether null is a rank, that of all coordinates.
-
-    Raises BadArtefact unless they exist and fit together.
-    """
-    codec, rank, bits, quantizer = (setting[key] for key in ("codec", "rank", "bits", "quantizer"))
-    most = full_rank_of(codec, head_dim, where)
-    if not (whole and rank is None) and (type(rank) is not int or not 1 <= rank <= most):
-        full = f"1 to head_dim {most}" if most == head_dim else f"1 to {most}, as {codec} has coordinates"
-        raise BadArtefact(f"{where}: key 'rank': expected {full}, found {brief(rank)}")
-    if quantizer is None and (type(bits) is not int or bits not in BITS):
-        raise BadArtefact(f"{where}: key 'bits': expected {' or '.join(map(str, sorted(BITS)))}, found {brief(bits)}")
-    if type(bits) not in (int, float):
-        raise BadArtefact(f"{where}: key 'bits': expected a number, found {brief(bits)}")
+def _setting(record: dict, head_dim: int, where: str) -> Setting:
+    """codec, rank, bits and quantizer of a record. Raises BadArtefact unless they exist and fit together."""
+    setting = Setting(record["codec"], record["rank"], record["bits"], record.get("quantizer"))
     try:
-        quantizer_of(quantizer, bits)
-    except (PluginError, TypeError) as error:
-        raise BadArtefact(f"{where}: keys 'quantizer' and 'bits': {error}") from error
-    return Setting(**setting)
-
-
-def full_rank_of(codec, head_dim: int, where: str) -> int:
-    """Coordinates of a preset's codec. Raises BadArtefact for a name that isn't one's."""
-    if type(codec) is not str or len(codec) > LONGEST_CODEC:
-        raise BadArtefact(f"{where}: key 'codec': expected a codec's name, found {brief(codec)}")
-    try:
-        return full_rank(codec_name(codec), head_dim)
+        most = full_rank(setting.codec, head_dim)
     except PluginError as error:
         raise BadArtefact(f"{where}: key 'codec': {error}") from error
+    if setting.rank is not None and setting.rank > most:
+        raise BadArtefact(f"{where}: key 'rank': expected 1 to {most}, as codec {setting.codec} has coordinates for a "
+                          f"head_dim of {head_dim}, found {setting.rank}")  # fmt: skip
+    try:
+        quantizer_of(setting.quantizer, setting.bits)
+    except PluginError as error:
+        raise BadArtefact(f"{where}: keys 'quantizer' and 'bits': {error}") from error
+    return setting
 
 
 def _check_work(plan: Plan, head_dim: int, where: str) -> None:
-    """Raise BadArtefact where what a preset asks for is right, but would take minutes or a machine's memory."""
+    """Raise BadArtefact where the codecs of a valid preset would take too much time or memory to make."""
     settings = {setting for side in plan.values() for setting in side if setting}
-    bases = {setting.codec: len(bases_in(setting.codec)) for setting in settings}
-    if sum(map(bool, bases.values())) > MOST_CODECS or max(bases.values(), default=0) > MOST_BASES:
-        raise BadArtefact(f"{where}: expected at most {MOST_CODECS} codecs, each of at most {MOST_BASES} bases")
-    fixed = [bases[setting.codec] for setting in settings if not needs_calibration(setting.codec)]
-    numbers = sum(fixed) * head_dim**2
+    bases = {codec: len(bases_in(codec)) for codec in {setting.codec for setting in settings}}
+    if sum(bases.values()) > MOST_BASES:
+        raise BadArtefact(f"{where}: its codecs have {sum(bases.values())} bases: expected at most {MOST_BASES}")
+    # Each setting of a codec that needs no calibration has its own basis
+    numbers = sum(bases[setting.codec] for setting in settings if not needs_calibration(setting.codec)) * head_dim**2
     if numbers > MOST_NUMBERS:
-        raise BadArtefact(
-            f"{where}: its settings ask for bases of {numbers:,} numbers: expected {MOST_NUMBERS:,} at most"
-        )
+        raise BadArtefact(f"{where}: its bases have {numbers:,} numbers: expected at most {MOST_NUMBERS:,}")

@@ -19,7 +19,7 @@ from gpt2.compression.codecs import multi_head_bases
 from gpt2.compression.codecs.metric import output_metric
 from gpt2.compression.codecs.multi_head import side_by_side
 from gpt2.compression.codecs.rope import Rotary, best_fit, candidates
-from gpt2.experiments import architectures
+from gpt2.experiments import miniatures
 from gpt2.models.loading import LoadedModel, wrap
 from gpt2.text.sources import by_position
 
@@ -174,7 +174,7 @@ def test_checkpointing_keeps_fewer_activations(llama):
 
 @pytest.mark.parametrize("family", ["bloom", "falcon"])
 def test_checkpointing_is_refused_where_attention_is_hard_wired(family):
-    loaded = wrap(architectures.tiny_family(family), None, family)
+    loaded = wrap(miniatures.tiny_family(family), None, family)
     statistics = collect(loaded, windows(1, 20), SINKS)
     with pytest.raises(PluginError, match="hard-wired: leave --gradient-checkpointing out"):
         collect_fisher(loaded, windows(1, 20), statistics, SINKS, {}, checkpointing=True)
@@ -345,7 +345,7 @@ def test_a_model_whose_output_projection_is_not_found_has_no_metric_for_values(l
 
 def model_of(family: str) -> LoadedModel:
     in_tiny = family in ("llama", "gpt2", "opt", "gpt_neox", "phi", "gemma3_text", "qwen3", "mistral")
-    return tiny_loaded(family) if in_tiny else wrap(architectures.tiny_family(family), None, family)
+    return tiny_loaded(family) if in_tiny else wrap(miniatures.tiny_family(family), None, family)
 
 
 @pytest.mark.parametrize(

@@ -297,7 +297,7 @@ def test_attention_reads_what_is_stored(case, dtype, kernels):
         read = cache.update(k, v, 0)
         stores = cache.layers[0].stores
         found = direct_attention.attend(stores["K"], stores["V"], q, None, 1.0)
-        expected = attention_math.attend_expanded(*(x.float() for x in read), q.float(), None, 1.0)
+        expected = attention_math.attend_reconstructed(*(x.float() for x in read), q.float(), None, 1.0)
         assert torch.isfinite(found).all() and all(torch.isfinite(x).all() for x in read)
         size = read[1].float().abs().amax()
         eps = 1e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps

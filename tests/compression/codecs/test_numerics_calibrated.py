@@ -33,7 +33,7 @@ from gpt2.compression.settings import compressors_for
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel, wrap
 from gpt2.text.sources import by_position
-from gpt2.tuning import grid_search
+from gpt2.tuning.trial_queue import TrialQueue
 
 TEXT = by_position("words", "words.txt", word_text(3000))
 BIASED = torch.tensor([400.0, -300, 0, 0, 150, 0, 0, 90, 0, 0, 0, 0])  # of a head's 12 channels
@@ -220,10 +220,8 @@ def test_presets_by_ratio_and_the_search_twice_are_the_same(tmp_path, monkeypatc
         flags = [*common, *SMALL_EVAL, "--target-ppl-delta", 0.5, "--calibration", calibration]
         flags += ["--search", "codec", "--codecs", "joint+mixed,pca", "--num-trials", 5, "--study", f"{name}/s.db"]
         assert run("auto_tune_kv_compression", *flags, "--output", f"{name}/preset.json") == 0
-        study = grid_search.open_study(
-            tmp_path / name / "s.db", optuna.get_all_study_names(f"sqlite:///{name}/s.db")[0]
-        )
+        (study,) = optuna.get_all_study_names(f"sqlite:///{name}/s.db")
         rows = json.loads((tmp_path / name / "runs/ratio_presets_tiny.json").read_text())["rows"]
-        found.append([[(t.params, t.values, t.state) for t in study.get_trials()], rows])
+        found.append([[(t.params, t.values, t.state) for t in TrialQueue(f"{name}/s.db", study).trials()], rows])
     assert found[0][0] == found[1][0] and len(found[0][0]) >= 5
     assert found[0][1] == found[1][1]
