@@ -94,7 +94,7 @@ def score(
 
 def _keeping_reconstructions(cache: Cache) -> Cache:
     """Let a cache of ours reconstruct each block once instead of at every chunk; the values are the same."""
-    return cache.keep_expanded() if isinstance(cache, CompressedDynamicCache) else cache
+    return cache.keep_reconstructed() if isinstance(cache, CompressedDynamicCache) else cache
 
 
 @contextmanager

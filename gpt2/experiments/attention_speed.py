@@ -36,8 +36,8 @@ COPIES = 10  # of the copy that bandwidth is measured with
 SHARPNESS = 2.0  # standard deviation of scores: some tokens matter more than others
 SIXTEEN, FLOAT32, OURS, COMPILED = "16-bit", "float32", "compressed", "torch.compile"
 SDPA = "sdpa"
-# What may be asked for: a quantizer for K and V alike, or the codecs of a preset for any model
-CODECS = (*(name for name in QUANTIZERS if name != "mixed_fixed"), *ANY_MODEL)
+# What may be asked for: a quantizer for K and V alike, or the codecs of a calibration-free preset
+CODECS = (*(name for name, quantizer in QUANTIZERS.items() if not quantizer.calibrated), *ANY_MODEL)
 clock = time.perf_counter
 
 
@@ -214,7 +214,7 @@ def _matmuls(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention in float32."""
-    return attention_math.attend_expanded(k.float(), v.float(), q.float(), None, q.shape[-1] ** -0.5)
+    return attention_math.attend_reconstructed(k.float(), v.float(), q.float(), None, q.shape[-1] ** -0.5)
 
 
 def _compressors(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from gpt2.compression.calibration.fisher import RESERVOIR_BLOCKS
+from gpt2.compression.calibration.fisher import SAMPLED_BLOCKS
 from gpt2.compression.codecs import multi_head_bases
 from gpt2.compression.codecs.mixed import BLOCK
 from gpt2.models.geometry import Geometry, geometry_of
@@ -135,7 +135,7 @@ def gradient_statistics_bytes(dims: Dimensions) -> dict[str, int]:
     return {
         "heads": FLOAT64 * 2 * g.num_layers * g.num_kv_heads * g.head_dim**2,
         **moments,
-        "blocks": HALF * RESERVOIR_BLOCKS * BLOCK * vectors,
+        "blocks": HALF * SAMPLED_BLOCKS * BLOCK * vectors,
     }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from transformers import PretrainedConfig
 
 from gpt2.compression.cache.size import held_bytes, plain_bytes
-from gpt2.compression.codecs import is_measured
+from gpt2.compression.codecs import needs_calibration
 from gpt2.compression.codecs.multi_head import heads_per_group
 from gpt2.compression.named_caches import from_preset
 from gpt2.experiments import cost_model
@@ -49,8 +49,8 @@ def cache_rows(
             plain = plain_bytes(geometry, tokens, config=config)
             found = [(SIXTEEN, plain, 0)]
             for choice in chosen:
-                # All layers share the basis of a codec that isn't calibrated
-                copies = parts if is_measured(choice.preset.record["codec"]) else 1
+                # A codec without a calibration is one object for all layers
+                copies = parts if needs_calibration(choice.preset.record["codec"]) else 1
                 held = held_bytes(choice.make, part.geometry, tokens) * parts
                 found.append((choice.label, held, choice.make().codec_bytes() * copies))
             rows += [

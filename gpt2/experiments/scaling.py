@@ -215,7 +215,7 @@ def memory(loaded: LoadedModel, configs: Configs, sizes: Sizes) -> Iterator[Seri
         one.append(Point(g.num_layers * g.num_kv_heads * g.head_dim**2, cost_model.statistics_bytes(dims), heads))
         groups = sum(e.num_layers * e.num_kv_heads * e.head_dim**2 for e in dims.multi_head_shapes().values())
         added = cost_model.gradient_statistics_bytes(dims)
-        added["blocks"] //= cost_model.RESERVOIR_BLOCKS  # a window of one
+        added["blocks"] //= cost_model.SAMPLED_BLOCKS  # a window of one
         other.append(Point(groups, sum(added.values()), partial(_gradient_bytes, config, g)))
     names = f"caches of {len(configs)} shapes"
     yield Series("calibrate: statistics of heads", "layers · heads · d²", names, one, BYTES)
@@ -252,7 +252,7 @@ def moments_bytes(moments: Moments) -> int:
 
 def measured_bytes(statistics: MultiHeadStatistics) -> int:
     """Bytes of the statistics and sample blocks of a multi-head basis."""
-    return moments_bytes(statistics.moments) + statistics.reservoir.nbytes
+    return moments_bytes(statistics.moments) + statistics.blocks.nbytes
 
 
 def saved_bytes(loaded: LoadedModel, tokens: int) -> float:

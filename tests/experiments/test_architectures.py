@@ -88,7 +88,7 @@ def reads_what_is_stored(mode: str, model, make) -> None:
     """Attention over the cache gives the logits of reconstruction, or the model is refused and left as it was."""
     reconstructed = architectures.streamed(model, make())
     if mode == RECONSTRUCT:
-        with pytest.raises(UnsupportedModel, match="can't attend over a compressed cache"):
+        with pytest.raises(UnsupportedModel, match="can't use compressed attention"):
             enable_compressed_attention(model)
         assert torch.equal(architectures.streamed(model, make()), reconstructed)
         return

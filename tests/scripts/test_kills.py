@@ -21,7 +21,6 @@ import sys
 import time
 from pathlib import Path
 
-import optuna
 import pytest
 import torch
 from forked import Child, at_every_write, start, unprivileged
@@ -53,7 +52,7 @@ def home(tmp_path_factory):
     os.environ["COMMIT"] = provenance.git_commit() or ""
     make_home(home)
     files.write_figure(home / "warm.png", plots.append_times([1, 2], {"a": [1, 2]}, "t"))
-    optuna.create_study(storage=trial_queue.open_storage(f"sqlite:///{home}/warm.db", 1, 2))
+    trial_queue.TrialQueue(home / "warm.db", "warm")
     provenance.git_commit()
     gc.collect()
     gc.freeze()  # children would look through all of it, and copy it

@@ -145,7 +145,7 @@ def test_rank_60_of_64(name, monkeypatch):
 def test_sinks_pieces_and_recent_tokens(sinks, pair, monkeypatch):
     k, v = (compressor(name, 16) for name in pair)
     stores = make(k, v, 16, chunks=(140, 60, 1, 1, 1, 130), sinks=sinks, recent=5)
-    assert max(len(list(own.pieces())) for own in stores[:2]) > 2
+    assert max(len(list(own.chunks())) for own in stores[:2]) > 2
     compare(monkeypatch, *stores)
 
 

@@ -1,5 +1,6 @@
-"""What compressing one layer's K or V costs, measured layer by layer, and the plans of settings that follow."""
+"""What each layer loses alone, measured on a tiny model, and the plans that follow from such figures."""
 
+import itertools
 import json
 
 import pytest
@@ -10,7 +11,6 @@ from gpt2.common.errors import BadArtefact
 from gpt2.compression.settings import Setting
 from gpt2.models.geometry import Geometry
 from gpt2.tuning import layer_sensitivity
-from gpt2.tuning.grid_search import Cell
 
 INT4, INT8 = Setting("identity", 12, 4), Setting("identity", 12, 8)
 
@@ -20,27 +20,31 @@ def llama():
     return tiny_loaded("llama")
 
 
-def test_ablation_touches_one_layer_and_resumes(llama, tmp_path, monkeypatch):
-    path, calls = tmp_path / "a.json", []
-    real = layer_sensitivity.score
+def ablate(loaded, path, *, target="kv", settings=(INT8, INT4), key=None, progress=iter):
+    return layer_sensitivity.ablate(
+        loaded, windows(2, 48), None, target, settings, path=path, key=key or {"a": 1}, sink_tokens=2, progress=progress
+    )
 
-    def counted(loaded, segments, caches, **how):
-        calls.append(len(caches) - 1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(loaded, segments, caches, **how)
 
-    monkeypatch.setattr(layer_sensitivity, "score", counted)
-    arguments = (llama, windows(2, 48), None, "kv", [INT8, INT4])
+def test_ablation_touches_one_layer_and_resumes(llama, tmp_path):
+    path = tmp_path / "a.json"
+
+    def until_the_third(layers):
+        yield from itertools.islice(layers, 2)
+        raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        layer_sensitivity.ablate(*arguments, path=path, key={"a": 1}, sink_tokens=2)
-    assert len(json.loads(path.read_text())["rows"]) == 8, "two layers, two sides, two settings"
-    rows = layer_sensitivity.ablate(*arguments, path=path, key={"a": 1}, sink_tokens=2)
-    assert calls == [4, 4, 4, 4] and len(rows) == 12, "only the layer that was interrupted is measured again"
+        ablate(llama, path, progress=until_the_third)
+    record = json.loads(path.read_text())
+    assert len(record["rows"]) == 8, "two layers, two sides, two settings"
+    for row in record["rows"]:
+        row["measured"] = "before"
+    path.write_text(json.dumps(record))
+    rows = ablate(llama, path)
+    assert [row.get("measured") for row in rows] == ["before"] * 8 + [None] * 4
     kl = {(r["side"], r["layer"], r["bits"]): r["kl_nats"] for r in rows}
     assert all(kl[side, layer, 8] < kl[side, layer, 4] for side in "kv" for layer in range(3))
-    layer_sensitivity.ablate(*arguments, path=path, key={"a": 2}, sink_tokens=2)
-    assert len(calls) == 7, "another key is another measurement"
+    assert not any("measured" in row for row in ablate(llama, path, key={"a": 2})), "another key: measured again"
 
 
 def test_a_foreign_file_is_not_taken_for_an_ablation(llama, tmp_path):
@@ -48,7 +52,7 @@ def test_a_foreign_file_is_not_taken_for_an_ablation(llama, tmp_path):
     for content in ('{"rows": 3}', "[" * 10**5):
         path.write_text(content)
         with pytest.raises(BadArtefact, match="not a layer ablation"):
-            layer_sensitivity.ablate(llama, windows(1, 48), None, "v", [INT8], path=path, key={}, sink_tokens=2)
+            ablate(llama, path, target="v", settings=[INT8])
         assert path.read_text() == content
 
 
@@ -71,8 +75,6 @@ def test_sensitive_layers_keep_more():
 
 def test_plans_are_the_lower_hull_of_all_assignments():
     """Against all 3^4 assignments: no other loses less with no more bytes, for any of the plans."""
-    import itertools
-
     generator = torch.Generator().manual_seed(0)
     losses = {layer: tuple(sorted((torch.rand(2, generator=generator) * 0.02).tolist())) for layer in range(4)}
     geometry = Geometry(4, 2, 12)
@@ -97,13 +99,3 @@ def test_far_inside_the_budget_the_smallest_plan_is_offered():
 
 def test_where_even_the_mildest_loses_too_much_there_is_no_plan():
     assert layer_sensitivity.plans(rows({0: (1.0, 2.0)}), Geometry(1, 2, 12), budget=0.001) == []
-
-
-def test_cells_of_plans_have_a_name_and_a_key_of_their_own():
-    from gpt2.tuning.grid_search import _key
-
-    first, second = (Cell.of_plan({"k": [None] * 3, "v": list(v)}) for v in ((INT4, INT8, None), (INT8, INT4, None)))
-    assert str(first) == f"per layer {first.digest[:4]}: V 1 × exact + 1 × r12 4 bits + 1 × r12 8 bits"
-    assert str(first) != str(second) and (first.rank, first.bits) == (12, 4)
-    assert len({_key(first), _key(second), _key(Cell(12, 4))}) == 3
-    assert first.plan("v", "identity", 3) == {"k": [None] * 3, "v": [INT4, INT8, None]}

@@ -113,8 +113,8 @@ def exact_and_unused_bytes(cache: CompressedDynamicCache) -> tuple[int, int]:
     """Bytes of exact tokens (sinks and tail) in a CompressedDynamicCache, and bytes that are allocated but unused."""
     stores = [store for layer in cache.layers for store in layer.stores.values()]
     exact = sum(tensor.nbytes for store in stores for tensor in (store.sinks, store.tail))
-    growing = [pieces for store in stores for pieces in store.blocks.values() if pieces.room]
-    return exact, sum(pieces.room * pieces.parts[-1][:, :, :1].nbytes for pieces in growing)
+    growing = [stored for store in stores for stored in store.blocks.values() if stored.unused]
+    return exact, sum(stored.unused * stored.chunks[-1][:, :, :1].nbytes for stored in growing)
 
 
 def plain_bytes(geometry: Geometry, tokens: int, *, config=None) -> int:

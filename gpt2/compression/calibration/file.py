@@ -15,10 +15,10 @@ import torch
 from gpt2.common import files, tensor_file
 from gpt2.common.errors import CalibrationNotFound, PluginError
 from gpt2.common.schema import Anything, Checked, Default, Kind, OneOf, Plain, Record, TensorOf, Text, Whole, parse
-from gpt2.compression.calibration.bit_allocation import LARGEST, multi_head_from, multi_head_schema
 from gpt2.compression.calibration.fit import Calibration
+from gpt2.compression.calibration.multi_head_fit import LARGEST, multi_head_from, multi_head_schema
 from gpt2.compression.calibration.statistics import Statistics
-from gpt2.compression.codecs import full_rank, multi_head_bases, needs_calibration, single_heads
+from gpt2.compression.codecs import basis_of, full_rank, multi_head_bases, needs_calibration
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.codecs.moments import Moments
 from gpt2.models.geometry import Geometry
@@ -113,7 +113,7 @@ def _calibration_from(record: dict, path: Path) -> Calibration:
 def _whole_schema(codec: str, geometry: Geometry) -> dict[str, Kind]:
     """What a whole calibration has beside multi-head bases: bases in single precision, statistics in double."""
     L, H, d = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
-    r = full_rank(single_heads(codec), d)
+    r = full_rank(basis_of(codec).per_head, d)
     shapes = {"mean": (L, H, d), "E": (L, H, d, r), "D": (L, H, r, d), "spectrum": (L, H, r)}
     basis = Record({name: TensorOf(shape, LARGEST) for name, shape in shapes.items()})
     # The largest are sums of squares that are weighted by squares

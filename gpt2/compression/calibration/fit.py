@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from gpt2.common.errors import BadArtefact, PluginError
-from gpt2.compression.calibration.bit_allocation import MultiHeadFit
+from gpt2.compression.calibration.multi_head_fit import MultiHeadFit
 from gpt2.compression.calibration.statistics import Statistics
-from gpt2.compression.codecs import Transform, basis_of, is_measured, single_heads
+from gpt2.compression.codecs import Quantizer, Transform, basis_of
 from gpt2.compression.codecs.moments import Moments
 from gpt2.models.geometry import Geometry
 
 
 @dataclass(eq=False)  # by identity, so that it can be a key of what is made of it
 class Calibration:
-    """Contents of a calibration file. A compact one has neither `statistics` nor `bases`, but a measured codec.
+    """Contents of a calibration file. A compact one has neither `statistics` nor `bases`, but one multi-head basis.
 
     `bases[side]` has mean [L, H, d], E [L, H, d, r], D [L, H, r, d], spectrum [L, H, r], with r the full rank of
-    `basis_codec`. measured: codecs of several heads by name; there are some where gradients were taken.
+    `basis_codec`. multi_head: fitted bases that heads share, by name; there are some where gradients were taken.
     """
 
     meta: dict
@@ -36,13 +36,13 @@ class Calibration:
 
     @property
     def basis_codec(self) -> str:
-        """Codec of `bases`: the file's own, or where that is of several heads, the same metric on each head."""
-        return single_heads(self.meta["codec"])
+        """Codec of `bases`: the file's own, or where heads share that one, the basis of single heads in its metric."""
+        return basis_of(self.meta["codec"]).per_head
 
     def energies(self) -> dict[str, Tensor]:
         """Share of the variance that the first r coordinates keep, all of it where there is none.
 
-        Of `bases`, "k" and "v" [L, H, d]; of a compact file's codec what shares a basis in a layer, [L, G, w].
+        Of `bases`, "k" and "v" [L, H, d]; of a compact file's codec "kv", or "k" and "v", [L, G, w].
         """
         spectra = {side: basis["spectrum"] for side, basis in self.bases.items()}
         spectra = spectra or self.fit_of(self.meta["codec"]).spectra()
@@ -56,7 +56,7 @@ class Calibration:
         the file's statistics.
         """
         codec = codec or self.meta["codec"]
-        if is_measured(codec):
+        if basis_of(codec).multi_head:
             return self.fit_of(codec).transform(layer, side)
         if not self.bases:
             raise PluginError(
@@ -72,18 +72,28 @@ class Calibration:
         whole = Transform(*(basis[name][layer] for name in ("E", "D", "mean")))
         return whole.truncate(min(self.meta["rank"], whole.rank) if rank is None else rank)
 
+    def quantizer(self, quantizer: Quantizer, side: str, layer: int, codec: str) -> Quantizer:
+        """A quantizer for one layer's K or V in a codec's basis, where its bits are meant on average over all."""
+        return self.fit_of(codec).quantizer(quantizer, layer, side) if basis_of(codec).multi_head else quantizer
+
+    def bits_range(self) -> tuple[float, float] | None:
+        """Least and most bits that all of its multi-head bases can share out over layers; None where it has none."""
+        ranges = [fit.allocation.bits_range() for fit in self.multi_head.values()]
+        return (max(low for low, _ in ranges), min(high for _, high in ranges)) if ranges else None
+
     def fit_of(self, codec: str) -> MultiHeadFit:
-        """A codec of several heads. Raises PluginError where no gradients were taken, or a file has another alone."""
+        """A basis that heads share. Raises PluginError where no gradients were taken, or the file has another alone."""
         if codec not in self.multi_head:
             if self.meta.get("compact"):
                 lacks = f"it has codec {self.meta['codec']} alone"
             else:
                 lacks = "it was made before there was one" if self.multi_head else "it has no gradients"
-            raise PluginError(f"codec {codec} is not in this calibration, {lacks}: make one with --metric fisher")
+            metric = basis_of(codec).metric
+            raise PluginError(f"codec {codec} is not in this calibration, {lacks}: make one with --metric {metric}")
         return self.multi_head[codec]
 
     def compact(self, codec: str) -> Calibration:
-        """One measured codec alone, its basis in half precision."""
+        """One multi-head basis alone, in half precision."""
         kept = {codec: self.fit_of(codec).compact()}
         return Calibration(self.meta | {"codec": codec, "compact": True}, None, {}, kept)
 

@@ -1,7 +1,7 @@
-"""Rotary positions taken off keys and put back, so that a codec sees keys that don't depend on where they stand.
+"""Rotary positions (RoPE) taken off keys and put back, so that a codec sees keys that don't depend on their position.
 
-Correctness never depends on having found the model's own rotation: what is rotated back by one angle is rotated forward
-by the same. A rotation that isn't the model's only costs compression, so it is chosen by what compresses best.
+It is correct with any rotation: keys are rotated again by the angles that they were un-rotated by. A rotation that
+isn't the model's own only costs compression, so the one that compresses best is chosen.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-LAYOUTS = ("none", "half", "interleaved")  # which two channels turn together: c and c + n/2, or 2c and 2c + 1
+LAYOUTS = ("none", "half", "interleaved")  # which two channels rotate together: c and c + n/2, or 2c and 2c + 1
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ def candidates(model: nn.Module, head_dim: int) -> list[Rotary]:
     return found
 
 
-def fitting(keys: Tensor, start: int, choices: list[Rotary]) -> Rotary:
-    """The rotation under which keys [H, T, d] take the fewest bits: the least log-determinant of their covariance."""
+def best_fit(keys: Tensor, start: int, choices: list[Rotary]) -> Rotary:
+    """The rotation without which keys [H, T, d] take the fewest bits: the least log-determinant of their covariance."""
 
     def bits(rotary: Rotary) -> float:
         x = rotary.unrotate(keys.double(), start)
         x = x - x.mean(-2, keepdim=True)
         covariance = x.mT @ x / x.shape[-2]
-        if not torch.isfinite(covariance).all():  # refused where the statistics are taken, with what to do
+        if not torch.isfinite(covariance).all():  # statistics of such keys raise an error that says what to do
             return math.inf
         floor = 1e-6 * covariance.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(x.shape[-1], dtype=x.dtype)
         return float(torch.linalg.eigvalsh(covariance + floor).clamp_min(1e-300).log().sum())

@@ -11,6 +11,7 @@ from pathlib import Path
 from gpt2.common.errors import BadArtefact, CalibrationNotFound, brief
 from gpt2.compression.calibration.file import calibration_folders, load_calibration
 from gpt2.compression.calibration.fit import Calibration
+from gpt2.compression.codecs import takes_gradients
 from gpt2.compression.presets.schema import Preset
 from gpt2.models.loading import LoadedModel
 
@@ -39,8 +40,9 @@ def made_by(meta: dict, calibration_file: str) -> str:
     """The command that makes a calibration again from its metadata."""
     words = {"model": meta["model"], "rank": meta["rank"], "samples": meta["samples"], "seq-len": meta["seq_len"]}
     words |= {"seed": meta["seed"], "sink-tokens": meta["sink_tokens"], "text": meta["text_spec"]}
-    if meta.get("metric") == "fisher":  # gradients, which codecs may need that the file's own doesn't name
-        words["metric"] = "fisher"
+    metric = meta.get("metric")
+    if metric and takes_gradients(metric):  # codecs may need them beside the file's own, which may not
+        words["metric"] = metric
     output = calibration_folders()[0] / Path(calibration_file).name
     flags = " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in words.items())
     return f"python scripts/calibrate_kv_lowrank.py {flags} --output {shlex.quote(str(output))}"

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from gpt2.common.errors import UnsupportedModel
 from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention, is_enabled
 from gpt2.compression.cache import attention, direct_attention
-from gpt2.compression.cache.layers import Sealed
+from gpt2.compression.cache.layers import StoredKV
 from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.codecs import QUANTIZERS, Compressor, Transform
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
@@ -207,7 +207,7 @@ def test_many_pieces(llama, kernels):
 
     cache = cache_of(llama, SETTINGS["mixed"], SETTINGS["int8"])
     run(cache)
-    assert len(list(cache.layers[0].stores["V"].pieces())) > 1
+    assert len(list(cache.layers[0].stores["V"].chunks())) > 1
     assert close(*both(llama, lambda: cache_of(llama, SETTINGS["mixed"], SETTINGS["int8"]), run))
 
 
@@ -358,7 +358,7 @@ def test_a_sealed_tensor_can_do_nothing(llama):
     layer.store(torch.zeros(1, 2, 3, 12), torch.zeros(1, 2, 3, 12))
     for use in (lambda x: x.shape, lambda x: x + 1, lambda x: x[0], lambda x: torch.cat([x])):
         with pytest.raises((AttributeError, TypeError)):
-            use(Sealed(layer))
+            use(StoredKV(layer))
 
 
 @pytest.mark.parametrize("family", ["bloom", "falcon"])
@@ -368,7 +368,7 @@ def test_a_model_with_attention_of_its_own_is_refused_and_left_as_it_was(family)
     model = tiny_family(family)
     before, ids = model.config._attn_implementation, windows(1, 8)
     expected = model(ids).logits
-    with pytest.raises(UnsupportedModel, match="can't attend over a compressed cache: .* by reconstruction"):
+    with pytest.raises(UnsupportedModel, match="can't use compressed attention: .*by reconstruction"):
         enable_compressed_attention(model)
     assert not is_enabled(model) and model.config._attn_implementation == before
     assert torch.equal(model(ids).logits, expected) and not model._forward_hooks
@@ -376,7 +376,7 @@ def test_a_model_with_attention_of_its_own_is_refused_and_left_as_it_was(family)
 
 def test_the_probe_finds_other_logits(llama, monkeypatch):
     monkeypatch.setattr(direct_attention, "attend", lambda k, v, query, *args, **how: torch.zeros_like(query))
-    with pytest.raises(UnsupportedModel, match="another attention function changes its logits by"):
+    with pytest.raises(UnsupportedModel, match="replacing its attention changes its logits by"):
         enable_compressed_attention(llama)
     assert not is_enabled(llama)
 

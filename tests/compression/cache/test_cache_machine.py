@@ -37,7 +37,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 LOADED = cpu.loaded  # whether there are kernels
 LENGTHS = st.one_of(st.integers(0, 4), st.integers(1, 300))
 ORDERS = [torch.preserve_format, torch.contiguous_format, torch.channels_last]
-SMALLEST = [token_store.SMALLEST_PIECE, 3]  # with the second, short histories make many pieces and join them
+SMALLEST = [token_store.SMALLEST_CHUNK, 3]  # with the second, short histories make many pieces and join them
 COMPRESSORS = {
     "identity": lambda: IdentityCompressor(),
     "block": lambda: Compressor(BlockInt8(), transform(7)),
@@ -123,7 +123,7 @@ class CacheMachine(RuleBasedStateMachine):
             k = v = k if k.joint else v
         self.patches = ExitStack()
         self.patches.enter_context(mock.patch.object(cpu, "loaded", LOADED if kernels else lambda: False))
-        self.patches.enter_context(mock.patch.object(token_store, "SMALLEST_PIECE", smallest))
+        self.patches.enter_context(mock.patch.object(token_store, "SMALLEST_CHUNK", smallest))
         self.compressors, self.layout, self.dtype, self.order = (k, v), layout, dtype, order
         self.cache = CompressedDynamicCache([k], [v], sink_tokens=layout[0], recent_tokens=layout[1])
         self.layer = self.cache.layers[0]
@@ -185,8 +185,8 @@ class CacheMachine(RuleBasedStateMachine):
         self._begin(batch, n)
 
     @rule()
-    def keep_expanded(self) -> None:
-        assert self.cache.keep_expanded() is self.cache
+    def keep_reconstructed(self) -> None:
+        assert self.cache.keep_reconstructed() is self.cache
 
     @rule(how=st.sampled_from([copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))]))
     def go_on_with_a_copy(self, how) -> None:

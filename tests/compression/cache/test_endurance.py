@@ -122,7 +122,7 @@ def assert_all_is_there(cache: CompressedDynamicCache, compressor: Compressor, l
     if cache.readable:
         query = torch.randn(1, H, 1, D, generator=torch.Generator().manual_seed(0))
         found = direct_attention.attend(*cache.layers[0].stores.values(), query, None, 1.0)
-        expected = attention_math.attend_expanded(k, v, query, None, 1.0)
+        expected = attention_math.attend_reconstructed(k, v, query, None, 1.0)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 

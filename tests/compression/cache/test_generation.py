@@ -239,9 +239,9 @@ def test_another_batch_size_is_refused():
     model = model_of("llama")
     cache = identity(model)
     generate(model, cache, prompt())
-    with pytest.raises(PluginError, match="batch of 1, but 3"):
+    with pytest.raises(PluginError, match="batch of 1, got 3"):
         generate(model, cache, prompt(40), num_beams=3)
-    with pytest.raises(PluginError, match="batch of 1, but 2"):
+    with pytest.raises(PluginError, match="batch of 1, got 2"):
         model(prompt(3, batch=2), past_key_values=cache)
 
 

@@ -14,10 +14,11 @@ from gpt2.common.errors import PluginError
 from gpt2.compression.calibration import fisher
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.fisher import CROSS_HEAD_SHARE, MultiHeadStatistics, collect_fisher, detect_rotary
-from gpt2.compression.calibration.statistics import Statistics, collect, output_metric
+from gpt2.compression.calibration.statistics import Statistics, collect
 from gpt2.compression.codecs import multi_head_bases
+from gpt2.compression.codecs.metric import output_metric
 from gpt2.compression.codecs.multi_head import side_by_side
-from gpt2.compression.codecs.rope import Rotary, candidates, fitting
+from gpt2.compression.codecs.rope import Rotary, best_fit, candidates
 from gpt2.experiments import miniatures
 from gpt2.models.loading import LoadedModel, wrap
 from gpt2.text.sources import by_position
@@ -109,20 +110,20 @@ def test_joint_statistics_are_of_keys_without_positions(llama, most, monkeypatch
 def test_the_reservoir_has_whole_blocks_of_real_vectors(llama):
     batches = windows(2, 64 * 2 + SINKS + 9)
     _, joint = fisher_of(llama, batches)
-    assert joint.reservoir.shape == (3, 1, 2 * 2 * 64, 48) and joint.reservoir.dtype == torch.float16
+    assert joint.blocks.shape == (3, 1, 2 * 2 * 64, 48) and joint.blocks.dtype == torch.float16
     k, v, _, _ = direct(llama, batches)[1]
     first, own = k[:, : len(batches[0]) - SINKS], v[:, : len(batches[0]) - SINKS]
     expected = side_by_side(joint.rotary[1].unrotate(first, SINKS)[None], own[None], 1)[0, :, :128]
-    assert (joint.reservoir[1, :, :128] - expected).abs().max() < 2e-3 * expected.abs().max()
+    assert (joint.blocks[1, :, :128] - expected).abs().max() < 2e-3 * expected.abs().max()
 
 
 def test_the_reservoir_is_bounded_and_drawn_from_all_windows(llama, monkeypatch):
-    monkeypatch.setattr(fisher, "RESERVOIR_BLOCKS", 3)
+    monkeypatch.setattr(fisher, "SAMPLED_BLOCKS", 3)
     batches = windows(2, 64 * 4 + SINKS)
     _, joint = fisher_of(llama, batches, seed=1)
-    assert joint.reservoir.shape[2] == 3 * 64, "two blocks of each window would be four"
+    assert joint.blocks.shape[2] == 3 * 64, "two blocks of each window would be four"
     _, other = fisher_of(llama, batches, seed=2)
-    assert not torch.equal(joint.reservoir, other.reservoir)
+    assert not torch.equal(joint.blocks, other.blocks)
 
 
 # --- checkpointing
@@ -137,7 +138,7 @@ def test_checkpointing_gives_the_same(family):
         assert close(*(getattr(s, side).metrics["fisher"] for s in (same, plain)))
     assert close(same_joint.moments.metrics["fisher"], joint.moments.metrics["fisher"])
     assert close(same_joint.moments.scatter, joint.moments.scatter) and (joint.moments.count == 2 * 96).all()
-    assert torch.equal(same_joint.reservoir, joint.reservoir)
+    assert torch.equal(same_joint.blocks, joint.blocks)
 
 
 @pytest.mark.parametrize(("checkpointing", "calls"), [(False, 2), (True, 4)])
@@ -238,7 +239,7 @@ def test_a_models_own_checkpointing_stays_on():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_nothing_is_kept_beyond_the_reservoir(llama, checkpointing, monkeypatch):
     """Live bytes don't grow with the windows once the reservoir is full; also without the cycle collector."""
-    monkeypatch.setattr(fisher, "RESERVOIR_BLOCKS", 2)
+    monkeypatch.setattr(fisher, "SAMPLED_BLOCKS", 2)
     batches, alive = windows(7, 80), []
     statistics = collect(llama, batches, SINKS)
 
@@ -405,5 +406,5 @@ def test_the_rotation_that_compresses_best_is_taken():
     keys = torch.randn(2, 400, 12, generator=generator) * 0.1 + 3 * torch.randn(2, 1, 12, generator=generator)
     right = Rotary(torch.logspace(0, -2, 6), "interleaved")
     others = [Rotary(torch.zeros(0), "none"), Rotary(right.frequencies, "half"), Rotary(torch.logspace(0, -4, 6))]
-    assert fitting(right.rotate(keys, 9), 9, [*others, right]) is right
-    assert fitting(keys, 9, [*others, right]) is others[0]
+    assert best_fit(right.rotate(keys, 9), 9, [*others, right]) is right
+    assert best_fit(keys, 9, [*others, right]) is others[0]

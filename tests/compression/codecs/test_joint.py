@@ -293,7 +293,7 @@ def test_layers_with_and_without_a_joint_codec(llama, preset):
 def test_keeping_reconstructions_changes_no_token(llama, preset):
     one, other = (create_cache_from_preset(preset, dtype=torch.float64) for _ in range(2))
     prompt, more = windows(2, 100), {"max_new_tokens": 40, "do_sample": False}
-    kept = llama.model.generate(prompt, past_key_values=one.keep_expanded(), **more)
+    kept = llama.model.generate(prompt, past_key_values=one.keep_reconstructed(), **more)
     assert torch.equal(kept, llama.model.generate(prompt, past_key_values=other, **more))
     assert one.nbytes() > other.nbytes()
 

@@ -67,19 +67,20 @@ def synthetic(demand: Tensor, errors: Tensor | None = None, w: int = 48) -> Mult
 @pytest.mark.parametrize("bits", [1.5, 2, 3.25, 4, 6])
 def test_layers_average_to_the_budget(codec, bits):
     w = 2 * H * D
-    found = torch.tensor(codec.layer_bits(bits), dtype=torch.float64)
+    found = torch.tensor(codec.bits_of_each(bits), dtype=torch.float64)
     assert bits - 8 * PLANE / BLOCK / w < found.mean() <= bits + 1e-6, "less than a plane of each layer is left"
     assert found.unique().numel() == L, "not the same for all"
     for own in found.tolist():
         stored = BLOCK * w * own / 8
-        assert Mixed(own)._payload(w) + width_bytes(w) == pytest.approx(stored, abs=1e-3), "what a block really takes"
+        held = Mixed(own).block_bytes(w) + width_bytes(w)
+        assert held == pytest.approx(stored, abs=1e-3), "what a block really takes"
 
 
 def test_what_a_layer_gets_is_what_it_buys_at_one_price(codec):
     """Between the same two neighbouring prices for every layer."""
     w = 2 * H * D
     for bits in (2, 4):
-        spent = torch.tensor([own * BLOCK * w / 8 - width_bytes(w) for own in codec.layer_bits(bits)])
+        spent = torch.tensor([own * BLOCK * w / 8 - width_bytes(w) for own in codec.bits_of_each(bits)])
         inside = (codec.demand[1:] <= spent + PLANE) & (spent <= codec.demand[:-1] + 1e-3)
         assert inside.all(1).any()
 
@@ -94,7 +95,7 @@ def test_a_layer_whose_errors_weigh_more_gets_more():
     prices, demand = bit_allocation._demand(per_layer)
     assert (prices.diff() > 0).all() and (demand.diff(dim=0) <= 0).all()
     codec = synthetic(demand)
-    one, other = codec.layer_bits(4.0)
+    one, other = codec.bits_of_each(4.0)
     assert other - one == pytest.approx(1, abs=0.15)
 
 
@@ -102,7 +103,7 @@ def test_a_layer_that_hardly_matters_may_get_less_than_any_preset():
     """Its budget isn't one that a user could ask for, and the cache is made all the same."""
     demand = torch.tensor([[3000.0, 10.0], [1500.0, 0.0], [0.0, 0.0]])
     codec = synthetic(demand)
-    rich, poor = codec.layer_bits(2.0)
+    rich, poor = codec.bits_of_each(2.0)
     assert poor < 0.25 < rich
     z = torch.randn(1, 1, BLOCK, 48)
     quantizer = codec.quantizer(QUANTIZERS["mixed"].at(2.0), 1)
@@ -114,9 +115,9 @@ def test_bits_out_of_reach_name_the_range(codec):
     assert 0 < low < 1 and 6 < high < 10.5
     for bits in (low - 0.01, high + 0.1):
         with pytest.raises(PluginError, match=rf"bits {bits:g}: this codec takes {low:.2f} to {high:.2f} bits"):
-            codec.layer_bits(bits)
+            codec.bits_of_each(bits)
     for bits in (low + 1e-6, high - 1e-6):
-        codec.layer_bits(bits)
+        codec.bits_of_each(bits)
 
 
 @pytest.mark.parametrize("bits", [1, 2.5, 4, 7])
@@ -155,7 +156,7 @@ def test_errors_are_those_of_the_reservoir(llama):
     gradients = collect_fisher(llama, batches, None, 4, {"joint": BASES["joint"]})["joint"]
     codec = bit_allocation.fit_multi_head(gradients)
     for layer in range(L):
-        z = (gradients.reservoir[layer].float() - codec.mean[layer, :, None]) @ codec.E[layer]
+        z = (gradients.blocks[layer].float() - codec.mean[layer, :, None]) @ codec.E[layer]
         torch.testing.assert_close(codec.errors[layer, 0, :, 0], z[0].square().mean(0) * BLOCK, rtol=1e-4, atol=1e-5)
     assert codec.spectrum.mean() == pytest.approx(1, rel=1e-4), "one unit for the whole model"
 
@@ -207,7 +208,7 @@ def test_a_compact_file_is_small_and_reads_the_same(llama, made, preset, tmp_pat
     back = load_calibration(path)
     assert back.meta == made.compact("joint").meta and back.statistics is None and not back.bases
     torch.testing.assert_close(back.multi_head["joint"].E, made.multi_head["joint"].E, rtol=2e-3, atol=1e-4)
-    assert back.multi_head["joint"].layer_bits(3) == made.multi_head["joint"].layer_bits(3)
+    assert back.multi_head["joint"].bits_of_each(3) == made.multi_head["joint"].bits_of_each(3)
     for layer in range(L):
         transform = back.transform("k", layer).to("cpu", torch.float64)
         x = vectors(2 * H, 20)
@@ -475,11 +476,11 @@ def test_a_model_decodes_with_it(llama, third, tmp_path):
 
 
 def test_the_search_the_scripts_and_models_without_weights_know_it(llama, third, folder, tmp_path, monkeypatch):
-    assert "third+mixed" in search_space._families()
+    assert "third+mixed" in search_space.families()
     made = calibrate(llama, TEXT, codec="third", **SMALL)
     low, high = made.multi_head["third"].bits_range()
     made.multi_head["third"].bits_range = lambda: (2.5, high)
-    assert low < 2.5 == search_space._bits_range(made)[0]
+    assert low < 2.5 == search_space.bits_range(made)[0]
     made_up = stand_in.stand_in(llama).multi_head["third"]
     assert (
         made_up.E.shape == made.multi_head["third"].E.shape
