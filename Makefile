@@ -65,7 +65,7 @@ tables: $(VENV)/.installed
 	$(RUN) scripts/reproduce_tables.py $(if $(TEXT),--text $(TEXT))
 
 report: $(VENV)/.installed
-	$(RUN) scripts/make_report.py
+	$(RUN) scripts/reproduce_tables.py --html
 
 test: $(VENV)/.installed
 	$(RUN) $(TESTS)

@@ -25,13 +25,13 @@ import argparse
 from pathlib import Path
 
 from gpt2 import cli
-from gpt2.common import files, provenance
-from gpt2.compression.codecs import is_measured
+from gpt2.common import files
+from gpt2.compression.codecs import adjustable_quantizers, basis_of
 from gpt2.compression.settings import TARGETS
 from gpt2.models import loading
 from gpt2.report import plots, tables
 from gpt2.text import sources
-from gpt2.tuning import console, grid_search, search_space, searches, trial_queue
+from gpt2.tuning import search_space, trial_queue, tune
 
 ONLY = {"grid": ("target", "bits", "codec", "per_layer", "layer_ablation"),
         "codec": ("codecs", "num_trials", "recent_grid")}  # fmt: skip
@@ -51,8 +51,8 @@ def arguments() -> argparse.ArgumentParser:
     cli.add_codec_flag(p, "grid: basis of the search")
     p.add_argument("--per-layer", action="store_true", help="grid: also plans with a setting of its own for each layer")
     p.add_argument("--layer-ablation", action="store_true", help="grid: only measure each layer alone")
-    families = cli.word_list(search_space.FAMILIES)
-    p.add_argument("--codecs", type=families, help=f"codec: limit it to some of {','.join(search_space.FAMILIES)}")
+    families = search_space.families()
+    p.add_argument("--codecs", type=cli.word_list(families), help=f"codec: limit it to some of {','.join(families)}")
     p.add_argument("--num-trials", type=cli.positive_int, default=40, help="codec: how many candidates to measure")
     p.add_argument("--recent-grid", type=cli.int_list, help="codec: numbers of exact latest tokens to try beside none")
     p.add_argument("--calibration", type=Path, help="calibration file; a matching one is found or made if omitted")
@@ -69,42 +69,36 @@ def parse() -> argparse.Namespace:
     for name in ONLY[other]:
         if getattr(args, name) != p.get_default(name):
             p.error(f"--{name.replace('_', '-')} belongs to --search {other}")
-    if is_measured(args.codec):
-        p.error(f"--codec {args.codec} has no grid of ranks: use --search codec --codecs {args.codec}+mixed")
+    basis = basis_of(args.codec)
+    if basis.calibrated and not basis.ranked:
+        name = f"{args.codec}+{adjustable_quantizers()[0]}"
+        p.error(f"--codec {args.codec} has no grid of ranks: use --search codec --codecs {name}")
     return args
 
 
 def main() -> None:
     args = parse()
-    budget = args.target_ppl_delta
     trial_queue.check_file(args.study)
     text = sources.load_text(args.text, args.model)
     loaded = loading.load(args.model, args.device, args.dtype)
-    name = args.name or f"{args.target if args.search == 'grid' else 'codec'}-{100 * budget:g}pct"
+    grid = args.search == "grid"
+    name = args.name or f"{args.target if grid else 'codec'}-{100 * args.target_ppl_delta:g}pct"
     output = args.output or files.RESULTS / "presets" / f"{loaded.slug}-{name}.json"
-    inputs = {part: cli.evaluation_segments(args, loaded, text, part) for part in ("tuning", "evaluation")}
-    inputs["bar"] = cli.bar
-    if args.search == "grid":
-        found = searches.search_grid(args, loaded, text, output, inputs, show_layers)
-    else:
-        found = searches.search_codecs(args, loaded, text, output, inputs)
+    segments = [cli.evaluation_segments(args, loaded, text, part) for part in ("tuning", "evaluation")]
+    job = tune.Job(args, loaded, text, *segments, output, cli.bar)
+    found = tune.search_grid(job, show_layers) if grid else tune.search_codecs(job)
     if found is None:
         return
-    search, trials, calibration_file, advice, more = found
-    records = [trial.record() for trial in trials]
-    tables.show("auto_tune", {"model": args.model, "args": vars(args), "trials": records})
-    best, confirmed, failed = grid_search.confirm_best(trials, budget, search.confirm, advice)
-    console.print_refused(failed)
-    preset = console.new_preset(
-        search, best, calibration_file, confirmed, name=name, trials=records, **more,
-        refused_on_evaluation_text=[{"label": str(trial.cell)} | record for trial, record in failed],
-        provenance=provenance.provenance(args, text=text.name, text_sha256=text.sha256("evaluation")),
-    )  # fmt: skip
-    what = f"target {args.target}" if args.search == "grid" else "all codecs"
-    title = f"{args.model}, {what}: {search.tuning.numel():,} tuning tokens of {text.name}"
-    draw = plots.grid_frontier if args.search == "grid" else plots.codec_frontier
-    console.print_chosen(best, confirmed)
-    console.write(preset, output, lambda: draw(preset["trials"], budget, str(best.cell), title))
+    tables.show("auto_tune", {"model": args.model, "args": vars(args), "trials": found.records})
+    preset, best = tune.choose(job, found, name)
+    what = f"target {args.target}" if grid else "all codecs"
+    title = f"{args.model}, {what}: {job.tuning.numel():,} tuning tokens of {text.name}"
+    draw = plots.grid_frontier if grid else plots.codec_frontier
+    picture = files.picture_beside(output)
+    files.write_run(
+        output, preset, picture, lambda: draw(preset["trials"], args.target_ppl_delta, str(best.candidate), title)
+    )
+    print(f"wrote {output} and {picture}")
 
 
 def show_layers(rows: list[dict], path: Path, title: str) -> None:

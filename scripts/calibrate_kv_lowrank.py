@@ -25,7 +25,7 @@ from gpt2.common.errors import PluginError
 from gpt2.common.processes import Processes
 from gpt2.compression.calibration.calibrate import calibrate, suggested_rank
 from gpt2.compression.calibration.file import calibration_folders, save_calibration
-from gpt2.compression.codecs import is_measured, measured_codecs, metric_of
+from gpt2.compression.codecs import basis_of, metric_names, multi_head_bases, takes_gradients
 from gpt2.models import loading
 from gpt2.report import plots
 from gpt2.report.tables import calibration as calibration_tables
@@ -33,7 +33,7 @@ from gpt2.text import sources
 
 
 def arguments() -> argparse.ArgumentParser:
-    several = list(measured_codecs())
+    several = list(multi_head_bases())
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
     cli.add_text_flags(p)
@@ -41,7 +41,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--rank", type=cli.positive_int, help="default rank of the file; 3/4 of head_dim if omitted")
     p.add_argument(
         "--metric",
-        choices=("pca", "attention", "fisher"),
+        choices=metric_names(),
         help="what error the basis keeps small: of K and V as they are (pca), of what attention reads (attention), of "
         f"the loss (fisher: takes gradients, and gives codecs fisher, {', '.join(several)}); what --codec needs if "
         "omitted",
@@ -68,17 +68,17 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(processes: Processes) -> None:
     args = arguments().parse_args()
-    several = list(measured_codecs())
+    several = list(multi_head_bases())
     codec = args.codec or args.metric or "pca"
-    metric = args.metric or metric_of(codec)
-    if args.compact and not is_measured(codec):  # now, and not after an hour
-        if args.codec or metric != "fisher":
-            raise PluginError(f"--compact keeps a codec of several heads alone, which need gradients: give --codec "
+    metric = args.metric or basis_of(codec).metric
+    if args.compact and not basis_of(codec).multi_head:  # checked here, before an hour of work
+        if args.codec or not takes_gradients(metric):
+            raise PluginError(f"--compact keeps one codec that heads share, which needs gradients: give --codec "
                               f"{' or '.join(several)}")  # fmt: skip
         codec = several[0]
     text = sources.load_text(args.text, args.model)
     loaded = loading.load(args.model, args.device, args.dtype)
-    if args.gradient_checkpointing and metric != "fisher":
+    if args.gradient_checkpointing and not takes_gradients(metric):
         print(f"note: {metric} statistics need no gradients; --gradient-checkpointing changes nothing here")
     rank = args.rank or suggested_rank(loaded.geometry.head_dim)
     default = calibration_folders()[0] / f"kv_lowrank_calib_{loaded.slug}_r{rank}.pt"

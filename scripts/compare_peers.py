@@ -20,7 +20,7 @@ import importlib.metadata
 
 from gpt2 import cli
 from gpt2.common import files, provenance
-from gpt2.evaluation import needle, peers
+from gpt2.evaluation import lineup, needle, other_caches, peers
 from gpt2.models import loading
 from gpt2.report import plots, tables
 from gpt2.text import sources
@@ -39,7 +39,7 @@ def arguments() -> argparse.ArgumentParser:
     cli.add_text_flags(p)
     cli.add_evaluation_flags(p, tokens=32768)
     p.set_defaults(batch_size=1)  # fp8 has one scale for all that is read together
-    p.add_argument("--peers", type=cli.word_list(peers.PEERS), default=list(peers.PEERS), help="whose caches to run")
+    p.add_argument("--peers", type=cli.word_list(lineup.PEERS), default=list(lineup.PEERS), help="whose caches to run")
     p.add_argument("--preset", nargs="*", help="preset files or built-in names; all of the model's if omitted")
     p.add_argument("--needle-context-lengths", type=lengths, default=[1024], help="tokens; none or 0 asks no needles")
     p.add_argument("--num-trials", type=cli.positive_int, default=3, help="needle prompts per length and depth")
@@ -52,7 +52,7 @@ def main() -> None:
     text = sources.load_text(args.text, args.model)
     loaded = loading.load(args.model, args.device, args.dtype)
     output, picture = cli.output_files(args.output, f"peers_{loaded.slug}")
-    compared = peers.entries(loaded, args.peers, args.preset)
+    compared = lineup.for_quality(loaded, args.peers, args.preset)
     segments = cli.evaluation_segments(args, loaded, text, "evaluation")
     grid = {"lengths": args.needle_context_lengths, "depths": DEPTHS, "trials": args.num_trials, "seed": args.seed,
             "prefill_chunk": args.chunk, "haystack_name": f"the evaluation part of text {text.name!r}"}  # fmt: skip
@@ -84,7 +84,7 @@ def main() -> None:
 def peer_versions() -> dict[str, str]:
     """Versions of the optional packages that are installed."""
     versions = {}
-    for _, package in peers.PACKAGES.values():
+    for _, package in other_caches.PACKAGES.values():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions

@@ -20,7 +20,6 @@ from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.calibrate import check_samples, recalibrate
 from gpt2.compression.named_caches import CacheChoice, from_preset
 from gpt2.compression.presets.calibration_lookup import calibration_of
-from gpt2.compression.presets.schema import plan_of
 from gpt2.compression.settings import needs_calibration_file
 from gpt2.evaluation import stability
 from gpt2.evaluation.stability import FACTORS, METRICS, Setup
@@ -79,7 +78,7 @@ def usable(args, loaded: loading.LoadedModel, text: sources.Text, choice: CacheC
     if "calibration" not in args.vary:
         return args.vary
     try:
-        if not needs_calibration_file(plan_of(choice.preset)):
+        if not needs_calibration_file(choice.preset.plan):
             raise PluginError(f"{choice.label} has none")
         check_samples(calibration_of(choice.preset, loaded), loaded, text)
         return args.vary

@@ -28,7 +28,7 @@ from gpt2 import cli
 from gpt2.common import files, provenance
 from gpt2.common.processes import Processes
 from gpt2.compression.calibration.file import calibration_folders
-from gpt2.compression.codecs import measured_codecs
+from gpt2.compression.codecs import adjustable_quantizers, multi_head_bases
 from gpt2.compression.presets import calibration_lookup
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
 from gpt2.models import loading
@@ -36,7 +36,7 @@ from gpt2.report import plots, tables
 from gpt2.text import sources
 from gpt2.tuning.ratio_presets import RATIOS, compact_calibration, make_ratio_preset
 
-DEFAULT_CODEC = next(iter(measured_codecs()))
+DEFAULT_CODEC = next(iter(multi_head_bases()))
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -50,11 +50,13 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--ratios", type=cli.ratio_list, default=list(RATIOS), help="such as 2,4,8")
     p.add_argument(
         "--codec",
-        choices=list(measured_codecs()),
+        choices=list(multi_head_bases()),
         default=DEFAULT_CODEC,
-        help="presets are called " + ", ".join(f"{b.prefix}-* ({name})" for name, b in measured_codecs().items()),
+        help="presets are called "
+        + ", ".join(f"{b.preset_prefix}-* ({name})" for name, b in multi_head_bases().items()),
     )
-    p.add_argument("--quantizer", choices=("mixed", "mixed_fixed"), default="mixed", help="widths per block, or once")
+    quantizers = adjustable_quantizers()
+    p.add_argument("--quantizer", choices=quantizers, default=quantizers[0], help="widths per block, or once")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory and more time for the gradients")
     p.add_argument("--calibration-file", type=Path, help="results/calibrations/kv_CODEC_MODEL[_TAG].pt if omitted")
     p.add_argument("--tag", help="only measure, and write ratio_presets_MODEL_TAG.json")

@@ -20,9 +20,9 @@ import argparse
 from gpt2 import cli
 from gpt2.common import files, provenance
 from gpt2.compression.attention import enable_compressed_attention
+from gpt2.evaluation import lineup
 from gpt2.evaluation.instruments import cuda_devices, memory_method
-from gpt2.evaluation.lineup import lineup
-from gpt2.evaluation.peers import PACKAGES
+from gpt2.evaluation.other_caches import PACKAGES
 from gpt2.evaluation.timing import measure_cell
 from gpt2.models import random_weights
 from gpt2.models.loading import LoadedModel
@@ -52,7 +52,7 @@ def main() -> None:
     loaded.require_context(max(args.context_lengths), "--context-lengths", after=args.decode_tokens)
     output, picture = cli.output_files(args.output, f"profile_{loaded.slug}")
     choices = cli.chosen_caches(args, loaded)
-    caches = lineup(loaded, choices, identity=args.identity, direct=args.direct, packages=args.peers)
+    caches = lineup.for_speed(loaded, choices, identity=args.identity, direct=args.direct, packages=args.peers)
     if args.direct:
         enable_compressed_attention(loaded.model)
 

@@ -1,33 +1,34 @@
-"""Make the tables of configs/tables: run what is missing or out of date, reuse what matches, write results/tables.
+"""Make the tables of configs/tables: run what is missing or stale, reuse what is up to date, write results/tables.
 
     python scripts/reproduce_tables.py --status
     python scripts/reproduce_tables.py ranks bits --text ../wikitext
     python scripts/reproduce_tables.py --quick --text ../wikitext
     python scripts/reproduce_tables.py --study postgresql://user@host/kv --device cuda:1
+    python scripts/reproduce_tables.py --html report.html --results my_results --model qwen2.5-0.5b
 
 A table is a file that names its runs, each one script with arguments which makes results/runs/NAME.json. Results are
-reused where arguments, the text and files that they name, and the code behind the script are the same; --status tells
-of each run what it is, and runs nothing. Without names all tables are made. --pages runs nothing and writes the pages
-from the results that there are. --quick takes small arguments and keeps all apart, in results/quick.
+up to date where the arguments, the contents of the texts and files that they name, and those of the calibration are the
+same, and the commit that made them is known. Without names all tables are made.
 
 Runs are trials of an Optuna study: interrupt the command and start it again to go on; start it N times, each with its
-own --device, to share the work. What a dead worker was making another takes over after a minute. On several machines
-give all the same --study, a database's URL, and one folder of results. A table measured on several
-devices says of each part which one it was.
+own --device, to share the work. A dead worker's run is taken over after a minute. On several machines give all the same
+--study, a database's URL, and one folder of results. A table measured on several devices names each part's device.
 
---check fails where README, docs or a page shows what the committed results don't: tables are made anew and compared,
-figures in prose are looked up in them (gpt2/reproduce/figures.py says which).
+These run nothing: --status says of each run whether it is up to date; --pages writes results/tables, and the tables
+within README and docs/*.md, from the results that there are; --check fails where any of them, or a figure in the prose
+of README and docs, differs from the committed results (gpt2/runs/check.py says which figures); --html writes one page
+with everything measured, for any browser and without a network: tables that sort, pictures, where each came from.
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 from gpt2 import cli
 from gpt2.common import files
 from gpt2.common.errors import PluginError
 from gpt2.models import embedded
-from gpt2.runs import config, pages
-from gpt2.runs.check import check
+from gpt2.runs import check, config, pages
 from gpt2.runs.up_to_date import Matcher
 from gpt2.runs.worker import Worker
 
@@ -42,48 +43,56 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--any-code", action="store_true", help="reuse also results of code that was never committed")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--quick", action="store_true", help="small runs, in results/quick: to try all, not to publish")
-    how.add_argument("--status", action="store_true", help="only tell which runs are up to date, and why others aren't")
-    how.add_argument("--pages", action="store_true", help="only write pages, from the results that there are")
-    how.add_argument("--check", action="store_true", help="only compare README, docs and pages with the results")
+    how.add_argument("--status", action="store_true", help="only say which runs are up to date, and why others aren't")
+    how.add_argument("--pages", action="store_true", help="only write results/tables and the tables of README and docs")
+    how.add_argument("--check", action="store_true", help="only compare README, docs and results/tables with results")
+    how.add_argument("--html", nargs="?", type=Path, const=Path(), metavar="FILE", help="only write one HTML page")
+    p.add_argument("--results", type=Path, default=files.RESULTS, help="folder with runs and plots, for --html")
     return p
 
 
 def main() -> None:
     args = arguments().parse_args()
     if args.check:
-        check(files.ROOT)
+        check.check(files.ROOT)
         print("README, docs and results/tables show what results/runs say")
+        return
+    if args.html is not None:
+        write_html(args.results, args.model, args.html if args.html.name else args.results / "report.html")
         return
     if args.model == embedded.EMBEDDED and not (args.text or args.quick or args.status or args.pages):
         raise PluginError("the committed tables are of WikiText-2, and would be made anew of another text: give --text")
     setting = config.Setting(args.model, args.text, args.quick, args.device)
-    known, runs = config.load(setting)
-    if unknown := [name for name in args.tables if name not in known.keys() | runs.keys()]:
-        raise PluginError(f"no table {', '.join(unknown)} in configs/tables: there are {', '.join(known)}")
-    chosen = [known[name] for name in args.tables or known if name in known]
-    single = [name for name in args.tables if name in runs and name not in known]
-    wanted = list(dict.fromkeys([*single, *(name for table in chosen for name in table.results)]))
+    tables, runs = config.load(setting)
+    chosen, wanted = config.select(args.tables, tables, runs)
     matcher = Matcher(setting, runs, args.any_code)
+    failed = {}
     if args.status:
         print_status(matcher, wanted)
         return
-    failed = {}
-    for table in chosen:
-        files.check_writable(pages.page_path(setting, table.name))
+    pages.check_writable(setting, chosen, args.pages)
     if not args.pages:
         failed = Worker(args.study or setting.results / "tables" / "study.db", matcher).work(wanted)
     for table in chosen:
         print(f"wrote {files.shown(pages.write(setting, table))}")
+    if args.pages:
+        pages.write_regions(setting.checkout)
     for name, why in failed.items():
         print(f"not made: {name}: {why}", file=sys.stderr)
     if failed:
         sys.exit(1)
 
 
+def write_html(results: Path, model: str, output: Path) -> None:
+    for what in pages.write_html(results, model, output):
+        print(f"not shown: {what}")
+    print(f"wrote {files.shown(output)}, {output.stat().st_size / 2**20:.1f} MiB")
+
+
 def print_status(matcher: Matcher, wanted: list[str]) -> None:
     """A line per run; what would be made in their order."""
     for name in wanted:
-        print(f"{name:<44} {matcher.why_not(name) or 'up to date'}")
+        print(f"{name:<44} {matcher.stale(name) or 'up to date'}")
     made = matcher.to_make(wanted)
     print(f"\n{len(made)} runs to make" + (f": {', '.join(made)}" if made else ""))
 

@@ -87,6 +87,14 @@ class Kind:
 
 
 @dataclass(frozen=True)
+class Anything(Kind):
+    """Any value: what is neither used nor checked."""
+
+    def fits(self, value):
+        return True
+
+
+@dataclass(frozen=True)
 class Plain(Kind):
     """Any value without a tensor in it."""
 
@@ -131,16 +139,18 @@ class Number(Kind):
 
 @dataclass(frozen=True)
 class Text(Kind):
-    """A string of at most so many characters, none of them a control character."""
+    """A string of at most so many characters. printable: none of them a control character."""
 
     longest: int = 4096
+    printable: bool = True
 
     def fits(self, value):
-        return type(value) is str and len(value) <= self.longest and not CONTROL.search(value)
+        right = type(value) is str and len(value) <= self.longest
+        return right and not (self.printable and CONTROL.search(value))
 
     @property
     def expected(self):
-        return f"text of at most {self.longest} printable characters"
+        return f"text of at most {self.longest} {'printable ' * self.printable}characters"
 
 
 @dataclass(frozen=True)
@@ -232,17 +242,19 @@ class Record(Kind):
     def parse(self, value, at):
         if type(value) is not dict:
             raise Mismatch(at, self.expected, _found(value))
+        parsed = {}
         for key, kind in self.fields.items():
-            if key not in value and not isinstance(kind, Default):
+            if key in value:
+                parsed[key] = kind.parse(value[key], (*at, key))
+            elif not isinstance(kind, Default):
                 raise Mismatch((*at, key), kind.expected, "nothing")
-        defaults = {key: kind.value for key, kind in self.fields.items() if isinstance(kind, Default)}
-        parsed = {key: default for key, default in defaults.items() if default is not ABSENT}
-        for key, item in value.items():
-            kind = self.fields.get(key, self.others)
-            if kind is None:
+            elif kind.value is not ABSENT:
+                parsed[key] = kind.value
+        for key in value.keys() - self.fields.keys():
+            if self.others is None:
                 raise Mismatch((*at, key), f"unknown: the keys are {', '.join(sorted(self.fields))}", None)
-            parsed[key] = kind.parse(item, (*at, key))
-        return parsed
+            parsed[key] = self.others.parse(value[key], (*at, key))
+        return {key: parsed[key] for key in value} | parsed  # in the order of the file, defaults last
 
 
 @dataclass(frozen=True)
@@ -279,14 +291,14 @@ class TensorOf(Kind):
         return f"a tensor [{', '.join('n' if size is None else str(size) for size in self.shape)}]"
 
     def fits(self, value):
-        right = isinstance(value, Tensor) and value.ndim == len(self.shape) and value.numel() > 0
+        right = isinstance(value, Tensor) and value.ndim == len(self.shape)
         return right and all(size in (None, own) for size, own in zip(self.shape, value.shape, strict=True))
 
     def parse(self, value, at):
         value, least = super().parse(value, at), -self.below if self.least is None else self.least
         if not value.is_floating_point():
             raise Mismatch(at, "floating-point numbers", str(value.dtype))
-        low, high = map(float, value.to(self.dtype).aminmax())
+        low, high = map(float, value.to(self.dtype).aminmax()) if value.numel() else (least, least)
         if not least <= low <= high < self.below:  # NaN is neither
             raise Mismatch(at, f"finite numbers from {least:g} to less than {self.below:g}", f"{low:g} to {high:g}")
         return value.to(self.dtype)

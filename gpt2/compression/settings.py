@@ -16,8 +16,6 @@ from gpt2.compression.codecs import (
     Transform,
     basis_of,
     full_rank,
-    is_joint,
-    is_measured,
     needs_calibration,
     quantizer_of,
 )
@@ -43,8 +41,7 @@ class Setting:
     quantizer: str | None = None
 
     def __str__(self) -> str:
-        ranked = needs_calibration(self.codec) and not is_measured(self.codec)
-        basis = f"{self.codec} rank {self.rank}" if ranked else self.codec
+        basis = f"{self.codec} rank {self.rank}" if basis_of(self.codec).ranked else self.codec
         return f"{basis}, {self.bits:g} bits" + (f" {self.quantizer}" if self.quantizer else "")
 
 
@@ -87,13 +84,12 @@ def build(
         if calibration is None:
             raise PluginError(f"layer {layer}, {side.upper()}: codec {setting.codec} needs a calibration")
         quantizer = quantizer_of(setting.quantizer, setting.bits)
-        if is_measured(setting.codec):
-            quantizer = calibration.measured_codec(setting.codec).quantizer(quantizer, layer, side)
+        quantizer = calibration.quantizer(quantizer, side, layer, setting.codec)
         transform = calibration.transform(side, layer, setting.rank, setting.codec)
         return Compressor(quantizer, transform.to(device, dtype))
 
     def pair(layer: int, k: Setting | None, v: Setting | None) -> tuple[Compressor, Compressor]:
-        if not any(setting and is_joint(setting.codec) for setting in (k, v)):
+        if not any(setting and basis_of(setting.codec).joint for setting in (k, v)):
             return one("k", layer, k), one("v", layer, v)
         if k != v:
             raise PluginError(f"layer {layer}: a joint codec is for K and V together: give both sides the same setting")
@@ -106,8 +102,8 @@ def build(
 
 def fixed_transform(setting: Setting, head_dim: int) -> Transform | None:
     """Transform of a codec that needs no calibration; None for identity."""
-    basis = basis_of(setting.codec)
-    return basis and basis.transform(head_dim).truncate(setting.rank or full_rank(setting.codec, head_dim))
+    transform = basis_of(setting.codec).transform(head_dim)
+    return transform and transform.truncate(setting.rank or full_rank(setting.codec, head_dim))
 
 
 def compressors_for(

@@ -1,1 +1,1 @@
-"""Measurements. Each sees only a factory of caches, never how a cache is made."""
+"""Measurements of caches. Each gets factories of caches and knows nothing of codecs."""

@@ -1,6 +1,6 @@
-"""Instruments that look inside a forward pass: where its time goes, and the most memory it takes.
+"""Instruments that look inside a forward pass: where its time goes, and its peak memory.
 
-They cost time themselves, so what they see is measured in a pass of its own, never in one whose time is reported.
+They take time themselves, so they are used in a pass of their own and never in one whose time is reported.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from gpt2.compression.cache.token_store import TokenStore
-from gpt2.compression.codecs import Compressor
 from gpt2.models.attention_function import wrapped_attention
 
-# Part of a step to the methods that do it, also in classes that inherit them. `copies` is what is left of a cache's
-# update: joining what is held with what is new. The last two lines are what transformers' quantized caches call theirs.
+# Part of a step, and the method that does it in a class and its subclasses. `copies` is the rest of a cache's update:
+# joining the tokens held with the new ones. The last two lines are for transformers' quantized caches.
 WATCHED = (
     ("copies", Cache, "update"),
     ("compress", TokenStore, "compress"),
-    ("expand", Compressor, "expand"),
+    ("expand", TokenStore, "reconstruct"),
     ("compress", CacheLayerMixin, "_quantize"),
     ("expand", CacheLayerMixin, "_dequantize"),
 )
@@ -44,7 +43,7 @@ def cuda_devices(model: PreTrainedModel) -> list[torch.device]:
 
 
 def synchronizer(model: PreTrainedModel) -> Callable[[], None]:
-    """A function that waits until all that was asked of a model's devices is done."""
+    """A function that waits until the model's GPUs have finished all work."""
     devices = cuda_devices(model)
 
     def wait() -> None:
@@ -55,9 +54,9 @@ def synchronizer(model: PreTrainedModel) -> Callable[[], None]:
 
 
 class Stopwatch:
-    """Seconds per part of a stretch of work. A part that calls another stops while that one runs: the sum is the whole.
+    """Seconds per part of some work. While a part calls another, only the inner one counts, so the sum is the whole.
 
-    wait: called before the clock is read, so that work which a GPU still has in hand counts for the part that asked.
+    wait: called before the clock is read, so that a GPU's unfinished work counts for the part that launched it.
     """
 
     def __init__(self, wait: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.perf_counter):
@@ -68,7 +67,7 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the time of the block for a part, except for what other parts take of it."""
+        """Count the time of the block for a part, without the time of parts inside it."""
         self._lap()
         self._running.append(name)
         try:
@@ -105,9 +104,10 @@ class Stopwatch:
 
 @contextmanager
 def watched(model: PreTrainedModel, watch: Stopwatch) -> Iterator[None]:
-    """Let a stopwatch tell the parts of what the model does in the block; what is no other part is the rest.
+    """Time the parts of what the model does in the block; time of no other part counts as the rest.
 
-    Attention stays in the rest where a model's is hard-wired: then `watch.seconds` has no such part.
+    If the model's attention function can't be replaced, attention counts as the rest and `watch.seconds` has no such
+    part.
     """
     with ExitStack() as patches:
         for part, base, method in WATCHED:
@@ -157,10 +157,10 @@ def memory_method(devices: Sequence[torch.device]) -> str:
 
 @contextmanager
 def peak_memory(devices: Sequence[torch.device]) -> Iterator[Memory]:
-    """Watch memory while the block runs: of the GPUs given, or the process's resident size where there are none.
+    """Watch memory while the block runs: of the GPUs given, or the process's resident size if there are none.
 
-    On GPUs it is what tensors take, to the byte; the resident size has all of the process, and what falls between two
-    samples is missed. What earlier work left behind is returned to the system first.
+    On GPUs it is the exact size of all tensors. The resident size is that of the whole process and is sampled, so short
+    peaks may be missed; memory that earlier work has freed is returned to the system first.
     """
     gc.collect()
     if devices:
@@ -189,12 +189,12 @@ def peak_memory(devices: Sequence[torch.device]) -> Iterator[Memory]:
 
 
 def resident_bytes() -> int:
-    """Bytes of this process that are in memory now."""
+    """Resident size of this process, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _return_free_memory() -> None:
-    """Free memory that the C library keeps for later would count for whoever runs next; not every library can."""
+    """Return free memory that the C library keeps, if it can: it would count for whatever is measured next."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)

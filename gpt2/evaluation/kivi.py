@@ -1,4 +1,8 @@
-"""KIVI (Liu et al. 2024, arXiv:2402.02750) as a cache to compare with, written from the paper."""
+"""KIVI (Liu et al. 2024, arXiv:2402.02750) as a cache to compare with, written from the paper.
+
+K is quantized per channel over 32 tokens, V per token over 32 channels, asymmetrically, with scale and zero point in
+float16. Nothing stays exact but the first tokens and K's unfinished group; a new chunk is read as it is stored.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ KIVI_GROUP = 32
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes below 2**bits, [..., n] with n a multiple of 8, in n · bits / 8 bytes: uint8 [..., n · bits / 8]."""
+    """Pack codes below 2**bits, [..., n] with n a multiple of 8, into uint8 [..., n · bits / 8]."""
     shifts, bytes_ = torch.arange(8, device=codes.device), torch.arange(bits, device=codes.device)
     words = (codes.long().unflatten(-1, (-1, 8)) << (bits * shifts)).sum(-1, keepdim=True)  # 8 codes in one number
     return ((words >> (8 * bytes_)) & 255).to(torch.uint8).flatten(-2)
@@ -29,7 +33,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 def quantize(x: Tensor, bits: int) -> dict[str, Tensor]:
-    """Groups x [..., g] as packed codes [..., g · bits / 8], and float16 scale and zero, [..., 1] each."""
+    """Groups x [..., g] as packed codes [..., g · bits / 8] with float16 scale and zero point, [..., 1] each."""
     low, high = x.float().aminmax(dim=-1, keepdim=True)
     zero = low.half()
     scale = ((high - low) / (2**bits - 1)).half().clamp(min=torch.finfo(torch.float16).smallest_normal)
@@ -38,14 +42,14 @@ def quantize(x: Tensor, bits: int) -> dict[str, Tensor]:
 
 
 def dequantize(fields: Mapping[str, Tensor], bits: int) -> Tensor:
-    """Groups as they are stored, float32 [..., g]."""
+    """The groups that `quantize` stored, float32 [..., g]."""
     return unpack(fields["codes"], bits) * fields["scale"].float() + fields["zero"].float()
 
 
 class KiviSide:
-    """K or V of one layer, [B, H, T, d]: exact first tokens | packed groups | exact rest, fewer than `block` tokens.
+    """K or V of one layer, [B, H, T, d]: exact attention sinks | packed groups | exact rest of less than a group.
 
-    block: tokens of a group, each channel by itself; with 1, groups lie along the channels of a token.
+    block: tokens in a group of one channel; with 1 a group is 32 channels of one token.
     """
 
     def __init__(self, bits: int, sink_tokens: int, block: int):
@@ -68,10 +72,10 @@ class KiviSide:
         x = torch.cat((self.rest, x), dim=2)
         full = x.shape[2] // self.block * self.block
         if full:
-            new = quantize(self._folded(x[:, :, :full]), self.bits)
+            new = quantize(self._grouped(x[:, :, :full]), self.bits)
             old = self.fields or {name: part[:, :, :0] for name, part in new.items()}
             self.fields = {name: torch.cat((old[name], part), dim=2) for name, part in new.items()}
-        self.rest = x[:, :, full:].clone()  # a slice would keep the whole chunk alive
+        self.rest = x[:, :, full:].clone()  # a slice would keep the whole chunk in memory
 
     def read(self) -> Tensor:
         """All tokens as they are stored, [B, H, T, d]."""
@@ -81,8 +85,8 @@ class KiviSide:
         stored = groups.mT.flatten(2, 3) if self.block > 1 else groups.flatten(3)
         return torch.cat((self.sinks, stored.to(self.sinks.dtype), self.rest), dim=2)
 
-    def _folded(self, x: Tensor) -> Tensor:
-        """Tokens [B, H, n, d] with a group in the last dimension: [B, H, n / block, d, block], [B, H, n, d / g, g]."""
+    def _grouped(self, x: Tensor) -> Tensor:
+        """Tokens [B, H, n, d] with groups in the last dimension: [B, H, n / block, d, block] or [B, H, n, d / g, g]."""
         if self.block > 1:
             return x.unflatten(2, (-1, self.block)).mT
         group = math.gcd(x.shape[3], KIVI_GROUP)
@@ -92,9 +96,9 @@ class KiviSide:
 
 
 class KiviLayer(CacheLayerMixin):
-    """One layer of KIVI, only to be measured: what beam search and assisted decoding need is left out."""
+    """One layer of KIVI, for measurements only: it can't be reordered or cropped, as beam search would need."""
 
-    is_sliding = False  # everything is stored; the attention mask applies a sliding window
+    is_sliding = False  # all tokens are stored, and the attention mask applies a sliding window
     supports_early_init = False
 
     def __init__(self, bits: int, sink_tokens: int):
@@ -126,4 +130,6 @@ class KiviLayer(CacheLayerMixin):
 
 
 def kivi_cache(num_layers: int, bits: int, sink_tokens: int = 4) -> Cache:
+    """An empty KIVI cache of 2, 3 or 4 bits that keeps the first `sink_tokens` tokens exact."""
+    """An empty KIVI cache of 2, 3 or 4 bits that keeps the first `sink_tokens` tokens exact."""
     return Cache(layers=[KiviLayer(bits, sink_tokens) for _ in range(num_layers)])

@@ -1,8 +1,8 @@
 """The largest batch whose caches of some length fit beside a model, and how fast it is decoded.
 
-Doubling until memory runs out, then bisection. A cache is filled with noise, layer by layer, some tokens at a time, as
-sequences that arrive one after another would fill it: a prompt of the whole batch at once would need memory that has
-nothing to do with the cache. Then the model decodes from it.
+The batch is doubled until memory runs out, then bisected. A cache is filled with noise, layer by layer and some tokens
+at a time: a prompt of the whole batch at once would need memory that has nothing to do with the cache. Then the model
+decodes from it.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from gpt2.common.errors import is_out_of_memory
+from gpt2.compression.cache import size
 from gpt2.compression.cache.attention import disable_compressed_attention, enable_compressed_attention
-from gpt2.compression.cache.size import cache_bytes
 from gpt2.evaluation.instruments import synchronizer
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory
 from gpt2.models.loading import LoadedModel
 
-CHUNK_VALUES = 1 << 28  # of K or V appended at a time: half a gigabyte in 16 bits
+CHUNK_VALUES = 1 << 28  # numbers of K or V appended at a time: half a gigabyte in 16 bits
 LEAST_CHUNK = 64  # tokens
-RESOLUTION = 32  # bisection ends within one in so many of the largest
+RESOLUTION = 32  # bisection ends when the batch is known to one part in 32
 WARM_STEPS = 1
 clock = time.perf_counter
 
 
 def search(fits: Callable[[int], bool], most: int, resolution: int = RESOLUTION) -> int:
-    """The largest batch that fits, 0 where one sequence doesn't, to 1 / `resolution` of itself; at most `most`."""
+    """The largest batch that fits, to 1 / `resolution` of itself and at most `most`; 0 if one sequence doesn't fit."""
     fit, batch = 0, 1
     while batch <= most and fits(batch):
         fit, batch = batch, 2 * batch
@@ -51,7 +51,7 @@ def measure(
 ) -> dict:  # fmt: skip
     """Results record of one cache: its largest batch at `context` tokens each, and the speed of every batch tried.
 
-    Caches of ours are read as they are stored. The rest as in `search`.
+    Attention reads the codes of our caches directly where it can. most: largest batch to try.
     """
     tries: dict[int, dict | None] = {}
 
@@ -72,17 +72,17 @@ def measure(
 def attempt(
     loaded: LoadedModel, make: CacheFactory, context: int, batch: int, steps: int, seed: int = 0
 ) -> dict | None:
-    """Fill a cache for a batch and decode from it: tokens per second of all, and bytes held. None where it doesn't fit.
+    """Fill a cache for a batch and decode `steps` tokens from it: tokens per second of the batch, and bytes held.
 
-    Nothing of it is left in memory.
+    None if it doesn't fit. Nothing of it stays in memory.
     """
     try:
         found = _filled_and_decoded(loaded, make(), context, batch, steps, seed)
-    except Exception as error:  # which of many exceptions it is depends on the device
+    except Exception as error:  # out of memory has another type on each device
         if not is_out_of_memory(error):
             raise
         found = None
-    gc.collect()  # only here is the error gone, and the tensors it held on to
+    gc.collect()  # only now is the error gone, whose traceback held tensors
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return found
@@ -101,30 +101,28 @@ def _filled_and_decoded(loaded: LoadedModel, cache: Cache, context: int, batch: 
     return {
         "tokens_per_s": batch * steps / seconds,
         "token_ms": 1000 * seconds / steps,
-        "cache_bytes": cache_bytes(cache),
+        "cache_bytes": size.cache_bytes(cache),
     }
 
 
 def fill(cache: Cache, loaded: LoadedModel, context: int, batch: int, seed: int = 0) -> None:
-    """Put `context` tokens of noise into every layer, the same in all: what they say changes neither size nor speed."""
+    """Put the same `context` tokens of noise into every layer: values change neither size nor speed."""
     heads, d = loaded.geometry.num_kv_heads, loaded.geometry.head_dim
     generator = torch.Generator(loaded.device).manual_seed(seed)
     for tokens in chunks(context, batch * heads * d):
         x = torch.randn(batch, heads, tokens, d, generator=generator, device=loaded.device, dtype=loaded.model.dtype)
-        for layer in cache.layers:
-            getattr(layer, "store", layer.update)(x, x)  # ours needn't read back what it holds
+        size.fill(cache, [(x, x)])
 
 
 def chunks(context: int, values_per_token: int) -> Iterator[int]:
-    """Tokens to append at a time, so that a chunk is no large part of memory."""
-    size = max(CHUNK_VALUES // values_per_token // LEAST_CHUNK, 1) * LEAST_CHUNK
-    while context:
-        yield min(size, context)
-        context -= min(size, context)
+    """Tokens to append at a time, so that a chunk takes a small part of memory."""
+    most = max(CHUNK_VALUES // values_per_token // LEAST_CHUNK, 1) * LEAST_CHUNK
+    for start in range(0, context, most):
+        yield min(most, context - start)
 
 
 def decode(model: PreTrainedModel, cache: Cache, token: Tensor, steps: int) -> Tensor:
-    """Greedy steps from a token [B, 1]; the last one made, [B, 1]."""
+    """Greedy steps from a token [B, 1]; returns the last token, [B, 1]."""
     for _ in range(steps):
         token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
     return token

@@ -1,36 +1,49 @@
-"""Which caches are measured beside each other for speed: the baseline, ours in both ways, and other people's."""
+"""Which caches are compared: for speed a few by name, for quality a list of entries by family.
+
+The families are those of `evaluation.other_caches` and two of this project: `lowrank`, the guide's method (V in the
+built-in presets `rN-vonly`), and `ours`, all other presets.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache.dynamic_cache import identity_cache
-from gpt2.compression.named_caches import CacheChoice
-from gpt2.evaluation import peers
+from gpt2.compression.named_caches import CacheChoice, from_preset
+from gpt2.compression.presets.preset_files import built_in_presets
+from gpt2.evaluation import other_caches
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory
 from gpt2.models.loading import LoadedModel
 
-# Of each package its best known setting; without exact latest tokens hqq fails at odd lengths
-PEER_SETTING = "4 bits, residual 128"
+LOW_RANK, OURS = "lowrank", "ours"
+PEERS = (*other_caches.FAMILIES, LOW_RANK)
+# The best known setting of each package; without exact latest tokens hqq fails at odd lengths
+SPEED_SETTING = "4 bits, residual 128"
 
 
-def lineup(
+def for_speed(
     loaded: LoadedModel, choices: Sequence[CacheChoice], *, identity: bool = False, direct: bool = False,
     packages: Sequence[str] = (),
 ) -> dict[str, CacheFactory]:  # fmt: skip
-    """Caches by name, the baseline first.
+    """Cache factories by name, the baseline first.
 
-    identity: with our cache that stores everything as it comes. direct: every cache of ours by reconstruction and,
-    where its codec allows it, read as it is stored. packages: other people's, quanto or hqq; raises PluginError where
-    one isn't installed.
+    identity: add our cache without compression. direct: list each of our caches twice if attention can read its codes,
+    once with reconstruction and once without. packages: add caches of quanto or hqq; raises PluginError if one of these
+    isn't installed.
     """
     L = loaded.geometry.num_layers
     ours: dict[str, CacheFactory] = {"identity": lambda: identity_cache(L)} if identity else {}
     ours |= {choice.label: choice.make for choice in choices}
     if direct:
         ours = {label: made for name, make in ours.items() for label, made in _both_ways(name, make).items()}
-    return {BASELINE: baseline_factory(loaded)} | ours | _of_others(loaded, packages)
+    others = [entry for family in packages for entry in _of_family(family, loaded) if SPEED_SETTING in entry.label]
+    for entry in others:
+        if entry.error:
+            raise PluginError(f"--peers {entry.family}: {entry.error}") from entry.error
+    return {BASELINE: baseline_factory(loaded)} | ours | {entry.label: entry.make for entry in others}
 
 
 def _both_ways(name: str, make: CacheFactory) -> dict[str, CacheFactory]:
@@ -47,11 +60,63 @@ def _reconstructing(make: CacheFactory) -> CacheFactory:
     return made
 
 
-def _of_others(loaded: LoadedModel, packages: Sequence[str]) -> dict[str, CacheFactory]:
-    if not packages:
-        return {}
-    entries = [entry for entry in peers.entries(loaded, packages, presets=[]) if entry.label.endswith(PEER_SETTING)]
-    for entry in entries:
-        if entry.error:
-            raise PluginError(f"--peers {entry.family}: {entry.error}") from entry.error
-    return {entry.label: entry.make for entry in entries}
+@dataclass(frozen=True)
+class Entry:
+    """One cache of a comparison. make: None if it can't be made; `error` is then the reason."""
+
+    family: str
+    label: str
+    make: CacheFactory | None = None
+    error: Exception | None = None
+    preset: dict = field(default_factory=dict)  # as results files have it; empty for caches without one
+
+
+def for_quality(
+    loaded: LoadedModel, families: Sequence[str] = PEERS, presets: Sequence[str] | None = None
+) -> list[Entry]:
+    """Entries of other families and of presets, without the baseline.
+
+    presets: files or built-in names; PluginError is raised if one can't be used. With None all built-in presets of the
+    model are taken, and those that can't be used become entries with an error.
+    """
+    built_in = list(built_in_presets().get(loaded.spec, {}))
+    low_rank = [name for name in built_in if re.fullmatch(r"r\d+-vonly", name)] if LOW_RANK in families else []
+    entries = [entry for family in families if family != LOW_RANK for entry in _of_family(family, loaded)]
+    entries += [_built_in(name, loaded, LOW_RANK) for name in low_rank]
+    if LOW_RANK in families and not low_rank:
+        entries.append(Entry(LOW_RANK, "low rank", error=PluginError(f"no preset rN-vonly for {loaded.spec}")))
+    if presets is None:
+        entries += [_built_in(name, loaded, OURS) for name in built_in if name not in low_rank]
+    else:
+        entries += [_of_choice(from_preset(name, loaded)) for name in presets if name not in low_rank]
+    labels = [BASELINE, *(entry.label for entry in entries)]
+    if twice := [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
+        raise PluginError(f"two caches are called {twice[0]!r}: give one of them another name")
+    return entries
+
+
+def _of_family(family: str, loaded: LoadedModel) -> list[Entry]:
+    """Entries of another family, each tried once: a missing package or a rejected model shows here."""
+    entries = []
+    for label, make in other_caches.factories(family, loaded):
+        try:
+            other_caches.require_package(family)
+            make()
+            entries.append(Entry(family, label, make))
+        except Exception as error:  # third-party code may raise anything
+            entries.append(Entry(family, label, error=error))
+    return entries
+
+
+def _built_in(name: str, loaded: LoadedModel, family: str) -> Entry:
+    try:
+        return _of_choice(from_preset(name, loaded))
+    except PluginError as error:
+        return Entry(family, name, error=error)
+
+
+def _of_choice(choice: CacheChoice) -> Entry:
+    """An entry of a preset; one that only cuts coordinates, at 16 bits in all layers, is the guide's low rank."""
+    preset = choice.record()
+    cut = preset["bits"] == 16 and preset["rank"] < preset["head_dim"] and not preset.get("layers")
+    return Entry(LOW_RANK if cut else OURS, choice.label, choice.make, preset=preset)

@@ -1,14 +1,14 @@
 """Needle in a haystack: can the model still read one sentence out of a long context when its cache is compressed?
 
-Prompts are those of `needle_prompts`. All but a prompt's last token is read into the cache first, so that both figures
-come from what is stored:
+Prompts come from `needle_prompts`. All tokens of a prompt but the last are read into the cache first, so that both
+figures depend on what is stored:
 
     exact match      greedy `generate`, the same call for every cache, starts with the answer
-    log-probability  of the answer's tokens, fed one after another; graded, where exact match is all or nothing
+    log-probability  of the answer's tokens, fed one after another; it changes before an answer is lost
 
-The compressed caches here return their reconstruction already while the prompt is read, so even one forward pass over
-all of it has the error of compression in it. Caches that hand back exact tensors in that pass, as those of
-transformers do, are read back from then on; `prefill_chunk` feeds the prompt in pieces, as a server does.
+Our caches return their reconstruction already while the prompt is read, so that even a prefill in one forward pass has
+the error of compression. Caches of transformers return exact tensors in that pass, so their error shows only from the
+next one on; `prefill_chunk` feeds the prompt in chunks, as a server does.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ def measure(
     progress=iter,
     **task,
 ) -> list[dict]:
-    """Ask every cache the same questions; a record per prompt and cache, as results files have them.
+    """Ask every cache the same questions; returns a record per prompt and cache, as results files have them.
 
-    haystack: token ids [n]. lengths: contexts in tokens. task: settings of `Needles`. All prompts are built, and so
-    checked, before the first is asked. progress: wraps the iterable of prompts, such as tqdm.
+    haystack: token ids [n]. lengths: context lengths in tokens. depths: shares of the haystack before the needle.
+    task: settings of `Needles`. progress: wraps the iterable of prompts, such as tqdm. All prompts are built before the
+    first one is asked, so a PluginError about them comes before any work.
     """
     loaded.require_context(max(lengths), "--context-lengths")
     needles = Needles(loaded.tokenizer, haystack, **task)
@@ -70,12 +71,14 @@ def measure(
 def ask(
     loaded: LoadedModel, make: CacheFactory, prompt: Prompt, max_new_tokens: int = 12, prefill_chunk: int | None = None
 ) -> dict:
-    """One question through a fresh cache. The cache's bytes are those of the prompt without its last token."""
+    """Ask one question with a fresh cache; the record's bytes are those of the prompt without its last token."""
     cache, ids = make(), prompt.ids[None].to(loaded.device)
     for piece in ids[:, :-1].split(prefill_chunk or ids.shape[1], dim=1):
-        loaded.model.base_model(input_ids=piece, past_key_values=cache, use_cache=True)  # no logits of a long prompt
+        loaded.model.base_model(
+            input_ids=piece, past_key_values=cache, use_cache=True
+        )  # without logits, which a long prompt has no use for
     held = cache_bytes(cache)
-    # Both figures need the prompt's cache as it is, and not every cache can be cropped back to it
+    # Both figures need the cache of the prompt alone, and not every cache can be cropped back to it
     log_p = _answer_log_p(loaded, copy.deepcopy(cache), prompt)
     text = _generated(loaded, cache, ids, max_new_tokens)
     return {
@@ -103,7 +106,7 @@ def _answer_log_p(loaded: LoadedModel, cache: Cache, prompt: Prompt) -> float:
 
 
 def _generated(loaded: LoadedModel, cache: Cache, ids: Tensor, max_new_tokens: int) -> str:
-    """What the model writes after ids [1, T], greedily; a model's own settings for chats stay out of it."""
+    """What the model generates greedily after ids [1, T], whatever its own generation settings are."""
     tokenizer = loaded.tokenizer
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     tokens = loaded.model.generate(
@@ -114,7 +117,7 @@ def _generated(loaded: LoadedModel, cache: Cache, ids: Tensor, max_new_tokens: i
 
 
 def answers(text: str, answer: str) -> bool:
-    """Whether a text starts with an answer, and with no longer word or number than it."""
+    """Whether a text starts with an answer that isn't the beginning of a longer word or number."""
     text = text.strip()
     return text.startswith(answer) and not text[len(answer) : len(answer) + 1].isalnum()
 
@@ -126,9 +129,9 @@ def accuracy(loaded: LoadedModel, haystack: Tensor, caches: Mapping[str, CacheFa
 
 
 def cells(rows: Sequence[dict]) -> list[dict]:
-    """Records of `measure` averaged over trials: one per cache, length and depth, in the order they come.
+    """Records of `measure` averaged over trials: one per cache, context length and depth, in the order of the rows.
 
-    With a cache called "baseline" among them, the others get their change against it and a verdict.
+    If one of the caches is called "baseline", the others also get their change from it and a verdict.
     """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -156,8 +159,11 @@ def _cell(cache: str, length: int, depth: float, group: list[dict]) -> dict:
 
 
 def works_from(distractors: int) -> float:
-    """Exact match from which a baseline works: halfway between guessing among the answers it has read and always
-    right. Below it a cell can't tell what compression costs."""
+    """The exact match from which on a baseline counts as working.
+
+    It is halfway between guessing among the answers in the prompt and always being right. Below it a cell can't show
+    what compression costs.
+    """
     guessing = 1 / (1 + distractors) if distractors else 0
     return (1 + guessing) / 2
 
@@ -175,10 +181,10 @@ def _against(cell: dict, reference: dict) -> dict:
 
 
 def summarize(rows: Sequence[dict], seed: int = 0) -> list[dict]:
-    """One record per compressed cache over all prompts of a grid, those of failing cells included; needs a baseline.
+    """One record per compressed cache over all prompts, paired with the baseline's, which must be among the rows.
 
-    The cells' own verdicts rest on a few trials each; here the prompts are pairs: an exact sign test of those that one
-    cache alone answers, and a bootstrap interval of the change of the answer's log-probability.
+    A cell's verdict rests on a few trials. Pairs of prompts allow an exact sign test of the prompts that only one of
+    the two caches answers, and a bootstrap interval of the change of the answer's log-probability.
     """
     by_cache: dict[str, list[dict]] = {}
     for row in rows:
@@ -204,7 +210,7 @@ def _paired(reference: Sequence[dict], own: Sequence[dict], seed: int) -> dict:
     change = np.array(
         [b["answer_logprob_nats"] - a["answer_logprob_nats"] for a, b in zip(reference, own, strict=True)]
     )
-    interval = list(mean_interval(change, seed)) if len(change) > 1 else None  # one prompt has no spread
+    interval = list(mean_interval(change, seed)) if len(change) > 1 else None  # one prompt gives no interval
     return {
         "prompts": len(right),
         "baseline_exact_match": _mean(first for first, _ in right),

@@ -3,8 +3,8 @@
     text … "The locker number of Anna is 48213." … text … "The locker number of Tom is 90157." … text
     "Question: What is the locker number of Anna?  Answer: The locker number of Anna is"
 
-Prompts are put together from token ids, not from text: then a prompt has exactly as many tokens as it should have, and
-nothing that comes later cuts the needle or takes it away. Every prompt is checked for it all the same.
+Prompts are built from token ids rather than text, so that each has exactly the wanted number of tokens and no later
+step can cut off the needle. Every prompt is checked for that.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ COUNTRIES = "Norway Spain Poland Greece Turkey Brazil Canada Mexico Egypt Kenya 
 class Template:
     """One form of needle.
 
-    sentence: with {subject} and {answer}. question: with {subject}; the answer would follow after a space.
-    answers, subjects: words to choose from; without answers it is five digits.
+    sentence: has {subject} and {answer}. question: has {subject}; the answer follows after a space. answers, subjects:
+    words to choose from, separated by spaces; without answers the answer is a number of five digits.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Template:
     subjects: str = NAMES
 
     def draw(self, rng: np.random.Generator, count: int, taken: str) -> list[tuple[str, str]]:
-        """`count` different subjects with different answers, none of which is in the text `taken`."""
+        """`count` different subjects with different answers, none of which occurs in the text `taken`."""
         numbers = rng.integers(10_000, 100_000, size=10 * count).astype(str).tolist()
         picked = []
         for words in (self.subjects.split(), self.answers.split() or numbers):
@@ -54,7 +54,7 @@ class Template:
         return list(zip(*picked, strict=True))
 
 
-# A question before the beginning of its answer helps: SmolLM2-135M then finds more at 2,048 tokens
+# The question before the beginning of the answer helps: SmolLM2-135M then finds more needles at 2,048 tokens
 TEMPLATES = (
     Template(
         "locker",
@@ -83,7 +83,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question. ids: [T], what the model reads; answer_ids: [n], what should follow; needle: its [start, end)."""
+    """One question. ids: [T], the prompt; answer_ids: [n], the wanted answer; needle: [start, end) in ids."""
 
     ids: Tensor
     answer: str
@@ -95,9 +95,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Needles:
-    """Builds prompts. haystack: token ids [n] of ordinary text, and its name for errors; distractors: per prompt.
+    """Builds prompts.
 
-    A context length counts the prompt and room for the answer: prompts have exactly `length − max_new_tokens` tokens.
+    haystack: token ids [n] of ordinary text. haystack_name: for error messages. distractors: needles about other
+    subjects in each prompt. A context length includes room for the answer: prompts have exactly
+    `length − max_new_tokens` tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -108,10 +110,10 @@ class Needles:
     haystack_name: str = "the text"
 
     def build(self, length: int, depth: float, trial: int, seed: int = 0) -> Prompt:
-        """The prompt of a cell's trial: it depends on these four numbers, not on what else is measured.
+        """The prompt of a trial; it depends on these four numbers only.
 
-        depth: share of the haystack's tokens before the needle, 0 … 1. Raises PluginError where the context or the
-        text is too short, or the needle doesn't arrive whole.
+        depth: share of the haystack's tokens before the needle, 0 … 1. Raises PluginError if the context or the text is
+        too short, or the tokenizer can't give the needle back.
         """
         self._check_cell(length, depth)
         rng = np.random.default_rng([seed % 2**32, trial, length, round(depth * 10_000)])
@@ -151,7 +153,7 @@ class Needles:
         return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
 
     def _question(self, template: Template, subject: str, answer: str) -> tuple[Tensor, Tensor]:
-        """Tokens of the question, and of the answer as it follows in one text with the question."""
+        """Tokens of the question, and of the answer as they are when both are tokenized as one text."""
         text = f"\n{template.question}".format(subject=subject)
         question, both = self._tokens(text), self._tokens(f"{text} {answer}")
         answer_ids = both[len(question) :]
@@ -165,7 +167,7 @@ class Needles:
         return question, answer_ids
 
     def _check(self, prompt: Prompt, sentence: Tensor, question: Tensor, length: int) -> None:
-        """A needle that isn't there, or not whole, would make every cache look bad, or no loss look like one."""
+        """Raise PluginError for a prompt without its whole needle, with which any cache would fail."""
         held = prompt.ids[slice(*prompt.needle)]
         problems = {
             "the needle is not whole": not torch.equal(held, sentence),
@@ -179,7 +181,7 @@ class Needles:
 
 
 def _insert(haystack: Tensor, sentences: Sequence[Tensor], places: Sequence[int]) -> tuple[Tensor, int]:
-    """The haystack with sentences put before its tokens at `places`; where the first sentence begins."""
+    """The haystack with sentences inserted before its tokens at `places`, and the position of the first sentence."""
     parts, done, size, first = [], 0, 0, 0
     for index in sorted(range(len(places)), key=places.__getitem__):
         parts += [haystack[done : places[index]], sentences[index]]

@@ -1,7 +1,7 @@
-"""Perplexity streamed through a real cache: what a model thinks of a text while it reads its own compressed memory.
+"""Perplexity streamed through a real cache: the loss of a model that reads its own compressed K and V.
 
-A segment is fed in chunks, as generation would; the tokens of a chunk attend to what the cache gives back for all
-tokens before them and for themselves. Nothing is simulated, so what the cache does wrong shows here.
+A segment is fed in chunks, as generation would feed it. The tokens of a chunk attend to what the cache returns for all
+tokens before them and for themselves. Nothing is simulated, so every error of the cache shows in the loss.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ CacheFactory = Callable[[], Cache]
 
 @dataclass
 class Scores:
-    """Per-token measurements of one cache over segments, [segments, T − 1] each: token 0 has nothing before it.
+    """Per-token measurements of one cache over segments, [segments, T − 1] each, as the first token isn't predicted.
 
-    nll: −log p of the text's next token, in nats. kl: KL divergence of the cache's prediction from the baseline's.
-    agree: whether both put the same token first. The last two only where the baseline ran beside it.
+    nll: −log p of the text's next token, in nats. kl: KL divergence of the cache's prediction from the baseline's, in
+    nats. agree: whether both rank the same token first. The last two are None unless the baseline was scored beside.
     """
 
     nll: np.ndarray
@@ -51,7 +51,7 @@ class _Pending:
 
 
 def baseline_factory(loaded: LoadedModel) -> CacheFactory:
-    """The uncompressed cache of transformers, as generation would make it."""
+    """A factory of transformers' uncompressed cache, as generation would make it."""
     return lambda: DynamicCache(config=loaded.model.config)
 
 
@@ -66,18 +66,18 @@ def score(
     progress=iter,
     failed: dict[str, Exception] | None = None,
 ) -> dict[str, Scores]:
-    """Score token segments [n, T] through a fresh cache of every factory, in lockstep.
+    """Score token segments [n, T] through a fresh cache of every factory, all caches chunk by chunk.
 
-    With a cache called "baseline" among them, which then runs first, the others get KL and agreement as well.
-    progress: wraps the iterable of batches, such as tqdm. Raises LossNotFinite where a loss isn't finite. failed:
-    given, a cache other than the baseline that raises goes there with its error, and the others go on without it.
+    If one of the caches is called "baseline", it runs first, and the others also get KL and agreement. chunk: tokens
+    fed at a time. progress: wraps the iterable of batches, such as tqdm. failed: if given, the error of a cache other
+    than the baseline is put there, and the others continue. Raises LossNotFinite if a loss is NaN or infinite.
     """
     names = sorted(caches, key=lambda name: name != BASELINE)
     pending = {name: _Pending() for name in names}
     lost = {} if failed is None else failed
     for batch in progress(segments.split(batch_size)):
         parts = {name: _Pending() for name in names}
-        live = {name: _quick(caches[name]()) for name in names if name not in lost}
+        live = {name: _keeping_reconstructions(caches[name]()) for name in names if name not in lost}
         for start in range(0, batch.shape[1], chunk):
             _score_chunk(loaded, batch, start, chunk, live, parts, failed)
         for name, part in parts.items():
@@ -92,20 +92,20 @@ def score(
     return scores
 
 
-def _quick(cache: Cache) -> Cache:
-    """A cache of ours expands each block once: every chunk reads all of them, and what it reads is the same."""
-    return cache.keep_expanded() if isinstance(cache, CompressedDynamicCache) else cache
+def _keeping_reconstructions(cache: Cache) -> Cache:
+    """Let a cache of ours reconstruct each block once instead of at every chunk; the values are the same."""
+    return cache.keep_reconstructed() if isinstance(cache, CompressedDynamicCache) else cache
 
 
 @contextmanager
 def _kept_apart(name: str, failed: dict[str, Exception] | None):
-    """Put what one cache raises into `failed`, where there is such a dict and it isn't the baseline."""
+    """Put an error of one cache into `failed`, unless there is no such dict or it is the baseline's."""
     try:
         yield
-    except Exception as error:  # of other people's code: it may be any
+    except Exception as error:  # third-party caches may raise anything
         if failed is None or name == BASELINE:
             raise
-        failed[name] = error.with_traceback(None)  # which would keep its caches and logits alive
+        failed[name] = error.with_traceback(None)  # a traceback would keep caches and logits in memory
 
 
 def _score_chunk(
@@ -139,9 +139,9 @@ def _finish(name: str, measured: _Pending) -> Scores:
 
 
 def compare(baseline: Scores, other: Scores, seed: int = 0) -> dict:
-    """The figures of one cache beside the baseline on the same tokens, as results files have them.
+    """Figures of one cache beside the baseline on the same tokens, as results files have them.
 
-    `ppl_delta` is relative; its interval is a paired bootstrap at 95 %.
+    `ppl_delta` is the relative change of perplexity; its interval is a paired bootstrap at 95 %.
     """
     difference = other.nll - baseline.nll
     record = {

@@ -1,11 +1,11 @@
-"""Does a cache do as well on other text, with another calibration, on other questions? Runs that differ in one thing.
+"""Is a cache as good on other text, with another calibration, on other questions? Runs that differ in one factor.
 
-Run 0 takes everything as given. Every further run changes one named factor and nothing else, so that what moves can be
-told from what moved it:
+Run 0 takes everything as given. Every further run changes one factor and nothing else, so that a change of a figure can
+be attributed to it:
 
     text         another window of the evaluation text; windows don't overlap
-    calibration  other samples of the calibration text, for a cache that is calibrated
-    seed         other needle prompts, and other tokens in the speed test; it can't move perplexity, KL or agreement
+    calibration  other samples of the calibration text, if the cache is calibrated
+    seed         other needle prompts and other tokens in the speed test; perplexity, KL and agreement stay the same
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from gpt2.models.loading import LoadedModel
 
 FACTORS = ("text", "calibration", "seed")
 AS_GIVEN = "as given"
-MOVES_PREDICTIONS = ("text", "calibration")
+MOVES_PREDICTIONS = ("text", "calibration")  # factors that can change PREDICTIONS
 PREDICTIONS = ("ppl_delta", "kl_nats", "top1_agreement")
-# Record key to what people read
+# Key of a record to its name in tables and figures
 METRICS = {
     "ppl_delta": "Δ perplexity",
     "kl_nats": "KL, nats",
@@ -39,7 +39,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Run:
-    """What one run takes: a window of the evaluation text, a calibration (0 is the given one), a seed."""
+    """The settings of one run: number of the text window, number of the calibration (0 is the given one), and seed."""
 
     factor: str
     text_window: int = 0
@@ -49,9 +49,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all runs share. windows: evaluation tokens [runs, segments, T]; haystack: token ids [n] of the same text.
+    """What all runs share.
 
-    make: from a run's calibration number to a factory of caches.
+    windows: evaluation tokens [runs, segments, T]. haystack: token ids [n] of the same text. make: from the number of a
+    calibration to a factory of caches.
     """
 
     loaded: LoadedModel
@@ -63,11 +64,11 @@ class Setup:
     needle_length: int = 512
     needle_trials: int = 4
     speed_context: int = 512
-    distractors: int = 0  # the embedded model then finds nearly every needle: room to lose some
+    distractors: int = 0  # without them the embedded model finds nearly every needle, so that a loss would show
 
 
 def schedule(factors: Sequence[str], num_runs: int, seed: int = 0) -> list[Run]:
-    """Run 0, and `num_runs` − 1 more for each factor, in which it alone takes other values."""
+    """Run 0, and for each factor `num_runs` − 1 runs in which only this factor has other values."""
     field = {"text": "text_window", "calibration": "calibration", "seed": "seed"}
     first = Run(AS_GIVEN, seed=seed)
     others = [
@@ -90,7 +91,7 @@ def windows_of(segments: Tensor, num_runs: int, segments_per_run: int) -> Tensor
 
 
 def measure(setup: Setup, run: Run, progress=iter) -> dict:
-    """One run's figures, with what it took: perplexity and predictions, needle, decode speed beside the baseline."""
+    """Settings and figures of one run: loss, predictions, needle accuracy, decode speed, each beside the baseline."""
     loaded = setup.loaded
     caches = {BASELINE: baseline_factory(loaded), "compressed": setup.make(run.calibration)}
     scores = score(
@@ -118,7 +119,7 @@ def measure(setup: Setup, run: Run, progress=iter) -> dict:
         "needle_accuracy": answered["compressed"],
         "needle_accuracy_baseline": answered[BASELINE],
         "needle_baseline_works": works,
-        # Where the baseline itself fails, no change is no sign of anything
+        # If the baseline itself fails, a change of 0 would mean nothing
         "needle_accuracy_change": answered["compressed"] - answered[BASELINE] if works else None,
         "token_ms": timed["token_ms_median"],
         "speed_ratio": timed["ratio_to_baseline"]["tokens_per_s_median"],
@@ -126,9 +127,10 @@ def measure(setup: Setup, run: Run, progress=iter) -> dict:
 
 
 def summarize(rows: Sequence[dict]) -> list[dict]:
-    """Mean, standard deviation (of a sample) and range of every metric, for each factor with run 0 and for all runs.
+    """Mean, sample standard deviation and range of every metric, for each factor with run 0 and for all runs.
 
-    Runs of a factor that can't move a metric are left out of its rows: copies would make a spread look smaller.
+    Runs of a factor that can't change a metric are left out of that metric, as equal values would make its spread
+    look smaller.
     """
     factors = list(dict.fromkeys(row["factor"] for row in rows if row["factor"] != AS_GIVEN))
     groups = {factor: [row for row in rows if row["factor"] in (AS_GIVEN, factor)] for factor in factors}
@@ -151,10 +153,10 @@ def _spread(values: Sequence[float]) -> dict:
 
 
 def verdict(summary: Sequence[dict], max_delta: float, max_std: float) -> dict:
-    """Stable when the worst run's Δ perplexity, and its deviation under the factor that moves it most, are in bounds.
+    """Stable if the worst run's Δ perplexity and its deviation under the factor that changes it most are in bounds.
 
-    Not the deviation over all runs, which would dilute one factor's with another's. `stable` is None where nothing was
-    varied that could move perplexity.
+    The deviation over all runs isn't used: a steady factor would hide another one. `stable` is None if no factor was
+    varied that can change perplexity.
     """
     ppl = {row["factor"]: row for row in summary if row["metric"] == "ppl_delta"}
     over_all = ppl.pop("all")

@@ -1,20 +1,28 @@
-"""Intervals for differences that were measured on the same tokens."""
+"""Medians with quartiles, and intervals for differences that were measured on the same tokens or prompts."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
-BLOCK = 64  # tokens that are resampled together: neighbours in a text aren't independent
+BLOCK = 64  # tokens that are resampled together, because neighbours in a text aren't independent
 RESAMPLES = 2000
+QUARTILES = (0.25, 0.5, 0.75)
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, float | list[float]]:
+    """Median and quartiles of values, under keys that start with `name`."""
+    low, median, high = (float(value) for value in np.quantile(values, QUARTILES))
+    return {f"{name}_median": median, f"{name}_quartiles": [low, high]}
 
 
 def paired_bootstrap(difference: np.ndarray, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
     """Percentile interval of exp(mean(difference)) − 1 for per-token differences of log-likelihood.
 
-    difference: [segments, tokens], compressed − baseline. Blocks of 64 tokens are resampled, 2000 times (moving the
-    baseline and the compressed run together is what makes the interval narrow enough to be of use).
+    difference: [segments, tokens], compressed − baseline. Blocks of 64 tokens are resampled 2000 times. The baseline
+    and the compressed run share each resample, which makes the interval much narrower than two separate ones.
     """
     segments, tokens = difference.shape
     edges = range(0, tokens, BLOCK)
@@ -34,7 +42,7 @@ def mean_interval(values: np.ndarray, seed: int = 0, level: float = 0.95) -> tup
 
 
 def sign_test(first: int, second: int) -> float:
-    """Two-sided exact p of `first` pairs that favour one side and `second` the other, if both were equally good."""
+    """Two-sided exact p-value of `first` pairs that favour one side and `second` the other, under no difference."""
     pairs = first + second
     tail = sum(math.comb(pairs, k) for k in range(min(first, second) + 1))
     return min(1.0, 2 * tail / 2**pairs)

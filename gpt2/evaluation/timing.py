@@ -1,8 +1,8 @@
 """Latency, throughput and memory of caches in one model, side by side in one process.
 
-A cell is a context length and a batch size. In it every cache is filled by one prefill and decoded from, greedily and
-by the same loop, with a fresh cache each time. Caches take turns, in an order that turns round with every repeat, so
-that whatever slows the machine for a while slows them all; ratios pair the runs of one repeat.
+A cell is a context length and a batch size. In each cell every cache is filled by one prefill and then decoded from by
+the same greedy loop, with a fresh cache for each run. Caches take turns, in an order that is reversed with every
+repeat, so that a temporary slowdown of the machine affects them all; ratios pair the runs of one repeat.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,16 +23,16 @@ from gpt2.common.errors import is_out_of_memory
 from gpt2.compression.cache.size import cache_bytes
 from gpt2.evaluation.instruments import Memory, Stopwatch, cuda_devices, peak_memory, synchronizer, watched
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory
+from gpt2.evaluation.statistics import spread
 from gpt2.models.loading import LoadedModel
 
 WARM_TOKENS, WARM_STEPS = 16, 2
-QUARTILES = (0.25, 0.5, 0.75)
 clock = time.perf_counter
 
 
 @dataclass(frozen=True)
 class Run:
-    """One cache, filled and decoded from once. decode_s is of all steps; tokens [B, 1 + steps] came out."""
+    """One cache, filled and decoded from once. decode_s: seconds of all steps; tokens: [B, 1 + steps], generated."""
 
     prefill_s: float
     decode_s: float
@@ -48,7 +47,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Inside:
-    """What the instruments saw: memory of a prefill and a few steps; of the steps after, their time by part."""
+    """What instruments measured: memory of a prefill and a few steps, then shares of time by part of further steps."""
 
     memory: Memory
     share: dict[str, float]
@@ -68,15 +67,15 @@ def measure_cell(
 ) -> list[dict]:
     """Measure caches, by name, at one context length and batch size; one results record per cache.
 
-    Contexts are random tokens: what they say changes no time. decode_tokens: steps per run, from a cache that holds
-    `context_tokens` at first. With a cache called "baseline" among them the others get ratios to it, paired by repeat.
-    progress: wraps the iterable of runs, such as tqdm. A cache that doesn't fit in memory is recorded as such.
+    Contexts are random tokens, whose values change no time. decode_tokens: steps per run, from a cache that holds
+    `context_tokens` at first. If one of the caches is called "baseline", the others get ratios to it, paired by repeat.
+    progress: wraps the iterable of runs, such as tqdm. The record of a cache that doesn't fit in memory says so.
     """
     prompt = random_tokens(loaded, batch_size, context_tokens, seed)
     measured = {name: _Measured() for name in caches}
     for make in caches.values():
         run_once(loaded.model, make(), prompt[:1, :WARM_TOKENS], WARM_STEPS)
-    # Turn 0 is the instruments', and warms up what depends on shapes
+    # Turn 0 is for the instruments, and warms up what depends on shapes
     turns = [(n, name) for n in range(repeats + 1) for name in (list(caches)[::-1] if n % 2 else caches)]
     for turn, name in progress(turns):
         if not measured[name].too_large:
@@ -90,7 +89,7 @@ def measure_cell(
 
 @dataclass
 class _Measured:
-    """What is known of one cache in one cell."""
+    """Measurements of one cache in one cell."""
 
     inside: Inside | None = None
     runs: list[Run] = field(default_factory=list)
@@ -103,15 +102,15 @@ class _Measured:
                 self.runs.append(run_once(model, make(), prompt, steps))
             else:
                 self.inside = look_inside(model, make(), prompt, steps)
-        except Exception as error:  # which of many exceptions it is depends on the device
+        except Exception as error:  # out of memory has another type on each device
             if not is_out_of_memory(error):
                 raise
             self.too_large = True
-        if self.too_large and torch.cuda.is_available():  # only here is the error gone, and the tensors it held on to
+        if self.too_large and torch.cuda.is_available():  # only now is the error gone, whose traceback held tensors
             torch.cuda.empty_cache()
 
     def record(self, baseline: _Measured | None) -> dict:
-        """Figures as results files have them, with ratios to the baseline's runs where there are any."""
+        """Figures as results files have them, with ratios to the baseline's runs if there are any."""
         if self.too_large:
             return {"out_of_memory": True}
         figures = _figures(self.runs, self.inside)
@@ -122,7 +121,7 @@ class _Measured:
 
 @torch.no_grad()
 def run_once(model: PreTrainedModel, cache: Cache, prompt: Tensor, steps: int) -> Run:
-    """Fill an empty cache with a prompt [B, T] and decode `steps` more tokens, on the clock."""
+    """Time filling an empty cache with a prompt [B, T] and decoding `steps` more tokens."""
     wait, last_only = synchronizer(model), _last_logits_only(model)
     with _no_garbage_collection():
         wait()
@@ -138,9 +137,9 @@ def run_once(model: PreTrainedModel, cache: Cache, prompt: Tensor, steps: int) -
 
 @torch.no_grad()
 def look_inside(model: PreTrainedModel, cache: Cache, prompt: Tensor, steps: int) -> Inside:
-    """The same with instruments: memory until the prompt's length is held, then where the time of steps goes.
+    """The same with instruments: peak memory of prefill and warm-up steps, then where the time of `steps` steps goes.
 
-    The last tokens of the prompt are left to steps that aren't watched: they warm up, and take a step's memory.
+    The prefill leaves out the last tokens of the prompt, so that the cache holds the prompt's length after warming up.
     """
     with peak_memory(cuda_devices(model)) as memory:
         most = prompt[:, : max(prompt.shape[1] - WARM_STEPS, 1)]
@@ -154,7 +153,7 @@ def look_inside(model: PreTrainedModel, cache: Cache, prompt: Tensor, steps: int
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """It would come by chance, in one cache's time or another's, and take longer than a step of a small model."""
+    """Python's garbage collection would fall into a random run and may take longer than a step of a small model."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -165,17 +164,17 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _last_logits_only(model: PreTrainedModel) -> dict:
-    """How generation calls a prefill too: logits of a whole prompt could take more memory than all the rest."""
+    """Arguments that keep the logits of the last token only, as generation does: a prompt's may take gigabytes."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _next(model: PreTrainedModel, cache: Cache, tokens: Tensor, **settings) -> Tensor:
-    """Read tokens [B, n] in one forward pass; the likeliest token after them, [B, 1]."""
+    """One forward pass over tokens [B, n]; returns the most likely next token, [B, 1]."""
     return model(tokens, past_key_values=cache, use_cache=True, **settings).logits[:, -1:].argmax(-1)
 
 
 def _decode(model: PreTrainedModel, cache: Cache, token: Tensor, steps: int) -> list[Tensor]:
-    """Greedy steps from a token [B, 1]; nothing waits for a GPU in between, as nothing here needs to see a token."""
+    """Greedy steps from a token [B, 1], without waiting for a GPU in between; returns the tokens."""
     tokens = []
     for _ in range(steps):
         token = _next(model, cache, token)
@@ -196,9 +195,9 @@ def _figures(runs: Sequence[Run], inside: Inside) -> dict:
     return {
         "ttft_ms": prefill,
         "token_ms": token,
-        **_spread("ttft_ms", prefill),
-        **_spread("token_ms", token),
-        **_spread("tokens_per_s", [1000 * batch / ms for ms in token]),
+        **spread("ttft_ms", prefill),
+        **spread("token_ms", token),
+        **spread("tokens_per_s", [1000 * batch / ms for ms in token]),
         "cache_bytes": runs[-1].held_bytes,
         "peak_memory_bytes": inside.memory.peak,
         "peak_memory_over_start_bytes": inside.memory.peak - inside.memory.start,
@@ -208,17 +207,11 @@ def _figures(runs: Sequence[Run], inside: Inside) -> dict:
 
 
 def _ratios(runs: Sequence[Run], baseline: Sequence[Run]) -> dict:
-    """Own figure over the baseline's, run by run: what slowed both at the time cancels out."""
+    """Ratios to the baseline, run by run, so that a slowdown of the machine cancels out."""
     pairs = list(zip(runs, baseline, strict=True))
     return {
-        **_spread("ttft", [own.prefill_s / other.prefill_s for own, other in pairs]),
-        **_spread("token_time", [own.token_ms / other.token_ms for own, other in pairs]),
-        **_spread("tokens_per_s", [other.token_ms / own.token_ms for own, other in pairs]),
+        **spread("ttft", [own.prefill_s / other.prefill_s for own, other in pairs]),
+        **spread("token_time", [own.token_ms / other.token_ms for own, other in pairs]),
+        **spread("tokens_per_s", [other.token_ms / own.token_ms for own, other in pairs]),
         "cache_bytes": runs[-1].held_bytes / baseline[-1].held_bytes,
     }
-
-
-def _spread(name: str, values: Sequence[float]) -> dict:
-    """Median and quartiles under a name."""
-    low, median, high = (float(value) for value in np.quantile(values, QUARTILES))
-    return {f"{name}_median": median, f"{name}_quartiles": [low, high]}

@@ -14,19 +14,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache import attention_math, direct_attention
+from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
+from gpt2.compression.cache.size import fill, noise
 from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.codecs import QUANTIZERS, Compressor
 from gpt2.compression.kernels import cpu
 from gpt2.compression.presets.any_model import ANY_MODEL, SINK_TOKENS
 from gpt2.compression.settings import Setting, build
-from gpt2.evaluation.timing import QUARTILES
+from gpt2.evaluation.statistics import spread
 from gpt2.experiments.compiled_attention import CompiledInt4Channel
 
 GENERATED = 33
@@ -35,8 +36,8 @@ COPIES = 10  # of the copy that bandwidth is measured with
 SHARPNESS = 2.0  # standard deviation of scores: some tokens matter more than others
 SIXTEEN, FLOAT32, OURS, COMPILED = "16-bit", "float32", "compressed", "torch.compile"
 SDPA = "sdpa"
-# What may be asked for: a quantizer for K and V alike, or the codecs of a preset for any model
-CODECS = (*(name for name in QUANTIZERS if name != "mixed_fixed"), *ANY_MODEL)
+# What may be asked for: a quantizer for K and V alike, or the codecs of a calibration-free preset
+CODECS = (*(name for name, quantizer in QUANTIZERS.items() if not quantizer.calibrated), *ANY_MODEL)
 clock = time.perf_counter
 
 
@@ -169,8 +170,7 @@ def _noise(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device, 
     generator = torch.Generator(device).manual_seed(seed)
     sizes = [(shape.kv_heads, tokens)] * 2 + [(shape.heads, 1)]
     k, v, q = (
-        torch.randn(shape.batch, heads, n, shape.head_dim, generator=generator, device=device).to(dtype)
-        for heads, n in sizes
+        noise(heads, n, shape.head_dim, batch=shape.batch, dtype=dtype, generator=generator) for heads, n in sizes
     )
     return k, v, SHARPNESS * q
 
@@ -214,7 +214,7 @@ def _matmuls(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention in float32."""
-    return attention_math.attend_expanded(k.float(), v.float(), q.float(), None, q.shape[-1] ** -0.5)
+    return attention_math.attend_reconstructed(k.float(), v.float(), q.float(), None, q.shape[-1] ** -0.5)
 
 
 def _compressors(
@@ -233,19 +233,18 @@ def _compressors(
 
 
 def _stored_row(label: str, pair: tuple[Compressor, Compressor], q: Tensor, k: Tensor, v: Tensor) -> Row:
-    stores = [_filled(compressor, x) for compressor, x in zip(pair, (k, v), strict=True)]
+    stores = filled_stores(pair, k, v)
     expected = exact(q, *(store.read() for store in stores))
     held = sum(store.nbytes() for store in stores)
     return Row(label, OURS, _bound(direct_attention.attend, *stores, q, None, q.shape[-1] ** -0.5), held, expected)
 
 
-def _filled(compressor: Compressor, x: Tensor) -> TokenStore:
-    """A store that holds x [B, H, T, d]: a prompt and what was generated after it."""
-    store = TokenStore(compressor, SINK_TOKENS, 0)
-    store.prepare(x, "benchmark")
-    for part in x.split([x.shape[2] - GENERATED, GENERATED], dim=2):
-        store.append(part)
-    return store
+def filled_stores(pair: tuple[Compressor, Compressor], k: Tensor, v: Tensor) -> list[TokenStore]:
+    """Stores of K and of V, [B, H, T, d] each: a prompt, and GENERATED tokens after it."""
+    cache = CompressedDynamicCache(pair[:1], pair[1:], sink_tokens=SINK_TOKENS)
+    parts = [k.shape[2] - GENERATED, GENERATED]
+    fill(cache, zip(k.split(parts, dim=2), v.split(parts, dim=2), strict=True))
+    return list(cache.layers[0].stores.values())
 
 
 def _compiled_row(q: Tensor, k: Tensor, v: Tensor) -> Row:
@@ -280,12 +279,6 @@ def _records(rows: Sequence[Row], bandwidth: float, cuda: bool) -> Iterator[dict
             "best_16_bit": row is best,
             **({"compile_s": row.compile_s} if row.compile_s else {}),
         }
-
-
-def spread(name: str, values: Sequence[float]) -> dict:
-    """Median and quartiles under a name."""
-    low, median, high = (float(value) for value in np.quantile(values, QUARTILES))
-    return {f"{name}_median": median, f"{name}_quartiles": [low, high]}
 
 
 def kernels(device: torch.device) -> str:

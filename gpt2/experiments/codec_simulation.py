@@ -24,9 +24,9 @@ from gpt2.compression.codecs.mixed import (
     WIDE,
     WIDEST_NARROW,
     WIDTHS,
-    _rounded,
     cheapest,
     offset_unit,
+    rounded_grid,
 )
 from gpt2.compression.codecs.multi_head import JointTransform
 
@@ -150,7 +150,7 @@ def _uniform(y: Tensor, bits: int, variation: Variation, spread: Tensor) -> Iter
 
 def _bytes(low: Tensor, high: Tensor, share: float, bits: int, spread: Tensor) -> tuple[Tensor, Tensor]:
     unit = float(offset_unit(torch.tensor(bits)))
-    scale, offset = _rounded(low, high, share, 127, unit)
+    scale, offset = rounded_grid(low, high, share, 127, unit)
     return scale, scale * (unit * offset)
 
 

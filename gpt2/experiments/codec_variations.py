@@ -105,9 +105,9 @@ QUESTIONS: dict[str, dict[str, Variation]] = {
 class CentredRotary(Rotary):
     """Turns keys by one angle throughout a block, to its middle: positions within it stay. start: of a block."""
 
-    def turn(self, x: Tensor, start: int, sign: int) -> Tensor:
-        blocks = super().turn(x, start, sign).unflatten(-2, (-1, BLOCK))
-        return super().turn(blocks, -BLOCK // 2, -sign).flatten(-3, -2)
+    def rotate(self, x: Tensor, start: int, sign: int = 1) -> Tensor:
+        blocks = super().rotate(x, start, sign).unflatten(-2, (-1, BLOCK))
+        return super().rotate(blocks, -BLOCK // 2, -sign).flatten(-3, -2)
 
 
 TURNS: dict[str, Callable[[Rotary], Rotary]] = {
@@ -156,7 +156,7 @@ class Gathered:
         for how, moments in self.moments.items():
             turned = TURNS[how](self.rotary[layer])
             x, g = (
-                side_by_side(turned.turn(pair["k"].float(), 0, -1), pair["v"].float(), self.groups)
+                side_by_side(turned.unrotate(pair["k"].float(), 0), pair["v"].float(), self.groups)
                 for pair in (kept, gradients)
             )
             g = g[0, :, self.sink_tokens :]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gpt2.compression.codecs.base import Fields
+from gpt2.compression.codecs.base import Encoded
 from gpt2.compression.codecs.mixed import BLOCK, OCTAVE, SCALE_ZERO
 from gpt2.compression.codecs.per_channel import Int4Channel
 
@@ -18,6 +18,7 @@ class CompiledInt4Channel(Int4Channel):
     """int4_channel, read by two compiled functions. compile_s: seconds of each one's first call, by its name."""
 
     name = "int4_channel_compiled"
+    memory_format = None  # or C++ would read its codes
 
     def __init__(self):
         torch.compiler.reset()  # another shape is compiled anew in any case, and so many versions are all it keeps
@@ -26,14 +27,11 @@ class CompiledInt4Channel(Int4Channel):
         self._scores = self._timed("scores", torch.compile(int4_scores, dynamic=False))
         self._sums = self._timed("sums", torch.compile(int4_sums, dynamic=False))
 
-    def packed(self, fields: Fields, rank: int) -> None:
-        return None  # else C++ would read them
+    def scores(self, q: Tensor, encoded: Encoded, out: Tensor) -> None:
+        out.copy_(self._scores(q.float(), **encoded))
 
-    def scores(self, q: Tensor, fields: Fields, out: Tensor) -> None:
-        out.copy_(self._scores(q.float(), **fields))
-
-    def weighted_sum(self, p: Tensor, fields: Fields, rank: int) -> Tensor:
-        return self._sums(p, **fields)
+    def weighted_sum(self, p: Tensor, encoded: Encoded, rank: int) -> Tensor:
+        return self._sums(p, **encoded)
 
     @contextmanager
     def compiling(self) -> Iterator[None]:

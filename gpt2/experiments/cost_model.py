@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from gpt2.compression.calibration.fisher import RESERVOIR_BLOCKS
-from gpt2.compression.codecs import measured_codecs
+from gpt2.compression.calibration.fisher import SAMPLED_BLOCKS
+from gpt2.compression.codecs import multi_head_bases
 from gpt2.compression.codecs.mixed import BLOCK
 from gpt2.models.geometry import Geometry, geometry_of
 
 FLOAT64, HALF = 8, 2  # bytes
-EIGEN_PER_FIT = 2  # eigen-decompositions of a basis in a metric: of the metric, and of the covariance in it
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,9 @@ class Dimensions:
     layer_weights: int
     weights: int
 
-    def entries(self) -> dict[str, Geometry]:
-        """Each measured codec's entries, groups and channels of one, in the place of layers, heads and head_dim."""
-        return {name: basis.shape(self.geometry) for name, basis in measured_codecs().items()}
+    def multi_head_shapes(self) -> dict[str, Geometry]:
+        """Of every multi-head basis its bases in all layers, groups and channels, as layers, heads and head_dim."""
+        return {name: basis.shape(self.geometry) for name, basis in multi_head_bases().items()}
 
 
 def dimensions(config: PretrainedConfig, name: str) -> Dimensions:
@@ -84,7 +83,7 @@ def moments_flops(dims: Dimensions, tokens: int) -> float:
 def gradient_moments_flops(dims: Dimensions, tokens: int) -> float:
     """Products of the second: of heads 4 L H d² T; of every measured codec 4 · entries · G w² T."""
     g = dims.geometry
-    products = [e.num_layers * e.num_kv_heads * e.head_dim**2 for e in dims.entries().values()]
+    products = [e.num_layers * e.num_kv_heads * e.head_dim**2 for e in dims.multi_head_shapes().values()]
     return 4.0 * tokens * (g.num_layers * g.num_kv_heads * g.head_dim**2 + sum(products))
 
 
@@ -106,7 +105,7 @@ def gradient_pass_flops(dims: Dimensions, tokens: int, *, checkpointing: bool = 
 def bases(dims: Dimensions) -> dict[int, int]:
     """Width of a matrix to how many of that width a Fisher calibration fits: of measured codecs, and of every head."""
     g = dims.geometry
-    fitted = [(e.head_dim, e.num_layers * e.num_kv_heads) for e in dims.entries().values()]
+    fitted = [(e.head_dim, e.num_layers * e.num_kv_heads) for e in dims.multi_head_shapes().values()]
     counts: dict[int, int] = {}
     for width, count in [*fitted, (g.head_dim, 2 * g.num_layers * g.num_kv_heads)]:
         counts[width] = counts.get(width, 0) + count
@@ -127,7 +126,7 @@ def gradient_statistics_bytes(dims: Dimensions) -> dict[str, int]:
     """What `collect_fisher` adds. heads: 16 L H d². Each measured codec: scatter and metric, 16 w² per entry and group,
     with mean and count. blocks: the sample that quantization is measured on, 2 · 48 · 64 · entries · G w of each.
     """
-    g, entries = dims.geometry, dims.entries()
+    g, entries = dims.geometry, dims.multi_head_shapes()
     moments = {
         name: FLOAT64 * e.num_layers * (1 + e.num_kv_heads * (e.head_dim + 2 * e.head_dim**2))
         for name, e in entries.items()
@@ -136,7 +135,7 @@ def gradient_statistics_bytes(dims: Dimensions) -> dict[str, int]:
     return {
         "heads": FLOAT64 * 2 * g.num_layers * g.num_kv_heads * g.head_dim**2,
         **moments,
-        "blocks": HALF * RESERVOIR_BLOCKS * BLOCK * vectors,
+        "blocks": HALF * SAMPLED_BLOCKS * BLOCK * vectors,
     }
 
 

@@ -94,5 +94,5 @@ def _laid_out(model_config, model_id: str) -> tuple[Geometry, int]:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
     raise PluginError(
         f"{model_id} ({model_config.model_type}): its config alone doesn't tell the shape of its cache ({reason}): "
-        "load the model and use from_preset or from_policy of gpt2.compression.choice, or give geometry="
+        "load the model and use from_preset or from_policy of gpt2.compression.named_caches, or give geometry="
     )

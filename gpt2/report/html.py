@@ -1,6 +1,6 @@
-"""One page of everything measured, made from committed results only: tables, figures and where they come from.
+"""An HTML page of everything measured, made from results files only: tables, figures and where they come from.
 
-What it shows is data: a section per file in configs/tables; its first screen is configs/report.json.
+Its content is configured: each file in configs/tables is a section, and configs/report.json is the first screen.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ SECTION_KEYS = {"title", "about", "show", "plots"}
 
 
 def page(folder: Path, configs: Path, model: str) -> tuple[str, list[str]]:
-    """The page as HTML, and in words what it would show but for missing results.
+    """The page as HTML, and a message for each part that is missing because its results are.
 
-    folder: with runs/*.json and plots/*.png. configs: with report.json and tables/*.json. model: whose name
-    in results {model} stands for. Raises PluginError where a config can't be read.
+    folder: has runs/*.json and plots/*.png. configs: has report.json and tables/*.json. model: replaces {model} in
+    names of results. Raises PluginError where a config can't be read.
     """
     model = loading.slug_of(model)
     config = _read_config(configs / "report.json", model, PAGE_KEYS)
@@ -53,9 +53,10 @@ def page(folder: Path, configs: Path, model: str) -> tuple[str, list[str]]:
 
 
 def sections(folder: Path, configs: Path, order: list[str], model: str) -> list[dict]:
-    """Every section with id, title, about, plots (paths) and blocks: results, heading, an error or a table and source.
+    """Every section: a dict with id, title, about, plots (paths) and blocks.
 
-    order: names of files in configs/tables, in which they come; others follow, and results that none of them shows.
+    A block is a dict with results, heading, and either an error or a table and its source. order: names of files in
+    configs/tables whose sections come first, in this order; then come the other files, then results that no file shows.
     """
     if not (folder / "runs").is_dir():
         raise PluginError(f"{folder} has no folder runs: --results is a folder with runs/*.json and plots/*.png")
@@ -77,12 +78,12 @@ def _read_config(path: Path, model: str, keys: set[str]) -> dict:
 
 
 def _place(name: str, order: list[str]) -> tuple[int, str]:
-    """What sorts sections: those in `order` as they stand there, then the others by name."""
+    """The sort key of a section: first those in `order`, in that order, then the others by name."""
     return (order.index(name) if name in order else len(order), name)
 
 
 def _undeclared(declared: list[dict], runs: Path) -> list[dict]:
-    """A section for each results file that none shows, so that nothing measured is left out."""
+    """A section for each results file that no declared section shows, so that nothing measured is left out."""
     shown = {show["results"] for section in declared for show in section["show"]}
     names = sorted(path.stem for path in runs.glob("*.json") if path.stem not in shown and tables.kind_of(path.stem))
     return [{"name": name, "title": name, "about": "", "show": [{"results": name}], "plots": [name]} for name in names]
@@ -121,7 +122,7 @@ def _block(show: dict, section: str, runs: Path) -> dict:
 
 
 def _headlines(wanted: list[dict], runs: Path) -> tuple[list[dict], list[str]]:
-    """A table's cell each, with words around it; and in words those that can't be had."""
+    """For each wanted headline a table's cell with its sentence; and a message for each whose results are missing."""
     found, absent = [], []
     for headline in wanted:
         try:
@@ -137,7 +138,7 @@ def _headlines(wanted: list[dict], runs: Path) -> tuple[list[dict], list[str]]:
 
 
 def _row(table: Table, headline: dict) -> dict[str, str]:
-    """Column to cell of the first row that has what `row` says; of two columns of one name the first counts."""
+    """Column to cell of the first row that has the cells of headline["row"]; of two equal columns the first counts."""
     for row in table.rows:
         cells = dict(reversed(list(zip(table.columns, row, strict=False))))
         if headline["row"].items() <= cells.items() and headline["figure"] in cells:
@@ -147,7 +148,7 @@ def _row(table: Table, headline: dict) -> dict[str, str]:
 
 
 def _chart(name: str, runs: Path) -> chart.Chart | None:
-    """None where there are no results, or such that its table says what is wrong with them."""
+    """The chart of a results file; None where it is missing or invalid, which its table then says."""
     try:
         record = tables.read(runs / f"{name}.json")
         with tables.shown_of(name):
@@ -171,14 +172,14 @@ def _source(name: str, record: dict) -> dict:
 
 
 def inline(text: str) -> Markup:
-    """**bold**, *italics* and `code` as HTML, all else escaped; the star of `kv-*` opens nothing."""
+    """**bold**, *italics* and `code` as HTML, everything else escaped; a star after a character opens no italics."""
     html = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", str(escape(text)))
     html = re.sub(r"(?<!\S)\*(?=\S)([^*]+)\*", r"<em>\1</em>", html)
     return Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", html))
 
 
 def picture(path: Path) -> dict:
-    """src, width and height of an inlined PNG."""
+    """src, width and height of a PNG to be inlined."""
     data = path.read_bytes()
     width, height = struct.unpack(">II", data[16:24])  # the PNG header's first fields
     return {"src": f"data:image/png;base64,{base64.b64encode(data).decode()}", "width": width, "height": height}

@@ -33,20 +33,25 @@ SHOW_KEYS = {"results", "rows", "as", "heading"}
 
 @dataclass(frozen=True)
 class Setting:
-    """What tables are made for. checkout: folder with scripts, configs and results; quick: small, in a folder apart."""
+    """What tables are made for.
+
+    model: embedded model's name, local folder or hub id. text: --text of every run, None for the model's default.
+    quick: small runs, in a folder of results of their own. device: of every run, None for what its script chooses.
+    checkout: folder with scripts, configs and results.
+    """
 
     model: str = embedded.EMBEDDED
     text: str | None = None
     quick: bool = False
     device: str | None = None
-    checkout: Path = files.ROOT
+    checkout: Path = field(default_factory=lambda: files.ROOT)
 
     @property
     def results(self) -> Path:
         return self.checkout / "results" / "quick" if self.quick else self.checkout / "results"
 
     def fill(self, value):
-        """A name, an argument or a list of them with its {model}, {text} and {results} put in."""
+        """A name, an argument or a list of them with {model}, {text} and {results} replaced."""
         if isinstance(value, list):
             return [self.fill(item) for item in value]
         if not isinstance(value, str):
@@ -55,12 +60,12 @@ class Setting:
         known = {"{model}": loading.slug_of(self.model), "{text}": text, "{results}": os.path.relpath(self.results)}
         for word, meaning in known.items():
             value = value.replace(word, meaning)
-        return "+".join(dict.fromkeys(value.split("+")))  # {text}+embedded, where the text is embedded: once
+        return "+".join(dict.fromkeys(value.split("+")))  # {text}+embedded is one text where that is embedded
 
 
 @dataclass(frozen=True)
 class Run:
-    """One script with arguments, which makes one results file. output: from the folder of results."""
+    """One script with arguments, which makes one results file. output: its path in the folder of results."""
 
     name: str
     script: str
@@ -69,7 +74,7 @@ class Run:
     output: str = ""
 
     def words(self) -> list[str]:
-        """Its arguments as a command line has them, without those that every run is given."""
+        """Its arguments as words of a command line, without --model, --device and --output."""
         words = []
         for flag, value in self.args.items():
             if value is None or value is False:
@@ -96,7 +101,7 @@ class Table:
 
 
 def load(setting: Setting) -> tuple[dict[str, Table], dict[str, Run]]:
-    """All tables and all runs of a checkout, by name. Raises PluginError where a file says what can't be."""
+    """All tables and all runs of a checkout, by name. Raises PluginError for a file that is invalid."""
     tables, runs = {}, {}
     for path in sorted((setting.checkout / "configs" / "tables").glob("*.json")):
         record = _read(path)
@@ -112,6 +117,18 @@ def load(setting: Setting) -> tuple[dict[str, Table], dict[str, Run]]:
         if wanted not in runs:
             raise PluginError(f"{where}: no table defines a run {wanted}: define it under `runs`, or correct the name")
     return tables, runs
+
+
+def select(names: list[str], tables: dict[str, Table], runs: dict[str, Run]) -> tuple[list[Table], list[str]]:
+    """The tables of these names, and all runs to be made: those that they show, and those named themselves.
+
+    Without names it is all tables. Raises PluginError for a name that is neither a table's nor a run's.
+    """
+    if unknown := [name for name in names if name not in tables.keys() | runs.keys()]:
+        raise PluginError(f"no table {', '.join(unknown)} in configs/tables: there are {', '.join(tables)}")
+    chosen = [tables[name] for name in names or tables if name in tables]
+    single = [name for name in names if name not in tables]
+    return chosen, list(dict.fromkeys([*single, *(name for table in chosen for name in table.results)]))
 
 
 def _references(tables: dict[str, Table], runs: dict[str, Run]):

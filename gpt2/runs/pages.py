@@ -1,4 +1,4 @@
-"""Tables as pages in results/tables, made of results files alone: the same results give the same page."""
+"""Pages made of results files alone: results/tables, tables within README and docs, and the report as HTML."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 from gpt2.common import files
 from gpt2.common.errors import PluginError
 from gpt2.models import embedded, loading
-from gpt2.report import tables
+from gpt2.report import html, regions, tables
 from gpt2.runs.config import Setting, Table, load
 
+COMMAND = "scripts/reproduce_tables.py --pages"
 MADE_BY = "<!-- Made by scripts/reproduce_tables.py from results/runs: not to be edited. -->"
 
 
@@ -42,15 +43,51 @@ def _part(setting: Setting, table: Table, item: dict) -> str:
 
 
 def write(setting: Setting, table: Table) -> Path:
-    """Make a table's page."""
-    path = page_path(setting, table.name)
+    """Make a table's page in results/tables."""
+    return _write(page_path(setting, table.name), page(setting, table))
+
+
+def write_regions(checkout: Path) -> None:
+    """Make the tables within README and docs/*.md anew.
+
+    Raises PluginError where one can't be made, after the others have been.
+    """
+    failed = []
+    for path in regions.pages(checkout):
+        try:
+            _write(path, regions.fill(path.read_text(encoding="utf-8"), checkout / "results" / "runs"))
+        except PluginError as error:
+            failed.append(f"{path.relative_to(checkout)}: {error}")
+    if failed:
+        raise PluginError("\n".join(failed))
+
+
+def check_writable(setting: Setting, chosen: list[Table], with_regions: bool) -> None:
+    """Raise PluginError where a page can't be written, or README or docs can't, before any work is done."""
+    paths = [page_path(setting, table.name) for table in chosen]
+    for path in [*paths, *(regions.pages(setting.checkout) if with_regions else [])]:
+        files.check_writable(path)
+
+
+def write_html(results: Path, model: str, output: Path) -> list[str]:
+    """Write one page with all that was measured of a model; returns what it lacks, each as a line.
+
+    results: folder with runs/*.json and plots/*.png.
+    """
+    files.check_writable(output)
+    text, missing = html.page(results, html.CONFIGS, model)
+    _write(output, text)
+    return missing
+
+
+def _write(path: Path, text: str) -> Path:
     with files.atomic(path) as part:
-        part.write_text(page(setting, table), encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
     return path
 
 
 def differing(checkout: Path) -> list[str]:
-    """Pages in results/tables that aren't what results and configs say, each as a line for people."""
+    """Pages in results/tables that differ from what results and configs say, each as a line for people."""
     names = load(Setting(checkout=checkout))[0]
     wrong = []
     for path in sorted((checkout / "results" / "tables").glob("*.md")):
@@ -62,7 +99,7 @@ def differing(checkout: Path) -> list[str]:
         setting = Setting(model=path.stem.removeprefix(name).removeprefix("_") or embedded.EMBEDDED, checkout=checkout)
         try:
             if page(setting, load(setting)[0][name]) != path.read_text(encoding="utf-8"):
-                wrong.append(f"{shown} differs from its results: run scripts/reproduce_tables.py --pages")
+                wrong.append(f"{shown} differs from its results: run {COMMAND}")
         except PluginError as error:
             wrong.append(f"{shown}: {error}")
     return wrong

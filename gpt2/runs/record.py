@@ -1,4 +1,4 @@
-"""Results files of runs whose scripts write something else: a calibration, or a preset."""
+"""Results files of runs whose scripts write a calibration or a preset instead."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from gpt2.runs.up_to_date import Matcher
 
 
 def write_record(matcher: Matcher, run: Run) -> None:
-    """Write runs/NAME.json of a run whose product is another file, with the product's sha256; nothing where it isn't.
+    """Write runs/NAME.json, with the product's sha256, of a run whose product is another file; else do nothing.
 
-    Of a preset it is what the preset says, its provenance at the top; of a calibration its metadata.
+    Of a preset it holds the preset's keys with the provenance among them, of a calibration its metadata.
     """
     product, path = matcher.product(run.name), matcher.record_path(run.name)
     if product == path or not product.is_file():
@@ -22,7 +22,7 @@ def write_record(matcher: Matcher, run: Run) -> None:
     if product.suffix == ".json":
         record = json.loads(product.read_text(encoding="utf-8"))
         if "provenance" not in record:
-            raise PluginError(f"{files.shown(product)} doesn't say what it was made from: give the run another output")
+            raise PluginError(f"{files.shown(product)} has no `provenance`: a run must write a preset or a calibration")
         record |= record.pop("provenance")
     else:
         meta = load_calibration(product).meta

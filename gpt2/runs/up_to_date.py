@@ -1,6 +1,6 @@
-"""Is a results file what a run would make now? Arguments, and files and texts that they name, must be the same.
+"""Whether a results file is up to date: made with the run's arguments, from the same files and texts.
 
-The code may have changed since; the commit that made the results must be known, so that anyone can go back to it.
+The code may have changed since. The commit that made the results must be known, so that anyone can go back to it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from gpt2.models import loading
 from gpt2.runs.config import Run, Setting
 from gpt2.text import sources
 
-IGNORED = {"output", "study", "device"}  # where results go and where they are made
-TEXTS = {"text", "eval_text"}  # compared by what they hold
+IGNORED = {"output", "study", "device"}  # they say where results go and where they are made, not what they are
+TEXTS = {"text", "eval_text"}  # compared by their contents
 
 
 class Matcher:
-    """Compares the runs of a setting with the results that lie in its folder.
+    """Compares the runs of a setting with the files in its folder of results.
 
-    any_code: results whose commit is unknown count as well.
+    any_code: results whose commit is unknown are up to date, too.
     """
 
     def __init__(self, setting: Setting, runs: dict[str, Run], any_code: bool = False):
@@ -36,7 +36,7 @@ class Matcher:
         return self.setting.results / "runs" / f"{name}.json"
 
     def product(self, name: str) -> Path:
-        """The file that others read of a run: a calibration or preset, or the results themselves."""
+        """The file of a run that other runs read: a calibration, a preset, or the results themselves."""
         output = self.setting.results / self.runs[name].output
         return output if output.suffix else self.record_path(name)
 
@@ -48,49 +48,49 @@ class Matcher:
             return None
         return record if isinstance(record, dict) and isinstance(record.get("args"), dict) else None
 
-    def why_not(self, name: str) -> str | None:
-        """None where the results are what the run would make now, else in what they differ."""
+    def stale(self, name: str) -> str | None:
+        """Why a run's results are stale; None where they are up to date."""
         run, record = self.runs[name], self.record(name)
         if record is None:
             return "missing"
         for need in run.needs:
-            if reason := self.why_not(need):
+            if reason := self.stale(need):
                 return f"needs {need}, which is {reason}" if reason == "missing" else f"needs {need}: {reason}"
         return self._args_differ(run, record) or self._text_differs(run, record) or self._commit_unknown(record)
 
-    def current(self, name: str) -> bool:
-        """Whether a run's results match, and its product is there as they say."""
+    def complete(self, name: str) -> bool:
+        """Whether a run's results are up to date and its product is the file that they name."""
         path = self.product(name)
-        if self.why_not(name) or not path.is_file():
+        if self.stale(name) or not path.is_file():
             return False
         return files.file_sha256(path) == self.record(name).get("sha256", files.file_sha256(path))
 
     def to_make(self, wanted: list[str]) -> list[str]:
-        """The runs that have to be made for those that are wanted: these where they don't match, and what they need."""
+        """The wanted runs that are stale, each after those that it needs and whose products are stale or missing."""
         found: dict[str, None] = {}
 
         def add(name: str) -> None:
             for need in self.runs[name].needs:
-                if not self.current(need):
+                if not self.complete(need):
                     add(need)
             found[name] = None
 
         for name in wanted:
-            if self.why_not(name):
+            if self.stale(name):
                 add(name)
         return list(found)
 
     def parsed(self, run: Run) -> argparse.Namespace:
-        """A run's arguments as its script would parse them, --output and --device apart."""
+        """A run's arguments as its script parses them, without --output and --device."""
         parser = script_module(self.setting.checkout / "scripts" / f"{run.script}.py").arguments()
         words = run.words() + self._model(parser)
         try:
             return parser.parse_args(words)
         except SystemExit as error:
-            raise PluginError(f"run {run.name}: {run.script}.py doesn't take {shlex.join(words)}") from error
+            raise PluginError(f"run {run.name}: {run.script}.py doesn't accept {shlex.join(words)}") from error
 
     def command(self, run: Run) -> list[str]:
-        """What makes a run's results."""
+        """The command that makes a run's results."""
         script = self.setting.checkout / "scripts" / f"{run.script}.py"
         parser = script_module(script).arguments()
         words = run.words() + self._model(parser)
@@ -108,7 +108,7 @@ class Matcher:
         parser = script_module(self.setting.checkout / "scripts" / f"{run.script}.py").arguments()
         before = {key: _plain(value, record.get("inputs", {})) for key, value in record["args"].items()}
         for key in sorted(now.keys() - IGNORED - TEXTS):
-            then = before.get(key, _plain(parser.get_default(key), {}))  # older scripts did what is the default now
+            then = before.get(key, _plain(parser.get_default(key), {}))  # a flag newer than the results had its default
             if key == "model":
                 then, now[key] = loading.slug_of(then), loading.slug_of(now[key])
             if then != now[key]:
@@ -116,7 +116,7 @@ class Matcher:
         return None
 
     def _made(self, run: Run) -> dict[str, str]:
-        """Files that needed runs have made, which may not be here any more: path as arguments have it to sha256."""
+        """Products of needed runs that are no longer here: path, as arguments have it, to the sha256 on record."""
         made = {}
         for need in run.needs:
             record, path = self.record(need), self.product(need)
@@ -132,9 +132,9 @@ class Matcher:
         recorded = record.get("text_sha256") or {}
         recorded = dict(recorded) if isinstance(recorded, dict) else {"evaluation": recorded}
         if isinstance(record.get("calibration"), dict) and not getattr(args, "calibration", None):
-            recorded["calibration"] = record["calibration"]["text_sha256"]  # it made its own
+            recorded["calibration"] = record["calibration"]["text_sha256"]  # the run made its own calibration
         if not recorded:
-            return "it doesn't say which text it was made from"
+            return "its record doesn't say which text it was made from"
         for part, sha256 in recorded.items():
             evaluated = part == "evaluation" and getattr(args, "eval_text", None)
             spec = evaluated or args.text or sources.default_text(self.setting.model)
@@ -143,7 +143,7 @@ class Matcher:
         return None
 
     def _commit_unknown(self, record: dict) -> str | None:
-        """Why nobody could get the code back that made the results. Whether today's code agrees is for a replay."""
+        """Why the code that made the results can't be checked out again. Today's code is not compared with it."""
         commit = record.get("git_commit")
         if self.any_code or commit == provenance.git_commit():  # also None: outside a repository there is no commit
             return None
@@ -155,7 +155,7 @@ class Matcher:
 
 
 def _plain(value, held: dict[str, str]):
-    """An argument as JSON has it, with files by what they hold. held: name of a file to its sha256."""
+    """An argument as JSON has it, a file replaced by its contents' hash. held: name of a file to its sha256."""
     if isinstance(value, (list, tuple)):
         return [_plain(item, held) for item in value]
     value = files.shown(value) if isinstance(value, Path) else value
@@ -174,7 +174,7 @@ def _text_sha256(spec: str, model: str, part: str) -> str:
 
 @functools.cache
 def script_module(path: Path):
-    """A script as a module, so that its `arguments` can be asked."""
+    """A script as a module, so that its `arguments` can be called."""
     spec = importlib.util.spec_from_file_location(f"scripts_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,35 +1,28 @@
-"""Find the preset with the highest whole-KV compression within a perplexity budget, by an Optuna study.
-
-The study is the list of grid cells: every cell is enqueued once, workers claim cells atomically, and what a killed
-worker had claimed is enqueued again. So the same command resumes, and two of them share the work.
-"""
+"""The search over one codec's grid of ranks and bits: every cell is measured, and plans with a setting per layer."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
-import math
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import create_engine
-from sqlalchemy.exc import SQLAlchemyError
 
-from gpt2.common.errors import BudgetNotMet, PluginError
+from gpt2.common.errors import PluginError
 from gpt2.compression.codecs import full_rank, needs_calibration, quantizer_for_bits
 from gpt2.compression.codecs.base import SIDES
-from gpt2.compression.settings import Plan, Setting, plan_record, uniform
-from gpt2.tuning import trial_queue
+from gpt2.compression.settings import TARGETS, Plan, Setting, plan_record, uniform
+from gpt2.evaluation.perplexity import CacheFactory
+from gpt2.tuning.layer_sensitivity import ablate, plans
+from gpt2.tuning.measurement import Search
+from gpt2.tuning.trial_queue import TrialQueue, key_of
+from gpt2.tuning.trials import Trial
 
-HEARTBEAT_SECONDS = 5
-STALE_SECONDS = 20  # without a heartbeat for this long, a trial's worker is dead
 ADVICE = """What helps:
   1. increase the rank (less compression, better quality): --rank-grid
   2. compress V only instead of K and V: --target v
@@ -38,7 +31,10 @@ ADVICE = """What helps:
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration of the search. layers: settings of K and V per layer; then rank and bits are the smallest."""
+    """One configuration of the grid.
+
+    layers: settings of K and V per layer where these differ; rank and bits are then the smallest of them.
+    """
 
     rank: int
     bits: int
@@ -46,7 +42,7 @@ class Cell:
 
     @classmethod
     def of_plan(cls, plan: Plan) -> Cell:
-        """A cell that has a setting of its own for every layer."""
+        """The cell of a plan whose layers have different settings."""
         used = [setting for settings in plan.values() for setting in settings if setting]
         layers = tuple(tuple(plan[side]) for side in SIDES)
         return cls(min(s.rank for s in used), min(s.bits for s in used), layers)
@@ -73,33 +69,16 @@ class Cell:
         return f"per layer {self.digest[:4]}: {', '.join(sides)}"
 
     @property
+    def key(self) -> str:
+        """What its trials in a study are found by."""
+        key = f"rank={self.rank},bits={self.bits}"
+        return key if self.layers is None else f"{key},layers={self.digest}"
+
+    @property
     def digest(self) -> str:
         """A name for the settings of all layers."""
         record = json.dumps(plan_record(dict(zip(SIDES, self.layers, strict=True))))
         return hashlib.sha256(record.encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A cell with what was measured: relative change of perplexity and whole-KV compression ratio.
-
-    cell: of the grid, or another configuration that has `record()` and a name as str. ppl_delta: infinite where the
-    loss is not finite; details then have None, as JSON can't say it.
-    """
-
-    cell: Cell
-    ppl_delta: float
-    compression_ratio: float
-    details: dict
-
-    def record(self) -> dict:
-        """For results files, and for the frontier plot."""
-        return {
-            "label": str(self.cell),
-            **self.cell.record(),
-            "compression_ratio": self.compression_ratio,
-            **self.details,
-        }
 
 
 def default_rank_grid(head_dim: int) -> list[int]:
@@ -129,175 +108,84 @@ def grid(ranks: Sequence[int] | None, bits: Sequence[int], head_dim: int, codec:
     return cells
 
 
-def study_name(key: dict) -> str:
-    """Name of the study that belongs to a search: the same search resumes, another one starts afresh."""
-    return "auto-tune-" + hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+@dataclass(kw_only=True)
+class GridSearch(Search):
+    """Measures cells of one codec. target: "v", "k" or "kv"."""
 
+    target: str
+    codec: str
+    sink_tokens: int
 
-def open_study(path: Path, name: str) -> optuna.Study:
-    """Open or create a study in an SQLite file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with trial_queue.locked(path):  # two processes creating the tables at once trip over each other
-            storage = trial_queue.open_storage(f"sqlite:///{path}", HEARTBEAT_SECONDS, STALE_SECONDS)
-            return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
-    except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
-        raise trial_queue.cant_use(path, error) from error
+    def factory(self, candidate: Cell) -> CacheFactory:
+        return self.caches(self._plan(candidate), sink_tokens=self.sink_tokens)
+
+    def preset_keys(self, candidate: Cell) -> dict:
+        keys = {"target": self.target, **candidate.record(), "codec": self.codec, "sink_tokens": self.sink_tokens}
+        return keys | {"layers": candidate.layers and plan_record(self._plan(candidate))}
+
+    def key(self, text_sha256: str) -> dict:
+        own = {"target": self.target, "codec": self.codec, "sink_tokens": self.sink_tokens}
+        return super().key(text_sha256) | own
+
+    def _plan(self, cell: Cell) -> Plan:
+        return cell.plan(self.target, self.codec, self.loaded.geometry.num_layers)
+
+    def ablate(self, cells: Sequence[Cell], path: Path, text_sha256: str, provenance: dict) -> list[dict]:
+        """Every layer alone in the setting of every cell, on a quarter of the tuning text; resumes and writes `path`.
+
+        A quarter, since KL needs fewer tokens than perplexity for the same precision, and this takes most of the time
+        of a search.
+        """
+        part = self.tuning[: max(1, len(self.tuning) // 4)]
+        settings = [Setting(self.codec, cell.rank, cell.bits) for cell in cells]
+        key = self.key(text_sha256) | {"ablated": list(part.shape)}
+        rows = ablate(
+            self.loaded, part, self.calibration, self.target, settings, path=path, key=key,
+            sink_tokens=self.sink_tokens, provenance=provenance, progress=self.bar("layer by layer", "layer"),
+            chunk=self.chunk, batch_size=self.batch_size,
+        )  # fmt: skip
+        return [row for row in rows if Setting(row["codec"], row["rank"], row["bits"]) in settings]
+
+    def per_layer(self, rows: Sequence[dict], budget: float) -> list[Cell]:
+        """Cells with a setting per layer, whose loss is predicted near the budget by the rows of `ablate`."""
+        found = plans(rows, self.loaded.geometry, budget)
+        mixed = [plan for plan in found if len({s for side in TARGETS[self.target] for s in plan[side]}) > 1]
+        return [Cell.of_plan(plan) for plan in mixed]  # the others are in the grid already
 
 
 def run_grid(
-    study: optuna.Study,
-    path: Path,
+    queue: TrialQueue,
     cells: Sequence[Cell],
     evaluate: Callable[[Cell], Trial],
     report: Callable[[list[Trial], str], None] = lambda trials, note: None,
-    poll_seconds: float = 2.0,
 ) -> list[Trial]:
-    """Work on the study until every cell is measured, by this process or by others; return all trials.
+    """Work on the queue until every cell is measured, by this process or by others; return all trials.
 
-    evaluate: measures a cell. report: called after each step with the trials so far and a line on what goes on.
+    evaluate: measures a cell. report: called after each trial with the trials so far and a note, mostly empty.
     """
-    wanted = {_key(cell): cell for cell in cells}
-    parameters = {key: {"rank": cell.rank, "bits": cell.bits} for key, cell in wanted.items()}
+    by_key = {cell.key: cell for cell in cells}
+
+    def wanted() -> dict[str, dict]:
+        done = _done(queue)
+        return {key: {"rank": cell.rank, "bits": cell.bits} for key, cell in by_key.items() if key not in done}
 
     def objective(trial: optuna.Trial, key: str) -> float:
         # The cell was enqueued with its values, this records them; the ranges must suit every grid of the study
         trial.suggest_int("rank", 1, 1 << 16)
         trial.suggest_int("bits", 1, 16)
-        return record_measured(trial, evaluate(wanted[key]))
+        return evaluate(by_key[key]).write(trial)
 
-    run_queue(study, path, lambda: parameters, objective, lambda note: report(finished(study, cells), note),
-              poll_seconds)  # fmt: skip
-    return finished(study, cells)
-
-
-def record_measured(trial: optuna.Trial, measured: Trial) -> float:
-    """Write what was measured into a study's trial; returns its value, the compression ratio."""
-    trial.set_user_attr("ppl_delta", measured.ppl_delta if math.isfinite(measured.ppl_delta) else None)
-    trial.set_user_attr("details", measured.details)
-    return measured.compression_ratio
+    given_up = queue.work(wanted, objective, lambda note: report(finished(queue, cells), note))
+    for key, why in given_up.items():
+        report(finished(queue, cells), f"{by_key[key]} is left out: {why}")
+    return finished(queue, cells)
 
 
-def run_queue(
-    study: optuna.Study,
-    path: Path,
-    wanted: Callable[[], dict[str, dict]],
-    objective: Callable[[optuna.Trial, str], float],
-    report: Callable[[str], None] = lambda note: None,
-    poll_seconds: float = 2.0,
-    in_order: bool = False,
-) -> None:
-    """Work on a study until all that is wanted is done, by this process or by others.
-
-    wanted: key of everything that is to be tried to its parameters; those that are left out are the sampler's to
-    choose. objective: gets a trial and its key. A trial that is pruned counts as done if it has a user attribute
-    `skipped`. report: called after each step with a line on what goes on. in_order: what a dead worker was trying
-    comes before all that is wanted after it, so that one worker that is killed and started again ends as if it hadn't
-    been; workers that share the work then ask more often in vain.
-    """
-
-    def claimed(trial: optuna.Trial) -> float:
-        key = trial.user_attrs.get("cell")
-        if key not in wanted():  # another worker took the last one between our look and our claim
-            raise optuna.TrialPruned
-        return objective(trial, key)
-
-    with trial_queue.usable(path):
-        while True:
-            waiting, running = _enqueue_missing(study, path, wanted, 1 if in_order else None)
-            report(f"{running} running elsewhere" if running else "")
-            if waiting:
-                study.optimize(claimed, n_trials=1)
-            elif running:
-                time.sleep(poll_seconds)
-            else:
-                return
-
-
-def _enqueue_missing(
-    study: optuna.Study, path: Path, wanted: Callable[[], dict[str, dict]], at_most: int | None = None
-) -> tuple[int, int]:
-    """Enqueue what is neither done, waiting nor being worked on. Returns how many wait and how many run.
-
-    at_most: how many may wait then.
-    """
-    with trial_queue.locked(path):
-        _fail_stale(study, path)
-        parameters = wanted()
-        at, lost = {state: set() for state in TrialState}, {}
-        for trial in study.get_trials(deepcopy=False):
-            key = trial.user_attrs.get("cell")
-            if trial.state == TrialState.FAIL:
-                lost.setdefault(key, []).append(trial.params)
-            elif trial.state != TrialState.PRUNED or "skipped" in trial.user_attrs:
-                at[trial.state].add(key)
-        taken = set().union(*at.values())
-        room = None if at_most is None else max(0, at_most - len(at[TrialState.WAITING] & parameters.keys()))
-        for key in [key for key in parameters if key not in taken][:room]:
-            # What a dead worker was trying is tried again, once: it may be what kills workers
-            deaths = len(lost.get(key, []))
-            again = lost[key][0] if deaths == 1 else {}
-            study.enqueue_trial(parameters[key] | again, user_attrs={"cell": key, "deaths": deaths})
-            at[TrialState.WAITING].add(key)
-    return tuple(len(at[state] & parameters.keys()) for state in (TrialState.WAITING, TrialState.RUNNING))
-
-
-def _fail_stale(study: optuna.Study, path: Path) -> None:
-    """Fail the trials of dead workers, also of those that died before their first heartbeat."""
-    optuna.storages.fail_stale_trials(study)
-    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 60})
-    silent = trial_queue.without_heartbeat(engine, study.study_name)
-    engine.dispose()
-    oldest = datetime.now() - timedelta(seconds=STALE_SECONDS)
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if trial.number in silent and trial.datetime_start < oldest:
-            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-
-
-def finished(study: optuna.Study, cells: Sequence[Cell]) -> list[Trial]:
+def finished(queue: TrialQueue, cells: Sequence[Cell]) -> list[Trial]:
     """Measured cells, in the grid's order."""
-    done = {t.user_attrs["cell"]: t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
-    return [_trial(cell, done[_key(cell)]) for cell in cells if _key(cell) in done]
+    done = _done(queue)
+    return [Trial.read(done[cell.key], cell) for cell in cells if cell.key in done]
 
 
-def within_budget(trials: Sequence[Trial], budget: float) -> list[Trial]:
-    """Trials within the budget, highest compression first."""
-    return sorted((t for t in trials if t.ppl_delta <= budget), key=lambda t: (-t.compression_ratio, t.ppl_delta))
-
-
-def percent(delta: float | None) -> str:
-    """A relative change of perplexity for people; None or infinite where the loss is not finite."""
-    return "no finite loss" if delta is None or math.isinf(delta) else f"{delta:+.2%}"
-
-
-def confirm_best(
-    trials: Sequence[Trial], budget: float, confirm: Callable[[Cell], dict], advice: str = ADVICE
-) -> tuple[Trial, dict, list[tuple[Trial, dict]]]:
-    """The most compressed trial whose change also holds on other text, its figures there, and those that failed there.
-
-    Raises BudgetNotMet, with the nearest result and what helps, when none does.
-    """
-    failed = []
-    for trial in within_budget(trials, budget):
-        record = confirm(trial.cell)
-        if record["ppl_delta"] is not None and record["ppl_delta"] <= budget:
-            return trial, record, failed
-        failed.append((trial, record))
-    if not trials:
-        raise BudgetNotMet(f"nothing could be measured. No preset was written.\n{advice}")
-    nearest = min(trials, key=lambda t: t.ppl_delta)
-    held = f"; {len(failed)} met it on tuning text but not on evaluation text" if failed else ""
-    raise BudgetNotMet(
-        f"PPL degradation too high: nothing stays within {budget:+.1%}{held}. Nearest: {nearest.cell} at "
-        f"{percent(nearest.ppl_delta)} ({nearest.compression_ratio:.2f}x). No preset was written.\n{advice}"
-    )
-
-
-def _key(cell: Cell) -> str:
-    key = f"rank={cell.rank},bits={cell.bits}"
-    return key if cell.layers is None else f"{key},layers={cell.digest}"
-
-
-def _trial(cell: Cell, frozen: FrozenTrial) -> Trial:
-    delta = frozen.user_attrs["ppl_delta"]
-    return Trial(cell, math.inf if delta is None else delta, frozen.value, frozen.user_attrs["details"])
+def _done(queue: TrialQueue) -> dict[str, FrozenTrial]:
+    return {key_of(trial): trial for trial in queue.trials() if trial.state == TrialState.COMPLETE}

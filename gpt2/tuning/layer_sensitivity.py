@@ -1,4 +1,4 @@
-"""Which layers can be compressed how far: each alone is measured, and settings are chosen layer by layer.
+"""How far each layer can be compressed: each alone is measured, and settings are chosen layer by layer.
 
 One layer's K or V at a time is compressed, and the KL divergence of the model's predictions from the uncompressed
 model's is measured on tuning text. Small errors add up nearly independently, so the sum over layers predicts a whole
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from gpt2.common import files
 from gpt2.common.errors import BadArtefact
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
+from gpt2.compression.cache.size import held_bytes
 from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.codecs import Compressor
 from gpt2.compression.codecs.base import SIDES
@@ -50,8 +50,8 @@ def ablate(
 ) -> list[dict]:
     """Compress each layer alone in every setting and measure; rows as `ROW` names them.
 
-    segments: tuning tokens [n, T]. path: results JSON, written after every layer: what it holds of the same `key` is
-    not measured again. scoring: as `perplexity.score`.
+    segments: tuning tokens [n, T]. path: results JSON, written after every layer; its rows of the same `key` are not
+    measured again. scoring: as `perplexity.score`.
     """
     rows = _known(path, key)
     done = {(row["side"], row["layer"], _setting(row)) for row in rows}
@@ -83,7 +83,7 @@ def _known(path: Path, key: dict) -> list[dict]:
         whole = all(row.keys() >= ROW for row in record["rows"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadArtefact(f"{path}: not a layer ablation: give another file, or remove it") from error
-    # A key that went through JSON: tuples have become lists
+    # In a key that went through JSON, tuples have become lists
     return record["rows"] if whole and record.get("key") == json.loads(json.dumps(key)) else []
 
 
@@ -100,12 +100,12 @@ def _setting(row: dict) -> Setting:
 
 
 def plans(rows: Sequence[dict], geometry: Geometry, budget: float, count: int = 6) -> list[Plan]:
-    """The best plan for each of a few total losses around `budget`, by the rows of `ablate`.
+    """Plans that are predicted, by the rows of `ablate`, to have a few losses around `budget`.
 
     For a price λ of a byte every layer takes the setting with the least KL + λ · bytes; sweeping λ gives the lower
-    convex hull of (bytes, ΣKL) over all assignments. budget: relative rise of perplexity, compared with ΣKL in nats;
-    plans predicted from a quarter of it to twice it are returned, least loss first, and always the smallest that is
-    predicted below twice it. None where even the mildest loses more.
+    convex hull of (bytes, ΣKL) over all assignments. budget: relative rise of perplexity, compared with ΣKL in nats.
+    Returns at most `count` plans with losses from a quarter of the budget to twice it, least loss first, and always the
+    smallest plan below twice it; none where even the mildest plan loses more.
     """
     items, nats = _choices(rows, geometry), math.log1p(budget)
     found: list[tuple[float, Plan]] = []
@@ -114,23 +114,23 @@ def plans(rows: Sequence[dict], geometry: Geometry, budget: float, count: int = 
         loss, plan = sum(o.kl for o in picks.values()), _plan(picks, geometry.num_layers)
         if loss <= 2 * nats and any(map(any, plan.values())) and plan not in [other for _, other in found]:
             found.append((loss, plan))
-    # Prices rise, and with them the loss
+    # Prices rise, and with them the loss, so the last plan is the smallest
     near = [plan for index, (loss, plan) in enumerate(found) if loss >= nats / 4 or index == len(found) - 1]
     return [near[i] for i in np.linspace(0, len(near) - 1, min(count, len(near))).round().astype(int)]
 
 
 def _choices(rows: Sequence[dict], geometry: Geometry) -> dict[tuple[str, int], list[Option]]:
-    """(side, layer) to what it may be stored with; the first option is the model's own vectors in 16 bits."""
+    """(side, layer) to the ways of storing it; the first is the model's own vectors in 16 bits."""
     items: dict[tuple[str, int], list[Option]] = {}
     for row in rows:
         options = items.setdefault((row["side"], row["layer"]), [Option(None, 0.0, _plain(geometry))])
-        # Noise makes tiny losses negative: a gain that the next text would take back
+        # Noise makes tiny losses negative; on another text they would not be gains
         options.append(Option(_setting(row), max(row["kl_nats"], 0.0), row["bytes_per_token"]))
     return items
 
 
 def _prices(items: dict) -> list[float]:
-    """Every λ at which some layer changes its mind: KL lost per byte saved, between any two of its options."""
+    """Every λ at which some layer takes another option: KL lost per byte saved, between any two of its options."""
     slopes = {
         (b.kl - a.kl) / (a.size - b.size)
         for options in items.values()
@@ -154,7 +154,6 @@ def _plain(geometry: Geometry) -> float:
 
 
 def _bytes_per_token(compressor: Compressor, geometry: Geometry, tokens: int = 256) -> float:
-    """What a compressor stores of one layer's K or V, of a 16-bit model."""
-    noise = torch.randn(1, geometry.num_kv_heads, tokens, geometry.head_dim).to(torch.bfloat16)
-    fields = compressor.to(noise.device).compress(noise)
-    return sum(field.nbytes for field in fields.values()) / tokens
+    """Bytes per token that a compressor stores of one layer's K or V of a 16-bit model."""
+    make = partial(CompressedDynamicCache, [compressor], [compressor], sink_tokens=0)
+    return held_bytes(make, Geometry(1, geometry.num_kv_heads, geometry.head_dim), tokens) / 2 / tokens  # K and V alike

@@ -24,7 +24,7 @@ from gpt2.compression.calibration.calibrate import calibrate, calibration_key
 from gpt2.compression.calibration.file import load_calibration, save_calibration
 from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.calibration.reuse import find_reusable
-from gpt2.compression.codecs import BASES
+from gpt2.compression.codecs import BASES, adjustable_quantizers
 from gpt2.compression.presets.build import new_preset
 from gpt2.compression.settings import compressors_for
 from gpt2.evaluation.perplexity import CacheFactory
@@ -51,7 +51,7 @@ class RatioPreset:
 
     @property
     def name(self) -> str:
-        return f"{BASES[self.codec].prefix}-{self.ratio:g}x"
+        return f"{BASES[self.codec].preset_prefix}-{self.ratio:g}x"
 
     def row(self, measured: dict) -> dict:
         """What a results file says of it. measured: as `perplexity.compare` gives it."""
@@ -95,9 +95,14 @@ def compact_calibration(
 
 
 def make_ratio_preset(
-    loaded: LoadedModel, calibration: Calibration, ratio: float, *, quantizer: str = "mixed", sink_tokens: int = 4,
+    loaded: LoadedModel, calibration: Calibration, ratio: float, *, quantizer: str | None = None,
+    sink_tokens: int = 4,
 ) -> RatioPreset:  # fmt: skip
-    """The most bits at which a sequence of `TOKENS` still takes 1 / `ratio` of a 16-bit cache, everything counted."""
+    """The most bits at which a sequence of `TOKENS` still takes 1 / `ratio` of a 16-bit cache, everything counted.
+
+    quantizer: an adjustable one; the first of them when None.
+    """
+    quantizer = quantizer or adjustable_quantizers()[0]
     exact = 16 * sink_tokens / TOKENS  # bits per coordinate that sinks take
     bits = round(16 / ratio - exact, 4)  # as presets say it, so that what is measured is what they make
     while True:

@@ -13,18 +13,16 @@ from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.codecs import (
     BASES,
     BITS,
-    CODECS,
+    IDENTITY,
     QUANTIZERS,
+    adjustable_quantizers,
+    basis_of,
     full_rank,
-    is_measured,
-    metric_of,
-    needs_calibration,
 )
 from gpt2.compression.settings import TARGETS, Plan, Setting, uniform
 from gpt2.tuning.grid_search import default_rank_grid
 
 SPACE_FORMAT = 1  # raise it when a parameter's choices change: Optuna refuses other choices in the same study
-LEFT_OUT = ("random", "ln_nullspace")  # a control, and what README's table advises against; --codecs takes them
 LOWEST_BITS, HIGHEST_BITS = 1.5, 8.0  # of adjustable quantizers
 FIRST_RATIOS = (4, 5, 3.5)  # of a 16-bit cache, where an adjustable quantizer is tried first
 SINKS = (0, 1, 4, 8, 16, 32)
@@ -40,22 +38,26 @@ class Family:
 
     @property
     def calibrated(self) -> bool:
-        return needs_calibration(self.codec)
+        return basis_of(self.codec).calibrated
 
 
-def _families() -> dict[str, Family]:
-    """Every codec of the registry; a measured one once for each adjustable quantizer."""
-    adjustable = [name for name, quantizer in QUANTIZERS.items() if quantizer.adjustable]
-    measured = [Family(f"{codec}+{name}", codec, name) for codec in BASES if is_measured(codec) for name in adjustable]
-    others = [Family(codec, codec) for codec in CODECS if not is_measured(codec)]
+def families() -> dict[str, Family]:
+    """Every codec of the registry, by name; one that heads share once for each adjustable quantizer."""
+    shared = [codec for codec, basis in BASES.items() if basis.multi_head]
+    found = [Family(f"{codec}+{name}", codec, name) for codec in shared for name in adjustable_quantizers()]
+    others = [Family(codec, codec) for codec in (IDENTITY, *BASES) if codec not in shared]
     # In the order in which they are tried first
-    return {family.name: family for family in measured + sorted(others, key=lambda family: family.calibrated)}
+    return {family.name: family for family in found + sorted(others, key=lambda family: family.calibrated)}
 
 
-FAMILIES = _families()
-# Quantizers of a fixed width: where a rank can be cut those that a preset's `bits` means, else all that save something
-BY_BITS = tuple(BITS.values())
-LOSSY = tuple(name for name, q in QUANTIZERS.items() if not (q.adjustable or q.lossless))
+def by_bits() -> tuple[str, ...]:
+    """Quantizers of a fixed width that are tried where a rank can be cut: those that a preset's `bits` means."""
+    return tuple(BITS.values())
+
+
+def lossy() -> tuple[str, ...]:
+    """Quantizers of a fixed width that are tried where no rank can be cut: all that save something."""
+    return tuple(name for name, q in QUANTIZERS.items() if not (q.adjustable or q.lossless))
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Space:
-    """What may be chosen. families: names in FAMILIES; ranks: where one can be cut; bits: of adjustable quantizers."""
+    """What may be chosen. families: names of `families()`; ranks: where one is cut; bits: of adjustable quantizers."""
 
     families: tuple[str, ...]
     head_dim: int
@@ -107,7 +109,7 @@ class Space:
 
     def suggest(self, trial: optuna.Trial) -> Choice:
         """Let the sampler choose; a family has only its own parameters."""
-        family = FAMILIES[trial.suggest_categorical("family", self.families)]
+        family = families()[trial.suggest_categorical("family", self.families)]
         windows = [
             trial.suggest_categorical(name, choices)
             for name, choices in (("sink_tokens", self.sinks), ("recent_tokens", self.recent))
@@ -119,9 +121,9 @@ class Space:
         target = trial.suggest_categorical("target", tuple(TARGETS))
         if family.calibrated:
             rank = min(rank, trial.suggest_categorical("rank", self.ranks))
-            quantizer = trial.suggest_categorical("width", BY_BITS)
+            quantizer = trial.suggest_categorical("width", by_bits())
         else:
-            quantizer = trial.suggest_categorical("quantizer", LOSSY)
+            quantizer = trial.suggest_categorical("quantizer", lossy())
         named = None if QUANTIZERS[quantizer].by_bits else quantizer
         setting = Setting(family.codec, rank, QUANTIZERS[quantizer].bits, named)
         return Choice(family.name, setting, target, *windows)
@@ -130,13 +132,13 @@ class Space:
         """Parameters of the first trials: one of each family, and more bits and fewer for the first that takes any."""
         windows = {"sink_tokens": min(self.sinks, key=lambda n: abs(n - 4)), "recent_tokens": self.recent[0]}
         points, ratios = [], FIRST_RATIOS
-        for family in (FAMILIES[name] for name in self.families):
+        for family in (families()[name] for name in self.families):
             common = {"family": family.name, **windows}
             if family.quantizer:
                 points += [common | {"bits": min(max(round(16 / r, 2), self.bits[0]), self.bits[1])} for r in ratios]
                 ratios = FIRST_RATIOS[:1]
             elif family.calibrated:
-                fewest = min(BY_BITS, key=lambda name: QUANTIZERS[name].bits)
+                fewest = min(by_bits(), key=lambda name: QUANTIZERS[name].bits)
                 points.append(common | {"target": "v", "rank": max(self.ranks), "width": fewest})
             else:
                 points.append(common | {"target": "kv", "quantizer": _first_quantizer(family)})
@@ -144,25 +146,26 @@ class Space:
 
     def key(self) -> dict:
         """What another search would not share its study with."""
-        return asdict(self) | {"quantizers": [BY_BITS, LOSSY], "format": SPACE_FORMAT}
+        return asdict(self) | {"quantizers": [by_bits(), lossy()], "format": SPACE_FORMAT}
 
 
 def _first_quantizer(family: Family) -> str:
     """Without a basis the most bits, a safe point; with one the fewest, and of several such the latest."""
-    bits = [QUANTIZERS[name].bits for name in LOSSY]
+    bits = [QUANTIZERS[name].bits for name in lossy()]
     wanted = min(bits) if family.codec in BASES else max(bits)
-    found = [name for name, width in zip(LOSSY, bits, strict=True) if width == wanted]
+    found = [name for name, width in zip(lossy(), bits, strict=True) if width == wanted]
     return found[-1 if family.codec in BASES else 0]
 
 
-def metric_for(families: Sequence[str]) -> str | None:
-    """What a calibration for these families must have; None where none needs one."""
-    metrics = {metric_of(FAMILIES[name].codec) for name in families if FAMILIES[name].calibrated}
-    return next((metric for metric in ("fisher", "attention", "pca") if metric in metrics), None)
+def metric_for(names: Sequence[str]) -> str | None:
+    """The metric that a calibration for these families must gather; None where none needs a calibration."""
+    bases = [basis_of(families()[name].codec) for name in names]
+    calibrated = [basis for basis in bases if basis.calibrated]
+    return max(calibrated, key=lambda basis: basis.demand).metric if calibrated else None
 
 
 def default_families() -> list[str]:
-    return [name for name in FAMILIES if name not in LEFT_OUT]
+    return [name for name, family in families().items() if basis_of(family.codec).searched]
 
 
 def usable(
@@ -172,9 +175,9 @@ def usable(
 
     wanted: those asked for by name, which must all be usable (PluginError); None takes what there is.
     """
-    found, reasons = [], {}
+    found, reasons, known = [], {}, families()
     for name in wanted or default_families():
-        family = FAMILIES[name]
+        family = known[name]
         try:
             if family.calibrated and calibration is None:
                 raise PluginError(f"codec {family.codec} needs a calibration")
@@ -187,7 +190,7 @@ def usable(
                 raise
             reasons[name] = str(error)
     # In the registry's order: --codecs a,b and b,a are one search
-    return tuple(name for name in FAMILIES if name in found), reasons
+    return tuple(name for name in known if name in found), reasons
 
 
 def space_for(
@@ -198,17 +201,18 @@ def space_for(
     recent: Sequence[int] = (0,),
 ) -> tuple[Space, dict[str, str]]:
     """The space that a calibration allows, and why families are not in it. Arguments as `usable` and `Space`."""
-    families, reasons = usable(wanted, calibration, head_dim)
+    names, reasons = usable(wanted, calibration, head_dim)
     ranks = tuple(ranks or default_rank_grid(head_dim))
     for rank in ranks:
         if rank > head_dim:
             raise PluginError(f"--rank-grid: rank {rank} is out of range, this model has head_dim {head_dim}")
-    return Space(families, head_dim, ranks, _bits_range(calibration), recent=tuple(dict.fromkeys(recent))), reasons
+    return Space(names, head_dim, ranks, bits_range(calibration), recent=tuple(dict.fromkeys(recent))), reasons
 
 
-def _bits_range(calibration: Calibration | None) -> tuple[float, float]:
-    """Bits that adjustable quantizers are tried with: those that all of the calibration's codecs can share out."""
-    codecs = calibration.measured.values() if calibration else ()
-    ranges = [(LOWEST_BITS, HIGHEST_BITS), *(codec.bits_range() for codec in codecs)]
+def bits_range(calibration: Calibration | None) -> tuple[float, float]:
+    """Bits that adjustable quantizers are tried with: those that all take, and the calibration can share out."""
+    ranges = [(LOWEST_BITS, HIGHEST_BITS), *(QUANTIZERS[name].bits_range for name in adjustable_quantizers())]
+    if calibration and (shared := calibration.bits_range()):
+        ranges.append(shared)
     low, high = max(low for low, _ in ranges), min(high for _, high in ranges)
     return math.ceil(100 * low) / 100, math.floor(100 * high) / 100

@@ -15,8 +15,8 @@ from functools import partial
 
 from gpt2 import cli
 from gpt2.common import files, provenance
-from gpt2.experiments import growth, on_paper
-from gpt2.experiments.growth_claims import FITTING, QUICK, Sizes, claims, pass_ratios
+from gpt2.experiments import power_law, predictions
+from gpt2.experiments.scaling import FITTING, QUICK, Sizes, all_series, pass_ratios
 from gpt2.models import loading, random_weights
 from gpt2.report import plots, tables
 
@@ -52,14 +52,14 @@ def main() -> None:
     output, picture = cli.output_files(args.output, f"scaling_{loaded.slug}")
     own, read = {loaded.slug: loaded.model.config}, random_weights.read_shapes
     paper = own | read(args.shapes)
-    caches = on_paper.cache_rows(paper, args.context_lengths, args.presets, cli.bar("caches", "model"))
+    caches = predictions.cache_rows(paper, args.context_lengths, args.presets, cli.bar("caches", "model"))
     slopes, sizes = [], QUICK if args.quick else Sizes()
-    found = claims(loaded, own | read(args.timed_shapes), own | read(args.cache_shapes), args.timed_presets, sizes)
-    for claim in cli.bar("measured", "claim")(found):
-        slopes.append(growth.measure(claim, args.repeats))
+    found = all_series(loaded, own | read(args.timed_shapes), own | read(args.cache_shapes), args.timed_presets, sizes)
+    for series in cli.bar("measured", "series")(found):
+        slopes.append(power_law.measure(series, args.repeats))
     fitting = next(slope for slope in slopes if slope["step"] == FITTING)
-    calibrations = on_paper.calibration_rows(
-        paper, args.samples, args.seq_len, args.flops_per_s, partial(growth.at, fitting)
+    calibrations = predictions.calibration_rows(
+        paper, args.samples, args.seq_len, args.flops_per_s, partial(power_law.at, fitting)
     )
     passes = pass_ratios(loaded, sizes, args.repeats)
     record = provenance.provenance(

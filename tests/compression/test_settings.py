@@ -1,52 +1,24 @@
-"""Per-layer compression: plans, presets that carry one, and the choice of settings layer by layer."""
+"""Settings of each layer: plans, their records in presets, and the compressors that are built of them."""
 
 import json
 
 import pytest
 import torch
-from tiny import tiny_loaded, windows, word_text
+from presets import PRESET, compressors
 
-from gpt2.common.errors import BadArtefact, PluginError
-from gpt2.compression.calibration.calibrate import calibrate
+from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.file import save_calibration
 from gpt2.compression.compressed_cache import CompressedDynamicCache, IdentityCompressor, load_calibrated_compressors
-from gpt2.compression.presets import create_cache_from_preset
-from gpt2.compression.presets.schema import plan_of
+from gpt2.compression.presets.schema import parse
 from gpt2.compression.settings import Setting, build, needs_calibration_file, plan_record, uniform
-from gpt2.models.geometry import Geometry
-from gpt2.text.sources import by_position
-from gpt2.tuning import layer_sensitivity
-from gpt2.tuning.grid_search import Cell
 
 PROMPT = torch.arange(2, 42)[None]
 INT4, INT8 = Setting("identity", 12, 4), Setting("identity", 12, 8)
 
 
-@pytest.fixture(scope="module")
-def llama():
-    return tiny_loaded("llama")
-
-
-@pytest.fixture(scope="module")
-def made(llama):
-    return calibrate(llama, by_position("words", "w", word_text(3000)), rank=6, samples=2, seq_len=48)
-
-
-@pytest.fixture
-def preset(tmp_path, made):
-    return {
-        "model": "tiny-llama", "rank": 6, "target": "v", "bits": 4, "head_dim": 12, "num_layers": 3,
-        "calibration_file": str(save_calibration(made, tmp_path / "c.pt")),
-    }  # fmt: skip
-
-
-def shown(cache) -> dict[str, list[str]]:
-    return {side: [repr(layer.stores[side].compressor) for layer in cache.layers] for side in ("K", "V")}
-
-
-def test_the_guides_per_layer_snippet(llama, preset):
+def test_the_guides_per_layer_snippet(llama, calibration, tmp_path):
     k_comp, v_comp, metadata = load_calibrated_compressors(
-        preset["calibration_file"], device=torch.device("cpu"), quantize_bits=8
+        str(save_calibration(calibration, tmp_path / "c.pt")), device=torch.device("cpu"), quantize_bits=8
     )
     for i in range(2):
         k_comp[i] = IdentityCompressor()
@@ -54,7 +26,7 @@ def test_the_guides_per_layer_snippet(llama, preset):
     cache = CompressedDynamicCache(k_comp, v_comp, num_layers=metadata["num_layers"])
     out = llama.model.generate(PROMPT, past_key_values=cache, max_new_tokens=4, do_sample=False)
     assert out.shape == (1, 44)
-    assert shown(cache)["V"] == ["IdentityCompressor(none)"] * 2 + ["Compressor(int8, rank=6)"]
+    assert compressors(cache)["V"] == ["IdentityCompressor(none)"] * 2 + ["Compressor(int8, rank=6)"]
     plain = CompressedDynamicCache([IdentityCompressor()] * 3, [IdentityCompressor()] * 3)
     llama.model(out[:, :-1], past_key_values=plain)
     same = [
@@ -64,74 +36,18 @@ def test_the_guides_per_layer_snippet(llama, preset):
     assert same[0] and not same[2]
 
 
-def test_a_preset_with_layers_mixes_them(llama, preset):
-    layers = {
-        "v": [None, {"codec": "ln_nullspace+pca", "rank": 5, "bits": 16}, {"codec": "identity", "rank": 12, "bits": 4}],
-        "k": [{"codec": "pca", "rank": 11, "bits": 8}, None, {"codec": "ln_nullspace", "rank": None, "bits": 8}],
-    }
-    cache = create_cache_from_preset(preset | {"layers": layers}, model=llama)
-    assert shown(cache) == {
-        "V": ["IdentityCompressor(none)", "Compressor(none, rank=5)", "Compressor(int4)"],
-        "K": ["Compressor(int8, rank=11)", "IdentityCompressor(none)", "Compressor(int8, rank=11)"],
-    }
-    out = llama.model.generate(PROMPT, past_key_values=cache, max_new_tokens=4, do_sample=False)
-    assert out.shape == (1, 44) and all(torch.isfinite(layer.stores["V"].read()).all() for layer in cache.layers)
-
-
-def test_a_side_that_layers_leave_out_stays_as_it_is(preset):
-    cache = create_cache_from_preset(preset | {"layers": {"v": [None, None, {"codec": "pca", "rank": 4, "bits": 4}]}})
-    assert shown(cache)["K"] == ["IdentityCompressor(none)"] * 3
-    assert shown(cache)["V"][2] == "Compressor(int4, rank=4)"
-
-
-def test_layers_that_need_no_calibration_need_no_file(preset):
-    layers = {"v": [{"codec": "identity", "rank": 12, "bits": 4}] * 3}
-    create_cache_from_preset(preset | {"calibration_file": "", "layers": layers})
-    with pytest.raises(PluginError, match="Calibration file not found"):
-        create_cache_from_preset(preset | {"calibration_file": "nowhere.pt", "layers": layers | {"k": [None] * 2 + [
-            {"codec": "pca", "rank": 4, "bits": 16}]}})  # fmt: skip
-
-
-SOME = {"codec": "pca", "rank": 4, "bits": 8}
-BAD_LAYERS = [
-    ([SOME] * 3, "key 'layers': expected an object"),
-    ({}, "key 'layers': expected an object"),
-    ({"q": [SOME] * 3}, "key 'layers': expected an object"),
-    ({"v": [SOME] * 2}, "key 'layers.v': expected a list of 3 entries, found 2"),
-    ({"v": "all"}, "key 'layers.v': expected a list of 3 entries, found str"),
-    ({"v": [SOME, SOME, 4]}, r"layers.v\[2\]: expected null or codec, rank and bits, found 4"),
-    ({"v": [SOME, {"codec": "pca"}, SOME]}, r"layers.v\[1\]: expected null or codec, rank and bits"),
-    ({"v": [SOME | {"rank": 13}, SOME, SOME]}, r"layers.v\[0\]: key 'rank': expected 1 to head_dim 12, found 13"),
-    ({"v": [SOME | {"rank": 0}, SOME, SOME]}, r"layers.v\[0\]: key 'rank': .*found 0"),
-    ({"v": [SOME | {"rank": {}}, SOME, SOME]}, r"layers.v\[0\]: key 'rank': .*found {}"),
-    ({"v": [SOME | {"bits": 5}, SOME, SOME]}, r"layers.v\[0\]: key 'bits': expected 4 or 8 or 16, found 5"),
-    ({"v": [SOME | {"codec": "pac"}, SOME, SOME]}, r"layers.v\[0\]: key 'codec': .*did you mean 'pca'"),
-    ({"k": [SOME | {"codec": "ln_nullspace", "rank": 12}, None, None]}, r"layers.k\[0\]: key 'rank': expected 1 to 11"),
-    ({"v": [SOME | {"codec": ["pca"]}, SOME, SOME]}, r"layers.v\[0\]: key 'codec'"),
-]
-
-
-@pytest.mark.parametrize(("layers", "message"), BAD_LAYERS)
-def test_absurd_layers_are_named(preset, layers, message):
-    with pytest.raises(BadArtefact, match=message):
-        create_cache_from_preset(preset | {"layers": layers})
-
-
-def test_plan_records_come_back_the_same(preset):
-    plan = uniform("kv", 3, Setting("pca", 7, 8), layers=[1]) | {"k": [INT4, None, INT8]}
-    again = plan_of(preset | {"layers": json.loads(json.dumps(plan_record(plan)))})
-    assert again == plan and needs_calibration_file(plan) and not needs_calibration_file(uniform("v", 3, INT4))
-
-
-def test_a_named_quantizer_comes_back_and_others_keep_their_record(preset):
-    plan = uniform("v", 3, Setting("pca", 7, 3.5, "mixed"), layers=[1]) | {"k": [INT4, None, None]}
-    record = json.loads(json.dumps(plan_record(plan)))
+def test_plans_come_back_from_their_records():
+    plans = (
+        uniform("kv", 3, Setting("pca", 7, 8), layers=[1]) | {"k": [INT4, None, INT8]},
+        uniform("v", 3, Setting("pca", 7, 3.5, "mixed"), layers=[1]) | {"k": [INT4, None, None]},
+    )
+    for plan in plans:
+        assert parse(PRESET | {"layers": json.loads(json.dumps(plan_record(plan)))}).plan == plan
+        assert needs_calibration_file(plan)
+    assert not needs_calibration_file(uniform("v", 3, INT4))
+    record = plan_record(plans[1])
     assert record["v"][1] == {"codec": "pca", "rank": 7, "bits": 3.5, "quantizer": "mixed"}
     assert record["k"][0] == {"codec": "identity", "rank": 12, "bits": 4}, "as older versions read it"
-    assert plan_of(preset | {"layers": record}) == plan
-    cache = create_cache_from_preset(preset | {"layers": record})
-    assert shown(cache)["V"][1] == "Compressor(mixed, rank=7)"
-    assert cache.layers[1].stores["V"].compressor.quantizer.bits == 3.5
 
 
 @pytest.mark.parametrize(
@@ -139,102 +55,10 @@ def test_a_named_quantizer_comes_back_and_others_keep_their_record(preset):
     [(Setting("pca", 7, 8), "pca rank 7, 8 bits"), (Setting("pca", 7, 3.5, "mixed"), "pca rank 7, 3.5 bits mixed"),
      (Setting("joint", 12, 3, "mixed"), "joint, 3 bits mixed"), (INT4, "identity, 4 bits")],
 )  # fmt: skip
-def test_a_setting_says_what_it_is(setting, text):
+def test_a_setting_as_text(setting, text):
     assert str(setting) == text
 
 
 def test_a_calibrated_codec_without_a_calibration_is_named():
     with pytest.raises(PluginError, match="layer 1, V: codec pca needs a calibration"):
         build(uniform("v", 3, Setting("pca", 4), layers=[1]), head_dim=12)
-
-
-# --- the ablation and the choice
-
-
-def test_ablation_touches_one_layer_and_resumes(llama, tmp_path, monkeypatch):
-    path, calls = tmp_path / "a.json", []
-    real = layer_sensitivity.score
-
-    def counted(loaded, segments, caches, **how):
-        calls.append(len(caches) - 1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(loaded, segments, caches, **how)
-
-    monkeypatch.setattr(layer_sensitivity, "score", counted)
-    arguments = (llama, windows(2, 48), None, "kv", [INT8, INT4])
-    with pytest.raises(KeyboardInterrupt):
-        layer_sensitivity.ablate(*arguments, path=path, key={"a": 1}, sink_tokens=2)
-    assert len(json.loads(path.read_text())["rows"]) == 8, "two layers, two sides, two settings"
-    rows = layer_sensitivity.ablate(*arguments, path=path, key={"a": 1}, sink_tokens=2)
-    assert calls == [4, 4, 4, 4] and len(rows) == 12, "only the layer that was interrupted is measured again"
-    kl = {(r["side"], r["layer"], r["bits"]): r["kl_nats"] for r in rows}
-    assert all(kl[side, layer, 8] < kl[side, layer, 4] for side in "kv" for layer in range(3))
-    layer_sensitivity.ablate(*arguments, path=path, key={"a": 2}, sink_tokens=2)
-    assert len(calls) == 7, "another key is another measurement"
-
-
-def test_a_foreign_file_is_not_taken_for_an_ablation(llama, tmp_path):
-    path = tmp_path / "a.json"
-    for content in ('{"rows": 3}', "[" * 10**5):
-        path.write_text(content)
-        with pytest.raises(BadArtefact, match="not a layer ablation"):
-            layer_sensitivity.ablate(llama, windows(1, 48), None, "v", [INT8], path=path, key={}, sink_tokens=2)
-        assert path.read_text() == content
-
-
-def rows(losses: dict[int, tuple[float, float]]) -> list[dict]:
-    """Layer to KL at 8 and at 4 bits."""
-    return [
-        {"side": "v", "layer": layer, "codec": "identity", "rank": 12, "bits": bits, "kl_nats": kl, "ppl_delta": kl,
-         "bytes_per_token": bits * 3.0}
-        for layer, pair in losses.items() for bits, kl in zip((8, 4), pair, strict=True)
-    ]  # fmt: skip
-
-
-def test_sensitive_layers_keep_more():
-    losses = rows({0: (0.001, 0.2), 1: (0.001, 0.004), 2: (0.05, 0.4)})
-    chosen = layer_sensitivity.plans(losses, Geometry(3, 2, 12), budget=0.01)
-    bits = [[s.bits if s else 16 for s in plan["v"]] for plan in chosen]
-    assert [8, 4, 16] in bits, "8 bits where 4 hurt, 4 where they don't, none where even 8 hurt"
-    assert all(plan["k"] == [None] * 3 for plan in chosen)
-
-
-def test_plans_are_the_lower_hull_of_all_assignments():
-    """Against all 3^4 assignments: no other loses less with no more bytes, for any of the plans."""
-    import itertools
-
-    generator = torch.Generator().manual_seed(0)
-    losses = {layer: tuple(sorted((torch.rand(2, generator=generator) * 0.02).tolist())) for layer in range(4)}
-    geometry = Geometry(4, 2, 12)
-
-    def cost(bits) -> tuple[float, float]:
-        kl = sum(0 if b == 16 else losses[i][0 if b == 8 else 1] for i, b in enumerate(bits))
-        return kl, sum(3.0 * b if b < 16 else 48.0 for b in bits)
-
-    every = [cost(bits) for bits in itertools.product((16, 8, 4), repeat=4)]
-    found = layer_sensitivity.plans(rows(losses), geometry, budget=0.02, count=20)
-    assert len(found) >= 2
-    for plan in found:
-        kl, size = cost([s.bits if s else 16 for s in plan["v"]])
-        assert 0.0198 / 4 <= kl <= 2 * 0.0199
-        assert not [other for other in every if other[0] < kl - 1e-12 and other[1] <= size]
-
-
-def test_far_inside_the_budget_the_smallest_plan_is_offered():
-    found = layer_sensitivity.plans(rows({0: (1e-6, 2e-6), 1: (1e-6, 3e-6)}), Geometry(2, 2, 12), budget=0.5)
-    assert [[s.bits for s in plan["v"]] for plan in found] == [[4, 4]]
-
-
-def test_where_even_the_mildest_loses_too_much_there_is_no_plan():
-    assert layer_sensitivity.plans(rows({0: (1.0, 2.0)}), Geometry(1, 2, 12), budget=0.001) == []
-
-
-def test_cells_of_plans_have_a_name_and_a_key_of_their_own():
-    from gpt2.tuning.grid_search import _key
-
-    first, second = (Cell.of_plan({"k": [None] * 3, "v": list(v)}) for v in ((INT4, INT8, None), (INT8, INT4, None)))
-    assert str(first) == f"per layer {first.digest[:4]}: V 1 × exact + 1 × r12 4 bits + 1 × r12 8 bits"
-    assert str(first) != str(second) and (first.rank, first.bits) == (12, 4)
-    assert len({_key(first), _key(second), _key(Cell(12, 4))}) == 3
-    assert first.plan("v", "identity", 3) == {"k": [None] * 3, "v": [INT4, INT8, None]}

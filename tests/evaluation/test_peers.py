@@ -19,7 +19,7 @@ from gpt2.common.errors import CalibrationNotFound, PluginError
 from gpt2.compression.cache.size import cache_bytes, held_bytes
 from gpt2.compression.compressed_cache import identity_cache
 from gpt2.compression.presets import preset_files
-from gpt2.evaluation import kivi, needle, peers
+from gpt2.evaluation import kivi, lineup, needle, other_caches, peers
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
 from gpt2.report import plots, regions, tables
 
@@ -43,7 +43,7 @@ needs_fp8 = pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), re
 
 def installed(family: str) -> None:
     """Skip where an optional package isn't there."""
-    module, package = peers.PACKAGES[family]
+    module, package = other_caches.PACKAGES[family]
     try:
         importlib.import_module(module)
     except ImportError:
@@ -54,10 +54,10 @@ def peer(family: str, **overrides):
     """A cache of transformers for two layers of [B, 2, n, 64]."""
     config = AutoConfig.for_model("llama", num_hidden_layers=2, num_attention_heads=H, hidden_size=H * D)
     if family == "fp8":
-        return peers.SharedCache("fp8", config)
-    axis = peers.AXES[family]
+        return other_caches.SharedCache("fp8", config)
+    axis = other_caches.AXES[family]
     settings = {"nbits": 4, "axis_key": axis, "axis_value": axis, "q_group_size": 64, "residual_length": 0} | overrides
-    return peers.SharedCache(family, config, **settings)
+    return other_caches.SharedCache(family, config, **settings)
 
 
 def fed(cache, x, chunk: int):
@@ -233,9 +233,9 @@ class Poisons(DynamicCache):
 
 
 def test_a_package_that_is_missing_gives_rows(llama, monkeypatch):
-    for module, _ in peers.PACKAGES.values():
+    for module, _ in other_caches.PACKAGES.values():
         monkeypatch.setitem(sys.modules, module, None)
-    found = peers.entries(llama, ["quanto", "hqq", "kivi"], [])
+    found = lineup.for_quality(llama, ["quanto", "hqq", "kivi"], [])
     assert [entry.make is None for entry in found] == [True] * 8 + [False] * 6
     assert peers.reason(found[0].error) == "optimum-quanto is not installed: pip install -r requirements-peers.txt"
     rows = peers.measure(llama, windows(1, 96), [found[0], found[-1]])
@@ -244,7 +244,7 @@ def test_a_package_that_is_missing_gives_rows(llama, monkeypatch):
 
 @needs_fp8
 def test_a_model_that_a_backend_refuses_gives_rows():
-    found = peers.entries(tiny_loaded("mistral"), ["fp8", "kivi"], [])
+    found = lineup.for_quality(tiny_loaded("mistral"), ["fp8", "kivi"], [])
     assert "only full attention" in peers.reason(found[0].error) and all(entry.make for entry in found[1:])
 
 
@@ -272,8 +272,8 @@ def test_without_a_baseline_there_is_nothing_to_measure(llama, failed):
 
 def test_rows_have_what_score_and_weights_say(llama):
     segments = windows(2, 160)
-    own = peers.Entry("kivi", "KIVI", lambda: kivi.kivi_cache(3, 2))
-    broken = peers.Entry("quanto", "breaks", lambda: kivi.kivi_cache(3, 2).nothing)
+    own = lineup.Entry("kivi", "KIVI", lambda: kivi.kivi_cache(3, 2))
+    broken = lineup.Entry("quanto", "breaks", lambda: kivi.kivi_cache(3, 2).nothing)
     rows = peers.measure(llama, segments, [broken, own], chunk=32, batch_size=1)
     assert [row["label"] for row in rows] == [BASELINE, "breaks", "KIVI"]
     assert rows[1]["not_run"].startswith("AttributeError")
@@ -286,7 +286,7 @@ def test_rows_have_what_score_and_weights_say(llama):
 
 def test_needles_go_on_without_the_cache_that_fails(llama):
     haystack = torch.randint(60, 90, (2000,), generator=torch.Generator().manual_seed(0))
-    compared = [peers.Entry("quanto", "breaks", Breaks), peers.Entry("kivi", "KIVI", lambda: kivi.kivi_cache(3, 4))]
+    compared = [lineup.Entry("quanto", "breaks", Breaks), lineup.Entry("kivi", "KIVI", lambda: kivi.kivi_cache(3, 4))]
     rows = [{"label": BASELINE}, {"label": "breaks"}, {"label": "KIVI"}, {"label": "gone", "not_run": "why"}]
     grid = {"lengths": [320], "depths": [0.2, 0.8], "trials": 1, "prefill_chunk": 64}
     asked = peers.ask_needles(llama, haystack, compared, rows, **grid)
@@ -320,17 +320,17 @@ def write_presets(folder, model: str) -> None:
 
 
 def test_built_in_presets_are_compared_unless_others_are_given(llama, tmp_path, monkeypatch):
-    assert "no preset rN-vonly" in peers.reason(peers.entries(llama, ["lowrank"])[0].error)
+    assert "no preset rN-vonly" in peers.reason(lineup.for_quality(llama, ["lowrank"])[0].error)
     write_presets(tmp_path / "presets", llama.spec)
     monkeypatch.setattr(preset_files, "BUILT_IN", (tmp_path / "presets",))
-    found = peers.entries(llama, ["lowrank"])
+    found = lineup.for_quality(llama, ["lowrank"])
     assert [(entry.family, entry.label) for entry in found] == [("lowrank", "r12-vonly"), ("ours", "int4-vonly")]
     assert isinstance(found[0].error, CalibrationNotFound) and found[1].preset["bits"] == 4
-    assert [entry.label for entry in peers.entries(llama, [], [])] == []
+    assert [entry.label for entry in lineup.for_quality(llama, [], [])] == []
     with pytest.raises(PluginError, match="did you mean 'int4-vonly'"):
-        peers.entries(llama, [], ["int5-vonly"])
+        lineup.for_quality(llama, [], ["int5-vonly"])
     with pytest.raises(PluginError, match="two caches are called 'int4-vonly'"):
-        peers.entries(llama, [], ["int4-vonly", "int4-vonly"])
+        lineup.for_quality(llama, [], ["int4-vonly", "int4-vonly"])
 
 
 # --- script, table, picture

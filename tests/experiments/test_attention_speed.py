@@ -42,7 +42,7 @@ def test_every_codec_gives_what_its_stores_hold(timer):
 
 def test_a_cache_has_a_tail_and_compressed_blocks():
     k, v, q = attention_speed._noise(SHAPE, 128 + attention_speed.GENERATED, torch.bfloat16, CPU, 0)
-    store = attention_speed._filled(Compressor(Int4Channel()), k)
+    store, _ = attention_speed.filled_stores((Compressor(Int4Channel()),) * 2, k, v)
     assert (store.sinks.shape[2], store.compressed_tokens, store.tail.shape[2]) == (4, 124, 33)
     assert len(store) == k.shape[2] == 161 and q.shape == (2, 6, 1, 16)
 

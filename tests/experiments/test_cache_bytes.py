@@ -28,9 +28,9 @@ def test_exact_and_unused_bytes_are_those_of_sinks_tail_and_room():
     assert 0 < unused < size.cache_bytes(cache) - exact
     whole = size.cache_bytes(cache)
     for store in stores:
-        for pieces in store.blocks.values():
-            pieces.parts = [view.clone() for view in pieces.views()]
-            pieces.room = 0
+        for stored in store.blocks.values():
+            stored.chunks = [view.clone() for view in stored.views()]
+            stored.unused = 0
     assert size.cache_bytes(cache) == whole - unused and size.exact_and_unused_bytes(cache) == (exact, 0)
 
 

@@ -12,7 +12,7 @@ from tiny import tiny_loaded, tiny_model, windows, word_text, word_tokenizer
 
 from gpt2.common import files
 from gpt2.common.errors import PluginError
-from gpt2.compression.calibration.bit_allocation import fit_measured
+from gpt2.compression.calibration.bit_allocation import fit_multi_head
 from gpt2.compression.calibration.fisher import collect_fisher
 from gpt2.compression.codecs import BASES, Compressor, mixed
 from gpt2.compression.codecs.mixed import BLOCK, Mixed, width_bytes
@@ -68,7 +68,7 @@ def test_errors_and_widths_are_the_products():
 
 
 def test_the_basis_is_the_products(llama, texts, gathered):
-    codec = fit_measured(collect_fisher(llama, texts[0], None, SINKS, {"joint": BASES["joint"]})["joint"])
+    codec = fit_multi_head(collect_fisher(llama, texts[0], None, SINKS, {"joint": BASES["joint"]})["joint"])
     fitted = fit(gathered, PRODUCT)
     torch.testing.assert_close(fitted.spread.square(), codec.spectrum, rtol=1e-3, atol=1e-6)
     for layer, transform in enumerate(fitted.transforms):
@@ -180,9 +180,9 @@ def test_texts_are_of_whole_blocks(length, llama, texts, gathered):
 def test_keys_turned_to_their_blocks_middle():
     rotary = CentredRotary(torch.tensor([0.3, 0.01]), "half")
     keys, plain = gaussian(2, 2 * BLOCK, 4), Rotary(rotary.frequencies, "half")
-    turned = rotary.turn(keys, BLOCK, -1)
-    torch.testing.assert_close(rotary.turn(turned, BLOCK, 1), keys, rtol=1e-4, atol=1e-5)
-    by_hand = torch.cat([plain.turn(keys[:, t : t + 1], 3 * BLOCK // 2, -1) for t in range(BLOCK)], dim=1)
+    turned = rotary.unrotate(keys, BLOCK)
+    torch.testing.assert_close(rotary.rotate(turned, BLOCK), keys, rtol=1e-4, atol=1e-5)
+    by_hand = torch.cat([plain.unrotate(keys[:, t : t + 1], 3 * BLOCK // 2) for t in range(BLOCK)], dim=1)
     torch.testing.assert_close(turned[:, :BLOCK], by_hand, rtol=1e-4, atol=1e-5)
 
 

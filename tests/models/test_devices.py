@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from gpt2.common.errors import PluginError
 from gpt2.compression.calibration import fisher, statistics
 from gpt2.compression.calibration.fisher import collect_fisher
-from gpt2.compression.codecs import BASES, QUANTIZERS, Compressor, Transform, measured_codecs, moments
+from gpt2.compression.codecs import BASES, QUANTIZERS, Compressor, Transform, moments, multi_head_bases
 from gpt2.compression.codecs.rope import Rotary
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.models.geometry import Geometry
@@ -53,7 +53,7 @@ def fill(cache: CompressedDynamicCache, batch: int = 3) -> None:
 
 
 def held(store) -> list[Tensor]:
-    return [store.sinks, store.tail, *(part for pieces in store.blocks.values() for part in pieces.parts)]
+    return [store.sinks, store.tail, *(part for stored in store.blocks.values() for part in stored.chunks)]
 
 
 def assert_in_place(cache: CompressedDynamicCache, batch: int) -> None:
@@ -220,7 +220,7 @@ def test_a_spread_model_needs_its_hooks():
 def test_a_spread_model_is_calibrated(monkeypatch):
     """The statistics of all layers are gathered on the CPU, queries as well."""
     for module in (moments, statistics):
-        monkeypatch.setattr(module, "refuse_non_finite", lambda *args: None)  # fake tensors have no values to look at
+        monkeypatch.setattr(module, "check_finite", lambda *args: None)  # fake tensors have no values to look at
     seen = []
     update = moments.Moments.update
     monkeypatch.setattr(
@@ -243,7 +243,7 @@ def test_a_spread_model_is_calibrated(monkeypatch):
 def test_gradients_are_taken_through_a_spread_model(monkeypatch, checkpointing):
     """Each layer's statistics come from where it is and are gathered on the CPU."""
     for module in (moments, fisher):
-        monkeypatch.setattr(module, "refuse_non_finite", lambda *args: None)  # fake tensors have no values to look at
+        monkeypatch.setattr(module, "check_finite", lambda *args: None)  # fake tensors have no values to look at
     turns = [Rotary(torch.ones(D // 2))] * len(DEVICES)
     monkeypatch.setattr(fisher, "detect_rotary", lambda *args: turns)
     monkeypatch.setattr(fisher, "drawn_labels", lambda logits, *args: logits.argmax(-1))
@@ -258,7 +258,7 @@ def test_gradients_are_taken_through_a_spread_model(monkeypatch, checkpointing):
         tokens = torch.zeros(1, 80, dtype=torch.long)
         found = collect_fisher(loaded, tokens, None, 4, bases, checkpointing=checkpointing)["grouped"]
     assert sorted(seen) == [(2 * layer + side, device) for layer, device in enumerate(DEVICES) for side in (0, 1)]
-    assert {t.device for t in (found.moments.scatter, found.moments.metrics["fisher"], found.reservoir)} == {CPU}
+    assert {t.device for t in (found.moments.scatter, found.moments.metrics["fisher"], found.blocks)} == {CPU}
 
 
 # --- real values: layers on disk
@@ -302,10 +302,10 @@ def test_a_dispatched_model_has_the_same_gradients(dispatched, checkpointing):
     tokens, found = windows(2, 100), []
     for model in dispatched:
         loaded = LoadedModel(model.requires_grad_(False), None, "tiny", Geometry(3, H, D), "")
-        found.append(collect_fisher(loaded, tokens, None, 4, measured_codecs(), checkpointing=checkpointing))
+        found.append(collect_fisher(loaded, tokens, None, 4, multi_head_bases(), checkpointing=checkpointing))
     for name, own in found[0].items():
         other = found[1][name]
-        assert torch.equal(own.reservoir, other.reservoir) and own.moments.metrics["fisher"].norm() > 0
+        assert torch.equal(own.blocks, other.blocks) and own.moments.metrics["fisher"].norm() > 0
         torch.testing.assert_close(other.moments.metrics["fisher"], own.moments.metrics["fisher"])
 
 

@@ -166,12 +166,12 @@ def test_a_config_that_cannot_be_read_is_named(space):
 
 
 def test_the_script_writes_the_page_and_says_what_it_lacks(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["make_report", "--results", str(tmp_path), "--model", "none"])
+    monkeypatch.setattr(sys, "argv", ["reproduce_tables", "--html", "--results", str(tmp_path), "--model", "none"])
     with pytest.raises(SystemExit):
-        runpy.run_path(str(files.ROOT / "scripts/make_report.py"), run_name="__main__")
+        runpy.run_path(str(files.ROOT / "scripts/reproduce_tables.py"), run_name="__main__")
     assert "has no folder runs" in capsys.readouterr().err and not list(tmp_path.iterdir())
     (tmp_path / "runs").mkdir()
-    runpy.run_path(str(files.ROOT / "scripts/make_report.py"), run_name="__main__")
+    runpy.run_path(str(files.ROOT / "scripts/reproduce_tables.py"), run_name="__main__")
     assert "ratio_presets_none" in capsys.readouterr().out
     assert (tmp_path / "report.html").read_text(encoding="utf-8").endswith("</html>\n")
 

@@ -13,7 +13,7 @@ from gpt2.report import regions, tables
 @pytest.mark.parametrize("page", regions.pages(files.ROOT), ids=lambda page: page.name)
 def test_pages_show_what_the_results_say(page):
     text = page.read_text(encoding="utf-8")
-    assert regions.fill(text, files.RESULTS / "runs") == text, "run scripts/update_readme.py"
+    assert regions.fill(text, files.RESULTS / "runs") == text, "run scripts/reproduce_tables.py --pages"
 
 
 def test_pages_are_made_of_results():

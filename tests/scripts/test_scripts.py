@@ -250,19 +250,8 @@ def test_out_of_memory_gives_advice(tiny_flags, tmp_path, capsys, monkeypatch):
 
 
 def test_an_interrupted_tuning_resumes(tiny_flags, tmp_path, capsys):
-    """Killed ones: tests/test_kills.py, and what a dead worker was at, tests/test_autotune.py."""
-    flags = [
-        *tiny_flags,
-        *SMALL,
-        "--eval-tokens",
-        "192",
-        "--eval-seq-len",
-        "192",
-        "--chunk",
-        "1",
-        "--bits",
-        "16,8,4",
-    ]
+    """Killed ones: test_kills.py, and what a dead worker was at, tests/tuning."""
+    flags = [*tiny_flags, *SMALL, "--eval-tokens", "192", "--eval-seq-len", "192", "--chunk", "1", "--bits", "8,4"]
     flags += ["--rank-grid", "12,8", "--target-ppl-delta", "0.9", "--study", "s.db", "--output", "p.json"]
     command = [sys.executable, str(files.ROOT / "scripts" / f"{TUNE}.py"), *flags]
     child = subprocess.Popen(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gpt2.common.errors import PluginError, printable
 from gpt2.compression.calibration.file import load_calibration
-from gpt2.compression.presets import create_cache_from_preset, load_preset
+from gpt2.compression.presets import create_cache_from_preset
 
 Bad = Iterator[tuple[str, bytes]]  # what was done, and the file
 PRESET = {
@@ -125,7 +125,7 @@ def refused(path, what: str, message: str = "", read=load_calibration) -> None:
 
 def make(path):
     """The cache of a preset file."""
-    return create_cache_from_preset(load_preset(path))
+    return create_cache_from_preset(path)
 
 
 def check(space, files, read=load_calibration) -> int:

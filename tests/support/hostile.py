@@ -43,7 +43,7 @@ def turned_biases(g: Generator, shape: Shape) -> Tensor:
     bias = 10 * of_model(shape)
     bias[..., 1], bias[..., d // 2 - 1], bias[..., -2] = 400, -300, 150
     frequencies = 1e6 ** (-torch.arange(0, d, 2) / d)
-    return Rotary(frequencies).turn(2 * noise(g, shape) + bias, 0, 1)
+    return Rotary(frequencies).rotate(2 * noise(g, shape) + bias, 0)
 
 
 def outlier_channels(g: Generator, shape: Shape) -> Tensor:

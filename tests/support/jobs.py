@@ -13,8 +13,8 @@ from script_runs import FREE_PRESET, SMALL, SMALL_EVAL
 from tiny import char_tokenizer, tiny_model, word_text
 
 from gpt2.common import files
-from gpt2.runs import config, worker
-from gpt2.tuning import grid_search
+from gpt2.runs import worker
+from gpt2.tuning import trial_queue
 
 TEXT = ["--model", "tiny", "--text", "words.txt"]
 PRESET = ["--preset", "free.json"]
@@ -26,14 +26,12 @@ NEEDLE = ["--num-trials", 1]
 
 def soon_stale() -> None:
     """A dead worker's trial is taken over after two seconds."""
-    grid_search.HEARTBEAT_SECONDS, grid_search.STALE_SECONDS = 1, 2
-    worker.Pace.__init__.__defaults__ = (1, 2, 0.1)
+    trial_queue.PACE = worker.PACE = trial_queue.Pace(1, 2, 0.1)
 
 
 def in_this_checkout() -> None:
     """The working folder is the checkout whose results and pages are made."""
     files.ROOT, files.RESULTS = Path.cwd(), Path.cwd() / "results"
-    config.Setting.__init__.__defaults__ = (*config.Setting.__init__.__defaults__[:-1], Path.cwd())
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ JOBS = {
         [*TEXT, *SMALL, *SMALL_EVAL, "--seq-len", 100, "--ratios", "2,6.4", "--output", "out"],
         record="out/runs/ratio_presets_tiny.json",
     ),
-    "report": Job("make_report", ["--results", "results", "--output", "out/r.html"], record=None),
+    "report": Job("reproduce_tables", ["--html", "out/r.html", "--results", "results"], record=None),
     "bytes": Job("benchmarks/cache_bytes", ["--model", "tiny", *PRESET, "--context-lengths", 64, *RUN]),
     "scaling": Job(
         "benchmarks/scaling",
@@ -144,7 +142,7 @@ JOBS = {
         record=None,
         before=(in_this_checkout, soon_stale),
     ),
-    "readme": Job("update_readme", [], record=None, before=(in_this_checkout,)),
+    "readme": Job("reproduce_tables", ["--pages"], record=None, before=(in_this_checkout,)),
 }
 
 

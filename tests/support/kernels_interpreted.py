@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton.language as tl
 from hostile import hostile
+from sampling import covering, sampled
 from tiny import tiny_model
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -99,20 +100,19 @@ def compare(monkeypatch, k, v, query, mask=None, tolerance: float = 1.2e-5, **op
     )  # it is used
 
 
-@pytest.mark.parametrize("k", NAMES)
-@pytest.mark.parametrize("step", (0, 1, 4))
+@pytest.mark.parametrize(("k", "step"), covering(NAMES, (0, 1, 4)))
 def test_every_quantizer_for_k_and_for_v(k, step, monkeypatch):
     v = NAMES[(NAMES.index(k) + step) % len(NAMES)]
     compare(monkeypatch, *make(compressor(k, 16), compressor(v, 16, rank=9), 16, sinks=0 if step == 1 else 4))
 
 
-@pytest.mark.parametrize("bits", (1.5, 3.0, 4.0, 8.0))
+@pytest.mark.parametrize("bits", sampled((1.5, 3.0, 4.0, 8.0), 2))
 def test_every_budget_of_mixed(bits, monkeypatch):
     own = Compressor(Mixed(bits), transform(30, 32))
     compare(monkeypatch, *make(own, own, 32))
 
 
-@pytest.mark.parametrize("d", (16, 12, 80))
+@pytest.mark.parametrize("d", sampled((16, 80, 12), 2))
 def test_mixed_widths_far_from_zero(d, monkeypatch):
     """Some channels' offsets lie behind the metadata, and are found among those that don't."""
     own = Compressor(Mixed(4.5))
@@ -123,9 +123,12 @@ def test_mixed_widths_far_from_zero(d, monkeypatch):
     compare(monkeypatch, k, v, tokens(1, d, seed=3) / 400)
 
 
-@pytest.mark.parametrize(("d", "rank"), [(64, None), (64, 60), (80, None), (96, 90), (128, None), (256, None)])
-@pytest.mark.parametrize("name", ("int4", "int4_channel"))
-def test_head_widths_and_ranks(name, d, rank, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    covering(("int4", "int4_channel"), [(64, 60), (80, None), (96, 90), (128, None), (256, None), (64, None)]),
+)
+def test_head_widths_and_ranks(name, shape, monkeypatch):
+    d, rank = shape
     own = compressor(name, d, rank)
     compare(monkeypatch, *make(own, own, d, n=80, per_head=3))
 
@@ -136,17 +139,17 @@ def test_rank_60_of_64(name, monkeypatch):
     compare(monkeypatch, *make(own, own, 64, n=80, per_head=3))
 
 
-@pytest.mark.parametrize("sinks", (0, 4, 70))
-@pytest.mark.parametrize("pair", [("int8", "int4"), ("mixed", "int4"), ("none", "int4_channel")])
+@pytest.mark.parametrize(
+    ("sinks", "pair"), covering((0, 4, 70), [("int8", "int4"), ("mixed", "int4"), ("none", "int4_channel")])
+)
 def test_sinks_pieces_and_recent_tokens(sinks, pair, monkeypatch):
     k, v = (compressor(name, 16) for name in pair)
     stores = make(k, v, 16, chunks=(140, 60, 1, 1, 1, 130), sinks=sinks, recent=5)
-    assert max(len(list(own.pieces())) for own in stores[:2]) > 2
+    assert max(len(list(own.chunks())) for own in stores[:2]) > 2
     compare(monkeypatch, *stores)
 
 
-@pytest.mark.parametrize("per_head", (1, 3))
-@pytest.mark.parametrize("queries", (1, 3))
+@pytest.mark.parametrize(("per_head", "queries"), covering((3, 1), (3, 1)))
 def test_left_padding(per_head, queries, monkeypatch):
     own = compressor("int4_channel", 16), compressor("int8", 16)
     stores = make(*own, 16, n=140, batch=2, per_head=per_head, queries=queries)
@@ -175,7 +178,9 @@ def test_softcap_and_sink_logits(options, monkeypatch):
     compare(monkeypatch, *stores, **options)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("none", torch.float16), *((name, torch.bfloat16) for name in NAMES)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), sampled([("none", torch.float16), *((name, torch.bfloat16) for name in NAMES)], 4)
+)
 def test_16_bit_models(name, dtype, monkeypatch):
     own = compressor(name, 32, 30)
     compare(monkeypatch, *make(own, own, 32, dtype=dtype), tolerance=6 * torch.finfo(dtype).eps)
@@ -247,9 +252,10 @@ def test_pytorch_takes_what_has_no_kernel():
     assert triton_attention.attend(*make(own, own, 16, n=3)[:2], query, None, 1.0) is None  # sinks alone
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("rank", (1, 9, 64, 80))
-@pytest.mark.parametrize("name", triton_quantize.KERNELS)
+@pytest.mark.parametrize(
+    ("dtype", "rank", "name"),
+    covering((torch.float32, torch.bfloat16), (1, 9, 64, 80), triton_quantize.KERNELS, times=2),
+)
 def test_quantizing(name, rank, dtype, monkeypatch):
     z = (tokens(128, rank, 2) + torch.arange(rank) % 7 * 5).to(dtype)  # not contiguous
     z[0, 0, :70] = 3.0  # no range at all
@@ -262,8 +268,7 @@ def test_quantizing(name, rank, dtype, monkeypatch):
         assert torch.equal(found[field], value), field
 
 
-@pytest.mark.parametrize("case", HARD)
-@pytest.mark.parametrize("name", triton_quantize.KERNELS)
+@pytest.mark.parametrize(("case", "name"), covering(HARD, triton_quantize.KERNELS))
 def test_quantizing_what_is_hard(name, case, monkeypatch):
     z = hostile(case, (1, 2, 128, 16))
     found = QUANTIZERS[name].quantize(z)

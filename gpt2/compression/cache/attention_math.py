@@ -1,4 +1,4 @@
-"""Attention over tensors: masks, soft capping, sink logits and softmax."""
+"""Attention over tensors, and what all ways of attending share: masks, soft capping, sink logits, softmax."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 
-def attend_expanded(
+def attend_reconstructed(
     key: Tensor, value: Tensor, query: Tensor, mask: Tensor | None, scaling: float, *,
     softcap: float | None = None, sinks: Tensor | None = None, dropout: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """As `attend`, over key and value [B, H, T, d]. dropout: of what queries give to tokens, in training."""
+    """As `direct_attention.attend`, over key and value [B, H, T, d]. dropout: of attention weights, in training."""
     B, heads, Q, d = query.shape
     H = key.shape[1]
     x = ((query * scaling).reshape(B, H, -1, d) @ key.mT).float().view(B, heads, Q, -1)
@@ -19,23 +19,31 @@ def attend_expanded(
 
 
 def probabilities(x: Tensor, mask: Tensor | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """What each query gives to each token, of scores x [B, Hq, Q, T], which it may change. The rest as in `attend`."""
-    if softcap is not None:
-        x = softcap * torch.tanh(x / softcap)
-    x = masked(x, mask)
+    """Attention weights of scores x [B, Hq, Q, T], which may be overwritten; the rest as `direct_attention.attend`."""
+    x = masked(capped(x, softcap), mask)
     p = x.softmax(-1)
     if sinks is None:
         return p
-    # A logit that takes its share and gives nothing (gpt-oss)
+    # A sink logit takes part in the softmax without a token of its own (gpt-oss)
     return p * torch.sigmoid(x.logsumexp(-1, keepdim=True) - sinks.float().view(1, -1, 1, 1))
 
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Scores x [B, H, Q, T], with those that a query may not see at the lowest number there is."""
+    """Scores x [B, H, Q, T], at the smallest number of their dtype where a query may not look."""
     Q, T = x.shape[-2:]
-    if mask is None and Q > 1:
-        mask = torch.ones(Q, T, dtype=torch.bool, device=x.device).tril(T - Q)
+    mask = causal(Q, T, x.device) if mask is None else mask[..., :T]
     if mask is None:
         return x
-    mask = mask[..., :T]
     return x.masked_fill_(~mask, torch.finfo(x.dtype).min) if mask.dtype == torch.bool else x + mask
+
+
+def causal(queries: int, tokens: int, device: torch.device) -> Tensor | None:
+    """Mask [Q, T] for the last `queries` of `tokens`; None for a single query, which sees all tokens."""
+    if queries == 1:
+        return None
+    return torch.ones(queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)
+
+
+def capped(x: Tensor, softcap: float | None) -> Tensor:
+    """Scores with soft capping (Gemma 2): softcap · tanh(x / softcap)."""
+    return x if softcap is None else softcap * torch.tanh(x / softcap)

@@ -1,4 +1,4 @@
-"""One layer of the compressed cache: what transformers calls, over one or two token stores."""
+"""One layer of the compressed cache: the methods that transformers calls, over one or two token stores."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from gpt2.common.errors import PluginError
-from gpt2.compression.cache.token_store import TokenStore, precisely
+from gpt2.compression.cache.token_store import TokenStore, without_autocast
 from gpt2.compression.codecs import Compressor
 
 
-class Sealed:
-    """What `update` returns in the place of K and V while a model attends over what is stored.
+class StoredKV:
+    """What `update` returns in place of K and V while the model's attention reads the stores.
 
-    Nothing that a tensor can do works on it: a model that looks at K or V before attention does fails at once.
+    It has no operation of a tensor, so a model that uses K or V before attention does fails at once.
     """
 
     __slots__ = ("_layer",)
 
     def __getattr__(self, name: str):
         raise AttributeError(
-            f"K and V are sealed while a model attends over what is stored, so they have no {name!r}: call "
+            f"K and V aren't tensors while compressed attention reads the cache, so they have no {name!r}: call "
             "disable_compressed_attention on the model that last used this cache, and reset() the cache"
         )
 
@@ -31,7 +31,7 @@ class Sealed:
         self._layer = layer
 
     def stores(self) -> tuple[TokenStore, TokenStore]:
-        """Of K and of V; twice the same where they are stored together."""
+        """Stores of K and of V: the same one where K and V are stored together."""
         stores = list(self._layer.stores.values())
         return stores[0], stores[-1]
 
@@ -41,21 +41,21 @@ class Sealed:
 
 
 class CompressedLayer(CacheLayerMixin):
-    """Storage of one layer. `update` returns reconstructions, so any model and attention works with it."""
+    """Storage of one layer. `update` returns reconstructions, so it works with any model and any attention."""
 
-    is_sliding = False  # everything is stored; the attention mask applies a sliding window
+    is_sliding = False  # all tokens are stored; the attention mask applies a sliding window
     is_croppable = True
     is_compileable = False
-    supports_early_init = False  # shapes and devices come with the first tokens
+    supports_early_init = False  # shapes and devices are known with the first tokens only
 
     def __init__(self, k: Compressor, v: Compressor, sink_tokens: int, recent_tokens: int, index: int):
         super().__init__()
         compressors = {"KV": k} if k.joint else {"K": k, "V": v}
         self.stores = {side: TokenStore(c, sink_tokens, recent_tokens) for side, c in compressors.items()}
         self.index = index
-        self.reader = None  # set by `attention` while a model runs that reads the stores themselves
-        self.torn = False  # whether a change of the stores is on its way, or was cut off
-        self.rows_changed = 0  # how often rows were chosen anew, as many times in every layer
+        self.reader = None  # set by `attention` while a model runs whose attention reads the stores
+        self.inconsistent = False  # True while the stores are being changed, and after such a change was interrupted
+        self.rows_changed = 0  # number of batch selections; the same in all layers unless one was interrupted
         if k is not v and (k.joint or v.joint):
             raise PluginError(f"layer {index}: a joint codec is for K and V together, the same object for both")
 
@@ -64,8 +64,8 @@ class CompressedLayer(CacheLayerMixin):
         if "KV" in self.stores and key_states.shape != value_states.shape:
             shapes = f"{list(key_states.shape)} and {list(value_states.shape)}"
             raise PluginError(
-                f"layer {self.index}: a joint codec needs K and V of one shape, this model has {shapes}: use a codec "
-                "of each side"
+                f"layer {self.index}: a joint codec expects K and V of one shape, got {shapes}: use codecs that "
+                "compress K and V separately"
             )
         for (side, store), x in zip(self.stores.items(), self._parts(key_states, value_states), strict=True):
             store.prepare(x, f"layer {self.index}, {side}")
@@ -74,77 +74,78 @@ class CompressedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Store new tokens, [B, H, n, d] each; return all tokens, [B, H, T, d] each, as they are stored.
 
-        Or a seal in the place of both, for an attention function that takes the stores.
+        While the model's attention reads the stores themselves, both are a StoredKV instead.
         """
         self.store(key_states, value_states)
         if self.reader is not None and self.reader.active:
-            seal = Sealed(self)
-            return seal, seal
+            stored = StoredKV(self)
+            return stored, stored
         return self.read()
 
     def read(self) -> tuple[Tensor, Tensor]:
         """K and V of all tokens, [B, H, T, d] each, as they are stored."""
-        with precisely(self._first.sinks):
+        with without_autocast(self._first.sinks):
             read = [store.read() for store in self.stores.values()]
         return tuple(read) if len(read) == 2 else read[0].chunk(2, dim=1)
 
     def _parts(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-        """K and V as the stores take them: apart, or as one tensor of 2H heads."""
+        """K and V as the stores take them: two tensors, or one of 2H heads."""
         return (torch.cat((keys, values), dim=1),) if "KV" in self.stores else (keys, values)
 
     @property
     def _first(self) -> TokenStore:
-        """The store that has K, alone or with V."""
+        """The store of K, or of K and V together."""
         return next(iter(self.stores.values()))
 
     def store(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Store new tokens, [B, H, n, d] each, and read nothing back: the cost doesn't depend on what is held."""
+        """Store new tokens, [B, H, n, d] each, without reading: the cost doesn't depend on how many tokens are held."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        with precisely(key_states):
+        with without_autocast(key_states):
             parts = self._parts(key_states, value_states)
             self._check(parts)
             self._begin_change()
             for store, x in zip(self.stores.values(), parts, strict=True):
                 store.append(x.detach())
-            self.torn = False
+            self.inconsistent = False
 
     def _begin_change(self) -> None:
-        """Before a change of the stores, whose end is `torn = False`: what Ctrl-C or a lack of memory leaves in the
-        middle of it can't be used.
+        """Call before the stores are changed, and set `inconsistent = False` after it.
+
+        A change that Ctrl-C or a lack of memory interrupts leaves the stores inconsistent. Raises PluginError for such.
         """
-        if self.torn:
+        if self.inconsistent:
             raise PluginError(
-                f"layer {self.index}: a change of the cache was cut off halfway, so what it holds is of no use: "
-                "reset() it"
+                f"layer {self.index}: a change of the cache was interrupted, so its contents are inconsistent: reset() "
+                "the cache"
             )
-        self.torn = True
+        self.inconsistent = True
 
     def _check(self, parts: tuple[Tensor, ...]) -> None:
-        """Refuse a batch of another size, another model's heads, and the whole prompt fed again."""
+        """Reject a batch of another size, another model's heads, and a prompt that the cache holds already."""
         store, keys = self._first, parts[0]
         if keys.shape[0] != store.sinks.shape[0]:
             raise PluginError(
-                f"the cache holds a batch of {store.sinks.shape[0]}, but {keys.shape[0]} sequences came: reset() "
-                "it, make a new one, or use batch_repeat_interleave before beam search"
+                f"the cache holds a batch of {store.sinks.shape[0]}, got {keys.shape[0]} sequences: reset() it, make a "
+                "new one, or use batch_repeat_interleave before beam search"
             )
         for held, x in zip(self.stores.values(), parts, strict=True):
-            (_, heads, _, width), (_, came, _, wide) = held.sinks.shape, x.shape
-            if heads != came or width != wide:
+            (_, heads, _, width), (_, new_heads, _, new_width) = held.sinks.shape, x.shape
+            if (heads, width) != (new_heads, new_width):
                 raise PluginError(
-                    f"layer {self.index}: the cache holds {heads} KV heads of {width} channels, but {came} of {wide} "
-                    "came: another model filled it, so reset() it or make a new one"
+                    f"layer {self.index}: the cache holds {heads} KV heads of {width} channels, got {new_heads} of "
+                    f"{new_width}: another model filled it, so reset() it or make a new one"
                 )
-        # In the first layer K depends on a token and its position alone, so the same tokens at the same positions can
-        # be recognised. use_cache=False feeds prompt + 1 token at every step to a cache that keeps them all; generate
-        # feeds a prompt again, from its first position, of which the cache holds every token. Where K has no positions
-        # (ALiBi) a text that is said twice, in two pieces of one length, is refused with it
+        # In the first layer K depends only on a token and its position, so a prompt that is fed again from its first
+        # position can be recognised. It happens with use_cache=False, where generate feeds the prompt and one token
+        # more at each step, and where generate is given a prompt that the cache holds to its end. In models whose K has
+        # no positions (ALiBi), a text that is fed twice in a row is rejected by mistake
         held, n = len(store), keys.shape[2]
         if self.index or not held or n not in (held, held + 1) or _alike(keys) or not store.holds(keys[:, :, :held]):
             return
         advice = (
-            "as generate does with a prompt that was read to its end: crop(-1) the cache first, as generate needs one "
-            "token that it doesn't hold"
+            "as generate does with a prompt that it holds to its end: crop(-1) the cache first, because generate needs "
+            "one token that isn't in it"
             if n == held
             else "as generate(use_cache=False) does: use use_cache=True with this cache, or pass no past_key_values"
         )
@@ -162,31 +163,33 @@ class CompressedLayer(CacheLayerMixin):
     def reset(self) -> None:
         for store in self.stores.values():
             store.clear()
-        self.is_initialized = self.torn = False
+        self.is_initialized = self.inconsistent = False
         self.rows_changed = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens: a negative number, as transformers has it; 0 does nothing."""
-        tokens_to_remove = int(tokens_to_remove)  # assisted decoding of transformers 5.17 passes a tensor
+        """Remove the last tokens. tokens_to_remove: negative, as in transformers; 0 does nothing."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor in assisted decoding
         if tokens_to_remove > 0:
-            raise PluginError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}")
+            raise PluginError(
+                f"crop expects the number of tokens to remove as a negative number, got {tokens_to_remove}"
+            )
         if -tokens_to_remove > self.get_seq_length() and self.is_initialized:
             raise PluginError(f"can't crop {-tokens_to_remove} tokens from a cache of {self.get_seq_length()}")
         if tokens_to_remove and self.is_initialized:
-            with precisely(self._first.sinks):
+            with without_autocast(self._first.sinks):
                 self._begin_change()
                 for store in self.stores.values():
                     store.crop(-tokens_to_remove)
-                self.torn = False
+                self.inconsistent = False
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
             return
-        fn(self._first.sinks.new_empty(self._first.sinks.shape[0]))  # rows that there aren't fail here, nothing changed
+        fn(self._first.sinks.new_empty(self._first.sinks.shape[0]))  # rows out of range fail here, before any change
         self._begin_change()
         for store in self.stores.values():
             store.map_(fn)
-        self.torn = False
+        self.inconsistent = False
 
     def _map_rows(self, fn: Callable[[Tensor], Tensor]) -> None:
         self._map(fn)
@@ -209,5 +212,5 @@ class CompressedLayer(CacheLayerMixin):
 
 
 def _alike(x: Tensor) -> bool:
-    """Whether all tokens of x [B, H, n, d] are the same, as padding is, so that they say nothing of where they were."""
+    """Whether all tokens of x [B, H, n, d] are the same, as in padding, so that they don't identify a prompt."""
     return bool((x == x[:, :, :1]).all())

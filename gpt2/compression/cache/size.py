@@ -1,8 +1,8 @@
-"""Bytes of a cache, by one rule for every kind of cache: what its distinct storages hold."""
+"""Bytes of a cache, by one rule for every kind of cache: the sum of its distinct storages. Also fills caches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ from gpt2.models.geometry import Geometry
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of all storages that a cache keeps alive, room that is allocated but unused included.
+    """Bytes of all storages that a cache keeps alive, including memory that is allocated but unused.
 
-    Each storage counts once and whole, so a small view of a large tensor costs the large tensor. Codecs are shared
+    Each storage counts once and whole, so a small view of a large tensor costs the large tensor. Compressors are shared
     between sequences and not counted: see `CompressedDynamicCache.codec_bytes`.
     """
     storages: dict[tuple, int] = {}
@@ -30,11 +30,11 @@ def cache_bytes(cache: Cache) -> int:
             continue
         seen.add(id(item))
         if is_traceable_wrapper_subclass(item):
-            # Such as quanto's: it claims the size of what it stands for, and only its inner tensors have memory
+            # Such as quanto's: it reports the size of the tensor it represents, but only its inner tensors have memory
             waiting += [getattr(item, name) for name in item.__tensor_flatten__()[0]]
         elif isinstance(item, Tensor):
             storage = item.untyped_storage()
-            # Without memory behind it a storage has no address, but is still one of its own
+            # On the meta device storages have no address, but are still distinct
             storages[item.device, storage.data_ptr() or storage._cdata] = storage.nbytes()
         elif isinstance(item, dict):
             waiting += item.values()
@@ -55,7 +55,7 @@ def compression_ratio(
 ) -> float:
     """Bytes of a 16-bit DynamicCache over bytes that a cache of `make_cache` holds, for one sequence of `tokens`.
 
-    config: of the model; DynamicCache keeps only the window of sliding layers. The rest as in `held_bytes`.
+    config: of the model; in sliding layers DynamicCache keeps only the window. The rest as in `held_bytes`.
     """
     return plain_bytes(geometry, tokens, config=config) / held_bytes(make_cache, geometry, tokens, dtype)
 
@@ -68,7 +68,7 @@ def held_bytes(
     *,
     chunk: int | None = None,
 ) -> int:
-    """Bytes that a cache holds for one sequence of `tokens`, measured; as `filled`."""
+    """Bytes that a cache of `make_cache` holds for one sequence of `tokens`, measured; arguments as in `filled`."""
     return cache_bytes(filled(make_cache, geometry, tokens, dtype, chunk=chunk))
 
 
@@ -80,34 +80,47 @@ def filled(
     *,
     chunk: int | None = None,
 ) -> Cache:
-    """A cache that holds one sequence of `tokens`.
+    """A cache that holds one sequence of `tokens` of noise: sizes don't depend on the values.
 
-    It is filled with noise: sizes don't depend on the values. dtype: of what the cache keeps exact. chunk: tokens that
-    are fed at a time, as streamed perplexity does; None feeds a prompt of half the length and then chunks of 64.
+    dtype: of the exact tokens. chunk: tokens that are appended at a time, as streamed perplexity does; None appends a
+    prompt of half the length and then chunks of 64.
     """
-    cache = make_cache()
-    shape = (1, geometry.num_kv_heads, tokens, geometry.head_dim)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    pieces = x.split(chunk, dim=2) if chunk else (x[:, :, : tokens // 2], *x[:, :, tokens // 2 :].split(64, dim=2))
-    for piece in pieces:
+    x = noise(geometry.num_kv_heads, tokens, geometry.head_dim, dtype=dtype)
+    prompt = tokens // 2
+    chunks = x.split(chunk, dim=2) if chunk else (x[:, :, :prompt], *x[:, :, prompt:].split(64, dim=2))
+    return fill(make_cache(), ((part, part) for part in chunks))
+
+
+def noise(
+    heads: int, tokens: int, head_dim: int, *, batch: int = 1, dtype: torch.dtype = torch.bfloat16,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """Gaussian noise [B, H, T, d] on the generator's device, the same at each call where no generator is given."""
+    generator = generator or torch.Generator().manual_seed(0)
+    return torch.randn(batch, heads, tokens, head_dim, generator=generator, device=generator.device).to(dtype)
+
+
+def fill(cache: Cache, chunks: Iterable[tuple[Tensor, Tensor]]) -> Cache:
+    """Append the same K and V, chunks of [B, H, n, d] each, to every layer of a cache; returns the cache."""
+    for k, v in chunks:
         for layer in cache.layers:
-            # `update` would also expand all that is stored, which the size doesn't need; others' caches have only that
-            getattr(layer, "store", layer.update)(piece, piece)
+            # Our layers can store without reconstructing, as `update` would; layers of other caches only have `update`
+            getattr(layer, "store", layer.update)(k, v)
     return cache
 
 
 def exact_and_unused_bytes(cache: CompressedDynamicCache) -> tuple[int, int]:
-    """Of the bytes of a cache of ours: those of exact tokens (sinks and tail), and of room that isn't used yet."""
+    """Bytes of exact tokens (sinks and tail) in a CompressedDynamicCache, and bytes that are allocated but unused."""
     stores = [store for layer in cache.layers for store in layer.stores.values()]
     exact = sum(tensor.nbytes for store in stores for tensor in (store.sinks, store.tail))
-    growing = [pieces for store in stores for pieces in store.blocks.values() if pieces.room]
-    return exact, sum(pieces.room * pieces.parts[-1][:, :, :1].nbytes for pieces in growing)
+    growing = [stored for store in stores for stored in store.blocks.values() if stored.unused]
+    return exact, sum(stored.unused * stored.chunks[-1][:, :, :1].nbytes for stored in growing)
 
 
 def plain_bytes(geometry: Geometry, tokens: int, *, config=None) -> int:
-    """Bytes that transformers' own cache holds for one sequence of `tokens` in 16 bits; nothing is allocated.
+    """Bytes that transformers' DynamicCache holds for one sequence of `tokens` in 16 bits; nothing is allocated.
 
-    config: of the model, whose sliding layers keep only their window; None takes every layer for a full one.
+    config: of the model, whose sliding layers keep only their window; with None all layers keep every token.
     """
     cache = DynamicCache(config=config)
     shape = (1, geometry.num_kv_heads, tokens, geometry.head_dim)

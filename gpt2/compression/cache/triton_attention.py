@@ -1,7 +1,7 @@
-"""Attention over two stores with Triton: the same as `direct.attend`, in one pass over what is stored.
+"""Attention over two stores with Triton: the same as `direct_attention.attend`, in one pass over what is stored.
 
-What both stores hold compressed goes through the kernels; exact sinks and tail, a few dozen tokens, through PyTorch,
-and so do tokens that only one of the two has compressed. Both meet in one softmax.
+Tokens that both stores have compressed go through the kernels. Exact sinks and tail, a few dozen tokens, go through
+PyTorch, and so do tokens that only one of the two stores has compressed. One softmax is over both.
 """
 
 from __future__ import annotations
@@ -21,74 +21,72 @@ from triton.runtime.errors import OutOfResources
 from gpt2.compression.cache import attention_math
 from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.codecs import Compressor
-from gpt2.compression.codecs.base import Fields
+from gpt2.compression.codecs.base import Encoded
 from gpt2.compression.kernels.triton_kernels import attend_tiles, merge_splits
 from gpt2.compression.kernels.triton_tiles import DECODERS, MOST_CHANNELS, TILE, Decoder
 
 log = logging.getLogger(__name__)
 MOST_ROWS = 64  # queries of a group
-LEAST_TILES = 2  # of a split: fewer write about as much as they read
-PROGRAMS = 4  # per multiprocessor: what one waits for, another computes
-STAGE_BYTES = 64 * 1024  # of shared memory, for tiles that are on their way
+LEAST_TILES = 2  # of a split; with fewer, a program writes about as much as it reads
+PROGRAMS = 4  # per multiprocessor, so that some compute while others wait for memory
+STAGE_BYTES = 64 * 1024  # of shared memory, for tiles that are loaded ahead
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-_too_large: set[tuple] = set()  # kernels that a device has too little shared memory for
+_too_large: set[tuple] = set()  # kernels that need more shared memory than the device has
 
 
 class Part(NamedTuple):
-    """Tokens that are compressed in both stores: positions [first, end), and the pieces that K and V have there.
+    """Tokens that are compressed in both stores: positions [first, end), and the chunks of K and of V that hold them.
 
-    A piece: position of its first place, and fields.
+    k, v: position of the chunk's first slot, and its tensors.
     """
 
     first: int
     end: int
-    k: tuple[int, Fields]
-    v: tuple[int, Fields]
+    k: tuple[int, Encoded]
+    v: tuple[int, Encoded]
 
 
 def attend(
     k: TokenStore, v: TokenStore, query: Tensor, mask: Tensor | None, scaling: float, *,
     softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """As `direct.attend`, or None where there is no kernel for it."""
+    """As `direct_attention.attend`; None where there is no kernel for it."""
     first, end = _shared_range(k, v)
-    if v.sinks.shape[3] != query.shape[-1]:  # V of other heads than K
+    if v.sinks.shape[3] != query.shape[-1]:  # K and V differ in head_dim
         return None
     if end <= first or not supported(k.compressor, v.compressor, query, k.sinks.shape[1]):
         return None
     B, heads, Q, d = query.shape
     H, T = k.sinks.shape[1], len(k)
-    if mask is None and Q > 1:
-        mask = torch.ones(Q, T, dtype=torch.bool, device=query.device).tril(T - Q)
-    mask = None if mask is None else mask[..., :T].expand(B, heads, Q, T)
+    mask = attention_math.causal(Q, T, query.device) if mask is None else mask[..., :T]
+    mask = None if mask is None else mask.expand(B, heads, Q, T)
     M = heads // H * Q
     q = (query * scaling).reshape(B, H, M, d)
-    kernel = (k.compressor.quantizer.name, v.compressor.quantizer.name, query.dtype, M, d, query.device)
+    formats = (store.compressor.quantizer.memory_format for store in (k, v))
+    kernel = (*formats, query.dtype, M, d, query.device)
     if kernel in _too_large:
         return None
     try:
         parts = list(_parts(k, v, first, end))
-        with torch.cuda.device_of(q):  # Triton launches on the current device, which needn't be a layer's own
+        with torch.cuda.device_of(q):  # Triton launches on the current device, which may not be that of this layer
             y, inside = attend_compressed(q, parts, k.compressor, v.compressor, mask, softcap)
-    except OutOfResources as error:  # many queries of wide heads in float32
+    except OutOfResources as error:  # such as for many queries of wide heads in float32
         log.info("no kernel for %s: %s", kernel, error)
         _too_large.add(kernel)
         return None
     inside = inside.view(B, heads, Q, 1)
-    x = _outside_scores(k, q, first, end).view(B, heads, Q, -1)
-    if softcap is not None:
-        x = softcap * torch.tanh(x / softcap)
+    x = attention_math.capped(_outside_scores(k, q, first, end).view(B, heads, Q, -1), softcap)
     if mask is not None:
         x = attention_math.masked(x, torch.cat((mask[..., :first], mask[..., end:]), dim=-1))
     total = torch.logaddexp(inside, x.logsumexp(-1, keepdim=True)) if x.shape[-1] else inside
-    if sinks is not None:  # a logit that takes its share and gives nothing (gpt-oss)
+    if sinks is not None:  # a sink logit takes part in the softmax without a token of its own (gpt-oss)
         total = torch.logaddexp(total, sinks.float().view(1, -1, 1, 1))
     p, share = (x - total).exp().view(B, H, M, x.shape[-1]), (inside - total).exp().view(B, H, M, 1)
     out = _outside_sum(v, p, first, end)
     share = share.view(*y.shape[:3], 1)
-    out += _unfolded(v.compressor, y * share, share, d)
+    out += _reconstructed_sum(v.compressor, y * share, share, d)
     return out.view(B, heads, Q, d).to(query.dtype)
 
 
@@ -97,7 +95,7 @@ def supported(k: Compressor, v: Compressor, query: Tensor, kv_heads: int) -> boo
     if query.dtype not in DTYPES or (query.requires_grad and torch.is_grad_enabled()):
         return False
     for compressor in (k, v):
-        if compressor.quantizer.name not in DECODERS or not compressor.foldable:
+        if compressor.quantizer.memory_format not in DECODERS or not compressor.readable:
             return False
         if _rank(compressor, query.shape[-1]) > MOST_CHANNELS:
             return False
@@ -109,15 +107,15 @@ def supported(k: Compressor, v: Compressor, query: Tensor, kv_heads: int) -> boo
 def attend_compressed(
     q: Tensor, parts: list[Part], k: Compressor, v: Compressor, mask: Tensor | None, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of q [B, H, M, d] over compressed tokens alone, their softmax by itself.
+    """Attention of q [B, H, M, d] over compressed tokens alone, with a softmax of their own; mask [B, Hq, Q, T].
 
-    mask [B, Hq, Q, T] → Σ p ẑ of V, [B, G, H/G · M, r], and the logarithm of each sum of exponentials, [B, G, H/G · M].
+    Returns Σ p ẑ of V, [B, G, H/G · M, r], and the logarithm of each sum of exponentials, [B, G, H/G · M].
     """
-    folded = k.fold_query(q).float()
-    B, G, M, _ = folded.shape
+    absorbed = k.absorb_query(q).float()
+    B, G, M, _ = absorbed.shape
     rank = _rank(k, q.shape[-1])
-    bias = folded[..., rank].contiguous() if k.affine else folded.new_zeros(B, G, M)
-    folded = folded[..., :rank].contiguous()
+    bias = absorbed[..., rank].contiguous() if k.affine else absorbed.new_zeros(B, G, M)
+    absorbed = absorbed[..., :rank].contiguous()
     aligned = TILE.value in (k.block_tokens, v.block_tokens)
     bases = [part.first // TILE.value * TILE.value if aligned else part.first for part in parts]
     tiles = [-(-(part.end - base) // TILE.value) for part, base in zip(parts, bases, strict=True)]
@@ -126,7 +124,7 @@ def attend_compressed(
     rank = _rank(v, q.shape[-1])
     maxima, sums = q.new_empty(2, sum(splits), B * G, M, dtype=torch.float32)
     accs = q.new_empty(sum(splits), B * G, M, rank, dtype=torch.float32)
-    launch = _Launch(folded, bias, mask, softcap, k, v, q)
+    launch = _Launch(absorbed, bias, mask, softcap, k, v, q)
     for i, part in enumerate(parts):
         launch(part, (maxima, sums, accs), bases[i], sum(splits[:i]), tiles[i], each)
     y, logsum = accs.new_empty(B, G, M, rank), accs.new_empty(B, G, M)
@@ -135,26 +133,26 @@ def attend_compressed(
 
 
 class _Launch:
-    """One call of the kernel per part, with what all of them have in common."""
+    """The arguments that all calls of the kernel have in common; each call is for one part."""
 
-    def __init__(self, folded: Tensor, bias: Tensor, mask: Tensor | None, softcap: float | None, k: Compressor,
+    def __init__(self, absorbed: Tensor, bias: Tensor, mask: Tensor | None, softcap: float | None, k: Compressor,
                  v: Compressor, q: Tensor):  # fmt: skip
-        self.folded, self.bias, self.dtype, self.k, self.v = folded, bias, q.dtype, k, v
-        self.groups, self.M, self.k_rank = folded.shape[1:]
+        self.absorbed, self.bias, self.dtype, self.k, self.v = absorbed, bias, q.dtype, k, v
+        self.groups, self.M, self.k_rank = absorbed.shape[1:]
         self.v_rank = _rank(v, q.shape[-1])
-        self.decoders = DECODERS[k.quantizer.name], DECODERS[v.quantizer.name]
+        self.decoders = DECODERS[k.quantizer.memory_format], DECODERS[v.quantizer.memory_format]
         rows = max(triton.next_power_of_2(self.M), 16)
         self.sizes = {
             "K_RANK": self.k_rank, "V_RANK": self.v_rank, "ROWS": rows, "SOFTCAP": softcap is not None,
             "K_R": slots(self.k_rank, self.decoders[0]), "V_R": slots(self.v_rank, self.decoders[1]),
-            # Queries that a basis has made float32, or that steps are multiplied into, don't fit 16 bits
+            # Queries that a basis has made float32, or that are multiplied by scales, don't fit into 16 bits
             "SPLIT": k.transform is not None or self.decoders[0].axis != 0 or self.dtype == torch.float16,
         }  # fmt: skip
         self.softcap = softcap or 1.0
-        self._set_mask(mask, folded.shape[0])
+        self._set_mask(mask, absorbed.shape[0])
 
     def _set_mask(self, mask: Tensor | None, batch: int) -> None:
-        """mask [B, Hq, Q, T], expanded where it is the same for all."""
+        """mask [B, Hq, Q, T], with strides of 0 where it is the same for all heads or queries."""
         self.mask, self.strides, self.heads, self.queries = self.bias, (0, 0, 0, 0), self.M, 1
         self.sizes["MASK"] = 0
         if mask is None:
@@ -166,32 +164,32 @@ class _Launch:
         self.sizes["MASK"] = 1 if same else 2
 
     def __call__(self, part: Part, out: tuple[Tensor, ...], base: int, first_split: int, tiles: int, each: int) -> None:
-        (k_start, k_fields), (v_start, v_fields) = part.k, part.v
-        (k_fields, k_room), (v_fields, v_room) = _in_pieces(k_fields), _in_pieces(v_fields)
+        (k_start, k_encoded), (v_start, v_encoded) = part.k, part.v
+        (k_encoded, k_room), (v_encoded, v_room) = _as_chunks(k_encoded), _as_chunks(v_encoded)
         own_k, own_v = self.decoders
-        grid = (self.folded.shape[0] * self.groups, -(-tiles // each))
+        grid = (self.absorbed.shape[0] * self.groups, -(-tiles // each))
         attend_tiles[grid](
-            self.folded, self.bias, self.mask, *out, own_k.arguments(self.k.quantizer, k_fields),
-            own_v.arguments(self.v.quantizer, v_fields), k_room, v_room, base, part.first, part.end, k_start, v_start,
-            first_split, tiles, each, self.M, self.groups, self.heads, self.queries, *self.strides, self.softcap,
+            self.absorbed, self.bias, self.mask, *out, own_k.arguments(self.k.quantizer.kernel_tensors(k_encoded)),
+            own_v.arguments(self.v.quantizer.kernel_tensors(v_encoded)), k_room, v_room, base, part.first, part.end,
+            k_start, v_start, first_split, tiles, each, self.M, self.groups, self.heads, self.queries, *self.strides,
+            self.softcap,
             K_TILE=own_k.tile, V_TILE=own_v.tile, K_AXIS=own_k.axis, V_AXIS=own_v.axis, K_PAIRED=own_k.paired,
-            V_PAIRED=own_v.paired, K_DTYPE=self._codes_dtype(k_fields), V_DTYPE=self._codes_dtype(v_fields),
-            **self.sizes, **self._resources(k_fields, v_fields),
+            V_PAIRED=own_v.paired, K_DTYPE=self._codes_dtype(k_encoded), V_DTYPE=self._codes_dtype(v_encoded),
+            **self.sizes, **self._resources(k_encoded, v_encoded),
         )  # fmt: skip
 
-    def _codes_dtype(self, fields: Fields) -> tl.dtype:
-        """What dot products are in: exact for a float32 model, else float16 for codes, which it holds exactly."""
+    def _codes_dtype(self, encoded: Encoded) -> tl.dtype:
+        """Dtype of dot products: float32 for a float32 model, else float16 for codes, which represents them exactly."""
         if self.dtype == torch.float32:
             return tl.float32
-        z = fields.get("z")
-        return tl.float16 if z is None else DTYPES[z.dtype]
+        return DTYPES.get(next(iter(encoded.values())).dtype, tl.float16)
 
-    def _resources(self, k_fields: Fields, v_fields: Fields) -> dict[str, int]:
-        """Warps, and tiles that may be loaded ahead, as shared memory allows."""
+    def _resources(self, k_encoded: Encoded, v_encoded: Encoded) -> dict[str, int]:
+        """Number of warps, and of tiles that are loaded ahead, as shared memory allows."""
         tile = sum(
             x[0, 0, 0].nbytes * TILE.value // compressor.block_tokens
-            for compressor, fields in ((self.k, k_fields), (self.v, v_fields))
-            for x in fields.values()
+            for compressor, encoded in ((self.k, k_encoded), (self.v, v_encoded))
+            for x in encoded.values()
         )
         large = self.sizes["ROWS"] * max(self.sizes["K_R"], self.sizes["V_R"]) > 4096
         stages = min(STAGE_BYTES // tile, *(decoder.stages for decoder in self.decoders))
@@ -199,7 +197,7 @@ class _Launch:
 
 
 def slots(rank: int, decoder: Decoder) -> int:
-    """Channels as a tile has them: a power of two, at least the 16 that a dot product takes."""
+    """Channels of a tile: a power of two, at least 16, which is the least that a dot product takes."""
     if decoder.paired:
         return 2 * max(triton.next_power_of_2((rank + 1) // 2), 8)
     return max(triton.next_power_of_2(rank), 16)
@@ -215,44 +213,44 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _tiles_each(tiles: int, groups: int, device: torch.device) -> int:
-    """Tiles of a split, so that all splits of all groups keep the device busy."""
-    if device.type != "cuda":  # in the interpreter
+    """Tiles of a split, such that the splits of all groups keep the device busy."""
+    if device.type != "cuda":  # in Triton's interpreter
         return LEAST_TILES
     splits = max(PROGRAMS * _multiprocessors(device) // groups, 1)
     return max(-(-tiles // splits), LEAST_TILES)
 
 
-def _in_pieces(fields: Fields) -> tuple[Fields, int]:
-    """Fields that lie as a kernel expects, and how many entries a group has room for; a copy only where they don't."""
-    if not all(_is_piece(x) for x in fields.values()):
-        fields = {name: x.contiguous() for name, x in fields.items()}
-    x = next(iter(fields.values()))
+def _as_chunks(encoded: Encoded) -> tuple[Encoded, int]:
+    """Tensors with the strides that a kernel expects, copied only where they differ; entries allocated per group."""
+    if not all(_is_chunk(x) for x in encoded.values()):
+        encoded = {name: x.contiguous() for name, x in encoded.items()}
+    x = next(iter(encoded.values()))
     B, G, n = x.shape[:3]
-    return fields, x.stride(1) // x.stride(2) if G > 1 else x.stride(0) // x.stride(2) if B > 1 else n
+    return encoded, x.stride(1) // x.stride(2) if G > 1 else x.stride(0) // x.stride(2) if B > 1 else n
 
 
-def _is_piece(x: Tensor) -> bool:
-    """Whether x [B, G, n, …] is contiguous but for unused room behind n."""
+def _is_chunk(x: Tensor) -> bool:
+    """Whether x [B, G, n, …] is contiguous except for unused entries after the n-th."""
     B, G = x.shape[:2]
     return x[0, 0].is_contiguous() and (B == 1 or G == 1 or x.stride(0) == G * x.stride(1))
 
 
 def _shared_range(k: TokenStore, v: TokenStore) -> tuple[int, int]:
-    """Positions [first, end) of the tokens that both stores hold compressed; nothing where a block is cut."""
+    """Positions [first, end) of tokens that both stores have compressed; (0, 0) where that would cut a block."""
     ranges = [(s.sinks.shape[2], s.sinks.shape[2] + s.compressed_tokens) for s in (k, v)]
     shared = max(first for first, _ in ranges), min(end for _, end in ranges)
     cut = any(own != shared and store.compressor.block_tokens > 1 for store, own in zip((k, v), ranges, strict=True))
     return (0, 0) if cut else shared
 
 
-def _spans(store: TokenStore) -> Iterator[tuple[int, int, Fields]]:
-    """Pieces with the positions of their first place and behind their last."""
-    for start, fields in store.pieces():
-        yield start, start + store.compressor.block_tokens * next(iter(fields.values())).shape[2], fields
+def _spans(store: TokenStore) -> Iterator[tuple[int, int, Encoded]]:
+    """Chunks as (position of the first slot, position after the last slot, tensors)."""
+    for start, encoded in store.chunks():
+        yield start, start + store.compressor.block_tokens * next(iter(encoded.values())).shape[2], encoded
 
 
 def _parts(k: TokenStore, v: TokenStore, first: int, end: int) -> Iterator[Part]:
-    """Tokens [first, end) cut wherever a piece of K or of V ends."""
+    """Tokens [first, end), cut wherever a chunk of K or of V ends."""
     both = [list(_spans(store)) for store in (k, v)]
     cuts = {first, end, *(stop for spans in both for _, stop, _ in spans if first < stop < end)}
     for a, b in pairwise(sorted(cuts)):
@@ -260,40 +258,39 @@ def _parts(k: TokenStore, v: TokenStore, first: int, end: int) -> Iterator[Part]
         yield Part(a, b, own_k, own_v)
 
 
-def _outside(store: TokenStore, first: int, end: int) -> Iterator[tuple[slice, Tensor | Fields]]:
-    """What a store holds outside positions [first, end), as exact tokens [B, H, n, d] or as fields.
-
-    With each its place among all tokens outside.
+def _outside(store: TokenStore, first: int, end: int) -> Iterator[tuple[slice, Tensor | Encoded]]:
+    """What a store holds outside positions [first, end): places among those tokens, and exact tokens [B, H, n, d] or
+    encoded ones.
     """
     S, rest = store.sinks.shape[2], store.tail.shape[2]
     if S:
         yield slice(0, S), store.sinks
-    for start, stop, fields in _spans(store):
+    for start, stop, encoded in _spans(store):
         for a, b, gone in ((max(start, S), min(stop, first), 0), (max(start, end), stop, end - first)):
             if a < b:
-                yield slice(a - gone, b - gone), {name: x[:, :, a - start : b - start] for name, x in fields.items()}
+                yield slice(a - gone, b - gone), {name: x[:, :, a - start : b - start] for name, x in encoded.items()}
     if rest:
         last = len(store) - (end - first)
         yield slice(last - rest, last), store.tail
 
 
 def _outside_scores(store: TokenStore, q: Tensor, first: int, end: int) -> Tensor:
-    """q · k of tokens outside [first, end), [B, H, M, n] float32."""
-    folded, rank = store.compressor.fold_query(q), _rank(store.compressor, q.shape[-1])
+    """q · k̂ of tokens outside [first, end), [B, H, M, n] float32."""
+    absorbed, rank = store.compressor.absorb_query(q), _rank(store.compressor, q.shape[-1])
     out = q.new_empty(*q.shape[:3], len(store) - (end - first), dtype=torch.float32)
     for place, held in _outside(store, first, end):
         if isinstance(held, Tensor):
             out[..., place] = q @ held.mT
         else:
-            own = out[..., place].unflatten(1, (folded.shape[1], -1)).flatten(2, 3)
-            store.compressor.quantizer.scores(folded[..., :rank], held, own)
+            own = out[..., place].unflatten(1, (absorbed.shape[1], -1)).flatten(2, 3)
+            store.compressor.quantizer.scores(absorbed[..., :rank], held, own)
             if store.compressor.affine:
-                own += folded[..., rank:]
+                own += absorbed[..., rank:]
     return out
 
 
 def _outside_sum(store: TokenStore, p: Tensor, first: int, end: int) -> Tensor:
-    """Σ p v of tokens outside [first, end), [B, H, M, d] float32; p [B, H, M, n]."""
+    """Σ p v̂ of tokens outside [first, end), [B, H, M, d] float32; p [B, H, M, n]."""
     compressor, d = store.compressor, store.sinks.shape[3]
     groups = compressor.groups(p.shape[1], d)
     total = p.new_zeros(*p.shape[:3], d)
@@ -304,10 +301,10 @@ def _outside_sum(store: TokenStore, p: Tensor, first: int, end: int) -> Tensor:
         else:
             grouped = part.unflatten(1, (groups, -1)).flatten(2, 3)
             y = compressor.quantizer.weighted_sum(grouped, held, _rank(compressor, d))
-            total += _unfolded(compressor, y, grouped.sum(-1, keepdim=True), d)
+            total += _reconstructed_sum(compressor, y, grouped.sum(-1, keepdim=True), d)
     return total
 
 
-def _unfolded(v: Compressor, y: Tensor, share: Tensor, head_dim: int) -> Tensor:
+def _reconstructed_sum(v: Compressor, y: Tensor, share: Tensor, head_dim: int) -> Tensor:
     """Sums of ẑ, y [B, G, H/G · M, r], and of their weights, share [B, G, H/G · M, 1] → sums of x̂, [B, H, M, d]."""
-    return v.unfold_sum(torch.cat((y, share), dim=-1) if v.affine else y, head_dim)
+    return v.reconstruct_sum(torch.cat((y, share), dim=-1) if v.affine else y, head_dim)

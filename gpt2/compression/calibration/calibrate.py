@@ -13,13 +13,13 @@ import transformers
 
 from gpt2.common.errors import PluginError
 from gpt2.common.processes import ALONE, Processes
-from gpt2.compression.calibration.bit_allocation import fit_measured
 from gpt2.compression.calibration.fisher import collect_fisher
 from gpt2.compression.calibration.fit import Calibration, fit
+from gpt2.compression.calibration.multi_head_fit import fit_multi_head
 from gpt2.compression.calibration.statistics import collect
-from gpt2.compression.codecs import BASES, full_rank, is_measured, measured_codecs, metric_of, needs_calibration
+from gpt2.compression.codecs import basis_of, full_rank, multi_head_bases, needs_calibration, takes_gradients
 from gpt2.compression.codecs.base import SIDES
-from gpt2.compression.codecs.mixed import BLOCK
+from gpt2.compression.codecs.formats import BLOCK
 from gpt2.models.loading import LoadedModel
 from gpt2.text.sources import Text
 
@@ -42,9 +42,9 @@ def calibrate(
 ) -> Calibration:
     """Calibrate a model on the calibration part of a text.
 
-    samples: sequences of `seq_len` tokens, drawn by `seed`; fewer where the text has fewer, which `meta` tells.
-    metric: "fisher" takes gradients in a second pass, for codecs fisher and all of several heads; what `codec` needs
-    when None. compact: gather and fit `codec` alone, which must be of several heads; the first pass falls away.
+    samples: sequences of `seq_len` tokens, drawn by `seed`; fewer where the text has fewer: meta["tokens"] has how
+    many were used. metric: one that takes gradients, "fisher", adds a second pass, for all codecs that need them; what
+    `codec` needs when None. compact: gather and fit `codec` alone, a basis that heads share, without the first pass.
     checkpointing: recompute activations where gradients are taken. progress: wraps the iterable of windows, as tqdm.
     processes: each has the model and takes a share of the windows; all get the same calibration, which is that of one
     process to rounding.
@@ -56,17 +56,20 @@ def calibrate(
         limit = "" if most == head_dim else f", of which {codec} stores {most}"
         raise PluginError(f"rank {rank} is out of range: {loaded.spec} has head_dim {head_dim}{limit}")
     loaded.require_context(seq_len)
-    if is_measured(codec) and seq_len < sink_tokens + BLOCK:
+    basis = basis_of(codec)
+    if basis.multi_head and seq_len < sink_tokens + BLOCK:
         raise PluginError(
-            f"codec {codec} is measured on blocks of {BLOCK} tokens behind the sinks: --seq-len {seq_len} is too "
+            f"codec {codec} is tried on blocks of {BLOCK} tokens behind the sinks: --seq-len {seq_len} is too "
             f"short, give {sink_tokens + BLOCK} or more"
         )
-    metric = metric or metric_of(codec)
-    if metric_of(codec) == "fisher" != metric:
-        raise PluginError(f"codec {codec} needs gradients, which metric {metric} doesn't take: use --metric fisher")
-    if compact and not is_measured(codec):
-        raise PluginError(f"a compact calibration has a codec of several heads ({', '.join(measured_codecs())}) alone, "
-                          f"and codec {codec} is none")  # fmt: skip
+    metric = metric or basis.metric
+    if basis.gradients and not takes_gradients(metric):
+        raise PluginError(
+            f"codec {codec} needs gradients, which metric {metric} doesn't take: use --metric {basis.metric}"
+        )
+    if compact and not basis.multi_head:
+        raise PluginError(f"a compact calibration has one codec that heads share ({', '.join(multi_head_bases())}), "
+                          f"and codec {codec} is of single heads")  # fmt: skip
     windows = text.segments("calibration", loaded, seq_len, samples, seed) if processes.first else None
     windows = processes.agreed(windows)
     if len(windows) < processes.size:
@@ -75,13 +78,13 @@ def calibrate(
     own = windows[processes.share(len(windows))]
     statistics = None if compact else collect(loaded, progress(own), sink_tokens, processes=processes)
     fitted = {}
-    if metric == "fisher":
+    if takes_gradients(metric):
         gathered = collect_fisher(
-            loaded, windows, statistics, sink_tokens, {codec: BASES[codec]} if compact else measured_codecs(),
+            loaded, windows, statistics, sink_tokens, {codec: basis} if compact else multi_head_bases(),
             seed=seed, checkpointing=checkpointing, progress=progress, processes=processes,
         )  # fmt: skip
-        # Windows shorter than a block do for the metric alone
-        fitted = {name: fit_measured(own) for name, own in gathered.items() if own.reservoir.shape[2]}
+        # In windows shorter than a block there is only the metric of single heads
+        fitted = {name: fit_multi_head(own) for name, own in gathered.items() if own.blocks.shape[2]}
     meta = calibration_key(loaded, text, samples, seq_len, seed, sink_tokens) | {
         "model": loaded.spec,
         "num_layers": loaded.geometry.num_layers,

@@ -1,8 +1,8 @@
-"""The calibration file: written atomically, read with every shape checked, found again when it fits.
+"""The calibration file: written atomically, and read with every key, shape and number checked.
 
-A whole file has statistics and bases for every codec; a compact one has a measured codec alone, with its basis in half
-precision: small enough to be kept beside the presets that share it. `.pt` is PyTorch's format; a name that ends in
-`.safetensors` has the same as safetensors.
+A whole file has statistics, from which any codec can be fitted, and bases. A compact one has one multi-head basis, in
+half precision: small enough to be kept beside the presets that share it. A name that ends in `.pt` gives PyTorch's
+format, one that ends in `.safetensors` the same record as safetensors.
 """
 
 from __future__ import annotations
@@ -11,53 +11,56 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from gpt2.common import files, tensor_file
-from gpt2.common.errors import BadArtefact, CalibrationNotFound, PluginError, brief
-from gpt2.compression.calibration.bit_allocation import LARGEST, parse_measured
+from gpt2.common.errors import CalibrationNotFound, PluginError
+from gpt2.common.schema import Anything, Checked, Default, Kind, OneOf, Plain, Record, TensorOf, Text, Whole, parse
 from gpt2.compression.calibration.fit import Calibration
+from gpt2.compression.calibration.multi_head_fit import LARGEST, multi_head_from, multi_head_schema
 from gpt2.compression.calibration.statistics import Statistics
-from gpt2.compression.codecs import full_rank, is_measured, measured_codecs, needs_calibration, single_heads
+from gpt2.compression.codecs import basis_of, full_rank, multi_head_bases, needs_calibration
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.codecs.moments import Moments
 from gpt2.models.geometry import Geometry
 
 FORMAT = "kv-plugin-calibration/1"
+REMEDY = "make the file again"
+
+
+def _check_calibrated(codec: str) -> None:
+    if not needs_calibration(codec):
+        raise PluginError(f"codec {codec} needs no calibration: expected one that does, such as pca")
+
+
+_NAME = Text(printable=False)  # names of text files may have any character
+_SIZE = Whole(1, 1024)  # more than any model has, and few enough to loop over before the tensors are known to match
 META = {
-    "model": str,
-    "fingerprint": str,
-    "num_layers": int,
-    "num_kv_heads": int,
-    "head_dim": int,
-    "rank": int,
-    "codec": str,
-    "sink_tokens": int,
-    "samples": int,
-    "seq_len": int,
-    "seed": int,
-    "text": str,
-    "text_spec": str,
-    "text_sha256": str,
-    "tokens": int,
-    "dtype": str,
-    "versions": dict,
+    "model": _NAME,
+    "fingerprint": _NAME,
+    "num_layers": _SIZE,
+    "num_kv_heads": _SIZE,
+    "head_dim": _SIZE,
+    "rank": Whole(1),
+    "codec": Checked(Text(200), _check_calibrated),
+    "sink_tokens": Whole(0),
+    "samples": Whole(1),
+    "seq_len": Whole(1),
+    "seed": Whole(),
+    "text": _NAME,
+    "text_spec": _NAME,
+    "text_sha256": _NAME,
+    "tokens": Whole(),
+    "dtype": _NAME,
+    "versions": Record(others=Plain()),
 }
-# In what numbers are kept, and what none of a real model comes near
-STORED = {"bases": torch.float32, "statistics": torch.float64}
-REACH = {"bases": LARGEST, "statistics": LARGEST**4}  # sums of squares, weighted by squares
-LEAST = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 1, "sink_tokens": 0, "samples": 1, "seq_len": 1}
 
 
 def save_calibration(calibration: Calibration, path: str | Path) -> Path:
     """Write a calibration atomically, as `.pt` or `.safetensors`."""
     record = {"format": FORMAT, "meta": calibration.meta}
     if calibration.statistics is not None:
-        record |= {
-            "bases": calibration.bases,
-            "statistics": _statistics_record(calibration.statistics),
-        }
-    record |= {name: codec.record() for name, codec in calibration.measured.items()}
+        record |= {"bases": calibration.bases, "statistics": _statistics_record(calibration.statistics)}
+    record |= {name: codec.record() for name, codec in calibration.multi_head.items()}
     return tensor_file.write(path, record)
 
 
@@ -78,77 +81,50 @@ def load_calibration(path: str | Path) -> Calibration:
             f"Calibration file not found: {path}. Give its full path, or make it: "
             f"python scripts/calibrate_kv_lowrank.py --output {path}"
         )
-    return _parse(tensor_file.read(path, "calibration file"), path)
+    return _calibration_from(tensor_file.read(path, "calibration file"), path)
 
 
-def _parse(record, path: Path) -> Calibration:
-    def expect(good: bool, field: str, expected, found) -> None:
-        if not good:
-            raise BadArtefact(f"{path}: field {brief(field)}: expected {expected}, found {found}: make the file again")
-
-    expect(isinstance(record, dict), "file", "a dict", type(record).__name__)
-    expect(record.get("format") == FORMAT, "format", repr(FORMAT), brief(record.get("format")))
-    meta = record.get("meta")
-    expect(isinstance(meta, dict), "meta", "a dict", type(meta).__name__)
-    for name, kind in META.items():
-        expect(type(meta.get(name)) is kind, f"meta.{name}", kind.__name__, brief(meta.get(name)))
-    tensors = [name for name, value in meta.items() if isinstance(value, Tensor)]
-    expect(not tensors, f"meta.{''.join(tensors[:1])}", "a plain value", "a tensor")
-    for name, least in LEAST.items():
-        expect(meta[name] >= least, f"meta.{name}", f"{least} or more", meta[name])
-    L, H, d = meta["num_layers"], meta["num_kv_heads"], meta["head_dim"]
-    expect(1 <= meta["rank"] <= d, "meta.rank", f"1 to {d}", meta["rank"])
-    expect(_is_calibrated(meta["codec"]), "meta.codec", "a calibrated codec, such as pca", brief(meta["codec"]))
-    measured = {
-        name: parse_measured(record[name], basis, Geometry(L, H, d), expect)
-        for name, basis in measured_codecs().items()
-        if name in record
+def _calibration_from(record: dict, path: Path) -> Calibration:
+    """The calibration that a record holds, once all of it has been checked."""
+    head = Record({"format": OneOf((FORMAT,)), "meta": Record(META, Plain())}, Anything())
+    meta = parse(record, head, path, remedy=REMEDY)["meta"]
+    geometry = Geometry(meta["num_layers"], meta["num_kv_heads"], meta["head_dim"])
+    bases = {name: basis for name, basis in multi_head_bases().items() if name in (*record, meta["codec"])}
+    fields: dict[str, Kind] = {"meta": Record({"rank": Whole(1, geometry.head_dim)}, Anything())}
+    fields |= {name: multi_head_schema(basis, geometry) for name, basis in bases.items()}
+    compact = bool(bases) and "statistics" not in record
+    if not compact:
+        fields |= _whole_schema(meta["codec"], geometry)
+    parsed = parse(record, Record(fields, Anything()), path, remedy=REMEDY)
+    multi_head = {
+        name: multi_head_from(parsed[name], basis, record[name]["E"].dtype == torch.float16, str(path))
+        for name, basis in bases.items()
     }
-    for codec in measured.values():
-        codec.where = str(path)
-    own = meta["codec"]
-    expect(own in measured or not is_measured(own), own, f"a {own} codec, as meta.codec says", "none")
-    if measured and "statistics" not in record:
-        return Calibration(meta, None, {}, measured)
-
-    def tensor(group: str, name: str, *shape: int) -> Tensor:
-        value = record.get(group)
-        for key in name.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        found = brief(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-        expect(isinstance(value, Tensor) and list(value.shape) == list(shape), f"{group}.{name}", list(shape), found)
-        expect(value.is_floating_point(), f"{group}.{name}", "floating-point numbers", value.dtype)
-        value = value.to(STORED[group])
-        within = float(value.abs().max()) < REACH[group]  # which NaN isn't
-        expect(within, f"{group}.{name}", f"finite numbers below {REACH[group]:g}", "NaN or larger ones")
-        return value
-
-    r = full_rank(single_heads(meta["codec"]), d)
-    shapes = {"mean": (L, H, d), "E": (L, H, d, r), "D": (L, H, r, d), "spectrum": (L, H, r)}
-    bases = {
-        side: {name: tensor("bases", f"{side}.{name}", *shape) for name, shape in shapes.items()} for side in SIDES
-    }
-    moments = [
-        Moments(
-            tensor("statistics", f"{side}_count", L),
-            tensor("statistics", f"{side}_mean", L, H, d),
-            tensor("statistics", f"{side}_scatter", L, H, d, d),
-        )
+    if compact:
+        return Calibration(meta, None, {}, multi_head)
+    own = parsed["statistics"]
+    k, v = (
+        Moments(own[f"{side}_count"], own[f"{side}_mean"], own[f"{side}_scatter"], own["metrics"].get(side, {}))
         for side in SIDES
-    ]
-    metrics = record["statistics"].get("metrics", {})  # older files have none
-    for side, own in zip(SIDES, moments, strict=True):
-        names = metrics.get(side, {}) if isinstance(metrics, dict) else metrics
-        expect(isinstance(names, dict), "statistics.metrics", "a dict of each side", type(names).__name__)
-        own.metrics = {name: tensor("statistics", f"metrics.{side}.{name}", L, H, d, d) for name in names}
-    return Calibration(meta, Statistics(*moments), bases, measured)
+    )
+    return Calibration(meta, Statistics(k, v), {side: parsed["bases"][side] for side in SIDES}, multi_head)
 
 
-def _is_calibrated(codec: str) -> bool:
-    try:
-        return needs_calibration(codec)
-    except PluginError:
-        return False
+def _whole_schema(codec: str, geometry: Geometry) -> dict[str, Kind]:
+    """What a whole calibration has beside multi-head bases: bases in single precision, statistics in double."""
+    L, H, d = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
+    r = full_rank(basis_of(codec).per_head, d)
+    shapes = {"mean": (L, H, d), "E": (L, H, d, r), "D": (L, H, r, d), "spectrum": (L, H, r)}
+    basis = Record({name: TensorOf(shape, LARGEST) for name, shape in shapes.items()})
+    # The largest are sums of squares that are weighted by squares
+    sums = {name: TensorOf(shape, LARGEST**4, dtype=torch.float64)
+            for name, shape in {"count": (L,), "mean": (L, H, d), "scatter": (L, H, d, d)}.items()}  # fmt: skip
+    metrics = Record({side: Default(Record(others=sums["scatter"])) for side in SIDES})
+    statistics = {f"{side}_{name}": kind for side in SIDES for name, kind in sums.items()}
+    return {
+        "bases": Record(dict.fromkeys(SIDES, basis)),
+        "statistics": Record({**statistics, "metrics": Default(metrics, {})}, Anything()),  # older files have more
+    }
 
 
 def calibration_folders() -> list[Path]:

@@ -1,13 +1,13 @@
-"""A second streaming pass over a model, forward and backward: how much the loss feels an error of K and V.
+"""A second pass over a model, forward and backward: how much the loss feels an error of K and V.
 
 The Fisher information E[ggᵀ] takes labels that the model draws itself: no text decides what is right (Kunstner et al.
-2019 on why the text's own labels won't do). Beside it is gathered what measured codecs are fitted to: moments of K and
-V as the codec arranges them, and a bounded sample of whole blocks to measure quantization on.
+2019 on why the text's own labels won't do). The same pass gathers what bases are fitted to that heads share: moments of
+K and V as such a basis arranges them, and a bounded sample of whole blocks to try quantization on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -18,67 +18,51 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gpt2.common.errors import PluginError
 from gpt2.common.processes import ALONE, Processes
-from gpt2.compression.calibration.statistics import Statistics, Tap
-from gpt2.compression.codecs import rope
+from gpt2.compression.calibration.statistics import MetricSums, MultiHeadStatistics, Statistics, Tap
+from gpt2.compression.codecs import MultiHead, rope
 from gpt2.compression.codecs.base import HALF_MAX
-from gpt2.compression.codecs.mixed import BLOCK
-from gpt2.compression.codecs.moments import Moments, refuse_non_finite
-from gpt2.compression.codecs.multi_head import Measured
+from gpt2.compression.codecs.formats import BLOCK
+from gpt2.compression.codecs.moments import Moments, SecondMoments, Seen
 from gpt2.compression.codecs.rope import Rotary
 from gpt2.models.attention_function import wrapped_attention
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel
 
-RESERVOIR_BLOCKS = 48  # of 64 tokens per layer
-# What is kept of the Fisher metric between different heads, where a few thousand tokens estimate it with much noise.
-# From none to all of it nothing measured tells apart (results/runs/explore_codecs_*): half of it bounds the noise
+SAMPLED_BLOCKS = 48  # of 64 tokens, of each layer
+# Share of the metric between different heads that is kept, where a few thousand tokens estimate it with much noise. No
+# measurement tells shares from 0 to 1 apart (results/runs/explore_codecs_*), and half of it bounds the noise
 CROSS_HEAD_SHARE = 0.5
 SEED_STEP = 1_000_003  # from window to window, so that neighbouring seeds share no labels
 
 
-@dataclass
-class MeasuredStatistics:
-    """What a measured codec is fitted to, by entry and group of heads as its `basis` has them.
-
-    moments: with entries in the place of layers and groups in that of heads, and metrics["fisher"]. rotary: each
-    layer's rotation, empty where keys keep theirs. reservoir: vectors of whole blocks of neighbouring tokens,
-    [entries, G, blocks · 64, w] float16.
-    """
-
-    basis: Measured
-    moments: Moments
-    rotary: list[Rotary]
-    reservoir: Tensor
-
-
 def collect_fisher(
     loaded: LoadedModel, windows: Tensor, statistics: Statistics | None, sink_tokens: int,
-    bases: Mapping[str, Measured], *, seed: int = 0, checkpointing: bool = False,
+    bases: Mapping[str, MultiHead], *, seed: int = 0, checkpointing: bool = False,
     progress: Callable[[Iterable], Iterable] = iter, processes: Processes = ALONE,
-) -> dict[str, MeasuredStatistics]:  # fmt: skip
-    """Gather what each of these measured codecs is fitted to; put the Fisher metric of single heads into `statistics`.
+) -> dict[str, MultiHeadStatistics]:  # fmt: skip
+    """Gather what each of `bases` is fitted to; put the metrics of single heads that take gradients into `statistics`.
 
     windows: [n, T]. statistics: of the same windows; None where single heads are not wanted. seed: of the labels drawn
-    and of the sample kept. checkpointing: recompute activations layer by layer in the backward pass, for models whose
-    activations don't fit in memory; the result is the same. processes: each runs a share of the windows, and all get
-    the statistics of all; labels and sample are the same however many there are. Raises PluginError for a model that
-    gradients can't be taken through.
+    and of the blocks sampled. checkpointing: recompute activations layer by layer in the backward pass, for models
+    whose activations don't fit in memory; the result is the same. processes: each runs a share of the windows, and all
+    get the statistics of all; labels and sample are the same however many there are. Raises PluginError for a model
+    that gradients can't be taken through.
     """
-    turns = processes.agreed(detect_rotary(loaded, windows[0], sink_tokens) if processes.first else None)
+    rotary = processes.agreed(detect_rotary(loaded, windows[0], sink_tokens) if processes.first else None)
     sample = _Sample.drawn(len(windows), windows.shape[1] - sink_tokens, seed)
-    taken = _Gathered(loaded.geometry, bases, turns, sink_tokens, sample, heads=statistics is not None)
+    gathered = {name: _Gathered(basis, loaded.geometry, rotary, sink_tokens, sample) for name, basis in bases.items()}
+    heads = None if statistics is None else MetricSums(loaded.geometry, gradients=True)
+    arrivals = _Arrivals(loaded.geometry, sink_tokens, [*gathered.values(), *([heads] if heads else [])])
     tap = _checkpointed if checkpointing else _through_the_cache
-    with torch.enable_grad(), _without_parameter_gradients(loaded.model), tap(loaded.model, taken.watch) as run:
+    with torch.enable_grad(), _without_parameter_gradients(loaded.model), tap(loaded.model, arrivals.watch) as run:
         for number in progress(processes.share(len(windows))):
-            with taken.window(number):
+            with arrivals.of_window(number):
                 logits = run(windows[number][None].to(loaded.device))[0]
                 labels = drawn_labels(logits, seed, number)
                 nn.functional.cross_entropy(logits.float(), labels, reduction="sum").backward()
-    for side, own in taken.fisher.items():
-        moments = getattr(statistics, side)
-        moments.metrics["fisher"] = processes.total(own) / moments.count[:, None, None, None].clamp_min(1)
-    d = loaded.geometry.head_dim
-    return {name: gathering.statistics(d, processes) for name, gathering in taken.measured.items()}
+    if heads:
+        heads.put_into(statistics, processes)
+    return {name: own.statistics(loaded.geometry.head_dim, processes) for name, own in gathered.items()}
 
 
 def drawn_labels(logits: Tensor, seed: int, window: int) -> Tensor:
@@ -96,7 +80,7 @@ def detect_rotary(loaded: LoadedModel, window: Tensor, sink_tokens: int) -> list
     found: dict[int, Rotary] = {}
 
     def record(layer: int, k: Tensor, v: Tensor) -> None:
-        found[layer] = rope.fitting(k[0, :, sink_tokens:].cpu(), sink_tokens, choices)
+        found[layer] = rope.best_fit(k[0, :, sink_tokens:].cpu(), sink_tokens, choices)
 
     with torch.no_grad():
         cache = Tap(record)
@@ -106,44 +90,38 @@ def detect_rotary(loaded: LoadedModel, window: Tensor, sink_tokens: int) -> list
 
 @dataclass
 class _Sample:
-    """Which blocks of which windows are kept: `per_window` of each in turn, blocks [kept] by number."""
+    """Which blocks of which windows are sampled: `per_window` of each in turn; blocks: their numbers, [sampled]."""
 
     blocks: Tensor
     per_window: int
 
     @classmethod
     def drawn(cls, windows: int, tokens: int, seed: int) -> _Sample:
-        """The same blocks of all layers and codecs. tokens: of a window, sinks apart."""
+        """The same blocks of all layers and bases. tokens: of a window, without the sinks."""
         generator = torch.Generator().manual_seed(seed)
         available = max(tokens // BLOCK, 0)
-        per_window = min(-(-RESERVOIR_BLOCKS // windows), available)
+        per_window = min(-(-SAMPLED_BLOCKS // windows), available)
         drawn = [torch.randperm(available, generator=generator)[:per_window].sort().values for _ in range(windows)]
-        return cls(torch.cat(drawn)[:RESERVOIR_BLOCKS], per_window)
+        return cls(torch.cat(drawn)[:SAMPLED_BLOCKS], per_window)
 
     def places(self, window: int) -> slice:
         """Where in the sample a window's blocks are."""
         return slice(window * self.per_window, (window + 1) * self.per_window)
 
 
-class _Gathered:
-    """Statistics of K, V and their gradients, layer by layer as the backward pass comes to them."""
+class _Arrivals:
+    """Pairs up gradients of K and V, layer by layer as the backward pass comes to them, and hands them to `takers`."""
 
-    def __init__(
-        self, geometry: Geometry, bases: Mapping[str, Measured], turns: list[Rotary], sink_tokens: int,
-        sample: _Sample, heads: bool,
-    ):  # fmt: skip
-        L, H, d = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
-        self.sink_tokens = sink_tokens
-        self.fisher = {side: torch.zeros(L, H, d, d, dtype=torch.float64) for side in ("k", "v") if heads}
-        self.measured = {name: _Gathering(basis, geometry, turns, sink_tokens, sample) for name, basis in bases.items()}
+    def __init__(self, geometry: Geometry, sink_tokens: int, takers: Sequence[MetricSums | _Gathered]):
+        self.layers, self.sink_tokens, self.takers = range(geometry.num_layers), sink_tokens, takers
+        self.window = 0
         self.missing: set[int] = set()  # layers of the window that runs
         self.waiting: dict[int, dict[str, Tensor]] = {}
-        self.layers, self.number = range(L), 0
 
     @contextmanager
-    def window(self, number: int):
-        """Take what comes while the block runs as that of a window. Raises PluginError where a layer's doesn't come."""
-        self.number, self.missing = number, set(self.layers)
+    def of_window(self, number: int):
+        """Around the passes over one window. Raises PluginError where the gradients of a layer don't come."""
+        self.window, self.missing = number, set(self.layers)
         yield
         if self.missing:
             raise PluginError(
@@ -152,7 +130,7 @@ class _Gathered:
             )
 
     def watch(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Ask for the gradients of one layer's k, v [1, H, T, d]; statistics are taken when both have come."""
+        """Ask for the gradients of one layer's k, v [1, H, T, d]."""
         kept = k.detach(), v.detach()  # a hook that held k or v itself would be held by it: never freed
         for side, x in (("k", k), ("v", v)):
             if x.requires_grad:
@@ -166,56 +144,47 @@ class _Gathered:
         del self.waiting[layer]
         self.missing.discard(layer)
         k, v, gk, gv = (x[:, :, self.sink_tokens :].float() for x in (k, v, gradients["k"], gradients["v"]))
-        for side, g in (("k", gk), ("v", gv)):
-            if side in self.fisher:
-                self.fisher[side][layer] += _products(g[0], layer)
-        for gathering in self.measured.values():
-            gathering.add(layer, self.number, (k, v), (gk, gv))
+        for taker in self.takers:
+            taker.add(layer, Seen(k, v, key_gradients=gk, value_gradients=gv, window=self.window))
 
 
-class _Gathering:
-    """What one measured codec is fitted to, as it comes."""
+class _Gathered:
+    """What one basis is fitted to that heads share, as it comes."""
 
-    def __init__(self, basis: Measured, geometry: Geometry, turns: list[Rotary], sink_tokens: int, sample: _Sample):
+    def __init__(self, basis: MultiHead, geometry: Geometry, rotary: list[Rotary], sink_tokens: int, sample: _Sample):
         shape = basis.shape(geometry)
-        L, G, w = shape.num_layers, shape.num_kv_heads, shape.head_dim
-        self.basis, self.turns, self.sink_tokens, self.sample = basis, turns, sink_tokens, sample
-        self.moments = Moments.zeros(shape)
-        self.fisher = torch.zeros(L, G, w, w, dtype=torch.float64)
-        self.reservoir = torch.zeros(L, G, len(sample.blocks), BLOCK, w, dtype=torch.float16)
+        self.basis, self.rotary, self.sink_tokens, self.sample = basis, rotary, sink_tokens, sample
+        self.moments, self.metric = Moments.zeros(shape), SecondMoments.zeros(shape)
+        blocks = (shape.num_layers, shape.num_kv_heads, len(sample.blocks), BLOCK, shape.head_dim)
+        self.blocks = torch.zeros(blocks, dtype=torch.float16)
 
-    def add(self, layer: int, window: int, pair: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor]) -> None:
-        """K and V of one layer in a window, [1, H, T, d] each, and their gradients."""
-        arranged = (self.basis.arranged(*x, self.turns[layer], self.sink_tokens) for x in (pair, gradients))
-        for entry, (x, g) in enumerate(zip(*arranged, strict=True), start=layer * self.basis.entries):
-            self.moments.update(entry, x)
-            self.fisher[entry] += _products(g[0], layer)
-            places = self.sample.places(window)
+    def add(self, layer: int, seen: Seen) -> None:
+        """Take in one layer of a window."""
+        places = self.sample.places(seen.window)
+        felt = self.basis.metric_vectors(seen)
+        xs, ws = (
+            self.basis.arrange(k, v, self.rotary[layer], self.sink_tokens)
+            for k, v in ((seen.keys, seen.values), (felt["k"][None], felt["v"][None]))
+        )
+        for index, (x, w) in enumerate(zip(xs, ws, strict=True), start=layer * self.basis.bases_per_layer):
+            self.moments.update(index, x)
+            self.metric.update(index, w[0])
             blocks = x[0, :, : x.shape[2] // BLOCK * BLOCK].unflatten(1, (-1, BLOCK))
-            self.reservoir[entry, :, places] = (
-                blocks[:, self.sample.blocks[places]].clamp(-HALF_MAX, HALF_MAX).half().cpu()
-            )
+            own = blocks[:, self.sample.blocks[places]].clamp(-HALF_MAX, HALF_MAX)
+            self.blocks[index, :, places] = own.half().cpu()
 
-    def statistics(self, head_dim: int, processes: Processes) -> MeasuredStatistics:
+    def statistics(self, head_dim: int, processes: Processes) -> MultiHeadStatistics:
         """Of all processes' windows."""
         self.moments.add_up(processes)
-        fisher, reservoir = processes.total(self.fisher), processes.total(self.reservoir)
-        tokens = self.moments.count[:, None, None, None].clamp_min(1)
-        self.moments.metrics["fisher"] = fisher / tokens * self._shares(head_dim)
-        rotary = self.turns if self.basis.turned else []
-        return MeasuredStatistics(self.basis, self.moments, rotary, reservoir.flatten(2, 3))
+        metric, blocks = self.metric.mean(processes), processes.total(self.blocks)
+        self.moments.metrics[self.basis.metric] = metric * self._shares(head_dim)
+        rotary = self.rotary if self.basis.unrotated else []
+        return MultiHeadStatistics(self.basis, self.moments, rotary, blocks.flatten(2, 3))
 
     def _shares(self, d: int) -> Tensor:
         """1 within the channels of one head's K or V, CROSS_HEAD_SHARE between them, [w, w]."""
-        within = torch.block_diag(*[torch.ones(d, d, dtype=torch.float64)] * (self.fisher.shape[-1] // d))
+        within = torch.block_diag(*[torch.ones(d, d, dtype=torch.float64)] * (self.blocks.shape[-1] // d))
         return CROSS_HEAD_SHARE + (1 - CROSS_HEAD_SHARE) * within
-
-
-def _products(g: Tensor, layer: int) -> Tensor:
-    """Σ ggᵀ of g [G, T, w] in float64 on the CPU."""
-    products = (g.mT @ g).double().cpu()
-    refuse_non_finite(products, layer)
-    return products
 
 
 @contextmanager
@@ -240,11 +209,11 @@ def _through_the_cache(model: nn.Module, watch: Callable[[int, Tensor, Tensor], 
 
 @contextmanager
 def _checkpointed(model: nn.Module, watch: Callable[[int, Tensor, Tensor], None]):
-    """As `_through_the_cache`, with activations recomputed: then there is no cache, and attention itself is watched."""
+    """As `_through_the_cache`, with activations recomputed. That takes no cache, so attention itself is watched."""
 
     def tap(attention):
         def attend(module, query, key, value, *args, **kwargs):
-            # Hooks of the way forward fire; what is recomputed is watched again and never gets gradients
+            # Only tensors of the forward pass get gradients; those that are recomputed are watched to no effect
             watch(module.layer_idx, key, value)
             return attention(module, query, key, value, *args, **kwargs)
 
@@ -265,7 +234,10 @@ def _checkpointed(model: nn.Module, watch: Callable[[int, Tensor, Tensor], None]
 
 @contextmanager
 def _recomputing(layer: GradientCheckpointingLayer):
-    """Let a layer keep its input alone and recompute the rest: for training only, so its forward is told otherwise."""
+    """Let a layer keep its input alone and recompute the rest.
+
+    transformers does so only while a layer's `training` is set, which its forward must not see: dropout would act.
+    """
 
     def run(forward, *args):
         def evaluated(*args):

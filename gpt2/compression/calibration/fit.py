@@ -9,25 +9,25 @@ import torch
 from torch import Tensor
 
 from gpt2.common.errors import BadArtefact, PluginError
-from gpt2.compression.calibration.bit_allocation import MeasuredCodec
+from gpt2.compression.calibration.multi_head_fit import MultiHeadFit
 from gpt2.compression.calibration.statistics import Statistics
-from gpt2.compression.codecs import Transform, basis_of, is_measured, single_heads
+from gpt2.compression.codecs import Quantizer, Transform, basis_of
 from gpt2.compression.codecs.moments import Moments
 from gpt2.models.geometry import Geometry
 
 
-@dataclass
+@dataclass(eq=False)  # by identity, so that it can be a key of what is made of it
 class Calibration:
-    """Contents of a calibration file. A compact one has neither `statistics` nor `bases`, but a measured codec.
+    """Contents of a calibration file. A compact one has neither `statistics` nor `bases`, but one multi-head basis.
 
     `bases[side]` has mean [L, H, d], E [L, H, d, r], D [L, H, r, d], spectrum [L, H, r], with r the full rank of
-    `basis_codec`. measured: codecs of several heads by name; there are some where gradients were taken.
+    `basis_codec`. multi_head: fitted bases that heads share, by name; there are some where gradients were taken.
     """
 
     meta: dict
     statistics: Statistics | None
     bases: dict[str, dict[str, Tensor]]
-    measured: dict[str, MeasuredCodec] = field(default_factory=dict)
+    multi_head: dict[str, MultiHeadFit] = field(default_factory=dict)
     _others: dict[tuple[str, str], dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
@@ -36,16 +36,16 @@ class Calibration:
 
     @property
     def basis_codec(self) -> str:
-        """Codec of `bases`: the file's own, or where that is of several heads, the same metric on each head."""
-        return single_heads(self.meta["codec"])
+        """Codec of `bases`: the file's own, or where heads share that one, the basis of single heads in its metric."""
+        return basis_of(self.meta["codec"]).per_head
 
     def energies(self) -> dict[str, Tensor]:
         """Share of the variance that the first r coordinates keep, all of it where there is none.
 
-        Of `bases`, "k" and "v" [L, H, d]; of a compact file's codec what shares a basis in a layer, [L, G, w].
+        Of `bases`, "k" and "v" [L, H, d]; of a compact file's codec "kv", or "k" and "v", [L, G, w].
         """
         spectra = {side: basis["spectrum"] for side, basis in self.bases.items()}
-        spectra = spectra or self.measured_codec(self.meta["codec"]).spectra()
+        spectra = spectra or self.fit_of(self.meta["codec"]).spectra()
         kept = {side: spectrum.double().cumsum(-1) for side, spectrum in spectra.items()}
         return {side: torch.where(x[..., -1:] > 0, x / x[..., -1:], torch.ones_like(x)) for side, x in kept.items()}
 
@@ -56,8 +56,8 @@ class Calibration:
         the file's statistics.
         """
         codec = codec or self.meta["codec"]
-        if is_measured(codec):
-            return self.measured_codec(codec).transform(layer, side)
+        if basis_of(codec).multi_head:
+            return self.fit_of(codec).transform(layer, side)
         if not self.bases:
             raise PluginError(
                 f"codec {codec}: this is a compact calibration of {self.meta['model']}, which has codec "
@@ -72,19 +72,29 @@ class Calibration:
         whole = Transform(*(basis[name][layer] for name in ("E", "D", "mean")))
         return whole.truncate(min(self.meta["rank"], whole.rank) if rank is None else rank)
 
-    def measured_codec(self, codec: str) -> MeasuredCodec:
-        """A codec of several heads. Raises PluginError where no gradients were taken, or a file has another alone."""
-        if codec not in self.measured:
+    def quantizer(self, quantizer: Quantizer, side: str, layer: int, codec: str) -> Quantizer:
+        """A quantizer for one layer's K or V in a codec's basis, where its bits are meant on average over all."""
+        return self.fit_of(codec).quantizer(quantizer, layer, side) if basis_of(codec).multi_head else quantizer
+
+    def bits_range(self) -> tuple[float, float] | None:
+        """Least and most bits that all of its multi-head bases can share out over layers; None where it has none."""
+        ranges = [fit.allocation.bits_range() for fit in self.multi_head.values()]
+        return (max(low for low, _ in ranges), min(high for _, high in ranges)) if ranges else None
+
+    def fit_of(self, codec: str) -> MultiHeadFit:
+        """A basis that heads share. Raises PluginError where no gradients were taken, or the file has another alone."""
+        if codec not in self.multi_head:
             if self.meta.get("compact"):
                 lacks = f"it has codec {self.meta['codec']} alone"
             else:
-                lacks = "it was made before there was one" if self.measured else "it has no gradients"
-            raise PluginError(f"codec {codec} is not in this calibration, {lacks}: make one with --metric fisher")
-        return self.measured[codec]
+                lacks = "it was made before there was one" if self.multi_head else "it has no gradients"
+            metric = basis_of(codec).metric
+            raise PluginError(f"codec {codec} is not in this calibration, {lacks}: make one with --metric {metric}")
+        return self.multi_head[codec]
 
     def compact(self, codec: str) -> Calibration:
-        """One measured codec alone, its basis in half precision."""
-        kept = {codec: self.measured_codec(codec).compact()}
+        """One multi-head basis alone, in half precision."""
+        kept = {codec: self.fit_of(codec).compact()}
         return Calibration(self.meta | {"codec": codec, "compact": True}, None, {}, kept)
 
     def check_model(self, fingerprint: str, spec: str, where: str) -> None:

@@ -12,6 +12,7 @@ from gpt2.common.errors import BadArtefact
 from gpt2.compression.calibration.calibrate import calibrate, calibration_key
 from gpt2.compression.calibration.file import calibration_folders, load_calibration, save_calibration
 from gpt2.compression.calibration.fit import Calibration
+from gpt2.compression.codecs import takes_gradients
 from gpt2.models.loading import LoadedModel
 from gpt2.text.windows import Text
 
@@ -37,7 +38,7 @@ def obtain_calibration(
     results/calibrations and the working folder. A new one is written to `output`, by default into results/calibrations.
     """
     made_from = {"samples": samples, "seq_len": seq_len, "seed": seed, "sink_tokens": sink_tokens}
-    needed = {"metric": metric} if metric == "fisher" else {}  # the others are always there
+    needed = {"metric": metric} if takes_gradients(metric) else {}  # the others are always there
     path = given or find_reusable(
         calibration_key(loaded, text, **made_from) | needed, (*calibration_folders(), Path("."))
     )

@@ -1,7 +1,7 @@
-"""One streaming pass over a model: what later fits need of K, V and Q, in memory that doesn't grow with the text.
+"""A forward pass over a model: what later fits need of K, V and queries, in memory that doesn't grow with the text.
 
-Per layer and KV head: count, mean and centred scatter of K and V, and the second moment of the queries that read
-that head (all after RoPE, as they are cached). Activations are never kept: O(layers · heads · head_dim²).
+Per layer and KV head: count, mean and centred scatter of K and V, and the metrics that registered bases weigh errors by
+(all after RoPE, as K is cached). Activations are never kept: O(layers · heads · head_dim²).
 """
 
 from __future__ import annotations
@@ -15,24 +15,38 @@ from transformers import DynamicCache
 
 from gpt2.common.errors import PluginError
 from gpt2.common.processes import ALONE, Processes
-from gpt2.compression.codecs.moments import Moments, refuse_non_finite
+from gpt2.compression.codecs import MultiHead, gathered_metrics
+from gpt2.compression.codecs.moments import Moments, SecondMoments, Seen
+from gpt2.compression.codecs.rope import Rotary
 from gpt2.models.attention_function import wrapped_attention
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel
 
-OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")  # what models call an attention's output projection
-
 
 @dataclass
 class Statistics:
-    """Everything a basis may be fitted to: moments of keys and values, and the metrics that weigh their errors.
+    """What bases of single heads are fitted to: moments of keys and values, with the metrics that weigh their errors.
 
-    k.metrics["attention"] is Σqqᵀ / n over the query heads that share a KV head, v.metrics["attention"] that of
-    `output_metric`; both [L, H, d, d], each missing where the model doesn't show what it is computed from.
+    A metric is missing where the model doesn't show what it is computed from.
     """
 
     k: Moments
     v: Moments
+
+
+@dataclass
+class MultiHeadStatistics:
+    """What a basis that heads share is fitted to, by number of the basis and group of heads as `basis.shape` has them.
+
+    moments: with those in the place of layers and heads, and metrics[basis.metric]. rotary: each layer's rotation,
+    empty where keys aren't un-rotated. blocks: a sample of whole blocks of neighbouring tokens, to try quantization on,
+    [bases, G, blocks · 64, w] float16.
+    """
+
+    basis: MultiHead
+    moments: Moments
+    rotary: list[Rotary]
+    blocks: Tensor
 
 
 class Tap(DynamicCache):
@@ -47,6 +61,27 @@ class Tap(DynamicCache):
         return key_states, value_states
 
 
+class MetricSums:
+    """Running second moments that the registered metrics are made of: those of the backward pass, or of the forward."""
+
+    def __init__(self, geometry: Geometry, gradients: bool):
+        self._geometry, self._bases = geometry, gathered_metrics(gradients)
+        self._sums: dict[tuple[str, str], SecondMoments] = {}
+
+    def add(self, layer: int, seen: Seen) -> None:
+        """Take in one layer of a window."""
+        for name, basis in self._bases.items():
+            for side, vectors in basis.metric_vectors(seen).items():
+                if (name, side) not in self._sums:
+                    self._sums[name, side] = SecondMoments.zeros(self._geometry)
+                self._sums[name, side].update(layer, vectors)
+
+    def put_into(self, statistics: Statistics, processes: Processes) -> None:
+        """Add the metrics, of all processes' windows, to statistics of the same windows."""
+        for (name, side), sums in self._sums.items():
+            getattr(statistics, side).metrics[name] = sums.mean(processes)
+
+
 def collect(
     loaded: LoadedModel, windows: Iterable[Tensor], sink_tokens: int, *, processes: Processes = ALONE
 ) -> Statistics:
@@ -58,82 +93,37 @@ def collect(
     keeps them exact anyway (Xiao et al. 2023).
     """
     model, geometry = loaded.model, loaded.geometry
-    k, v = Moments.zeros(geometry), Moments.zeros(geometry)
-    queries = _QueryMoments(geometry, sink_tokens)
-    newest: int | None = None
+    statistics = Statistics(Moments.zeros(geometry), Moments.zeros(geometry))
+    sums = MetricSums(geometry, gradients=False)
+    newest: tuple[int, Tensor, Tensor] | None = None
 
     def record(layer: int, keys: Tensor, values: Tensor) -> None:
         nonlocal newest
-        newest = layer
-        k.update(layer, keys[:, :, sink_tokens:])
-        v.update(layer, values[:, :, sink_tokens:])
+        newest = layer, keys[:, :, sink_tokens:], values[:, :, sink_tokens:]
+        statistics.k.update(layer, newest[1])
+        statistics.v.update(layer, newest[2])
+        if not has_queries:
+            sums.add(layer, Seen(*newest[1:]))
 
     def record_queries(q: Tensor) -> None:
         # They read what the cache took last. A module's own layer_idx won't do: it may run for several cache layers
         if newest is not None:
-            queries.update(newest, q)
+            layer, keys, values = newest
+            sums.add(layer, Seen(keys, values, queries=q[:, :, sink_tokens:]))
 
     body = model.base_model  # the statistics need no logits
     with torch.no_grad(), _tapped_queries(model, record_queries) as has_queries:
         for window in windows:
             body(input_ids=window[None].to(loaded.device), past_key_values=Tap(record), use_cache=True)
-    for moments in (k, v, queries):
+    for moments in (statistics.k, statistics.v):
         moments.add_up(processes)
-    if not k.count.min():
+    if not statistics.k.count.min():
         raise PluginError(f"no vectors to calibrate on: sequences must be longer than the {sink_tokens} sink tokens")
-    if has_queries:
-        k.metrics["attention"] = queries.mean()
-    if (outputs := output_metric(model, geometry)) is not None:
-        v.metrics["attention"] = outputs
-    return Statistics(k, v)
-
-
-def output_metric(model, geometry: Geometry) -> Tensor | None:
-    """Σ WᵀW of each KV head's part of the output projections, [L, H, d, d] float64; None where they aren't found.
-
-    What an error of V weighs in the output of its layer, with all attention on one token.
-    """
-    L, H, d = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
-    found = []
-    for module in model.modules():
-        projection = next((getattr(module, name) for name in OUTPUTS if hasattr(module, name)), None)
-        if not hasattr(module, "layer_idx") or getattr(projection, "weight", None) is None:
-            continue
-        w = projection.weight.detach()
-        w = w.T if type(projection).__name__ == "Conv1D" else w  # [hidden, query heads · d]
-        if w.shape[1] % (H * d):
-            return None
-        w = w.double().cpu().T.reshape(H, -1, d, w.shape[0])  # [H, heads that share it, d, hidden]
-        found.append((w @ w.mT).sum(1))
-    return torch.stack(found) if len(found) == L else None
-
-
-class _QueryMoments:
-    """Σqqᵀ per layer and KV head, summed over the query heads that share it."""
-
-    def __init__(self, geometry: Geometry, sink_tokens: int):
-        shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, geometry.head_dim)
-        self.total = torch.zeros(shape, dtype=torch.float64)
-        self.count = 0
-        self.sink_tokens = sink_tokens
-
-    def update(self, layer: int, q: Tensor) -> None:
-        """q [B, Hq, T, d]: query heads of one KV head are neighbours."""
-        H = self.total.shape[1]
-        q = q[:, :, self.sink_tokens :].transpose(0, 1).float()
-        q = q.reshape(H, -1, q.shape[-1])  # [H, Hq/H · B · T, d]
-        products = (q.mT @ q).double().cpu()
-        refuse_non_finite(products, layer)
-        self.total[layer] += products
-        self.count += q.shape[1] if layer == 0 else 0
-
-    def add_up(self, processes: Processes) -> None:
-        """Take in the queries of all processes."""
-        self.total = processes.total(self.total)
-        self.count = int(processes.total(torch.tensor(self.count)))
-
-    def mean(self) -> Tensor:
-        return self.total / max(self.count, 1)
+    sums.put_into(statistics, processes)
+    for name, basis in gathered_metrics(gradients=False).items():
+        for side, metric in basis.metric_from_weights(model, geometry).items():
+            getattr(statistics, side).metrics[name] = metric
+    return statistics
 
 
 def _tapped_queries(model, record):

@@ -1,4 +1,4 @@
-"""Registry of codecs. A new way to fit a basis, or a new quantizer, is one file here and one name in a line below.
+"""Registry of codecs. A new basis, metric or quantizer is one file here and one name in a line below.
 
 A codec's name is `identity`, a basis, or bases joined by `+`, applied in that order: `ln_nullspace+pca`.
 """
@@ -9,7 +9,8 @@ import difflib
 from functools import reduce
 
 from gpt2.common.errors import PluginError, brief
-from gpt2.compression.codecs.base import Basis, Composed, Compressor, FixedBasis, Quantizer, Transform
+from gpt2.compression.codecs.base import Basis, Composed, FixedBasis, Identity, Quantizer
+from gpt2.compression.codecs.compressor import Compressor, IdentityCompressor
 from gpt2.compression.codecs.grouped import Grouped
 from gpt2.compression.codecs.hadamard import Hadamard
 from gpt2.compression.codecs.integer import Int4, Int8
@@ -17,11 +18,12 @@ from gpt2.compression.codecs.joint import Joint
 from gpt2.compression.codecs.ln_nullspace import LayerNormNullspace
 from gpt2.compression.codecs.metric import Attention, Fisher
 from gpt2.compression.codecs.mixed import Mixed, MixedFixed
-from gpt2.compression.codecs.multi_head import JointTransform, Measured
+from gpt2.compression.codecs.multi_head import JointTransform, MultiHead
 from gpt2.compression.codecs.none import Unquantized
 from gpt2.compression.codecs.pca import PCA
 from gpt2.compression.codecs.per_channel import Int4Channel, Int8Channel
 from gpt2.compression.codecs.random_projection import RandomProjection
+from gpt2.compression.codecs.transform import Transform
 
 BASES: dict[str, Basis] = {
     basis.name: basis()
@@ -30,12 +32,12 @@ BASES: dict[str, Basis] = {
 QUANTIZERS: dict[str, Quantizer] = {
     q.name: q() for q in (Unquantized, Int8, Int4, Int8Channel, Int4Channel, Mixed, MixedFixed)
 }
-# What a setting means that names its bits and no quantizer
+# The quantizer that a setting means which names bits alone
 BITS = {quantizer.bits: name for name, quantizer in QUANTIZERS.items() if quantizer.by_bits}
-IDENTITY = "identity"  # no basis at all: the quantizer works on the model's own channels
+IDENTITY = Identity.name
 CODECS = (IDENTITY, *BASES)
 if len(BITS) < sum(quantizer.by_bits for quantizer in QUANTIZERS.values()):
-    raise ImportError("two quantizers have the same `bits`, which presets tell them apart by")
+    raise ImportError("two quantizers have `by_bits` and the same `bits`, which presets tell them apart by")
 
 __all__ = [
     "BASES",
@@ -48,29 +50,25 @@ __all__ = [
     "FixedBasis",
     "IdentityCompressor",
     "JointTransform",
-    "Measured",
+    "MultiHead",
     "Quantizer",
     "Transform",
+    "adjustable_quantizers",
     "bases_in",
     "basis_of",
     "codec_name",
     "full_rank",
-    "is_joint",
-    "is_measured",
-    "measured_codecs",
-    "metric_of",
+    "gathered_metrics",
+    "metric_names",
+    "multi_head_bases",
     "needs_calibration",
     "quantizer_for_bits",
     "quantizer_of",
-    "single_heads",
+    "takes_gradients",
 ]
 
 
-class IdentityCompressor(Compressor):
-    """Stores K or V as the model made them."""
-
-    def __init__(self):
-        super().__init__(QUANTIZERS["none"])
+# --- quantizers
 
 
 def quantizer_for_bits(bits: int) -> Quantizer:
@@ -96,58 +94,23 @@ def quantizer_of(name: str | None, bits: float) -> Quantizer:
     return quantizer
 
 
-def is_joint(codec: str) -> bool:
-    """Whether a codec has one basis for K and V of a layer together."""
-    basis = basis_of(codec)
-    return basis is not None and basis.joint
+def adjustable_quantizers() -> list[str]:
+    """Names of quantizers that take any number of bits; the first is meant where none is named."""
+    return [name for name, quantizer in QUANTIZERS.items() if quantizer.adjustable]
 
 
-def is_measured(codec: str) -> bool:
-    """Whether a codec's basis is of several heads and kept whole, with what each width of code costs measured."""
-    basis = basis_of(codec)
-    return basis is not None and basis.measured
+# --- bases
 
 
-def measured_codecs() -> dict[str, Measured]:
-    """Registered codecs of several heads by name; the first is meant where none is named."""
-    return {name: basis for name, basis in BASES.items() if basis.measured}
-
-
-def single_heads(codec: str) -> str:
-    """A codec itself, or where that is of several heads, the basis of single heads in the same metric."""
-    return metric_of(codec) if is_measured(codec) else codec
+def basis_of(codec: str) -> Basis:
+    """The basis of a codec, composed where its name has several. Raises PluginError for a name that makes none."""
+    names = bases_in(codec)
+    return reduce(Composed, [BASES[name] for name in names]) if names else Identity()
 
 
 def bases_in(codec: str) -> list[str]:
     """Names of the bases that a codec applies, in that order; none of identity."""
     return [part for part in codec_name(codec).split("+") if part != IDENTITY]
-
-
-def metric_of(codec: str) -> str:
-    """The statistics that a codec is fitted to: pca, attention or fisher; what is named first weighs most."""
-    metrics = {BASES[part].metric for part in bases_in(codec)}
-    return next((metric for metric in ("fisher", "attention") if metric in metrics), "pca")
-
-
-def basis_of(codec: str) -> Basis | None:
-    """The basis of a codec, composed where its name has several; None for identity."""
-    parts = [BASES[part] for part in bases_in(codec)]
-    return reduce(Composed, parts) if parts else None
-
-
-def needs_calibration(codec: str) -> bool:
-    """Whether a codec is fitted to statistics; only such a codec has a rank to cut."""
-    basis = basis_of(codec)
-    return basis is not None and basis.calibrated
-
-
-def full_rank(codec: str, head_dim: int) -> int:
-    """Coordinates that a codec stores of a head's vector when no rank is cut."""
-    basis = basis_of(codec)
-    rank = basis.full_rank(head_dim) if basis else head_dim
-    if rank < 1:
-        raise PluginError(f"codec {codec} leaves nothing of a head_dim of {head_dim}")
-    return rank
 
 
 def codec_name(name: str) -> str:
@@ -161,3 +124,39 @@ def codec_name(name: str) -> str:
                 f"unknown codec {brief(name)}{hint} (there are: {', '.join(CODECS)}, and bases joined by +)"
             )
     return name
+
+
+def needs_calibration(codec: str) -> bool:
+    """Whether a codec's basis is fitted to statistics."""
+    return basis_of(codec).calibrated
+
+
+def full_rank(codec: str, head_dim: int) -> int:
+    """Coordinates that a codec stores of a head's vector when no rank is cut. Raises PluginError where none is left."""
+    rank = basis_of(codec).full_rank(head_dim)
+    if rank < 1:
+        raise PluginError(f"codec {codec} leaves nothing of a head_dim of {head_dim}")
+    return rank
+
+
+def multi_head_bases() -> dict[str, MultiHead]:
+    """Registered bases that heads share, by name; the first is meant where none is named."""
+    return {name: basis for name, basis in BASES.items() if basis.multi_head}
+
+
+# --- metrics
+
+
+def metric_names() -> list[str]:
+    """Metrics that bases weigh errors by: pca for none, and those that the registered bases bring with them."""
+    return [name for name, basis in BASES.items() if basis.metric == name]
+
+
+def takes_gradients(metric: str) -> bool:
+    """Whether a metric is gathered in a backward pass; False for one that isn't registered."""
+    return metric in BASES and BASES[metric].gradients
+
+
+def gathered_metrics(gradients: bool) -> dict[str, Basis]:
+    """Metrics that a pass gathers, by name: those of the backward pass with `gradients`, else of the forward pass."""
+    return {name: BASES[name] for name in metric_names() if BASES[name].gradients == gradients}

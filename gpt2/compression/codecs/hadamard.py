@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from gpt2.compression.codecs.base import FixedBasis, Transform
+from gpt2.compression.codecs.base import FixedBasis
+from gpt2.compression.codecs.transform import Transform
 
 
 class Hadamard(FixedBasis):

@@ -1,20 +1,19 @@
-"""One Fisher basis for K and V of a layer together, with rotary positions taken off the keys.
+"""One Fisher basis for K and V of a layer together, of un-rotated keys.
 
 K before its rotation and V are both linear in the same hidden state: their joint principal axes take about a bit per
-channel less than those of single heads (KVTC takes rotary positions off as well; MLA stores one latent for K and V by
-training).
+channel less than those of single heads (KVTC un-rotates keys as well; MLA stores one latent for K and V by training).
 
-The price is arithmetic: the way back is a w × w product per token, and keys must be turned to their positions before
+The price is arithmetic: reconstruction is a w × w product per token, and keys must be rotated to their positions before
 a query can read them.
 """
 
-from gpt2.compression.codecs.multi_head import Measured
+from gpt2.compression.codecs.multi_head import MultiHead
 
 
-class Joint(Measured):
+class Joint(MultiHead):
     """K and V of neighbouring heads together, keys without positions."""
 
     name = "joint"
-    prefix = "kv"
+    preset_prefix = "kv"
     joint = True
-    turned = True
+    unrotated = True

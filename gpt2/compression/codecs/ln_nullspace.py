@@ -9,13 +9,15 @@ import math
 
 import torch
 
-from gpt2.compression.codecs.base import FixedBasis, Transform
+from gpt2.compression.codecs.base import FixedBasis
+from gpt2.compression.codecs.transform import Transform
 
 
 class LayerNormNullspace(FixedBasis):
     """Helmert's orthonormal basis of the complement of (1, …, 1): r = width − 1, no calibration, no mean."""
 
     name = "ln_nullspace"
+    searched = False  # no better than its absence in any measurement
 
     def full_rank(self, width: int) -> int:
         return width - 1

@@ -5,7 +5,7 @@ preallocated. Inside, rate–distortion decides: the widths minimise Σ error + 
 
     block   uint8 [B, G, n, bytes]
             codes: channels by falling width, a channel of b bits as b planes of 64 bits (8 bytes; bit t of plane j is
-            bit j of token t's code), so equal widths lie together and every width reads the same way
+            bit j of token t's code), so that channels of one width lie together and every width reads the same way
             metadata behind them: scale and offset, a byte each, for channels that have codes, in the same order
             far offsets behind those: int16 of every channel whose offset's byte is 0, in the channels' own order
     widths  uint8 [B, G, n, 3 · ⌈r / 8⌉]: index into WIDTHS, three planes of r bits. Absent where widths are fixed.
@@ -13,8 +13,8 @@ preallocated. Inside, rate–distortion decides: the widths minimise Σ error + 
 ẑ = scale · (code − (2ᵇ − 1) / 2 + offset · max(2ᵇ / 64, 1 / 4)), scale = 2^(byte / 8 − 17), offset = byte − 128 or the
 far one. A channel without codes reads as 0, which is the calibrated mean.
 
-Offsets in a byte reach two ranges of a block, which is far more than coordinates about a calibrated mean need. Far ones
-are for channels whose mean nobody took off: keys with a bias of hundreds of times their spread, as Qwen2.5's.
+An offset in a byte reaches two ranges of a block, which is far more than coordinates about a calibrated mean need. Far
+offsets are for channels whose mean nobody took off: keys with a bias of hundreds of times their spread, as Qwen2.5's.
 """
 
 from __future__ import annotations
@@ -26,25 +26,27 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gpt2.common.errors import PluginError
-from gpt2.compression.codecs.base import Fields, Quantizer
-from gpt2.compression.codecs.formats import PLANES as PLANES_FORMAT
-from gpt2.compression.codecs.formats import Packed
+from gpt2.compression.codecs.base import Allocation, Encoded, Quantizer
+from gpt2.compression.codecs.formats import (
+    BLOCK,
+    FAR,
+    FIXED_PLANES,
+    METADATA,
+    MOST_PLANES,
+    OCTAVE,
+    PLANE,
+    PLANES,
+    SCALE_ZERO,
+    WIDTHS,
+    Format,
+    WidthSearch,
+)
 
-# Ten bits are for the few channels with most of the variance. One bit gave its place to them, which costs some KL at 3
-# bits (results/runs/explore_codecs_*)
-WIDTHS = (0, 2, 3, 4, 5, 6, 8, 10)
-PLANES = max(WIDTHS)
-BLOCK = 64
-AT_ONCE = 64  # blocks
-PLANE = BLOCK // 8  # bytes of one bit of a channel's 64 tokens
-METADATA = 2  # bytes of a channel that has codes
 COSTS = tuple(PLANE * b + METADATA * (b > 0) for b in WIDTHS)  # bytes of a channel in a block
-OCTAVE = 8  # scales per doubling
-SCALE_ZERO = 17 * OCTAVE  # byte of scale 1: steps from 2^-17, the least of the integers by token as well, to 30,000
+AT_ONCE = 64  # blocks that are searched together
 REACH = 127  # largest offset in its byte
-FAR = 2  # bytes more of a channel with a far offset
 FAR_REACH = 2**15 - 1
-FAR_FROM = 2  # times the step that a range asks for: a near offset may take it up to that, then the far one is worth it
+FAR_FROM = 2  # a near offset may widen the step up to so many times; beyond that the far one is worth its bytes
 # Shares of a block's range to try: narrow codes lose less by cutting extremes off than by a step that reaches them,
 # wide ones must reach them although scale and offset are rounded
 NARROW, WIDE = (1.0, 0.9, 0.8, 0.7), (1.0, 1.06)
@@ -52,45 +54,40 @@ WIDEST_NARROW = 4
 
 
 class Mixed(Quantizer):
-    """bits: stored per coordinate, metadata and widths included."""
+    """Widths chosen anew in every block. bits: stored per coordinate, metadata and widths included."""
 
     name = "mixed"
     block_tokens = BLOCK
-    by_bits = False
-    adjustable = True
+    bits_range = (0.25, 10.5)  # of all layers together: a single one may have fewer
+    memory_format = Format(PLANES)
 
     def __init__(self, bits: float = 4.0):
         self.bits = bits
 
-    def at(self, bits: float) -> Mixed:
-        if not 0.25 <= bits <= 10.5:  # for all layers together: a single one may take less
-            raise PluginError(f"bits {bits!r}: quantizer {self.name} takes 0.25 to 10.5 bits per coordinate")
-        return type(self)(float(bits))
+    def allocated(self, allocation: Allocation, index: int) -> Mixed:
+        return type(self)(allocation.bits_of_each(self.bits)[index])
 
-    def quantize(self, z: Tensor) -> Fields:
+    def quantize(self, z: Tensor) -> Encoded:
         """Some blocks at a time: the search takes many times their memory."""
         parts = [self._quantize(part) for part in z.split(AT_ONCE * BLOCK, dim=2)]
-        return {name: torch.cat([fields[name] for fields in parts], dim=2) for name in parts[0]}
+        return {name: torch.cat([part[name] for part in parts], dim=2) for name in parts[0]}
 
-    def _quantize(self, z: Tensor) -> Fields:
+    def _quantize(self, z: Tensor) -> Encoded:
         y = in_blocks(z)
-        error, scale, offset = (torch.stack(parts, dim=-1) for parts in zip(*_grids(y, far=True), strict=True))
+        error, scale, offset = (torch.stack(parts, dim=-1) for parts in zip(*grids(y, far=True), strict=True))
         costs = torch.tensor(COSTS, device=y.device) + FAR * (offset.abs() > REACH)
-        choice = cheapest(error, self._payload(z.shape[-1]), costs)
+        choice = cheapest(error, self.block_bytes(z.shape[-1]), costs)
         scale, offset = (part.gather(-1, choice[..., None])[..., 0] for part in (scale, offset))
-        block = _pack(y, scale, offset, _width(choice), self._payload(z.shape[-1]))
-        return {"block": block, "widths": _pack_indices(choice)}
+        block = _pack(y, scale, offset, _width(choice), self.block_bytes(z.shape[-1]))
+        return {"block": block, "widths": pack_indices(choice)}
 
-    def dequantize(self, fields: Fields, rank: int) -> Tensor:
-        return _unpack(fields["block"], _width(_unpack_indices(fields["widths"], rank)))
+    def dequantize(self, encoded: Encoded, rank: int) -> Tensor:
+        return _unpack(encoded["block"], _width(unpack_indices(encoded["widths"], rank)))
 
-    def packed(self, fields: Fields, rank: int) -> Packed:
-        return PLANES_FORMAT, 0, [fields["block"], fields["widths"]]
+    def encoding(self, rank: int) -> WidthSearch | None:
+        return WidthSearch(self.block_bytes(rank), NARROW, WIDE)
 
-    def plane_search(self, rank: int) -> tuple[int, Sequence[float], Sequence[float]] | None:
-        return self._payload(rank), NARROW, WIDE
-
-    def _payload(self, rank: int) -> int:
+    def block_bytes(self, rank: int) -> int:
         """Bytes for codes and metadata of a block: what the widths leave, in whole planes."""
         left = self.bits * BLOCK * rank / 8 - width_bytes(rank)
         return max(int(left) // PLANE, 1) * PLANE
@@ -99,39 +96,48 @@ class Mixed(Quantizer):
 class MixedFixed(Mixed):
     """The same with widths that were chosen once, at calibration: nothing to store for them or to search.
 
-    widths: index into WIDTHS of every channel, [G, r]; the calibration of a joint codec has them.
+    widths: index into WIDTHS of every channel, [G, r]; `allocated` has them from the calibration of a multi-head basis.
     """
 
     name = "mixed_fixed"
+    calibrated = True
+    memory_format = Format(FIXED_PLANES)
 
     def __init__(self, bits: float = 4.0, widths: Tensor | None = None):
         super().__init__(bits)
         self.widths = widths
 
-    def _quantize(self, z: Tensor) -> Fields:
+    def allocated(self, allocation: Allocation, index: int) -> MixedFixed:
+        return type(self)(self.bits, allocation.widths(self.bits)[index])
+
+    def _quantize(self, z: Tensor) -> Encoded:
         y = in_blocks(z)
         choice = self._choice(y)
         scale, offset = torch.zeros_like(y[..., 0]), torch.zeros_like(y[..., 0])
-        for index, (_, own_scale, own_offset) in enumerate(_grids(y)):
+        for index, (_, own_scale, own_offset) in enumerate(grids(y)):
             scale = torch.where(choice == index, own_scale, scale)
             offset = torch.where(choice == index, own_offset, offset)
-        payload = int(torch.tensor(COSTS)[self.widths.cpu()].sum(-1).max())
-        return {"block": _pack(y, scale, offset, _width(choice), payload)}
+        longest = int(torch.tensor(COSTS)[self.widths.cpu()].sum(-1).max())
+        return {"block": _pack(y, scale, offset, _width(choice), longest)}
 
-    def dequantize(self, fields: Fields, rank: int) -> Tensor:
-        return _unpack(fields["block"], _width(self._choice(fields["block"])))
+    def dequantize(self, encoded: Encoded, rank: int) -> Tensor:
+        return _unpack(encoded["block"], _width(self._choice(encoded["block"])))
 
-    def packed(self, fields: Fields, rank: int) -> Packed:
-        block = fields["block"]
-        return PLANES_FORMAT, 0, [block, _pack_indices(self._choice(block[:1, :, :1])).expand(*block.shape[:3], -1)]
+    def encoding(self, rank: int) -> None:
+        return None
 
-    def plane_search(self, rank: int) -> None:
-        return None  # nothing is searched
+    def kernel_tensors(self, encoded: Encoded) -> list[Tensor]:
+        block = encoded["block"]
+        if self._indices is None or self._indices.device != block.device:
+            self._indices = self.widths.to(block.device, torch.uint8).contiguous()
+        return [block, self._indices]
+
+    _indices: Tensor | None = None  # widths as kernels take them, on the device that was used last
 
     def _choice(self, like: Tensor) -> Tensor:
         """Width indices for blocks [B, G, n, …]: [B, G, n, r]."""
         if self.widths is None:
-            raise PluginError(f"quantizer {self.name} takes its widths from a calibration of a joint codec")
+            raise PluginError(f"quantizer {self.name} takes its widths from the calibration of a multi-head basis")
         return self.widths.to(like.device)[None, :, None].expand(*like.shape[:3], -1)
 
 
@@ -143,9 +149,9 @@ def width_bytes(rank: int) -> int:
 def errors(z: Tensor, far: bool = False) -> Tensor:
     """Squared error of every block, channel and width: z [B, G, T, r] → [B, G, n, r, len(WIDTHS)].
 
-    far: with far offsets, which `Mixed` has and `MixedFixed` hasn't; a calibrated mean leaves no use for them.
+    far: with far offsets, which `Mixed` has and `MixedFixed` hasn't; about a calibrated mean they are of no use.
     """
-    return torch.stack([error for error, _, _ in _grids(in_blocks(z), far)], dim=-1)
+    return torch.stack([error for error, _, _ in grids(in_blocks(z), far)], dim=-1)
 
 
 def cheapest(error: Tensor, budget: float, costs: Sequence[float] | Tensor = COSTS, steps: int = 40) -> Tensor:
@@ -170,25 +176,29 @@ def cheapest(error: Tensor, budget: float, costs: Sequence[float] | Tensor = COS
 
 
 def in_blocks(z: Tensor) -> Tensor:
-    """[B, G, T, r] → [B, G, n, r, 64]: what is reduced over lies together."""
+    """[B, G, T, r] → [B, G, n, r, 64] float32: the tokens of a block and channel lie together."""
     return z.float().unflatten(2, (-1, BLOCK)).mT.contiguous()
 
 
-def _grids(y: Tensor, far: bool = False) -> list[tuple[Tensor, Tensor, Tensor]]:
+# --- the grid of a channel
+
+
+def grids(y: Tensor, far: bool = False) -> list[tuple[Tensor, Tensor, Tensor]]:
     """For every width the best uniform grid of a block's channel: squared error, scale, offset, [..., r] each."""
     nothing = torch.zeros_like(y[..., 0])
-    grids = [(y.square().sum(-1), nothing, nothing)]
+    found = [(y.square().sum(-1), nothing, nothing)]
     for bits in WIDTHS[1:]:
         shares = NARROW if bits <= WIDEST_NARROW else WIDE
-        grids.append(best_grid(y, bits, shares))
+        grid = best_grid(y, bits, shares)
         if far and (apart := _far_off(y, bits)).any():
-            found = zip(best_grid(y, bits, shares, FAR_REACH), grids[-1], strict=True)
-            grids[-1] = tuple(torch.where(apart, own, near) for own, near in found)
-    return grids
+            reaching = best_grid(y, bits, shares, FAR_REACH)
+            grid = tuple(torch.where(apart, own, near) for own, near in zip(reaching, grid, strict=True))
+        found.append(grid)
+    return found
 
 
 def _far_off(y: Tensor, bits: int) -> Tensor:
-    """Channels of y [..., r, 64] that an offset in a byte would take a much wider step than their range, [..., r]."""
+    """Channels of y [..., r, 64] where an offset in a byte would ask for a much wider step than the range, [..., r]."""
     low, high = y.amin(-1), y.amax(-1)
     least = ((low + high) / 2).abs() / (REACH * float(offset_unit(torch.tensor(bits))))
     return least > FAR_FROM / (2**bits - 1) * (high - low)
@@ -197,13 +207,13 @@ def _far_off(y: Tensor, bits: int) -> Tensor:
 def best_grid(y: Tensor, bits: int, shares: tuple[float, ...], reach: int = REACH) -> tuple[Tensor, Tensor, Tensor]:
     """The uniform grid of least squared error for every channel of y [..., r, 64]: error, scale, offset, [..., r] each.
 
-    shares: of the range, to try. reach: of the offset.
+    shares: parts of the range to try. reach: the largest offset.
     """
     unit = float(offset_unit(torch.tensor(bits)))
     low, high = y.amin(-1), y.amax(-1)
     best = None
     for share in shares:
-        scale, offset = _rounded(low, high, share / (2**bits - 1), reach, unit)
+        scale, offset = rounded_grid(low, high, share / (2**bits - 1), reach, unit)
         step, origin, last = levels(scale, unit * offset, torch.full_like(scale, 2**bits - 1))
         error = (y - quantized(y, step, origin, last).mul_(step).add_(origin)).square_().sum(-1)
         found = (error, scale, offset)
@@ -221,11 +231,10 @@ def _better(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.where(a[0] < b[0], x, y) for x, y in zip(a, b, strict=True))
 
 
-def _rounded(low: Tensor, high: Tensor, share: float, reach: int, unit: float) -> tuple[Tensor, Tensor]:
+def rounded_grid(low: Tensor, high: Tensor, share: float, reach: int, unit: float) -> tuple[Tensor, Tensor]:
     """Step on its grid of eighth octaves, and the middle of the range in units of steps, as the bytes hold them."""
     middle = (low + high) / 2
-    # An offset that it can't reach, also when the step is rounded down, would put the whole block off: then the step
-    # must be wider
+    # An offset out of reach, also after the step is rounded down, would put the whole block off: the step is wider then
     scale = torch.maximum((high - low) * share, middle.abs() / (reach * unit) * 2 ** (0.5 / OCTAVE))
     exponent = (scale.clamp_min(1e-30).log2() * OCTAVE).round().clamp(-SCALE_ZERO, 255 - SCALE_ZERO)
     scale = (exponent / OCTAVE).exp2()
@@ -242,22 +251,25 @@ def quantized(y: Tensor, step: Tensor, origin: Tensor, last: Tensor) -> Tensor:
     return ((y - origin) / step).round_().clamp_(min=0).minimum(last)
 
 
-def _pack(y: Tensor, scale: Tensor, offset: Tensor, widths: Tensor, payload: int) -> Tensor:
-    """y [..., r, 64] on its grids [..., r] → block [..., payload] uint8."""
+# --- bytes of a block
+
+
+def _pack(y: Tensor, scale: Tensor, offset: Tensor, widths: Tensor, block_bytes: int) -> Tensor:
+    """y [..., r, 64] on its grids [..., r] → block [..., block_bytes] uint8."""
     far = (widths > 0) & (offset.abs() > REACH)
-    behind = offset[far].to(torch.int16).view(torch.uint8)
+    far_offsets = offset[far].to(torch.int16).view(torch.uint8)
     widths, order = widths.sort(dim=-1, descending=True, stable=True)
     scale, offset = scale.gather(-1, order), offset.gather(-1, order)
-    step = torch.where(widths > 0, scale, torch.ones_like(scale))  # where there are no codes there is no step
+    step = torch.where(widths > 0, scale, torch.ones_like(scale))  # channels without codes have no step
     grid = levels(step, offset_unit(widths) * offset, 2.0**widths - 1)
     codes = quantized(y.gather(-2, order[..., None].expand_as(y)), *grid).to(torch.int16)
     exponent = (step.log2() * OCTAVE).round() + SCALE_ZERO
     metadata = torch.stack((exponent, (offset + 128) * (offset.abs() <= REACH)), dim=-1).to(torch.uint8)
-    block = torch.zeros(*widths.shape[:-1], payload, dtype=torch.uint8, device=y.device)
-    in_codes, in_metadata, in_far = _places(widths, payload, far)
+    block = torch.zeros(*widths.shape[:-1], block_bytes, dtype=torch.uint8, device=y.device)
+    in_codes, in_metadata, in_far = _places(widths, block_bytes, far)
     block[in_codes] = _planes(codes)[_taken(widths)].flatten()
     block[in_metadata] = metadata[widths > 0].flatten()
-    block[in_far] = behind
+    block[in_far] = far_offsets
     return block
 
 
@@ -265,7 +277,7 @@ def _unpack(block: Tensor, widths: Tensor) -> Tensor:
     """block [B, G, n, bytes], widths [B, G, n, r] → ẑ [B, G, T, r]."""
     widths, order = widths.sort(dim=-1, descending=True, stable=True)
     in_codes, in_metadata, _ = _places(widths, block.shape[-1])
-    planes = block.new_zeros(*widths.shape, PLANES, PLANE)
+    planes = block.new_zeros(*widths.shape, MOST_PLANES, PLANE)
     planes[_taken(widths)] = block[in_codes].view(-1, PLANE)
     metadata = block.new_zeros(*widths.shape, METADATA)
     metadata[widths > 0] = block[in_metadata].view(-1, METADATA)
@@ -281,17 +293,20 @@ def _unpack(block: Tensor, widths: Tensor) -> Tensor:
 
 
 def _with_far(offset: Tensor, far: Tensor, order: Tensor, block: Tensor, widths: Tensor) -> Tensor:
-    """Offsets [..., r] with those put in that are far; all but `block` by falling width, `order` from the channels'."""
+    """Offsets [..., r] with the far ones read from `block`.
+
+    offset, far and widths are by falling width; order: of the channels, as `_unpack` sorts them.
+    """
     own = torch.zeros_like(far).scatter_(-1, order, far)
-    behind = block[_places(widths, block.shape[-1], own)[2]].view(torch.int16)
+    far_offsets = block[_places(widths, block.shape[-1], own)[2]].view(torch.int16)
     values = torch.zeros_like(offset)
-    values[own] = behind.to(values.dtype)
+    values[own] = far_offsets.to(values.dtype)
     return torch.where(far, values.gather(-1, order), offset)
 
 
-def _places(widths: Tensor, payload: int, far: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Which bytes of a block hold codes, which metadata, which offsets of `far` channels, [..., payload] bool each."""
-    place = torch.arange(payload, device=widths.device)
+def _places(widths: Tensor, block_bytes: int, far: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Which bytes of a block hold codes, metadata, and offsets of `far` channels, [..., block_bytes] bool each."""
+    place = torch.arange(block_bytes, device=widths.device)
     codes = PLANE * widths.sum(-1, keepdim=True)
     metadata = codes + METADATA * (widths > 0).sum(-1, keepdim=True)
     end = metadata if far is None else metadata + FAR * far.sum(-1, keepdim=True)
@@ -299,19 +314,19 @@ def _places(widths: Tensor, payload: int, far: Tensor | None = None) -> tuple[Te
 
 
 def _taken(widths: Tensor) -> Tensor:
-    """Which planes a channel has, [..., r, PLANES]."""
-    return torch.arange(PLANES, device=widths.device) < widths[..., None]
+    """Which planes a channel has, [..., r, MOST_PLANES]."""
+    return torch.arange(MOST_PLANES, device=widths.device) < widths[..., None]
 
 
 def _planes(codes: Tensor) -> Tensor:
-    """int16 [..., 64] → its bits by plane, [..., PLANES, 8 bytes] uint8."""
-    planes = torch.arange(PLANES, device=codes.device, dtype=torch.int16)
+    """int16 [..., 64] → its bits by plane, [..., MOST_PLANES, 8 bytes] uint8."""
+    planes = torch.arange(MOST_PLANES, device=codes.device, dtype=torch.int16)
     bits = ((codes[..., None, :] >> planes[:, None]) & 1).to(torch.uint8)
     return _to_bytes(bits)
 
 
 def _from_planes(planes: Tensor, count: int) -> Tensor:
-    """The first `count` planes [..., PLANES, 8 bytes] → int16 codes [..., 64]."""
+    """The first `count` planes [..., MOST_PLANES, 8 bytes] → int16 codes [..., 64]."""
     codes = torch.zeros(*planes.shape[:-2], BLOCK, dtype=torch.int16, device=planes.device)
     for plane in range(count):
         codes |= _to_bits(planes[..., plane, :]).to(torch.int16) << plane
@@ -334,15 +349,15 @@ def _width(indices: Tensor) -> Tensor:
     return torch.tensor(WIDTHS, device=indices.device)[indices]
 
 
-def _pack_indices(indices: Tensor) -> Tensor:
+def pack_indices(indices: Tensor) -> Tensor:
     """Indices below 8, [..., r] → three planes, [..., 3 · ⌈r / 8⌉] uint8."""
     padded = pad(indices.to(torch.uint8), (0, -indices.shape[-1] % 8))
     planes = torch.arange(3, device=indices.device, dtype=torch.uint8)
     return _to_bytes((padded[..., None, :] >> planes[:, None]) & 1).flatten(-2)
 
 
-def _unpack_indices(packed: Tensor, rank: int) -> Tensor:
-    """The inverse of `_pack_indices`, [..., rank] int64."""
+def unpack_indices(packed: Tensor, rank: int) -> Tensor:
+    """The inverse of `pack_indices`, [..., rank] int64."""
     planes = torch.arange(3, device=packed.device, dtype=torch.uint8)
     bits = _to_bits(packed.unflatten(-1, (3, -1)))  # [..., 3, r]
     return (bits << planes[:, None]).sum(-2)[..., :rank].long()

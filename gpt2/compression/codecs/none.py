@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from gpt2.compression.codecs.base import Fields, Quantizer
+from gpt2.compression.codecs.base import Encoded, Quantizer
+from gpt2.compression.codecs.formats import EXACT, Format
 
 
 class Unquantized(Quantizer):
@@ -10,10 +11,12 @@ class Unquantized(Quantizer):
 
     name = "none"
     bits = 16
+    by_bits = True
     lossless = True
+    memory_format = Format(EXACT)
 
-    def quantize(self, z: Tensor) -> Fields:
+    def quantize(self, z: Tensor) -> Encoded:
         return {"z": z}
 
-    def dequantize(self, fields: Fields, rank: int) -> Tensor:
-        return fields["z"]
+    def dequantize(self, encoded: Encoded, rank: int) -> Tensor:
+        return encoded["z"]

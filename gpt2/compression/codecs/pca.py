@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from gpt2.compression.codecs.base import Basis, Transform
+from gpt2.compression.codecs.base import Basis
 from gpt2.compression.codecs.moments import Moments
+from gpt2.compression.codecs.transform import Transform
 
 
 class PCA(Basis):

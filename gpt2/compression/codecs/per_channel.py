@@ -4,7 +4,7 @@ Keys have channels that are large in every token, or far from zero (Qwen2.5's ha
 Coded by token, those set the step of all others; by channel each has a step and an offset of its own. A block holds
 
     codes   uint8 [B, G, n, 64 · bits / 8, r]: at 4 bits the first 32 tokens in the low nibbles, the others above
-    scale   uint8 [B, G, n, 1, r], on the grid of `mixed`: step = 2^(byte / 8 − 17)
+    scale   uint8 [B, G, n, 1, r]: step = 2^(byte / 8 − 17)
     offset  float16 [B, G, n, 1, r], the value of code 0
 
 ẑ = code · step + offset: 24 bits of metadata over 64 codes.
@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt2.compression.codecs.base import HALF_MAX, Fields, Quantizer
-from gpt2.compression.codecs.formats import CHANNEL, Packed
-from gpt2.compression.codecs.mixed import BLOCK, NARROW, OCTAVE, SCALE_ZERO
+from gpt2.compression.codecs.base import HALF_MAX, Encoded, Quantizer
+from gpt2.compression.codecs.formats import BLOCK, CHANNEL, OCTAVE, SCALE_ZERO, ChannelGrid, Format
+from gpt2.compression.codecs.mixed import NARROW
 
 
 class Int8Channel(Quantizer):
@@ -26,13 +26,16 @@ class Int8Channel(Quantizer):
     name = "int8_channel"
     bits = 8
     block_tokens = BLOCK
-    by_bits = False
+    memory_format = Format(CHANNEL, 8)
     # Shares of the range to try. Half a step of the scales' grid above 1: rounded down, it still reaches the extremes
-    shares = (2 ** (0.5 / OCTAVE),)
-    # Steps of the scales' grid to try where a code is put on the bulk of a block: of 8 bits none is too wide for that
+    shares: tuple[float, ...] = (2 ** (0.5 / OCTAVE),)
+    # Steps of the scales' grid to try where one outlier takes the range of a block. With 8 bits it costs too little
     wider = 0
 
-    def quantize(self, z: Tensor) -> Fields:
+    def encoding(self, rank: int) -> ChannelGrid:
+        return ChannelGrid(self.bits, self.shares, self.wider)
+
+    def quantize(self, z: Tensor) -> Encoded:
         y = z.float().unflatten(2, (-1, BLOCK))
         low, high = y.amin(-2, keepdim=True), y.amax(-2, keepdim=True)
         scale, offset = self._grid(low, high, self.shares[0])
@@ -45,7 +48,7 @@ class Int8Channel(Quantizer):
             scale, offset = torch.where(better, narrower[0], scale), torch.where(better, narrower[1], offset)
         if self.wider:
             away = (y - y.mean(-2, keepdim=True)).abs_().mean(-2, keepdim=True)
-            own = (_step(scale) > away)[..., 0, :]
+            own = (step_of(scale) > away)[..., 0, :]
             if own.any():
                 few = (x.mT[own][..., None] for x in (y, scale, offset, least))  # [N, 64 or 1, 1]
                 for x, moved in zip((scale, offset), self._on_the_bulk(*few), strict=True):
@@ -53,12 +56,9 @@ class Int8Channel(Quantizer):
         codes = self._codes(y, scale, offset).to(torch.uint8)
         return {"codes": self.pack(codes), "scale": scale, "offset": offset}
 
-    def dequantize(self, fields: Fields, rank: int) -> Tensor:
-        codes = self.unpack(fields["codes"]).float()
-        return torch.addcmul(fields["offset"].float(), codes, _step(fields["scale"])).flatten(2, 3)
-
-    def packed(self, fields: Fields, rank: int) -> Packed:
-        return CHANNEL, self.bits, [fields["codes"], fields["scale"], fields["offset"]]
+    def dequantize(self, encoded: Encoded, rank: int) -> Tensor:
+        codes = self.unpack(encoded["codes"]).float()
+        return torch.addcmul(encoded["offset"].float(), codes, step_of(encoded["scale"])).flatten(2, 3)
 
     def _grid(self, low: Tensor, high: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """Scale and offset, as they are stored, of codes over the middle share `share` of a range."""
@@ -67,15 +67,15 @@ class Int8Channel(Quantizer):
         spread = high - low + low.abs() * 2**-10
         exponent = (spread * (share / levels)).clamp_min(1e-30).log2() * OCTAVE
         scale = (exponent.round() + SCALE_ZERO).clamp(0, 255).to(torch.uint8)
-        offset = (low + high) / 2 - _step(scale) * (levels / 2)
+        offset = (low + high) / 2 - step_of(scale) * (levels / 2)
         return scale, offset.clamp(-HALF_MAX, HALF_MAX).half()
 
     def _on_the_bulk(self, y: Tensor, scale: Tensor, offset: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and offset that put a code on the mean of most tokens, where that halves the error `least`.
 
-        One outlier may take the range of a whole block: all others then lie within a step, and between two codes. A
-        slightly wider step may have a code for the outlier too. Constants become exact. On ordinary data it is never
-        taken.
+        One outlier may take the range of a whole block: all other tokens then lie between two codes. Moved, the grid
+        has a code where most tokens are; with a slightly wider step also one near the outlier. Constants become exact.
+        On ordinary data the condition never holds.
         """
         mean = y.mean(-2, keepdim=True)
         away = (y - mean).abs()
@@ -84,7 +84,7 @@ class Int8Channel(Quantizer):
         first, origin, least = scale, offset.float(), least / 2
         for wider in range(self.wider):
             own = (first.int() + wider).clamp(max=255).to(torch.uint8)
-            step = _step(own)
+            step = step_of(own)
             code = ((mean - origin) / step).round().clamp(0, 2**self.bits - 1)
             moved = (mean - code * step).clamp(-HALF_MAX, HALF_MAX).half()
             error = self._error(y, own, moved)
@@ -94,11 +94,11 @@ class Int8Channel(Quantizer):
         return scale, offset
 
     def _codes(self, y: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        return ((y - offset.float()) / _step(scale)).round_().clamp_(0, 2**self.bits - 1)
+        return ((y - offset.float()) / step_of(scale)).round_().clamp_(0, 2**self.bits - 1)
 
     def _error(self, y: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
         """Squared error of every channel of a block, [..., 1, r]."""
-        back = self._codes(y, scale, offset).mul_(_step(scale)).add_(offset.float())
+        back = self._codes(y, scale, offset).mul_(step_of(scale)).add_(offset.float())
         return (y - back).square_().sum(-2, keepdim=True)
 
     def pack(self, codes: Tensor) -> Tensor:
@@ -115,6 +115,7 @@ class Int4Channel(Int8Channel):
 
     name = "int4_channel"
     bits = 4
+    memory_format = Format(CHANNEL, 4)
     shares = NARROW
     wider = 4
 
@@ -126,5 +127,6 @@ class Int4Channel(Int8Channel):
         return torch.cat((packed & 15, packed >> 4), dim=-2)
 
 
-def _step(scale: Tensor) -> Tensor:
+def step_of(scale: Tensor) -> Tensor:
+    """Steps of scales in bytes, float32."""
     return ((scale.float() - SCALE_ZERO) / OCTAVE).exp2()

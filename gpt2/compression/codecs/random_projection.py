@@ -3,14 +3,16 @@
 import torch
 from torch import Tensor
 
-from gpt2.compression.codecs.base import Basis, Transform
+from gpt2.compression.codecs.base import Basis
 from gpt2.compression.codecs.moments import Moments
+from gpt2.compression.codecs.transform import Transform
 
 
 class RandomProjection(Basis):
     """Q of the QR decomposition of a Gaussian matrix, seeded by the layer; centred on the calibrated mean as PCA is."""
 
     name = "random"
+    searched = False  # a control
 
     def fit(self, moments: Moments, layer: int) -> tuple[Transform, Tensor]:
         C = moments.covariance(layer)

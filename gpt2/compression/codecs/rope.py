@@ -1,7 +1,7 @@
-"""Rotary positions taken off keys and put back, so that a codec sees keys that don't depend on where they stand.
+"""Rotary positions (RoPE) taken off keys and put back, so that a codec sees keys that don't depend on their position.
 
-Correctness never depends on having found the model's own rotation: what is turned back by one angle is turned forward
-by the same. A rotation that isn't the model's only costs compression, so it is chosen by what compresses best.
+It is correct with any rotation: keys are rotated again by the angles that they were un-rotated by. A rotation that
+isn't the model's own only costs compression, so the one that compresses best is chosen.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-LAYOUTS = ("none", "half", "interleaved")  # which two channels turn together: c and c + n/2, or 2c and 2c + 1
+LAYOUTS = ("none", "half", "interleaved")  # which two channels rotate together: c and c + n/2, or 2c and 2c + 1
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Rotary:
     frequencies: Tensor
     layout: str = "half"
 
-    def turn(self, x: Tensor, start: int, sign: int) -> Tensor:
-        """x [..., T, d] turned by sign · position; position `start` is that of the first token."""
+    def rotate(self, x: Tensor, start: int, sign: int = 1) -> Tensor:
+        """x [..., T, d] rotated by sign · position; the first token is at position `start`."""
         n = 2 * len(self.frequencies)
         if self.layout == "none" or not n:
             return x
@@ -33,8 +33,12 @@ class Rotary:
         head = x[..., :n]
         a, b = head.chunk(2, dim=-1) if self.layout == "half" else (head[..., 0::2], head[..., 1::2])
         pair = (a * cos - b * sin, b * cos + a * sin)
-        turned = torch.cat(pair, dim=-1) if self.layout == "half" else torch.stack(pair, dim=-1).flatten(-2)
-        return torch.cat((turned, x[..., n:]), dim=-1)
+        rotated = torch.cat(pair, dim=-1) if self.layout == "half" else torch.stack(pair, dim=-1).flatten(-2)
+        return torch.cat((rotated, x[..., n:]), dim=-1)
+
+    def unrotate(self, x: Tensor, start: int) -> Tensor:
+        """The inverse of `rotate`: pre-RoPE keys."""
+        return self.rotate(x, start, -1)
 
     def to(self, device: torch.device | str) -> Rotary:
         return Rotary(self.frequencies.to(device), self.layout)
@@ -56,14 +60,14 @@ def candidates(model: nn.Module, head_dim: int) -> list[Rotary]:
     return found
 
 
-def fitting(keys: Tensor, start: int, choices: list[Rotary]) -> Rotary:
-    """The rotation under which keys [H, T, d] take the fewest bits: the least log-determinant of their covariance."""
+def best_fit(keys: Tensor, start: int, choices: list[Rotary]) -> Rotary:
+    """The rotation without which keys [H, T, d] take the fewest bits: the least log-determinant of their covariance."""
 
     def bits(rotary: Rotary) -> float:
-        x = rotary.turn(keys.double(), start, -1)
+        x = rotary.unrotate(keys.double(), start)
         x = x - x.mean(-2, keepdim=True)
         covariance = x.mT @ x / x.shape[-2]
-        if not torch.isfinite(covariance).all():  # refused where the statistics are taken, with what to do
+        if not torch.isfinite(covariance).all():  # statistics of such keys raise an error that says what to do
             return math.inf
         floor = 1e-6 * covariance.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(x.shape[-1], dtype=x.dtype)
         return float(torch.linalg.eigvalsh(covariance + floor).clamp_min(1e-300).log().sum())

@@ -1,1 +1,1 @@
-"""Kernels that read packed codes. Everything works without them, slower: each says whether it can be used."""
+"""Kernels that read and write what quantizers store. All of it works without them, slower."""

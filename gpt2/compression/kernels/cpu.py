@@ -1,7 +1,7 @@
-"""Kernels for CPUs: C++ that PyTorch builds the first time it is wanted, which takes a few seconds and a compiler.
+"""Kernels for CPUs: C++ that PyTorch builds the first time it is used, which takes a few seconds and a compiler.
 
-Chosen by measurement (README, "Speed"): compiled PyTorch is nearly as fast on plain integers, but reads no bit planes,
-takes longer to build, and is compiled anew for other shapes. Without a compiler the same numbers come from PyTorch.
+Chosen by measurement: compiled PyTorch is nearly as fast on plain integers, but it reads no bit planes, takes longer to
+build, and is compiled anew for other shapes. Without a compiler PyTorch computes the same numbers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import logging
 import platform
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,18 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from gpt2.compression.codecs.formats import EXACT
+from gpt2.compression.codecs.base import Encoded, Quantizer
+from gpt2.compression.codecs.formats import (
+    CHANNEL,
+    EXACT,
+    FIXED_PLANES,
+    PLANES,
+    TOKEN,
+    Encoding,
+    Format,
+    WidthSearch,
+)
+from gpt2.compression.codecs.mixed import in_blocks, pack_indices
 
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -28,13 +38,14 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
 FLAGS += ["-fopenmp"] * (sys.platform == "linux")
 EXACT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CODED = (TOKEN, CHANNEL, PLANES, FIXED_PLANES)  # kinds of format that the kernels read
 
 
 class Part(NamedTuple):
-    """Some of the tokens of one layer's K or V: how they are stored, and where they stand among all tokens.
+    """Some of the tokens of one layer's K or V: how they are stored, and where they are among all tokens.
 
-    skip: of the first places, which are no tokens. affine: queries and sums have a last coordinate more, which takes
-    every token's 1.
+    kind, bits: as `formats.Format` has them. skip: how many of the first token slots are padding. affine: queries and
+    sums have a last coordinate more, which meets a 1 in every token. tensors: in the order of the format.
     """
 
     kind: int
@@ -44,7 +55,17 @@ class Part(NamedTuple):
     length: int
     skip: int
     affine: bool
-    fields: list[Tensor]
+    tensors: list[Tensor]
+
+
+def reads(memory_format: Format | None) -> bool:
+    """Whether the kernels read codes in a format."""
+    return memory_format is not None and memory_format.kind in CODED
+
+
+def encodes(encoding: Encoding) -> bool:
+    """Whether the kernels can choose codes in this way. The others take no time to speak of in PyTorch."""
+    return isinstance(encoding, WidthSearch)
 
 
 def usable(x: Tensor) -> bool:
@@ -56,6 +77,19 @@ def exact(start: int, x: Tensor) -> Part:
     """A part of vectors as the model made them, [B, H, T, d]."""
     x = x if x.stride(3) == 1 else x.contiguous()
     return Part(EXACT, 0, x.shape[3], start, x.shape[2], 0, False, [x])
+
+
+def coded(
+    quantizer: Quantizer, encoded: Encoded, *, rank: int, start: int, length: int, skip: int, affine: bool
+) -> Part:
+    """A part of tokens that a quantizer has stored, in a format that `reads` knows."""
+    kind, bits = quantizer.memory_format
+    tensors = quantizer.kernel_tensors(encoded)
+    if kind == FIXED_PLANES:  # the same as PLANES, but for the widths
+        block, widths = tensors
+        packed = pack_indices(widths[None, :, None]).expand(*block.shape[:3], -1)
+        kind, tensors = PLANES, [block, packed]
+    return Part(kind, bits, rank, start, length, skip, affine, tensors)
 
 
 def scores(parts: list[Part], qs: list[Tensor], out: Tensor) -> None:
@@ -71,28 +105,29 @@ def weighted_sums(parts: list[Part], p: Tensor, outs: list[int]) -> list[Tensor]
     return torch.ops.kv_compression.weighted_sums(p.contiguous(), *_arguments(parts), outs)
 
 
-def encode_planes(y: Tensor, payload: int, narrow: Sequence[float], wide: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Blocks y [..., r, 64] float32 as `codecs.mixed` stores them: [..., payload] and width indices [..., bytes].
+def quantized(encoding: WidthSearch, z: Tensor) -> Encoded:
+    """What `codecs.mixed` stores of z [B, G, T, r], by the same search.
 
-    The same search as there; sums in another order may decide between two that are as good.
+    Sums are in another order, which may decide between two widths that are as good.
     """
-    block, widths = torch.ops.kv_compression.encode_planes(y.flatten(0, -3), payload, narrow, wide)
-    return block.unflatten(0, y.shape[:-2]), widths.unflatten(0, y.shape[:-2])
+    y = in_blocks(z)
+    block, widths = torch.ops.kv_compression.encode_planes(y.flatten(0, -3), *encoding)
+    return {"block": block.unflatten(0, y.shape[:-2]), "widths": widths.unflatten(0, y.shape[:-2])}
 
 
 def _arguments(parts: list[Part]) -> tuple[list[Tensor], list[int]]:
-    return [field for part in parts for field in part.fields], [n for part in parts for n in part[:-1]]
+    return [tensor for part in parts for tensor in part.tensors], [n for part in parts for n in part[:-1]]
 
 
 @functools.cache
 def loaded() -> bool:
-    """Build the kernels if need be, and load them; False, with one line in the log, where that can't be done."""
+    """Build the kernels where they aren't built, and load them; False, with one line in the log, where that fails."""
     name = f"kv_compression_{_built_for()}"
     try:
         from torch.utils import cpp_extension
 
         folder = Path(cpp_extension._get_build_directory(name, verbose=False))
-        # PyTorch's own lock outlives a build that was killed, and whoever comes next would wait forever
+        # PyTorch's own lock file stays when a build is killed, and the next process would wait for it forever
         with FileLock(folder / "building"):
             (folder / "lock").unlink(missing_ok=True)
             cpp_extension.load(
@@ -100,7 +135,7 @@ def loaded() -> bool:
             )
     except (RuntimeError, OSError, ImportError) as error:
         log.warning(
-            "no CPU kernels (they take ninja, and GCC 12 or Clang), so attention over codes is slower: %s",
+            "no CPU kernels (building them takes ninja, and GCC 12 or Clang), so attention over codes is slower: %s",
             _first_line(error),
         )
         return False
@@ -108,9 +143,9 @@ def loaded() -> bool:
 
 
 def _built_for() -> str:
-    """Names a build by its source and what it relies on: machines with other processors may share a home folder.
+    """Name of a build, by its source and what it relies on: machines with other processors may share a home folder.
 
-    And by where the source lies, or two checkouts would build theirs over each other's again and again.
+    The path of the source is part of it, or two checkouts would overwrite each other's build again and again.
     """
     try:
         text = Path("/proc/cpuinfo").read_text()

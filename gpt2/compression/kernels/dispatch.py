@@ -1,6 +1,7 @@
-"""Which kernel does what, and whether kernels can run.
+"""Which kernel quantizes what, and whether kernels can run here.
 
-Everything works without them, so they are never a reason to fail.
+A kernel serves the formats and encodings that it knows (`codecs.formats`), whatever quantizer declares them. All works
+through PyTorch as well, so that a missing kernel or compiler is never an error.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gpt2.compression.codecs.base import Compressor, Fields, Quantizer
-from gpt2.compression.codecs.mixed import in_blocks
+from gpt2.compression.codecs.base import Encoded, Quantizer
+from gpt2.compression.codecs.compressor import Compressor
 from gpt2.compression.kernels import cpu
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ AMPERE = (8, 0)  # the first NVIDIA GPUs with bfloat16 and TF32 products; kernel
 
 
 def usable(x: Tensor) -> bool:
-    """Whether a kernel can take a tensor: it is on an NVIDIA GPU, Ampere or later, and Triton is installed.
+    """Whether a Triton kernel can take a tensor: it is on an NVIDIA GPU, Ampere or later, and Triton is installed.
 
     With TRITON_INTERPRET=1 Triton runs kernels without a GPU, slowly: for tests.
     """
@@ -31,22 +32,23 @@ def usable(x: Tensor) -> bool:
     return x.device.type == "cpu" and interpreted() and _installed(False)
 
 
-def compress(compressor: Compressor, x: Tensor, start: int = 0) -> Fields:
+def compress(compressor: Compressor, x: Tensor, start: int = 0) -> Encoded:
     """As `compressor.compress`, by a kernel where there is one."""
     return quantize(compressor.quantizer, compressor.coordinates(x, start))
 
 
-def quantize(quantizer: Quantizer, z: Tensor) -> Fields:
+def quantize(quantizer: Quantizer, z: Tensor) -> Encoded:
     """What `quantizer` stores of z [B, G, T, r], by a kernel where there is one, else by the quantizer itself."""
+    encoding = quantizer.encoding(z.shape[-1])
+    if encoding is None:
+        return quantizer.quantize(z)
     if usable(z):
         from gpt2.compression.kernels import triton_quantize  # imports Triton
 
-        if (fields := triton_quantize.quantized(quantizer, z)) is not None:
-            return fields
-    search = quantizer.plane_search(z.shape[-1])
-    if search is not None and cpu.usable(z):
-        block, widths = cpu.encode_planes(in_blocks(z), *search)
-        return {"block": block, "widths": widths}
+        if (encoded := triton_quantize.quantized(encoding, z)) is not None:
+            return encoded
+    if cpu.encodes(encoding) and cpu.usable(z):
+        return cpu.quantized(encoding, z)
     return quantizer.quantize(z)
 
 

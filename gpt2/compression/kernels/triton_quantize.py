@@ -1,10 +1,10 @@
-"""Quantizing what is appended, in one kernel: int8 and int4 by token, int8_channel and int4_channel by block.
+"""Quantizing what is appended, in one kernel: integers by token, and integers by channel of a block.
 
-The arithmetic is that of the quantizers, operation by operation: IEEE division, rounding to even, nothing contracted,
-and steps from a table that PyTorch has made. By token the fields are the same bit for bit. By channel three things may
-differ where two choices are as good: the step, where its logarithm lies halfway between two bytes, the share, where two
-have the same squared error but for the order of the sum, and an offset on the bulk, where its float16 is a tie. Read: z
-once. Written: the fields.
+The arithmetic is that of `codecs.integer` and `codecs.per_channel`, operation by operation: IEEE division, rounding to
+even, no fused multiply-add, and steps from a table that PyTorch has made. By token what is stored is the same bit for
+bit. By channel three things may differ where two choices are as good: the step, where its logarithm lies halfway
+between two bytes; the share, where two have the same squared error but for the order of the sum; and an offset on the
+bulk, where its float16 is a tie. z is read once.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpt2.compression.codecs import integer, mixed, per_channel
-from gpt2.compression.codecs.base import HALF_MAX, Fields, Quantizer
+from gpt2.compression.codecs import formats, integer, per_channel
+from gpt2.compression.codecs.base import HALF_MAX, Encoded
+from gpt2.compression.codecs.formats import ChannelGrid, Encoding, TokenRange
 
-BLOCK = tl.constexpr(mixed.BLOCK)
-OCTAVE, SCALE_ZERO = tl.constexpr(mixed.OCTAVE), tl.constexpr(mixed.SCALE_ZERO)
+BLOCK = tl.constexpr(formats.BLOCK)
+OCTAVE, SCALE_ZERO = tl.constexpr(formats.OCTAVE), tl.constexpr(formats.SCALE_ZERO)
 LARGEST, SMALLEST = tl.constexpr(HALF_MAX), tl.constexpr(integer.SMALLEST)
 SMALLEST_NORMAL = tl.constexpr(integer.HALF.smallest_normal)
 ROUNDING = tl.constexpr(1.5 * 2**23)  # added and taken away, it leaves a float32 rounded to even
@@ -29,13 +30,13 @@ MOST_CHANNELS = 16384
 LANES = 64  # channels of a program, by channel
 
 
-def quantized(quantizer: Quantizer, z: Tensor) -> Fields | None:
-    """As `quantizer.quantize(z)`, or None where there is no kernel for it."""
-    kernel = KERNELS.get(quantizer.name)
+def quantized(encoding: Encoding, z: Tensor) -> Encoded | None:
+    """What a quantizer of this encoding stores of z [B, G, T, r], or None where there is no kernel for it."""
+    kernel = KERNELS.get(type(encoding))
     if kernel is None or not z.is_floating_point() or not z.numel() or z.shape[-1] > MOST_CHANNELS:
         return None
     with torch.cuda.device_of(z):
-        return kernel(quantizer, (z.float() if z.dtype == torch.float64 else z).contiguous())
+        return kernel(encoding, (z.float() if z.dtype == torch.float64 else z).contiguous())
 
 
 @triton.jit
@@ -117,7 +118,7 @@ def _total(first, second):
 @triton.jit
 def _on_the_bulk(first, second, scale, step, offset, mean, spread, apart, steps, LEVELS: tl.constexpr,
                  WIDER: tl.constexpr):  # fmt: skip
-    """As the quantizer's own, for the channels that are `apart`; mean and spread: of all tokens."""
+    """As `Int8Channel._on_the_bulk`, for the channels that are `apart`; mean and spread: of all tokens."""
     near_first = (tl.abs(first - mean[None, :]) <= 2 * spread[None, :]).to(tl.float32)
     near_second = (tl.abs(second - mean[None, :]) <= 2 * spread[None, :]).to(tl.float32)
     count = _total(near_first, near_second)
@@ -185,31 +186,31 @@ def quantize_blocks(z, codes, scales, offsets, steps, factors, RANK: tl.constexp
         tl.store(codes + block * (BLOCK * RANK) + half * RANK + places, second, mask=mask)
 
 
-def _by_token(quantizer: Quantizer, z: Tensor) -> Fields:
+def _by_token(encoding: TokenRange, z: Tensor) -> Encoded:
     *shape, rank = z.shape
-    half = rank if quantizer.bits == 8 else -(-rank // 2)
+    half = rank if encoding.bits == 8 else -(-rank // 2)
     codes = z.new_empty(*shape, half, dtype=torch.uint8)
     scale, offset = (z.new_empty(*shape, 1, dtype=torch.float16) for _ in range(2))
     tokens, R = scale.numel(), triton.next_power_of_2(half)
     rows = max(ELEMENTS // R, 1) if tokens > 1 else 1
     quantize_tokens[(triton.cdiv(tokens, rows),)](
-        z, codes, scale, offset, tokens, RANK=rank, HALF=half, R=R, ROWS=rows, LEVELS=2**quantizer.bits - 1,
+        z, codes, scale, offset, tokens, RANK=rank, HALF=half, R=R, ROWS=rows, LEVELS=2**encoding.bits - 1,
         enable_fp_fusion=False,
     )  # fmt: skip
     return {"codes": codes, "scale": scale, "offset": offset}
 
 
-def _by_channel(quantizer: per_channel.Int8Channel, z: Tensor) -> Fields:
+def _by_channel(encoding: ChannelGrid, z: Tensor) -> Encoded:
     B, G, T, rank = z.shape
-    packed, levels = quantizer.bits == 4, 2**quantizer.bits - 1
-    n = T // quantizer.block_tokens
-    codes = z.new_empty(B, G, n, quantizer.block_tokens * quantizer.bits // 8, rank, dtype=torch.uint8)
+    packed, levels = encoding.bits == 4, 2**encoding.bits - 1
+    n = T // formats.BLOCK
+    codes = z.new_empty(B, G, n, formats.BLOCK * encoding.bits // 8, rank, dtype=torch.uint8)
     scale = z.new_empty(B, G, n, 1, rank, dtype=torch.uint8)
     offset = z.new_empty(B, G, n, 1, rank, dtype=torch.float16)
-    factors = tuple(share / levels for share in quantizer.shares)
+    factors = tuple(share / levels for share in encoding.shares)
     quantize_blocks[(B * G * n, triton.cdiv(rank, LANES))](
         z, codes, scale, offset, _steps(z.device), factors, RANK=rank, LANES=LANES, LEVELS=levels,
-        SHARES=len(factors), WIDER=quantizer.wider, PACKED=packed, enable_fp_fusion=False,
+        SHARES=len(factors), WIDER=encoding.wider, PACKED=packed, enable_fp_fusion=False,
     )  # fmt: skip
     return {"codes": codes, "scale": scale, "offset": offset}
 
@@ -217,7 +218,8 @@ def _by_channel(quantizer: per_channel.Int8Channel, z: Tensor) -> Fields:
 @cache
 def _steps(device: torch.device) -> Tensor:
     """Step of every scale's byte, [256] float32."""
-    return per_channel._step(torch.arange(256, device=device))
+    return per_channel.step_of(torch.arange(256, device=device))
 
 
-KERNELS = {"int8": _by_token, "int4": _by_token, "int8_channel": _by_channel, "int4_channel": _by_channel}
+# By encoding; what has none is quantized by PyTorch
+KERNELS = {TokenRange: _by_token, ChannelGrid: _by_channel}

@@ -1,4 +1,4 @@
-"""One decoder per quantizer: a tile of 64 tokens from what is stored, as whole numbers that a dot product takes.
+"""One decoder per format: a tile of 64 tokens from what is stored, as whole numbers that a dot product takes.
 
 A decoder returns codes [64, R], and scale and offset along one axis, by which ẑ = code · scale + offset:
 
@@ -7,31 +7,30 @@ A decoder returns codes [64, R], and scale and offset along one axis, by which �
     CHANNEL  scale and offset [R]: attention applies them to the query and to the tile's sum
 so that nothing is computed per element but the code. Codes have at most ten bits, which float16 holds exactly.
 
-Arguments of every decoder: fields, what is stored, as pointers to [B · G, room, …] (`room`: entries that a piece has
-space for); group, index into B · G; start, the tile's first token in the piece, which may lie before it; inside [64],
-tokens to be read; RANK channels, R their slots, a power of two; DTYPE of the codes.
+Arguments of every decoder: fields, pointers to the format's tensors, [B · G, room, …] (`room`: blocks that a chunk of
+storage has space for); group, index into B · G; start, the tile's first token in the chunk, which may lie before it;
+inside [64], which tokens are to be read; RANK channels, R their slots, a power of two; DTYPE of the codes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpt2.compression.codecs import mixed
-from gpt2.compression.codecs.base import Fields, Quantizer
+from gpt2.compression.codecs import formats
+from gpt2.compression.codecs.formats import Format
 
 TILE = tl.constexpr(64)
 NONE, TOKEN, CHANNEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-OCTAVE, SCALE_ZERO = tl.constexpr(mixed.OCTAVE), tl.constexpr(mixed.SCALE_ZERO)
-PLANES, PLANE, METADATA = tl.constexpr(mixed.PLANES), tl.constexpr(mixed.PLANE), tl.constexpr(mixed.METADATA)
-CLASSES = tl.constexpr(len(mixed.WIDTHS))
-WIDTH_TABLE = tl.constexpr(sum(width << 4 * index for index, width in enumerate(mixed.WIDTHS)))  # 4 bits each
+OCTAVE, SCALE_ZERO = tl.constexpr(formats.OCTAVE), tl.constexpr(formats.SCALE_ZERO)
+PLANES, PLANE = tl.constexpr(formats.MOST_PLANES), tl.constexpr(formats.PLANE)
+METADATA = tl.constexpr(formats.METADATA)
+CLASSES = tl.constexpr(len(formats.WIDTHS))
+WIDTH_TABLE = tl.constexpr(sum(width << 4 * index for index, width in enumerate(formats.WIDTHS)))  # 4 bits each
 COUNT_BITS = tl.constexpr(9)  # of a count of channels, at most 256: seven classes fit an int64
 MOST_CHANNELS = 256
 
@@ -132,8 +131,8 @@ def int4_channel_tile(fields, room, group, start, inside, RANK: tl.constexpr, R:
 
 
 @triton.jit
-def mixed_tile(fields, room, group, start, inside, RANK: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr):
-    """fields: block, widths, bytes of a block."""
+def planes_tile(fields, room, group, start, inside, RANK: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr):
+    """fields: block, packed width indices, bytes of a block."""
     block, channel = _block(room, group, start), tl.arange(0, R)
     row_bytes: tl.constexpr = (RANK + 7) // 8
     row = fields[1] + block * (3 * row_bytes)
@@ -146,7 +145,7 @@ def mixed_tile(fields, room, group, start, inside, RANK: tl.constexpr, R: tl.con
 
 
 @triton.jit
-def mixed_fixed_tile(fields, room, group, start, inside, RANK: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr):
+def fixed_planes_tile(fields, room, group, start, inside, RANK: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr):
     """fields: block, width indices [groups, RANK] uint8, bytes of a block, groups."""
     block, channel = _block(room, group, start), tl.arange(0, R)
     own = fields[1] + (group % fields[3]) * RANK + channel
@@ -202,7 +201,7 @@ def _plane(places, taken, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _places(classes, R: tl.constexpr):
-    """Where channels lie by falling width: width, planes and coded channels before each, [R], and planes in all.
+    """Where channels lie by falling width: width, planes and coded channels before each, [R], and planes in total.
 
     A counting sort in one scan: seven counts, of each class but the first, side by side in an int64.
     """
@@ -221,47 +220,40 @@ def _places(classes, R: tl.constexpr):
     return width, planes_before, before, all_planes
 
 
-def _all(quantizer: Quantizer, fields: Fields) -> tuple:
-    return tuple(fields.values())
+def _planes_arguments(tensors: list[Tensor]) -> tuple:
+    block, widths = tensors
+    return block, widths, block.shape[-1]
 
 
-def _of_mixed(quantizer: Quantizer, fields: Fields) -> tuple:
-    return fields["block"], fields["widths"], fields["block"].shape[-1]
-
-
-_widths: WeakKeyDictionary[Quantizer, Tensor] = WeakKeyDictionary()
-
-
-def _of_mixed_fixed(quantizer: Quantizer, fields: Fields) -> tuple:
-    block = fields["block"]
-    widths = _widths.get(quantizer)
-    if widths is None or widths.device != block.device:
-        widths = _widths[quantizer] = quantizer.widths.to(block.device, torch.uint8).contiguous()
+def _fixed_planes_arguments(tensors: list[Tensor]) -> tuple:
+    block, widths = tensors
     return block, widths, block.shape[-1], block.shape[1]
 
 
 class Decoder(NamedTuple):
-    """How a quantizer is read: its kernel function, and the axis of scale and offset.
+    """How a format is read: its kernel function, and the axis of scale and offset.
 
-    paired: channels lie in two halves, as the nibbles of the same bytes. arguments: what the function gets as
-    `fields`, of the quantizer and of a piece's tensors; pieces hold nothing but [B, G, room, …]. stages: tiles loaded
-    ahead, one less; the loads of bit planes are many, and wait for registers rather than for memory.
+    paired: channels lie in two halves, as the nibbles of the same bytes. arguments: what the function gets as `fields`,
+    of the format's tensors. stages: tiles loaded ahead, plus one; the loads of bit planes are many, and wait for
+    registers rather than for memory.
     """
 
     tile: triton.JITFunction
     axis: int
     paired: bool = False
-    arguments: Callable[[Quantizer, Fields], tuple] = _all
+    arguments: Callable[[list[Tensor]], tuple] = tuple
     stages: int = 3
 
 
-# A quantizer without an entry works all the same, through PyTorch
-DECODERS: dict[str, Decoder] = {
-    "none": Decoder(plain_tile, NONE.value),
-    "int8": Decoder(int8_tile, TOKEN.value),
-    "int4": Decoder(int4_tile, TOKEN.value, paired=True),
-    "int8_channel": Decoder(int8_channel_tile, CHANNEL.value),
-    "int4_channel": Decoder(int4_channel_tile, CHANNEL.value),
-    "mixed": Decoder(mixed_tile, CHANNEL.value, arguments=_of_mixed, stages=2),
-    "mixed_fixed": Decoder(mixed_fixed_tile, CHANNEL.value, arguments=_of_mixed_fixed, stages=2),
+# A quantizer whose format isn't here works all the same, through PyTorch
+DECODERS: dict[Format, Decoder] = {
+    Format(formats.EXACT): Decoder(plain_tile, NONE.value),
+    Format(formats.TOKEN, 8): Decoder(int8_tile, TOKEN.value),
+    Format(formats.TOKEN, 4): Decoder(int4_tile, TOKEN.value, paired=True),
+    Format(formats.CHANNEL, 8): Decoder(int8_channel_tile, CHANNEL.value),
+    Format(formats.CHANNEL, 4): Decoder(int4_channel_tile, CHANNEL.value),
+    Format(formats.PLANES): Decoder(planes_tile, CHANNEL.value, arguments=_planes_arguments, stages=2),
+    Format(formats.FIXED_PLANES): Decoder(
+        fixed_planes_tile, CHANNEL.value, arguments=_fixed_planes_arguments, stages=2
+    ),
 }

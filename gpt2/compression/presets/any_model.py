@@ -14,6 +14,7 @@ from functools import partial
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.compression.cache.size import held_bytes, plain_bytes
 from gpt2.compression.codecs import full_rank
+from gpt2.compression.presets.schema import DEFAULTS
 from gpt2.compression.settings import Setting, build, setting_record
 from gpt2.models.geometry import Geometry
 
@@ -27,14 +28,15 @@ RATIO_TOKENS = 2048
 
 
 def preset_for_any_model(name: str, model: str, geometry: Geometry, config) -> dict:
-    """A preset of `ANY_MODEL` for a model of this shape, unchecked; `config` tells what transformers' own cache keeps.
+    """A preset of `ANY_MODEL` for a model of this shape, as a JSON object.
 
-    Its ratio is of the whole KV cache at 2048 tokens, measured on noise in this shape; of perplexity it says nothing.
+    config: of the model, for what transformers' own cache keeps of it. The preset's ratio is of the whole KV cache at
+    2048 tokens, measured on noise in this shape; its figures of perplexity are unknown.
     """
     settings = ANY_MODEL[name]
     held = held_by(*settings, geometry, RATIO_TOKENS, SINK_TOKENS)
     k, v = (setting_record(s) | {"rank": full_rank(s.codec, geometry.head_dim)} for s in settings)
-    return {
+    return DEFAULTS | {
         "name": name,
         "model": model,
         "num_layers": geometry.num_layers,

@@ -1,17 +1,15 @@
-"""Presets: everything a compressed cache is made from, as a JSON that people pass around.
+"""Caches made from presets: the preset's settings, its calibration where they need one, and compressors of both.
 
     cache = create_cache_from_preset(get_preset_info("smollm2-135m", "int4-vonly"))
 
-`kv8` and `kv4` exist for every model, made from its config alone.
-
-A preset's own keys are the guide's (`GUIDE_KEYS`); further keys have defaults, so that older files load. `layers` has a
-setting for all layers' K or V, or a list with one for each layer.
+A preset has the guide's keys (`schema.GUIDE_KEYS`) and keys of ours, which have defaults, so that older files load.
+`layers` has one setting for K or V of all layers, or a list with one for each layer.
 """
 
 from __future__ import annotations
 
-import json
 import threading
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -22,40 +20,43 @@ from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.calibration.stand_in import stand_in
 from gpt2.compression.codecs import Compressor, full_rank
 from gpt2.compression.presets.calibration_lookup import calibration_of, check_geometry, made_by
-from gpt2.compression.presets.preset_files import load_preset
-from gpt2.compression.presets.schema import FIGURES, FORMAT, check_preset, plan_of
-from gpt2.compression.settings import Plan, build, needs_calibration_file, plan_record
+from gpt2.compression.presets.preset_files import read_preset
+from gpt2.compression.presets.schema import FIGURES, FORMAT, Preset, parse
+from gpt2.compression.settings import build, needs_calibration_file
 from gpt2.models.loading import LoadedModel
 
-MOST_SHARED = 8  # presets whose compressors are kept for the next cache
-_BUILT: dict[tuple, tuple[Calibration, tuple[list, list]]] = {}
-_BUILDING = threading.Lock()  # threads that ask for the same at once share one, and none takes what another lets go
+_BUILDING = threading.Lock()  # so that threads that ask for the same compressors at the same time share them
 
 
 def create_cache_from_preset(
-    preset: dict | str | Path,
+    preset: Preset | dict | str | Path,
     device: str | torch.device | None = None,
     *,
     model: LoadedModel | None = None,
     dtype: torch.dtype = torch.float32,
     **overrides: int,
 ) -> CompressedDynamicCache:
-    """A fresh cache from a preset, a dict or a path.
+    """A fresh cache from a preset: as a JSON object, a path, or validated already.
 
     device: where the transforms are put at once; None moves each to its layer's device with the first tokens.
     model: checks that the calibration is of this model. dtype: of the transforms' arithmetic. overrides:
     `sink_tokens` or `recent_tokens` other than the preset's.
     """
-    preset = _read(preset)
+    preset = as_preset(preset)
+    windows = preset.windows(**overrides)
     k, v = compressors_from_preset(preset, device, model=model, dtype=dtype)
-    if unknown := set(overrides) - {"sink_tokens", "recent_tokens"}:
-        raise PluginError(f"create_cache_from_preset: unknown {', '.join(sorted(unknown))}")
-    windows = {key: overrides.get(key, preset[key]) for key in ("sink_tokens", "recent_tokens")}
-    return CompressedDynamicCache(k, v, num_layers=preset["num_layers"], **windows)
+    return CompressedDynamicCache(k, v, num_layers=preset.num_layers, **windows)
+
+
+def as_preset(preset: Preset | dict | str | Path) -> Preset:
+    """A preset in any form that callers have, validated unless it is already."""
+    if isinstance(preset, Preset):
+        return preset
+    return read_preset(preset) if isinstance(preset, (str, Path)) else parse(preset)
 
 
 def compressors_from_preset(
-    preset: dict | str | Path,
+    preset: Preset,
     device: str | torch.device | None = None,
     *,
     model: LoadedModel | None = None,
@@ -66,56 +67,50 @@ def compressors_from_preset(
 
     calibration: used in place of the preset's file.
     """
-    preset = _read(preset)
     if model is not None:
         check_geometry(preset, model)
-    plan = plan_of(preset)
-    if calibration is None and needs_calibration_file(plan):
+    device = device or "cpu"
+    if calibration is None and needs_calibration_file(preset.plan):
         if model is None or not model.random_weights:
-            return _shared(plan, preset, model, dtype, device or "cpu")
+            settings = tuple(preset.plan["k"]), tuple(preset.plan["v"])
+            with _BUILDING:
+                k, v = shared_compressors(calibration_of(preset, model), *settings, dtype, device)
+            return list(k), list(v)
         calibration = stand_in(model)
-    return build(plan, preset["head_dim"], calibration, dtype=dtype, device=device or "cpu")
+    return build(preset.plan, preset.head_dim, calibration, dtype=dtype, device=device)
 
 
-def _shared(plan: Plan, preset: dict, model: LoadedModel | None, dtype, device) -> tuple[list, list]:
-    """Compressors of a preset with a file: those made before, as long as the file is the same.
+@lru_cache(maxsize=8)
+def shared_compressors(calibration: Calibration, k: tuple, v: tuple, dtype: torch.dtype, device) -> tuple[list, list]:
+    """Compressors of a calibration and settings, made once: caches that are made one after another share them.
 
-    A basis may weigh more than a conversation, so that caches made one after another must not have one each.
+    A basis may take more memory than a conversation. A calibration is one object as long as its file is unchanged.
     """
-    with _BUILDING:
-        calibration = calibration_of(preset, model)
-        key = (id(calibration), json.dumps(plan_record(plan)), dtype, str(device))
-        if key not in _BUILT:
-            while len(_BUILT) >= MOST_SHARED:
-                _BUILT.pop(next(iter(_BUILT)))
-            # The calibration stays with what was made of it, so that its id isn't another's
-            _BUILT[key] = (calibration, build(plan, preset["head_dim"], calibration, dtype=dtype, device=device))
-        k, v = _BUILT[key][1]
-    return list(k), list(v)
+    return build({"k": k, "v": v}, calibration.geometry.head_dim, calibration, dtype=dtype, device=device)
 
 
-def preset_for_shape(preset: dict, model: LoadedModel) -> dict:
+def preset_for_shape(preset: Preset, model: LoadedModel) -> Preset:
     """A preset on a model without weights, which has other layers: settings without figures, for speed and memory."""
-    head_dim, L = model.geometry.head_dim, model.geometry.num_layers
-    layers = preset.get("layers")
-    if preset["num_layers"] != L and any(isinstance(settings, list) for settings in (layers or {}).values()):
-        raise PluginError(f"preset for {preset['model']} has a setting for each of {preset['num_layers']} layers: "
+    head_dim, L, record = model.geometry.head_dim, model.geometry.num_layers, preset.record
+    layers = record.get("layers")
+    if preset.num_layers != L and any(isinstance(settings, list) for settings in (layers or {}).values()):
+        raise PluginError(f"preset for {preset.model} has a setting for each of {preset.num_layers} layers: "
                           f"it can't be put on {L}")  # fmt: skip
 
     def scaled(setting: dict) -> dict:
-        """All coordinates stay all, a share of them stays that share."""
-        old, new = (full_rank(setting["codec"], width) for width in (preset["head_dim"], head_dim))
+        """A rank that is all coordinates stays so; any other keeps its share of head_dim."""
+        old, new = (full_rank(setting["codec"], width) for width in (preset.head_dim, head_dim))
         rank = old if setting["rank"] is None else setting["rank"]
-        return {"rank": new if rank == old else min(max(round(rank * head_dim / preset["head_dim"]), 1), new)}
+        return {"rank": new if rank == old else min(max(round(rank * head_dim / preset.head_dim), 1), new)}
 
-    shape = {"num_layers": L, "head_dim": head_dim, **scaled(preset)}
+    shape = {"num_layers": L, "head_dim": head_dim, **scaled(record)}
     if layers:
         shape["layers"] = {
             side: settings | scaled(settings) if isinstance(settings, dict) else [s and s | scaled(s) for s in settings]
             for side, settings in layers.items()
         }
     measured = (*FIGURES, "figures", "figures_from", "made_by", "trials", "provenance")
-    return check_preset({key: value for key, value in preset.items() if key not in measured} | shape)
+    return parse({key: value for key, value in record.items() if key not in measured} | shape)
 
 
 def new_preset(
@@ -127,7 +122,7 @@ def new_preset(
     measured: dict,
     **more,
 ) -> dict:
-    """A preset from what a search found.
+    """A preset from what a search found, as the JSON object to be written.
 
     measured: as `perplexity.compare` gives it. more: target, rank, bits, codec, sink_tokens and any further key.
     """
@@ -145,8 +140,4 @@ def new_preset(
     }
     if calibration:
         preset["made_by"] = made_by(calibration.meta, calibration_file)
-    return check_preset(preset | more, "new preset")
-
-
-def _read(preset: dict | str | Path) -> dict:
-    return load_preset(preset) if isinstance(preset, (str, Path)) else check_preset(preset)
+    return parse(preset | more, "new preset").record

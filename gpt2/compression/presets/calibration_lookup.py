@@ -11,6 +11,8 @@ from pathlib import Path
 from gpt2.common.errors import BadArtefact, CalibrationNotFound, brief
 from gpt2.compression.calibration.file import calibration_folders, load_calibration
 from gpt2.compression.calibration.fit import Calibration
+from gpt2.compression.codecs import takes_gradients
+from gpt2.compression.presets.schema import Preset
 from gpt2.models.loading import LoadedModel
 
 # Words alone, nothing that a shell would take apart, and written only where calibrations are
@@ -19,7 +21,7 @@ COMMAND += r"(?= |$)(?: (?!--(?:output|study)\b)[\w./:,+=~'-]+)*(?: --output res
 LONGEST_COMMAND = 1000
 
 
-def calibration_of(preset: dict, model: LoadedModel | None = None) -> Calibration:
+def calibration_of(preset: Preset, model: LoadedModel | None = None) -> Calibration:
     """A preset's calibration, found and checked against the preset and the model."""
     path = find_calibration(preset)
     stat = path.stat()
@@ -38,30 +40,32 @@ def made_by(meta: dict, calibration_file: str) -> str:
     """The command that makes a calibration again from its metadata."""
     words = {"model": meta["model"], "rank": meta["rank"], "samples": meta["samples"], "seq-len": meta["seq_len"]}
     words |= {"seed": meta["seed"], "sink-tokens": meta["sink_tokens"], "text": meta["text_spec"]}
-    if meta.get("metric") == "fisher":  # gradients, which codecs may need that the file's own doesn't name
-        words["metric"] = "fisher"
+    metric = meta.get("metric")
+    if metric and takes_gradients(metric):  # codecs may need them beside the file's own, which may not
+        words["metric"] = metric
     output = calibration_folders()[0] / Path(calibration_file).name
     flags = " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in words.items())
     return f"python scripts/calibrate_kv_lowrank.py {flags} --output {shlex.quote(str(output))}"
 
 
-def check_geometry(preset: dict, model: LoadedModel) -> None:
+def check_geometry(preset: Preset, model: LoadedModel) -> None:
     """Raise BadArtefact where a preset was made for a cache of another shape than the model's."""
     for key in ("num_layers", "head_dim"):
-        if preset[key] != getattr(model.geometry, key):
-            raise BadArtefact(f"preset for {preset['model']}: key {key!r}: expected {getattr(model.geometry, key)} for "
-                              f"{model.spec}, found {preset[key]}: this preset is of another model")  # fmt: skip
+        expected, found = getattr(model.geometry, key), getattr(preset, key)
+        if found != expected:
+            raise BadArtefact(f"preset for {preset.model}: key {key!r}: expected {expected} for {model.spec}, "
+                              f"found {found}: this preset is of another model")  # fmt: skip
 
 
-def check_calibration(calibration: Calibration, preset: dict, path: Path, model: LoadedModel | None) -> None:
+def check_calibration(calibration: Calibration, preset: Preset, path: Path, model: LoadedModel | None) -> None:
     """Raise BadArtefact where a calibration isn't of the preset's model, or of the model that is about to run."""
     for key in ("head_dim", "num_layers"):
-        if calibration.meta[key] != preset[key]:
+        if calibration.meta[key] != getattr(preset, key):
             raise BadArtefact(
-                f"{path}: field 'meta.{key}': the preset for {preset['model']} expects {preset[key]}, "
+                f"{path}: field 'meta.{key}': the preset for {preset.model} expects {getattr(preset, key)}, "
                 f"found {calibration.meta[key]}: calibrate that model"
             )
-    for key, value in preset.get("calibrated_with", {}).items():
+    for key, value in preset.record.get("calibrated_with", {}).items():
         if calibration.meta.get(key) != value:
             raise BadArtefact(
                 f"{path}: field 'meta.{key}': the preset was measured with {brief(value)}, found "
@@ -71,16 +75,16 @@ def check_calibration(calibration: Calibration, preset: dict, path: Path, model:
         calibration.check_model(model.fingerprint, model.spec, str(path))
 
 
-def find_calibration(preset: dict) -> Path:
+def find_calibration(preset: Preset) -> Path:
     """A preset's calibration file: as given, beside the preset, in results/calibrations.
 
     Raises CalibrationNotFound with the places tried and the command that makes it.
     """
     try:
-        given = Path(preset["calibration_file"]).expanduser()
-    except RuntimeError:  # the home of a user who isn't there
-        given = Path(preset["calibration_file"])
-    places = [given, *(Path(preset[key]) / given for key in ("folder",) if key in preset)]
+        given = Path(preset.calibration_file).expanduser()
+    except RuntimeError:  # of ~NAME, where no such user exists
+        given = Path(preset.calibration_file)
+    places = [given] if preset.folder is None else [given, Path(preset.folder) / given]
     places += [folder / given.name for folder in calibration_folders()]
     for place in dict.fromkeys(places):
         if _is_file(place):
@@ -98,14 +102,14 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _remedy(preset: dict) -> str:
+def _remedy(preset: Preset) -> str:
     """The command that makes a preset's calibration; people run what is printed, so one of ours and nothing else."""
-    made_by = str(preset.get("made_by"))
+    made_by, codec = str(preset.record.get("made_by")), preset.record["codec"]
     if len(made_by) < LONGEST_COMMAND and re.fullmatch(COMMAND, made_by):
-        return preset["made_by"]
-    words = ["--model", preset["model"], "--rank", str(preset["rank"])]
-    words += [] if preset["codec"] == "pca" else ["--codec", preset["codec"]]
-    output = calibration_folders()[0] / Path(preset["calibration_file"]).name
+        return preset.record["made_by"]
+    words = ["--model", preset.model, "--rank", str(preset.record["rank"])]
+    words += [] if codec == "pca" else ["--codec", codec]
+    output = calibration_folders()[0] / Path(preset.calibration_file).name
     return f"python scripts/calibrate_kv_lowrank.py {shlex.join([*words, '--output', str(output)])}"
 
 

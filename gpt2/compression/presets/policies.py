@@ -26,7 +26,7 @@ from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.codecs.ln_nullspace import LayerNormNullspace
 from gpt2.compression.presets.any_model import held_by
 from gpt2.compression.presets.build import create_cache_from_preset
-from gpt2.compression.presets.schema import check_preset
+from gpt2.compression.presets.schema import Preset, parse
 from gpt2.compression.settings import Setting, setting_record
 from gpt2.models.embedded import EMBEDDED
 from gpt2.models.geometry import Geometry, geometry_of
@@ -160,15 +160,15 @@ def build_compressor_config_for_policy(
 
 def preset_for_policy(
     model_config, model_id: str, policy_name: KVPolicyName | str, *, geometry: Geometry | None = None
-) -> dict:
-    """A policy as a preset, which says nothing of perplexity: that is for this model to be measured.
+) -> Preset:
+    """A policy as a preset, whose figures of perplexity are unknown until they are measured on this model.
 
     Arguments and errors as `build_compressor_config_for_policy`.
     """
     config = build_compressor_config_for_policy(model_config, model_id, policy_name, geometry=geometry)
     coded = {side: config[side] for side in SIDES if config[side]}
     taken = ("model", "num_layers", "head_dim", "sink_tokens", "recent_tokens", "compression_ratio")
-    return check_preset(
+    return parse(
         {key: config[key] for key in taken}
         | {
             "name": config["policy"],

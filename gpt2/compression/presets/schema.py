@@ -1,144 +1,148 @@
-"""What a preset may say: keys, ranges and what they mean for each layer."""
+"""The preset format: which keys a preset has, which values they take, and the settings of each layer that follow."""
 
 from __future__ import annotations
 
-import re
+from dataclasses import dataclass
 
-from gpt2.common.errors import BadArtefact, PluginError, brief
-from gpt2.compression.codecs import BITS, bases_in, codec_name, full_rank, needs_calibration, quantizer_of
+from gpt2.common.errors import BadArtefact, PluginError
+from gpt2.common.schema import (
+    ABSENT,
+    Anything,
+    Default,
+    ListOf,
+    ListOrRecord,
+    Nullable,
+    Number,
+    OneOf,
+    Record,
+    Text,
+    Whole,
+)
+from gpt2.common.schema import parse as parse_record
+from gpt2.compression.codecs import bases_in, full_rank, needs_calibration, quantizer_of
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.settings import TARGETS, Plan, Setting, uniform
 
 FORMAT = "kv-plugin-preset/1"
+WIDEST, MOST_LAYERS, MOST_TOKENS = 1024, 1024, 2**31  # larger than any model's
+NAME = Text(200)  # of a codec or quantizer
+LAYER = Record(
+    {"codec": NAME, "rank": Nullable(Whole(1, WIDEST)), "bits": Number(above=0), "quantizer": Default(Nullable(NAME))}
+)
+SIDE = ListOrRecord(ListOf(Nullable(LAYER)), LAYER)
+FIGURE = Default(Nullable(Number(above=0)))  # null where it is unknown
 GUIDE_KEYS = {
-    "model": str,
-    "rank": int,
-    "target": str,
-    "bits": (int, float),
-    "compression_ratio": float,
-    "baseline_ppl": float,
-    "compressed_ppl": float,
-    "ppl_delta": float,
-    "calibration_file": str,
-    "head_dim": int,
-    "num_layers": int,
+    "model": Text(),
+    "rank": Whole(1, WIDEST),
+    "target": OneOf(tuple(TARGETS)),
+    "bits": Number(above=0),
+    "compression_ratio": FIGURE,
+    "baseline_ppl": FIGURE,
+    "compressed_ppl": FIGURE,
+    "ppl_delta": Default(Nullable(Number(above=-1))),
+    "calibration_file": Text(),
+    "head_dim": Whole(1, WIDEST),
+    "num_layers": Whole(1, MOST_LAYERS),
 }
-# Figures may be unknown (null); without the rest there is no cache to make
-FIGURES = ("compression_ratio", "baseline_ppl", "compressed_ppl", "ppl_delta")
-DEFAULTS = {"format": FORMAT, "codec": "pca", "quantizer": None, "sink_tokens": 4, "recent_tokens": 0}
-# Beyond any model's, and small enough that a preset of a few bytes can't ask for a machine's memory
-RANGES = {"num_layers": (1, 1024), "head_dim": (1, 1024), "sink_tokens": (0, 2**31), "recent_tokens": (0, 2**31)}
-TEXTS = {"model": 4096, "calibration_file": 4096, "folder": 4096, "name": 200}  # letters
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")  # what isn't read but obeyed
-LONGEST_CODEC = 200  # letters
-# Of all layers together: codecs, each fitted to all statistics; bases joined in one; and numbers in bases that aren't
-# calibrated, each as large as head_dim squared and made for every setting
-MOST_CODECS, MOST_BASES, MOST_NUMBERS = 8, 4, 2**23
+FIGURES = tuple(key for key, kind in GUIDE_KEYS.items() if isinstance(kind, Default))
+OUR_KEYS = {
+    "format": Default(OneOf((FORMAT,)), FORMAT),
+    "codec": Default(NAME, "pca"),
+    "quantizer": Default(Nullable(NAME), None),
+    "sink_tokens": Default(Whole(0, MOST_TOKENS), 4),
+    "recent_tokens": Default(Whole(0, MOST_TOKENS), 0),
+    "layers": Default(Nullable(Record({side: Default(SIDE) for side in SIDES}))),
+    "name": Default(Text(200)),
+    "folder": Default(Text()),
+    "calibrated_with": Default(Record(others=Anything())),
+}
+PRESET = Record(GUIDE_KEYS | OUR_KEYS, others=Anything())
+DEFAULTS = {key: kind.value for key, kind in OUR_KEYS.items() if kind.value is not ABSENT}
+# Without these, a preset of 100 KB could ask for 16 GB (1,024 ranks of a basis of 1,024 channels, for K and for V) or
+# for 20 minutes (64 codecs of 32 bases each, fitted to 32 layers)
+MOST_BASES, MOST_NUMBERS = 16, 2**23
 
 
-def check_preset(preset: dict, where: str = "preset") -> dict:
-    """A preset with its defaults filled in. Raises BadArtefact for a missing key or an absurd value, naming it."""
-    if not isinstance(preset, dict):
-        raise BadArtefact(f"{where}: expected a JSON object, found {type(preset).__name__}")
-    preset = DEFAULTS | preset
+@dataclass(frozen=True)
+class Preset:
+    """A valid preset. Only `parse` makes one, so no code that is given one has to check it again.
 
-    def expect(good: bool, key: str, expected: str) -> None:
-        if not good:
-            raise BadArtefact(f"{where}: key {key!r}: expected {expected}, found {brief(preset.get(key))}")
+    folder: of the preset's file, where its calibration may lie too; None for a preset that isn't from a file.
+    plan: the setting of each layer's K and V. record: the JSON object that it was made from, with defaults filled in
+    and unknown keys kept.
+    """
 
-    for key, kind in GUIDE_KEYS.items():
-        value = preset.get(key)
-        if key in FIGURES:
-            number = type(value) in (int, float) and abs(value) < 1e15  # which NaN isn't
-            expect(value is None or (number and value > (-1 if key == "ppl_delta" else 0)), key, kind.__name__)
-        elif key != "bits":  # whose kind depends on the quantizer
-            expect(type(value) is kind, key, kind.__name__)
-    for key, most in TEXTS.items():
-        text = preset.get(key, "")
-        expect(type(text) is str and len(text) <= most and not CONTROL.search(text), key, f"up to {most} letters")
-    expect(isinstance(preset.get("calibrated_with", {}), dict), "calibrated_with", "an object of calibration metadata")
-    expect(preset["format"] == FORMAT, "format", repr(FORMAT))
-    expect(preset["target"] in TARGETS, "target", "v, k or kv")
-    for key, (least, most) in RANGES.items():
-        right = type(preset[key]) is int and least <= preset[key] <= most
-        expect(right, key, f"a whole number from {least} to {most}")
-    _check_setting(preset, preset["head_dim"], where)
-    if preset.get("layers") is not None:
-        _check_layers(preset, where)
-    _check_work(preset, where)
-    return preset
+    model: str
+    num_layers: int
+    head_dim: int
+    sink_tokens: int
+    recent_tokens: int
+    calibration_file: str
+    folder: str | None
+    plan: Plan
+    record: dict
+
+    def windows(self, **overrides: int) -> dict[str, int]:
+        """Numbers of exact tokens, as a cache takes them. Raises PluginError for an override of another name."""
+        windows = {"sink_tokens": self.sink_tokens, "recent_tokens": self.recent_tokens}
+        if unknown := sorted(set(overrides) - set(windows)):
+            raise PluginError(f"unknown {', '.join(unknown)}: a cache takes {' and '.join(windows)}")
+        return windows | overrides
 
 
-def _check_setting(setting: dict, head_dim: int, where: str) -> None:
-    """Raise BadArtefact unless codec, rank and bits exist and fit together."""
-    most = full_rank_of(setting["codec"], head_dim, where)
-    rank, bits, quantizer = setting["rank"], setting.get("bits"), setting.get("quantizer")
-    if type(rank) is not int or not 1 <= rank <= most:
-        full = f"1 to head_dim {most}" if most == head_dim else f"1 to {most}, as {setting['codec']} has coordinates"
-        raise BadArtefact(f"{where}: key 'rank': expected {full}, found {brief(rank)}")
-    if quantizer is None and (type(bits) is not int or bits not in BITS):
-        raise BadArtefact(f"{where}: key 'bits': expected {' or '.join(map(str, sorted(BITS)))}, found {brief(bits)}")
-    if type(bits) not in (int, float):
-        raise BadArtefact(f"{where}: key 'bits': expected a number, found {brief(bits)}")
-    try:
-        quantizer_of(quantizer, bits)
-    except (PluginError, TypeError) as error:
-        raise BadArtefact(f"{where}: keys 'quantizer' and 'bits': {error}") from error
+def parse(preset: dict, where: str = "preset") -> Preset:
+    """A JSON object as a preset. Raises BadArtefact with `where` and the key for a missing key or an invalid value."""
+    record = parse_record(preset, PRESET, where, noun="key")
+    plan = _plan(record, where)
+    _check_work(plan, record["head_dim"], where)
+    same = ("model", "num_layers", "head_dim", "sink_tokens", "recent_tokens", "calibration_file")
+    return Preset(**{key: record[key] for key in same}, folder=record.get("folder"), plan=plan, record=record)
 
 
-def full_rank_of(codec, head_dim: int, where: str) -> int:
-    """Coordinates of a preset's codec. Raises BadArtefact for a name that isn't one's."""
-    if type(codec) is not str or len(codec) > LONGEST_CODEC:
-        raise BadArtefact(f"{where}: key 'codec': expected a codec's name, found {brief(codec)}")
-    try:
-        return full_rank(codec_name(codec), head_dim)
-    except PluginError as error:
-        raise BadArtefact(f"{where}: key 'codec': {error}") from error
-
-
-def _check_layers(preset: dict, where: str) -> None:
-    """Raise BadArtefact unless `layers` has, for K, V or both, a setting for all layers or a list with one for each."""
-    layers, L = preset["layers"], preset["num_layers"]
-    if not isinstance(layers, dict) or not layers or set(layers) - set(SIDES):
-        raise BadArtefact(f"{where}: key 'layers': expected an object with 'k', 'v' or both, found {brief(layers)}")
+def _plan(preset: dict, where: str) -> Plan:
+    """Settings of each layer: those of `layers` where a preset has them, else its own in all layers of its target."""
+    num_layers, head_dim, layers = preset["num_layers"], preset["head_dim"], preset.get("layers")
+    setting = _setting(preset, head_dim, where)
+    if layers is None:
+        return uniform(preset["target"], num_layers, setting)
+    if not layers:
+        raise BadArtefact(f"{where}: key 'layers': expected 'k', 'v' or both, found neither")
+    plan = {side: [None] * num_layers for side in SIDES}
     for side, settings in layers.items():
         if isinstance(settings, dict):
-            _check_layer(settings, preset["head_dim"], f"{where}: layers.{side}")
+            plan[side] = [_setting(settings, head_dim, f"{where}: layers.{side}")] * num_layers
             continue
-        if not isinstance(settings, list) or len(settings) != L:
-            found = len(settings) if isinstance(settings, list) else type(settings).__name__
-            raise BadArtefact(f"{where}: key 'layers.{side}': expected a list of {L} entries, found {found}")
-        for layer, setting in enumerate(settings):
-            if setting is not None:
-                _check_layer(setting, preset["head_dim"], f"{where}: layers.{side}[{layer}]")
+        if len(settings) != num_layers:
+            raise BadArtefact(f"{where}: key 'layers.{side}': expected a list of {num_layers}, found {len(settings)}")
+        for layer, own in enumerate(settings):
+            plan[side][layer] = own and _setting(own, head_dim, f"{where}: layers.{side}[{layer}]")
+    return plan
 
 
-def _check_layer(setting: dict, head_dim: int, place: str) -> None:
-    if not isinstance(setting, dict) or set(setting) - {"quantizer"} != {"codec", "rank", "bits"}:
-        raise BadArtefact(f"{place}: expected null or codec, rank and bits, found {brief(setting)}")
-    full = full_rank_of(setting["codec"], head_dim, place)
-    _check_setting(setting | ({"rank": full} if setting["rank"] is None else {}), head_dim, place)
+def _setting(record: dict, head_dim: int, where: str) -> Setting:
+    """codec, rank, bits and quantizer of a record. Raises BadArtefact unless they exist and fit together."""
+    setting = Setting(record["codec"], record["rank"], record["bits"], record.get("quantizer"))
+    try:
+        most = full_rank(setting.codec, head_dim)
+    except PluginError as error:
+        raise BadArtefact(f"{where}: key 'codec': {error}") from error
+    if setting.rank is not None and setting.rank > most:
+        raise BadArtefact(f"{where}: key 'rank': expected 1 to {most}, as codec {setting.codec} has coordinates for a "
+                          f"head_dim of {head_dim}, found {setting.rank}")  # fmt: skip
+    try:
+        quantizer_of(setting.quantizer, setting.bits)
+    except PluginError as error:
+        raise BadArtefact(f"{where}: keys 'quantizer' and 'bits': {error}") from error
+    return setting
 
 
-def _check_work(preset: dict, where: str) -> None:
-    """Raise BadArtefact where what a preset asks for is right, but would take minutes or a machine's memory."""
-    settings = {setting for side in plan_of(preset).values() for setting in side if setting}
-    bases = {setting.codec: len(bases_in(setting.codec)) for setting in settings}
-    if sum(map(bool, bases.values())) > MOST_CODECS or max(bases.values(), default=0) > MOST_BASES:
-        raise BadArtefact(f"{where}: expected at most {MOST_CODECS} codecs, each of at most {MOST_BASES} bases")
-    fixed = [bases[setting.codec] for setting in settings if not needs_calibration(setting.codec)]
-    numbers = sum(fixed) * preset["head_dim"] ** 2
+def _check_work(plan: Plan, head_dim: int, where: str) -> None:
+    """Raise BadArtefact where the codecs of a valid preset would take too much time or memory to make."""
+    settings = {setting for side in plan.values() for setting in side if setting}
+    bases = {codec: len(bases_in(codec)) for codec in {setting.codec for setting in settings}}
+    if sum(bases.values()) > MOST_BASES:
+        raise BadArtefact(f"{where}: its codecs have {sum(bases.values())} bases: expected at most {MOST_BASES}")
+    # Each setting of a codec that needs no calibration has its own basis
+    numbers = sum(bases[setting.codec] for setting in settings if not needs_calibration(setting.codec)) * head_dim**2
     if numbers > MOST_NUMBERS:
-        raise BadArtefact(
-            f"{where}: its settings ask for bases of {numbers:,} numbers: expected {MOST_NUMBERS:,} at most"
-        )
-
-
-def plan_of(preset: dict) -> Plan:
-    """What a preset stores each layer's K and V with: its `layers` where it has them, else one setting for all."""
-    L = preset["num_layers"]
-    if layers := preset.get("layers"):
-        plan = {side: layers.get(side) or [None] * L for side in SIDES}
-        plan = {side: [settings] * L if isinstance(settings, dict) else settings for side, settings in plan.items()}
-        return {side: [setting and Setting(**setting) for setting in settings] for side, settings in plan.items()}
-    return uniform(preset["target"], L, Setting(preset["codec"], preset["rank"], preset["bits"], preset["quantizer"]))
+        raise BadArtefact(f"{where}: its bases have {numbers:,} numbers: expected at most {MOST_NUMBERS:,}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache import token_store
 from gpt2.compression.cache.size import cache_bytes
-from gpt2.compression.cache.token_store import Pieces, TokenStore
+from gpt2.compression.cache.token_store import GrowingTensor, TokenStore
 from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor, JointTransform, Quantizer, Transform
 from gpt2.compression.codecs.rope import Rotary
 from gpt2.compression.compressed_cache import CompressedDynamicCache
@@ -115,7 +115,7 @@ class Reference:
         start = self.start(block)
         own = self.tokens[max(start, self.sinks) : start + self.block]
         x = torch.cat([own[0]] * (self.block - len(own)) + own, dim=2)
-        back = self.compressor.expand(dispatch.compress(self.compressor, x, start), x.shape[3], x.dtype, start)
+        back = self.compressor.reconstruct(dispatch.compress(self.compressor, x, start), x.shape[3], x.dtype, start)
         return back.split(1, dim=2)[self.block - len(own) :]
 
     def read(self) -> Tensor:
@@ -297,7 +297,7 @@ def test_batch_operations_on_an_empty_cache_do_nothing(operation):
 @every_compressor
 def test_long_histories(compressor, layout, seed, monkeypatch):
     """Whatever happens in whatever order, as beam search and assisted decoding mix it; over many small pieces."""
-    monkeypatch.setattr(token_store, "SMALLEST_PIECE", 3)
+    monkeypatch.setattr(token_store, "SMALLEST_CHUNK", 3)
     choose = torch.Generator().manual_seed(seed)
 
     def pick(n: int) -> int:
@@ -335,7 +335,7 @@ def test_keeping_reconstructions_changes_no_reading(compressor, layout, seed):
 
     batch = 2
     plain, kept = (make_store(compressor, layout, tokens(1)) for _ in range(2))
-    kept.keep_expanded = True
+    kept.keep_reconstructed = True
     for step in range(25):
         operation = ("append", "append", "crop", "rows", "clear")[pick(5) if step % 9 == 8 else pick(4)]
         rows = torch.randint(batch, (1 + pick(3),), generator=choose)
@@ -353,21 +353,21 @@ def test_keeping_reconstructions_changes_no_reading(compressor, layout, seed):
         batch = {"rows": len(rows), "clear": 1}.get(operation, batch)
         if pick(3):
             torch.testing.assert_close(kept.read(), plain.read())
-            held = 0 if kept.expanded is None else kept.expanded.nbytes
+            held = 0 if kept.reconstructed is None else kept.reconstructed.nbytes
             blocks = 0 if compressor.exact else kept.compressed_blocks * compressor.block_tokens
             assert held == blocks * (tokens(1, batch=batch).nbytes if blocks else 0), "what is kept is all of it"
             assert kept.nbytes() == plain.nbytes() + held, "and counted"
 
 
 def test_kept_reconstructions_are_made_once(monkeypatch):
-    expanded, expand = [], Compressor.expand
+    expanded, reconstruct = [], Compressor.reconstruct
 
     def counted(self, fields, *args):
         expanded.append(fields["codes"].shape[2])
-        return expand(self, fields, *args)
+        return reconstruct(self, fields, *args)
 
-    monkeypatch.setattr(Compressor, "expand", counted)
-    cache = make_cache("block").keep_expanded()
+    monkeypatch.setattr(Compressor, "reconstruct", counted)
+    cache = make_cache("block").keep_reconstructed()
     for token in tokens(40).split(1, dim=2):
         cache.update(token, token, 0)
     assert expanded == [1] * 2 * (36 // 4), "K and V, each block as it becomes full"
@@ -416,7 +416,7 @@ def parts_of(store: TokenStore) -> list[tuple[Tensor, int, int, Tensor]]:
     return [
         (part, part.data_ptr(), view.shape[2], view.clone())
         for pieces in store.blocks.values()
-        for part, view in zip(pieces.parts, pieces.views(), strict=True)
+        for part, view in zip(pieces.chunks, pieces.views(), strict=True)
     ]
 
 
@@ -426,7 +426,7 @@ def test_appending_never_touches_what_is_stored(compressor):
     for step in range(60):
         before = parts_of(store)
         store.append(tokens(1 + step % 7, seed=step))
-        held = {id(part) for pieces in store.blocks.values() for part in pieces.parts}
+        held = {id(part) for pieces in store.blocks.values() for part in pieces.chunks}
         for part, address, used, content in before:
             assert id(part) in held and part.data_ptr() == address, "moved"
             assert torch.equal(part[:, :, :used], content), "changed"
@@ -447,10 +447,10 @@ def test_pieces_read_as_one_tensor():
     """Cut anywhere, on and beside every piece's edge, then grown again."""
     x = tokens(310)
     for length in range(301):
-        pieces = Pieces()
+        pieces = GrowingTensor()
         for chunk in x[:, :, :300].split(50, dim=2):
             pieces.append(chunk)
-        assert len(pieces.parts) == 5
+        assert len(pieces.chunks) == 5
         pieces.truncate(length)
         held = torch.cat((x[:, :, :0], *pieces.views()), dim=2)
         assert pieces.length == length and torch.equal(held, x[:, :, :length])
@@ -460,10 +460,10 @@ def test_pieces_read_as_one_tensor():
 
 def test_pieces_stay_few():
     """A read joins the pieces: their number grows with the logarithm of the length."""
-    pieces, counts = Pieces(), {}
+    pieces, counts = GrowingTensor(), {}
     for n in range(1, 8193):
         pieces.append(torch.zeros(1, 1, 1, 1))
-        counts[n] = len(pieces.parts)
+        counts[n] = len(pieces.chunks)
     assert counts[2048] <= 32 and counts[8192] - counts[4096] <= counts[4096] - counts[2048] + 1 < 32
 
 
@@ -669,7 +669,7 @@ def test_unused_room_of_a_block_codec_is_counted_in_tokens():
     for token in x.split(1, dim=2):
         cache.layers[0].store(token, token)
     pieces = cache.layers[0].stores["K"].blocks["codes"]
-    assert pieces.room < 0.05 * pieces.length
+    assert pieces.unused < 0.05 * pieces.length
 
 
 def test_a_model_with_more_layers_is_refused():

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from sampling import covering
 from tiny import FAMILIES, tiny_model
 from torch import Tensor
 from transformers import DynamicCache
@@ -112,6 +113,7 @@ SAME_TOKENS: dict[str, Callable[..., Tensor]] = {
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_mode = pytest.mark.parametrize("mode", MODES)
+families_and_modes = pytest.mark.parametrize(("family", "mode"), covering(FAMILIES, MODES, times=3))
 
 
 @functools.cache
@@ -151,16 +153,14 @@ def test_a_lossy_cache_changes_the_tokens(family):
     assert not torch.equal(MODES["greedy"](model, cache), with_dynamic_cache(family, "greedy"))
 
 
-@every_mode
-@every_family
+@families_and_modes
 def test_identity_cache_gives_the_same_tokens(family, mode):
     model = model_of(family)
     expected = with_dynamic_cache(family, mode)
     assert torch.equal(MODES[mode](model, identity(model)), expected)
 
 
-@every_mode
-@every_family
+@families_and_modes
 def test_quantized_cache_runs(family, mode):
     """Right lengths in every mode; and the same tokens by another way, where transformers promises them."""
     model = model_of(family)
@@ -239,9 +239,9 @@ def test_another_batch_size_is_refused():
     model = model_of("llama")
     cache = identity(model)
     generate(model, cache, prompt())
-    with pytest.raises(PluginError, match="batch of 1, but 3"):
+    with pytest.raises(PluginError, match="batch of 1, got 3"):
         generate(model, cache, prompt(40), num_beams=3)
-    with pytest.raises(PluginError, match="batch of 1, but 2"):
+    with pytest.raises(PluginError, match="batch of 1, got 2"):
         model(prompt(3, batch=2), past_key_values=cache)
 
 
@@ -275,8 +275,7 @@ def test_use_cache_false_is_refused_on_16_bit_models(dtype):
             generate(model, quantized(model, name), prompt(length), use_cache=False)
 
 
-@pytest.mark.parametrize("length", [1, 12])
-@every_family
+@pytest.mark.parametrize(("family", "length"), covering(FAMILIES, [1, 12]))
 def test_text_that_repeats_is_not_taken_for_use_cache_false(family, length):
     """One token more than is held, beginning with the same text at its new place: a user may well say it twice."""
     model = model_of(family)
@@ -301,8 +300,7 @@ def test_values_with_a_large_mean_are_not_taken_for_use_cache_false():
     assert torch.equal(tokens(identity(model)), tokens(DynamicCache(config=model.config)))
 
 
-@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"do_sample": True}], ids=["greedy", "beams", "sampling"])
-@every_family
+@pytest.mark.parametrize(("family", "how"), covering(FAMILIES, [{}, {"num_beams": 2}, {"do_sample": True}]))
 def test_a_prompt_that_was_read_to_its_end_is_refused(family, how):
     """`generate` would feed all of it once more, at the positions where it lies already, and answer to both."""
     model, ids = model_of(family), prompt(batch=2)
@@ -335,9 +333,10 @@ def test_one_row_that_repeats_is_not_taken_for_a_prompt_fed_again():
     assert torch.equal(generate(model, identity(model), ids.masked_fill(mask == 0, 0), **how), expected)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", ["none", "int8", "int8_channel", "low rank"])
-@pytest.mark.parametrize("first", [True, False], ids=["on, then off", "off, then on"])
+@pytest.mark.parametrize(
+    ("family", "name", "first"),
+    covering(["llama", "gpt2"], ["none", "int8", "int8_channel", "low rank"], [True, False], times=2),
+)
 def test_autocast_is_switched_on_the_way(family, name, first):
     """All is held in the wider dtype, as `torch.cat` has it; a sealed cache is tried in test_attention."""
     model = model_of(family)
@@ -361,7 +360,7 @@ def test_autocast_is_switched_on_the_way(family, name, first):
 
 def test_a_cache_says_that_it_has_begun():
     """A prefix model lets the first tokens see all of themselves, and no others."""
-    from gpt2.experiments.architectures import tiny_family
+    from gpt2.experiments.miniatures import tiny_family
 
     model = tiny_family("hrm_text")
 

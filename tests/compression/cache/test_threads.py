@@ -153,18 +153,17 @@ def test_copies_in_threads(model, preset, name):
     assert same(at_once([partial(way, branch) for way, branch in zip(ways, branches, strict=True)]), alone)
 
 
-def test_caches_are_made_in_threads(preset, monkeypatch):
-    """Of one preset they share their codecs, whoever was first; those of others are let go meanwhile."""
-    kinds = [preset | {"rank": rank} for rank in (9, 8, 7) for _ in range(3)]
-    for most in [1, 2, 8] * 3:
-        monkeypatch.setattr(build, "MOST_SHARED", most)
-        build._BUILT.clear()
+@pytest.mark.parametrize(("ranks", "threads"), [((9, 8, 7), 3), (range(1, 13), 1)], ids=["few", "more than are kept"])
+def test_caches_are_made_in_threads(preset, ranks, threads):
+    """Caches of one preset share their compressors, whichever was made first."""
+    kinds = [preset | {"rank": rank} for rank in ranks for _ in range(threads)]
+    for _ in range(3):
+        build.shared_compressors.cache_clear()
         calibration_lookup.read_calibration.cache_clear()
         made = at_once([partial(create_cache_from_preset, kind) for kind in kinds])
         codecs = [cache.layers[0].stores["K"].compressor for cache in made]
         assert [codec.transform.rank for codec in codecs] == [kind["rank"] for kind in kinds]
-        assert len(build._BUILT) == min(most, 3)
-    assert len(set(map(id, codecs))) == 3, "with room for all, one of each"
+        assert len(set(map(id, codecs))) == len(ranks)
 
 
 def test_attention_is_switched_in_threads(model):

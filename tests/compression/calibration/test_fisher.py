@@ -13,12 +13,13 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from gpt2.common.errors import PluginError
 from gpt2.compression.calibration import fisher
 from gpt2.compression.calibration.calibrate import calibrate
-from gpt2.compression.calibration.fisher import CROSS_HEAD_SHARE, MeasuredStatistics, collect_fisher, detect_rotary
-from gpt2.compression.calibration.statistics import Statistics, collect, output_metric
-from gpt2.compression.codecs import measured_codecs
+from gpt2.compression.calibration.fisher import CROSS_HEAD_SHARE, MultiHeadStatistics, collect_fisher, detect_rotary
+from gpt2.compression.calibration.statistics import Statistics, collect
+from gpt2.compression.codecs import multi_head_bases
+from gpt2.compression.codecs.metric import output_metric
 from gpt2.compression.codecs.multi_head import side_by_side
-from gpt2.compression.codecs.rope import Rotary, candidates, fitting
-from gpt2.experiments import architectures
+from gpt2.compression.codecs.rope import Rotary, best_fit, candidates
+from gpt2.experiments import miniatures
 from gpt2.models.loading import LoadedModel, wrap
 from gpt2.text.sources import by_position
 
@@ -31,9 +32,9 @@ def llama():
     return tiny_loaded("llama")
 
 
-def fisher_of(loaded: LoadedModel, batches: Tensor, **how) -> tuple[Statistics, MeasuredStatistics]:
+def fisher_of(loaded: LoadedModel, batches: Tensor, **how) -> tuple[Statistics, MultiHeadStatistics]:
     statistics = collect(loaded, batches, SINKS)
-    return statistics, collect_fisher(loaded, batches, statistics, SINKS, measured_codecs(), **how)["joint"]
+    return statistics, collect_fisher(loaded, batches, statistics, SINKS, multi_head_bases(), **how)["joint"]
 
 
 class Retaining(DynamicCache):
@@ -92,7 +93,7 @@ def test_joint_statistics_are_of_keys_without_positions(llama, most, monkeypatch
     length = 40 - SINKS
     for layer, (k, v, gk, gv) in enumerate(direct(llama, batches)):
         turned = [
-            torch.cat([joint.rotary[layer].turn(part, SINKS, -1) for part in x.split(length, dim=1)], dim=1)
+            torch.cat([joint.rotary[layer].unrotate(part, SINKS) for part in x.split(length, dim=1)], dim=1)
             for x in (k, gk)
         ]
         x, g = side_by_side(turned[0][None], v[None], groups)[0], side_by_side(turned[1][None], gv[None], groups)[0]
@@ -109,20 +110,20 @@ def test_joint_statistics_are_of_keys_without_positions(llama, most, monkeypatch
 def test_the_reservoir_has_whole_blocks_of_real_vectors(llama):
     batches = windows(2, 64 * 2 + SINKS + 9)
     _, joint = fisher_of(llama, batches)
-    assert joint.reservoir.shape == (3, 1, 2 * 2 * 64, 48) and joint.reservoir.dtype == torch.float16
+    assert joint.blocks.shape == (3, 1, 2 * 2 * 64, 48) and joint.blocks.dtype == torch.float16
     k, v, _, _ = direct(llama, batches)[1]
     first, own = k[:, : len(batches[0]) - SINKS], v[:, : len(batches[0]) - SINKS]
-    expected = side_by_side(joint.rotary[1].turn(first, SINKS, -1)[None], own[None], 1)[0, :, :128]
-    assert (joint.reservoir[1, :, :128] - expected).abs().max() < 2e-3 * expected.abs().max()
+    expected = side_by_side(joint.rotary[1].unrotate(first, SINKS)[None], own[None], 1)[0, :, :128]
+    assert (joint.blocks[1, :, :128] - expected).abs().max() < 2e-3 * expected.abs().max()
 
 
 def test_the_reservoir_is_bounded_and_drawn_from_all_windows(llama, monkeypatch):
-    monkeypatch.setattr(fisher, "RESERVOIR_BLOCKS", 3)
+    monkeypatch.setattr(fisher, "SAMPLED_BLOCKS", 3)
     batches = windows(2, 64 * 4 + SINKS)
     _, joint = fisher_of(llama, batches, seed=1)
-    assert joint.reservoir.shape[2] == 3 * 64, "two blocks of each window would be four"
+    assert joint.blocks.shape[2] == 3 * 64, "two blocks of each window would be four"
     _, other = fisher_of(llama, batches, seed=2)
-    assert not torch.equal(joint.reservoir, other.reservoir)
+    assert not torch.equal(joint.blocks, other.blocks)
 
 
 # --- checkpointing
@@ -137,7 +138,7 @@ def test_checkpointing_gives_the_same(family):
         assert close(*(getattr(s, side).metrics["fisher"] for s in (same, plain)))
     assert close(same_joint.moments.metrics["fisher"], joint.moments.metrics["fisher"])
     assert close(same_joint.moments.scatter, joint.moments.scatter) and (joint.moments.count == 2 * 96).all()
-    assert torch.equal(same_joint.reservoir, joint.reservoir)
+    assert torch.equal(same_joint.blocks, joint.blocks)
 
 
 @pytest.mark.parametrize(("checkpointing", "calls"), [(False, 2), (True, 4)])
@@ -173,7 +174,7 @@ def test_checkpointing_keeps_fewer_activations(llama):
 
 @pytest.mark.parametrize("family", ["bloom", "falcon"])
 def test_checkpointing_is_refused_where_attention_is_hard_wired(family):
-    loaded = wrap(architectures.tiny_family(family), None, family)
+    loaded = wrap(miniatures.tiny_family(family), None, family)
     statistics = collect(loaded, windows(1, 20), SINKS)
     with pytest.raises(PluginError, match="hard-wired: leave --gradient-checkpointing out"):
         collect_fisher(loaded, windows(1, 20), statistics, SINKS, {}, checkpointing=True)
@@ -238,7 +239,7 @@ def test_a_models_own_checkpointing_stays_on():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_nothing_is_kept_beyond_the_reservoir(llama, checkpointing, monkeypatch):
     """Live bytes don't grow with the windows once the reservoir is full; also without the cycle collector."""
-    monkeypatch.setattr(fisher, "RESERVOIR_BLOCKS", 2)
+    monkeypatch.setattr(fisher, "SAMPLED_BLOCKS", 2)
     batches, alive = windows(7, 80), []
     statistics = collect(llama, batches, SINKS)
 
@@ -252,7 +253,7 @@ def test_nothing_is_kept_beyond_the_reservoir(llama, checkpointing, monkeypatch)
     gc.disable()
     try:
         collect_fisher(
-            llama, batches, statistics, SINKS, measured_codecs(), checkpointing=checkpointing, progress=counted
+            llama, batches, statistics, SINKS, multi_head_bases(), checkpointing=checkpointing, progress=counted
         )
     finally:
         gc.enable()
@@ -277,8 +278,8 @@ def test_logits_that_are_not_finite_are_refused():
 
 
 def test_gradients_that_are_not_finite_are_refused(llama, monkeypatch):
-    turn = Rotary.turn
-    monkeypatch.setattr(Rotary, "turn", lambda *args: turn(*args) * float("nan"))
+    rotate = Rotary.rotate
+    monkeypatch.setattr(Rotary, "rotate", lambda *args: rotate(*args) * float("nan"))
     with pytest.raises(PluginError, match="layer 2: NaN or infinite"):
         fisher_of(llama, windows(1, 20))
 
@@ -299,12 +300,12 @@ def test_a_model_that_gradients_do_not_reach_is_told(llama, monkeypatch):
 def test_windows_shorter_than_a_block_have_a_metric_but_no_joint_codec(llama):
     short = {"rank": 9, "samples": 2, "seq_len": 64 + SINKS - 1, "sink_tokens": SINKS}
     made = calibrate(llama, TEXT, codec="fisher", **short)
-    assert not made.measured and made.transform("k", 0).rank == 9 and made.meta["metric"] == "fisher"
+    assert not made.multi_head and made.transform("k", 0).rank == 9 and made.meta["metric"] == "fisher"
     with pytest.raises(PluginError, match="blocks of 64 tokens behind the sinks.* 67 is too short, give 68"):
         calibrate(llama, TEXT, codec="joint", **short)
     with pytest.raises(PluginError, match="codec joint is not in this calibration"):
         made.compact("joint")
-    assert calibrate(llama, TEXT, codec="joint", **short | {"seq_len": 64 + SINKS}).measured
+    assert calibrate(llama, TEXT, codec="joint", **short | {"seq_len": 64 + SINKS}).multi_head
 
 
 # --- the attention metric
@@ -344,7 +345,7 @@ def test_a_model_whose_output_projection_is_not_found_has_no_metric_for_values(l
 
 def model_of(family: str) -> LoadedModel:
     in_tiny = family in ("llama", "gpt2", "opt", "gpt_neox", "phi", "gemma3_text", "qwen3", "mistral")
-    return tiny_loaded(family) if in_tiny else wrap(architectures.tiny_family(family), None, family)
+    return tiny_loaded(family) if in_tiny else wrap(miniatures.tiny_family(family), None, family)
 
 
 @pytest.mark.parametrize(
@@ -375,7 +376,7 @@ def test_a_turn_is_the_models_own(llama, start):
     expected, _ = apply_rotary_pos_emb(k, k, cos, sin)
     rotary = candidates(llama.model, 12)[1]
     assert rotary.layout == "half"
-    torch.testing.assert_close(rotary.turn(k, start, 1), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rotary.rotate(k, start), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["none", "half", "interleaved"])
@@ -384,19 +385,19 @@ def test_a_turn_is_the_models_own(llama, start):
 def test_forward_and_back_is_the_identity(layout, channels, start):
     rotary = Rotary(torch.logspace(0, -3, channels // 2), layout)
     x = torch.randn(2, 3, 20, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    turned = rotary.turn(x, start, 1)
-    torch.testing.assert_close(rotary.turn(turned, start, -1), x)
+    turned = rotary.rotate(x, start)
+    torch.testing.assert_close(rotary.unrotate(turned, start), x)
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     assert torch.equal(turned[..., channels:], x[..., channels:])
     assert torch.equal(turned, x) == (layout == "none" or not channels)
-    assert torch.equal(turned[..., 7:, :], rotary.turn(x[..., 7:, :], start + 7, 1)), "by position, not by place"
+    assert torch.equal(turned[..., 7:, :], rotary.rotate(x[..., 7:, :], start + 7)), "by position, not by place"
 
 
 @pytest.mark.parametrize(("layout", "pair"), [("half", (1, 4)), ("interleaved", (2, 3))])
 def test_which_channels_turn_together(layout, pair):
     x = torch.zeros(1, 6)
     x[0, pair[0]] = 1
-    turned = Rotary(torch.tensor([0.0, math.pi / 2, 0.0]), layout).turn(x, 1, 1)[0]
+    turned = Rotary(torch.tensor([0.0, math.pi / 2, 0.0]), layout).rotate(x, 1)[0]
     assert turned[pair[1]] == pytest.approx(1) and turned.abs().sum() == pytest.approx(1, abs=1e-6)
 
 
@@ -405,5 +406,5 @@ def test_the_rotation_that_compresses_best_is_taken():
     keys = torch.randn(2, 400, 12, generator=generator) * 0.1 + 3 * torch.randn(2, 1, 12, generator=generator)
     right = Rotary(torch.logspace(0, -2, 6), "interleaved")
     others = [Rotary(torch.zeros(0), "none"), Rotary(right.frequencies, "half"), Rotary(torch.logspace(0, -4, 6))]
-    assert fitting(right.turn(keys, 9, 1), 9, [*others, right]) is right
-    assert fitting(keys, 9, [*others, right]) is others[0]
+    assert best_fit(right.rotate(keys, 9), 9, [*others, right]) is right
+    assert best_fit(keys, 9, [*others, right]) is others[0]

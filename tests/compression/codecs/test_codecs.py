@@ -18,8 +18,6 @@ from gpt2.compression.codecs import (
     Transform,
     basis_of,
     full_rank,
-    is_joint,
-    metric_of,
     needs_calibration,
 )
 from gpt2.compression.codecs.mixed import MixedFixed, cheapest, errors
@@ -64,7 +62,7 @@ def moments_of(x: torch.Tensor) -> Moments:
 
 def fit(codec: str, x: torch.Tensor) -> tuple[Transform, torch.Tensor]:
     """A codec's transform of x, in float64, and its spectrum; the first half of the heads is K where it is joint."""
-    if not is_joint(codec):
+    if not basis_of(codec).joint:
         return basis_of(codec).fit(moments_of(x), 0)
     k, v = x.chunk(2, dim=1)
     groups = k.shape[1] // heads_per_group(k.shape[1], D)
@@ -88,7 +86,7 @@ def compressor(codec: str, quantizer: str | Quantizer, x: torch.Tensor, rank: in
 
 
 def round_trip(c: Compressor, x: torch.Tensor) -> torch.Tensor:
-    return c.expand(c.compress(x), x.shape[3], x.dtype)
+    return c.reconstruct(c.compress(x), x.shape[3], x.dtype)
 
 
 def error(c: Compressor, x: torch.Tensor) -> float:
@@ -150,12 +148,12 @@ def test_bases_undo_themselves_and_tell_their_variance(codec):
     x = vectors()
     transform, spectrum = fit(codec, x)
     r = full_rank(codec, D)
-    if is_joint(codec):
+    if basis_of(codec).joint:
         assert transform.E.shape == transform.D.shape == (1, H * D, H * D)
     else:
         assert transform.E.shape in {(H, D, r), (1, D, r)} and transform.D.shape[1:] == (r, D)
     assert torch.allclose(transform.D @ transform.E, torch.eye(transform.rank, dtype=torch.float64), atol=1e-9)
-    if metric_of(codec) == "pca":
+    if basis_of(codec).metric == "pca":
         assert torch.allclose(transform.D, transform.E.mT, atol=1e-12), "orthonormal"
     z = transform.forward(x.double())
     assert torch.allclose(z.var((0, 2), correction=0), spectrum, rtol=1e-4), "variance per coordinate"

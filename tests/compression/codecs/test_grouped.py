@@ -11,7 +11,7 @@ from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import load_calibration, save_calibration
 from gpt2.compression.calibration.fisher import CROSS_HEAD_SHARE, collect_fisher
 from gpt2.compression.calibration.fit import Calibration
-from gpt2.compression.codecs import BASES, is_joint, is_measured
+from gpt2.compression.codecs import BASES, basis_of
 from gpt2.compression.codecs.base import join_heads
 from gpt2.compression.presets import create_cache_from_preset
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
@@ -45,20 +45,20 @@ def test_statistics_are_of_keys_as_cached_and_of_values(llama, most, monkeypatch
             assert close(grouped.moments.scatter[entry], centred.mT @ centred)
             shares = torch.where(within, 1.0, CROSS_HEAD_SHARE)
             assert close(grouped.moments.metrics["fisher"][entry], shares * (g.mT @ g / g.shape[1]))
-    assert grouped.reservoir.shape[:2] == (2 * L, groups) and not grouped.rotary
+    assert grouped.blocks.shape[:2] == (2 * L, groups) and not grouped.rotary
 
 
 def test_it_is_measured_and_not_joint(made):
-    assert is_measured("grouped") and not is_joint("grouped")
+    assert basis_of("grouped").multi_head and not basis_of("grouped").joint
     k, v = made.transform("k", 1), made.transform("v", 1)
-    assert k.linear and k.E.shape == v.E.shape == (1, H * D, H * D) and not torch.equal(k.E, v.E)
+    assert k.absorbable and k.E.shape == v.E.shape == (1, H * D, H * D) and not torch.equal(k.E, v.E)
     x = torch.randn(2, H, 20, D)
     torch.testing.assert_close(k.inverse(k.forward(x), D), x, rtol=1e-3, atol=1e-3)
 
 
 def test_bits_are_shared_out_between_keys_and_values_of_all_layers(made):
-    codec = made.measured_codec("grouped")
-    shares = codec.layer_bits(3)
+    codec = made.fit_of("grouped")
+    shares = codec.bits_of_each(3)
     assert len(shares) == 2 * L and sum(shares) / len(shares) == pytest.approx(3, abs=0.2) and len(set(shares)) > 2
     mixed = codec.quantizer(codec_quantizer("mixed", 3), 1, "v")
     assert mixed.bits == shares[3]
@@ -77,12 +77,12 @@ def test_a_file_holds_it(made, compact, tmp_path):
     saved = made.compact("grouped") if compact else made
     back = load_calibration(save_calibration(saved, tmp_path / "c.pt"))
     tolerance = {"rtol": 2e-3, "atol": 1e-3} if compact else {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(back.measured["grouped"].E, made.measured["grouped"].E, **tolerance)
-    assert back.measured["grouped"].layer_bits(3) == made.measured["grouped"].layer_bits(3)
-    assert ("joint" in back.measured) != compact
+    torch.testing.assert_close(back.multi_head["grouped"].E, made.multi_head["grouped"].E, **tolerance)
+    assert back.multi_head["grouped"].bits_of_each(3) == made.multi_head["grouped"].bits_of_each(3)
+    assert ("joint" in back.multi_head) != compact
     if compact:
         with pytest.raises(PluginError, match="codec joint is not in this calibration, it has codec grouped alone"):
-            back.measured_codec("joint")
+            back.fit_of("joint")
 
 
 def test_its_presets_by_ratio_are_read_as_they_are_stored(llama, tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache.token_store import TokenStore
-from gpt2.compression.calibration.bit_allocation import MeasuredCodec
+from gpt2.compression.calibration.bit_allocation import MultiHeadFit
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import save_calibration
 from gpt2.compression.calibration.fit import Calibration
@@ -40,8 +40,8 @@ def made(llama) -> Calibration:
 
 
 @pytest.fixture(scope="module")
-def codec(made) -> MeasuredCodec:
-    return made.measured_codec("joint")
+def codec(made) -> MultiHeadFit:
+    return made.fit_of("joint")
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_keys_that_differ_by_position_alone_have_the_same_coordinates(codec):
     """What makes keys of any position compress alike."""
     transform = codec.transform(1).to("cpu", torch.float64)
     k, v = vectors(H, 1).expand(-1, -1, 40, -1), vectors(H, 1, seed=1).expand(-1, -1, 40, -1)
-    x = torch.cat((transform.rotary.turn(k, 300, 1), v), dim=1)
+    x = torch.cat((transform.rotary.rotate(k, 300), v), dim=1)
     z = transform.forward(x, 300)
     torch.testing.assert_close(z, z[:, :, :1].expand_as(z), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(transform.forward(x, 301), z, rtol=1e-2), "and elsewhere others"
@@ -186,7 +186,7 @@ def test_keys_that_differ_by_position_alone_have_the_same_coordinates(codec):
 def test_groups_of_heads_have_a_basis_each(llama, monkeypatch):
     monkeypatch.setattr("gpt2.compression.codecs.multi_head.MOST_CHANNELS", 24)
     made = calibrate(llama, TEXT, rank=9, codec="joint", samples=4, seq_len=200)
-    assert made.measured["joint"].E.shape == (L, 2, 24, 24)
+    assert made.multi_head["joint"].E.shape == (L, 2, 24, 24)
     for quantizer in ("mixed", "mixed_fixed", "int8", "none"):
         k, v = compressors_for("kv", 4 if "mixed" in quantizer else {"int8": 8}.get(quantizer, 16), L, made,
                                codec="joint", quantizer=quantizer, dtype=torch.float64)  # fmt: skip
@@ -293,7 +293,7 @@ def test_layers_with_and_without_a_joint_codec(llama, preset):
 def test_keeping_reconstructions_changes_no_token(llama, preset):
     one, other = (create_cache_from_preset(preset, dtype=torch.float64) for _ in range(2))
     prompt, more = windows(2, 100), {"max_new_tokens": 40, "do_sample": False}
-    kept = llama.model.generate(prompt, past_key_values=one.keep_expanded(), **more)
+    kept = llama.model.generate(prompt, past_key_values=one.keep_reconstructed(), **more)
     assert torch.equal(kept, llama.model.generate(prompt, past_key_values=other, **more))
     assert one.nbytes() > other.nbytes()
 
@@ -339,7 +339,7 @@ def test_a_basis_of_several_heads_combines_with_none(name):
 def test_a_calibration_without_gradients_has_none(llama):
     plain = calibrate(llama, TEXT, rank=9, samples=2, seq_len=48)
     for ask in (
-        lambda: plain.measured_codec("joint"),
+        lambda: plain.fit_of("joint"),
         lambda: plain.compact("joint"),
         lambda: plain.transform("k", 0, codec="joint"),
     ):

@@ -77,7 +77,7 @@ def promised(z: Tensor, choice: Tensor, far: bool = True) -> Tensor:
 
 
 def chosen(fields: dict[str, Tensor], r: int) -> Tensor:
-    return mixed._unpack_indices(fields["widths"], r)
+    return mixed.unpack_indices(fields["widths"], r)
 
 
 def block_bytes(fields: dict[str, Tensor], z: Tensor) -> int:
@@ -132,7 +132,7 @@ def test_no_grid_is_off_by_more_than_its_step(middle):
     noise = noise / noise.abs().amax((0, 1, 2)) * torch.linspace(0.05, 1, 400)
     y = mixed.in_blocks(noise + middle)
     size = y.amax(-1) - y.amin(-1)
-    for bits, (error, scale, _) in zip(WIDTHS[1:], mixed._grids(y)[1:], strict=True):
+    for bits, (error, scale, _) in zip(WIDTHS[1:], mixed.grids(y)[1:], strict=True):
         unit = float(mixed.offset_unit(torch.tensor(bits)))
         step = torch.maximum(1.06 * size / (2**bits - 1), y.mean(-1).abs().add(size) / (120 * unit)) * 2 ** (1 / 16)
         step = step.clamp_min(2**-17)  # there is none below
@@ -328,6 +328,6 @@ def test_any_bits_within_the_limits(name):
 def test_indices_pack_to_three_bits():
     for r in (1, 7, 8, 9, 64, 383):
         indices = torch.randint(8, (2, 3, r), generator=torch.Generator().manual_seed(r))
-        packed = mixed._pack_indices(indices)
+        packed = mixed.pack_indices(indices)
         assert packed.shape[-1] == width_bytes(r) == 3 * -(-r // 8)
-        assert torch.equal(mixed._unpack_indices(packed, r), indices)
+        assert torch.equal(mixed.unpack_indices(packed, r), indices)

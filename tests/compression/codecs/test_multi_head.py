@@ -13,12 +13,12 @@ from gpt2.common import files
 from gpt2.common.errors import BadArtefact, PluginError
 from gpt2.compression.calibration import bit_allocation, reuse, stand_in
 from gpt2.compression.calibration import calibrate as calibrate_module
-from gpt2.compression.calibration.bit_allocation import MeasuredCodec
+from gpt2.compression.calibration.bit_allocation import MultiHeadFit
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import load_calibration, save_calibration
 from gpt2.compression.calibration.fisher import collect_fisher
 from gpt2.compression.calibration.fit import Calibration
-from gpt2.compression.codecs import BASES, QUANTIZERS, JointTransform, Measured
+from gpt2.compression.codecs import BASES, QUANTIZERS, JointTransform, MultiHead
 from gpt2.compression.codecs.mixed import BLOCK, PLANE, WIDTHS, Mixed, MixedFixed, width_bytes
 from gpt2.compression.codecs.moments import Moments
 from gpt2.compression.codecs.multi_head import side_by_side
@@ -42,8 +42,8 @@ def made(llama) -> Calibration:
 
 
 @pytest.fixture(scope="module")
-def codec(made) -> MeasuredCodec:
-    return made.measured_codec("joint")
+def codec(made) -> MultiHeadFit:
+    return made.fit_of("joint")
 
 
 @pytest.fixture
@@ -54,32 +54,33 @@ def preset(made, tmp_path) -> dict:
 # --- one price
 
 
-def synthetic(demand: Tensor, errors: Tensor | None = None, w: int = 48) -> MeasuredCodec:
+def synthetic(demand: Tensor, errors: Tensor | None = None, w: int = 48) -> MultiHeadFit:
     """A codec with a given demand [N, L], at prices from 1 down."""
     nothing = torch.zeros(0)
     N, layers = demand.shape
     E = torch.eye(w).expand(layers, 1, w, w)
     errors = torch.zeros(layers, 1, w, len(WIDTHS)) if errors is None else errors
     parts = nothing, E, nothing, [NONE] * layers, errors, torch.arange(N) + 1.0, demand
-    return MeasuredCodec(BASES["joint"], *parts)
+    return MultiHeadFit(BASES["joint"], *parts)
 
 
 @pytest.mark.parametrize("bits", [1.5, 2, 3.25, 4, 6])
 def test_layers_average_to_the_budget(codec, bits):
     w = 2 * H * D
-    found = torch.tensor(codec.layer_bits(bits), dtype=torch.float64)
+    found = torch.tensor(codec.bits_of_each(bits), dtype=torch.float64)
     assert bits - 8 * PLANE / BLOCK / w < found.mean() <= bits + 1e-6, "less than a plane of each layer is left"
     assert found.unique().numel() == L, "not the same for all"
     for own in found.tolist():
         stored = BLOCK * w * own / 8
-        assert Mixed(own)._payload(w) + width_bytes(w) == pytest.approx(stored, abs=1e-3), "what a block really takes"
+        held = Mixed(own).block_bytes(w) + width_bytes(w)
+        assert held == pytest.approx(stored, abs=1e-3), "what a block really takes"
 
 
 def test_what_a_layer_gets_is_what_it_buys_at_one_price(codec):
     """Between the same two neighbouring prices for every layer."""
     w = 2 * H * D
     for bits in (2, 4):
-        spent = torch.tensor([own * BLOCK * w / 8 - width_bytes(w) for own in codec.layer_bits(bits)])
+        spent = torch.tensor([own * BLOCK * w / 8 - width_bytes(w) for own in codec.bits_of_each(bits)])
         inside = (codec.demand[1:] <= spent + PLANE) & (spent <= codec.demand[:-1] + 1e-3)
         assert inside.all(1).any()
 
@@ -94,7 +95,7 @@ def test_a_layer_whose_errors_weigh_more_gets_more():
     prices, demand = bit_allocation._demand(per_layer)
     assert (prices.diff() > 0).all() and (demand.diff(dim=0) <= 0).all()
     codec = synthetic(demand)
-    one, other = codec.layer_bits(4.0)
+    one, other = codec.bits_of_each(4.0)
     assert other - one == pytest.approx(1, abs=0.15)
 
 
@@ -102,7 +103,7 @@ def test_a_layer_that_hardly_matters_may_get_less_than_any_preset():
     """Its budget isn't one that a user could ask for, and the cache is made all the same."""
     demand = torch.tensor([[3000.0, 10.0], [1500.0, 0.0], [0.0, 0.0]])
     codec = synthetic(demand)
-    rich, poor = codec.layer_bits(2.0)
+    rich, poor = codec.bits_of_each(2.0)
     assert poor < 0.25 < rich
     z = torch.randn(1, 1, BLOCK, 48)
     quantizer = codec.quantizer(QUANTIZERS["mixed"].at(2.0), 1)
@@ -114,9 +115,9 @@ def test_bits_out_of_reach_name_the_range(codec):
     assert 0 < low < 1 and 6 < high < 10.5
     for bits in (low - 0.01, high + 0.1):
         with pytest.raises(PluginError, match=rf"bits {bits:g}: this codec takes {low:.2f} to {high:.2f} bits"):
-            codec.layer_bits(bits)
+            codec.bits_of_each(bits)
     for bits in (low + 1e-6, high - 1e-6):
-        codec.layer_bits(bits)
+        codec.bits_of_each(bits)
 
 
 @pytest.mark.parametrize("bits", [1, 2.5, 4, 7])
@@ -153,9 +154,9 @@ def test_other_quantizers_are_the_same_in_every_layer(codec):
 def test_errors_are_those_of_the_reservoir(llama):
     batches = windows(3, 200)
     gradients = collect_fisher(llama, batches, None, 4, {"joint": BASES["joint"]})["joint"]
-    codec = bit_allocation.fit_measured(gradients)
+    codec = bit_allocation.fit_multi_head(gradients)
     for layer in range(L):
-        z = (gradients.reservoir[layer].float() - codec.mean[layer, :, None]) @ codec.E[layer]
+        z = (gradients.blocks[layer].float() - codec.mean[layer, :, None]) @ codec.E[layer]
         torch.testing.assert_close(codec.errors[layer, 0, :, 0], z[0].square().mean(0) * BLOCK, rtol=1e-4, atol=1e-5)
     assert codec.spectrum.mean() == pytest.approx(1, rel=1e-4), "one unit for the whole model"
 
@@ -175,7 +176,7 @@ def test_the_way_back_of_large_bases_with_several_threads():
 # --- files
 
 
-def same_codec(a: MeasuredCodec, b: MeasuredCodec) -> bool:
+def same_codec(a: MultiHeadFit, b: MultiHeadFit) -> bool:
     left, right = a.record(), b.record()
     lists = all(map(torch.equal, left.pop("frequencies"), right.pop("frequencies")))
     plain = all(left.pop(name) == right.pop(name) for name in ("layouts", "widths"))
@@ -184,7 +185,7 @@ def same_codec(a: MeasuredCodec, b: MeasuredCodec) -> bool:
 
 def test_what_is_loaded_is_what_was_saved(made, tmp_path):
     back = load_calibration(save_calibration(made, tmp_path / "c.pt"))
-    assert same_codec(back.measured["joint"], made.measured["joint"]) and back.meta == made.meta
+    assert same_codec(back.multi_head["joint"], made.multi_head["joint"]) and back.meta == made.meta
     for side in ("k", "v"):
         own, read = (getattr(c.statistics, side).metrics for c in (made, back))
         assert own.keys() == read.keys() == {"attention", "fisher"}
@@ -206,8 +207,8 @@ def test_a_compact_file_is_small_and_reads_the_same(llama, made, preset, tmp_pat
     assert torch.load(path, weights_only=True)["joint"]["E"].dtype == torch.float16
     back = load_calibration(path)
     assert back.meta == made.compact("joint").meta and back.statistics is None and not back.bases
-    torch.testing.assert_close(back.measured["joint"].E, made.measured["joint"].E, rtol=2e-3, atol=1e-4)
-    assert back.measured["joint"].layer_bits(3) == made.measured["joint"].layer_bits(3)
+    torch.testing.assert_close(back.multi_head["joint"].E, made.multi_head["joint"].E, rtol=2e-3, atol=1e-4)
+    assert back.multi_head["joint"].bits_of_each(3) == made.multi_head["joint"].bits_of_each(3)
     for layer in range(L):
         transform = back.transform("k", layer).to("cpu", torch.float64)
         x = vectors(2 * H, 20)
@@ -221,7 +222,7 @@ def test_a_compact_file_is_small_and_reads_the_same(llama, made, preset, tmp_pat
     lost = []
     for source in (made, back):
         k, _ = compressors_for("kv", 4, L, source, codec="joint", quantizer="mixed")
-        lost.append(float((k[0].expand(k[0].compress(x), D, x.dtype) - x).square().mean()))
+        lost.append(float((k[0].reconstruct(k[0].compress(x), D, x.dtype) - x).square().mean()))
     assert lost[1] == pytest.approx(lost[0], rel=0.05)
 
 
@@ -270,7 +271,8 @@ def test_damage_is_named(made, tmp_path, name, change, compact):
     record = torch.load(path, weights_only=True)
     record["joint"][name] = change(record["joint"][name])
     torch.save(record, path)
-    refused(path, f"'joint.{name}'", "expected", "make the file again")
+    place = "'joint'" if (name, change) == DAMAGE["prices of another shape"] else f"'joint.{name}"
+    refused(path, place, "expected", "make the file again")
 
 
 def test_a_basis_that_has_no_way_back_is_refused(made, tmp_path):
@@ -295,12 +297,12 @@ def test_a_joint_file_without_its_codec_is_named(made, tmp_path):
     record = torch.load(path, weights_only=True)
     del record["joint"]
     torch.save(record, path)
-    refused(path, "'joint'", "a joint codec, as meta.codec says")
+    refused(path, "'joint'", "expected a dict, found nothing")
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(3, ["a dict of each side", "int"]), ({"k": [1]}, ["a dict of each side", "list"]),
+    [(3, ["'statistics.metrics'", "found 3"]), ({"k": [1]}, ["'statistics.metrics.k'", "found list"]),
      ({"k": {"fisher": torch.zeros(2)}}, ["'statistics.metrics.k.fisher'", "[3, 2, 12, 12]"])],
 )  # fmt: skip
 def test_damaged_metrics_are_named(made, tmp_path, change, words):
@@ -318,7 +320,7 @@ def test_an_older_file_has_neither_metrics_nor_a_joint_codec(llama, tmp_path):
     del record["statistics"]["metrics"], record["meta"]["metric"]
     torch.save(record, path)
     back = load_calibration(path)
-    assert torch.equal(back.transform("k", 0).E, made.transform("k", 0).E) and "joint" not in back.measured
+    assert torch.equal(back.transform("k", 0).E, made.transform("k", 0).E) and "joint" not in back.multi_head
     with pytest.raises(PluginError, match="codec attention needs statistics that this calibration doesn't have"):
         back.transform("k", 0, codec="attention")
 
@@ -329,7 +331,7 @@ def test_a_calibration_without_gradients_is_not_used_again_for_a_metric(llama, t
     asked = {"given": None, "rank": 9, "samples": 2, "seq_len": 80, "seed": 0, "sink_tokens": 4}
     _, plain = reuse.obtain_calibration(llama, TEXT, **asked)
     gradients, fisher = reuse.obtain_calibration(llama, TEXT, metric="fisher", **asked)
-    assert fisher != plain and "joint" in gradients.measured
+    assert fisher != plain and "joint" in gradients.multi_head
     assert reuse.obtain_calibration(llama, TEXT, metric="fisher", **asked)[1] == fisher
     assert reuse.obtain_calibration(llama, TEXT, **asked)[1] in (plain, fisher), "either has what pca needs"
 
@@ -358,7 +360,7 @@ def test_the_script_gathers_what_is_asked_for(flags, codec, joint, folder, tmp_p
     common = ["--model", folder, "--text", "words.txt", "--samples", 2, "--seq-len", 80, "--output", "c.pt"]
     assert run("calibrate_kv_lowrank", *common, *flags) == 0
     made = load_calibration(tmp_path / "c.pt")
-    assert made.meta["codec"] == codec and ("joint" in made.measured) == joint
+    assert made.meta["codec"] == codec and ("joint" in made.multi_head) == joint
     assert (made.statistics is None) == ("--compact" in flags)
     assert "need no gradients" not in capsys.readouterr().out
 
@@ -377,20 +379,20 @@ def test_a_compact_file_needs_gradients(folder, tmp_path, monkeypatch, capsys):
 # --- one more codec: a class and a line in the registry, here for as long as a test runs
 
 
-class OneHead(Measured):
+class OneHead(MultiHead):
     """K and V apart, a basis for each head, keys without positions."""
 
-    name = prefix = "third"
-    turned = True
+    name = preset_prefix = "third"
+    unrotated = True
 
     def heads_per_group(self, num_kv_heads: int, head_dim: int) -> int:
         return 1
 
 
-class AsCached(Measured):
+class AsCached(MultiHead):
     """K and V together, keys with their positions."""
 
-    name = prefix = "third"
+    name = preset_prefix = "third"
     joint = True
 
 
@@ -399,24 +401,24 @@ SMALL = {"rank": 9, "samples": 4, "seq_len": 200}
 
 
 @pytest.fixture(params=THIRD.values(), ids=THIRD)
-def third(request, monkeypatch) -> Measured:
+def third(request, monkeypatch) -> MultiHead:
     monkeypatch.setitem(BASES, "third", request.param)
     return request.param
 
 
 def test_a_whole_calibration_has_every_registered_codec(llama, third, made, tmp_path):
     whole = calibrate(llama, TEXT, codec="fisher", **SMALL)
-    assert list(whole.measured) == ["joint", "grouped", "third"]
-    assert same_codec(whole.measured["joint"], made.measured["joint"]), "which know nothing of each other"
+    assert list(whole.multi_head) == ["joint", "grouped", "third"]
+    assert same_codec(whole.multi_head["joint"], made.multi_head["joint"]), "which know nothing of each other"
     back = load_calibration(save_calibration(whole, tmp_path / "c.pt"))
-    assert all(same_codec(back.measured[name], codec) for name, codec in whole.measured.items())
-    assert back.measured["third"].basis is third
+    assert all(same_codec(back.multi_head[name], codec) for name, codec in whole.multi_head.items())
+    assert back.multi_head["third"].basis is third
 
 
 def test_a_compact_calibration_gathers_and_fits_one_codec(llama, third, monkeypatch, tmp_path):
     expected = calibrate(llama, TEXT, codec="third", **SMALL).compact("third")
-    fitted, fit = [], bit_allocation.fit_measured
-    monkeypatch.setattr(calibrate_module, "fit_measured", lambda own: (fitted.append(own.basis.name), fit(own))[1])
+    fitted, fit = [], bit_allocation.fit_multi_head
+    monkeypatch.setattr(calibrate_module, "fit_multi_head", lambda own: (fitted.append(own.basis.name), fit(own))[1])
     monkeypatch.setattr(calibrate_module, "collect", None)  # no first pass
     shapes, zeros = [], Moments.zeros
     monkeypatch.setattr(Moments, "zeros", lambda shape: (shapes.append(shape), zeros(shape))[1])
@@ -425,20 +427,20 @@ def test_a_compact_calibration_gathers_and_fits_one_codec(llama, third, monkeypa
     assert made.meta == expected.meta and made.statistics is None and not made.bases
     path = save_calibration(made, tmp_path / "small.pt")
     assert torch.load(path, weights_only=True).keys() == {"format", "meta", "third"}
-    assert same_codec(made.measured["third"], expected.measured["third"])
-    torch.testing.assert_close(load_calibration(path).measured["third"].E, made.measured["third"].E, rtol=0, atol=0)
+    assert same_codec(made.multi_head["third"], expected.multi_head["third"])
+    torch.testing.assert_close(load_calibration(path).multi_head["third"].E, made.multi_head["third"].E, rtol=0, atol=0)
 
 
 def test_its_statistics_are_of_what_it_says(llama, third):
     batches = windows(3, 100)
     gathered = collect_fisher(llama, batches, None, 4, {"third": third, "joint": BASES["joint"]})
     own, turns = gathered["third"], gathered["joint"].rotary
-    assert own.rotary == (turns if third.turned else [])
+    assert own.rotary == (turns if third.unrotated else [])
     for layer, (k, v, _, _) in enumerate(direct(llama, batches)):
         if third.joint:
             entries = [side_by_side(k[None], v[None], 1)[0]]
         else:
-            turned = [turns[layer].turn(part, 4, -1) for part in k.split(96, dim=1)]
+            turned = [turns[layer].unrotate(part, 4) for part in k.split(96, dim=1)]
             entries = [torch.cat(turned, dim=1), v]
         for place, x in enumerate(entries):
             centred = x - x.mean(1, keepdim=True)
@@ -446,16 +448,16 @@ def test_its_statistics_are_of_what_it_says(llama, third):
 
 
 def test_coordinates_follow_positions_where_keys_keep_them(llama, third):
-    codec = calibrate(llama, TEXT, codec="third", compact=True, **SMALL).measured["third"]
+    codec = calibrate(llama, TEXT, codec="third", compact=True, **SMALL).multi_head["third"]
     transform = codec.transform(1, "k").to("cpu", torch.float64)
     turn = (codec.rotary or collect_fisher(llama, windows(1, 80), None, 4, {"joint": BASES["joint"]})["joint"].rotary)[
         1
     ]
     k, v = (vectors(H, 1, seed=seed).expand(-1, -1, 40, -1) for seed in (0, 1))
-    keys = turn.turn(k, 300, 1)
+    keys = turn.rotate(k, 300)
     z = transform.forward(torch.cat((keys, v), dim=1) if third.joint else keys, 300)
-    assert torch.allclose(z, z[:, :, :1].expand_as(z), rtol=1e-4, atol=1e-4) == third.turned
-    assert codec.transform(1, "v").linear != third.joint, "values never turn"
+    assert torch.allclose(z, z[:, :, :1].expand_as(z), rtol=1e-4, atol=1e-4) == third.unrotated
+    assert codec.transform(1, "v").absorbable != third.joint, "values never turn"
     torch.testing.assert_close(codec.transform(1, "v").E, codec.E[1 if third.joint else 3])
 
 
@@ -474,21 +476,21 @@ def test_a_model_decodes_with_it(llama, third, tmp_path):
 
 
 def test_the_search_the_scripts_and_models_without_weights_know_it(llama, third, folder, tmp_path, monkeypatch):
-    assert "third+mixed" in search_space._families()
+    assert "third+mixed" in search_space.families()
     made = calibrate(llama, TEXT, codec="third", **SMALL)
-    low, high = made.measured["third"].bits_range()
-    made.measured["third"].bits_range = lambda: (2.5, high)
-    assert low < 2.5 == search_space._bits_range(made)[0]
-    made_up = stand_in.stand_in(llama).measured["third"]
+    low, high = made.multi_head["third"].bits_range()
+    made.multi_head["third"].bits_range = lambda: (2.5, high)
+    assert low < 2.5 == search_space.bits_range(made)[0]
+    made_up = stand_in.stand_in(llama).multi_head["third"]
     assert (
-        made_up.E.shape == made.measured["third"].E.shape
+        made_up.E.shape == made.multi_head["third"].E.shape
         and made_up.transform(2, "v").rank == third.shape(llama.geometry).head_dim
     )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "words.txt").write_text(word_text(3000))
     common = ["--model", folder, "--text", "words.txt", "--samples", 2, "--seq-len", 80]
     assert run("calibrate_kv_lowrank", *common, "--output", "c.pt", "--codec", "third", "--compact") == 0
-    assert list(load_calibration(tmp_path / "c.pt").measured) == ["third"]
+    assert list(load_calibration(tmp_path / "c.pt").multi_head) == ["third"]
     sizes = ["--eval-tokens", 128, "--eval-seq-len", 64, "--ratios", "3"]
     assert run("make_presets", *common, *sizes, "--codec", "third", "--output", "out") == 0
     names = {path.name for path in (tmp_path / "out").rglob("*.*")}

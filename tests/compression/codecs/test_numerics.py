@@ -26,8 +26,8 @@ from torch import Tensor
 
 from gpt2.compression.cache import attention_math, direct_attention
 from gpt2.compression.cache.token_store import TokenStore
-from gpt2.compression.calibration.bit_allocation import MeasuredCodec, fit_measured
-from gpt2.compression.calibration.fisher import MeasuredStatistics
+from gpt2.compression.calibration.bit_allocation import MultiHeadFit, fit_multi_head
+from gpt2.compression.calibration.fisher import MultiHeadStatistics
 from gpt2.compression.codecs import (
     BASES,
     IDENTITY,
@@ -36,9 +36,6 @@ from gpt2.compression.codecs import (
     Quantizer,
     Transform,
     basis_of,
-    is_joint,
-    is_measured,
-    metric_of,
     needs_calibration,
 )
 from gpt2.compression.codecs.mixed import MixedFixed
@@ -77,8 +74,8 @@ def moments_of(x: Tensor, codec: str = "pca", weights: Tensor | None = None) -> 
     """Of x [B, G, T, w], with the metric that a codec needs."""
     moments = Moments.zeros(Geometry(1, x.shape[1], x.shape[3]))
     moments.update(0, x)
-    if metric_of(codec) != "pca":
-        moments.metrics[metric_of(codec)] = (metric(x.shape[1], x.shape[3]) if weights is None else weights)[None]
+    if basis_of(codec).metric != "pca":
+        moments.metrics[basis_of(codec).metric] = (metric(x.shape[1], x.shape[3]) if weights is None else weights)[None]
     return moments
 
 
@@ -86,13 +83,13 @@ def rotary(d: int) -> Rotary:
     return Rotary(1e6 ** (-torch.arange(0, d, 2) / d))
 
 
-def fit_of_measured(codec: str, x: Tensor, case: str, weights: Tensor | None = None) -> MeasuredCodec:
+def fit_of_measured(codec: str, x: Tensor, case: str, weights: Tensor | None = None) -> MultiHeadFit:
     """Fitted to keys x [B, H, T, d], and for the joint codec to other values of the same kind."""
     basis, turn = BASES[codec], rotary(x.shape[3])
     k, v = halves(x, case) if basis.joint else (x, x)
-    entry = basis.arranged(k, v, turn, 0)[0]
+    entry = basis.arrange(k, v, turn, 0)[0]
     sample = entry.transpose(0, 1).flatten(1, 2).clamp(-65504, 65504).half()
-    turns = [turn] if basis.turned else []
+    turns = [turn] if basis.unrotated else []
     moments = moments_of(entry, codec, weights)
     if not basis.joint:  # K and V of a layer are two entries: twice the same
         moments = Moments(*(torch.cat((t, t)) for t in (moments.count, moments.mean, moments.scatter)),
@@ -100,17 +97,17 @@ def fit_of_measured(codec: str, x: Tensor, case: str, weights: Tensor | None = N
         sample = torch.stack((sample, sample))
     else:
         sample = sample[None]
-    return fit_measured(MeasuredStatistics(basis, moments, turns, sample))
+    return fit_multi_head(MultiHeadStatistics(basis, moments, turns, sample))
 
 
 def halves(x: Tensor, case: str) -> tuple[Tensor, Tensor]:
     """Keys, which positions have turned, and values of the same kind in another order."""
-    return x if case == TURNED else rotary(x.shape[3]).turn(x, 0, 1), x.flip(2)
+    return x if case == TURNED else rotary(x.shape[3]).rotate(x, 0), x.flip(2)
 
 
 def given(codec: str, x: Tensor, case: str) -> Tensor:
     """x as a codec takes it: keys and values side by side where it is joint."""
-    return torch.cat(halves(x, case), dim=1) if is_joint(codec) else x
+    return torch.cat(halves(x, case), dim=1) if basis_of(codec).joint else x
 
 
 def compressor(codec: str, quantizer: str, case: str, shape: tuple, fitted_on: str = "the same") -> Compressor:
@@ -126,7 +123,7 @@ def compressor(codec: str, quantizer: str, case: str, shape: tuple, fitted_on: s
 def transform_of(codec: str, sample: str, shape: tuple) -> Transform | None:
     if codec == IDENTITY:
         return None
-    if is_measured(codec):
+    if basis_of(codec).multi_head:
         return measured_codec(codec, sample, shape).transform(0)
     basis = basis_of(codec)
     if not basis.calibrated:
@@ -135,7 +132,7 @@ def transform_of(codec: str, sample: str, shape: tuple) -> Transform | None:
 
 
 @functools.cache
-def measured_codec(codec: str, case: str, shape: tuple) -> MeasuredCodec:
+def measured_codec(codec: str, case: str, shape: tuple) -> MultiHeadFit:
     return fit_of_measured(codec, sampled(case, shape), case)
 
 
@@ -155,17 +152,17 @@ def stored_bits(quantizer: Quantizer, shape: tuple) -> float:
 
 
 def round_trip(c: Compressor, x: Tensor) -> Tensor:
-    return c.expand(c.compress(x), x.shape[3], x.dtype)
+    return c.reconstruct(c.compress(x), x.shape[3], x.dtype)
 
 
 def lost(codec: str, back: Tensor, x: Tensor) -> float:
     """Squared error in total, in the codec's metric; x as `given`, [B, H, T, d]."""
     error = back.double() - x.double()
-    if metric_of(codec) == "pca":
+    if basis_of(codec).metric == "pca":
         return float(error.square().sum())
-    if is_measured(codec):
-        k, v = error.chunk(2, dim=1) if is_joint(codec) else (error, error)
-        error = BASES[codec].arranged(k, v, rotary(x.shape[3]), 0)[0]
+    if basis_of(codec).multi_head:
+        k, v = error.chunk(2, dim=1) if basis_of(codec).joint else (error, error)
+        error = BASES[codec].arrange(k, v, rotary(x.shape[3]), 0)[0]
     return float(torch.einsum("bgti,gij,bgtj->", error, metric(error.shape[1], error.shape[3]), error))
 
 
@@ -198,7 +195,7 @@ def test_finite_and_never_worse_than_int4_per_token(shape, case):
     for codec in BASIS_NAMES if shape == SHAPES[0] else (IDENTITY, "hadamard", "pca", "fisher"):
         own = given(codec, x, case)
         for fitted_on in FITTED_ON[: 1 + needs_calibration(codec)]:
-            for quantizer in (*CODED, "mixed_fixed") if is_measured(codec) else CODED:
+            for quantizer in (*CODED, "mixed_fixed") if basis_of(codec).multi_head else CODED:
                 c = compressor(codec, quantizer, case, shape, fitted_on)
                 back = round_trip(c, own)
                 assert torch.isfinite(back).all(), (codec, quantizer, fitted_on)
@@ -263,7 +260,7 @@ def test_a_massive_token_outside_the_sinks_costs_its_own_block_alone(codec, quan
     rest = torch.cat((block[:, :, :6], block[:, :, 7:]), dim=2)
     collapsed = (rest - rest.mean(2, keepdim=True)).square().sum()
     step = (block.amax(2) - block.amin(2)) / 15 * 2 ** (3 / 8)
-    error = (c.expand(fields, shape[3], x.dtype) - spoiled).double()[:, :, 64:].square().sum()
+    error = (c.reconstruct(fields, shape[3], x.dtype) - spoiled).double()[:, :, 64:].square().sum()
     assert error <= TOLERANCE * collapsed + (step / 2).square().sum()
 
 
@@ -300,7 +297,7 @@ def test_attention_reads_what_is_stored(case, dtype, kernels):
         read = cache.update(k, v, 0)
         stores = cache.layers[0].stores
         found = direct_attention.attend(stores["K"], stores["V"], q, None, 1.0)
-        expected = attention_math.attend_expanded(*(x.float() for x in read), q.float(), None, 1.0)
+        expected = attention_math.attend_reconstructed(*(x.float() for x in read), q.float(), None, 1.0)
         assert torch.isfinite(found).all() and all(torch.isfinite(x).all() for x in read)
         size = read[1].float().abs().amax()
         eps = 1e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps

@@ -26,14 +26,14 @@ from tiny import tiny_model, word_text, word_tokenizer
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import load_calibration, save_calibration
 from gpt2.compression.calibration.statistics import Tap
-from gpt2.compression.codecs import Compressor, basis_of, is_joint, is_measured, measured_codecs
+from gpt2.compression.codecs import Compressor, basis_of, multi_head_bases
 from gpt2.compression.codecs.mixed import Mixed
 from gpt2.compression.codecs.moments import Moments
 from gpt2.compression.settings import compressors_for
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel, wrap
 from gpt2.text.sources import by_position
-from gpt2.tuning import grid_search
+from gpt2.tuning.trial_queue import TrialQueue
 
 TEXT = by_position("words", "words.txt", word_text(3000))
 BIASED = torch.tensor([400.0, -300, 0, 0, 150, 0, 0, 90, 0, 0, 0, 0])  # of a head's 12 channels
@@ -87,7 +87,7 @@ def test_moments_are_those_of_float64(case, parts):
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize("codec", [name for name in EXACT_BASES if not is_measured(name)])
+@pytest.mark.parametrize("codec", [name for name in EXACT_BASES if not basis_of(name).multi_head])
 def test_fewer_tokens_than_channels(codec, tokens):
     basis, x = basis_of(codec), hostile("plain", (1, 2, tokens, 16))
     transform = basis.fit(moments_of(x, codec), 0)[0] if basis.calibrated else basis.transform(16)
@@ -110,16 +110,16 @@ def test_a_basis_of_any_text_serves_ordinary_text(sample):
 
 
 @pytest.mark.parametrize("size", [1e-20, 1e-8, 1e8])
-@pytest.mark.parametrize("codec", ["attention", "fisher", *measured_codecs()])
+@pytest.mark.parametrize("codec", ["attention", "fisher", *multi_head_bases()])
 def test_the_size_of_gradients_says_nothing(codec, size):
     """Of a long text they may be tiny: what is stored is the same but for a power of two, and loses no more."""
     x = given(codec, hostile("plain", SMALL), "plain")
-    w = SMALL[3] * (1 if not is_measured(codec) else 2 * SMALL[1] if is_joint(codec) else SMALL[1])
-    groups = 1 if is_measured(codec) else SMALL[1]
+    w = SMALL[3] * (1 if not basis_of(codec).multi_head else 2 * SMALL[1] if basis_of(codec).joint else SMALL[1])
+    groups = 1 if basis_of(codec).multi_head else SMALL[1]
 
     def error(factor: float) -> float:
         sample = hostile("plain", SMALL, seed=1)
-        if is_measured(codec):
+        if basis_of(codec).multi_head:
             transform = fit_of_measured(codec, sample, "plain", factor**2 * metric(groups, w)).transform(0)
         else:
             transform = basis_of(codec).fit(moments_of(sample, codec, factor**2 * metric(groups, w)), 0)[0]
@@ -129,7 +129,7 @@ def test_the_size_of_gradients_says_nothing(codec, size):
     assert error(size) == pytest.approx(error(1.0), rel=0.1)
 
 
-@pytest.mark.parametrize("codec", measured_codecs())
+@pytest.mark.parametrize("codec", multi_head_bases())
 def test_a_sample_beyond_float16_is_measured_all_the_same(codec, biased, monkeypatch):
     """It is held in float16, where a step beyond the end would be infinite, and no file with it could be read."""
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_a_sample_beyond_float16_is_measured_all_the_same(codec, biased, monkeyp
         for layer in loaded.model.model.layers:
             layer.self_attn.v_proj.weight *= 1e6
             layer.self_attn.o_proj.weight *= 1e-6
-    fitted = calibrate(loaded, TEXT, rank=9, codec=codec, samples=2, seq_len=140).measured_codec(codec)
+    fitted = calibrate(loaded, TEXT, rank=9, codec=codec, samples=2, seq_len=140).fit_of(codec)
     assert all(torch.isfinite(x).all() for x in (fitted.errors, fitted.prices, fitted.demand, fitted.E, fitted.D))
 
 
@@ -173,11 +173,11 @@ def test_a_model_with_biased_keys(dtype, feels, tmp_path):
             assert keys.abs().amax() > 100, "or they have no bias"
             sides = (
                 [(k[layer], torch.cat((keys, values), 1))]
-                if is_joint(codec)
+                if basis_of(codec).joint
                 else [(k[layer], keys), (v[layer], values)]
             )
             for c, x in sides:
-                back = c.expand(c.compress(x, 4), d, x.dtype, 4)
+                back = c.reconstruct(c.compress(x, 4), d, x.dtype, 4)
                 assert torch.isfinite(back).all()
                 total += lost("pca", back, x)
                 reference += allowed("pca", c.quantizer, x) + lost("pca", x * (1 + torch.finfo(dtype).eps), x)
@@ -190,7 +190,7 @@ def test_calibrating_twice_gives_the_same(biased, made, tmp_path):
     files = [save_calibration(c, tmp_path / name / "c.pt") for name, c in (("one", made), ("other", again))]
     assert identical(*(torch.load(path, weights_only=True) for path in files))
     other = calibrate(biased, TEXT, rank=9, codec="joint", samples=3, seq_len=140, seed=1)
-    assert not torch.equal(other.measured["joint"].E, made.measured["joint"].E), "or nothing was drawn"
+    assert not torch.equal(other.multi_head["joint"].E, made.multi_head["joint"].E), "or nothing was drawn"
 
 
 def identical(one, other) -> bool:
@@ -220,10 +220,8 @@ def test_presets_by_ratio_and_the_search_twice_are_the_same(tmp_path, monkeypatc
         flags = [*common, *SMALL_EVAL, "--target-ppl-delta", 0.5, "--calibration", calibration]
         flags += ["--search", "codec", "--codecs", "joint+mixed,pca", "--num-trials", 5, "--study", f"{name}/s.db"]
         assert run("auto_tune_kv_compression", *flags, "--output", f"{name}/preset.json") == 0
-        study = grid_search.open_study(
-            tmp_path / name / "s.db", optuna.get_all_study_names(f"sqlite:///{name}/s.db")[0]
-        )
+        (study,) = optuna.get_all_study_names(f"sqlite:///{name}/s.db")
         rows = json.loads((tmp_path / name / "runs/ratio_presets_tiny.json").read_text())["rows"]
-        found.append([[(t.params, t.values, t.state) for t in study.get_trials()], rows])
+        found.append([[(t.params, t.values, t.state) for t in TrialQueue(f"{name}/s.db", study).trials()], rows])
     assert found[0][0] == found[1][0] and len(found[0][0]) >= 5
     assert found[0][1] == found[1][1]

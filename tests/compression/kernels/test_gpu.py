@@ -151,6 +151,6 @@ def test_all_of_a_cache_is_on_the_device(model):
     cache = cache_of(model, SETTINGS["int8"], SETTINGS["mixed"])
     fed(model)(cache)
     stores = [own for each in cache.layers for own in each.stores.values()]
-    held = [x for own in stores for pieces in own.blocks.values() for x in pieces.parts]
+    held = [x for own in stores for stored in own.blocks.values() for x in stored.chunks]
     held += [x for own in stores for x in (own.sinks, own.tail)]
     assert {x.device.type for x in held} == {DEVICE}

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sampling import covering
 
 from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.codecs import QUANTIZERS, Compressor
@@ -70,8 +71,7 @@ def compiled(monkeypatch, tmp_path):
     return made
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(("dtype", "name"), covering((torch.bfloat16, torch.float32), COMPILED))
 def test_attention_compiles(name, dtype, compiled):
     from gpt2.compression.cache import triton_attention
 
@@ -90,8 +90,9 @@ def test_attention_compiles(name, dtype, compiled):
     assert "wgmma" in compiled[0].asm["ptx"]  # tensor cores
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
-@pytest.mark.parametrize("name", ("int8", "int4", "int8_channel", "int4_channel"))
+@pytest.mark.parametrize(
+    ("dtype", "name"), covering((torch.bfloat16, torch.float32), ("int8", "int4", "int8_channel", "int4_channel"))
+)
 def test_quantizing_compiles(name, dtype, compiled):
     from gpt2.compression.kernels import triton_quantize
 

@@ -36,13 +36,13 @@ def test_wrong_keys(space):
         if key in figures:
             number = type(value) in (int, float) and abs(value) < 1e15
             return value is None or (number and value > (-1 if key == "ppl_delta" else 0))
-        if key in {"model", "calibration_file", "name", "folder"} and type(value) is str:
+        if key in {"model", "calibration_file", "name"} and type(value) is str:
             return value.isprintable() and len(value) < 200
         return (key in ("sink_tokens", "recent_tokens") and type(value) is int and 0 <= value <= 2**31) or (
             key in ("layers", "quantizer") and value is None
         )
 
-    keys = (*GUIDE_KEYS, "codec", "quantizer", "sink_tokens", "recent_tokens", "layers", "format", "name", "folder")
+    keys = (*GUIDE_KEYS, "codec", "quantizer", "sink_tokens", "recent_tokens", "layers", "format", "name")
     wrong = [(f"{k} {v!r:.40}", CODED | {k: v}) for k in keys for v in values if not right(k, v)]
     assert presets_refused(space, wrong) > 200
 

@@ -1,4 +1,4 @@
-"""What caches and calibrations of large models take, from their configs: bytes by our accounting, the rest counted."""
+"""Predicted costs of large models from their configs: bytes of caches, time and memory of calibration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from transformers import PretrainedConfig
 
 from gpt2.compression.cache.size import held_bytes, plain_bytes
-from gpt2.compression.codecs import is_measured
+from gpt2.compression.codecs import needs_calibration
 from gpt2.compression.codecs.multi_head import heads_per_group
 from gpt2.compression.named_caches import from_preset
 from gpt2.experiments import cost_model
@@ -20,7 +20,7 @@ SIXTEEN = "16-bit"
 
 
 def narrow(config: PretrainedConfig, geometry: Geometry) -> LoadedModel:
-    """A model of the same kind with a cache of this shape, random weights, and next to none of them."""
+    """A tiny model with random weights, of the same family and with a cache of this shape."""
     heads = geometry.num_kv_heads
     fields = {"hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": heads}
     fields |= NARROW | {"head_dim": geometry.head_dim}
@@ -33,9 +33,10 @@ def cache_rows(
     presets: Sequence[str],
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[dict]:
-    """Bytes of one sequence, a record for each model, context in tokens, and cache; 16 bits first.
+    """Bytes of one sequence: a record per model, context length in tokens, and cache; the 16-bit cache first.
 
-    Caches are filled with noise in one layer, with as many KV heads as share a basis: layers and groups are alike.
+    One layer of the real class, with as many KV heads as share a basis, is filled with noise and multiplied, as all
+    layers and groups have the same size.
     """
     rows = []
     for name, config in progress(configs.items()):
@@ -49,7 +50,7 @@ def cache_rows(
             found = [(SIXTEEN, plain, 0)]
             for choice in chosen:
                 # A codec without a calibration is one object for all layers
-                copies = parts if is_measured(choice.preset["codec"]) else 1
+                copies = parts if needs_calibration(choice.preset.record["codec"]) else 1
                 held = held_bytes(choice.make, part.geometry, tokens) * parts
                 found.append((choice.label, held, choice.make().codec_bytes() * copies))
             rows += [
@@ -67,9 +68,10 @@ def calibration_rows(
     flops_per_s: float,
     fit_s: Callable[[int], float],
 ) -> list[dict]:
-    """Time and memory of a calibration, a record per model.
+    """Predicted time and memory of a calibration, a record per model.
 
-    flops_per_s: assumed for forward and backward passes. fit_s: seconds to fit a basis of some width.
+    flops_per_s: assumed speed of forward and backward passes. fit_s: from the width of a basis to the seconds of
+    fitting it.
     """
     rows = []
     for name, config in configs.items():

@@ -1,7 +1,7 @@
-"""What is claimed of how costs grow, as points to measure: calibration on a model, caches on one layer of any shape.
+"""Series of costs to measure: calibration and evaluation on a model, caches on one layer of any shape.
 
-Sizes are what a laptop measures in minutes: exponents carry over to larger models, seconds don't. Tokens and keys are
-noise, for what they say changes no time.
+Sizes are small enough for a laptop. Exponents carry over to larger models, seconds don't. Tokens, keys and values are
+random, as they change neither time nor bytes.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PretrainedConfig
 
 from gpt2.compression.cache import direct_attention
-from gpt2.compression.calibration.fisher import MeasuredStatistics, collect_fisher
+from gpt2.compression.cache.size import fill, noise
+from gpt2.compression.calibration.fisher import MultiHeadStatistics, collect_fisher
 from gpt2.compression.calibration.statistics import Statistics, Tap, collect
-from gpt2.compression.codecs import measured_codecs
+from gpt2.compression.codecs import multi_head_bases
 from gpt2.compression.codecs.metric import Fisher
 from gpt2.compression.codecs.moments import Moments
 from gpt2.compression.named_caches import CacheChoice, from_preset
 from gpt2.evaluation.instruments import synchronizer
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, score
+from gpt2.evaluation.statistics import spread
 from gpt2.evaluation.timing import random_tokens, run_once
 from gpt2.experiments import cost_model
-from gpt2.experiments.attention_speed import spread
 from gpt2.experiments.cost_model import Dimensions
-from gpt2.experiments.growth import BYTES, Claim, Point
-from gpt2.experiments.on_paper import SIXTEEN, narrow
+from gpt2.experiments.power_law import BYTES, Point, Series
+from gpt2.experiments.predictions import SIXTEEN, narrow
 from gpt2.models import random_weights
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel
 
 SINK_TOKENS = 4
-APPENDED = 64  # tokens at a time: with them every codec's block gets full once
-CUT_VOCABULARY = 512  # of shapes whose single layers are timed
+APPENDED = 64  # tokens in one measurement: every codec completes one block in them
+CUT_VOCABULARY = 512  # of models cut to one layer
 FITTING = "calibrate: fit one basis"
 clock = time.perf_counter
 Configs = Mapping[str, PretrainedConfig]
@@ -47,7 +48,7 @@ Configs = Mapping[str, PretrainedConfig]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured at which sizes. layer_cuts: equal steps up to all layers; widths: of bases."""
+    """Sizes of all series. layer_cuts: numbers of layers, in equal steps up to all of them. widths: of bases."""
 
     samples: tuple[int, ...] = (1, 2, 3, 4)
     sample_tokens: int = 128
@@ -63,7 +64,7 @@ class Sizes:
     decoded: int = 8
 
 
-# To try all claims in a minute
+# Tries everything in a minute
 QUICK = Sizes(
     sample_tokens=72, seq_lens=(72, 96, 128, 160), layer_cuts=4,
     contexts=(128, 256, 512, 1024), model_contexts=(64, 96, 128, 192), segment_tokens=64,
@@ -71,12 +72,13 @@ QUICK = Sizes(
 )  # fmt: skip
 
 
-def claims(
+def all_series(
     loaded: LoadedModel, timed_shapes: Configs, cache_shapes: Configs, presets: Sequence[str], sizes: Sizes
-) -> Iterator[Claim]:
-    """All claims, each with what it needs in memory until the next one is asked for.
+) -> Iterator[Series]:
+    """All series, one after another, as each keeps its models and caches in memory.
 
-    timed_shapes: of which one layer is calibrated; cache_shapes: of which one layer's cache is filled, with `presets`.
+    timed_shapes: configs of which one layer is calibrated. cache_shapes: configs of which one layer's cache is filled,
+    for each of `presets`.
     """
     yield from calibration(loaded, sizes)
     yield over_models(timed_shapes, loaded.device, sizes)
@@ -88,7 +90,7 @@ def claims(
 
 
 def seconds(wait: Callable[[], None], work: Callable[[], object]) -> float:
-    """Seconds of work, to its end on the device."""
+    """Seconds of some work, until the device has finished it. wait: waits for the device."""
     wait()
     start = clock()
     work()
@@ -100,12 +102,14 @@ def seconds(wait: Callable[[], None], work: Callable[[], object]) -> float:
 
 
 def first_pass(loaded: LoadedModel, windows: Tensor) -> object:
+    """Statistics of K and V, as calibration collects them."""
     return collect(loaded, windows, SINK_TOKENS)
 
 
 def gradient_pass(loaded: LoadedModel, windows: Tensor) -> object:
+    """The Fisher statistics of calibration, which need a backward pass."""
     moments = [Moments.zeros(loaded.geometry) for _ in range(2)]
-    return collect_fisher(loaded, windows, Statistics(*moments), SINK_TOKENS, measured_codecs())
+    return collect_fisher(loaded, windows, Statistics(*moments), SINK_TOKENS, multi_head_bases())
 
 
 def first_flops(dims: Dimensions, samples: int, tokens: int) -> float:
@@ -113,7 +117,7 @@ def first_flops(dims: Dimensions, samples: int, tokens: int) -> float:
 
 
 def gradient_flops(dims: Dimensions, samples: int, tokens: int) -> float:
-    """With the pass over the first sample that finds the rotation of keys."""
+    """Including the pass over the first sample that detects the rotary embedding of keys."""
     return samples * cost_model.gradient_pass_flops(dims, tokens) + cost_model.forward_flops(dims, tokens)
 
 
@@ -122,7 +126,7 @@ PASSES = {"calibrate: first pass": (first_pass, first_flops), "calibrate: gradie
 
 @torch.no_grad()
 def pass_ratios(loaded: LoadedModel, sizes: Sizes, repeats: int) -> list[dict]:
-    """Time of each pass against forward passes over the same samples, paired by repeat, and what was counted."""
+    """Ratio of each calibration pass to forward passes over the same samples, measured in pairs, and as counted."""
     dims = cost_model.dimensions(loaded.model.config, loaded.spec)
     samples, tokens, wait = sizes.samples[1], max(sizes.segment_lengths) // 4, synchronizer(loaded.model)
     windows = random_tokens(loaded, samples, tokens, seed=0)
@@ -146,7 +150,7 @@ def pass_ratios(loaded: LoadedModel, sizes: Sizes, repeats: int) -> list[dict]:
 
 
 def _pass_point(step: str, loaded: LoadedModel, samples: int, tokens: int, x: float | None = None) -> Point:
-    """One pass over random samples; x: the predicted FLOPs when None."""
+    """One calibration pass over random samples. x: None stands for the predicted FLOPs."""
     work, flops = PASSES[step]
     predicted = flops(cost_model.dimensions(loaded.model.config, loaded.spec), samples, tokens)
     windows = random_tokens(loaded, samples, tokens, seed=0)
@@ -154,38 +158,38 @@ def _pass_point(step: str, loaded: LoadedModel, samples: int, tokens: int, x: fl
     return Point(predicted if x is None else x, predicted, run)
 
 
-def calibration(loaded: LoadedModel, sizes: Sizes) -> Iterator[Claim]:
-    """Both passes against samples, their length, and layers."""
+def calibration(loaded: LoadedModel, sizes: Sizes) -> Iterator[Series]:
+    """Both passes against the number of samples, their length, and the number of layers."""
     tokens, cuts = sizes.sample_tokens, list(_cuts(loaded, sizes.layer_cuts))
     for step in PASSES:
-        yield Claim(step, "samples", loaded.slug, [_pass_point(step, loaded, n, tokens, n) for n in sizes.samples])
-        yield Claim(
+        yield Series(step, "samples", loaded.slug, [_pass_point(step, loaded, n, tokens, n) for n in sizes.samples])
+        yield Series(
             step, "tokens of a sample", loaded.slug, [_pass_point(step, loaded, 1, n, n) for n in sizes.seq_lens]
         )
         points = [_pass_point(step, cut, 1, tokens, cut.geometry.num_layers) for cut in cuts]
-        yield Claim(step, "layers", loaded.slug, points)
+        yield Series(step, "layers", loaded.slug, points)
 
 
 def _cuts(loaded: LoadedModel, count: int) -> Iterator[LoadedModel]:
-    """The model's shape with fewer and fewer layers, random weights."""
+    """Models of the same shape with growing numbers of layers and random weights."""
     L = loaded.geometry.num_layers
     for layers in dict.fromkeys(-(-L * n // count) for n in range(1, count + 1)):
         config = random_weights.changed(loaded.model.config, layers)
         yield random_weights.from_config(config, loaded.spec, loaded.device, loaded.model.dtype)
 
 
-def over_models(configs: Configs, device: torch.device, sizes: Sizes) -> Claim:
-    """Gradients of one layer of each shape against the FLOPs that are counted for it."""
+def over_models(configs: Configs, device: torch.device, sizes: Sizes) -> Series:
+    """The gradient pass of one layer of each shape against its counted FLOPs."""
     step = "calibrate: gradients"
     points = []
     for name, config in configs.items():
         config = random_weights.changed(config, 1, vocab_size=CUT_VOCABULARY, pad_token_id=None)
         points.append(_pass_point(step, random_weights.from_config(config, name, device), 1, sizes.sample_tokens))
-    return Claim(step, "FLOPs counted", f"one layer each of {len(configs)} models", points)
+    return Series(step, "FLOPs counted", f"one layer each of {len(configs)} models", points)
 
 
-def fitting(sizes: Sizes) -> Claim:
-    """One basis of a measured codec against its width; on the CPU, in float64."""
+def fitting(sizes: Sizes) -> Series:
+    """Fitting one multi-head basis against its width, on the CPU in float64."""
 
     def point(width: int) -> Point:
         generator = torch.Generator().manual_seed(0)
@@ -195,64 +199,66 @@ def fitting(sizes: Sizes) -> Claim:
         moments.metrics["fisher"] = moments.scatter / (2 * width)
         return Point(width, width**3, partial(seconds, lambda: None, partial(Fisher().fit, moments, 0)))
 
-    return Claim(FITTING, "its width", "any model", [point(width) for width in sizes.widths])
+    return Series(FITTING, "its width", "any model", [point(width) for width in sizes.widths])
 
 
 # --- memory
 
 
-def memory(loaded: LoadedModel, configs: Configs, sizes: Sizes) -> Iterator[Claim]:
-    """Bytes of what passes leave, over shapes, and of what gradients need of the layers, over samples' length."""
+def memory(loaded: LoadedModel, configs: Configs, sizes: Sizes) -> Iterator[Series]:
+    """Bytes of the statistics of both passes over shapes, and of activations over the length of a sample."""
     geometries = {name: (cost_model.dimensions(config, name), config) for name, config in configs.items()}
     one, other = [], []
     for dims, config in geometries.values():
         g = dims.geometry
         heads = partial(_first_bytes, config, g)
         one.append(Point(g.num_layers * g.num_kv_heads * g.head_dim**2, cost_model.statistics_bytes(dims), heads))
-        groups = sum(e.num_layers * e.num_kv_heads * e.head_dim**2 for e in dims.entries().values())
+        groups = sum(e.num_layers * e.num_kv_heads * e.head_dim**2 for e in dims.multi_head_shapes().values())
         added = cost_model.gradient_statistics_bytes(dims)
-        added["blocks"] //= cost_model.RESERVOIR_BLOCKS  # a window of one
+        added["blocks"] //= cost_model.SAMPLED_BLOCKS  # a window of one
         other.append(Point(groups, sum(added.values()), partial(_gradient_bytes, config, g)))
     names = f"caches of {len(configs)} shapes"
-    yield Claim("calibrate: statistics of heads", "layers · heads · d²", names, one, BYTES)
-    yield Claim("calibrate: statistics of bases", "layers · groups · w²", names, other, BYTES)
+    yield Series("calibrate: statistics of heads", "layers · heads · d²", names, one, BYTES)
+    yield Series("calibrate: statistics of bases", "layers · groups · w²", names, other, BYTES)
     dims, element = cost_model.dimensions(loaded.model.config, loaded.spec), loaded.model.dtype.itemsize
     points = [
         Point(n, cost_model.activation_bytes(dims, n, element=element), partial(saved_bytes, loaded, n))
         for n in sizes.seq_lens
     ]
-    yield Claim("calibrate: activations kept", "tokens of a sample", loaded.slug, points, BYTES)
+    yield Series("calibrate: activations kept", "tokens of a sample", loaded.slug, points, BYTES)
 
 
 def _first_bytes(config: PretrainedConfig, geometry: Geometry) -> float:
-    """Of what the first pass leaves of a cache of this shape."""
+    """Bytes of the statistics of the first pass, for a cache of this shape."""
     loaded = narrow(config, geometry)
     found = first_pass(loaded, random_tokens(loaded, 1, SINK_TOKENS + 1, seed=0))
     return float(sum(moments_bytes(side) for side in (found.k, found.v)))
 
 
 def _gradient_bytes(config: PretrainedConfig, geometry: Geometry) -> float:
-    """Of what the second pass adds, after one sample of one block."""
+    """Bytes of the statistics that the gradient pass adds, after one sample of one block."""
     loaded = narrow(config, geometry)
     moments = [Moments.zeros(geometry) for _ in range(2)]
     windows = random_tokens(loaded, 1, SINK_TOKENS + cost_model.BLOCK, seed=0)
-    found = collect_fisher(loaded, windows, Statistics(*moments), SINK_TOKENS, measured_codecs())
+    found = collect_fisher(loaded, windows, Statistics(*moments), SINK_TOKENS, multi_head_bases())
     return float(sum(m.metrics["fisher"].nbytes for m in moments) + sum(map(measured_bytes, found.values())))
 
 
 def moments_bytes(moments: Moments) -> int:
+    """Bytes of all statistics of some moments."""
     parts = (moments.count, moments.mean, moments.scatter, *moments.metrics.values())
     return sum(part.nbytes for part in parts)
 
 
-def measured_bytes(statistics: MeasuredStatistics) -> int:
-    return moments_bytes(statistics.moments) + statistics.reservoir.nbytes
+def measured_bytes(statistics: MultiHeadStatistics) -> int:
+    """Bytes of the statistics and sample blocks of a multi-head basis."""
+    return moments_bytes(statistics.moments) + statistics.blocks.nbytes
 
 
 def saved_bytes(loaded: LoadedModel, tokens: int) -> float:
-    """Bytes that a forward pass of the layers keeps for the way back, beside weights."""
+    """Bytes that a forward pass of the layers keeps for the backward pass, without weights."""
     weights = {p.untyped_storage().data_ptr() for p in loaded.model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
+    kept: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address is used twice
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
@@ -269,45 +275,38 @@ def saved_bytes(loaded: LoadedModel, tokens: int) -> float:
 # --- caches
 
 
-def caches(name: str, config: PretrainedConfig, presets: Sequence[str], sizes: Sizes) -> Iterator[Claim]:
-    """One layer's cache of a shape: compressing a prompt, appending a token, and a decode step's attention."""
+def caches(name: str, config: PretrainedConfig, presets: Sequence[str], sizes: Sizes) -> Iterator[Series]:
+    """One layer's cache of a shape: compressing a prompt, appending tokens, and a decode step's attention."""
     dims = cost_model.dimensions(config, name)
     geometry = Geometry(1, dims.geometry.num_kv_heads, dims.geometry.head_dim)
     loaded, on = narrow(config, geometry), f"one layer of {name}"
     choices = [from_preset(preset, loaded) for preset in presets]
-    prompts = {n: _noise(n, geometry.num_kv_heads, geometry.head_dim) for n in sizes.contexts}
-    query = _noise(1, dims.query_heads, geometry.head_dim)
+    prompts = {n: noise(geometry.num_kv_heads, n, geometry.head_dim) for n in sizes.contexts}
+    query = noise(dims.query_heads, 1, geometry.head_dim)
     timer = partial(seconds, lambda: None)
     for choice in choices:
         points = [Point(n, n, partial(timer, partial(_filled, choice, x))) for n, x in prompts.items()]
-        yield Claim(f"compress a prompt, {choice.label}", "its tokens", on, points)
+        yield Series(f"compress a prompt, {choice.label}", "its tokens", on, points)
         held = {n: _filled(choice, x) for n, x in prompts.items()}
         points = [Point(n, 1, partial(_append_s, layer, prompts[n])) for n, layer in held.items()]
-        yield Claim(f"append {APPENDED} tokens, {choice.label}", "tokens held", on, points)
+        yield Series(f"append {APPENDED} tokens, {choice.label}", "tokens held", on, points)
         ways = {"attention by reconstruction": _reconstructed}
         if choice.make().readable:
             ways["attention over codes"] = _direct
         for way, step in ways.items():
             points = [Point(n, n, partial(timer, partial(step, layer, query))) for n, layer in held.items()]
-            yield Claim(f"decode: {way}, {choice.label}", "tokens held", on, points)
+            yield Series(f"decode: {way}, {choice.label}", "tokens held", on, points)
     points = [Point(n, n, partial(timer, partial(_attend, query, x, x))) for n, x in prompts.items()]
-    yield Claim(f"decode: attention, {SIXTEEN}", "tokens held", on, points)
-
-
-def _noise(tokens: int, heads: int, head_dim: int) -> Tensor:
-    """[1, heads, tokens, head_dim]"""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, heads, tokens, head_dim, generator=generator).bfloat16()
+    yield Series(f"decode: attention, {SIXTEEN}", "tokens held", on, points)
 
 
 def _filled(choice: CacheChoice, x: Tensor):
-    layer = choice.make().layers[0]
-    layer.store(x, x)
-    return layer
+    """The layer of a cache of one layer, with K and V [1, H, T, d] of a prompt."""
+    return fill(choice.make(), [(x, x)]).layers[0]
 
 
 def _append_s(layer, x: Tensor) -> float:
-    """Seconds to append one token after another, as generation does; to a copy, for others read the layer as it is."""
+    """Seconds to append APPENDED tokens one by one, as generation does, to a copy of the layer."""
     layer, new = copy.deepcopy(layer), x[:, :, :APPENDED].split(1, dim=2)
 
     def append() -> None:
@@ -333,8 +332,8 @@ def _direct(layer, query: Tensor) -> Tensor:
 # --- evaluation
 
 
-def evaluation(loaded: LoadedModel, presets: Sequence[str], sizes: Sizes) -> Iterator[Claim]:
-    """Whole passes over the model, with the first of `presets`: perplexity, a tuner's trials, a needle's prompt."""
+def evaluation(loaded: LoadedModel, presets: Sequence[str], sizes: Sizes) -> Iterator[Series]:
+    """Perplexity, a tuner's trials and the prompt of a needle test, with the first of `presets`."""
     dims = cost_model.dimensions(loaded.model.config, loaded.spec)
     choice, wait = from_preset(presets[0], loaded), synchronizer(loaded.model)
 
@@ -345,10 +344,10 @@ def evaluation(loaded: LoadedModel, presets: Sequence[str], sizes: Sizes) -> Ite
         return Point(x, predicted, partial(seconds, wait, partial(score, loaded, ids, makes, batch_size=1)))
 
     tokens, step = sizes.segment_tokens, f"perplexity, {choice.label}"
-    yield Claim(step, "segments", loaded.slug, [scored(n, n, tokens) for n in sizes.segments])
-    yield Claim(step, "tokens of a segment", loaded.slug, [scored(n, 1, n) for n in sizes.segment_lengths])
+    yield Series(step, "segments", loaded.slug, [scored(n, n, tokens) for n in sizes.segments])
+    yield Series(step, "tokens of a segment", loaded.slug, [scored(n, 1, n) for n in sizes.segment_lengths])
     points = [scored(n, 1, tokens, n) for n in sizes.caches]
-    yield Claim(f"tune, {choice.label}", "caches tried", loaded.slug, points)
+    yield Series(f"tune, {choice.label}", "caches tried", loaded.slug, points)
 
     def asked(tokens: int) -> Point:
         ids = random_tokens(loaded, 1, tokens, seed=0)
@@ -356,4 +355,4 @@ def evaluation(loaded: LoadedModel, presets: Sequence[str], sizes: Sizes) -> Ite
         return Point(tokens, cost_model.forward_flops(dims, tokens), lambda: work(cache=choice.make()).prefill_s)
 
     points = [asked(n) for n in sizes.model_contexts]
-    yield Claim(f"needle: read a prompt, {choice.label}", "its tokens", loaded.slug, points)
+    yield Series(f"needle: read a prompt, {choice.label}", "its tokens", loaded.slug, points)

@@ -1,7 +1,7 @@
-"""How a cost grows: the exponent of a power law through measured points, beside the one that arithmetic expects.
+"""How a cost grows: the exponent of a power law fitted to measured costs, beside the exponent of predicted costs.
 
-A cost that is proportional to x has exponent 1, one that doesn't depend on x has 0. Where a cost is a sum of terms that
-grow differently, its predicted values are fitted at the same points, so that expected and measured are comparable.
+A cost proportional to x has exponent 1, one that doesn't depend on x has exponent 0. A cost may be a sum of terms that
+grow differently, so the expected exponent is fitted to predicted costs at the same points.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from gpt2.common.errors import PluginError
 from gpt2.evaluation.statistics import RESAMPLES
 
 LEAST_POINTS = 4
-LEAST_REPEATS = 3  # below which timings have no spread to speak of
-TOLERANCE = 0.15  # of an exponent: what a fixed cost, or arithmetic that is faster on larger matrices, may bend
-WIDEST = 0.3  # half an interval: beyond it an exponent isn't known
+LEAST_REPEATS = 3  # with fewer timings there is no verdict
+TOLERANCE = 0.15  # of an exponent, for fixed costs and for arithmetic that is faster on larger matrices
+WIDEST = 0.3  # largest half width of an interval that allows a verdict
 SECONDS, BYTES = "s", "bytes"
 AGREES, DIFFERS, UNKNOWN = "agrees", "differs", "can't tell"
 
 
 @dataclass(frozen=True)
 class Point:
-    """One size. predicted: cost by arithmetic, in any unit; measure: what it costs now, in its claim's unit."""
+    """One size. predicted: its cost by arithmetic, in any unit. measure: gives its cost in the unit of the series."""
 
     x: float
     predicted: float
@@ -32,8 +32,11 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """What a step's cost does as one thing grows. on: the model or shape; unit: SECONDS or BYTES."""
+class Series:
+    """The costs of a step as one quantity grows.
+
+    step: what is done. against: the quantity. on: the model or shape. unit: SECONDS or BYTES.
+    """
 
     step: str
     against: str
@@ -50,7 +53,7 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
 def exponent_interval(
     x: Sequence[float], values: np.ndarray, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the slope through medians; values [n, repeats], resampled at each x."""
+    """Percentile bootstrap interval of the slope through medians; values [n, repeats] are resampled at each x."""
     rng = np.random.default_rng(seed)
     drawn = rng.integers(values.shape[1], size=(RESAMPLES, *values.shape))
     medians = np.median(np.take_along_axis(values[None], drawn, axis=2), axis=2)  # [RESAMPLES, n]
@@ -60,51 +63,51 @@ def exponent_interval(
 
 
 def verdict(expected: float, interval: tuple[float, float]) -> str:
-    """Whether an interval reaches the expected exponent, to TOLERANCE; wider than WIDEST each way it says nothing."""
+    """Whether an interval contains the expected exponent, to TOLERANCE; UNKNOWN for intervals wider than WIDEST."""
     low, high = interval
     if (high - low) / 2 > WIDEST:
         return UNKNOWN
     return AGREES if low - TOLERANCE <= expected <= high + TOLERANCE else DIFFERS
 
 
-def measure(claim: Claim, repeats: int) -> dict:
-    """A claim's results record. Points take turns, in an order that turns round with every repeat.
+def measure(series: Series, repeats: int) -> dict:
+    """Measure a series; returns its results record.
 
-    The smallest one warms up. Bytes are the same every time, and are asked for once. Raises PluginError for fewer than
-    LEAST_POINTS points.
+    Points take turns, in an order that is reversed with every repeat, after the smallest has been measured once to warm
+    up. Bytes are measured once. Raises PluginError for fewer than LEAST_POINTS points.
     """
-    points = sorted(claim.points, key=lambda point: point.x)
+    points = sorted(series.points, key=lambda point: point.x)
     if len(points) < LEAST_POINTS:
         raise PluginError(
-            f"{claim.step} against {claim.against}: {len(points)} sizes are no slope, give {LEAST_POINTS} or more"
+            f"{series.step} against {series.against}: expected {LEAST_POINTS} sizes or more, got {len(points)}"
         )
-    if claim.unit == BYTES:
-        return _record(claim, points, np.array([[point.measure()] for point in points]))
+    if series.unit == BYTES:
+        return _record(series, points, np.array([[point.measure()] for point in points]))
     points[0].measure()
     values = np.zeros((len(points), repeats))
     for n in range(repeats):
         for i in range(len(points))[:: -1 if n % 2 else 1]:
             values[i, n] = points[i].measure()
-    return _record(claim, points, values)
+    return _record(series, points, values)
 
 
 def at(slope: dict, x: float) -> float:
-    """Cost at another size, between the measured ones of a record by their logarithms."""
+    """Cost at another size, interpolated between the medians of a record on logarithmic axes."""
     return float(np.exp(np.interp(np.log(x), np.log(slope["x"]), np.log(slope["medians"]))))
 
 
-def _record(claim: Claim, points: Sequence[Point], values: np.ndarray) -> dict:
+def _record(series: Series, points: Sequence[Point], values: np.ndarray) -> dict:
     x = [point.x for point in points]
     medians = np.median(values, axis=1)
     slope, interval = exponent(x, medians), exponent_interval(x, values)
     expected = exponent(x, [point.predicted for point in points])
-    known = claim.unit == BYTES or values.shape[1] >= LEAST_REPEATS
+    known = series.unit == BYTES or values.shape[1] >= LEAST_REPEATS
     line = np.polyval(np.polyfit(np.log(x), np.log(medians), 1), np.log(x))
     return {
-        "step": claim.step,
-        "against": claim.against,
-        "on": claim.on,
-        "unit": claim.unit,
+        "step": series.step,
+        "against": series.against,
+        "on": series.on,
+        "unit": series.unit,
         "x": x,
         "predicted": [point.predicted for point in points],
         "values": values.tolist(),

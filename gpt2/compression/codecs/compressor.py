@@ -1,0 +1,117 @@
+"""The codec of one layer's K or V as a cache uses it: a transform, where there is one, and a quantizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpt2.common.errors import PluginError
+from gpt2.compression.codecs.base import HALF_MAX, Encoded, Quantizer
+from gpt2.compression.codecs.none import Unquantized
+from gpt2.compression.codecs.transform import Transform
+
+
+class Compressor:
+    """Codec of one layer's K or V; shapes as in `base`. Holds no cached token, so that caches share it."""
+
+    def __init__(self, quantizer: Quantizer, transform: Transform | None = None):
+        self.quantizer = quantizer
+        self.transform = transform
+        self._elsewhere: dict[torch.device, Compressor] = {}
+
+    def __deepcopy__(self, memo: dict) -> Compressor:
+        """A copied cache shares its compressors, as every other cache does."""
+        return self
+
+    @property
+    def exact(self) -> bool:
+        """Whether what comes back is bit for bit what went in."""
+        return self.transform is None and self.quantizer.lossless
+
+    @property
+    def joint(self) -> bool:
+        """Whether it takes K and V of a layer as one tensor of 2H heads."""
+        return self.transform is not None and self.transform.joint
+
+    @property
+    def block_tokens(self) -> int:
+        return self.quantizer.block_tokens
+
+    @property
+    def readable(self) -> bool:
+        """Whether attention can read what is stored, through `absorb_query` and `reconstruct_sum`."""
+        return self.transform is None or self.transform.absorbable
+
+    @property
+    def affine(self) -> bool:
+        """Whether absorbed queries and sums have a last coordinate more, which stands for the mean."""
+        return self.transform is not None
+
+    def coordinates(self, x: Tensor, start: int = 0) -> Tensor:
+        """x [B, H, T, d] from position `start` on → z [B, G, T, r], as the quantizer takes them."""
+        z = x if self.transform is None else self.transform.forward(x, start)
+        # What isn't quantized is held in the model's dtype, not in the basis's
+        return z.to(x.dtype) if self.quantizer.lossless else z
+
+    def compress(self, x: Tensor, start: int = 0) -> Encoded:
+        """x [B, H, T, d] from position `start` on → what is stored; T a multiple of `block_tokens`."""
+        return self.quantizer.quantize(self.coordinates(x, start))
+
+    def reconstruct(self, encoded: Encoded, head_dim: int, dtype: torch.dtype, start: int = 0) -> Tensor:
+        """What `compress` returned → x̂ [B, H, T, d] in `dtype`; start: position of the first token."""
+        z = self.quantizer.dequantize(encoded, self.rank(head_dim))
+        x = z if self.transform is None else self.transform.inverse(z, head_dim, start)
+        if dtype == torch.float16 and x.dtype != dtype:  # a step beyond the largest number would be infinite
+            x = x.clamp(-HALF_MAX, HALF_MAX)
+        return x.to(dtype)
+
+    def absorb_query(self, q: Tensor) -> Tensor:
+        """As `Transform.absorb_query`, q itself where there is no transform."""
+        return q if self.transform is None else self.transform.absorb_query(q)
+
+    def reconstruct_sum(self, y: Tensor, head_dim: int) -> Tensor:
+        """As `Transform.reconstruct_sum`, y itself where there is no transform."""
+        return y if self.transform is None else self.transform.reconstruct_sum(y, head_dim)
+
+    def rank(self, head_dim: int) -> int:
+        """Coordinates that a group of heads has in a cache of `head_dim` channels per head."""
+        return head_dim if self.transform is None else self.transform.rank
+
+    def groups(self, heads: int, head_dim: int) -> int:
+        """Groups that so many heads make: one each where every head has a basis, or all have the same."""
+        return heads if self.transform is None else heads * head_dim // self.transform.mean.shape[-1]
+
+    def to(self, device: torch.device) -> Compressor:
+        """This compressor on a device: itself if it is there already, else a copy that all caches there share."""
+        if self.transform is None or self.transform.E.device == device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Compressor(self.quantizer, self.transform.to(device))
+        return self._elsewhere[device]
+
+    def check_shape(self, heads: int, head_dim: int, where: str) -> None:
+        """Raise PluginError unless the transform fits a cache of `heads` KV heads of `head_dim` channels."""
+        if self.transform is None:
+            return
+        groups, width, _ = self.transform.E.shape
+        shared = width == head_dim and groups == 1
+        if not shared and (groups * width != heads * head_dim or width % head_dim):
+            raise PluginError(
+                f"{where}: the codec was calibrated for {groups} groups of {width} channels, but the model has "
+                f"{heads} KV heads of {head_dim}: calibrate this model"
+            )
+
+    def nbytes(self) -> int:
+        """Bytes of the transform: shared by all sequences, as weights are."""
+        return self.transform.nbytes() if self.transform else 0
+
+    def __repr__(self) -> str:
+        rank = f", rank={self.transform.rank}" if self.transform else ""
+        return f"{type(self).__name__}({self.quantizer.name}{rank})"
+
+
+class IdentityCompressor(Compressor):
+    """Stores K or V as the model made them."""
+
+    def __init__(self):
+        super().__init__(Unquantized())

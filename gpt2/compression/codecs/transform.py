@@ -1,0 +1,94 @@
+"""Affine maps between a layer's K or V and coordinates in a basis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gpt2.common.errors import PluginError
+
+
+@dataclass(frozen=True)
+class Transform:
+    """An affine map into r coordinates per group of heads and back; shapes as in `base`.
+
+    E, D: encoder and decoder, [G, w, r] and [G, r, w]; mean [G, w].
+    """
+
+    E: Tensor
+    D: Tensor
+    mean: Tensor
+
+    joint = False  # whether x is K and V of a layer together
+    absorbable = True  # the same matrix for every token, so that a query can absorb it and read coordinates
+
+    @property
+    def rank(self) -> int:
+        return self.E.shape[-1]
+
+    def truncate(self, rank: int) -> Transform:
+        """Keep the first `rank` coordinates, which lose least. Raises PluginError for a rank that there isn't."""
+        if not 1 <= rank <= self.rank:
+            raise PluginError(
+                f"rank {rank} is out of range: this basis has {self.rank} coordinates, use 1 to {self.rank}"
+            )
+        return replace(self, E=self.E[..., :rank].contiguous(), D=self.D[:, :rank].contiguous())
+
+    def then(self, second: Transform) -> Transform:
+        """This transform followed by one of its coordinates, as a single product. Needs D @ E = I."""
+        return Transform(self.E @ second.E, second.D @ self.D, self.mean + (second.mean[:, None] @ self.D)[:, 0])
+
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """x [B, H, T, d] from position `start` on → z [B, G, T, r], in the basis's own dtype."""
+        grouped = join_heads(x, width=self.E.shape[1]).to(self.E.dtype)
+        return (grouped - self.mean[:, None]) @ self.E
+
+    def inverse(self, z: Tensor, head_dim: int, start: int = 0) -> Tensor:
+        """z [B, G, T, r] → x̂ [B, H, T, d]."""
+        return _split_heads(z.to(self.D.dtype) @ self.D + self.mean[:, None], head_dim)
+
+    def absorb_query(self, q: Tensor) -> Tensor:
+        """q [B, H, M, d] → q' [B, G, H/G · M, r + 1], such that q · x̂ = q' · [ẑ, 1]."""
+        D = self._affine(q.shape[-1])
+        return (q.to(D.dtype).unflatten(1, (-1, D.shape[1])) @ D.mT).flatten(2, 3)
+
+    def reconstruct_sum(self, y: Tensor, head_dim: int) -> Tensor:
+        """Weighted sums of [ẑ, 1], y [B, G, H/G · M, r + 1] → the same sums of x̂, [B, H, M, d]."""
+        D = self._affine(head_dim)
+        return (y.to(D.dtype).unflatten(2, (D.shape[1], -1)) @ D).flatten(1, 2)
+
+    def _affine(self, head_dim: int) -> Tensor:
+        """[D; mean] of the h heads of each group, [G, h, r + 1, d]: x̂ = [ẑ, 1] @ it. Computed once."""
+        made = self.__dict__.get("_by_head")  # the dataclass is frozen, and this is not one of its fields
+        if made is None or made.shape[-1] != head_dim:
+            whole = torch.cat((self.D, self.mean[:, None]), dim=1).unflatten(-1, (-1, head_dim))
+            made = self.__dict__["_by_head"] = whole.transpose(1, 2).contiguous()
+        return made
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Transform:
+        E, D, mean = (part.to(device=device, dtype=dtype) for part in (self.E, self.D, self.mean))
+        return replace(self, E=E, D=D, mean=mean)
+
+    def nbytes(self) -> int:
+        """Bytes held, with the matrix that queries absorb once there is one."""
+        parts = (self.E, self.D, self.mean, self.__dict__.get("_by_head"))
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+def join_heads(x: Tensor, width: int) -> Tensor:
+    """[B, H, T, d] → [B, G, T, w]: the heads of a group side by side."""
+    B, H, T, d = x.shape
+    if width == d:
+        return x
+    groups = H * d // width
+    return x.view(B, groups, H // groups, T, d).transpose(2, 3).reshape(B, groups, T, -1)
+
+
+def _split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """[B, G, T, w] → [B, H, T, d], the inverse of `join_heads`."""
+    B, G, T, w = x.shape
+    if w == head_dim:
+        return x
+    return x.view(B, G, T, w // head_dim, head_dim).transpose(2, 3).reshape(B, -1, T, head_dim)

@@ -1,0 +1,70 @@
+"""KV caches of other packages and papers, by family.
+
+quanto, hqq    transformers' QuantizedCache: groups of 64 adjacent numbers, which are one token's where head_dim is 64.
+               A new chunk stays exact until the next one, as does a residual of the latest tokens; each time the
+               residual is full, everything held is quantized again.
+fp8            transformers' QuantizedCache: one scale per layer and side, fixed by the first chunk.
+kivi           KIVI (Liu et al. 2024, arXiv:2402.02750), see `evaluation.kivi`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Iterator
+from functools import partial
+
+from transformers.cache_utils import QuantizedCache
+
+from gpt2.common.errors import PluginError
+from gpt2.evaluation.kivi import kivi_cache
+from gpt2.evaluation.perplexity import CacheFactory
+from gpt2.models.loading import LoadedModel
+
+PACKAGES = {"quanto": ("optimum.quanto", "optimum-quanto"), "hqq": ("hqq.core.quantize", "hqq")}  # module, package
+FAMILIES = (*PACKAGES, "fp8", "kivi")
+AXES = {"quanto": 0, "hqq": 1}  # each backend's number for groups along the last dimension
+RESIDUALS = (128, 0)  # exact latest tokens: transformers' default, and the fewest it allows
+KIVI_BITS, KIVI_SINKS = (4, 3, 2), (4, 0)
+
+
+class SharedCache(QuantizedCache):
+    """transformers' QuantizedCache with a copy that shares tensors with the original.
+
+    The needle test needs copies, and quanto's tensors can't be copied. The layers replace their tensors and never write
+    to them, so the copy keeps its state.
+    """
+
+    def __deepcopy__(self, memo: dict) -> SharedCache:
+        twin = copy.copy(self)
+        twin.layers = [copy.copy(layer) for layer in self.layers]
+        return twin
+
+
+def factories(family: str, loaded: LoadedModel) -> Iterator[tuple[str, CacheFactory]]:
+    """Label and factory of each cache of a family of FAMILIES."""
+    config, L = loaded.model.config, loaded.geometry.num_layers
+    if family == "fp8":
+        yield "fp8, a scale per layer", partial(SharedCache, "fp8", config)
+    elif family == "kivi":
+        for bits in KIVI_BITS:
+            for sinks in KIVI_SINKS:
+                exact = "" if sinks else ", no exact sinks"
+                yield f"KIVI {bits} bits{exact}", partial(kivi_cache, L, bits, sinks)
+    else:
+        axes = {"axis_key": AXES[family], "axis_value": AXES[family]}
+        for bits in (4, 2):
+            for residual in RESIDUALS:
+                settings = {"nbits": bits, "q_group_size": 64, "residual_length": residual, **axes}
+                yield f"{family} {bits} bits, residual {residual}", partial(SharedCache, family, config, **settings)
+
+
+def require_package(family: str) -> None:
+    """Raise PluginError if a family needs a package that isn't installed."""
+    if family not in PACKAGES:
+        return
+    module, package = PACKAGES[family]
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise PluginError(f"{package} is not installed: pip install -r requirements-peers.txt") from error

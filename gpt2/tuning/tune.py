@@ -1,0 +1,154 @@
+"""One run of the tuner, from its script's arguments to a preset: its two searches, and what it prints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from gpt2.common import files, provenance
+from gpt2.compression.calibration.reuse import obtain_calibration
+from gpt2.compression.codecs import basis_of
+from gpt2.compression.presets import build, calibration_lookup
+from gpt2.models.loading import LoadedModel
+from gpt2.text.windows import Text
+from gpt2.tuning import codec_search, grid_search, search_space
+from gpt2.tuning.measurement import Search
+from gpt2.tuning.trial_queue import TrialQueue
+from gpt2.tuning.trials import Trial, confirm_best, percent
+
+
+@dataclass
+class Job:
+    """What both searches are given. args: of the script; output: the preset's file; bar: as `Search` takes it.
+
+    tuning, evaluation: token segments [n, T] of two parts of `text`.
+    """
+
+    args: object
+    loaded: LoadedModel
+    text: Text
+    tuning: Tensor
+    evaluation: Tensor
+    output: Path
+    bar: Callable
+
+    def measured_with(self, metric: str | None, rank: int) -> tuple[dict, str]:
+        """Arguments that both searches have, and the calibration's name in a preset; "" where `metric` is None.
+
+        A matching calibration is found, or made of so many coordinates, where one is needed.
+        """
+        for path in (self.output, files.picture_beside(self.output)):
+            files.check_writable(path)  # before an hour of work, not after it
+        args = self.args
+        given = ("chunk", "batch_size", "seed")
+        parts = {name: getattr(args, name) for name in given} | {"loaded": self.loaded, "bar": self.bar}
+        parts |= {"tuning": self.tuning, "evaluation": self.evaluation, "calibration": None}
+        if metric is None:
+            return parts, ""
+        parts["calibration"], path = obtain_calibration(
+            self.loaded, self.text, given=args.calibration, rank=rank, samples=args.samples, seq_len=args.seq_len,
+            seed=args.seed, sink_tokens=args.sink_tokens, metric=metric, progress=self.bar("calibrating", "seq"),
+        )  # fmt: skip
+        return parts, calibration_lookup.reference_to(path, self.output)
+
+    def study_name(self, search: Search) -> str:
+        """Name of the study that belongs to a search: the same search resumes, another one starts afresh."""
+        key = json.dumps(search.key(self.text.sha256("tuning")), sort_keys=True)
+        return "auto-tune-" + hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+@dataclass
+class Found:
+    """The trials of a search. calibration_file: as a preset names it; advice: what helps where none is good enough.
+
+    more: further keys of the preset.
+    """
+
+    search: Search
+    trials: list[Trial]
+    calibration_file: str
+    advice: str
+    more: dict
+
+    @property
+    def records(self) -> list[dict]:
+        """The trials as results files and presets have them."""
+        return [trial.record() for trial in self.trials]
+
+
+def search_grid(job: Job, show_layers: Callable[[list[dict], Path, str], None]) -> Found | None:
+    """The search over one codec's grid; None where only a layer ablation was asked for.
+
+    show_layers: called with the rows of a layer ablation, the file that has them, and a title.
+    """
+    args = job.args
+    cells = grid_search.grid(args.rank_grid, args.bits, job.loaded.geometry.head_dim, args.codec)
+    basis = basis_of(args.codec)
+    parts, calibration_file = job.measured_with(basis.metric if basis.calibrated else None, cells[0].rank)
+    search = grid_search.GridSearch(**parts, target=args.target, codec=args.codec, sink_tokens=args.sink_tokens)
+    name = job.study_name(search)
+    if args.layer_ablation or args.per_layer:
+        beside = args.study.parent / f"layer_ablation_{job.loaded.slug}_{name[-8:]}.json"
+        path, text_sha256 = args.output if args.layer_ablation and args.output else beside, job.text.sha256("tuning")
+        made = provenance.provenance(args, text=job.text.name, text_sha256={"tuning": text_sha256})
+        rows = search.ablate(cells, path, text_sha256, made)
+        show_layers(rows, path, f"{args.model}: one layer compressed at a time, {job.text.name}")
+        if args.layer_ablation:
+            return None
+        cells += search.per_layer(rows, args.target_ppl_delta)
+    trials = grid_search.run_grid(TrialQueue(args.study, name), cells, search.evaluate, print_progress)
+    return Found(search, trials, calibration_file, grid_search.ADVICE, {})
+
+
+def search_codecs(job: Job) -> Found:
+    """The search over all codecs."""
+    args, head_dim = job.args, job.loaded.geometry.head_dim
+    metric = search_space.metric_for(args.codecs or search_space.default_families())
+    parts, calibration_file = job.measured_with(metric, head_dim)
+    recent = (0, *(args.recent_grid or ()))
+    space, left_out = search_space.space_for(parts["calibration"], head_dim, args.codecs, args.rank_grid, recent)
+    for family, reason in left_out.items():
+        print(f"without {family}: {reason}")
+    search = codec_search.CodecSearch(**parts, space=space, budget=args.target_ppl_delta)
+    queue = TrialQueue(args.study, job.study_name(search))
+    trials = codec_search.run_search(
+        queue, space, search.budget, search.ratio, search.evaluate, num_trials=args.num_trials, seed=args.seed,
+        report=print_progress,
+    )  # fmt: skip
+    skipped = {"skipped": codec_search.skipped_records(queue)}
+    return Found(search, trials, calibration_file, codec_search.ADVICE, skipped)
+
+
+def choose(job: Job, found: Found, name: str) -> tuple[dict, Trial]:
+    """The preset of the best trial that also holds on evaluation text, and the trial; prints both.
+
+    Raises BudgetNotMet where none does.
+    """
+    search, budget, text = found.search, job.args.target_ppl_delta, job.text
+    best, measured, failed = confirm_best(found.trials, budget, search.confirm, found.advice)
+    for trial, record in failed:
+        print(f"{trial.candidate} holds on tuning text but not on evaluation text: {percent(record['ppl_delta'])}")
+    low, high = measured["ppl_delta_interval"]
+    print(f"\nchosen: {best.candidate}, {best.compression_ratio:.2f}x over the whole KV cache; on evaluation text "
+          f"{measured['ppl_delta']:+.2%} perplexity [{low:+.2%}, {high:+.2%}]")  # fmt: skip
+    keys = search.preset_keys(best.candidate)
+    calibrated = basis_of(keys["codec"]).calibrated
+    preset = build.new_preset(
+        job.loaded, search.calibration if calibrated else None, found.calibration_file if calibrated else "",
+        compression_ratio=best.compression_ratio, measured=measured, name=name, **keys, **found.more,
+        trials=found.records,
+        refused_on_evaluation_text=[{"label": str(trial.candidate)} | record for trial, record in failed],
+        provenance=provenance.provenance(job.args, text=text.name, text_sha256=text.sha256("evaluation")),
+    )  # fmt: skip
+    return preset, best
+
+
+def print_progress(trials: Sequence[Trial], note: str) -> None:
+    """A line on the latest trial."""
+    last = f"; last {trials[-1].candidate}: {percent(trials[-1].ppl_delta)}" if trials else ""
+    print(f"tuning: {len(trials)} measured{last}{'; ' + note if note else ''}", flush=True)

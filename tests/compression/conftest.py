@@ -1,0 +1,30 @@
+"""What tests of compression share: a tiny model, a calibration of it, and a working folder with no results in reach."""
+
+import pytest
+from tiny import tiny_loaded, word_text
+
+from gpt2.common import files
+from gpt2.compression.calibration.calibrate import calibrate
+from gpt2.compression.presets import preset_files
+from gpt2.text.sources import by_position
+
+
+@pytest.fixture(scope="session")
+def llama():
+    return tiny_loaded("llama")
+
+
+@pytest.fixture(scope="session")
+def calibration(llama):
+    text = by_position("words", "words.txt", word_text(3000))
+    return calibrate(llama, text, rank=6, samples=2, seq_len=48)
+
+
+@pytest.fixture
+def space(tmp_path, monkeypatch):
+    """An empty working folder `work` beside an empty checkout; nothing of this machine's own results."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(files, "RESULTS", tmp_path / "checkout" / "results")
+    monkeypatch.setattr(preset_files, "BUILT_IN", (tmp_path / "checkout" / "presets",))
+    return tmp_path

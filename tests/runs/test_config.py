@@ -1,0 +1,69 @@
+"""Tables as files: those of this repository, and what is rejected in others."""
+
+import pytest
+from checkouts import fake, make_checkout, write_table
+
+from gpt2.common import files
+from gpt2.common.errors import PluginError
+from gpt2.report import tables
+from gpt2.runs.config import Setting, load, select
+from gpt2.runs.up_to_date import Matcher
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_table_can_be_made_from_its_runs(quick):
+    """Every run's arguments are those of its script, and every way to show results exists."""
+    setting = Setting(text="embedded", quick=quick)
+    known, runs = load(setting)
+    matcher = Matcher(setting, runs)
+    assert len(known) >= 12
+    for run in runs.values():
+        matcher.parsed(run)
+        command = matcher.command(run)
+        assert ("/results/quick" in command[command.index("--output") + 1]) == quick
+        assert not quick or not any("results/" in word and "results/quick" not in word for word in run.words())
+    for table in known.values():
+        assert table.title and table.about.endswith(".") and "{" not in table.about
+        assert {item.get("as") or tables.kind_of(item["results"]) for item in table.show} <= tables.TABLES.keys()
+
+
+def test_every_committed_result_is_of_a_run_and_on_a_page():
+    known, runs = load(Setting())
+    committed = {path.stem for path in (files.RESULTS / "runs").glob("*.json")}
+    assert committed <= runs.keys()
+    shown = {name for table in known.values() for name in table.results}
+    assert committed <= shown | {name for run in runs.values() for name in run.needs}
+    assert {path.stem for path in (files.RESULTS / "tables").glob("*.md")} >= known.keys()
+
+
+def test_invalid_tables_are_named(tmp_path):
+    checkout = make_checkout(tmp_path)
+    rest = {"title": "", "about": "", "plots": [], "show": []}
+
+    def rejected(message: str, **found: dict) -> None:
+        for name, table in found.items():
+            write_table(checkout, name, table)
+        with pytest.raises(PluginError, match=message):
+            load(Setting(checkout=checkout))
+
+    rejected("t.json: about, plots, runs, show is missing", t={"title": "x"})
+    runs = {"peers_a": fake() | {"argz": {}}}
+    rejected("t.json: run peers_a: unknown argz: the keys are args, needs", t=rest | {"runs": runs})
+    rejected("t.json: run r: no script no.py", t=rest | {"runs": {"r": {"script": "no", "args": {}}}})
+    needing = {"peers_x": fake(needs=["peers_y"])}
+    rejected("run peers_x: no table defines a run peers_y", t=rest | {"runs": needing})
+    one, other = (rest | {"runs": {"peers_x": fake({"size": size})}} for size in (1, 2))
+    rejected("u.json: run peers_x is defined otherwise in another table", t=one, u=other)
+
+
+def test_names_are_filled_in_and_selected(tmp_path):
+    run = fake({"reads": ["{results}/x", "{text}+self"], "fails": True})
+    checkout = make_checkout(tmp_path, t={"peers_{model}": run}, u={"peers_u": fake()})
+    known, runs = load(Setting("folder/My-Model/", "t.txt", True, checkout=checkout))
+    assert known["t"].results == ["peers_my-model"]
+    words = runs["peers_my-model"].words()
+    assert words[0] == "--reads" and words[1].endswith("results/quick/x") and words[2:] == ["t.txt+self", "--fails"]
+    assert select([], known, runs) == ([known["t"], known["u"]], ["peers_my-model", "peers_u"])
+    assert select(["t", "peers_u"], known, runs) == ([known["t"]], ["peers_u", "peers_my-model"])
+    with pytest.raises(PluginError, match="no table v in configs/tables: there are t, u"):
+        select(["v"], known, runs)

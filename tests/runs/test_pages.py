@@ -1,0 +1,82 @@
+"""Pages of results: what they show, and that one which was edited or left over is noticed."""
+
+import json
+import re
+import shutil
+
+import pytest
+from checkouts import fake, make_checkout, write_table
+
+from gpt2.common import files
+from gpt2.common.errors import PluginError
+from gpt2.report import tables
+from gpt2.runs import pages
+from gpt2.runs.config import Setting, load
+
+RUNS = files.RESULTS / "runs"
+RESULT = "ratio_presets_smollm2-135m"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout with one table: of the committed presets by ratio, or of another model's."""
+    runs, show = {"ratio_presets_{model}": fake()}, [{"results": "ratio_presets_{model}", "heading": "Presets"}]
+    made = make_checkout(tmp_path)
+    write_table(made, "t", {"title": "A table", "about": "What it shows.", "runs": runs, "show": show, "plots": []})
+    return made
+
+
+def write(checkout, model: str = "smollm2-135m"):
+    setting = Setting(model, checkout=checkout)
+    return pages.write(setting, load(setting)[0]["t"])
+
+
+def with_results(checkout, name: str = RESULT) -> None:
+    (checkout / "results" / "runs").mkdir(parents=True)
+    shutil.copy(RUNS / f"{RESULT}.json", checkout / "results" / "runs" / f"{name}.json")
+
+
+def test_a_page_without_results_says_how_to_make_them(checkout):
+    assert "Not measured yet: `python scripts/reproduce_tables.py t`" in write(checkout).read_text()
+
+
+def test_a_page_that_was_edited_is_noticed(checkout):
+    with_results(checkout)
+    page = write(checkout)
+    text = page.read_text()
+    assert "# A table\n\nWhat it shows.\n\n## Presets\n\n| preset |" in text and f"Source: `{RESULT}.json`" in text
+    assert pages.differing(checkout) == []
+    page.write_text(re.sub(r"\+0\.\d\d%", "+0.99%", text, count=1))
+    assert pages.differing(checkout) == [
+        "results/tables/t.md differs from its results: run scripts/reproduce_tables.py --pages"
+    ]
+    page.rename(page.with_name("gone.md"))
+    assert pages.differing(checkout) == ["results/tables/gone.md has no table in configs/tables: remove it"]
+
+
+def test_another_models_page_is_its_own(checkout):
+    with_results(checkout, "ratio_presets_other-1b")
+    assert write(checkout, "models/Other-1B").name == "t_other-1b.md"
+    assert pages.differing(checkout) == []
+
+
+def test_regions_are_made_anew_also_where_one_cant_be(checkout):
+    with_results(checkout)
+    (checkout / "docs").mkdir()
+    region = "<!-- results: {} -->\nold\n<!-- end -->\n"
+    (checkout / "README.md").write_text(region.format("gone"))
+    (checkout / "docs" / "a.md").write_text(f"# A\n\n{region.format(RESULT)}Prose.\n")
+    with pytest.raises(PluginError, match=r"^README\.md: a table asks for gone\.json"):
+        pages.write_regions(checkout)
+    text = (checkout / "docs" / "a.md").read_text()
+    assert "| kv-4x |" in text and "old" not in text and text.endswith("<!-- end -->\nProse.\n")
+
+
+def test_the_guides_figures_stand_beside_ours():
+    """The same share of head_dim, the same bits; marked as the guide's."""
+    record = json.loads((RUNS / "validate_ppl_smollm2-135m.json").read_text())
+    table = tables.table("validate_ppl_smollm2-135m", record, "rank,bits,target", "beside_guide")
+    cell = {row[0]: row[-1] for row in table.rows}
+    assert "rank 120: +6% at 1.03x (Qwen2.5-7B)" in cell["V rank 60"] and "rank 112: +14%" in cell["V rank 56"]
+    assert "+6%" in cell["V rank 60, 8 bits"] and "ruins quality" in cell["K rank 60"]
+    assert cell["V rank 48"] == cell["V rank 64, 8 bits"] == cell["V rank 60, 4 bits"] == "–"

@@ -1,0 +1,279 @@
+"""The trial queue: every key is tried once, whoever is killed, interrupted or fails; on SQLite, and on PostgreSQL."""
+
+import contextlib
+import importlib.util
+import multiprocessing
+import os
+import pwd
+import shutil
+import signal
+import sqlite3
+import subprocess
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from gpt2.common.errors import PluginError
+from gpt2.tuning.trial_queue import Pace, TrialFailed, TrialQueue, key_of
+
+FAST = Pace(heartbeat=1, silence=2, look=0.02)
+FORK = multiprocessing.get_context("fork")  # nothing to import again
+KEYS = {key: {"x": number} for number, key in enumerate("abcdef")}
+
+
+class Worker:
+    """A queue and the keys that were tried by it; `log`, where given, has those of all processes.
+
+    before: called with a key before its value is returned.
+    """
+
+    def __init__(self, storage, name: str = "q", *, log: Path | None = None, before=lambda key: None):
+        self.queue = TrialQueue(storage, name, pace=FAST, sampler=optuna.samplers.RandomSampler(seed=0))
+        self.log, self.before = log, before
+        self.tried: list[str] = []
+        self.notes: list[str] = []
+
+    def work(self, wanted: dict = KEYS) -> dict[str, str]:
+        def left() -> dict[str, dict]:
+            return {key: parameters for key, parameters in wanted.items() if key not in self.done()}
+
+        return self.queue.work(left, self.objective, self.notes.append)
+
+    def objective(self, trial: optuna.Trial, key: str) -> float:
+        x = trial.suggest_int("x", 0, 100)
+        self.tried.append(key)
+        if self.log:
+            with self.log.open("a") as log:
+                log.write(f"{key}\n")
+        self.before(key)
+        return x
+
+    def done(self) -> Counter:
+        return Counter(key_of(trial) for trial in self.queue.trials() if trial.state == TrialState.COMPLETE)
+
+    def states(self, key: str) -> list[str]:
+        return [trial.state.name for trial in self.queue.trials() if key_of(trial) == key]
+
+
+def start(*args):
+    """A process that works, and ends with this one, whatever fails here."""
+    process = FORK.Process(target=work, args=args, daemon=True)
+    process.start()
+    return process
+
+
+def work(storage, name: str, log: Path) -> None:
+    """Its first key takes as long as there is a file `hang` beside the log."""
+    hang = log.with_name("hang")
+    Worker(storage, name, log=log, before=lambda key: key == "a" and wait_for(lambda: not hang.exists())).work()
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def as_postgres(*command: str) -> list[str]:
+    """A command of PostgreSQL, which rejects root: as Debian's own user where we are root."""
+    user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+    return [*([] if os.getuid() else user), *command]
+
+
+@pytest.fixture(scope="module")
+def postgresql():
+    """The URL of a database of our own, on a socket in a folder of its own."""
+    # Debian keeps the versions beside each other, none on PATH
+    folders = [*sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True), os.environ["PATH"]]
+    where = os.pathsep.join(map(str, folders))
+    if missing := [name for name in ("initdb", "pg_ctl") if not shutil.which(name, path=where)]:
+        pytest.skip(f"no PostgreSQL here: {', '.join(missing)} not found")
+    if not importlib.util.find_spec("psycopg2"):
+        pytest.skip("no driver for PostgreSQL: pip install -r requirements.txt")
+    if not os.getuid() and "postgres" not in {user.pw_name for user in pwd.getpwall()}:
+        pytest.skip("PostgreSQL rejects root, and there is no user postgres")
+    folder = tempfile.mkdtemp(prefix="pg")  # its path is short and open to its user, which pytest's folders aren't
+    if not os.getuid():
+        shutil.chown(folder, "postgres", "postgres")
+    how = {"check": True, "cwd": folder, "env": os.environ | {"PATH": where}}
+    server = as_postgres("pg_ctl", "-D", f"{folder}/data", "-w", "-s", "-l", f"{folder}/log")
+    make = as_postgres("initdb", "-D", f"{folder}/data", "-A", "trust", "-U", "tables", "--no-sync", "-E", "UTF8")
+    subprocess.run(make, capture_output=True, **how)
+    subprocess.run([*server, "-o", f"-F -c listen_addresses= -k {folder}", "start"], **how)
+    try:
+        yield f"postgresql+psycopg2://tables@/postgres?host={folder}"
+    finally:
+        subprocess.run([*server, "-m", "immediate", "stop"], **how)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def storage(request, tmp_path):
+    """A database; on PostgreSQL all tests have the same one, and need names of their own."""
+    return tmp_path / "study.db" if request.param == "sqlite" else request.getfixturevalue("postgresql")
+
+
+def test_workers_that_start_together_try_each_key_once(storage, tmp_path):
+    log = tmp_path / "log"
+    workers = [start(storage, "together", log) for _ in range(3)]
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert Counter(lines(log)) == Worker(storage, "together").done() == Counter([*KEYS])
+
+
+@pytest.mark.parametrize(("storage", "sent"), [("sqlite", signal.SIGKILL), ("sqlite", signal.SIGSTOP),
+                                               ("postgresql", signal.SIGKILL)], indirect=["storage"])  # fmt: skip
+def test_a_silent_workers_key_is_taken_over_once(storage, sent, tmp_path):
+    """Of one that was only stopped, and goes on later, nothing counts."""
+    log, hang = tmp_path / "log", tmp_path / "hang"
+    hang.touch()
+    first = start(storage, "silent", log)
+    wait_for(lambda: lines(log) == ["a"])
+    second = start(storage, "silent", log)
+    wait_for(lambda: len(lines(log)) == len(KEYS))  # the second has done the others, and waits for the first
+    os.kill(first.pid, sent)
+    wait_for(lambda: len(lines(log)) > len(KEYS))
+    hang.unlink()
+    second.join(60)
+    if sent == signal.SIGSTOP:
+        os.kill(first.pid, signal.SIGCONT)
+    first.join(60)
+    assert (first.exitcode, second.exitcode) == (0 if sent == signal.SIGSTOP else -sent, 0)
+    assert Counter(lines(log)) == Counter([*KEYS, "a"])
+    observer = Worker(storage, "silent")
+    assert observer.done() == Counter([*KEYS]) and observer.states("a") == ["FAIL", "COMPLETE"]
+
+
+def test_a_claim_without_a_heartbeat_is_taken_over_after_the_silence(tmp_path):
+    """A worker killed between its claim and its first heartbeat leaves what Optuna never takes for stale."""
+    lost, other = Worker(tmp_path / "s.db"), Worker(tmp_path / "s.db")
+    lost.queue.study.enqueue_trial({"x": 0}, user_attrs={"key": "a"})
+    lost.queue.study.ask()
+    began = time.monotonic()
+    other.work()
+    assert other.tried == ["b", "c", "d", "e", "f", "a"], "a fresh claim is left to its worker"
+    assert time.monotonic() - began >= FAST.silence
+    assert other.notes[-2:] == ["waiting for other workers, which are trying a", ""]
+
+
+def test_an_interrupted_key_is_tried_again_first_and_as_it_was(tmp_path):
+    def interrupt(key):
+        if key == "c":
+            raise KeyboardInterrupt
+
+    first = Worker(tmp_path / "s.db", before=interrupt)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            first.work(dict.fromkeys(KEYS, {}))  # the sampler chooses
+    second = Worker(tmp_path / "s.db")
+    second.work(dict.fromkeys(KEYS, {}))
+    assert first.tried == ["a", "b", "c", "c"] and second.tried == ["c", "d", "e", "f"]
+    once, again, other = (trial.params["x"] for trial in second.queue.trials() if key_of(trial) == "c")
+    assert once == again != other, "what has killed two workers is replaced"
+    second.work(dict.fromkeys(KEYS, {}))
+    assert len(second.tried) == 4, "all is done"
+
+
+def test_a_key_that_kills_three_workers_is_given_up(tmp_path):
+    def die(key):
+        if key == "b":
+            raise MemoryError
+
+    survivor = Worker(tmp_path / "s.db")
+    for _ in range(3):
+        with pytest.raises(MemoryError):
+            Worker(tmp_path / "s.db", before=die).work()
+    assert survivor.work() == {"b": "3 workers died while trying it"}
+    assert survivor.tried == ["c", "d", "e", "f"]
+    assert Worker(tmp_path / "s.db").work() == {}, "a worker that begins now tries it again"
+
+
+def test_a_failed_key_is_reported_by_all_and_tried_again_by_the_next(tmp_path):
+    def fail(key):
+        if key == "b":
+            raise TrialFailed("no luck")
+
+    first, beside = Worker(tmp_path / "s.db", before=fail), Worker(tmp_path / "s.db")
+    assert first.work() == beside.work() == {"b": "no luck"}
+    assert first.tried == list(KEYS) and beside.tried == []
+    later = Worker(tmp_path / "s.db")
+    assert later.work() == {} and later.tried == ["b"]
+
+
+def test_what_is_done_between_a_look_and_a_claim_is_not_tried(tmp_path):
+    worker, looks = Worker(tmp_path / "s.db"), iter([{"a": {}}])
+    worker.queue.work(lambda: next(looks, {}), worker.objective)
+    assert worker.tried == [] and worker.states("a") == ["PRUNED"]
+
+
+def test_two_trials_of_one_key_are_tried_once(tmp_path):
+    """Two workers that look at once may both put it into the study."""
+    worker = Worker(tmp_path / "s.db")
+    for _ in range(2):
+        worker.queue.study.enqueue_trial({"x": 0}, user_attrs={"key": "a"})
+    worker.work()
+    assert worker.tried == list(KEYS) and sorted(worker.states("a")) == ["COMPLETE", "PRUNED"]
+
+
+def hold(storage, log: Path) -> None:
+    with TrialQueue(storage, "lock", pace=FAST).lock(), log.open("a") as file:
+        file.write("in\n")
+        file.flush()
+        time.sleep(0.2)
+        file.write("out\n")
+
+
+def test_the_lock_is_one_process_at_a_time(storage, tmp_path):
+    workers = [FORK.Process(target=hold, args=(storage, tmp_path / "log"), daemon=True) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert lines(tmp_path / "log") == ["in", "out"] * 3
+
+
+def test_a_heartbeat_that_cant_be_written_is_no_traceback(tmp_path, monkeypatch):
+    """On a full disk the worker meets the same error; its thread has nothing to add."""
+    failed, tracebacks = [], []
+
+    def full(self, trial_id):
+        failed.append(trial_id)
+        raise optuna.exceptions.StorageInternalError("full")
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "record_heartbeat", full)
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
+    Worker(tmp_path / "s.db").work({"a": {}})
+    assert failed and not tracebacks
+
+
+def test_the_database_may_hold_other_studies(tmp_path):
+    optuna.create_study(storage=f"sqlite:///{tmp_path}/s.db", study_name="mine")
+    Worker(tmp_path / "s.db", "other").work({"a": {}})
+    worker = Worker(tmp_path / "s.db")
+    worker.work({"a": {}})
+    assert worker.tried == ["a"]
+
+
+def test_a_database_that_cant_be_used_is_one_line(tmp_path):
+    (tmp_path / "no.db").write_text("no database" * 100)
+    with contextlib.closing(sqlite3.connect(tmp_path / "bank.db")) as bank:
+        bank.execute("CREATE TABLE accounts (money)")
+    for name, reason in (("no.db", "file is not a database"), ("bank.db", "it is a database of something else")):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(PluginError, match=rf"can't use .*{name} as a study \({reason}\)"):
+            TrialQueue(tmp_path / name, "q")
+        assert (tmp_path / name).read_bytes() == before
+    with pytest.raises(PluginError, match="can't use localhost/x as a study"):
+        TrialQueue("nosuchdatabase://name:secret@localhost/x", "q")
