@@ -155,7 +155,7 @@ def _answer(
     ids = _generate(loaded, cache, ids, min(TIMED_TOKENS, max_new_tokens), clock)
     if len(ids) - asked == TIMED_TOKENS < max_new_tokens:
         if isinstance(cache, CompressedDynamicCache):
-            cache.keep_expanded()
+            cache.keep_reconstructed()
         ids = _generate(loaded, cache, ids, max_new_tokens - TIMED_TOKENS)
     return ids[asked:], clock.steps_ms()
 
