@@ -1,21 +1,21 @@
 """Make presets by compression ratio for a model: kv-2x, kv-3.5x, kv-4x, kv-4.6x, kv-5.3x, kv-6.4x and kv-8x.
 
-With --codec grouped they are fast-2x … fast-8x: bases that lose more, but that attention reads as they are stored. Any
-codec of several heads will do.
+With --codec grouped they are fast-2x … fast-8x: a basis that loses more, but whose codes attention reads without
+reconstructing them. Any multi-head basis can be given.
 
     python scripts/make_presets.py --model Qwen/Qwen2.5-0.5B
     python scripts/make_presets.py --text ../wikitext+embedded+self --eval-text ../wikitext
     python scripts/make_presets.py --codec grouped --ratios 4,5.3
 
-Calibrates the codec once (one pass over the text, with gradients), writes it in compact form, finds for every ratio
-the bits at which everything that is stored takes that much less than a 16-bit cache of 2,048 tokens, and measures what
-each costs on evaluation text that took no part. Started by torchrun or accelerate launch, several GPUs share the
+Calibrates the basis once (one pass over the text, with gradients), writes it in compact form, finds for every ratio the
+bits at which a cache of 2,048 tokens is that much smaller than a 16-bit one, and measures the loss of each preset on
+evaluation text that took no part in the calibration. Started by torchrun or accelerate launch, several GPUs share the
 calibration, and the first measures. Then
 
     create_cache_from_preset(get_preset_info("MODEL", "kv-4x"))
 
 works wherever results/presets and results/calibrations are. The text may be a mixture, joined by +; self is sampled
-from the model. --tag measures without writing presets: for other calibration texts, other quantizers, other seeds.
+from the model. --tag only measures, such as other calibration texts, quantizers or seeds; it writes no presets.
 Writes results/runs/ratio_presets_MODEL[_TAG].json, or ratio_presets_grouped_MODEL…, and a PNG of the frontier, or
 the same below --output.
 """
@@ -30,11 +30,10 @@ from gpt2.common.processes import Processes
 from gpt2.compression.calibration.file import calibration_folders
 from gpt2.compression.codecs import adjustable_quantizers, multi_head_bases
 from gpt2.compression.presets import calibration_lookup
-from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
 from gpt2.models import loading
 from gpt2.report import plots, tables
 from gpt2.text import sources
-from gpt2.tuning.ratio_presets import RATIOS, compact_calibration, make_ratio_preset
+from gpt2.tuning.ratio_presets import RATIOS, compact_calibration, make_ratio_preset, measure
 
 DEFAULT_CODEC = next(iter(multi_head_bases()))
 
@@ -48,14 +47,9 @@ def arguments() -> argparse.ArgumentParser:
     p.set_defaults(samples=48)
     p.add_argument("--eval-text", help="text to measure on; --text if omitted")
     p.add_argument("--ratios", type=cli.ratio_list, default=list(RATIOS), help="such as 2,4,8")
-    p.add_argument(
-        "--codec",
-        choices=list(multi_head_bases()),
-        default=DEFAULT_CODEC,
-        help="presets are called "
-        + ", ".join(f"{b.preset_prefix}-* ({name})" for name, b in multi_head_bases().items()),
-    )
-    quantizers = adjustable_quantizers()
+    bases, quantizers = multi_head_bases(), adjustable_quantizers()
+    prefixes = ", ".join(f"{basis.preset_prefix}-* ({name})" for name, basis in bases.items())
+    p.add_argument("--codec", choices=list(bases), default=DEFAULT_CODEC, help=f"presets are called {prefixes}")
     p.add_argument("--quantizer", choices=quantizers, default=quantizers[0], help="widths per block, or once")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory and more time for the gradients")
     p.add_argument("--calibration-file", type=Path, help="results/calibrations/kv_CODEC_MODEL[_TAG].pt if omitted")
@@ -71,7 +65,7 @@ def main(processes: Processes) -> None:
     loaded = loading.load(args.model, args.device, args.dtype)
     slug = loaded.slug + (f"_{args.tag}" if args.tag else "")
     record_name = f"ratio_presets_{'' if args.codec == DEFAULT_CODEC else args.codec + '_'}{slug}"
-    # What no other process needs; before the calibration, for a text may be too short
+    # Before the calibration, since the text may be too short; the other processes don't need it
     segments = cli.evaluation_segments(args, loaded, eval_text, "evaluation") if processes.first else None
     root = args.output or files.RESULTS
     calibrations = args.output / "calibrations" if args.output else calibration_folders()[0]
@@ -90,15 +84,12 @@ def main(processes: Processes) -> None:
     options = {"quantizer": args.quantizer, "sink_tokens": args.sink_tokens}
     ratios = cli.bar("sizing", "preset")(args.ratios)
     presets = [make_ratio_preset(loaded, calibration, ratio, **options) for ratio in ratios]
-    caches = {BASELINE: baseline_factory(loaded)} | {preset.name: preset.make for preset in presets}
-    scores = score(loaded, segments, caches, chunk=args.chunk, batch_size=args.batch_size,
-                   progress=cli.bar("measuring", "batch"))  # fmt: skip
-    measured = {preset.name: compare(scores[BASELINE], scores[preset.name], args.seed) for preset in presets}
-    rows = [preset.row(measured[preset.name]) for preset in presets]
+    scoring = {"chunk": args.chunk, "batch_size": args.batch_size, "progress": cli.bar("measuring", "batch")}
+    measured = measure(loaded, segments, presets, args.seed, **scoring)
     codec_bytes = presets[0].make().codec_bytes()
     made = provenance.provenance(args, text=eval_text.name, text_sha256=eval_text.sha256("evaluation"))
     record = made | {"model": loaded.spec, "fingerprint": loaded.fingerprint, "calibration": calibration.meta}
-    record |= {"codec_bytes": codec_bytes, "rows": rows}
+    record |= {"codec_bytes": codec_bytes, "rows": [preset.row(measured[preset.name]) for preset in presets]}
     tables.show("ratio_presets", record)
     print(f"beside the ratio: {codec_bytes:,} bytes of the basis, which caches that share their compressors hold once")
     if not args.tag:
@@ -108,7 +99,7 @@ def main(processes: Processes) -> None:
             about = {"measured": measured[preset.name], "made_by": command, "provenance": made}
             named = calibration_lookup.reference_to(path, file)
             print(f"wrote {files.write_json(file, preset.preset(loaded, calibration, named, **about))}")
-    files.write_run(output, record, picture, lambda: plots.ratio_presets(record))  # last: it says that all is there
+    files.write_run(output, record, picture, lambda: plots.ratio_presets(record))  # last: all files that it names exist
     print(f"wrote {output} and {picture}")
 
 

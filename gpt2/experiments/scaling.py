@@ -20,8 +20,8 @@ from transformers import PretrainedConfig
 
 from gpt2.compression.cache import direct_attention
 from gpt2.compression.cache.size import fill, noise
-from gpt2.compression.calibration.fisher import MultiHeadStatistics, collect_fisher
-from gpt2.compression.calibration.statistics import Statistics, Tap, collect
+from gpt2.compression.calibration.fisher import collect_fisher
+from gpt2.compression.calibration.statistics import MultiHeadStatistics, Statistics, Tap, collect
 from gpt2.compression.codecs import multi_head_bases
 from gpt2.compression.codecs.metric import Fisher
 from gpt2.compression.codecs.moments import Moments

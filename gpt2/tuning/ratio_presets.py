@@ -1,19 +1,20 @@
-"""Presets by ratio: one measured codec, a preset for every compression ratio that people ask for.
+"""Presets by ratio: one multi-head basis, and the quantizer's bits chosen for each compression ratio.
 
     calibration = compact_calibration(loaded, text, path, codec="joint", samples=48)
     presets = [make_ratio_preset(loaded, calibration, ratio) for ratio in RATIOS]
 
-A codec of several heads says what its presets are called: kv-4x is of joint, which loses least, and fast-4x of grouped,
-which attention reads as it is stored.
-
-All presets share one compact calibration file; they differ in bits alone.
+The basis says how its presets are called: kv-4x is of `joint`, which loses least, and fast-4x of `grouped`, whose codes
+attention reads without reconstructing them. The presets of a basis share one compact calibration file.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from torch import Tensor
 
 from gpt2.common import files
 from gpt2.common.errors import PluginError
@@ -27,19 +28,23 @@ from gpt2.compression.calibration.reuse import find_reusable
 from gpt2.compression.codecs import BASES, adjustable_quantizers
 from gpt2.compression.presets.build import new_preset
 from gpt2.compression.settings import compressors_for
-from gpt2.evaluation.perplexity import CacheFactory
+from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory, compare, score
 from gpt2.models.loading import LoadedModel
 from gpt2.text.windows import Text
 
 RATIOS = (2.0, 3.5, 4.0, 4.6, 5.3, 6.4, 8.0)
-TOKENS = 2048  # of the sequence at which the ratio is meant
-MADE_FROM = ("fingerprint", "text_sha256", "samples", "seq_len", "seed", "sink_tokens")  # a preset's figures hold for
-STEP = 0.01  # bits by which a preset gives way until its ratio holds
+TOKENS = 2048  # length of the sequence at which a cache has its ratio
+STEP = 0.01  # bits that are taken away at least, until the ratio is reached
+# A preset's figures hold for a calibration that agrees in these keys of its metadata
+MADE_FROM = ("fingerprint", "text_sha256", "samples", "seq_len", "seed", "sink_tokens")
 
 
 @dataclass(frozen=True)
 class RatioPreset:
-    """A cache of at least `ratio`. compression_ratio: what it has; bits: per coordinate; make: fresh caches."""
+    """A cache that is compressed by at least `ratio`.
+
+    bits: per coordinate, metadata counted. compression_ratio: the measured ratio. make: makes fresh caches.
+    """
 
     codec: str
     quantizer: str
@@ -54,12 +59,12 @@ class RatioPreset:
         return f"{BASES[self.codec].preset_prefix}-{self.ratio:g}x"
 
     def row(self, measured: dict) -> dict:
-        """What a results file says of it. measured: as `perplexity.compare` gives it."""
+        """Its row of a results file. measured: as `perplexity.compare` returns it."""
         sizes = {"target_ratio": self.ratio, "compression_ratio_2048": self.compression_ratio, "bits": self.bits}
         return {"label": self.name, "quantizer": self.quantizer, **sizes, **measured}
 
     def preset(self, loaded: LoadedModel, calibration: Calibration, calibration_file: str, **more) -> dict:
-        """It as a preset. calibration_file: as a preset names it; more: measured, made_by and any further key."""
+        """The preset's record. calibration_file: as presets name it; more: `measured`, `made_by` and further keys."""
         return new_preset(
             loaded, None, calibration_file, compression_ratio=self.compression_ratio, name=self.name, target="kv",
             rank=loaded.geometry.head_dim, bits=self.bits, codec=self.codec, quantizer=self.quantizer,
@@ -71,9 +76,9 @@ def compact_calibration(
     loaded: LoadedModel, text: Text, path: Path, *, codec: str, samples: int, seq_len: int, seed: int, sink_tokens: int,
     checkpointing: bool = False, progress=iter, processes: Processes = ALONE,
 ) -> Calibration:  # fmt: skip
-    """The compact calibration at `path` where it was made in the same way, else a new one that is written there.
+    """The compact calibration at `path` if it was made with the same arguments, else a new one that is written there.
 
-    Arguments as `calibrate`; of several processes the first one reads and writes.
+    Arguments as `calibrate` takes them; of several processes the first one reads and writes.
     """
     made_from = {"samples": samples, "seq_len": seq_len, "seed": seed, "sink_tokens": sink_tokens}
     files.check_writable(path)
@@ -83,7 +88,7 @@ def compact_calibration(
         print(f"calibration: using {path}", flush=True)
         return found
     if path.exists():
-        print(f"note: {path} was made otherwise: it will be replaced, and presets that name it then read the new one; "
+        print(f"note: {path} was made with other arguments: it will be replaced, also for presets that name it; "
               "another --tag or --calibration-file keeps it", flush=True)  # fmt: skip
     calibration = calibrate(
         loaded, text, rank=loaded.geometry.head_dim, codec=codec, compact=True, checkpointing=checkpointing,
@@ -98,13 +103,14 @@ def make_ratio_preset(
     loaded: LoadedModel, calibration: Calibration, ratio: float, *, quantizer: str | None = None,
     sink_tokens: int = 4,
 ) -> RatioPreset:  # fmt: skip
-    """The most bits at which a sequence of `TOKENS` still takes 1 / `ratio` of a 16-bit cache, everything counted.
+    """The preset with the most bits whose cache of `TOKENS` tokens is at most 1 / `ratio` of a 16-bit one.
 
-    quantizer: an adjustable one; the first of them when None.
+    Everything that the cache holds is counted, but for the shared basis. quantizer: an adjustable one; the first of
+    them when None. Raises PluginError for a ratio that the quantizer can't reach.
     """
     quantizer = quantizer or adjustable_quantizers()[0]
-    exact = 16 * sink_tokens / TOKENS  # bits per coordinate that sinks take
-    bits = round(16 / ratio - exact, 4)  # as presets say it, so that what is measured is what they make
+    exact = 16 * sink_tokens / TOKENS  # bits per coordinate that the exact sinks take
+    bits = round(16 / ratio - exact, 4)  # rounded as in preset files, so that their caches are those measured here
     while True:
         try:
             make = factory(loaded, calibration, bits, quantizer, sink_tokens)
@@ -116,14 +122,23 @@ def make_ratio_preset(
         held = size.compression_ratio(make, loaded.geometry, TOKENS, config=loaded.model.config)
         if held >= ratio:
             return RatioPreset(calibration.meta["codec"], quantizer, sink_tokens, ratio, bits, held, make)
-        # In one go as far as bytes in proportion to bits would ask for: models with sliding layers are far off at first
+        # As many steps at once as if bytes were proportional to bits: with sliding layers the first guess is far off
         bits = round(bits - max(int((1 - held / ratio) * bits / STEP), 1) * STEP, 4)
 
 
 def factory(
     loaded: LoadedModel, calibration: Calibration, bits: float, quantizer: str, sink_tokens: int
 ) -> CacheFactory:
-    """Caches of so many bits per coordinate, which share their compressors."""
+    """Caches with so many bits per coordinate, which share their compressors."""
     L = loaded.geometry.num_layers
     k, v = compressors_for("kv", bits, L, calibration, quantizer=quantizer, device=loaded.device)
     return partial(CompressedDynamicCache, k, v, sink_tokens=sink_tokens)
+
+
+def measure(
+    loaded: LoadedModel, segments: Tensor, presets: Sequence[RatioPreset], seed: int, **scoring
+) -> dict[str, dict]:
+    """By name of each preset, its loss beside the uncompressed cache. Arguments as `perplexity.score` takes them."""
+    caches = {BASELINE: baseline_factory(loaded)} | {preset.name: preset.make for preset in presets}
+    scores = score(loaded, segments, caches, **scoring)
+    return {preset.name: compare(scores[BASELINE], scores[preset.name], seed) for preset in presets}

@@ -1,4 +1,4 @@
-"""What the codec search may choose: families of codecs from the registry, each with the parameters that it has."""
+"""What the codec search may choose: families of codecs from the registry, each with its own parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gpt2.compression.codecs import (
 from gpt2.compression.settings import TARGETS, Plan, Setting, uniform
 from gpt2.tuning.grid_search import default_rank_grid
 
-SPACE_FORMAT = 1  # raise it when a parameter's choices change: Optuna refuses other choices in the same study
+SPACE_FORMAT = 1  # raise it when a parameter's choices change: Optuna rejects other choices in the same study
 LOWEST_BITS, HIGHEST_BITS = 1.5, 8.0  # of adjustable quantizers
 FIRST_RATIOS = (4, 5, 3.5)  # of a 16-bit cache, where an adjustable quantizer is tried first
 SINKS = (0, 1, 4, 8, 16, 32)
@@ -30,7 +30,7 @@ SINKS = (0, 1, 4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Family:
-    """A codec, with a quantizer of its own where that is adjustable."""
+    """A codec; of a multi-head basis, with one adjustable quantizer."""
 
     name: str
     codec: str
@@ -42,7 +42,7 @@ class Family:
 
 
 def families() -> dict[str, Family]:
-    """Every codec of the registry, by name; one that heads share once for each adjustable quantizer."""
+    """Every codec of the registry, by name; a multi-head basis once with each adjustable quantizer."""
     shared = [codec for codec, basis in BASES.items() if basis.multi_head]
     found = [Family(f"{codec}+{name}", codec, name) for codec in shared for name in adjustable_quantizers()]
     others = [Family(codec, codec) for codec in (IDENTITY, *BASES) if codec not in shared]
@@ -71,7 +71,7 @@ class Choice:
     recent_tokens: int = 0
 
     def plan(self, num_layers: int) -> Plan:
-        """What each layer is stored with."""
+        """The setting of each layer."""
         return uniform(self.target, num_layers, self.setting)
 
     @property
@@ -83,7 +83,7 @@ class Choice:
         return {"sink_tokens": self.sink_tokens, "recent_tokens": self.recent_tokens}
 
     def record(self) -> dict:
-        """For results files, and to make it again by `of`."""
+        """For results files; `of` makes the choice again from it."""
         return {"family": self.family, "target": self.target, **asdict(self.setting), **self.windows}
 
     @classmethod
@@ -108,7 +108,7 @@ class Space:
     recent: tuple[int, ...] = (0,)
 
     def suggest(self, trial: optuna.Trial) -> Choice:
-        """Let the sampler choose; a family has only its own parameters."""
+        """Let the trial's sampler choose; only the parameters of the chosen family are asked for."""
         family = families()[trial.suggest_categorical("family", self.families)]
         windows = [
             trial.suggest_categorical(name, choices)
@@ -129,7 +129,7 @@ class Space:
         return Choice(family.name, setting, target, *windows)
 
     def starts(self) -> list[dict]:
-        """Parameters of the first trials: one of each family, and more bits and fewer for the first that takes any."""
+        """Parameters of the first trials: one of each family, and two more of the first with adjustable bits."""
         windows = {"sink_tokens": min(self.sinks, key=lambda n: abs(n - 4)), "recent_tokens": self.recent[0]}
         points, ratios = [], FIRST_RATIOS
         for family in (families()[name] for name in self.families):
@@ -145,12 +145,15 @@ class Space:
         return points
 
     def key(self) -> dict:
-        """What another search would not share its study with."""
+        """All that the choices depend on: searches that differ in it have different studies."""
         return asdict(self) | {"quantizers": [by_bits(), lossy()], "format": SPACE_FORMAT}
 
 
 def _first_quantizer(family: Family) -> str:
-    """Without a basis the most bits, a safe point; with one the fewest, and of several such the latest."""
+    """A first point for a codec without calibration: without a basis the most bits, which is safe; with one the fewest.
+
+    Of several with the fewest it is the one registered last.
+    """
     bits = [QUANTIZERS[name].bits for name in lossy()]
     wanted = min(bits) if family.codec in BASES else max(bits)
     found = [name for name, width in zip(lossy(), bits, strict=True) if width == wanted]
@@ -173,7 +176,7 @@ def usable(
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Families that a calibration has the statistics for, and why the others are left out.
 
-    wanted: those asked for by name, which must all be usable (PluginError); None takes what there is.
+    wanted: names of families, which must all be usable, else PluginError; None for all that are.
     """
     found, reasons, known = [], {}, families()
     for name in wanted or default_families():
@@ -183,7 +186,7 @@ def usable(
                 raise PluginError(f"codec {family.codec} needs a calibration")
             if family.calibrated:
                 calibration.transform("v", 0, None, family.codec)
-            full_rank(family.codec, head_dim)  # which refuses a codec that leaves nothing
+            full_rank(family.codec, head_dim)  # raises for a codec that would leave no coordinate of this head_dim
             found.append(name)
         except PluginError as error:
             if wanted:
@@ -200,7 +203,7 @@ def space_for(
     ranks: Sequence[int] | None = None,
     recent: Sequence[int] = (0,),
 ) -> tuple[Space, dict[str, str]]:
-    """The space that a calibration allows, and why families are not in it. Arguments as `usable` and `Space`."""
+    """The space that a calibration allows, and why families are left out. Arguments as `usable` and `Space`."""
     names, reasons = usable(wanted, calibration, head_dim)
     ranks = tuple(ranks or default_rank_grid(head_dim))
     for rank in ranks:
@@ -210,7 +213,7 @@ def space_for(
 
 
 def bits_range(calibration: Calibration | None) -> tuple[float, float]:
-    """Bits that adjustable quantizers are tried with: those that all take, and the calibration can share out."""
+    """Bits that adjustable quantizers are tried with: all accept them, and the calibration can allocate them."""
     ranges = [(LOWEST_BITS, HIGHEST_BITS), *(QUANTIZERS[name].bits_range for name in adjustable_quantizers())]
     if calibration and (shared := calibration.bits_range()):
         ranges.append(shared)

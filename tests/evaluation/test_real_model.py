@@ -10,7 +10,7 @@ from conftest import DEPRECATIONS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt2.common import files
-from gpt2.compression.attention import enable_compressed_attention
+from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import save_calibration
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
@@ -39,35 +39,37 @@ def text():
 
 @pytest.fixture(scope="module")
 def calibration(loaded, text):
-    return calibrate(loaded, text, rank=60, samples=4, seq_len=512)
+    return calibrate(loaded, text, rank=60, samples=2, seq_len=256)
 
 
 @pytest.fixture(scope="module")
 def figures(loaded, text, calibration):
-    """Change of perplexity of a few caches on 512 tokens that calibration didn't see."""
+    """Change of perplexity of a few caches on 128 tokens that calibration didn't see."""
 
-    def cache(bits, rank, codec, sinks):
+    def cache(bits, rank, codec, sinks=4):
         k, v = compressors_for("v", bits, 30, calibration, rank=rank, codec=codec)
-        return lambda: CompressedDynamicCache(k, v, sink_tokens=sinks)
+        return partial(CompressedDynamicCache, k, v, sink_tokens=sinks)
 
     caches = {
         BASELINE: baseline_factory(loaded),
         "identity": lambda: identity_cache(30),
-        "int8": cache(8, 64, "identity", 4),
-        "int4": cache(4, 64, "identity", 4),
-        "rank 60": cache(16, 60, "pca", 4),
-        "rank 48": cache(16, 48, "pca", 4),
-        "rank 48, random": cache(16, 48, "random", 4),
+        "int8": cache(8, 64, "identity"),
+        "int4": cache(4, 64, "identity"),
+        "nullspace": cache(16, 63, "ln_nullspace"),
+        "rank 60": cache(16, 60, "pca"),
+        "rank 48": cache(16, 48, "pca"),
+        "rank 48, random": cache(16, 48, "random"),
         "rank 60, no sinks": cache(16, 60, "pca", 0),
+        **{name: from_policy(name, loaded).make for name in KVPolicyName},
     }
-    segments = text.segments("evaluation", loaded, 256, 2)
-    scores = score(loaded, segments, caches, batch_size=2)
+    segments = text.segments("evaluation", loaded, 128, 1)
+    scores = score(loaded, segments, caches, batch_size=1)
     return {name: compare(scores[BASELINE], scores[name]) for name in caches}
 
 
 def test_the_embedded_model_is_a_language_model(loaded, figures):
     assert loaded.geometry == geometry.Geometry(num_layers=30, num_kv_heads=3, head_dim=64)
-    assert 2 < figures["identity"]["baseline_ppl"] < 40
+    assert 2 < figures["identity"]["baseline_ppl"] < 60
 
 
 def test_identity_moves_nothing(figures):
@@ -82,8 +84,18 @@ def test_more_is_lost_by_fewer_bits_lower_ranks_a_worse_basis_and_no_sinks(figur
     assert 0.01 < figures["rank 60"]["ppl_delta"] < 0.3
 
 
+def test_policies_cost_what_their_order_says(figures):
+    kl = [figures[name]["kl_nats"] for name in KVPolicyName]
+    assert kl == sorted(kl) and kl[0] < 0.002 < kl[1] < 0.02 < kl[2]
+
+
+def test_dropping_the_all_ones_direction_is_not_free(figures):
+    """The guide takes it for free, but cached values have a mean over their channels like any other coordinate."""
+    assert figures["nullspace"]["kl_nats"] > 0.005
+
+
 def test_calibration_is_deterministic(loaded, text):
-    once, again = (calibrate(loaded, text, rank=60, samples=2, seq_len=256) for _ in range(2))
+    once, again = (calibrate(loaded, text, rank=60, samples=1, seq_len=64) for _ in range(2))
     assert torch.equal(again.statistics.v.scatter, once.statistics.v.scatter)
     assert torch.equal(again.bases["k"]["E"], once.bases["k"]["E"])
 
@@ -127,7 +139,8 @@ def test_quick_start_of_the_guide(loaded):
 def test_the_lines_in_readme_run(capsys):
     readme = (files.ROOT / "README.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
-    exec(compile(code, "README.md", "exec"), {})
+    assert "max_new_tokens=64" in code
+    exec(compile(code.replace("max_new_tokens=64", "max_new_tokens=8"), "README.md", "exec"), {})
     assert capsys.readouterr().out.startswith("The history of tea begins")
 
 
@@ -143,52 +156,37 @@ def test_built_in_presets_that_need_no_calibration_work_in_a_fresh_clone(loaded,
 
 
 def test_a_needle_is_found_by_the_baseline_and_by_four_bit_values(loaded, text):
-    """Without the baseline above chance, the needle test could tell nothing about any cache."""
+    """Without a baseline above chance, the needle test could tell nothing about any cache."""
     haystack = text.tokens("evaluation", loaded)
     caches = {BASELINE: baseline_factory(loaded), "int4": from_preset("int4-vonly", loaded).make}
     many = "+".join(["ln_nullspace"] * 40)  # a cache that loses most of what it was given
     lossy = compressors_for("kv", 16, 30, None, codec=many, head_dim=64)
     caches["lossy"] = partial(CompressedDynamicCache, *lossy)
-    found = needle.accuracy(loaded, haystack, caches, lengths=[256], depths=[0.5], trials=2)
+    found = needle.accuracy(loaded, haystack, caches, lengths=[128], depths=[0.5], trials=1, max_new_tokens=8)
     assert found[BASELINE] >= needle.works_from(1) and found["int4"] >= found[BASELINE] > found["lossy"]
 
 
-def test_policies_cost_what_their_order_says(loaded, text):
-    segments = text.segments("evaluation", loaded, 256, 1)
-    caches = {name: from_policy(name, loaded).make for name in KVPolicyName}
-    scores = score(loaded, segments, {BASELINE: baseline_factory(loaded)} | caches, batch_size=1)
-    kl = [compare(scores[BASELINE], scores[name])["kl_nats"] for name in KVPolicyName]
-    assert kl == sorted(kl) and kl[0] < 0.002 < kl[1] < 0.02 < kl[2]
-
-
-def test_dropping_the_all_ones_direction_is_not_free(loaded, text):
-    """The guide takes it for free; cached values have a mean over their channels like any other coordinate."""
-    segments = text.segments("evaluation", loaded, 256, 1)
-    make = partial(CompressedDynamicCache, *compressors_for("v", 16, 30, None, codec="ln_nullspace", head_dim=64))
-    scores = score(loaded, segments, {BASELINE: baseline_factory(loaded), "nullspace": make}, batch_size=1)
-    assert compare(scores[BASELINE], scores["nullspace"])["kl_nats"] > 0.005
-
-
+@torch.no_grad()
 def test_a_preset_of_4x_is_read_as_it_is_stored(loaded, text):
     """Logits of fast-4x by attention over codes are those of its reconstruction, and near the uncompressed ones."""
-    ids = text.segments("evaluation", loaded, 400, 1)
-    fresh = AutoModelForCausalLM.from_pretrained(embedded.embedded_folder())
+    ids = text.segments("evaluation", loaded, 180, 1)
+    model = loaded.model
 
-    @torch.no_grad()
-    def logits(model, cache):
-        pieces = ids.split([360, *[8] * 5], dim=1)
-        return torch.cat([model(x, past_key_values=cache).logits for x in pieces], dim=1)[0, 300:].log_softmax(-1)
+    def logits(cache):
+        pieces = ids.split([156, *[8] * 3], dim=1)
+        return torch.cat([model(x, past_key_values=cache).logits for x in pieces], dim=1)[0, 130:].log_softmax(-1)
 
     def cache():
         return create_cache_from_preset(get_preset_info("smollm2-135m", "fast-4x"))
 
-    exact, reconstructed = logits(fresh, identity_cache(30)), logits(fresh, cache())
-    enable_compressed_attention(fresh)
-    stored = logits(fresh, cache())
+    exact, reconstructed = logits(identity_cache(30)), logits(cache())
+    enable_compressed_attention(model)
+    stored = logits(cache())
+    disable_compressed_attention(model)
 
     def kl(a, b):
         return float((a.exp() * (a - b)).sum(-1).mean())
 
-    # The two ways round differently, which tips over a few codes of later layers: well below the codec's error
+    # The two round differently, which changes a few codes of later layers: well below the codec's error
     assert kl(reconstructed, stored) < 0.1 * kl(exact, reconstructed)
     assert 1e-4 < kl(exact, stored) < 0.05

@@ -12,8 +12,8 @@ from tiny import tiny_loaded, tiny_model, windows, word_text, word_tokenizer
 
 from gpt2.common import files
 from gpt2.common.errors import PluginError
-from gpt2.compression.calibration.bit_allocation import fit_multi_head
 from gpt2.compression.calibration.fisher import collect_fisher
+from gpt2.compression.calibration.multi_head_fit import fit_multi_head
 from gpt2.compression.codecs import BASES, Compressor, mixed
 from gpt2.compression.codecs.mixed import BLOCK, Mixed, width_bytes
 from gpt2.compression.codecs.rope import Rotary

@@ -13,8 +13,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from gpt2.common.errors import PluginError
 from gpt2.compression.calibration import fisher
 from gpt2.compression.calibration.calibrate import calibrate
-from gpt2.compression.calibration.fisher import CROSS_HEAD_SHARE, MultiHeadStatistics, collect_fisher, detect_rotary
-from gpt2.compression.calibration.statistics import Statistics, collect
+from gpt2.compression.calibration.fisher import CROSS_HEAD_SHARE, collect_fisher, detect_rotary
+from gpt2.compression.calibration.statistics import MultiHeadStatistics, Statistics, collect
 from gpt2.compression.codecs import multi_head_bases
 from gpt2.compression.codecs.metric import output_metric
 from gpt2.compression.codecs.multi_head import side_by_side

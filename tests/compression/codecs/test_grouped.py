@@ -12,7 +12,7 @@ from gpt2.compression.calibration.file import load_calibration, save_calibration
 from gpt2.compression.calibration.fisher import CROSS_HEAD_SHARE, collect_fisher
 from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.codecs import BASES, basis_of
-from gpt2.compression.codecs.base import join_heads
+from gpt2.compression.codecs.transform import join_heads
 from gpt2.compression.presets import create_cache_from_preset
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
 from gpt2.text.sources import by_position
@@ -58,12 +58,12 @@ def test_it_is_measured_and_not_joint(made):
 
 def test_bits_are_shared_out_between_keys_and_values_of_all_layers(made):
     codec = made.fit_of("grouped")
-    shares = codec.bits_of_each(3)
+    shares = codec.allocation.bits_of_each(3)
     assert len(shares) == 2 * L and sum(shares) / len(shares) == pytest.approx(3, abs=0.2) and len(set(shares)) > 2
     mixed = codec.quantizer(codec_quantizer("mixed", 3), 1, "v")
     assert mixed.bits == shares[3]
     fixed = codec.quantizer(codec_quantizer("mixed_fixed", 3), 1, "k")
-    assert torch.equal(fixed.widths, codec.widths(3)[2])
+    assert torch.equal(fixed.widths, codec.allocation.widths(3)[2])
 
 
 def codec_quantizer(name: str, bits: float):
@@ -78,7 +78,8 @@ def test_a_file_holds_it(made, compact, tmp_path):
     back = load_calibration(save_calibration(saved, tmp_path / "c.pt"))
     tolerance = {"rtol": 2e-3, "atol": 1e-3} if compact else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(back.multi_head["grouped"].E, made.multi_head["grouped"].E, **tolerance)
-    assert back.multi_head["grouped"].bits_of_each(3) == made.multi_head["grouped"].bits_of_each(3)
+    own, read = (c.multi_head["grouped"].allocation.bits_of_each(3) for c in (made, back))
+    assert own == read
     assert ("joint" in back.multi_head) != compact
     if compact:
         with pytest.raises(PluginError, match="codec joint is not in this calibration, it has codec grouped alone"):

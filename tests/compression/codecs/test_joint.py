@@ -10,10 +10,10 @@ from torch import Tensor
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache.token_store import TokenStore
-from gpt2.compression.calibration.bit_allocation import MultiHeadFit
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import save_calibration
 from gpt2.compression.calibration.fit import Calibration
+from gpt2.compression.calibration.multi_head_fit import MultiHeadFit
 from gpt2.compression.codecs import BASES, QUANTIZERS, Compressor, IdentityCompressor, JointTransform, codec_name
 from gpt2.compression.codecs.metric import fit_in_metric
 from gpt2.compression.codecs.mixed import BLOCK
@@ -332,7 +332,7 @@ def test_another_models_heads_are_refused(made):
 def test_a_basis_of_several_heads_combines_with_none(name):
     from gpt2.compression.codecs import basis_of
 
-    with pytest.raises(PluginError, match="a basis of several heads doesn't combine with another"):
+    with pytest.raises(PluginError, match="a basis that heads share doesn't combine with another"):
         basis_of(codec_name(name))
 
 

@@ -251,9 +251,9 @@ def test_fixed_widths_of_every_group():
 
 def test_fixed_widths_have_to_come_from_somewhere():
     fixed = QUANTIZERS["mixed_fixed"].at(3)
-    with pytest.raises(PluginError, match="mixed_fixed takes its widths from a calibration of a joint codec"):
+    with pytest.raises(PluginError, match="mixed_fixed takes its widths from the calibration of a multi-head basis"):
         fixed.quantize(coordinates(4))
-    with pytest.raises(PluginError, match="mixed_fixed takes its widths from a calibration"):
+    with pytest.raises(PluginError, match="mixed_fixed takes its widths from the calibration"):
         fixed.dequantize({"block": torch.zeros(1, 1, 1, 8, dtype=torch.uint8)}, 4)
 
 

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from gpt2.common import files
 from gpt2.common.errors import BadArtefact, PluginError
-from gpt2.compression.calibration import bit_allocation, reuse, stand_in
 from gpt2.compression.calibration import calibrate as calibrate_module
-from gpt2.compression.calibration.bit_allocation import MultiHeadFit
+from gpt2.compression.calibration import reuse, stand_in
+from gpt2.compression.calibration.bit_allocation import BitAllocation
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import load_calibration, save_calibration
 from gpt2.compression.calibration.fisher import collect_fisher
 from gpt2.compression.calibration.fit import Calibration
+from gpt2.compression.calibration.multi_head_fit import MultiHeadFit, fit_multi_head
 from gpt2.compression.codecs import BASES, QUANTIZERS, JointTransform, MultiHead
-from gpt2.compression.codecs.mixed import BLOCK, PLANE, WIDTHS, Mixed, MixedFixed, width_bytes
+from gpt2.compression.codecs.mixed import BLOCK, PLANE, WIDTHS, Mixed, MixedFixed, errors, width_bytes
 from gpt2.compression.codecs.moments import Moments
 from gpt2.compression.codecs.multi_head import side_by_side
 from gpt2.compression.codecs.rope import NONE
@@ -60,14 +61,14 @@ def synthetic(demand: Tensor, errors: Tensor | None = None, w: int = 48) -> Mult
     N, layers = demand.shape
     E = torch.eye(w).expand(layers, 1, w, w)
     errors = torch.zeros(layers, 1, w, len(WIDTHS)) if errors is None else errors
-    parts = nothing, E, nothing, [NONE] * layers, errors, torch.arange(N) + 1.0, demand
-    return MultiHeadFit(BASES["joint"], *parts)
+    allocation = BitAllocation(errors, torch.arange(N) + 1.0, demand)
+    return MultiHeadFit(BASES["joint"], nothing, E, nothing, [NONE] * layers, allocation)
 
 
 @pytest.mark.parametrize("bits", [1.5, 2, 3.25, 4, 6])
 def test_layers_average_to_the_budget(codec, bits):
     w = 2 * H * D
-    found = torch.tensor(codec.bits_of_each(bits), dtype=torch.float64)
+    found = torch.tensor(codec.allocation.bits_of_each(bits), dtype=torch.float64)
     assert bits - 8 * PLANE / BLOCK / w < found.mean() <= bits + 1e-6, "less than a plane of each layer is left"
     assert found.unique().numel() == L, "not the same for all"
     for own in found.tolist():
@@ -80,8 +81,8 @@ def test_what_a_layer_gets_is_what_it_buys_at_one_price(codec):
     """Between the same two neighbouring prices for every layer."""
     w = 2 * H * D
     for bits in (2, 4):
-        spent = torch.tensor([own * BLOCK * w / 8 - width_bytes(w) for own in codec.bits_of_each(bits)])
-        inside = (codec.demand[1:] <= spent + PLANE) & (spent <= codec.demand[:-1] + 1e-3)
+        spent = torch.tensor([own * BLOCK * w / 8 - width_bytes(w) for own in codec.allocation.bits_of_each(bits)])
+        inside = (codec.allocation.demand[1:] <= spent + PLANE) & (spent <= codec.allocation.demand[:-1] + 1e-3)
         assert inside.all(1).any()
 
 
@@ -91,11 +92,9 @@ def test_a_layer_whose_errors_weigh_more_gets_more():
         torch.randn(2, 1, 1, 40 * BLOCK, 48, generator=torch.Generator().manual_seed(0))
         * torch.tensor([1.0, 2.0])[:, None, None, None, None]
     )
-    per_layer = [bit_allocation.errors(own)[0] for own in z]
-    prices, demand = bit_allocation._demand(per_layer)
-    assert (prices.diff() > 0).all() and (demand.diff(dim=0) <= 0).all()
-    codec = synthetic(demand)
-    one, other = codec.bits_of_each(4.0)
+    allocation = BitAllocation.measured([errors(own)[0] for own in z])
+    assert (allocation.prices.diff() > 0).all() and (allocation.demand.diff(dim=0) <= 0).all()
+    one, other = allocation.bits_of_each(4.0)
     assert other - one == pytest.approx(1, abs=0.15)
 
 
@@ -103,7 +102,7 @@ def test_a_layer_that_hardly_matters_may_get_less_than_any_preset():
     """Its budget isn't one that a user could ask for, and the cache is made all the same."""
     demand = torch.tensor([[3000.0, 10.0], [1500.0, 0.0], [0.0, 0.0]])
     codec = synthetic(demand)
-    rich, poor = codec.bits_of_each(2.0)
+    rich, poor = codec.allocation.bits_of_each(2.0)
     assert poor < 0.25 < rich
     z = torch.randn(1, 1, BLOCK, 48)
     quantizer = codec.quantizer(QUANTIZERS["mixed"].at(2.0), 1)
@@ -111,22 +110,22 @@ def test_a_layer_that_hardly_matters_may_get_less_than_any_preset():
 
 
 def test_bits_out_of_reach_name_the_range(codec):
-    low, high = codec.bits_range()
+    low, high = codec.allocation.bits_range()
     assert 0 < low < 1 and 6 < high < 10.5
     for bits in (low - 0.01, high + 0.1):
         with pytest.raises(PluginError, match=rf"bits {bits:g}: this codec takes {low:.2f} to {high:.2f} bits"):
-            codec.bits_of_each(bits)
+            codec.allocation.bits_of_each(bits)
     for bits in (low + 1e-6, high - 1e-6):
-        codec.bits_of_each(bits)
+        codec.allocation.bits_of_each(bits)
 
 
 @pytest.mark.parametrize("bits", [1, 2.5, 4, 7])
 def test_fixed_widths_meet_the_budget_and_are_the_best(codec, bits):
-    widths = codec.widths(bits)
+    widths = codec.allocation.widths(bits)
     assert widths.shape == (L, 1, 2 * H * D)
     budget, spent = bits * BLOCK / 8 * widths.numel(), int(PRICES[widths].sum())
     assert budget - max(PRICES) < spent <= budget
-    error = codec.errors.flatten(0, 2)
+    error = codec.allocation.errors.flatten(0, 2)
     total = float(error.double().gather(-1, widths.flatten()[:, None]).sum())
     assert total <= least(error, spent) * (1 + 1e-6) + 1e-12
     assert len(widths.float().mean((1, 2)).unique()) > 1, "layers share one budget"
@@ -148,16 +147,17 @@ def test_the_cache_takes_the_bytes_that_were_asked_for(made, quantizer, bits):
 def test_other_quantizers_are_the_same_in_every_layer(codec):
     assert codec.quantizer(QUANTIZERS["int8"], 1) is QUANTIZERS["int8"]
     fixed = codec.quantizer(QUANTIZERS["mixed_fixed"].at(3), 2)
-    assert isinstance(fixed, MixedFixed) and torch.equal(fixed.widths, codec.widths(3)[2])
+    assert isinstance(fixed, MixedFixed) and torch.equal(fixed.widths, codec.allocation.widths(3)[2])
 
 
 def test_errors_are_those_of_the_reservoir(llama):
     batches = windows(3, 200)
     gradients = collect_fisher(llama, batches, None, 4, {"joint": BASES["joint"]})["joint"]
-    codec = bit_allocation.fit_multi_head(gradients)
+    codec = fit_multi_head(gradients)
     for layer in range(L):
         z = (gradients.blocks[layer].float() - codec.mean[layer, :, None]) @ codec.E[layer]
-        torch.testing.assert_close(codec.errors[layer, 0, :, 0], z[0].square().mean(0) * BLOCK, rtol=1e-4, atol=1e-5)
+        error = codec.allocation.errors[layer, 0, :, 0]
+        torch.testing.assert_close(error, z[0].square().mean(0) * BLOCK, rtol=1e-4, atol=1e-5)
     assert codec.spectrum.mean() == pytest.approx(1, rel=1e-4), "one unit for the whole model"
 
 
@@ -166,7 +166,7 @@ def test_the_way_back_of_large_bases_with_several_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        codec = bit_allocation.stand_in(BASES["joint"], Geometry(8, 3, 64))
+        codec = stand_in.multi_head_stand_in(BASES["joint"], Geometry(8, 3, 64))
         codec.E = torch.randn(8, 1, 384, 384)
         assert (codec.E.double() @ codec.D.double() - torch.eye(384)).abs().max() < 1e-2
     finally:
@@ -208,7 +208,7 @@ def test_a_compact_file_is_small_and_reads_the_same(llama, made, preset, tmp_pat
     back = load_calibration(path)
     assert back.meta == made.compact("joint").meta and back.statistics is None and not back.bases
     torch.testing.assert_close(back.multi_head["joint"].E, made.multi_head["joint"].E, rtol=2e-3, atol=1e-4)
-    assert back.multi_head["joint"].bits_of_each(3) == made.multi_head["joint"].bits_of_each(3)
+    assert back.multi_head["joint"].allocation.bits_of_each(3) == made.multi_head["joint"].allocation.bits_of_each(3)
     for layer in range(L):
         transform = back.transform("k", layer).to("cpu", torch.float64)
         x = vectors(2 * H, 20)
@@ -371,7 +371,7 @@ def test_a_compact_file_needs_gradients(folder, tmp_path, monkeypatch, capsys):
     common = ["--model", folder, "--text", "words.txt", "--samples", 2, "--seq-len", 80, "--output", "c.pt"]
     assert run("calibrate_kv_lowrank", *common, "--compact") == 2
     assert (
-        "a codec of several heads alone, which need gradients: give --codec joint or grouped" in capsys.readouterr().err
+        "one codec that heads share, which needs gradients: give --codec joint or grouped" in capsys.readouterr().err
         and not (tmp_path / "c.pt").exists()
     )
 
@@ -417,7 +417,7 @@ def test_a_whole_calibration_has_every_registered_codec(llama, third, made, tmp_
 
 def test_a_compact_calibration_gathers_and_fits_one_codec(llama, third, monkeypatch, tmp_path):
     expected = calibrate(llama, TEXT, codec="third", **SMALL).compact("third")
-    fitted, fit = [], bit_allocation.fit_multi_head
+    fitted, fit = [], fit_multi_head
     monkeypatch.setattr(calibrate_module, "fit_multi_head", lambda own: (fitted.append(own.basis.name), fit(own))[1])
     monkeypatch.setattr(calibrate_module, "collect", None)  # no first pass
     shapes, zeros = [], Moments.zeros
@@ -478,8 +478,8 @@ def test_a_model_decodes_with_it(llama, third, tmp_path):
 def test_the_search_the_scripts_and_models_without_weights_know_it(llama, third, folder, tmp_path, monkeypatch):
     assert "third+mixed" in search_space.families()
     made = calibrate(llama, TEXT, codec="third", **SMALL)
-    low, high = made.multi_head["third"].bits_range()
-    made.multi_head["third"].bits_range = lambda: (2.5, high)
+    low, high = made.multi_head["third"].allocation.bits_range()
+    made.multi_head["third"].allocation.bits_range = lambda: (2.5, high)
     assert low < 2.5 == search_space.bits_range(made)[0]
     made_up = stand_in.stand_in(llama).multi_head["third"]
     assert (
@@ -500,5 +500,5 @@ def test_the_search_the_scripts_and_models_without_weights_know_it(llama, third,
 
 @pytest.mark.parametrize("codec", ["pca", "fisher"])
 def test_a_compact_calibration_of_single_heads_is_refused(llama, codec):
-    with pytest.raises(PluginError, match=rf"\(joint, grouped\) alone, and codec {codec} is none"):
+    with pytest.raises(PluginError, match=rf"\(joint, grouped\), and codec {codec} is of single heads"):
         calibrate(llama, TEXT, codec=codec, compact=True, **SMALL)

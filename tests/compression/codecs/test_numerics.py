@@ -26,8 +26,8 @@ from torch import Tensor
 
 from gpt2.compression.cache import attention_math, direct_attention
 from gpt2.compression.cache.token_store import TokenStore
-from gpt2.compression.calibration.bit_allocation import MultiHeadFit, fit_multi_head
-from gpt2.compression.calibration.fisher import MultiHeadStatistics
+from gpt2.compression.calibration.multi_head_fit import MultiHeadFit, fit_multi_head
+from gpt2.compression.calibration.statistics import MultiHeadStatistics
 from gpt2.compression.codecs import (
     BASES,
     IDENTITY,
@@ -115,7 +115,7 @@ def compressor(codec: str, quantizer: str, case: str, shape: tuple, fitted_on: s
     sample = case if fitted_on == "the same" else "plain"
     own = QUANTIZERS[quantizer].at(int4_bits(shape)) if QUANTIZERS[quantizer].adjustable else QUANTIZERS[quantizer]
     if isinstance(own, MixedFixed):
-        own = MixedFixed(own.bits, measured_codec(codec, sample, shape).widths(own.bits)[0])
+        own = MixedFixed(own.bits, measured_codec(codec, sample, shape).allocation.widths(own.bits)[0])
     return Compressor(own, transform_of(codec, sample, shape))
 
 
