@@ -1,25 +1,25 @@
-"""Generate the same text with the uncompressed cache and with a preset's, and show what the cache weighs.
+"""Ask a question about a document, or continue a text, with the uncompressed cache and with compressed ones.
 
-    python scripts/generate_with_preset.py --preset results/presets/smollm2-135m-v-5pct.json
+    python scripts/generate_with_preset.py --preset kv4 kv-4x --document embedded --question "What is yield for?"
+    python scripts/generate_with_preset.py --preset kv4 --model YourOrg/YourModel --document report.txt --direct
     python scripts/generate_with_preset.py --preset int4-vonly --prompt "The history of tea begins"
-    python scripts/generate_with_preset.py --preset fast-4x --direct
 
---preset takes a preset file, the name of a built-in preset of the model, or kv8 or kv4, which fit any model. Decoding
-is greedy, so that both texts can be compared; a small difference early on may still send them apart. --direct reads the
-compressed cache as it is stored, in place of expanding it at every step.
+One table shows what each cache weighs, what it costs in perplexity on the document, how long a token takes, and how
+the answer begins. The document fills the cache, as the model's chat template puts it, and its perplexity is measured
+in the same pass. Decoding is greedy, so that answers can be compared; a small difference early on may still send them
+apart. --direct lets attention read compressed caches as they are stored, where it can, in place of reconstructing the
+history at every step. With --output a JSON file and a PNG are written.
 """
 
 import argparse
 
-import torch
-from transformers import DynamicCache
-
 from gpt2 import cli
+from gpt2.common import files, provenance
 from gpt2.compression.attention import enable_compressed_attention
-from gpt2.compression.cache.size import cache_bytes
-from gpt2.compression.compressed_cache import CompressedDynamicCache
-from gpt2.compression.presets import create_cache_from_preset, resolve_preset
+from gpt2.compression.presets import resolve_preset
+from gpt2.evaluation import side_by_side
 from gpt2.models import loading
+from gpt2.report import plots, tables
 
 PROMPT = """In the early years of the twentieth century, most people in the valley still travelled by boat. The river
 was wide and slow, and in spring it flooded the fields on both banks. When the railway arrived, the village changed"""
@@ -28,44 +28,59 @@ was wide and slow, and in spring it flooded the fields on both banks. When the r
 def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
-    p.add_argument("--preset", required=True, help="preset file, built-in name, or kv8 or kv4")
+    cli.add_cache_flags(p, several=True)
     p.add_argument(
         "--direct", action="store_true", help="attend over codes, which needs a model whose attention can be set"
     )
-    p.add_argument("--prompt", default=PROMPT, help="text to continue")
-    p.add_argument("--max-new-tokens", type=cli.positive_int, default=96)
+    p.add_argument("--document", help="a text file, or embedded or wikitext2: the end of its evaluation part")
+    p.add_argument("--document-tokens", type=cli.positive_int, default=4000, help="longer documents lose their start")
+    p.add_argument("--question", default="What is this text about?", help="asked about the document")
+    p.add_argument("--prompt", default=PROMPT, help="text to continue where there is no document")
+    p.add_argument("--max-new-tokens", type=cli.positive_int, default=96, help="tokens of the answer")
+    p.add_argument("--prefill-chunk", type=cli.positive_int, default=1024, help="tokens fed to the cache at a time")
+    cli.add_output_flag(p)
     return p
 
 
 def main() -> None:
     args = arguments().parse_args()
-
-    preset = resolve_preset(args.preset, args.model)
+    for preset in args.preset:
+        resolve_preset(preset, args.model)  # an unknown one is rejected before the model is loaded
     loaded = loading.load(args.model, args.device, args.dtype)
-    inputs = loaded.tokenizer(args.prompt, return_tensors="pt").to(loaded.device)
-    compressed = create_cache_from_preset(preset, loaded.device, model=loaded)
+    choices = cli.chosen_caches(args, loaded)
     if args.direct:
         enable_compressed_attention(loaded.model)
-        if not compressed.readable:
-            print(f"note: {args.preset} can't be read as it is stored and is expanded all the same: try fast-4x or kv4")
-    held = {}
-    for label, cache in (("uncompressed", DynamicCache(config=loaded.model.config)), ("compressed", compressed)):
-        with torch.no_grad():
-            tokens = loaded.model.generate(
-                **inputs, past_key_values=cache, use_cache=True, do_sample=False, max_new_tokens=args.max_new_tokens
-            )[0]
-        new = tokens[inputs.input_ids.shape[1] :]
-        held[label] = cache_bytes(cache)
-        print(f"\n[{label}] {cache.get_seq_length()} tokens cached in {held[label]:,} bytes")
-        print(loaded.tokenizer.decode(new, skip_special_tokens=True))
-    report(held, compressed, loaded)
+    if args.document:
+        document = side_by_side.read_document(args.document, loaded, args.document_tokens)
+        conversation = side_by_side.about_document(loaded, document, args.question)
+        print(f"{len(document):,} tokens of {args.document}, then: {args.question}", flush=True)
+    else:
+        conversation = side_by_side.to_continue(loaded, args.prompt)
+    loaded.require_context(len(conversation), "--document-tokens", after=args.max_new_tokens)
 
-
-def report(held: dict[str, int], compressed: CompressedDynamicCache, loaded: loading.LoadedModel) -> None:
-    ratio = held["uncompressed"] / held["compressed"]
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
-    print(f"\nthis conversation: {ratio:.2f}x smaller than the {dtype} cache of transformers")
-    print(f"codec, shared by all conversations: {compressed.codec_bytes():,} bytes")
+    readings = []
+    for choice in (None, *choices):
+        progress = cli.bar(choice.label if choice else side_by_side.UNCOMPRESSED, "chunk")
+        readings.append(
+            side_by_side.read(
+                loaded,
+                conversation,
+                choice,
+                max_new_tokens=args.max_new_tokens,
+                chunk=args.prefill_chunk,
+                progress=progress,
+            )  # fmt: skip
+        )
+        print(f"\n[{readings[-1].label}] {readings[-1].answer}", flush=True)
+    record = provenance.provenance(
+        args, model=loaded.spec, fingerprint=loaded.fingerprint, dtype=str(loaded.model.dtype).removeprefix("torch."),
+        caches=[choice.record() for choice in choices], rows=[reading.record(readings[0]) for reading in readings],
+    )  # fmt: skip
+    tables.show("side_by_side", record)
+    if args.output:
+        picture = files.picture_beside(args.output)
+        files.write_run(args.output, record, picture, lambda: plots.side_by_side(record))
+        print(f"\nwrote {files.shown(args.output)} and {files.shown(picture)}")
 
 
 if __name__ == "__main__":

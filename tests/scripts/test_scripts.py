@@ -158,14 +158,6 @@ def test_validate_fails_when_its_controls_fail(tiny_flags, capsys, monkeypatch):
     assert "the controls failed" in capsys.readouterr().err
 
 
-def test_generate_shows_both_texts(tiny_flags, tmp_path, capsys):
-    assert run(TUNE, *tiny_flags, *SMALL, *SMALL_EVAL, "--rank-grid", "12", "--bits", "8", "--target-ppl-delta", "0.9",
-               "--study", "s.db", "--output", "p.json") == 0  # fmt: skip
-    assert run("generate_with_preset", *tiny_flags[:2], "--preset", "p.json", "--prompt", "w2 w3 w4 w5 w6 w7 w8") == 0
-    said = capsys.readouterr().out
-    assert "[uncompressed] " in said and "[compressed] " in said and "x smaller than the float32 cache" in said
-
-
 def test_benchmarks_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(files, "RESULTS", tmp_path)
     flags = ["--tokens", "16,32", "--layers", 2, "--repeats", 4, "--output", tmp_path / "a.json"]

@@ -4,6 +4,7 @@ from gpt2.report.plots.calibration import spectra
 from gpt2.report.plots.needle import needles
 from gpt2.report.plots.quality import codec_variations, peers, perplexity_changes, stability
 from gpt2.report.plots.scaling import growth
+from gpt2.report.plots.side_by_side import side_by_side
 from gpt2.report.plots.speed import append_times, attention_times, profiles, ratios_by_context
 from gpt2.report.plots.tuning import codec_frontier, grid_frontier, layer_losses, ratio_presets
 
@@ -21,6 +22,7 @@ __all__ = [
     "profiles",
     "ratio_presets",
     "ratios_by_context",
+    "side_by_side",
     "spectra",
     "stability",
 ]

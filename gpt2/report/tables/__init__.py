@@ -26,6 +26,7 @@ from gpt2.report.tables.quality import (
     validation,
 )
 from gpt2.report.tables.scaling import scaling
+from gpt2.report.tables.side_by_side import side_by_side
 from gpt2.report.tables.speed import (
     appending,
     attention_step,
@@ -56,6 +57,7 @@ TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
     "profile": profile,
     "ratio_presets": ratio_presets,
     "scaling": scaling,
+    "side_by_side": side_by_side,
     "stability": stability,
     "validate_ppl": validation,
 }

@@ -1,0 +1,184 @@
+"""One conversation through several caches: bytes, perplexity of the document, time per token and the answer of each.
+
+A conversation is a document that fills the cache and a question whose answer is decoded from it. The document is fed
+in chunks, and its perplexity is measured in the same pass: the tokens of a chunk attend to what the cache gives back
+for all tokens before them and for themselves, as in `perplexity.score`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.generation.streamers import BaseStreamer
+
+from gpt2.common.errors import PluginError
+from gpt2.compression.cache.attention import is_enabled
+from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
+from gpt2.compression.cache.size import held_bytes, plain_bytes
+from gpt2.compression.named_caches import CacheChoice
+from gpt2.evaluation.perplexity import Scores, baseline_factory, compare
+from gpt2.models.loading import LoadedModel
+from gpt2.text import sources
+from gpt2.text.windows import start_tokens
+
+UNCOMPRESSED = "uncompressed"
+TIMED_TOKENS = 5  # of the answer; the first of them also reads the question, so four steps are timed
+PLACE = "DOCUMENT-GOES-HERE"  # in a rendered chat template
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Token ids [n] each: what stands before the document, the document, and what stands after it up to the answer."""
+
+    start: Tensor
+    document: Tensor
+    question: Tensor
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in (self.start, self.document, self.question))
+
+
+@dataclass
+class Reading:
+    """What one cache made of a conversation of `tokens` tokens.
+
+    cached_bytes: of this conversation in a model that runs in 16 bits. codec_bytes: of the basis, which all
+    conversations share. direct: whether attention read the cache as it is stored. scores: of the document's tokens,
+    [1, n]. step_ms: time of each timed step.
+    """
+
+    label: str
+    tokens: int
+    cached_bytes: int
+    codec_bytes: int
+    direct: bool
+    scores: Scores
+    step_ms: list[float]
+    answer: str
+
+    def record(self, baseline: Reading) -> dict:
+        """The figures as results files have them, with Δ perplexity and ratio against the uncompressed cache."""
+        figures = {"cache": self.label, "context_tokens": self.tokens, "direct": self.direct, "answer": self.answer}
+        figures |= {"bytes": self.cached_bytes, "codec_bytes": self.codec_bytes}
+        figures |= {"compression_ratio": baseline.cached_bytes / self.cached_bytes}
+        figures |= {"token_ms": self.step_ms, "token_ms_median": float(np.median(self.step_ms))} if self.step_ms else {}
+        return figures | compare(baseline.scores, self.scores)
+
+
+def read_document(spec: str, loaded: LoadedModel, most: int) -> Tensor:
+    """The last `most` tokens of a text file, or of the evaluation part of a text such as `embedded`, [n].
+
+    No calibration and no tuning reads the evaluation part. Raises PluginError where there is no such text.
+    """
+    text = sources.load_text(spec)
+    parts = sources.PARTS if Path(spec).is_file() else ("evaluation",)
+    return torch.cat([text.tokens(part, loaded) for part in parts])[-most:]
+
+
+def about_document(loaded: LoadedModel, document: Tensor, question: str) -> Conversation:
+    """A question about a document, as the model's chat template puts it; a plain one where it has no template."""
+    tokenizer = loaded.tokenizer
+    if not tokenizer.chat_template:
+        return Conversation(start_tokens(tokenizer), document, _encode(loaded, f"\n\nQuestion: {question}\nAnswer:"))
+    message = {"role": "user", "content": f"{PLACE}\n\n{question}"}
+    words = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    if words.count(PLACE) != 1:
+        raise PluginError(f"the chat template of {loaded.spec} doesn't show a user's message once: use --prompt")
+    before, after = words.split(PLACE)
+    return Conversation(_encode(loaded, before), document, _encode(loaded, after))
+
+
+def to_continue(loaded: LoadedModel, prompt: str) -> Conversation:
+    """A plain text to continue. Its last token is left for the decoder."""
+    ids = _encode(loaded, prompt)
+    if len(ids) < 2:
+        raise PluginError(f"the prompt has {len(ids)} tokens: expected at least 2")
+    return Conversation(start_tokens(loaded.tokenizer), ids[:-1], ids[-1:])
+
+
+def _encode(loaded: LoadedModel, words: str) -> Tensor:
+    return loaded.tokenizer(words, return_tensors="pt", add_special_tokens=False).input_ids[0].long()
+
+
+@torch.no_grad()
+def read(
+    loaded: LoadedModel,
+    conversation: Conversation,
+    choice: CacheChoice | None,
+    *,
+    max_new_tokens: int,
+    chunk: int = 1024,
+    progress=iter,
+) -> Reading:
+    """Fill a fresh cache with the document and decode an answer, greedily.
+
+    choice: None is the uncompressed cache of transformers. chunk: tokens fed at a time. progress: wraps the iterable of
+    chunks, such as tqdm. A model with compressed attention enabled reads the cache as it is stored, if it can.
+    """
+    cache = choice.make() if choice else baseline_factory(loaded)()
+    scores = _fill(loaded, cache, conversation, chunk, progress)
+    new, step_ms = _answer(loaded, cache, conversation, max_new_tokens)
+    answer, tokens = loaded.tokenizer.decode(new, skip_special_tokens=True).strip(), cache.get_seq_length()
+    if choice is None:
+        size = plain_bytes(loaded.geometry, tokens, config=loaded.model.config)
+        return Reading(UNCOMPRESSED, tokens, size, 0, False, scores, step_ms, answer)
+    size, direct = held_bytes(choice.make, loaded.geometry, tokens), cache.readable and is_enabled(loaded.model)
+    return Reading(choice.label, tokens, size, cache.codec_bytes(), direct, scores, step_ms, answer)
+
+
+def _fill(loaded: LoadedModel, cache: Cache, conversation: Conversation, chunk: int, progress) -> Scores:
+    """Feed start and document; −log p of each token of the document but a first one that nothing stands before."""
+    ids = torch.cat((conversation.start, conversation.document)).to(loaded.device)
+    nll = []
+    for at in progress(range(0, len(ids), chunk)):
+        labels = ids[at + 1 : at + chunk + 1]
+        logits = loaded.model(ids[None, at : at + chunk], past_key_values=cache, use_cache=True).logits[0]
+        nll.append(torch.nn.functional.cross_entropy(logits[: len(labels)].float(), labels, reduction="none").cpu())
+    return Scores(torch.cat(nll)[max(len(conversation.start) - 1, 0) :].double().numpy()[None])
+
+
+def _answer(
+    loaded: LoadedModel, cache: Cache, conversation: Conversation, max_new_tokens: int
+) -> tuple[Tensor, list[float]]:
+    """New tokens [n] after the question, and milliseconds of the first steps.
+
+    After these a compressed cache keeps its reconstruction: the same tokens come out, without waiting for each.
+    """
+    ids = torch.cat((conversation.start, conversation.document, conversation.question)).to(loaded.device)
+    clock, asked = _Clock(), len(ids)
+    ids = _generate(loaded, cache, ids, min(TIMED_TOKENS, max_new_tokens), clock)
+    if len(ids) - asked == TIMED_TOKENS < max_new_tokens:
+        if isinstance(cache, CompressedDynamicCache):
+            cache.keep_reconstructed()
+        ids = _generate(loaded, cache, ids, max_new_tokens - TIMED_TOKENS)
+    return ids[asked:], clock.steps_ms()
+
+
+def _generate(loaded: LoadedModel, cache: Cache, ids: Tensor, most: int, clock: _Clock | None = None) -> Tensor:
+    return loaded.model.generate(
+        ids[None], attention_mask=torch.ones_like(ids)[None], past_key_values=cache, use_cache=True, do_sample=False,
+        max_new_tokens=most, streamer=clock,
+    )[0]  # fmt: skip
+
+
+class _Clock(BaseStreamer):
+    """Notes when `generate` hands out the prompt and each token; on a GPU it waits for the token first."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def steps_ms(self) -> list[float]:
+        """Of steps that read one token each: from the first new token to the second, and so on."""
+        return [1000 * (b - a) for a, b in zip(self.times[1:], self.times[2:], strict=False)]
