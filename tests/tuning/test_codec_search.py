@@ -129,15 +129,16 @@ def test_two_workers_that_draw_the_same_measure_it_once(late, tmp_path, monkeypa
     suggest, write = Space.suggest, optuna.Trial.set_user_attr
 
     def draw(space, trial):
-        drawn.append(suggest(space, trial))
-        if trial.number < 2:
+        choice = suggest(space, trial)
+        drawn.append((trial.number, choice))
+        if len(drawn) <= 2:
             together.wait(30)
-        return drawn[0]
+        return drawn[0][1]
 
     def slowly(trial, key, value):
-        time.sleep(0.3 * (late == "the first" and key == "choice" and trial.number == 0))
+        time.sleep(0.3 * (late == "the first" and key == "choice" and trial.number == drawn[0][0]))
         write(trial, key, value)
-        time.sleep(0.3 * (late == "both" and key == "choice" and trial.number < 2))
+        time.sleep(0.3 * (late == "both" and key == "choice"))
 
     def evaluate(choice, size):
         seen.append(choice)
@@ -153,7 +154,8 @@ def test_two_workers_that_draw_the_same_measure_it_once(late, tmp_path, monkeypa
     for worker in workers:
         worker.join(60)
     assert len(seen) == 1
-    states = [trial.state for trial in queue(tmp_path / "s.db").trials()[:2]]
+    trials = queue(tmp_path / "s.db").trials()
+    states = [trials[number].state for number, _ in drawn[:2]]
     assert states.count(TrialState.COMPLETE) == 1, "neither leaves it to the other"
 
 
