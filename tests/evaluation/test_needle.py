@@ -1,50 +1,35 @@
-"""The needle test: prompts that hold what they claim, figures that come from the cache, verdicts that are honest."""
+"""The needle test: figures that come from the cache, verdicts that are honest, and its script."""
 
 import json
-import runpy
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from tiny import char_tokenizer, tiny_loaded, tiny_model
+from sampling import sampled
+from script_runs import NEEDLE, listing
+from tiny import char_tokenizer, tiny_loaded
 from transformers import DynamicCache
 
-from gpt2.common import files
 from gpt2.common.errors import PluginError
-from gpt2.compression.cache.size import cache_bytes
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.settings import compressors_for
-from gpt2.evaluation import needle, needle_prompts
-from gpt2.evaluation.needle_prompts import TEMPLATES, Needles, Template
+from gpt2.evaluation import needle
+from gpt2.evaluation.needle_prompts import Needles
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
-from gpt2.evaluation.statistics import mean_interval, sign_test
 from gpt2.report import plots
 
 LENGTH = 320
-DEPTHS = (0, 0.1, 0.5, 0.9, 1)
-
-
-def prose(characters: int) -> str:
-    """Words in lower case: no name and no number in them."""
-    letters = np.random.default_rng(0).choice(list("abcdefghij   "), size=characters)
-    return "".join(letters)
 
 
 @pytest.fixture(scope="module")
-def llama():
-    return tiny_loaded("llama", char_tokenizer())
+def llama(reader):
+    return reader
 
 
 @pytest.fixture(scope="module")
-def haystack(llama):
-    return llama.tokenizer(prose(3000), return_tensors="pt").input_ids[0]
-
-
-@pytest.fixture(scope="module")
-def builder(llama, haystack):
-    return Needles(llama.tokenizer, haystack)
+def builder(reader, haystack):
+    return Needles(reader.tokenizer, haystack)
 
 
 def lossy(bits: int = 4):
@@ -53,124 +38,6 @@ def lossy(bits: int = 4):
 
 def caches(loaded) -> dict:
     return {BASELINE: baseline_factory(loaded), "identity": lambda: identity_cache(3), "int4": lossy()}
-
-
-# --- prompts
-
-
-@pytest.mark.parametrize("distractors", [0, 1, 3])
-@pytest.mark.parametrize("trial", range(len(TEMPLATES)), ids=[template.name for template in TEMPLATES])
-@pytest.mark.parametrize("length", [LENGTH, 511])
-def test_the_needle_is_whole_at_every_depth_and_length(builder, length, trial, distractors):
-    builder = replace(builder, distractors=distractors)
-    for depth in DEPTHS:
-        prompt = builder.build(length, depth, trial)
-        assert len(prompt.ids) == length - builder.max_new_tokens
-        text = builder.tokenizer.decode(prompt.ids)
-        template = TEMPLATES[trial]
-        assert prompt.template == template.name
-        # Characters are tokens here, so positions in the text are those in the ids
-        held = text[slice(*prompt.needle)]
-        subject = next(name for name in template.subjects.split() if name in held)
-        assert held == f"\n{template.sentence}\n".format(subject=subject, answer=prompt.answer)
-        assert text.endswith(f"\n{template.question}".format(subject=subject))
-        assert text.count(prompt.answer) == 1, "the answer is read from the needle or not at all"
-        assert all(text.count(other) == 1 for other in prompt.other_answers)
-        assert len({prompt.answer, *prompt.other_answers}) == 1 + distractors
-        assert builder.tokenizer.decode(prompt.answer_ids) == f" {prompt.answer}"
-
-
-def test_depth_is_the_share_of_haystack_before_the_needle(builder):
-    builder = replace(builder, distractors=0)
-    prompts = {depth: builder.build(LENGTH, depth, 0) for depth in DEPTHS}
-    start, end = prompts[0].needle
-    assert start == 0, "this tokenizer starts no text with a token of its own"
-    question = len("\n" + TEMPLATES[0].question.format(subject="Anna"))
-    for depth, prompt in prompts.items():
-        space = prompt.needle[0] / depth if depth else 0
-        assert abs(space - (LENGTH - builder.max_new_tokens - (end - start) - question)) <= 12 or not depth
-    assert prompts[1].needle[1] + question <= len(prompts[1].ids) + 2
-
-
-def test_start_tokens_come_first(builder, monkeypatch):
-    monkeypatch.setattr(needle_prompts, "start_tokens", lambda tokenizer: torch.tensor([1]))
-    prompt = builder.build(LENGTH, 0.5, 0)
-    assert prompt.ids[0] == 1 and len(prompt.ids) == LENGTH - builder.max_new_tokens
-    assert prompt.answer in builder.tokenizer.decode(prompt.ids[slice(*prompt.needle)])
-
-
-def test_prompts_differ_by_trial_seed_and_cell_and_by_nothing_else(builder):
-    def ids(length=LENGTH, depth=0.5, trial=0, seed=0):
-        return builder.build(length, depth, trial, seed).ids
-
-    assert torch.equal(ids(), ids())
-    # Trial 4 has the template of trial 0 again
-    others = [ids(trial=4), ids(seed=1), ids(seed=-1), ids(depth=0.4), ids(length=321)]
-    for other in others:
-        assert not torch.equal(ids()[:20], other[:20]), "another window of the text"
-
-
-BAD_CELLS = [
-    ({"length": 100}, "a context of 100 tokens has no room for needle, distractors \\(1\\), question and answer: use"),
-    ({"length": 3001}, "the text has 3,000 tokens, fewer than a context of 3,001"),
-    ({"depth": 1.1}, "needle position 1.1 is out of range"),
-    ({"depth": -0.1}, "needle position -0.1 is out of range"),
-    ({"max_new_tokens": 6}, r"the answer '\d{5}' has 6 tokens: use --max-new-tokens 7 or more"),
-    ({"distractors": 16}, "has no 17 subjects and answers that the text hasn't"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), BAD_CELLS, ids=lambda value: str(value) if type(value) is dict else "")
-def test_what_makes_no_prompt_is_said(builder, change, message):
-    cell = {"length": LENGTH, "depth": 0.5} | {key: change[key] for key in change if key in ("length", "depth")}
-    builder = replace(builder, **{key: change[key] for key in change if key not in cell})
-    with pytest.raises(PluginError, match=message):
-        builder.build(**cell, trial=0)
-
-
-def test_the_least_context_that_is_named_is_enough(builder):
-    with pytest.raises(PluginError) as refused:
-        builder.build(100, 0.5, 0)
-    least = int(str(refused.value).split("--context-lengths ")[1].split()[0])
-    # Names differ in length, and another context draws another name
-    assert len(builder.build(least + 8, 0.5, 0).ids) == least + 8 - builder.max_new_tokens
-
-
-def test_a_tokenizer_that_loses_the_needle_is_refused(haystack):
-    from tiny import word_tokenizer
-
-    with pytest.raises(PluginError, match="doesn't give the answer '.*' back"):
-        Needles(word_tokenizer(), haystack).build(LENGTH, 0.5, 0)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda ids, first: (ids.roll(1), first), "the needle is not whole"),
-        (lambda ids, first: (ids[:-1], first), "its length is wrong"),
-        (lambda ids, first: (ids, first - 1), "the needle is not whole"),
-    ],
-    ids=["shifted", "cut", "elsewhere"],
-)
-def test_a_prompt_without_its_needle_is_refused(builder, monkeypatch, damage, message):
-    insert = needle_prompts._insert
-    monkeypatch.setattr(needle_prompts, "_insert", lambda *args: damage(*insert(*args)))
-    with pytest.raises(PluginError, match=message):
-        builder.build(LENGTH, 0.5, 0)
-
-
-def test_answers_that_the_text_has_anyway_are_not_used():
-    template = Template("town", "{subject} {answer}", "{subject}", "Rome Oslo Bonn", "Anna Tom Eva")
-    for seed in range(20):
-        drawn = template.draw(np.random.default_rng(seed), 2, "in Rome, Tom said")
-        assert {subject for subject, _ in drawn} == {"Anna", "Eva"} and {word for _, word in drawn} == {"Oslo", "Bonn"}
-
-
-def test_the_text_that_counts_is_the_haystack_of_the_prompt(llama):
-    template = Template("town", "{subject} went to {answer}.", "{subject} went to", "Rome Oslo", "Anna Tom")
-    haystack = llama.tokenizer(prose(250) + "Tom was in Rome." + prose(250), return_tensors="pt").input_ids[0]
-    builder = Needles(llama.tokenizer, haystack, [template], distractors=0)
-    assert {builder.build(500, 0.5, trial).answer for trial in range(10)} == {"Oslo"}
 
 
 # --- measuring
@@ -201,8 +68,10 @@ def direct_log_p(loaded, prompt) -> float:
     return predicted.gather(1, prompt.answer_ids[:, None]).sum().item()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt2", "opt"])
-@pytest.mark.parametrize("prefill_chunk", [None, 50])
+PLAIN, WINDOWS = [("llama", None), ("gpt2", None), ("opt", 50)], [("mistral", 50), ("gemma3_text", None)]
+
+
+@pytest.mark.parametrize(("family", "prefill_chunk"), [*sampled(PLAIN, 1), *WINDOWS])
 def test_log_probability_and_text_are_those_of_plain_inference(family, prefill_chunk, haystack):
     """Also through windows that slide, which can't be cropped back."""
     loaded = tiny_loaded(family, char_tokenizer())
@@ -230,11 +99,17 @@ def test_both_figures_are_read_from_the_cache(llama, builder):
     assert lost["answer_logprob_nats"] < kept["answer_logprob_nats"] - 1
 
 
-def test_compression_shows(llama, haystack):
-    rows = needle.measure(llama, haystack, caches(llama), lengths=[LENGTH], depths=[0.1, 0.9], trials=2)
-    figures = {name: [row["answer_logprob_nats"] for row in rows if row["cache"] == name] for name in caches(llama)}
-    assert figures["identity"] == pytest.approx(figures[BASELINE], abs=1e-3)
-    assert np.abs(np.subtract(figures["int4"], figures[BASELINE])).min() > 1e-2
+def test_compression_shows_in_losses_and_bytes(llama, haystack):
+    rows = needle.measure(llama, haystack, caches(llama), lengths=[LENGTH], depths=[0.1, 0.9], trials=1)
+    losses, sizes = (
+        {name: np.array([row[key] for row in rows if row["cache"] == name]) for name in caches(llama)}
+        for key in ("answer_logprob_nats", "cache_bytes")
+    )
+    assert losses["identity"] == pytest.approx(losses[BASELINE], abs=1e-3)
+    assert np.abs(losses["int4"] - losses[BASELINE]).min() > 1e-2
+    prompt = LENGTH - 12 - 1  # without room for the answer, and without the token that generation starts with
+    assert set(sizes[BASELINE]) == {prompt * llama.geometry.bytes_per_token(4)}
+    assert (sizes["int4"] < sizes[BASELINE] / 2).all()
 
 
 def test_generation_is_not_changed_by_the_other_figure(llama, builder):
@@ -272,22 +147,13 @@ def test_the_prompt_is_fed_in_pieces_where_asked(llama, builder, monkeypatch, pr
     assert fed[: len(pieces) + 2] == [*pieces, answer, 1]
 
 
-def test_bytes_are_of_the_prompt(llama, builder):
-    prompt = builder.build(LENGTH, 0.5, 0)
-    cache = DynamicCache(config=llama.model.config)
-    with torch.no_grad():
-        llama.model(prompt.ids[None, :-1], past_key_values=cache)
-    assert needle.ask(llama, baseline_factory(llama), prompt)["cache_bytes"] == cache_bytes(cache)
-    assert needle.ask(llama, lossy(), prompt)["cache_bytes"] < cache_bytes(cache) / 2
-
-
 def test_rows_name_their_prompts_and_the_grid_is_whole(llama, haystack):
     seen = []
     rows = needle.measure(
-        llama, haystack, caches(llama), lengths=[LENGTH, 400], depths=[0.1, 0.9], trials=3, distractors=2, seed=5,
+        llama, haystack, caches(llama), lengths=[LENGTH, 400], depths=[0.1, 0.9], trials=2, distractors=2, seed=5,
         progress=lambda items: seen.extend(items) or seen,
     )  # fmt: skip
-    assert len(rows) == 2 * 2 * 3 * 3 and len(seen) == 12, "progress wraps the prompts"
+    assert len(rows) == 2 * 2 * 2 * 3 and len(seen) == 8, "progress wraps the prompts"
     for row in rows:
         prompt = Needles(llama.tokenizer, haystack, distractors=2).build(
             row["context_tokens"], row["depth"], row["trial"], 5
@@ -378,20 +244,6 @@ def test_one_prompt_has_no_interval():
     assert summary["logprob_change_nats"] == -1 and summary["logprob_change_nats_interval"] is None
 
 
-def test_the_sign_test_is_exact():
-    assert sign_test(0, 0) == 1 and sign_test(5, 5) == 1 and sign_test(0, 1) == 1
-    assert sign_test(0, 6) == sign_test(6, 0) == pytest.approx(2 / 64)
-    assert sign_test(1, 8) == pytest.approx(2 * (1 + 9) / 512)
-
-
-def test_the_interval_of_a_mean_covers_it():
-    assert mean_interval(np.full(7, -0.3)) == pytest.approx((-0.3, -0.3))
-    rng = np.random.default_rng(0)
-    covered = [low <= 1 <= high for low, high in (mean_interval(rng.normal(1, 2, 60), seed) for seed in range(200))]
-    assert 0.88 < np.mean(covered) <= 0.99
-    assert mean_interval(np.arange(9.0), 1) == mean_interval(np.arange(9.0), 1)
-
-
 def test_the_plot_says_which_baselines_fail():
     figure = plots.needles(needle.cells(GRADES), "title")
     panels = [axis for axis in figure.axes if axis.get_title()]
@@ -406,45 +258,14 @@ def test_the_plot_says_which_baselines_fail():
 # --- the script
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    tiny_model("llama").save_pretrained(folder)
-    char_tokenizer().save_pretrained(folder)
-    return folder
-
-
-PRESET = {"target": "v", "rank": 12, "bits": 4, "codec": "identity", "head_dim": 12, "num_layers": 3,
-          "compression_ratio": 1.5, "baseline_ppl": 1.0, "compressed_ppl": 1.0, "ppl_delta": 0.0,
-          "calibration_file": ""}  # fmt: skip
-
-
-@pytest.fixture
-def script(tmp_path, monkeypatch, model_folder):
-    """Runs the script in an empty folder with a text and a preset; returns the exit code."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(files, "RESULTS", tmp_path / "results")
-    (tmp_path / "prose.txt").write_text(prose(5000))
-    (tmp_path / "short.txt").write_text("a" * 300)
-    (tmp_path / "p.json").write_text(json.dumps(PRESET | {"model": str(model_folder)}))
-
-    def run(*flags) -> int:
-        words = ["--model", model_folder, "--text", "prose.txt", "--preset", "p.json", "--num-trials", 2, *flags]
-        monkeypatch.setattr(sys, "argv", ["eval_long_context_needle", *map(str, words)])
-        try:
-            runpy.run_path(str(files.ROOT / "scripts/eval_long_context_needle.py"), run_name="__main__")
-        except SystemExit as stop:
-            return stop.code or 0
-        return 0
-
-    return run
+FLAGS = ["--text", "prose.txt", "--preset", "p.json", "--num-trials", 2]
 
 
 def test_the_script_writes_its_grid(script, tmp_path, capsys, monkeypatch):
     ask, chunks = needle.ask, set()
     monkeypatch.setattr(needle, "ask", lambda *args: chunks.add(args[-1]) or ask(*args))
     flags = ["--context-lengths", f"{LENGTH},400", "--needle-positions", "0.1,0.9", "--prefill-chunk", 100]
-    assert script(*flags, "--output", "out/n.json") == 0
+    assert script(NEEDLE, *FLAGS, *flags, "--output", "out/n.json") == 0
     assert chunks == {100}
     said = capsys.readouterr().out
     assert said.count("baseline fails") == 4 + 2 and "0 of 0" in said and "8 prompts per cache in 4 cells" in said
@@ -457,9 +278,8 @@ def test_the_script_writes_its_grid(script, tmp_path, capsys, monkeypatch):
 
 
 def test_the_script_writes_under_results_without_output(script, tmp_path):
-    assert script("--context-lengths", LENGTH, "--needle-positions", "0.5") == 0
-    written = {path.name for path in (tmp_path / "results").rglob("*.*")}
-    assert len(written) == 2 and all(name.startswith("needle_tiny-llama") for name in written)
+    assert script(NEEDLE, *FLAGS, "--context-lengths", LENGTH, "--needle-positions", 0.5, "--num-trials", 1) == 0
+    assert listing(tmp_path / "results") == {"runs/needle_tiny.json", "plots/needle_tiny.png"}
 
 
 BAD_FLAGS = [
@@ -481,6 +301,7 @@ BAD_FLAGS = [
     ("flags", "message"), BAD_FLAGS, ids=lambda value: " ".join(value) if type(value) is list else ""
 )
 def test_bad_input_is_one_clear_line(script, flags, message, capsys, tmp_path):
-    assert script("--context-lengths", LENGTH, *flags) == 2
+    (tmp_path / "short.txt").write_text("a" * 300)
+    assert script(NEEDLE, *FLAGS, "--context-lengths", LENGTH, *flags) == 2
     assert message in (err := capsys.readouterr().err) and "Traceback" not in err
     assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("n.json"))

@@ -9,13 +9,10 @@ from tiny import tiny_loaded
 from transformers import DynamicCache
 
 from gpt2.common.errors import PluginError
-from gpt2.compression.cache.size import cache_bytes, compression_ratio
-from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor, Transform
+from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.settings import compressors_for
 from gpt2.evaluation.perplexity import BASELINE, Scores, baseline_factory, compare, score
-from gpt2.evaluation.statistics import paired_bootstrap
-from gpt2.models.geometry import Geometry
 
 SEGMENTS = torch.randint(2, 97, (3, 65), generator=torch.Generator().manual_seed(0))
 
@@ -135,111 +132,3 @@ def test_perplexity_and_delta_by_hand():
     assert record["baseline_ppl"] == pytest.approx(4) and record["ppl"] == pytest.approx(4.4)
     assert record["ppl_delta"] == pytest.approx(0.1) and record["ppl_delta_interval"] == pytest.approx([0.1, 0.1])
     assert record["tokens"] == 4
-
-
-# --- bootstrap
-
-
-@pytest.mark.parametrize("shape", [(1, 10), (3, 64), (4, 200), (2, 2047)])
-@pytest.mark.parametrize("shift", [0.0, 0.05, -0.3])
-def test_a_constant_shift_has_no_width(shape, shift):
-    """Also where the last block of a segment is shorter than the others."""
-    assert paired_bootstrap(np.full(shape, shift)) == pytest.approx([math.expm1(shift)] * 2, abs=1e-9)
-
-
-def test_the_interval_covers_the_mean_and_narrows_with_tokens():
-    noise = np.random.default_rng(0).normal(0, 1, (16, 2047))
-    noise -= noise.mean()
-    low, high = paired_bootstrap(noise)
-    assert low < 0 < high
-    # ± 1.96 σ / √n for independent tokens
-    assert high - low == pytest.approx(2 * 1.96 / math.sqrt(noise.size), rel=0.2)
-    few_low, few_high = paired_bootstrap(noise[:2])
-    assert few_high - few_low > 2 * (high - low)
-    assert paired_bootstrap(noise, level=0.5)[1] < high
-
-
-def test_tokens_of_a_block_move_together():
-    """Neighbours that agree are one observation, not 64: the interval is eight times as wide."""
-    blocks = np.random.default_rng(0).normal(0, 1, (4, 32))
-    together, apart = np.repeat(blocks, 64, axis=1), np.random.default_rng(0).normal(0, 1, (4, 2048))
-    widths = [np.subtract(*paired_bootstrap(x)) for x in (together, apart)]
-    assert widths[0] / widths[1] == pytest.approx(8, rel=0.25)
-
-
-def test_the_bootstrap_repeats_by_seed():
-    noise = np.random.default_rng(0).normal(0, 1, (4, 200))
-    assert paired_bootstrap(noise, 1) == paired_bootstrap(noise, 1) != paired_bootstrap(noise, 2)
-
-
-# --- bytes
-
-SHAPE = Geometry(2, 3, 64)
-
-
-def with_codecs(target: str, bits: int, **windows):
-    return lambda: CompressedDynamicCache(*compressors_for(target, bits, SHAPE.num_layers, None), **windows)
-
-
-@pytest.mark.parametrize("tokens", [512, 2048, 3000])
-def test_the_identity_cache_is_no_smaller_and_hardly_larger(tokens):
-    ratio = compression_ratio(lambda: identity_cache(2), SHAPE, tokens)
-    assert 0.95 <= ratio <= 1
-
-
-@pytest.mark.parametrize(("bits", "per_vector"), [(16, 128), (8, 64 + 4), (4, 32 + 4)])
-@pytest.mark.parametrize("target", ["v", "k", "kv"])
-@pytest.mark.parametrize("windows", [{}, {"sink_tokens": 0}, {"sink_tokens": 64, "recent_tokens": 128}])
-def test_the_ratio_is_arithmetic(target, bits, per_vector, windows):
-    """16-bit vectors of 64 channels are 128 bytes; codes have a scale and an offset of two bytes each beside them."""
-    exact = (windows | {"sink_tokens": windows.get("sink_tokens", 4)}).values()
-    coded_side = 2048 * 128 if bits == 16 else sum(exact) * 128 + (2048 - sum(exact)) * per_vector
-    held = len(target) * coded_side + (2 - len(target)) * 2048 * 128
-    assert compression_ratio(with_codecs(target, bits, **windows), SHAPE) == pytest.approx(
-        2 * 2048 * 128 / held, rel=0.01
-    )
-
-
-@pytest.mark.parametrize("rank", [48, 13])
-def test_low_rank_stores_rank_coordinates(rank):
-    E = torch.eye(64).expand(3, 64, 64)
-    low = [Compressor(QUANTIZERS["none"], Transform(E, E.mT, torch.zeros(3, 64)).truncate(rank))] * 2
-
-    def make():
-        return CompressedDynamicCache([IdentityCompressor()] * 2, low)
-
-    held = 2048 * 128 + 4 * 128 + 2044 * 2 * rank
-    assert compression_ratio(make, SHAPE) == pytest.approx(2 * 2048 * 128 / held, rel=0.01)
-    assert make().codec_bytes() == 2 * 4 * (2 * 3 * 64 * rank + 3 * 64), "beside the ratio, never in it"
-
-
-def test_the_ratio_is_of_a_16_bit_model_at_a_stated_length():
-    """At 64 tokens the sinks weigh more, and room that is allocated but unused counts."""
-    short, long = (compression_ratio(with_codecs("kv", 4), SHAPE, tokens) for tokens in (64, 2048))
-    assert short < long - 0.2
-    assert compression_ratio(lambda: identity_cache(2), SHAPE, 64, torch.float32) == pytest.approx(0.5, rel=0.3)
-
-
-def test_bytes_count_storages_once_and_whole():
-    cache = DynamicCache()
-    large = torch.zeros(1, 1, 100, 8)
-    cache.update(large[:, :, :2], large[:, :, :2], 0)
-    first = cache_bytes(cache)
-    cache.layers[0].keys = cache.layers[0].values = large[:, :, :1]
-    assert first >= 2 * 2 * 8 * 4 and cache_bytes(cache) == 100 * 8 * 4
-
-
-@torch.no_grad()
-def test_bytes_of_a_cache_that_a_model_filled(llama):
-    ours, models = identity_cache(3), DynamicCache()
-    for cache in (ours, models):
-        llama.model(SEGMENTS, past_key_values=cache)
-    assert cache_bytes(models) == 3 * 65 * llama.geometry.bytes_per_token(4)
-    assert 1 <= cache_bytes(ours) / cache_bytes(models) < 1.05
-
-
-def test_the_ratio_knows_that_transformers_drops_what_a_window_hides():
-    """Mistral's own cache keeps 7 tokens of its window of 8: storing all of them is no compression."""
-    loaded = tiny_loaded("mistral")
-    ratio = compression_ratio(lambda: identity_cache(3), loaded.geometry, 512, config=loaded.model.config)
-    assert 7 / 512 <= ratio < 0.2
