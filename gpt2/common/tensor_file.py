@@ -123,6 +123,8 @@ class _WithoutTensors(pickle.Unpickler):
 def _check_pickle(pickled: bytes) -> None:
     """Reject a pickle that calls more than what rebuilds a tensor, or that makes Python's reader allocate too much."""
     for operation, argument, _ in pickletools.genops(pickled):
+        if operation.name == "PROTO" and argument != 2:  # PyTorch writes 2, and prints a warning for others
+            raise _Rejected(f"its pickle is of protocol {argument}, and PyTorch's are of 2")
         if operation.name == "GLOBAL" and argument not in CALLABLE:
             raise _Rejected(f"it calls {argument!r:.80}: only tensors and plain values are read")
         # Python's reader allocates a table up to the highest number: 1.5 GB for 10**8

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gpt2.common.errors import PluginError, printable
 from gpt2.compression.calibration.file import load_calibration
-from gpt2.compression.presets import create_cache_from_preset, load_preset
+from gpt2.compression.presets import create_cache_from_preset
 
 Bad = Iterator[tuple[str, object]]  # what was done, and the file: its bytes, or what torch.save makes a file of
 PRESET = {
@@ -125,7 +125,7 @@ def check(
 
 def make(path: Path):
     """The cache of a preset file."""
-    return create_cache_from_preset(load_preset(path))
+    return create_cache_from_preset(path)
 
 
 # --- changed bytes
