@@ -28,9 +28,7 @@ from gpt2 import cli
 from gpt2.common import files
 from gpt2.compression.codecs import adjustable_quantizers, basis_of
 from gpt2.compression.settings import TARGETS
-from gpt2.models import loading
 from gpt2.report import plots, tables
-from gpt2.text import sources
 from gpt2.tuning import search_space, trial_queue, tune
 
 ONLY = {"grid": ("target", "bits", "codec", "per_layer", "layer_ablation"),
@@ -79,8 +77,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     trial_queue.check_file(args.study)
-    text = sources.load_text(args.text, args.model)
-    loaded = loading.load(args.model, args.device, args.dtype)
+    script = cli.open_script(args)
+    loaded, text = script.loaded, script.text
     grid = args.search == "grid"
     name = args.name or f"{args.target if grid else 'codec'}-{100 * args.target_ppl_delta:g}pct"
     output = args.output or files.RESULTS / "presets" / f"{loaded.slug}-{name}.json"
@@ -94,11 +92,8 @@ def main() -> None:
     what = f"target {args.target}" if grid else "all codecs"
     title = f"{args.model}, {what}: {job.tuning.numel():,} tuning tokens of {text.name}"
     draw = plots.grid_frontier if grid else plots.codec_frontier
-    picture = files.picture_beside(output)
-    files.write_run(
-        output, preset, picture, lambda: draw(preset["trials"], args.target_ppl_delta, str(best.candidate), title)
-    )
-    print(f"wrote {output} and {picture}")
+    paths = output, files.picture_beside(output)
+    cli.write(paths, preset, lambda: draw(preset["trials"], args.target_ppl_delta, str(best.candidate), title))
 
 
 def show_layers(rows: list[dict], path: Path, title: str) -> None:

@@ -26,10 +26,8 @@ from gpt2.common.processes import Processes
 from gpt2.compression.calibration.calibrate import calibrate, suggested_rank
 from gpt2.compression.calibration.file import calibration_folders, save_calibration
 from gpt2.compression.codecs import basis_of, metric_names, multi_head_bases, takes_gradients
-from gpt2.models import loading
 from gpt2.report import plots
 from gpt2.report.tables import calibration as calibration_tables
-from gpt2.text import sources
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -76,8 +74,8 @@ def main(processes: Processes) -> None:
             raise PluginError(f"--compact keeps one codec that heads share, which needs gradients: give --codec "
                               f"{' or '.join(several)}")  # fmt: skip
         codec = several[0]
-    text = sources.load_text(args.text, args.model)
-    loaded = loading.load(args.model, args.device, args.dtype)
+    script = cli.open_script(args)
+    loaded, text = script.loaded, script.text
     if args.gradient_checkpointing and not takes_gradients(metric):
         print(f"note: {metric} statistics need no gradients; --gradient-checkpointing changes nothing here")
     rank = args.rank or suggested_rank(loaded.geometry.head_dim)
@@ -100,7 +98,8 @@ def main(processes: Processes) -> None:
     print(f"\n{calibration_tables.energies(energies, shown).console()}")
     title = f"{args.model}: {calibration.meta['tokens']:,} tokens of {text.name}"
     picture = plots.spectra({side: energy.numpy() for side, energy in energies.items()}, shown, title)
-    print(f"wrote {output} and {files.write_figure(files.picture_beside(output), picture)}")
+    files.write_figure(files.picture_beside(output), picture)
+    print(f"\nwrote {files.shown(output)} and {files.shown(files.picture_beside(output))}")
 
 
 if __name__ == "__main__":

@@ -19,11 +19,8 @@ import contextlib
 import importlib.metadata
 
 from gpt2 import cli
-from gpt2.common import files, provenance
 from gpt2.evaluation import lineup, needle, other_caches, peers
-from gpt2.models import loading
-from gpt2.report import plots, tables
-from gpt2.text import sources
+from gpt2.report import plots
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -49,9 +46,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments().parse_args()
-    text = sources.load_text(args.text, args.model)
-    loaded = loading.load(args.model, args.device, args.dtype)
-    output, picture = cli.output_files(args.output, f"peers_{loaded.slug}")
+    script = cli.open_script(args)
+    loaded, text, paths = script.loaded, script.text, script.output_files("peers")
     compared = lineup.for_quality(loaded, args.peers, args.preset)
     segments = cli.evaluation_segments(args, loaded, text, "evaluation")
     grid = {"lengths": args.needle_context_lengths, "depths": DEPTHS, "trials": args.num_trials, "seed": args.seed,
@@ -70,15 +66,12 @@ def main() -> None:
             loaded, haystack, compared, rows, progress=lambda label: cli.bar(f"needles, {label}", "prompt"), **grid
         )
 
-    record = provenance.provenance(
-        args, model=loaded.spec, fingerprint=loaded.fingerprint, dtype=str(loaded.model.dtype), text=text.name,
-        text_sha256=text.sha256("evaluation"), segments=list(segments.shape), peer_versions=peer_versions(),
+    record = script.record(
+        dtype=str(loaded.model.dtype), segments=list(segments.shape), peer_versions=peer_versions(),
         rows=rows, needle=asked,
     )  # fmt: skip
     title = f"{loaded.spec}, {segments.numel():,} tokens of {text.name}"
-    files.write_run(output, record, picture, lambda: plots.peers(rows, title))
-    tables.show("peers", record)
-    print(f"\nwrote {files.shown(output)} and {files.shown(picture)}")
+    cli.write(paths, record, lambda: plots.peers(rows, title), ["peers"])
 
 
 def peer_versions() -> dict[str, str]:

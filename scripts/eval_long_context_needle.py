@@ -18,12 +18,9 @@ against a compressed cache. Writes results/runs/needle_MODEL.json and a PNG in r
 import argparse
 
 from gpt2 import cli
-from gpt2.common import files, provenance
 from gpt2.evaluation import needle
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
-from gpt2.models import loading
-from gpt2.report import plots, tables
-from gpt2.text import sources
+from gpt2.report import plots
 
 
 def positions(words: str) -> list[float]:
@@ -51,9 +48,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments().parse_args()
-    text = sources.load_text(args.text, args.model)
-    loaded = loading.load(args.model, args.device, args.dtype)
-    output, picture = cli.output_files(args.output, f"needle_{loaded.slug}")
+    script = cli.open_script(args)
+    loaded, text, paths = script.loaded, script.text, script.output_files("needle")
     chosen = cli.chosen_caches(args, loaded)
     caches = {BASELINE: baseline_factory(loaded)} | {choice.label: choice.make for choice in chosen}
     rows = needle.measure(
@@ -63,16 +59,13 @@ def main() -> None:
         haystack_name=f"the evaluation part of text {text.name!r}", progress=cli.bar("needles", "prompt"),
     )  # fmt: skip
     cells, summaries = needle.cells(rows), needle.summarize(rows, args.seed)
-    record = provenance.provenance(
-        args, model=loaded.spec, fingerprint=loaded.fingerprint, dtype=str(loaded.model.dtype), text=text.name,
-        text_sha256=text.sha256("evaluation"), caches=[choice.record() for choice in chosen],
+    record = script.record(
+        dtype=str(loaded.model.dtype), caches=[choice.record() for choice in chosen],
         baseline_works_from=needle.works_from(args.distractors), summary=summaries, cells=cells, rows=rows,
     )  # fmt: skip
     title = f"{loaded.spec}, {text.name}, {args.num_trials} prompts per cell, distractors: {args.distractors}"
-    files.write_run(output, record, picture, lambda: plots.needles(cells, title))
-    for kind in ("needle_cells", "needle_pairs", "needle"):
-        tables.show(kind, record)
-    print(f"\nwrote {files.shown(output)} and {files.shown(picture)}")
+    shown = ("needle_cells", "needle_pairs", "needle")
+    cli.write(paths, record, lambda: plots.needles(cells, title), shown)
 
 
 if __name__ == "__main__":

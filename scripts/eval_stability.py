@@ -15,7 +15,6 @@ import sys
 from functools import cache
 
 from gpt2 import cli
-from gpt2.common import files, provenance
 from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.calibrate import check_samples, recalibrate
 from gpt2.compression.named_caches import CacheChoice, from_preset
@@ -24,7 +23,7 @@ from gpt2.compression.settings import needs_calibration_file
 from gpt2.evaluation import stability
 from gpt2.evaluation.stability import FACTORS, METRICS, Setup
 from gpt2.models import loading
-from gpt2.report import plots, tables
+from gpt2.report import plots
 from gpt2.text import sources
 
 
@@ -46,11 +45,10 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments().parse_args()
-    text = sources.load_text(args.text, args.model)
-    loaded = loading.load(args.model, args.device, args.dtype)
+    script = cli.open_script(args)
+    loaded, text = script.loaded, script.text
     (choice,) = cli.chosen_caches(args, loaded)
-    slug = f"stability_{loaded.slug}_{choice.label.replace('/', '-')}"
-    output, picture = cli.output_files(args.output, slug)
+    paths = cli.output_files(args.output, f"stability_{loaded.slug}_{choice.label.replace('/', '-')}")
     factors = usable(args, loaded, text, choice)
     setup = prepare(args, loaded, text, choice, args.num_runs if "text" in factors else 1)
     rows = []
@@ -59,15 +57,10 @@ def main() -> None:
         print_run(number, rows[-1])
     summary = stability.summarize(rows)
     verdict = stability.verdict(summary, args.max_ppl_delta, args.max_std)
-    record = provenance.provenance(
-        args, model=loaded.spec, fingerprint=loaded.fingerprint, text=text.name,
-        text_sha256=text.sha256("evaluation"), cache=choice.record(), metrics=METRICS, rows=rows, summary=summary,
-        verdict=verdict,
-    )  # fmt: skip
+    record = script.record(cache=choice.record(), metrics=METRICS, rows=rows, summary=summary, verdict=verdict)
     title = f"{loaded.spec}, {choice.label}, {text.name}"
-    files.write_run(output, record, picture, lambda: plots.stability(rows, METRICS, title))
-    tables.show("stability", record)
-    print(f"\n{verdict['line']}\nwrote {files.shown(output)} and {files.shown(picture)}")
+    cli.write(paths, record, lambda: plots.stability(rows, METRICS, title), ["stability"])
+    print(verdict["line"])
     sys.exit(3 if verdict["stable"] is False else 0)
 
 

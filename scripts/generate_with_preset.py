@@ -14,11 +14,8 @@ history at every step. With --output a JSON file and a PNG are written.
 import argparse
 
 from gpt2 import cli
-from gpt2.common import files, provenance
 from gpt2.compression.attention import enable_compressed_attention
-from gpt2.compression.presets import resolve_preset
 from gpt2.evaluation import side_by_side
-from gpt2.models import loading
 from gpt2.report import plots, tables
 
 PROMPT = """In the early years of the twentieth century, most people in the valley still travelled by boat. The river
@@ -44,9 +41,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments().parse_args()
-    for preset in args.preset:
-        resolve_preset(preset, args.model)  # an unknown one is rejected before the model is loaded
-    loaded = loading.load(args.model, args.device, args.dtype)
+    script = cli.open_script(args)
+    loaded = script.loaded
     choices = cli.chosen_caches(args, loaded)
     if args.direct:
         enable_compressed_attention(loaded.model)
@@ -58,29 +54,18 @@ def main() -> None:
         conversation = side_by_side.to_continue(loaded, args.prompt)
     loaded.require_context(len(conversation), "--document-tokens", after=args.max_new_tokens)
 
-    readings = []
+    readings, settings = [], {"max_new_tokens": args.max_new_tokens, "chunk": args.prefill_chunk}
     for choice in (None, *choices):
         progress = cli.bar(choice.label if choice else side_by_side.UNCOMPRESSED, "chunk")
-        readings.append(
-            side_by_side.read(
-                loaded,
-                conversation,
-                choice,
-                max_new_tokens=args.max_new_tokens,
-                chunk=args.prefill_chunk,
-                progress=progress,
-            )  # fmt: skip
-        )
+        readings.append(side_by_side.read(loaded, conversation, choice, progress=progress, **settings))
         print(f"\n[{readings[-1].label}] {readings[-1].answer}", flush=True)
-    record = provenance.provenance(
-        args, model=loaded.spec, fingerprint=loaded.fingerprint, dtype=str(loaded.model.dtype).removeprefix("torch."),
-        caches=[choice.record() for choice in choices], rows=[reading.record(readings[0]) for reading in readings],
-    )  # fmt: skip
-    tables.show("side_by_side", record)
+    rows = [reading.record(readings[0]) for reading in readings]
+    record = script.record(dtype=script.dtype, caches=[choice.record() for choice in choices], rows=rows)
     if args.output:
-        picture = files.picture_beside(args.output)
-        files.write_run(args.output, record, picture, lambda: plots.side_by_side(record))
-        print(f"\nwrote {files.shown(args.output)} and {files.shown(picture)}")
+        paths = script.output_files("side_by_side")
+        cli.write(paths, record, lambda: plots.side_by_side(record), ["side_by_side"])
+    else:
+        tables.show("side_by_side", record)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,7 @@ from gpt2.common.processes import Processes
 from gpt2.compression.calibration.file import calibration_folders
 from gpt2.compression.codecs import adjustable_quantizers, multi_head_bases
 from gpt2.compression.presets import calibration_lookup
-from gpt2.models import loading
 from gpt2.report import plots, tables
-from gpt2.text import sources
 from gpt2.tuning.ratio_presets import RATIOS, compact_calibration, make_ratio_preset, measure
 
 DEFAULT_CODEC = next(iter(multi_head_bases()))
@@ -45,7 +43,7 @@ def arguments() -> argparse.ArgumentParser:
     cli.add_calibration_flags(p)
     cli.add_evaluation_flags(p, tokens=16384)
     p.set_defaults(samples=48)
-    p.add_argument("--eval-text", help="text to measure on; --text if omitted")
+    cli.add_eval_text_flag(p)
     p.add_argument("--ratios", type=cli.ratio_list, default=list(RATIOS), help="such as 2,4,8")
     bases, quantizers = multi_head_bases(), adjustable_quantizers()
     prefixes = ", ".join(f"{basis.preset_prefix}-* ({name})" for name, basis in bases.items())
@@ -60,9 +58,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(processes: Processes) -> None:
     args = arguments().parse_args()
-    text = sources.load_text(args.text, args.model)
-    eval_text = sources.load_text(args.eval_text or args.text, args.model)
-    loaded = loading.load(args.model, args.device, args.dtype)
+    script = cli.open_script(args)
+    loaded, text, eval_text = script.loaded, script.text, script.eval_text
     slug = loaded.slug + (f"_{args.tag}" if args.tag else "")
     record_name = f"ratio_presets_{'' if args.codec == DEFAULT_CODEC else args.codec + '_'}{slug}"
     # Before the calibration, since the text may be too short; the other processes don't need it

@@ -18,20 +18,18 @@ Writes results/runs/profile_MODEL.json and results/plots/profile_MODEL.png, or w
 import argparse
 
 from gpt2 import cli
-from gpt2.common import files, provenance
 from gpt2.compression.attention import enable_compressed_attention
 from gpt2.evaluation import lineup
 from gpt2.evaluation.instruments import cuda_devices, memory_method
 from gpt2.evaluation.other_caches import PACKAGES
 from gpt2.evaluation.timing import measure_cell
-from gpt2.models import random_weights
 from gpt2.models.loading import LoadedModel
 from gpt2.report import plots, tables
 
 
 def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
-    cli.add_model_flags(p)
+    cli.add_shape_flags(p)
     cli.add_cache_flags(p, several=True)
     p.add_argument("--identity", action="store_true", help="also our cache without a codec, as a control")
     p.add_argument("--direct", action="store_true", help="also read caches of ours as they are stored")
@@ -40,7 +38,6 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--batch-sizes", type=cli.int_list, default=[1, 4], help="sequences side by side")
     p.add_argument("--decode-tokens", type=cli.positive_int, default=16, help="tokens decoded per repeat")
     p.add_argument("--repeats", type=cli.positive_int, default=3, help="timed runs per cache, context and batch")
-    p.add_argument("--layers", type=cli.positive_int, help="layers of a shape without weights; all if omitted")
     p.add_argument("--seed", type=int, default=0, help="draws the tokens that fill the caches")
     cli.add_output_flag(p)
     return p
@@ -48,9 +45,9 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments().parse_args()
-    loaded = random_weights.load(args.model, args.device, args.dtype, args.layers)
+    script = cli.open_script(args)
+    loaded, paths = script.loaded, script.output_files("profile")
     loaded.require_context(max(args.context_lengths), "--context-lengths", after=args.decode_tokens)
-    output, picture = cli.output_files(args.output, f"profile_{loaded.slug}")
     choices = cli.chosen_caches(args, loaded)
     caches = lineup.for_speed(loaded, choices, identity=args.identity, direct=args.direct, packages=args.peers)
     if args.direct:
@@ -59,11 +56,8 @@ def main() -> None:
     if loaded.random_weights:
         print("note: the weights are random; neither speed nor memory depends on what they say")
     rows = []
-    record = provenance.provenance(
-        args, model=loaded.spec, fingerprint=loaded.fingerprint, rows=rows,
-        weights="random" if loaded.random_weights else "trained",
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
-        peak_memory=memory_method(cuda_devices(loaded.model)),
+    record = script.record(
+        rows=rows, weights=script.weights, dtype=script.dtype, peak_memory=memory_method(cuda_devices(loaded.model)),
         caches=[choice.record() for choice in choices],
     )  # fmt: skip
     for batch in args.batch_sizes:
@@ -77,8 +71,7 @@ def main() -> None:
             tables.show("profile", record | {"rows": found}, note=False)
     tables.show("profile_steps", record)
     print(f"\n{tables.profile(record, []).note}")
-    files.write_run(output, record, picture, lambda: plots.profiles(rows, title(record, loaded)))
-    print(f"\nwrote {output} and {picture}")
+    cli.write(paths, record, lambda: plots.profiles(rows, title(record, loaded)))
 
 
 def title(record: dict, loaded: LoadedModel) -> str:

@@ -14,13 +14,10 @@ import argparse
 from pathlib import Path
 
 from gpt2 import cli
-from gpt2.common import files, provenance
 from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.reuse import obtain_calibration
 from gpt2.experiments.ablation import GROUPS, Ablation, measure
-from gpt2.models import loading
 from gpt2.report import plots, tables
-from gpt2.text import sources
 from gpt2.tuning.grid_search import default_rank_grid
 
 
@@ -41,31 +38,21 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments().parse_args()
-
-    text = sources.load_text(args.text, args.model)
-    loaded = loading.load(args.model, args.device, args.dtype)
-    output, picture = cli.output_files(args.output, f"validate_ppl_{loaded.slug}")
+    script = cli.open_script(args)
+    loaded, text, paths = script.loaded, script.text, script.output_files("validate_ppl")
     ranks = args.ranks or default_rank_grid(loaded.geometry.head_dim)[1:4]
-    calibration, path = obtain_calibration(
-        loaded,
-        text,
-        given=args.calibration,
-        rank=ranks[0],
-        samples=args.samples,
-        seq_len=args.seq_len,
-        seed=args.seed,
-        sink_tokens=args.sink_tokens,
-        metric="fisher" if "metric" in args.groups else "pca",
+    calibration, _ = obtain_calibration(
+        loaded, text, given=args.calibration, rank=ranks[0], samples=args.samples, seq_len=args.seq_len,
+        seed=args.seed, sink_tokens=args.sink_tokens, metric="fisher" if "metric" in args.groups else "pca",
         progress=cli.bar("calibrating", "seq"),
-    )
+    )  # fmt: skip
     ablation = Ablation(loaded, calibration, ranks, args.bits, args.sink_tokens, args.layer_groups)
     segments = cli.evaluation_segments(args, loaded, text, "evaluation")
     wanted = {group: ablation.rows(group) for group in args.groups}  # all: none may fail after hours of others
     rows, known = [], {}
-    record = provenance.provenance(
-        args, model=loaded.spec, fingerprint=loaded.fingerprint, text=text.name, calibration=calibration.meta,
-        text_sha256=text.sha256("evaluation"), dtype=str(loaded.model.dtype), segments=list(segments.shape), rows=rows,
-    )  # fmt: skip
+    record = script.record(
+        calibration=calibration.meta, dtype=str(loaded.model.dtype), segments=list(segments.shape), rows=rows
+    )
     for group, compared in wanted.items():
         rows += measure(
             loaded, segments, compared, known, seed=args.seed, chunk=args.chunk,
@@ -73,8 +60,7 @@ def main() -> None:
         )  # fmt: skip
         tables.show("validate_ppl", record, group)
     title = f"{loaded.spec}, {segments.numel():,} tokens of {text.name}"
-    files.write_run(output, record, picture, lambda: plots.perplexity_changes(rows, title))
-    print(f"\nwrote {output} and {picture}")
+    cli.write(paths, record, lambda: plots.perplexity_changes(rows, title))
     check_cache_is_on_the_path(rows)
 
 

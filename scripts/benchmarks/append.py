@@ -8,6 +8,9 @@ reading back what is stored (reading is attention's cost, and grows with any cac
 Writes results/runs/benchmark_append.json and results/plots/benchmark_append.png.
 """
 
+import gpt2  # noqa: F401  first, so that Ctrl-C while PyTorch is imported prints one line
+
+# isort: split
 import argparse
 import statistics
 import time
@@ -15,12 +18,12 @@ import time
 import torch
 
 from gpt2 import cli
-from gpt2.common import files, provenance
+from gpt2.common import provenance
 from gpt2.compression.cache.size import cache_bytes
 from gpt2.compression.codecs import BITS, Compressor, Transform, quantizer_for_bits
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.models import loading
-from gpt2.report import plots, tables
+from gpt2.report import plots
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -38,7 +41,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments().parse_args()
-    output, picture = cli.output_files(args.output, "benchmark_append")
+    paths = cli.output_files(args.output, "benchmark_append")
     device = loading.resolve_device(args.device)
 
     rows = [measure(label, make, tokens, args, device) for label, make in codecs(args, device).items()
@@ -48,9 +51,7 @@ def main() -> None:
         lines.setdefault(row["codec"], []).append(row["append_ms_median"])
     title = f"{args.layers} layers, {args.kv_heads} KV heads of {args.head_dim}"
     record = provenance.provenance(args, dtype="bfloat16", rows=rows)
-    files.write_run(output, record, picture, lambda: plots.append_times(args.tokens, lines, title))
-    tables.show("benchmark_append", record)
-    print(f"wrote {output} and {picture}")
+    cli.write(paths, record, lambda: plots.append_times(args.tokens, lines, title), ["benchmark_append"])
 
 
 def codecs(args, device: torch.device) -> dict:

@@ -12,12 +12,15 @@ the GPU's own; the host's, to launch a step, are in the file.
 Writes results/runs/attention_step_DEVICE_SHAPE.json and results/plots/attention_step_DEVICE_SHAPE.png.
 """
 
+import gpt2  # noqa: F401  first, so that Ctrl-C while PyTorch is imported prints one line
+
+# isort: split
 import argparse
 
 import torch
 
 from gpt2 import cli
-from gpt2.common import files, provenance
+from gpt2.common import provenance
 from gpt2.experiments import attention_speed
 from gpt2.models import loading
 from gpt2.report import plots, tables
@@ -65,7 +68,7 @@ def main() -> None:
     args = parse()
     device = loading.resolve_device(args.device)
     shape = attention_speed.Shape(args.heads, args.kv_heads, args.head_dim, args.batch_size)
-    output, picture = cli.output_files(args.output, f"attention_step_{provenance.device_slug(device)}_{shape}")
+    paths = cli.output_files(args.output, f"attention_step_{provenance.device_slug(device)}_{shape}")
     timer = attention_speed.Timer(device, args.flush_mib << 20)
     bandwidth = attention_speed.copy_bandwidth(timer, args.copy_mib << 20)
     rows = []
@@ -78,8 +81,7 @@ def main() -> None:
             repeats=args.repeats, compiled=args.compiled, seed=args.seed, progress=cli.bar(f"{context} tokens", "turn"),
         )  # fmt: skip
         tables.show("attention_step", record, str(context), note=context == args.context_lengths[-1])
-    files.write_run(output, record, picture, lambda: plots.attention_times(record))
-    print(f"\nwrote {output} and {picture}")
+    cli.write(paths, record, lambda: plots.attention_times(record))
 
 
 if __name__ == "__main__":

@@ -14,38 +14,30 @@ Writes results/runs/cache_bytes_MODEL.json and results/plots/cache_bytes_MODEL.p
 import argparse
 
 from gpt2 import cli
-from gpt2.common import files, provenance
 from gpt2.compression.cache import size
 from gpt2.compression.named_caches import CacheChoice
-from gpt2.models import random_weights
 from gpt2.models.loading import LoadedModel
-from gpt2.report import plots, tables
+from gpt2.report import plots
 
 
 def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
-    cli.add_model_flags(p)
+    cli.add_shape_flags(p)
     cli.add_cache_flags(p, several=True)
     p.set_defaults(preset=["kv8", "kv4"], device="cpu")
     p.add_argument("--context-lengths", type=cli.int_list, default=[128, 512, 2048, 8192], help="tokens held")
-    p.add_argument("--layers", type=cli.positive_int, help="layers of a shape without weights; all if omitted")
     cli.add_output_flag(p)
     return p
 
 
 def main() -> None:
     args = arguments().parse_args()
-    loaded = random_weights.load(args.model, args.device, args.dtype, args.layers)
-    output, picture = cli.output_files(args.output, f"cache_bytes_{loaded.slug}")
+    script = cli.open_script(args)
+    loaded, paths = script.loaded, script.output_files("cache_bytes")
     choices = cli.chosen_caches(args, loaded)
     rows = [measure(choice, tokens, loaded) for choice in choices for tokens in args.context_lengths]
-    record = provenance.provenance(
-        args, model=loaded.spec, fingerprint=loaded.fingerprint, caches=[choice.record() for choice in choices],
-        rows=rows,
-    )  # fmt: skip
-    files.write_run(output, record, picture, lambda: plots.ratios_by_context(rows, loaded.spec))
-    tables.show("cache_bytes", record)
-    print(f"\nwrote {files.shown(output)} and {files.shown(picture)}")
+    record = script.record(caches=[choice.record() for choice in choices], rows=rows)
+    cli.write(paths, record, lambda: plots.ratios_by_context(rows, loaded.spec), ["cache_bytes"])
 
 
 def measure(choice: CacheChoice, tokens: int, loaded: LoadedModel) -> dict:

@@ -8,6 +8,9 @@ of samples runs the calibration script in a process of its own and reads its pea
 Writes results/runs/benchmark_calibration_MODEL.json.
 """
 
+import gpt2  # noqa: F401  first, so that Ctrl-C while PyTorch is imported prints one line
+
+# isort: split
 import argparse
 import os
 import statistics

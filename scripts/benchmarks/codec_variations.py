@@ -18,11 +18,8 @@ Writes results/runs/explore_codecs_MODEL.json and results/plots/explore_codecs_M
 import argparse
 
 from gpt2 import cli
-from gpt2.common import files, provenance
 from gpt2.experiments.codec_variations import QUESTIONS, gather, measure
-from gpt2.models import loading
 from gpt2.report import plots, tables
-from gpt2.text import sources
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -31,7 +28,7 @@ def arguments() -> argparse.ArgumentParser:
     cli.add_text_flags(p)
     cli.add_calibration_flags(p)
     p.set_defaults(samples=16)
-    p.add_argument("--eval-text", help="text to measure on; --text if omitted")
+    cli.add_eval_text_flag(p)
     p.add_argument("--eval-tokens", type=cli.positive_int, default=4096, help="tokens that every row is measured on")
     p.add_argument("--eval-seq-len", type=cli.positive_int, default=1024, help="tokens per evaluated segment")
     p.add_argument("--bits", type=cli.int_list, default=[4, 3, 2], help="total bits per coordinate")
@@ -44,18 +41,15 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments().parse_args()
-    text = sources.load_text(args.text, args.model)
-    eval_text = sources.load_text(args.eval_text or args.text, args.model)
-    loaded = loading.load(args.model, args.device, args.dtype)
-    output, picture = cli.output_files(args.output, f"explore_codecs_{loaded.slug}")
+    script = cli.open_script(args)
+    loaded, text, eval_text, paths = script.loaded, script.text, script.eval_text, script.output_files("explore_codecs")
     loaded.require_context(args.seq_len)
     segments = cli.evaluation_segments(args, loaded, eval_text, "evaluation")
     windows = text.segments("calibration", loaded, args.seq_len, args.samples, args.seed)
     gathered = gather(loaded, windows, args.sink_tokens, seed=args.seed, progress=cli.bar("calibrating", "seq"))
     rows, known = [], {}
-    record = provenance.provenance(
-        args, model=loaded.spec, fingerprint=loaded.fingerprint, dtype=str(loaded.model.dtype), text=eval_text.name,
-        calibration_text=text.name,
+    record = script.record(
+        dtype=str(loaded.model.dtype), calibration_text=text.name,
         text_sha256={"calibration": text.sha256("calibration"), "evaluation": eval_text.sha256("evaluation")},
         calibration_tokens=windows.numel(), segments=list(segments.shape), rows=rows,
     )  # fmt: skip
@@ -67,8 +61,7 @@ def main() -> None:
         rows += [{"question": question, **row} for row in found]
         tables.show("explore_codecs", record, question, note=question == args.rows[-1])
     title = f"{loaded.spec}, {segments.numel():,} tokens of {eval_text.name}, calibrated on {text.name}"
-    files.write_run(output, record, picture, lambda: plots.codec_variations(rows, title))
-    print(f"\nwrote {files.shown(output)} and {files.shown(picture)}")
+    cli.write(paths, record, lambda: plots.codec_variations(rows, title))
 
 
 if __name__ == "__main__":

@@ -17,18 +17,16 @@ from gpt2.common import files, provenance
 from gpt2.common.errors import PluginError
 from gpt2.evaluation import largest_batch
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
-from gpt2.models import random_weights
 from gpt2.report import tables
 
 
 def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
-    cli.add_model_flags(p)
+    cli.add_shape_flags(p)
     cli.add_cache_flags(p, several=True)
     p.add_argument("--context-length", type=cli.positive_int, default=32768, help="tokens held by every sequence")
     p.add_argument("--decode-tokens", type=cli.positive_int, default=8, help="tokens decoded to measure speed")
     p.add_argument("--most", type=cli.positive_int, help="largest batch to try; 1024 on a GPU, 4 on a CPU")
-    p.add_argument("--layers", type=cli.positive_int, help="layers of a shape without weights; all if omitted")
     p.add_argument("--seed", type=int, default=0, help="draws what fills the caches")
     p.add_argument("--output", type=cli.output_path, help="JSON file")
     return p
@@ -36,7 +34,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments().parse_args()
-    loaded = random_weights.load(args.model, args.device, args.dtype, args.layers)
+    script = cli.open_script(args)
+    loaded = script.loaded
     after = args.decode_tokens + largest_batch.WARM_STEPS
     loaded.require_context(args.context_length, "--context-length", after=after)
     stem = f"largest_batch_{provenance.device_slug(loaded.device)}_{loaded.slug}"
@@ -44,11 +43,8 @@ def main() -> None:
     choices = cli.chosen_caches(args, loaded)
     most = args.most or (1024 if loaded.device.type == "cuda" else 4)
     rows = []
-    record = provenance.provenance(
-        args, model=loaded.spec, fingerprint=loaded.fingerprint, rows=rows,
-        weights="random" if loaded.random_weights else "trained",
-        dtype=str(loaded.model.dtype).removeprefix("torch."), caches=[choice.record() for choice in choices],
-    )  # fmt: skip
+    caches = [choice.record() for choice in choices]
+    record = script.record(rows=rows, weights=script.weights, dtype=script.dtype, caches=caches)
     caches = {BASELINE: baseline_factory(loaded)} | {choice.label: choice.make for choice in choices}
     for name, make in cli.bar("largest batches", "cache")(caches.items()):
         rows.append(
@@ -58,7 +54,7 @@ def main() -> None:
         )
     files.write_json(output, record)
     tables.show("largest_batch", record)
-    print(f"\nwrote {output}")
+    print(f"\nwrote {files.shown(output)}")
     if not any(row["largest_batch"] for row in rows):
         raise PluginError(f"not one sequence of {args.context_length:,} tokens fits: use a shorter --context-length")
 

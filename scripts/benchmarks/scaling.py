@@ -14,11 +14,10 @@ Writes results/runs/scaling_MODEL.json and results/plots/scaling_MODEL.png.
 from functools import partial
 
 from gpt2 import cli
-from gpt2.common import files, provenance
 from gpt2.experiments import power_law, predictions
 from gpt2.experiments.scaling import FITTING, QUICK, Sizes, all_series, pass_ratios
-from gpt2.models import loading, random_weights
-from gpt2.report import plots, tables
+from gpt2.models import random_weights
+from gpt2.report import plots
 
 SHAPES = "qwen2.5-7b.json,llama-3.1-8b.json,qwen2.5-72b.json"
 TIMED = "qwen2.5-0.5b.json,gemma-2-2b.json,llama-3.1-8b.json,qwen2.5-72b.json"
@@ -48,8 +47,8 @@ def names(words: str) -> list[str]:
 
 def main() -> None:
     args = arguments().parse_args()
-    loaded = loading.load(args.model, args.device, args.dtype)
-    output, picture = cli.output_files(args.output, f"scaling_{loaded.slug}")
+    script = cli.open_script(args)
+    loaded, paths = script.loaded, script.output_files("scaling")
     own, read = {loaded.slug: loaded.model.config}, random_weights.read_shapes
     paper = own | read(args.shapes)
     caches = predictions.cache_rows(paper, args.context_lengths, args.presets, cli.bar("caches", "model"))
@@ -62,13 +61,9 @@ def main() -> None:
         paper, args.samples, args.seq_len, args.flops_per_s, partial(power_law.at, fitting)
     )
     passes = pass_ratios(loaded, sizes, args.repeats)
-    record = provenance.provenance(
-        args, model=loaded.spec, caches=caches, calibrations=calibrations, passes=passes, slopes=slopes
-    )
-    files.write_run(output, record, picture, lambda: plots.growth(record))
-    for name in ("bytes", "time", "memory", "passes", "slopes"):
-        tables.show("scaling", record, name)
-    print(f"wrote {output} and {picture}")
+    record = script.record(caches=caches, calibrations=calibrations, passes=passes, slopes=slopes)
+    shown = [f"scaling {rows}" for rows in ("bytes", "time", "memory", "passes", "slopes")]
+    cli.write(paths, record, lambda: plots.growth(record), shown)
 
 
 if __name__ == "__main__":

@@ -233,9 +233,9 @@ def test_a_bad_calibration_file_is_never_run(damage, script, space, capsys, cali
     ("change", "message"),
     [
         ({"rank": None}, "key 'rank'"),
-        ({"rank": 99}, "key 'rank': expected 1 to head_dim 12, found 99"),
-        ({"bits": 3}, "key 'bits': expected 4 or 8 or 16"),
-        ({"target": "q"}, "key 'target': expected v, k or kv"),
+        ({"rank": 99}, "key 'rank': expected 1 to 12"),
+        ({"bits": 3}, "bits 3 is not available: use 4, 8, 16"),
+        ({"target": "q"}, "key 'target': expected 'v' or 'k' or 'kv'"),
         ({"num_layers": -3}, "key 'num_layers'"),
         ({"head_dim": 10**9}, "head_dim"),
         ({"head_dim": 10**9, "codec": "ln_nullspace"}, "head_dim"),

@@ -117,7 +117,7 @@ def start(script: str, flags: list, folder: Path, said: Path, *before: Callable[
         code = stop.code or 0
     except KeyboardInterrupt as stop:
         frames = traceback.extract_tb(stop.__traceback__)
-        if any(frame.name == "_told_in_one_line" for frame in frames):
+        if any(frame.name == "_with_exit_codes" for frame in frames):
             traceback.print_exc()
         else:  # while it imports: what the interpreter calls then, in a process of its own
             print(interrupts.MESSAGE, file=sys.stderr)

@@ -1,0 +1,141 @@
+"""What a script works on: the text, the model and the caches that its flags name, and the files that it writes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from tqdm import tqdm
+
+from gpt2.common import files, processes, provenance
+from gpt2.common.errors import PluginError
+from gpt2.compression.codecs import IDENTITY
+from gpt2.compression.named_caches import CacheChoice, from_policy, from_preset
+from gpt2.compression.presets import resolve_preset
+from gpt2.evaluation.perplexity import BASELINE
+from gpt2.models import loading, random_weights
+from gpt2.report import tables
+from gpt2.text import sources
+from gpt2.text.windows import Text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Script:
+    """The opened inputs of one run of a script. text, eval_text: None for a script without --text.
+
+    eval_text: what is measured on, `text` itself without --eval-text.
+    """
+
+    args: argparse.Namespace
+    loaded: loading.LoadedModel
+    text: Text | None
+    eval_text: Text | None
+
+    def output_files(self, stem: str) -> tuple[Path, Path]:
+        """As `output_files`, with the model's name after the stem."""
+        return output_files(self.args.output, f"{stem}_{self.loaded.slug}")
+
+    def record(self, **more) -> dict:
+        """A results record: provenance, model, and the evaluation text if there is one.
+
+        more: further keys, which may replace these. `text_sha256` is that of the evaluation part.
+        """
+        about = {"model": self.loaded.spec, "fingerprint": self.loaded.fingerprint}
+        if self.eval_text is not None:
+            about |= {"text": self.eval_text.name, "text_sha256": self.eval_text.sha256("evaluation")}
+        return provenance.provenance(self.args, **about | more)
+
+    @property
+    def dtype(self) -> str:
+        """The model's dtype, such as `float32`."""
+        return str(self.loaded.model.dtype).removeprefix("torch.")
+
+    @property
+    def weights(self) -> str:
+        """What the weights are: trained, or random for a shape without weights."""
+        return "random" if self.loaded.random_weights else "trained"
+
+
+def open_script(args: argparse.Namespace) -> Script:
+    """Open what the flags name, in the order of what it costs: presets and text first, then the model.
+
+    With `add_shape_flags` the model may be a shape without weights.
+    """
+    shape = hasattr(args, "layers")
+    for preset in [] if shape else _words(getattr(args, "preset", None)):
+        resolve_preset(preset, args.model)
+    text = sources.load_text(args.text, args.model) if hasattr(args, "text") else None
+    other = getattr(args, "eval_text", None)
+    eval_text = sources.load_text(other, args.model) if other else text
+    if shape:
+        return Script(args, random_weights.load(args.model, args.device, args.dtype, args.layers), text, eval_text)
+    return Script(args, loading.load(args.model, args.device, args.dtype), text, eval_text)
+
+
+def output_files(given: Path | None, stem: str) -> tuple[Path, Path]:
+    """Where a script writes its JSON and its picture: beside each other where --output says, else under results/."""
+    if given is not None:
+        return given, files.picture_beside(given)
+    record, picture = files.RESULTS / "runs" / f"{stem}.json", files.RESULTS / "plots" / f"{stem}.png"
+    return files.check_writable(record), files.check_writable(picture)
+
+
+def write(paths: tuple[Path, Path], record: dict, draw: Callable[[], Figure], show: Sequence[str] = ()) -> None:
+    """Write a record and its picture to what `output_files` gave, then print tables of it and where the files are.
+
+    show: each a table's name, with words as `tables.show` takes them after it, such as `scaling bytes`.
+    """
+    output, picture = paths
+    files.write_run(output, record, picture, draw)
+    for words in show:
+        kind, *chosen = words.split()
+        tables.show(kind, record, *chosen)
+    print(f"\nwrote {files.shown(output)} and {files.shown(picture)}")
+
+
+def chosen_caches(args: argparse.Namespace, loaded: loading.LoadedModel) -> list[CacheChoice]:
+    """The caches that --preset and --policy name, checked against the model."""
+    chosen = [from_preset(word, loaded) for word in _words(args.preset)]
+    chosen += [from_policy(word, loaded) for word in _words(args.policy)]
+    if not chosen:
+        raise PluginError("nothing to measure: give --preset (a file or a built-in name) or --policy")
+    taken = {BASELINE, IDENTITY}  # names of the caches that scripts put beside these
+    for choice in chosen:
+        if choice.label in taken:
+            raise PluginError(f"two caches are called {choice.label!r}: give one of them another name")
+        taken.add(choice.label)
+    return chosen
+
+
+def _words(value: str | list[str] | None) -> list[str]:
+    """The words of a flag that takes one word or several."""
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def bar(label: str, unit: str) -> Callable[[Iterable], Iterable]:
+    """A progress bar that wraps an iterable, on a terminal and in the first process; a log file gets none."""
+    hidden = None if processes.launched().first else True
+    return lambda items: tqdm(items, desc=label, unit=unit, disable=hidden, leave=False)
+
+
+def evaluation_length(args: argparse.Namespace, loaded: loading.LoadedModel) -> int:
+    """Tokens per evaluation segment: --eval-seq-len, or 2048 where the model and --eval-tokens allow it."""
+    length = min(args.eval_seq_len or min(2048, loaded.max_context or 2048), args.eval_tokens)
+    loaded.require_context(length, "--eval-seq-len")
+    return length
+
+
+def evaluation_segments(args: argparse.Namespace, loaded: loading.LoadedModel, text: Text, part: str) -> Tensor:
+    """The token segments that --eval-tokens and --eval-seq-len ask for, [n, length]."""
+    length = evaluation_length(args, loaded)
+    segments = text.segments(part, loaded, length, args.eval_tokens // length, flag="--eval-seq-len")
+    if segments.numel() < args.eval_tokens:
+        print(f"note: the {part} part of {text.name} gives {segments.numel():,} tokens, not {args.eval_tokens:,}")
+    return segments
