@@ -1,6 +1,5 @@
 """Set before anything is imported: tests never reach for the network, and tiny tensors gain nothing from threads."""
 
-import logging
 import os
 import signal
 
@@ -9,33 +8,12 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
+from deprecations import DEPRECATIONS  # noqa: E402
 
 # A shell that starts the tests in the background has Ctrl-C ignored, and all that they start would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Two threads on a shared machine spend their time waiting for each other: 20 times slower for tensors this small
 torch.set_num_threads(1)
-
-
-class Deprecations(logging.Handler):
-    """What transformers logs of calls that it will stop taking: it doesn't use Python's warnings for most."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        # The second is of its own assisted decoding, which calls generate so
-        if "deprecated" in message and "Passing `generation_config` together with" not in message:
-            self.said.append(message)
-
-    def check(self) -> None:
-        said, self.said = self.said, []
-        assert not said, said
-
-
-DEPRECATIONS = Deprecations()
-logging.getLogger("transformers").addHandler(DEPRECATIONS)
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import transformers
-from conftest import DEPRECATIONS
+from deprecations import DEPRECATIONS
 
 
 @pytest.mark.parametrize("module", ["gpt2.cli", "gpt2.compression.cache.token_store", "__main__"])
