@@ -1,11 +1,11 @@
 """Files of tensors and plain values: written atomically, read without trusting them.
 
-A record is a dict of dicts, lists, tensors, strings, numbers and None. It is written as PyTorch's archive, or, where
-the name ends in `.safetensors`, as safetensors with everything but the tensors as JSON in its header. Reading goes by
-what a file is, not by its name.
+A record is a dict of dicts, lists, tensors, strings, numbers and None. It is written as PyTorch's archive or, where the
+name ends in `.safetensors`, as safetensors, whose header has everything but the tensors as JSON. Reading goes by a
+file's first bytes, not by its name.
 
-A file from anywhere may be read: none can run code, take more memory than a few times its own size, or be read as
-something else than what was written after bits of it have changed.
+Any file may be read, whoever wrote it: nothing in it is run, it takes no more memory than a few times its own size, and
+changed bits are noticed. Each check beside `torch.load(weights_only=True)` names the attack that this lets through.
 """
 
 from __future__ import annotations
@@ -27,29 +27,22 @@ from gpt2.common import files
 from gpt2.common.errors import BadArtefact
 
 SUFFIXES = (".pt", ".safetensors")
-# Bytes of everything but the tensors: tens of times ours, and few enough that nothing they say takes a second. Of
-# numbers with one and the same hash, a dict of four times as many takes two
-MOST_STRUCTURE = 2**16
-MOST_VALUES = 100_000
-MOST_PARTS = 10_000  # of an archive: one for each tensor and a few more
+MOST_STRUCTURE = 2**16  # bytes beside the tensors: a pickle of empty lists takes 80 times its size in memory
+MOST_VALUES = 100_000  # lists that hold one list twice, thirty levels deep, are a billion values in a kilobyte
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64}
 TENSOR = "$tensor"  # in JSON, {TENSOR: name} stands for a tensor
-# What a pickle of plain values and tensors consists of, a smaller choice than that of weights_only: bytearray, for one,
-# allocates what it is told to
-OPERATIONS = {"PROTO", "STOP", "MARK", "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "APPEND", "APPENDS"}
-OPERATIONS |= {"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1"}
-OPERATIONS |= {"BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"}
-OPERATIONS |= {"GLOBAL", "REDUCE", "BINPERSID"}
+# What a pickle may call. weights_only allows more, such as bytearray(10**10), which allocates ten gigabytes
 STORAGES = ("Bool", "Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double")
-NAMED = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict", *(f"torch {kind}Storage" for kind in STORAGES)}
+CALLABLE = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}
+CALLABLE |= {f"torch {kind}Storage" for kind in STORAGES}
 
 
-class _Refused(ValueError):
-    """Why a file isn't read on, in words for its user."""
+class _Rejected(ValueError):
+    """Why a file is not read, in words for its user."""
 
 
 def write(path: str | Path, record: dict) -> Path:
-    """Write a record atomically, in the format that the name's ending says."""
+    """Write a record atomically, in the format of the name's ending. Raises PluginError where it can't be written."""
     if Path(path).suffix != ".safetensors":
         return files.write_torch(path, record)
     tensors: dict[str, Tensor] = {}
@@ -62,26 +55,27 @@ def write(path: str | Path, record: dict) -> Path:
 
 
 def read(path: str | Path, kind: str = "file of tensors", *, only: str | None = None) -> dict:
-    """A record, its tensors on the CPU and its own. Raises BadArtefact, naming the file, for anything else.
+    """The record of a file, its tensors on the CPU. Raises BadArtefact, which names the file, where it has none.
 
-    kind: what the file should be, for messages. only: this entry alone, of which little is read: content isn't checked.
+    kind: what the file should be, for messages. only: return this entry alone, plain values with None for tensors;
+    little of the file is then read, and the checksum of its tensors isn't checked.
     """
     path = Path(path)
     try:
         if not path.is_file():
-            raise _Refused("it is no regular file")
+            raise _Rejected("it is no regular file")
         with path.open("rb") as file:
             head = file.read(9)
         if head[:4] == b"PK\x03\x04":
             return _read_archive(path, only)
         if head[8:] == b"{":
             return _read_safetensors(path, int.from_bytes(head[:8], "little"), only)
-        raise _Refused("it is neither PyTorch's archive nor safetensors")
-    except (_Refused, zipfile.BadZipFile) as error:
+        raise _Rejected("it is neither PyTorch's archive nor safetensors")
+    except (_Rejected, zipfile.BadZipFile) as error:
         raise BadArtefact(f"{path}: not a readable {kind}: {error}: make it again") from error
     except OSError as error:
         raise BadArtefact(f"{path}: not a readable {kind}: {error.strerror or error}") from error
-    except Exception as error:  # damage shows as any of a dozen types, and nothing but reading happens in the block
+    except Exception as error:  # damaged files raise a dozen types of errors, and the block does nothing but read
         raise BadArtefact(f"{path}: not a readable {kind} ({type(error).__name__}): make it again") from error
 
 
@@ -89,28 +83,25 @@ def _read_archive(path: Path, only: str | None):
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
-        if len(parts) > MOST_PARTS:
-            raise _Refused(f"it has {len(parts):,} parts")
+        # PyTorch inflates compressed parts: 200 kB of zeros become 200 MB
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(p.file_size for p in parts) > size:
-            raise _Refused("its parts would be larger than the file")
-        if len({part.filename.casefold() for part in parts}) < len(parts):  # PyTorch's reader doesn't tell them apart
-            raise _Refused("two of its parts have one name")
+            raise _Rejected("its parts would be larger than the file")
+        # Of data.pkl and DATA.PKL PyTorch reads one, and zipfile, which checks it, the other
+        if len({part.filename.casefold() for part in parts}) < len(parts):
+            raise _Rejected("two of its parts have one name")
         (pickled,) = (part for part in parts if part.filename.endswith("/data.pkl"))
         if pickled.file_size > MOST_STRUCTURE:
-            raise _Refused(f"{pickled.file_size:,} bytes beside its tensors")
+            raise _Rejected(f"{pickled.file_size:,} bytes beside its tensors")
         structure = archive.read(pickled)
-        _refuse_objects(structure)
-        if only is not None:  # of a large file of something else little is read
+        _check_pickle(structure)
+        if only is not None:  # without the tensors: most of the file isn't read
             return _Copy(0).of(_WithoutTensors(io.BytesIO(structure)).load()[only])
-        looked_at = _written_again(archive, parts)
-    return _Copy(2 * size).of(torch.load(looked_at, map_location="cpu", weights_only=True))
+        checked = _written_again(archive, parts)
+    return _Copy(2 * size).of(torch.load(checked, map_location="cpu", weights_only=True))
 
 
 def _written_again(archive: zipfile.ZipFile, parts: list[zipfile.ZipInfo]) -> io.BytesIO:
-    """The parts that were looked at, with right checksums, and nothing else.
-
-    PyTorch's own reader goes past a wrong checksum, and may find other parts in a crafted file.
-    """
+    """The same parts in a new archive: reading them checks their checksums, which PyTorch's own reader ignores."""
     copy = io.BytesIO()
     with zipfile.ZipFile(copy, "w", zipfile.ZIP_STORED) as written:
         for part in parts:
@@ -120,7 +111,7 @@ def _written_again(archive: zipfile.ZipFile, parts: list[zipfile.ZipInfo]) -> io
 
 
 class _WithoutTensors(pickle.Unpickler):
-    """Plain values of a pickle; None in the place of every tensor, and of whatever else has a name."""
+    """Plain values of a pickle, and None for every tensor and every other object: nothing is called."""
 
     def find_class(self, module: str, name: str):
         return lambda *args: None
@@ -129,35 +120,38 @@ class _WithoutTensors(pickle.Unpickler):
         return None
 
 
-def _refuse_objects(pickled: bytes) -> None:
-    """Refuse a pickle with anything but plain values and what rebuilds a tensor, before anything is built of it."""
+def _check_pickle(pickled: bytes) -> None:
+    """Reject a pickle that calls more than what rebuilds a tensor, or that makes Python's reader allocate too much."""
     for operation, argument, _ in pickletools.genops(pickled):
-        if operation.name not in OPERATIONS or (operation.name == "GLOBAL" and argument not in NAMED):
-            raise _Refused(f"it holds {argument or 'objects'!r:.80}, and only tensors and plain values are read")
-        if operation.name == "LONG_BINPUT" and argument > len(pickled):  # a reader makes a table of so many places
-            raise _Refused(f"it numbers {argument:,} values in {len(pickled):,} bytes")
+        if operation.name == "PROTO" and argument != 2:  # PyTorch writes 2, and prints a warning for others
+            raise _Rejected(f"its pickle is of protocol {argument}, and PyTorch's are of 2")
+        if operation.name == "GLOBAL" and argument not in CALLABLE:
+            raise _Rejected(f"it calls {argument!r:.80}: only tensors and plain values are read")
+        # Python's reader allocates a table up to the highest number: 1.5 GB for 10**8
+        if operation.name in ("PUT", "LONG_BINPUT") and argument > len(pickled):
+            raise _Rejected(f"it numbers {argument:,} values in {len(pickled):,} bytes")
 
 
 def _read_safetensors(path: Path, header: int, only: str | None):
     if header > MOST_STRUCTURE:
-        raise _Refused(f"{header:,} bytes beside its tensors")
+        raise _Rejected(f"{header:,} bytes beside its tensors")
     with safetensors.safe_open(path, framework="pt") as file:
         about = file.metadata() or {}
         if "record" not in about:
-            raise _Refused("no record of ours in its header")
+            raise _Rejected("no record of ours in its header")
         structure = json.loads(about["record"])
         if only is not None:
             return _Copy(0).of(structure[only])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
     if about.get("sha256") != _sha256(about["record"], tensors):
-        raise _Refused("damaged, its checksum is wrong")
+        raise _Rejected("damaged, its checksum is wrong")
     return _Copy(2 * path.stat().st_size, tensors).of(structure)
 
 
 class _Copy:
-    """Copies a record of at most so many bytes, of plain values and of tensors that hold their own elements.
+    """Copies a record of plain values and of tensors that hold their own elements, `most_bytes` of them at most.
 
-    tensors: by name, for a structure that has names in their place.
+    tensors: by name, for a record in which {TENSOR: name} stands for them.
     """
 
     def __init__(self, most_bytes: int, tensors: dict[str, Tensor] | None = None):
@@ -166,7 +160,7 @@ class _Copy:
     def of(self, value):
         self.values -= 1
         if self.values < 0:
-            raise _Refused(f"it holds more than {MOST_VALUES:,} values")
+            raise _Rejected(f"it holds more than {MOST_VALUES:,} values")
         if isinstance(value, Tensor):
             return self._tensor(value)
         if type(value) is dict and value.keys() == {TENSOR}:
@@ -177,21 +171,21 @@ class _Copy:
             return [self.of(item) for item in value]
         if value is None or type(value) in (str, bool, float) or (type(value) is int and abs(value) < 2**63):
             return value
-        raise _Refused(f"it holds a {type(value).__name__}")
+        raise _Rejected(f"it holds a {type(value).__name__}")
 
     def _tensor(self, tensor: Tensor) -> Tensor:
         if tensor.dtype not in DTYPES:
-            raise _Refused(f"it holds a tensor of {tensor.dtype}")
+            raise _Rejected(f"it holds a tensor of {tensor.dtype}")
         plain = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
         self.bytes -= tensor.numel() * tensor.element_size()
-        # With strides of 0 one number passes for any number of them
+        # With strides of 0 one number stands for a billion; tensors on `meta` and sparse ones have no elements
         if not plain or self.bytes < 0 or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise _Refused("a tensor in it has more elements than the file holds")
+            raise _Rejected("a tensor in it has more elements than the file holds")
         return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _taken_apart(value, name: str, tensors: dict[str, Tensor]):
-    """A record with names in place of its tensors, which go into `tensors` under these names."""
+    """A record with {TENSOR: name} in place of each tensor, which goes into `tensors` under that name."""
     if isinstance(value, Tensor):
         name = name if name not in tensors else f"{name} {len(tensors)}"  # keys may have dots
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -6,13 +6,10 @@ import json
 
 import numpy as np
 import pytest
-from script_runs import FREE_PRESET, run
+from script_runs import INT4_PRESET, run
 from tiny import char_tokenizer, tiny_loaded, tiny_model
 
 from gpt2.common import files
-
-# A preset of the tiny models that needs no calibration; its codes lose something
-INT4 = FREE_PRESET | {"rank": 12, "bits": 4, "name": "int4"}
 
 
 @pytest.fixture(scope="session")
@@ -47,5 +44,5 @@ def script(tmp_path, monkeypatch, reader_folder, prose):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(files, "RESULTS", tmp_path / "results")
     (tmp_path / "prose.txt").write_text(prose)
-    (tmp_path / "p.json").write_text(json.dumps(INT4))
+    (tmp_path / "p.json").write_text(json.dumps(INT4_PRESET))
     return lambda name, *flags: run(name, "--model", reader_folder, *flags)

@@ -22,6 +22,7 @@ from gpt2.compression.calibration.fisher import collect_fisher
 from gpt2.compression.codecs import BASES, QUANTIZERS, Compressor, Transform, moments, multi_head_bases
 from gpt2.compression.codecs.rope import Rotary
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
+from gpt2.models import loading, random_weights
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel, wrap
 
@@ -322,3 +323,44 @@ def test_device_map_auto_on_one_device(tmp_path):
     cache = cache_of(compressors(), compressors())
     spread.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=4)
     assert {layer.device.type for layer in cache.layers} == {loaded.device.type}
+
+
+def test_all_devices_need_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(PluginError, match=r"device 'all' is not there \(0 CUDA devices found\): use auto or cpu"):
+        loading.load("never looked at", device="all")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert loading.resolve_device("all") == torch.device("cuda")
+    with pytest.raises(PluginError, match="is made on one device"):
+        random_weights.load("qwen2.5-7b.json", "all")
+
+
+@pytest.mark.parametrize(("device", "expected"), [("all", {"model": "cpu", "lm_head": "cpu"}), ("cpu", None)])
+def test_all_devices_are_left_to_the_device_map(device, expected, model_folder, monkeypatch):
+    """On the CPU, with a map that has only it; a model that a map has spread must not be moved afterwards."""
+    assert loading.SPREAD == {"all": "auto"}
+    monkeypatch.setattr(loading, "resolve_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(loading, "SPREAD", {"all": {"model": "cpu", "lm_head": "cpu"}})
+    maps, moved, load = [], [], AutoModelForCausalLM.from_pretrained
+
+    def spied(*args, device_map, **kwargs):
+        maps.append(device_map)
+        model, report = load(*args, device_map=device_map, **kwargs)
+        to = model.to
+        model.to = lambda *args: moved.append(args) or to(*args)
+        return model, report
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spied)
+    loaded = loading.load(str(model_folder), device=device)
+    assert maps == [expected] and bool(moved) == (device == "cpu")
+    x, own = windows(1, 20), tiny_model()
+    found, expected = (m.generate(x, past_key_values=identity_cache(3), max_new_tokens=5) for m in (loaded.model, own))
+    assert torch.equal(found, expected)
+
+
+def test_layers_that_found_no_room_are_refused():
+    model = tiny_model()
+    loading.refuse_offloaded(model, "x", torch.device("cpu"))
+    model.model.layers[1].to("meta")
+    with pytest.raises(PluginError, match="model 'x' doesn't fit on all GPUs together"):
+        loading.refuse_offloaded(model, "x", torch.device("cpu"))

@@ -23,6 +23,7 @@ PRESET = {
     "compressed_ppl": 21.0, "ppl_delta": 0.05, "calibration_file": "c.pt", "head_dim": 12, "num_layers": 3,
 }  # fmt: skip
 FREE_PRESET = PRESET | {"codec": "identity", "calibration_file": ""}
+INT4_PRESET = FREE_PRESET | {"rank": 12, "bits": 4, "name": "int4"}
 
 
 def run(script: str, *args) -> int:

@@ -279,7 +279,7 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         assert cpu.loaded.__wrapped__() is False
     assert [record.message for record in caplog.records] == [
-        "no CPU kernels (they take ninja, and GCC 12 or Clang), so attention over codes is slower: no compiler here"
+        "no CPU kernels (building them takes ninja, and GCC 12 or Clang), so attention over codes is slower: no compiler here"
     ]
 
 
