@@ -276,9 +276,9 @@ class ListOrRecord(Kind):
 
 @dataclass(frozen=True)
 class TensorOf(Kind):
-    """Floating-point numbers of this shape (None: any length), from `least` (default -below) to less than `below`.
+    """Numbers of this shape (None: any length), from `least` (default -below) to less than `below`.
 
-    They are checked and returned as `dtype`.
+    They are floating-point numbers, or integers where `dtype` is of these, and are checked and returned as `dtype`.
     """
 
     shape: tuple[int | None, ...]
@@ -296,8 +296,9 @@ class TensorOf(Kind):
 
     def parse(self, value, at):
         value, least = super().parse(value, at), -self.below if self.least is None else self.least
-        if not value.is_floating_point():
-            raise Mismatch(at, "floating-point numbers", str(value.dtype))
+        if value.is_floating_point() != self.dtype.is_floating_point or value.is_complex():
+            wanted = "floating-point numbers" if self.dtype.is_floating_point else "integers"
+            raise Mismatch(at, wanted, str(value.dtype))
         low, high = map(float, value.to(self.dtype).aminmax()) if value.numel() else (least, least)
         if not least <= low <= high < self.below:  # NaN is neither
             raise Mismatch(at, f"finite numbers from {least:g} to less than {self.below:g}", f"{low:g} to {high:g}")

@@ -1,11 +1,10 @@
-"""Models without weights: an architecture in its real shape, filled with noise, to measure speed and memory.
+"""Models with random weights: an architecture in its real shape, to measure speed and memory without a download.
 
-A shape is a JSON file of config fields, as those in configs/models. What weights say changes neither figure.
+A shape is a JSON file of config fields, as those in configs/models. Neither speed nor memory depends on the weights.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,23 +15,28 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.initialization import no_init_weights
 
 from gpt2.common import files
-from gpt2.common.errors import PluginError, brief, is_out_of_memory
+from gpt2.common.errors import PluginError, brief, first_line, is_out_of_memory
+from gpt2.common.schema import Anything, Default, Record, Text, Whole, parse, read_json
 from gpt2.models import loading, support
 from gpt2.models.loading import LoadedModel
 
 FOLDER = files.ROOT / "configs" / "models"
-NOISE = 0.02
+NOISE = 0.02  # standard deviation of random weights
+SHAPE = Record({"model_type": Text(), "num_hidden_layers": Default(Whole(1))}, Anything())
 
 
 def load(spec: str, device: str = "auto", dtype: str = "auto", layers: int | None = None) -> LoadedModel:
-    """A model by spec as `models.load` has it, or a shape's JSON file as a model with random weights.
+    """A model as `loading.load` loads it, or a model with random weights where `spec` is a shape's JSON file.
 
-    layers: take so many of a shape's layers. device, dtype: as `models.load`, except that a shape is made on one
-    device, in bfloat16 on CUDA unless said. Raises PluginError where the file isn't a shape, or can't be compressed.
+    layers: number of a shape's layers to make, all when None. device, dtype: as in `loading.load`, except that a shape
+    is made on one device, by default in bfloat16 on CUDA. Raises PluginError where the file is not a shape, and
+    UnsupportedModel where the cache of such a model can't be compressed.
     """
     if not spec.endswith(".json"):
         if layers:
-            raise PluginError(f"--layers cuts a shape such as {_known()[0]}: {spec} has weights, and keeps its layers")
+            raise PluginError(
+                f"--layers is for a shape such as {_known()[0]}: {spec} has weights, and keeps its layers"
+            )
         return loading.load(spec, device, dtype)
     if device in loading.SPREAD:
         raise PluginError(f"{spec} is made on one device: use --device cuda, and --layers where it doesn't fit")
@@ -44,7 +48,9 @@ def load(spec: str, device: str = "auto", dtype: str = "auto", layers: int | Non
         return from_config(config, path.name, target, torch.bfloat16 if kind == "auto" else kind)
     except PluginError:
         raise
-    except Exception as error:  # fields that don't fit together show where a model is made of them, or runs
+    except (
+        Exception
+    ) as error:  # fields that don't fit together raise errors of many kinds when the model is made or run
         if is_out_of_memory(error):
             raise
         raise PluginError(
@@ -55,7 +61,7 @@ def load(spec: str, device: str = "auto", dtype: str = "auto", layers: int | Non
 def from_config(
     config: PretrainedConfig, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LoadedModel:
-    """A model of this shape with random weights. name: what results call it, the number of layers is added."""
+    """A model of this shape with random weights. name: how results name it, with the number of layers."""
     loaded = loading.wrap(_random_model(config, torch.device(device), dtype), None, name)
     count = loaded.geometry.num_layers
     return replace(loaded, spec=f"{name} (random weights, {count} layer{'s' * (count > 1)})", random_weights=True)
@@ -67,16 +73,15 @@ def changed(config: PretrainedConfig, layers: int | None = None, **fields) -> Pr
 
 
 def read_shape(path: Path, layers: int | None = None) -> PretrainedConfig:
-    """The config of a shape's file, of its first `layers` layers when given."""
+    """The config of a shape's file, of its first `layers` layers when given. Raises PluginError for an invalid one."""
+    fields = parse(read_json(path, "model's shape"), SHAPE, path)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
         config = AutoConfig.for_model(**_cut(fields, layers, path.name))
     except PluginError:
         raise
-    except Exception as error:  # config classes check their fields each in its own way
+    except Exception as error:  # config classes raise many kinds of errors for wrong fields
         raise PluginError(
-            f"{path}: not a model's shape: {str(error).strip().splitlines()[0]}. Expected a JSON object with "
-            "model_type and the fields of that model's config"
+            f"{path}: not a model's shape: {first_line(error)}: expected the fields of a config"
         ) from error
     support.refuse_unsupported(config, path.name)
     return config
@@ -98,7 +103,7 @@ def _cut(fields: dict, layers: int | None, name: str) -> dict:
 
 @torch.no_grad()
 def _random_model(config: PretrainedConfig, target: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A model made where it will run, without the initialization that would take minutes: small noise, unit norms."""
+    """A model of small random weights and unit norms, made on its device; transformers' initialization takes minutes."""
     with target, no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()

@@ -16,19 +16,28 @@ file names, {text} for --text and {results} for the folder of results.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpt2.common import files
 from gpt2.common.errors import PluginError
+from gpt2.common.schema import Default, ListOf, Plain, Record, Text, parse, read_json
 from gpt2.models import embedded, loading
 from gpt2.text import sources
 
-KEYS = {"title", "about", "runs", "show", "plots"}
-RUN_KEYS = {"script", "args", "quick", "needs", "output"}
-SHOW_KEYS = {"results", "rows", "as", "heading"}
+NAMES = ListOf(Text())
+RUN = Record(
+    {
+        "script": Text(),
+        "args": Record(others=Plain()),
+        "quick": Default(Record(others=Plain()), {}),
+        "needs": Default(NAMES, []),
+        "output": Default(Text()),
+    }
+)
+SHOW = Record({"results": Text(), "rows": Default(Plain()), "as": Default(Text()), "heading": Default(Text())})
+TABLE = Record({"title": Text(), "about": Text(), "runs": Record(others=RUN), "show": ListOf(SHOW), "plots": NAMES})
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Table:
-    """A table as its file has it, names filled in. show: dicts of `SHOW_KEYS`."""
+    """A table as its file has it, names filled in. show: dicts as in SHOW."""
 
     name: str
     title: str
@@ -104,7 +113,7 @@ def load(setting: Setting) -> tuple[dict[str, Table], dict[str, Run]]:
     """All tables and all runs of a checkout, by name. Raises PluginError for a file that is invalid."""
     tables, runs = {}, {}
     for path in sorted((setting.checkout / "configs" / "tables").glob("*.json")):
-        record = _read(path)
+        record = parse(read_json(path, "table"), TABLE, path.name, noun="key")
         for name, defined in record["runs"].items():
             run = _run(setting, name, defined, path)
             if runs.setdefault(run.name, run) != run:
@@ -139,30 +148,11 @@ def _references(tables: dict[str, Table], runs: dict[str, Run]):
 
 
 def _run(setting: Setting, name: str, defined: dict, path: Path) -> Run:
-    _check_keys(defined, RUN_KEYS, {"script", "args"}, f"{path.name}: run {name}")
     if not (setting.checkout / "scripts" / f"{defined['script']}.py").is_file():
         raise PluginError(f"{path.name}: run {name}: no script {defined['script']}.py in scripts")
-    args = defined["args"] | (defined.get("quick", {}) if setting.quick else {})
+    args = defined["args"] | (defined["quick"] if setting.quick else {})
     name = setting.fill(name)
     return Run(
         name, defined["script"], {flag: setting.fill(value) for flag, value in args.items()},
-        tuple(setting.fill(defined.get("needs", []))), setting.fill(defined.get("output", f"runs/{name}.json")),
+        tuple(setting.fill(defined["needs"])), setting.fill(defined.get("output", f"runs/{name}.json")),
     )  # fmt: skip
-
-
-def _read(path: Path) -> dict:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PluginError(f"{path.name} is no JSON: {error}") from error
-    _check_keys(record, KEYS, KEYS, path.name)
-    for item in record["show"]:
-        _check_keys(item, SHOW_KEYS, {"results"}, f"{path.name}: show")
-    return record
-
-
-def _check_keys(record: dict, allowed: set[str], needed: set[str], where: str) -> None:
-    if unknown := record.keys() - allowed:
-        raise PluginError(f"{where}: unknown {', '.join(sorted(unknown))}: the keys are {', '.join(sorted(allowed))}")
-    if missing := needed - record.keys():
-        raise PluginError(f"{where}: {', '.join(sorted(missing))} is missing")

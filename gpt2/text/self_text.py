@@ -1,8 +1,9 @@
 """Text that the model writes itself: token windows sampled from it, kept in the user's cache folder.
 
-Every window is a sample of its own. It begins with the model's start token and goes on token by token at temperature 1
-from the whole distribution; where the model ends a text, it begins another, as in the stream that it was trained on.
-Each window has a stream of random numbers of its own, made from part, seed and place: no two parts share one.
+Each window is sampled independently: it begins with the model's start token and continues token by token, at
+temperature 1, from the whole distribution. Where the model ends a text, the window continues with another text, as the
+stream that a model is trained on does. The random numbers of a window come from its part of the text (calibration,
+tuning or evaluation), the seed and its index, so that no two windows share them.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from gpt2.common import tensor_file
-from gpt2.common.errors import PluginError
+from gpt2.common.errors import BadArtefact, PluginError
+from gpt2.common.schema import Anything, OneOf, Record, TensorOf, parse
 from gpt2.models.embedded import cache_folder
 from gpt2.models.loading import LoadedModel
 
-FORMAT = "kv-plugin-samples/1"  # another one where a recipe gives other tokens than before
+FORMAT = "kv-plugin-samples/1"  # to be raised when sampling changes so that it gives other tokens
 TEMPERATURE = 1.0
-BATCH = 20  # windows sampled together: more wait for each other's cache, fewer read all weights for little
+BATCH = 20  # windows sampled together: larger batches need a larger cache, smaller ones read the weights more often
 
 
 class _RoomyLayer(DynamicLayer):
-    """Takes room for all tokens at once: the layer that grows copies itself at every token, a third of all time."""
+    """Allocates K and V for all tokens at once. DynamicLayer copies both at every token, a third of the time."""
 
     def __init__(self, tokens: int):
         super().__init__()
@@ -47,15 +49,15 @@ class _RoomyLayer(DynamicLayer):
 
 
 def recipe_sha256(part: str) -> str:
-    """Hash of how a part is sampled, which with the model and a seed decides every token of it."""
+    """Hash of how a part is sampled. Together with the model and a seed, it determines every token."""
     return hashlib.sha256(json.dumps([FORMAT, TEMPERATURE, part]).encode()).hexdigest()
 
 
 def windows(loaded: LoadedModel, part: str, length: int, count: int, seed: int | None) -> Tensor:
-    """`count` sampled windows of a part, [count, length]; sampled once, then read from the user's cache folder.
+    """`count` sampled windows of a part, token ids [count, length]; sampled once, then read from the cache folder.
 
-    The same arguments give the same windows. Another machine or number of threads may round differently, so that a
-    few tokens turn out otherwise. Raises PluginError where the model's output is not finite.
+    The same arguments give the same windows, but for a few tokens where another machine or number of threads rounds
+    differently. Raises PluginError where the model's output is not finite.
     """
     key = {
         "fingerprint": loaded.fingerprint,
@@ -77,7 +79,10 @@ def windows(loaded: LoadedModel, part: str, length: int, count: int, seed: int |
 
 
 def start_token(loaded: LoadedModel) -> int:
-    """The id that windows begin with: the start token, else the one that ends a text and so stands before the next."""
+    """The id that windows begin with: the start token, else the token that ends a text, which precedes the next text.
+
+    Raises PluginError where the model has neither.
+    """
     config = loaded.model.config.get_text_config(decoder=True)
     for source in (loaded.tokenizer, config):
         for name in ("bos_token_id", "eos_token_id"):
@@ -86,13 +91,13 @@ def start_token(loaded: LoadedModel) -> int:
             if isinstance(value, int):
                 return value
     raise PluginError(
-        f"{loaded.spec} has no start token and none that ends a text, so it can't begin one: give --text embedded, "
+        f"{loaded.spec} has no start token and no end token, so no text can be sampled: give --text embedded, "
         "wikitext2, a text file or a folder"
     )
 
 
 def uniforms(part: str, length: int, count: int, seed: int | None) -> Tensor:
-    """Random numbers in [0, 1) for all tokens after the first, [count, length - 1] float64: a stream per window."""
+    """Random numbers in [0, 1), [count, length - 1] float64: one per token after the first, a stream per window."""
     rows = []
     for place in range(count):
         digest = hashlib.sha256(json.dumps([part, seed, place]).encode()).digest()
@@ -102,7 +107,7 @@ def uniforms(part: str, length: int, count: int, seed: int | None) -> Tensor:
 
 
 def sample(loaded: LoadedModel, uniforms: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """Windows that these random numbers [n, T] choose from the model's distribution, [n, T + 1]."""
+    """Windows [n, T + 1] of token ids, chosen from the model's distribution by random numbers [n, T] in [0, 1)."""
     batches = uniforms.split(BATCH)
     bar = tqdm(total=uniforms.shape[1] * len(batches), desc="sampling", unit="token", disable=None, leave=False)
     with bar:
@@ -112,7 +117,7 @@ def sample(loaded: LoadedModel, uniforms: Tensor, temperature: float = TEMPERATU
 @torch.no_grad()
 def _sample_batch(loaded: LoadedModel, uniforms: Tensor, temperature: float, bar: tqdm) -> Tensor:
     cache = DynamicCache(config=loaded.model.config)
-    plain = [type(layer) is DynamicLayer for layer in cache.layers]  # others forget what a sliding window hides
+    plain = [type(layer) is DynamicLayer for layer in cache.layers]  # others drop tokens that a sliding window hides
     cache.layers = [
         _RoomyLayer(uniforms.shape[1]) if roomy else layer for roomy, layer in zip(plain, cache.layers, strict=True)
     ]
@@ -126,37 +131,32 @@ def _sample_batch(loaded: LoadedModel, uniforms: Tensor, temperature: float, bar
 
 
 def _choose(logits: Tensor, uniform: Tensor, temperature: float, spec: str) -> Tensor:
-    """The token ids [n, 1] whose share of the distribution [n, V] the random numbers [n, 1] fall into."""
+    """Token ids [n, 1] by inverse transform sampling: random numbers [n, 1] in the cumulative distribution [n, V]."""
     total = torch.softmax(logits.double() / temperature, dim=-1).cumsum(-1)
     if not torch.isfinite(total[:, -1]).all():
         raise PluginError(f"{spec} gives NaN or infinite logits, so nothing can be sampled: try --dtype float32")
-    # right: the first id whose sum is above the number, so that an id without probability is never chosen
+    # right=True takes the first id whose cumulative sum exceeds the number: an id of probability 0 is never chosen
     chosen = torch.searchsorted(total, uniform.to(total.device) * total[:, -1:], right=True)
     return chosen.clamp_max(logits.shape[-1] - 1).cpu()
 
 
 def _read(path: Path, key: dict) -> Tensor | None:
-    """Kept windows, or None where there are none or the file is damaged, which is said."""
+    """Windows from the cache folder. None where there are none; where the file is damaged, a note is printed too."""
     if not path.exists():
         return None
+    same_key = Record({name: OneOf((value,)) for name, value in key.items()})
+    ids = TensorOf((key["count"], key["length"]), below=2**31, least=0, dtype=torch.int64)
     try:
-        record = tensor_file.read(path)
-        found = record["windows"].long()
-        if record["key"] == key and record["sha256"] == _sha256(found):
-            return found
-    except Exception:  # damage shows as any of a dozen types, and nothing but reading happens in the block
-        pass
-    print(f"note: {path.name} in the cache folder is damaged; its text is sampled again", flush=True)
-    return None
+        record = parse(tensor_file.read(path), Record({"key": same_key, "windows": ids}, Anything()), path)
+    except BadArtefact:
+        print(f"note: {path.name} in the cache folder is damaged: its text is sampled again", flush=True)
+        return None
+    return record["windows"]
 
 
 def _keep(path: Path, key: dict, windows: Tensor) -> None:
-    """Write windows atomically; without a place for them the work still goes on."""
+    """Write windows to the cache folder. Where that can't be written, a note is printed and the work goes on."""
     try:
-        tensor_file.write(path, {"key": key, "sha256": _sha256(windows), "windows": windows.int()})
+        tensor_file.write(path, {"key": key, "windows": windows.int()})
     except PluginError as error:
         print(f"note: the sampled text is not kept for the next time: {error}", flush=True)
-
-
-def _sha256(windows: Tensor) -> str:
-    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()

@@ -126,6 +126,14 @@ def test_tensors_of_other_shapes_kinds_and_sizes_are_rejected(value, message):
     assert str(error.value).startswith("c.pt: field 'E': ") and message in str(error.value)
 
 
+def test_integers_are_asked_for_by_dtype():
+    ids = TensorOf((2,), below=100, least=0, dtype=torch.int64)
+    assert parse(torch.tensor([0, 99], dtype=torch.int32), ids, "f").tolist() == [0, 99]
+    for value in (torch.tensor([0, 100]), torch.tensor([-1, 0]), torch.ones(2), torch.ones(2, dtype=torch.complex64)):
+        with pytest.raises(BadArtefact, match="expected (finite numbers from 0 to less than 100|integers)"):
+            parse(value, ids, "f")
+
+
 def test_numbers_below_the_least_or_too_large_for_the_precision_are_rejected():
     positive = TensorOf((1,), below=1e15, least=0)
     assert parse(torch.zeros(1), positive, "f") == 0

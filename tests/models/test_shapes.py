@@ -72,16 +72,16 @@ def test_a_spec_that_is_no_shape_is_loaded_as_ever(tmp_path):
     word_tokenizer().save_pretrained(tmp_path)
     loaded = random_weights.load(str(tmp_path), "cpu")
     assert not loaded.random_weights and loaded.tokenizer is not None
-    with pytest.raises(PluginError, match="--layers cuts a shape such as configs/models/.*has weights"):
+    with pytest.raises(PluginError, match="--layers is for a shape such as configs/models/.*has weights"):
         random_weights.load(str(tmp_path), "cpu", layers=2)
 
 
 BAD_SHAPES = {
-    "{": "not a model's shape",
-    "[1]": "not a model's shape",
-    "{}": "not a model's shape",
+    "{": "not a readable model's shape",
+    "[1]": "expected a dict, found list",
+    "{}": "field 'model_type': expected text",
     '{"model_type": "zzz"}': "not a model's shape.*zzz",
-    '{"model_type": "llama", "num_hidden_layers": "three"}': "not a model's shape",
+    '{"model_type": "llama", "num_hidden_layers": "three"}': "field 'num_hidden_layers': expected a whole number",
     '{"model_type": "t5"}': "encoder-decoder",
 }
 

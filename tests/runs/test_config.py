@@ -46,9 +46,9 @@ def test_invalid_tables_are_named(tmp_path):
         with pytest.raises(PluginError, match=message):
             load(Setting(checkout=checkout))
 
-    rejected("t.json: about, plots, runs, show is missing", t={"title": "x"})
+    rejected("t.json: key 'about': expected text.*found nothing", t={"title": "x"})
     runs = {"peers_a": fake() | {"argz": {}}}
-    rejected("t.json: run peers_a: unknown argz: the keys are args, needs", t=rest | {"runs": runs})
+    rejected("t.json: key 'runs.peers_a.argz': unknown: the keys are args, needs", t=rest | {"runs": runs})
     rejected("t.json: run r: no script no.py", t=rest | {"runs": {"r": {"script": "no", "args": {}}}})
     needing = {"peers_x": fake(needs=["peers_y"])}
     rejected("run peers_x: no table defines a run peers_y", t=rest | {"runs": needing})

@@ -128,7 +128,9 @@ def names_tokens(tokenizer: dict, config: dict):
 
 
 def test_a_model_with_no_start_at_all_is_refused():
-    with pytest.raises(PluginError, match="some/model has no start token .*: give --text embedded, wikitext2"):
+    with pytest.raises(
+        PluginError, match="some/model has no start token and no end token.*: give --text embedded, wikitext2"
+    ):
         self_text.start_token(names_tokens({"bos_token_id": None}, {"eos_token_id": []}))
 
 
@@ -216,11 +218,10 @@ def edited(name, change):
         lambda path: path.write_text("{}"),
         lambda path: torch.save([1], path),
         lambda path: torch.save({"key": {}}, path),
-        edited("windows", lambda windows: windows + 1),
         edited("windows", lambda windows: windows[:-1]),
         edited("key", lambda key: key | {"fingerprint": "another"}),
     ],
-    ids=["cut", "empty", "text", "a list", "half", "a token changed", "a window lost", "another model's"],
+    ids=["cut", "empty", "text", "a list", "half", "a window lost", "another model's"],
 )
 def test_a_damaged_file_is_sampled_again_and_put_right(damage, llama, counted, cache_folder, capsys):
     first = SELF.segments("calibration", llama, 24, 5, seed=0)

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from test_cache import BlockInt8, joint, transform
+from stores import BlockInt8, joint, transform
 from torch import Tensor
 from torch.nn.functional import pad
 

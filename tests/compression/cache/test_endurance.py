@@ -13,7 +13,7 @@ import os
 
 import pytest
 import torch
-from test_cache import joint, transform
+from stores import joint, transform
 from tiny import tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_cache import Reference, assert_same
+from stores import Reference, assert_same
 from tiny import tiny_loaded, windows, word_text
 from torch import Tensor
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_cache import filled
+from stores import filled
 from torch import Tensor
 
 from gpt2.common.errors import PluginError

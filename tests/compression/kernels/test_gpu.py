@@ -15,8 +15,8 @@ from gpt2.compression.kernels import dispatch
 
 pytest.importorskip("triton", reason="kernels need Triton, which isn't installed: pip install triton")
 
+from direct import SETTINGS, both, cache_of, close  # noqa: E402
 from kernels_interpreted import NAMES, bfloat16_products, compare, compressor, store, tokens  # noqa: E402, F401
-from test_attention import SETTINGS, both, cache_of, close  # noqa: E402
 
 from gpt2.compression.cache import triton_attention
 from gpt2.compression.kernels import triton_quantize  # noqa: E402

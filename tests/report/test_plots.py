@@ -1,0 +1,55 @@
+"""Figures: labels that lie apart, and what a reader must see in each."""
+
+import numpy as np
+import pytest
+from matplotlib.text import Annotation, Text
+
+from gpt2.common.errors import PluginError
+from gpt2.report import plots, tables
+
+BASELINE = "baseline"
+
+
+def figures(label: str, family: str, size: float, change: float, **more) -> dict:
+    row = {"label": label, "family": family, "bytes_per_token": size, "compression_ratio_2048": 1000 / size}
+    row |= {"ppl": 20.0, "ppl_delta": change, "ppl_delta_interval": [change - 0.01, change + 0.01], "tokens": 2047}
+    return row | {"kl_nats": abs(change), "top1_agreement": 0.9} | more
+
+
+RECORD = {
+    "model": "m", "text": "t", "args": {"needle_context_lengths": [1024]}, "needle": {"summary": [{"prompts": 15}]},
+    "rows": [
+        figures(BASELINE, BASELINE, 1000, 0.0, needle_exact_match=1.0),
+        {"label": "hqq 4 bits", "family": "hqq", "not_run": "ValueError: a | b"},
+        figures("fp8", "fp8", 500, -0.001, needle_not_run="out of memory"),
+        figures("kv8", "ours", 500, 0.125, needle_exact_match=0.8),
+    ],
+}  # fmt: skip
+
+
+def test_table_has_a_line_per_cache():
+    lines = tables.peers(RECORD, []).markdown().splitlines()
+    assert lines[2] == "| 16-bit cache | 1,000 | 1.00x | +0.00% | -1.00% … +1.00% | 0.0000 | 90.0% | 100% |"
+    assert lines[3] == "| hqq 4 bits | not run: ValueError: a \\| b | | | | | | |"
+    assert lines[4].endswith("| 90.0% | – |")
+    assert lines[5] == "| kv8 | 500 | 2.00x | +12.50% | +11.50% … +13.50% | 0.1250 | 90.0% | 80% |"
+    assert "15 prompts of 1,024 tokens. Not asked: fp8 (out of memory)." in lines[-1]
+    with pytest.raises(PluginError, match="no rows of family kivi"):
+        tables.peers(RECORD, ["kivi"])
+
+
+def test_labels_of_the_frontier_lie_apart():
+    rng = np.random.default_rng(0)
+    sizes, changes = rng.uniform(300, 500, 12), rng.uniform(-0.02, 0.02, 12)
+    names = [f"a cache whose name is as long as {i}" for i in range(12)]
+    rows = [figures(name, "ours", *point) for name, *point in zip(names, sizes, changes, strict=True)]
+    figure = plots.peers([*RECORD["rows"], *rows], "title")
+    assert [axis.get_ylabel().split(",")[0] for axis in figure.axes] == [
+        "change of perplexity", "KL from the uncompressed model", "top-1 agreement",
+    ]  # fmt: skip
+    figure.canvas.draw()
+    notes = [text for text in figure.axes[0].texts if isinstance(text, Annotation)]
+    assert [note.get_text() for note in notes] == [row["label"] for row in [*RECORD["rows"], *rows] if "ppl" in row]
+    boxes = [Text.get_window_extent(note) for note in notes]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(figure.axes[0].get_window_extent().contains(*corner) for box in boxes for corner in (box.min, box.max))

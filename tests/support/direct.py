@@ -1,0 +1,67 @@
+"""Logits of a model by reconstruction and by compressed attention, for tests that compare the two."""
+
+from __future__ import annotations
+
+import torch
+from tiny import windows
+
+from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention, is_enabled
+from gpt2.compression.compressed_cache import CompressedDynamicCache
+from gpt2.compression.settings import Setting, build
+
+SETTINGS = {
+    "identity": None,
+    "int8": Setting(bits=8),
+    "int4": Setting(bits=4),
+    "int8_channel": Setting(bits=8, quantizer="int8_channel"),
+    "int4_channel": Setting("hadamard", bits=4, quantizer="int4_channel"),
+    "mixed": Setting("hadamard", bits=4.0, quantizer="mixed"),
+    "mixed, no basis": Setting(bits=4.0, quantizer="mixed"),
+    "low rank": Setting("ln_nullspace"),
+    "low rank, int8": Setting("ln_nullspace", bits=8),
+}
+# Mean change against the largest logit. Sums in another order tip a code over here and there, which moves the logits
+# behind it; whatever is wrong moves all of them
+SAME = 3e-4
+
+
+def cache_of(model, k: Setting | None, v: Setting | None, **how) -> CompressedDynamicCache:
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    L = config.num_hidden_layers
+    return CompressedDynamicCache(*build({"k": [k] * L, "v": [v] * L}, head_dim), **how)
+
+
+def both(model, make, run):
+    """What `run(cache)` gives by reconstruction, and by attention over what is stored."""
+    assert not is_enabled(model)
+    reconstructed = run(make())
+    enable_compressed_attention(model)
+    try:
+        return reconstructed, run(make())
+    finally:
+        disable_compressed_attention(model)
+
+
+def streamed(model, pieces=(90, 7, 1, 1, 41), padding=0, batch=2):
+    """A function that feeds a batch in pieces, with left padding in its first row, and gives the logits that count."""
+    ids = windows(batch, sum(pieces))
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+
+    @torch.no_grad()
+    def run(cache):
+        out, T = [], 0
+        for n in pieces:
+            more = {"position_ids": positions[:, T : T + n]} if model.config.model_type != "opt" else {}
+            step = model(ids[:, T : T + n], attention_mask=mask[:, : T + n], past_key_values=cache, **more)
+            out.append(step.logits)
+            T += n
+        return torch.cat(out, dim=1)[mask.bool()]
+
+    return run
+
+
+def close(a, b) -> bool:
+    return bool((a - b).abs().mean() <= SAME * a.abs().max())
