@@ -103,7 +103,7 @@ def _cut(fields: dict, layers: int | None, name: str) -> dict:
 
 @torch.no_grad()
 def _random_model(config: PretrainedConfig, target: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of small random weights and unit norms, made on its device; transformers' initialization takes minutes."""
+    """A model of small random weights and unit norms, made where it runs; transformers' own initialization is slow."""
     with target, no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()

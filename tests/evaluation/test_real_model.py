@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import DEPRECATIONS
+from deprecations import DEPRECATIONS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt2.common import files

@@ -227,11 +227,14 @@ def test_a_bad_calibration_file_is_never_run(damage, script, space, capsys, cali
     ("text", "message"),
     [
         (json.dumps(FREE_PRESET | {"codec": "pcb"}), "did you mean 'pca'"),
+        (json.dumps(FREE_PRESET | {"rank": 99}), "key 'rank': expected 1 to 12"),
+        (json.dumps(FREE_PRESET | {"bits": 3}), "bits 3 is not available: use 4, 8, 16"),
+        (json.dumps(FREE_PRESET | {"target": "q"}), "key 'target': expected 'v' or 'k' or 'kv'"),
         (json.dumps(FREE_PRESET | {"head_dim": 10**9}), "head_dim"),
         (json.dumps({key: value for key, value in FREE_PRESET.items() if key != "rank"}), "key 'rank': expected"),
         ("{", "p.json: "),
     ],
-    ids=["value", "size", "key", "file"],
+    ids=["codec", "rank", "bits", "target", "size", "key", "file"],
 )
 @pytest.mark.parametrize("script", WITH_PRESET)
 def test_a_bad_preset(script, text, message, space, capsys, model_folder):

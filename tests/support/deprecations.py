@@ -1,6 +1,4 @@
-"""Deprecated calls that transformers only logs: an error in every test."""
-
-from __future__ import annotations
+"""Deprecated calls that transformers only logs, collected so that a test which causes one fails."""
 
 import logging
 

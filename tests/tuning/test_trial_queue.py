@@ -156,6 +156,7 @@ def test_a_silent_workers_key_is_taken_over_once(storage, sent, tmp_path):
     assert observer.done() == Counter([*KEYS]) and observer.states("a") == ["FAIL", "COMPLETE"]
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 def test_a_claim_without_a_heartbeat_is_taken_over_after_the_silence(tmp_path):
     """A worker killed between its claim and its first heartbeat leaves what Optuna never takes for stale."""
     lost, other = Worker(tmp_path / "s.db"), Worker(tmp_path / "s.db")
@@ -219,12 +220,14 @@ def test_what_is_done_between_a_look_and_a_claim_is_not_tried(tmp_path):
 
 
 def test_two_trials_of_one_key_are_tried_once(tmp_path):
-    """Two workers that look at once may both put it into the study."""
-    worker = Worker(tmp_path / "s.db")
+    """Two workers that look at once may both put it into the study, and both claim one."""
+    first, looks = Worker(tmp_path / "s.db"), iter([{"a": {}}, {"a": {}}])
     for _ in range(2):
-        worker.queue.study.enqueue_trial({"x": 0}, user_attrs={"key": "a"})
-    worker.work()
-    assert worker.tried == list(KEYS) and sorted(worker.states("a")) == ["COMPLETE", "PRUNED"]
+        first.queue.study.enqueue_trial({"x": 0}, user_attrs={"key": "a"})
+    second = Worker(tmp_path / "s.db")
+    first.before = lambda key: key == "a" and second.queue.work(lambda: next(looks, {}), second.objective)
+    first.work()
+    assert first.tried == list(KEYS) and second.tried == [] and first.states("a") == ["COMPLETE", "PRUNED"]
 
 
 def hold(storage, log: Path) -> None:

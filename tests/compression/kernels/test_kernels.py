@@ -96,5 +96,5 @@ def test_attention_compiles(name, dtype, compiled):
 def test_quantizing_compiles(name, dtype, compiled):
     from gpt2.compression.kernels import triton_quantize
 
-    triton_quantize.quantized(QUANTIZERS[name], torch.randn(1, 2, 128, 80).to(dtype))
+    triton_quantize.quantized(QUANTIZERS[name].encoding(80), torch.randn(1, 2, 128, 80).to(dtype))
     assert len(compiled) == 1 and compiled[0].asm["cubin"]
