@@ -102,6 +102,11 @@ JOBS = {
         [*TEXT, *SMALL, "--seq-len", 128, "--eval-tokens", 128, "--eval-seq-len", 128, "--bits", 4]
         + ["--rows", "rotation", *RUN],
     ),
+    "generate": Job(
+        "generate_with_preset",
+        ["--model", "tiny", *PRESET, "--document", "words.txt", "--document-tokens", 200, "--max-new-tokens", 3, *RUN],
+        timed=timed("token_ms token_ms_median"),
+    ),
     "batch": Job(
         "benchmarks/largest_batch",
         ["--model", "tiny", *PRESET, "--context-length", 64, "--most", 2, "--decode-tokens", 2, *RUN],
