@@ -34,9 +34,7 @@ def load(spec: str, device: str = "auto", dtype: str = "auto", layers: int | Non
     """
     if not spec.endswith(".json"):
         if layers:
-            raise PluginError(
-                f"--layers is for a shape such as {_known()[0]}: {spec} has weights, and keeps its layers"
-            )
+            raise PluginError(f"--layers is for a shape such as {_known()[0]}: {spec} has weights")
         return loading.load(spec, device, dtype)
     if device in loading.SPREAD:
         raise PluginError(f"{spec} is made on one device: use --device cuda, and --layers where it doesn't fit")
@@ -48,9 +46,7 @@ def load(spec: str, device: str = "auto", dtype: str = "auto", layers: int | Non
         return from_config(config, path.name, target, torch.bfloat16 if kind == "auto" else kind)
     except PluginError:
         raise
-    except (
-        Exception
-    ) as error:  # fields that don't fit together raise errors of many kinds when the model is made or run
+    except Exception as error:  # inconsistent fields raise errors of many kinds when the model is made
         if is_out_of_memory(error):
             raise
         raise PluginError(
@@ -103,7 +99,7 @@ def _cut(fields: dict, layers: int | None, name: str) -> dict:
 
 @torch.no_grad()
 def _random_model(config: PretrainedConfig, target: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of small random weights and unit norms, made where it runs; transformers' own initialization is slow."""
+    """A model of small random weights and unit norms. transformers' own initialization would take minutes."""
     with target, no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()

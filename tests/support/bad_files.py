@@ -276,9 +276,7 @@ def too_large(good: bytes, record: dict) -> Bad:
     yield "a value with a large number", in_archive(good, b"\x80\x02}r\xff\xff\xff\xff.")
     yield "a value with a large number in digits", in_archive(good, b"\x80\x02}p100000000\n.")
     yield "a part that is larger than the file", _declared(good, 2**31)
-    yield "zeros, compressed", in_archive(saved({"meta": torch.zeros(2**22)}), None, compression=zipfile.ZIP_DEFLATED)
-    noise = torch.randint(0, 256, (2**20,), dtype=torch.uint8)
-    yield "noise, compressed", in_archive(saved({"meta": noise}), None, compression=zipfile.ZIP_DEFLATED)
+    yield "zeros, compressed", in_archive(saved({"meta": torch.zeros(2**24)}), None, compression=zipfile.ZIP_DEFLATED)
     true, claimed = b"M" + struct.pack("<H", 12345), b"J" + struct.pack("<i", 2**31 - 1)
     data = saved({"meta": torch.ones(12345)})
     with zipfile.ZipFile(io.BytesIO(data)) as archive:

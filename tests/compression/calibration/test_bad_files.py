@@ -224,7 +224,7 @@ def test_pickles_that_would_run_code(folder, space):
 
 
 def test_memory_goes_by_a_files_own_size(folder, space):
-    assert check(space, too_large((folder / "whole.pt").read_bytes(), tensor_file.read(folder / "whole.pt"))) == 14
+    assert check(space, too_large((folder / "whole.pt").read_bytes(), tensor_file.read(folder / "whole.pt"))) == 13
 
 
 def test_archives_that_two_readers_read_differently(space):
