@@ -22,6 +22,7 @@ import functools
 import pytest
 import torch
 from hostile import CHANNELS, HOSTILE, SHAPES, SIZES, hostile
+from sampling import covering
 from torch import Tensor
 
 from gpt2.compression.cache import attention_math, direct_attention
@@ -187,8 +188,7 @@ def held(codec: str, quantizer: str, case: str, fitted_on: str) -> bool:
 # --- never NaN, never worse than int4
 
 
-@pytest.mark.parametrize("case", HOSTILE)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"d{shape[3]}")
+@pytest.mark.parametrize(("case", "shape"), covering(HOSTILE, SHAPES))
 def test_finite_and_never_worse_than_int4_per_token(shape, case):
     x = hostile(case, shape)
     worse = []
@@ -281,8 +281,7 @@ def test_a_cut_rank_loses_what_it_drops_and_what_quantizing_loses(case, quantize
 # --- through the cache
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize(("dtype", "case"), covering([torch.float32, torch.bfloat16], HOSTILE))
 def test_attention_reads_what_is_stored(case, dtype, kernels):
     """Directly, as by reconstruction: sinks, blocks and a tail, for every quantizer."""
     shape = (1, 2, 150, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sampling import covering
+from sampling import covering, sampled
 
 from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.codecs import QUANTIZERS, Compressor
@@ -71,7 +72,7 @@ def compiled(monkeypatch, tmp_path):
     return made
 
 
-@pytest.mark.parametrize(("dtype", "name"), covering((torch.bfloat16, torch.float32), COMPILED))
+@pytest.mark.parametrize(("name", "dtype"), sampled(itertools.product(COMPILED, (torch.bfloat16, torch.float32)), 5))
 def test_attention_compiles(name, dtype, compiled):
     from gpt2.compression.cache import triton_attention
 
