@@ -13,7 +13,8 @@ from transformers import PretrainedConfig
 from gpt2.compression.calibration.fisher import SAMPLED_BLOCKS
 from gpt2.compression.codecs import multi_head_bases
 from gpt2.compression.codecs.mixed import BLOCK
-from gpt2.models.geometry import Geometry, geometry_of
+from gpt2.models.geometry import Geometry
+from gpt2.models.probe import geometry_of
 
 FLOAT64, HALF = 8, 2  # bytes
 

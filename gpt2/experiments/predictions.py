@@ -12,8 +12,9 @@ from gpt2.compression.codecs.multi_head import heads_per_group
 from gpt2.compression.named_caches import from_preset
 from gpt2.experiments import cost_model
 from gpt2.models import random_weights
-from gpt2.models.geometry import Geometry, geometry_of
+from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel
+from gpt2.models.probe import geometry_of
 
 NARROW = {"intermediate_size": 32, "vocab_size": 128, "pad_token_id": None}
 SIXTEEN = "16-bit"
@@ -42,7 +43,7 @@ def cache_rows(
     for name, config in progress(configs.items()):
         geometry, _ = geometry_of(config, name)
         heads = heads_per_group(geometry.num_kv_heads, geometry.head_dim)
-        part = narrow(config, Geometry(1, heads, geometry.head_dim))
+        part = narrow(config, Geometry.uniform(1, heads, geometry.head_dim))
         parts = geometry.num_layers * geometry.num_kv_heads // heads
         chosen = [from_preset(preset, part) for preset in presets]
         for tokens in contexts:

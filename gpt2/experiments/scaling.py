@@ -194,7 +194,7 @@ def fitting(sizes: Sizes) -> Series:
     def point(width: int) -> Point:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, 1, 2 * width, width, generator=generator)
-        moments = Moments.zeros(Geometry(1, 1, width))
+        moments = Moments.zeros(Geometry.uniform(1, 1, width))
         moments.update(0, x)
         moments.metrics["fisher"] = moments.scatter / (2 * width)
         return Point(width, width**3, partial(seconds, lambda: None, partial(Fisher().fit, moments, 0)))
@@ -278,7 +278,7 @@ def saved_bytes(loaded: LoadedModel, tokens: int) -> float:
 def caches(name: str, config: PretrainedConfig, presets: Sequence[str], sizes: Sizes) -> Iterator[Series]:
     """One layer's cache of a shape: compressing a prompt, appending tokens, and a decode step's attention."""
     dims = cost_model.dimensions(config, name)
-    geometry = Geometry(1, dims.geometry.num_kv_heads, dims.geometry.head_dim)
+    geometry = Geometry.uniform(1, dims.geometry.num_kv_heads, dims.geometry.head_dim)
     loaded, on = narrow(config, geometry), f"one layer of {name}"
     choices = [from_preset(preset, loaded) for preset in presets]
     prompts = {n: noise(geometry.num_kv_heads, n, geometry.head_dim) for n in sizes.contexts}

@@ -1,98 +1,187 @@
-"""Shape of a model's cache: read off one forward pass, or from the config alone without weights."""
+"""What a model's cache is made of, layer by layer: its kind, and the shapes of K and V.
+
+Which kinds of layers a cache has is transformers' decision: those of `DynamicCache(config)`.
+"""
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
-from gpt2.common.errors import PluginError, UnsupportedModel
-from gpt2.models.support import SUPPORTED, config_field, refuse_unsupported, window_without_mask
+from gpt2.common.errors import UnsupportedModel
+
+FULL, SLIDING, INDEXED = "full_attention", "sliding_attention", "indexed_attention"
+LINEAR, HYBRID, HYBRID_SLIDING, NOTHING = "linear_attention", "hybrid", "hybrid_sliding", "dummy"
+# Kinds that keep K and V of tokens. Chunked attention is sliding attention to a cache: only masks differ
+ATTENTION_KINDS = (FULL, SLIDING, INDEXED, HYBRID, HYBRID_SLIDING)
+KINDS = (*ATTENTION_KINDS, LINEAR, NOTHING)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """K or V of one token in one layer: KV heads, and channels of each."""
+
+    heads: int
+    width: int
+
+    @property
+    def size(self) -> int:
+        """Numbers of one token."""
+        return self.heads * self.width
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """One layer of a cache. Latent attention has its latent as K and its rotary key as V.
+
+    kind: one of KINDS. k, v: None in layers that keep no K and V. window: of sliding layers, in tokens; a query sees
+    the window's last tokens, itself among them. states: recurrent or convolution states of linear and hybrid layers.
+    """
+
+    kind: str = FULL
+    k: Shape | None = None
+    v: Shape | None = None
+    window: int | None = None
+    states: int = 1
+
+    @property
+    def attends(self) -> bool:
+        """Whether it keeps K and V of tokens."""
+        return self.kind in ATTENTION_KINDS
+
+    def side(self, side: str) -> Shape | None:
+        """Shape of K or V, `side` "k" or "v"."""
+        return self.k if side == "k" else self.v
+
+    def held(self, tokens: int) -> int:
+        """Tokens whose K and V transformers' own cache holds, of `tokens` that were seen."""
+        if not self.attends:
+            return 0
+        return tokens if self.window is None else min(tokens, self.window - 1)
+
+    def bytes_per_token(self, element_bytes: int = 2) -> int:
+        """Bytes of K and V of one held token, uncompressed."""
+        return sum(shape.size for shape in (self.k, self.v) if shape) * element_bytes
+
+    def __str__(self) -> str:
+        window = f", window {self.window}" if self.window else ""
+        shapes = (f", {name} {shape.heads} x {shape.width}" for name, shape in (("K", self.k), ("V", self.v)) if shape)
+        return f"{self.kind}{window}{''.join(shapes)}"
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shape of a model's KV cache; every layer has the same."""
+    """Every layer of a model's cache, in the model's order."""
 
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
+    layers: tuple[LayerGeometry, ...]
+
+    @classmethod
+    def uniform(cls, num_layers: int, num_kv_heads: int, head_dim: int) -> Geometry:
+        """Full attention in all layers, K and V of the same shape."""
+        shape = Shape(num_kv_heads, head_dim)
+        return cls((LayerGeometry(FULL, shape, shape),) * num_layers)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def attention(self) -> list[int]:
+        """Numbers of the layers that keep K and V."""
+        return [index for index, layer in enumerate(self.layers) if layer.attends]
+
+    @property
+    def alike(self) -> bool:
+        """Whether all layers are full attention with K and V of one shape."""
+        return len(set(self.layers)) == 1 and self.layers[0].kind == FULL and self.layers[0].k == self.layers[0].v
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head of K in the first layer that has K: what names and presets of uniform models say."""
+        return self._first.k.width
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads of the first layer that has K."""
+        return self._first.k.heads
+
+    @property
+    def _first(self) -> LayerGeometry:
+        return next(layer for layer in self.layers if layer.k)
 
     def bytes_per_token(self, element_bytes: int = 2) -> int:
-        """Bytes of K and V of one token over all layers, uncompressed."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_bytes
+        """Bytes of K and V of one token over all layers, uncompressed, as long as no window forgets it."""
+        return sum(layer.bytes_per_token(element_bytes) for layer in self.layers)
+
+    def sides(self) -> Iterator[tuple[int, str, Shape]]:
+        """Every K and V: layer, "k" or "v", shape."""
+        for index in self.attention:
+            for side in ("k", "v"):
+                yield index, side, self.layers[index].side(side)
+
+    def difference(self, other: Geometry) -> str | None:
+        """The first layer in which another geometry differs, as "layer N: expected …, found …"; None if none does."""
+        for index, (own, its) in enumerate(zip(self.layers, other.layers, strict=False)):
+            if own != its:
+                return f"layer {index}: expected {own}, found {its}"
+        if len(self.layers) != len(other.layers):
+            return f"expected {len(self.layers)} layers, found {len(other.layers)}"
+        return None
 
 
-@torch.no_grad()
-def probe_geometry(model: PreTrainedModel, spec: str) -> Geometry:
-    """Shape of the cache, read off one forward pass of two tokens: configs name it in too many ways."""
-    cache = DynamicCache(config=model.config)
-    output = model(torch.zeros(1, 2, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
-    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-    if getattr(output, "past_key_values", None) is None or not layers:
-        raise UnsupportedModel(f"Model doesn't have past_key_values: {spec} returned no cache; {SUPPORTED}")
-    if window_without_mask(model, cache):
-        raise UnsupportedModel(f"{spec}: only transformers' own cache applies its sliding window; {SUPPORTED}")
-    shapes = {tuple(t.shape) for layer in layers for t in (layer.keys, layer.values)}
-    if len(shapes) > 1 or len(layers) != len(cache.layers):
-        raise UnsupportedModel(f"{spec}: layers with different KV shapes {sorted(shapes)}; {SUPPORTED}")
-    _, heads, _, head_dim = shapes.pop()
-    return Geometry(len(layers), heads, head_dim)
+def layer_kinds(config) -> list[LayerGeometry]:
+    """The layers of transformers' own cache for a config, without shapes. Raises UnsupportedModel for unknown kinds."""
+    try:
+        layers = DynamicCache(config=config).layers
+    except KeyError as error:
+        raise _unknown(config, str(error)) from error
+    found = [_kind_of(layer, config) for layer in layers]
+    # Older transformers leave out the last layers where these read K and V of earlier ones
+    missing = (config_field(config.get_text_config(decoder=True), "num_hidden_layers") or 0) - len(found)
+    return found + [LayerGeometry(NOTHING)] * max(missing, 0)
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Hash that tells a model from others, also from a fine-tune of itself; the same from a hub id and a local copy.
-
-    Config fields that shape the cache, and the signs of a few weights of every matrix: signs survive a change of dtype.
-    """
-    text = model.config.get_text_config(decoder=True)
-    names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    names += ("num_attention_heads", "num_key_value_heads", "head_dim")
-    fields = {name: config_field(text, name) for name in names}
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    for name, weight in sorted(model.named_parameters()):
-        if weight.dim() > 1:
-            digest.update(name.encode() + bytes((weight.flatten()[:64] > 0).tolist()))
-    return digest.hexdigest()[:16]
-
-
-_GEOMETRIES: dict[str, tuple[Geometry, int]] = {}
-
-
-def geometry_of(model_config, model_id: str) -> tuple[Geometry, int]:
-    """Shape of a model's cache and bytes of its weights, from its config.
-
-    Raises UnsupportedModel where the cache can't be compressed, PluginError where the config alone doesn't tell.
-    """
-    refuse_unsupported(model_config, model_id)
-    key = model_config.to_json_string(use_diff=False)
-    if key not in _GEOMETRIES:  # a model of 80 layers takes seconds to lay out
-        _GEOMETRIES[key] = _laid_out(model_config, model_id)
-    return _GEOMETRIES[key]
+def _kind_of(layer, config) -> LayerGeometry:
+    """One of transformers' own cache layers, by its exact class: subclasses store what we know nothing of."""
+    states = getattr(layer, "number_of_states", 1)
+    window = getattr(layer, "sliding_window", None)
+    name = type(layer).__name__
+    if type(layer) is DynamicLayer:
+        return LayerGeometry(FULL)
+    if type(layer) is DynamicSlidingWindowLayer:
+        return LayerGeometry(SLIDING, window=window)
+    if type(layer) is LinearAttentionLayer:
+        return LayerGeometry(LINEAR, states=states)
+    if type(layer) is LinearAttentionAndFullAttentionLayer:
+        return LayerGeometry(HYBRID, states=states)
+    # By name, because older transformers lack some
+    if name == "LinearAttentionAndSlidingWindowAttentionLayer":
+        return LayerGeometry(HYBRID_SLIDING, window=window, states=states)
+    if name == "DynamicIndexedLayer":
+        return LayerGeometry(INDEXED)
+    if name == "DummyLayer":
+        return LayerGeometry(NOTHING)
+    raise _unknown(config, name)
 
 
-def _laid_out(model_config, model_id: str) -> tuple[Geometry, int]:
-    dtype = getattr(model_config, "dtype", None)
-    dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-    # With a padding token some models look for it among the probe's tokens, which have no values here; others need one
-    for padded in (False, True):
-        try:
-            config = copy.deepcopy(model_config)
-            config.pad_token_id = config.pad_token_id if padded else None
-            with torch.device("meta"):
-                # eager: the mask of others may look at values that there are none of
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-            size = sum(weights.numel() for weights in model.parameters()) * dtype.itemsize
-            return probe_geometry(model, model_id), size
-        except PluginError:
-            raise
-        except Exception as error:  # code that reads values where there are none fails in many ways
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-    raise PluginError(
-        f"{model_id} ({model_config.model_type}): its config alone doesn't tell the shape of its cache ({reason}): "
-        "load the model and use from_preset or from_policy of gpt2.compression.named_caches, or give geometry="
+def _unknown(config, name: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{config.model_type} can't be compressed: its layers of type {name} keep more than K and V of tokens, or keep "
+        "them in a way of their own"
     )
+
+
+def config_field(config, name: str):
+    """A config's field, None where it has none; the first layer's where layers differ, and no other may be asked."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # AmbiguousGlobalPerLayerAttributeError, which older transformers lack
+        return getattr(config.per_layer_config[0], name, None)

@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from gpt2.common.errors import PluginError, UnsupportedModel, first_line, is_out_of_memory
 from gpt2.common.processes import launched, local_rank
 from gpt2.models.embedded import EMBEDDED, embedded_folder
-from gpt2.models.geometry import Geometry, fingerprint, probe_geometry
+from gpt2.models.geometry import Geometry
+from gpt2.models.probe import fingerprint, probe_geometry
 from gpt2.models.support import SUPPORTED, refuse_unsupported
 
 SPREAD = {"all": "auto"}  # --device to the device_map that spreads layers

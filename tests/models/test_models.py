@@ -8,7 +8,7 @@ from tiny import FAMILIES, SHAPE, tiny_loaded, tiny_model, word_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpt2.common.errors import PluginError, UnsupportedModel
-from gpt2.models import geometry, loading
+from gpt2.models import loading, probe
 from gpt2.models.embedded import EMBEDDED
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import load, wrap
@@ -53,7 +53,7 @@ def test_a_local_folder(llama_folder):
 
 def test_a_relative_folder(llama_folder, monkeypatch):
     monkeypatch.chdir(llama_folder.parent)
-    assert load("./Tiny Llama").geometry == load("Tiny Llama/").geometry == Geometry(3, 2, 12)
+    assert load("./Tiny Llama").geometry == load("Tiny Llama/").geometry == Geometry.uniform(3, 2, 12)
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("bf16", torch.bfloat16), ("float16", torch.float16)])
@@ -174,7 +174,7 @@ def test_every_family_is_expected():
 def test_geometry(family):
     """Read off the cache: grouped queries, and a head_dim that isn't hidden / heads."""
     geometry = tiny_loaded(family).geometry
-    assert geometry == Geometry(*GEOMETRY[family])
+    assert geometry == Geometry.uniform(*GEOMETRY[family])
     L, H, d = GEOMETRY[family]
     assert geometry.bytes_per_token() == 2 * L * H * d * 2 and geometry.bytes_per_token(4) == 2 * L * H * d * 4
 
@@ -183,7 +183,7 @@ def test_geometry(family):
 def test_a_saved_and_reloaded_model_has_the_same_fingerprint(family, tmp_path):
     model = tiny_model(family)
     back = load(str(saved(tmp_path, model)))
-    assert back.fingerprint == geometry.fingerprint(model) and back.geometry == Geometry(*GEOMETRY[family])
+    assert back.fingerprint == probe.fingerprint(model) and back.geometry == Geometry.uniform(*GEOMETRY[family])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -205,7 +205,7 @@ def test_another_shape_has_another_fingerprint():
         tiny_model("qwen2"),
         tiny_model("mistral"),
     ]
-    assert len({geometry.fingerprint(model) for model in different}) == len(different)
+    assert len({probe.fingerprint(model) for model in different}) == len(different)
 
 
 # --- refusals

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gpt2.common import files
 from gpt2.common.errors import PluginError
 from gpt2.compression.named_caches import from_preset
-from gpt2.models import geometry, loading, random_weights
+from gpt2.models import loading, random_weights
 
 PARAMETERS = {
     "gemma-2-2b": 2_614_341_888,
@@ -42,7 +42,8 @@ def shape_file(tmp_path_factory):
 @pytest.mark.parametrize(("layers", "found"), [(None, 3), (2, 2), (1, 1)])
 def test_a_shape_becomes_a_model_with_random_weights(shape_file, layers, found):
     loaded = random_weights.load(str(shape_file), "cpu", "bfloat16", layers)
-    assert loaded.geometry == geometry.Geometry(found, 2, 12) and loaded.random_weights and loaded.tokenizer is None
+    assert loaded.geometry == geometry.Geometry.uniform(found, 2, 12)
+    assert loaded.random_weights and loaded.tokenizer is None
     assert loaded.spec == f"tiny-shape.json (random weights, {found} layer{'s' * (found > 1)})"
     assert loaded.slug == f"tiny-shape-random-weights-{found}-layer{'s' * (found > 1)}"
     assert loaded.model.dtype == torch.bfloat16 and not loaded.model.training and loaded.max_context == 512

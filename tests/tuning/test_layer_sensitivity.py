@@ -67,7 +67,7 @@ def rows(losses: dict[int, tuple[float, float]]) -> list[dict]:
 
 def test_sensitive_layers_keep_more():
     losses = rows({0: (0.001, 0.2), 1: (0.001, 0.004), 2: (0.05, 0.4)})
-    chosen = layer_sensitivity.plans(losses, Geometry(3, 2, 12), budget=0.01)
+    chosen = layer_sensitivity.plans(losses, Geometry.uniform(3, 2, 12), budget=0.01)
     bits = [[s.bits if s else 16 for s in plan["v"]] for plan in chosen]
     assert [8, 4, 16] in bits, "8 bits where 4 hurt, 4 where they don't, none where even 8 hurt"
     assert all(plan["k"] == [None] * 3 for plan in chosen)
@@ -77,7 +77,7 @@ def test_plans_are_the_lower_hull_of_all_assignments():
     """Against all 3^4 assignments: no other loses less with no more bytes, for any of the plans."""
     generator = torch.Generator().manual_seed(0)
     losses = {layer: tuple(sorted((torch.rand(2, generator=generator) * 0.02).tolist())) for layer in range(4)}
-    geometry = Geometry(4, 2, 12)
+    geometry = Geometry.uniform(4, 2, 12)
 
     def cost(bits) -> tuple[float, float]:
         kl = sum(0 if b == 16 else losses[i][0 if b == 8 else 1] for i, b in enumerate(bits))
@@ -93,9 +93,9 @@ def test_plans_are_the_lower_hull_of_all_assignments():
 
 
 def test_far_inside_the_budget_the_smallest_plan_is_offered():
-    found = layer_sensitivity.plans(rows({0: (1e-6, 2e-6), 1: (1e-6, 3e-6)}), Geometry(2, 2, 12), budget=0.5)
+    found = layer_sensitivity.plans(rows({0: (1e-6, 2e-6), 1: (1e-6, 3e-6)}), Geometry.uniform(2, 2, 12), budget=0.5)
     assert [[s.bits for s in plan["v"]] for plan in found] == [[4, 4]]
 
 
 def test_where_even_the_mildest_loses_too_much_there_is_no_plan():
-    assert layer_sensitivity.plans(rows({0: (1.0, 2.0)}), Geometry(1, 2, 12), budget=0.001) == []
+    assert layer_sensitivity.plans(rows({0: (1.0, 2.0)}), Geometry.uniform(1, 2, 12), budget=0.001) == []

@@ -88,7 +88,7 @@ def _calibration_from(record: dict, path: Path) -> Calibration:
     """The calibration that a record holds, once all of it has been checked."""
     head = Record({"format": OneOf((FORMAT,)), "meta": Record(META, Plain())}, Anything())
     meta = parse(record, head, path, remedy=REMEDY)["meta"]
-    geometry = Geometry(meta["num_layers"], meta["num_kv_heads"], meta["head_dim"])
+    geometry = Geometry.uniform(meta["num_layers"], meta["num_kv_heads"], meta["head_dim"])
     bases = {name: basis for name, basis in multi_head_bases().items() if name in (*record, meta["codec"])}
     fields: dict[str, Kind] = {"meta": Record({"rank": Whole(1, geometry.head_dim)}, Anything())}
     fields |= {name: multi_head_schema(basis, geometry) for name, basis in bases.items()}

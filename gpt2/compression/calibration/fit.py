@@ -32,7 +32,7 @@ class Calibration:
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry(self.meta["num_layers"], self.meta["num_kv_heads"], self.meta["head_dim"])
+        return Geometry.uniform(self.meta["num_layers"], self.meta["num_kv_heads"], self.meta["head_dim"])
 
     @property
     def basis_codec(self) -> str:

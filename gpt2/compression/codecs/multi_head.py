@@ -54,7 +54,7 @@ class MultiHead(Fisher):
         """Number of bases, groups of heads in each and channels of a group, as num_layers, num_kv_heads, head_dim."""
         L, H, d = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
         groups = H // self.heads_per_group(H, d)
-        return Geometry(L * self.bases_per_layer, groups, 2 * H * d // groups // self.bases_per_layer)
+        return Geometry.uniform(L * self.bases_per_layer, groups, 2 * H * d // groups // self.bases_per_layer)
 
     def arrange(self, k: Tensor, v: Tensor, rotary: Rotary, start: int) -> list[Tensor]:
         """A layer's k, v [B, H, T, d] from position `start` on, as its bases take them: [B, G, T, w] each.

@@ -58,5 +58,5 @@ def held_by(k: Setting | None, v: Setting | None, geometry: Geometry, tokens: in
     measured = min(tokens, 4096)
     compressors = build({"k": [k], "v": [v]}, geometry.head_dim)
     make = partial(CompressedDynamicCache, *compressors, sink_tokens=sink_tokens)
-    one_layer = Geometry(1, geometry.num_kv_heads, geometry.head_dim)
+    one_layer = Geometry.uniform(1, geometry.num_kv_heads, geometry.head_dim)
     return held_bytes(make, one_layer, measured) * geometry.num_layers * tokens / measured

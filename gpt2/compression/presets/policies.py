@@ -29,7 +29,8 @@ from gpt2.compression.presets.build import create_cache_from_preset
 from gpt2.compression.presets.schema import Preset, parse
 from gpt2.compression.settings import Setting, setting_record
 from gpt2.models.embedded import EMBEDDED
-from gpt2.models.geometry import Geometry, geometry_of
+from gpt2.models.geometry import Geometry
+from gpt2.models.probe import geometry_of
 
 GIB = 2**30
 # Left for activations, the allocator's gaps and the runtime: a rule of thumb, not a measurement

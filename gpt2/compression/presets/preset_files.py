@@ -12,8 +12,8 @@ from gpt2.common.schema import Anything, Record, read_json
 from gpt2.common.schema import parse as parse_record
 from gpt2.compression.presets.any_model import ANY_MODEL, preset_for_any_model
 from gpt2.compression.presets.schema import DEFAULTS, Preset, parse
-from gpt2.models.geometry import geometry_of
 from gpt2.models.loading import LoadedModel, read_config, slug_of
+from gpt2.models.probe import geometry_of
 
 # The guide's presets, then those that were measured here: of two with the same name, the second counts
 BUILT_IN = (files.ROOT / "configs" / "presets", files.RESULTS / "presets")

@@ -16,7 +16,7 @@ from gpt2.models.geometry import Geometry
 
 LAYERS, HEADS, WIDTH = 3, 2, 12  # of the tiny model
 TOKEN = 2 * LAYERS * HEADS * WIDTH * 2  # bytes of a token, K and V, in 16 bits
-SHAPE = Geometry(2, 3, 64)
+SHAPE = Geometry.uniform(2, 3, 64)
 
 
 def with_codecs(target: str, bits: int, **windows):

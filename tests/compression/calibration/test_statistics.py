@@ -40,7 +40,7 @@ def test_moments_equal_a_direct_covariance(bias, spread, tolerance, split):
     torch.manual_seed(0)
     mixing = torch.randn(2, 6, 6)
     x = (spread * (torch.randn(1, 2, 600, 6) @ mixing) + bias).float()
-    moments = streamed(x.split(split, dim=2), Geometry(1, 2, 6))
+    moments = streamed(x.split(split, dim=2), Geometry.uniform(1, 2, 6))
     for head in range(2):
         exact = x[0, head].double()
         covariance = torch.cov(exact.T, correction=0)
@@ -51,8 +51,8 @@ def test_moments_equal_a_direct_covariance(bias, spread, tolerance, split):
 
 def test_moments_count_every_sequence_of_a_batch():
     x = torch.randn(4, 2, 50, 6)
-    together = streamed([x], Geometry(1, 2, 6))
-    apart = streamed(x.split(1), Geometry(1, 2, 6))
+    together = streamed([x], Geometry.uniform(1, 2, 6))
+    apart = streamed(x.split(1), Geometry.uniform(1, 2, 6))
     assert together.count[0] == apart.count[0] == 200
     assert torch.allclose(together.scatter, apart.scatter, rtol=1e-5, atol=1e-5)
 
@@ -61,7 +61,7 @@ def test_moments_count_every_sequence_of_a_batch():
 def test_moments_refuse_what_is_not_finite(value):
     x = torch.zeros(1, 2, 5, 6)
     x[0, 1, 3, 2] = value
-    moments = Moments.zeros(Geometry(2, 2, 6))
+    moments = Moments.zeros(Geometry.uniform(2, 2, 6))
     with pytest.raises(PluginError, match="layer 1: NaN or infinite"):
         moments.update(1, x)
     assert not moments.count.any() and not moments.scatter.any(), "and are left as they were"

@@ -66,7 +66,7 @@ def vectors(heads: int, tokens: int, d: int = D, seed: int = 0, dtype=torch.floa
 
 
 def moments_of(x: Tensor, metric: Tensor, name: str = "fisher") -> Moments:
-    moments = Moments.zeros(Geometry(1, x.shape[1], x.shape[3]))
+    moments = Moments.zeros(Geometry.uniform(1, x.shape[1], x.shape[3]))
     moments.update(0, x)
     moments.metrics[name] = metric[None]
     return moments
@@ -127,7 +127,7 @@ def test_where_nothing_was_felt_the_metric_is_none():
 @pytest.mark.parametrize("name", ["attention", "fisher"])
 def test_a_basis_without_its_statistics_says_what_to_do(name):
     _, x = metric_and_vectors()
-    moments = Moments.zeros(Geometry(1, 2, 8))
+    moments = Moments.zeros(Geometry.uniform(1, 2, 8))
     with pytest.raises(PluginError, match=f"codec {name} needs statistics .*--metric {name}"):
         BASES[name].fit(moments, 0)
 

@@ -16,7 +16,7 @@ from gpt2.compression.presets.any_model import ANY_MODEL
 from gpt2.compression.presets.build import preset_for_shape
 from gpt2.compression.presets.preset_files import resolve_preset
 from gpt2.compression.presets.schema import parse
-from gpt2.models import geometry, loading
+from gpt2.models import loading, probe
 from gpt2.models.geometry import Geometry
 
 PROMPT = torch.arange(2, 32)[None]
@@ -32,7 +32,7 @@ def folder_of(space, family: str = "llama", **overrides) -> str:
 def test_a_folder_with_a_config_is_enough(space, family, name):
     folder, model = folder_of(space, family), tiny_model(family)
     preset = get_preset_info(folder, name)
-    shape = geometry.probe_geometry(model, family)
+    shape = probe.probe_geometry(model, family)
     assert (preset["num_layers"], preset["head_dim"]) == (shape.num_layers, shape.head_dim)
     assert preset["model"] == folder and preset["name"] == name and preset["target"] == "kv"
     out = model.generate(PROMPT.repeat(1, 4), past_key_values=create_cache_from_preset(preset), max_new_tokens=4)
@@ -46,7 +46,7 @@ def test_its_figures_are_unknown_but_for_the_ratio_which_is_exact(space):
     for name, least in (("kv8", 1.5), ("kv4", 2.5)):
         preset = get_preset_info(folder, name)
         assert [preset.get(key) for key in ("baseline_ppl", "compressed_ppl", "ppl_delta")] == [None] * 3
-        measured = compression_ratio(lambda p=preset: create_cache_from_preset(p), Geometry(3, 2, 12))
+        measured = compression_ratio(lambda p=preset: create_cache_from_preset(p), Geometry.uniform(3, 2, 12))
         assert preset["compression_ratio"] == pytest.approx(measured, abs=1e-4) and measured > least
 
 

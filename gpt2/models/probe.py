@@ -1,0 +1,89 @@
+"""Measure a model: the shape of its cache, and a fingerprint that tells it from others."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import replace
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from gpt2.common.errors import PluginError, UnsupportedModel
+from gpt2.models.geometry import HYBRID, HYBRID_SLIDING, LINEAR, NOTHING, Geometry, Shape, config_field, layer_kinds
+from gpt2.models.support import SUPPORTED, refuse_unsupported
+
+
+@torch.no_grad()
+def probe_geometry(model: PreTrainedModel, spec: str) -> Geometry:
+    """Shape of the cache, read off one forward pass of two tokens: configs name it in too many ways."""
+    kinds = layer_kinds(model.config)
+    cache = DynamicCache(config=model.config)
+    output = model(torch.zeros(1, 2, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+    if getattr(output, "past_key_values", None) is None:
+        raise UnsupportedModel(f"Model doesn't have past_key_values: {spec} returned no cache; {SUPPORTED}")
+    layers = []
+    for kind, layer in zip(kinds, [*cache.layers, *[None] * len(kinds)], strict=False):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if kind.attends and keys is None:  # a layer that the model never gives K and V
+            kind = replace(kind, kind=LINEAR if kind.kind in (HYBRID, HYBRID_SLIDING) else NOTHING, window=None)
+        shapes = [Shape(t.shape[1], t.shape[3]) for t in (keys, values)] if kind.attends else [None, None]
+        layers.append(replace(kind, k=shapes[0], v=shapes[1]))
+    if not any(layer.attends for layer in layers):
+        raise UnsupportedModel(f"{spec} can't be compressed: none of its layers keeps K and V of tokens; {SUPPORTED}")
+    return Geometry(tuple(layers))
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hash that tells a model from others, also from a fine-tune of itself; the same from a hub id and a local copy.
+
+    Config fields that shape the cache, and the signs of a few weights of every matrix: signs survive a change of dtype.
+    """
+    text = model.config.get_text_config(decoder=True)
+    names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    names += ("num_attention_heads", "num_key_value_heads", "head_dim")
+    fields = {name: config_field(text, name) for name in names}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    for name, weight in sorted(model.named_parameters()):
+        if weight.dim() > 1:
+            digest.update(name.encode() + bytes((weight.flatten()[:64] > 0).tolist()))
+    return digest.hexdigest()[:16]
+
+
+_GEOMETRIES: dict[str, tuple[Geometry, int]] = {}
+
+
+def geometry_of(model_config, model_id: str) -> tuple[Geometry, int]:
+    """Shape of a model's cache and bytes of its weights, from its config.
+
+    Raises UnsupportedModel where the cache can't be compressed, PluginError where the config alone doesn't tell.
+    """
+    refuse_unsupported(model_config, model_id)
+    key = model_config.to_json_string(use_diff=False)
+    if key not in _GEOMETRIES:  # a model of 80 layers takes seconds to lay out
+        _GEOMETRIES[key] = _laid_out(model_config, model_id)
+    return _GEOMETRIES[key]
+
+
+def _laid_out(model_config, model_id: str) -> tuple[Geometry, int]:
+    dtype = getattr(model_config, "dtype", None)
+    dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+    # With a padding token some models look for it among the probe's tokens, which have no values here; others need one
+    for padded in (False, True):
+        try:
+            config = copy.deepcopy(model_config)
+            config.pad_token_id = config.pad_token_id if padded else None
+            with torch.device("meta"):
+                # eager: the mask of others may look at values that there are none of
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+            size = sum(weights.numel() for weights in model.parameters()) * dtype.itemsize
+            return probe_geometry(model, model_id), size
+        except PluginError:
+            raise
+        except Exception as error:  # code that reads values where there are none fails in many ways
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+    raise PluginError(
+        f"{model_id} ({model_config.model_type}): its config alone doesn't tell the shape of its cache ({reason}): "
+        "load the model and use from_preset or from_policy of gpt2.compression.named_caches, or give geometry="
+    )
