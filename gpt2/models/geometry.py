@@ -17,19 +17,21 @@ from transformers.cache_utils import (
 )
 
 from gpt2.common.errors import UnsupportedModel
+from gpt2.common.schema import Default, ListOf, Nullable, OneOf, Record, Whole
 
 FULL, SLIDING, INDEXED = "full_attention", "sliding_attention", "indexed_attention"
 LINEAR, HYBRID, HYBRID_SLIDING, NOTHING = "linear_attention", "hybrid", "hybrid_sliding", "dummy"
 # Kinds that keep K and V of tokens. Chunked attention is sliding attention to a cache: only masks differ
 ATTENTION_KINDS = (FULL, SLIDING, INDEXED, HYBRID, HYBRID_SLIDING)
+WIDEST = 1024  # KV heads and channels of a head: larger than any model's
 KINDS = (*ATTENTION_KINDS, LINEAR, NOTHING)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """K or V of one token in one layer: KV heads, and channels of each."""
+    """K or V of one token in one layer: KV heads, None where a preset doesn't say, and channels of each."""
 
-    heads: int
+    heads: int | None
     width: int
 
     @property
@@ -70,6 +72,12 @@ class LayerGeometry:
     def bytes_per_token(self, element_bytes: int = 2) -> int:
         """Bytes of K and V of one held token, uncompressed."""
         return sum(shape.size for shape in (self.k, self.v) if shape) * element_bytes
+
+    def record(self) -> dict:
+        """As a JSON object without what is None."""
+        shapes = {name: [shape.heads, shape.width] for name, shape in (("k", self.k), ("v", self.v)) if shape}
+        window = {"window": self.window} if self.window else {}
+        return {"type": self.kind, **shapes, **window} | ({"states": self.states} if self.states > 1 else {})
 
     def __str__(self) -> str:
         window = f", window {self.window}" if self.window else ""
@@ -127,6 +135,15 @@ class Geometry:
             for side in ("k", "v"):
                 yield index, side, self.layers[index].side(side)
 
+    def record(self) -> list[dict]:
+        """JSON objects, one per layer, for calibration files and presets: what `from_record` takes."""
+        return [layer.record() for layer in self.layers]
+
+    @classmethod
+    def from_record(cls, record: list[dict]) -> Geometry:
+        """The inverse of `record`, of one that fits `LAYERS`."""
+        return cls(tuple(_layer_from(layer) for layer in record))
+
     def difference(self, other: Geometry) -> str | None:
         """The first layer in which another geometry differs, as "layer N: expected …, found …"; None if none does."""
         for index, (own, its) in enumerate(zip(self.layers, other.layers, strict=False)):
@@ -135,6 +152,20 @@ class Geometry:
         if len(self.layers) != len(other.layers):
             return f"expected {len(self.layers)} layers, found {len(other.layers)}"
         return None
+
+
+_SHAPE = Default(Nullable(ListOf(Whole(1, WIDEST), 2)))
+LAYERS = ListOf(
+    Record({
+        "type": OneOf(KINDS), "k": _SHAPE, "v": _SHAPE, "window": Default(Nullable(Whole(1))),
+        "states": Default(Whole(1, 64), 1),
+    })
+)  # fmt: skip
+
+
+def _layer_from(record: dict) -> LayerGeometry:
+    k, v = (Shape(*record[side]) if record.get(side) else None for side in ("k", "v"))
+    return LayerGeometry(record["type"], k, v, record.get("window"), record["states"])
 
 
 def layer_kinds(config) -> list[LayerGeometry]:

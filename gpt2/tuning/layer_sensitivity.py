@@ -156,4 +156,5 @@ def _plain(geometry: Geometry) -> float:
 def _bytes_per_token(compressor: Compressor, geometry: Geometry, tokens: int = 256) -> float:
     """Bytes per token that a compressor stores of one layer's K or V of a 16-bit model."""
     make = partial(CompressedDynamicCache, [compressor], [compressor], sink_tokens=0)
-    return held_bytes(make, Geometry.uniform(1, geometry.num_kv_heads, geometry.head_dim), tokens) / 2 / tokens  # K and V alike
+    one_layer = Geometry.uniform(1, geometry.num_kv_heads, geometry.head_dim)
+    return held_bytes(make, one_layer, tokens) / 2 / tokens  # K and V alike

@@ -27,7 +27,9 @@ from gpt2.models.geometry import Geometry
 from gpt2.report import tables
 
 # 2 layers, 2 KV heads of 4 under 4 query heads
-SMALL = Dimensions(Geometry.uniform(2, 2, 4), 4, hidden=16, intermediate=32, vocabulary=100, layer_weights=1000, weights=5200)
+SMALL = Dimensions(
+    Geometry.uniform(2, 2, 4), 4, hidden=16, intermediate=32, vocabulary=100, layer_weights=1000, weights=5200
+)
 
 
 def series(power: float, factor: float = 3.0, predicted: float = 1.0, noise: float = 0.0) -> Series:

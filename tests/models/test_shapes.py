@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gpt2.common import files
 from gpt2.common.errors import PluginError
 from gpt2.compression.named_caches import from_preset
-from gpt2.models import loading, random_weights
+from gpt2.models import geometry, loading, random_weights
 
 PARAMETERS = {
     "gemma-2-2b": 2_614_341_888,
