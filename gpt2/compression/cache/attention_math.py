@@ -44,6 +44,17 @@ def causal(queries: int, tokens: int, device: torch.device) -> Tensor | None:
     return torch.ones(queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)
 
 
+def behind_hidden(mask: Tensor | None, hidden: int, queries: int, tokens: int, device: torch.device) -> Tensor:
+    """A mask over all `tokens` held, of which the first `hidden` lie before what `mask` covers: nobody sees those."""
+    if mask is None:
+        visible = causal(queries, tokens - hidden, device)
+        mask = torch.ones(1, tokens - hidden, dtype=torch.bool, device=device) if visible is None else visible
+    else:
+        mask = mask[..., : tokens - hidden]
+    unseen = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return torch.nn.functional.pad(mask, (hidden, 0), value=unseen)
+
+
 def capped(x: Tensor, softcap: float | None) -> Tensor:
     """Scores with soft capping (Gemma 2): softcap · tanh(x / softcap)."""
     return x if softcap is None else softcap * torch.tanh(x / softcap)

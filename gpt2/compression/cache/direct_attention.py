@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gpt2.compression.cache import attention_math
 from gpt2.compression.cache.attention_math import probabilities
 from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.codecs.base import Encoded
@@ -22,11 +23,13 @@ def attend(
     k: TokenStore, v: TokenStore, query: Tensor, mask: Tensor | None, scaling: float, *,
     softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of query [B, Hq, Q, d] over all tokens of two stores, [B, Hq, Q, d] in the query's dtype.
+    """Attention of query [B, Hq, Q, d] over the visible tokens of two stores, [B, Hq, Q, dv] in the query's dtype.
 
     mask: True where a query may look, or numbers to be added to scores; broadcasts to [B, Hq, Q, T]. None is causal,
     where the last query is that of the last token held. sinks: sink logits (gpt-oss), one per query head, [Hq].
     """
+    if k.hidden:
+        mask = attention_math.behind_hidden(mask, k.hidden, query.shape[2], len(k), query.device)
     if dispatch.usable(query):
         from gpt2.compression.cache import triton_attention  # here, because Triton isn't installed everywhere
 

@@ -3,31 +3,41 @@
     k_comp, v_comp, metadata = load_calibrated_compressors("calibration.pt", quantize_bits=8)
     cache = CompressedDynamicCache(k_comp, v_comp)
 
-The cache is a list of layers, as every cache of transformers is; its layers only store K and V in another way. A cache
-holds one conversation: make a new one, or `reset()` it, for the next. It can be copied and pickled. Other versions of
-this code than the one that made a pickle reject it, because the same bytes may mean something else to them.
+The cache is a list of layers, as every cache of transformers is: those of `DynamicCache(config)`. The ones that keep K
+and V of tokens store them in another way. A cache holds one conversation: make a new one, or `reset()` it, for the
+next. It can be copied and pickled. Other versions of this code than the one that made a pickle reject it, because the
+same bytes may mean something else to them.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache.layers import CompressedLayer
+from gpt2.compression.cache.mixed_layers import make_layer, map_states
 from gpt2.compression.codecs import Compressor, IdentityCompressor
+from gpt2.models.geometry import Geometry, LayerGeometry
+
+OF_ANOTHER_MODEL = (
+    "its preset or calibration is of another model, or says nothing of the layers: give model= or config= to "
+    "create_cache_from_preset"
+)
 
 
 class CompressedDynamicCache(Cache):
     """Drop-in for DynamicCache that stores K and V through one compressor per layer and side.
 
-    k_compressors, v_compressors: one per layer. num_layers: checked against them when given.
+    k_compressors, v_compressors: one per layer, None for layers that keep no K and V. num_layers: checked against them
+    when given. geometry: the model's layers; without it, all are full attention. A cache for full attention works with
+    models whose layers slide too, but keeps what they forget.
     sink_tokens: number of first tokens kept exact, because attention sinks have activations far from all others; with
     left padding, add the length of the longest. recent_tokens: number of latest tokens kept exact, besides those of an
     unfinished block. Raises PluginError for lists of different lengths and negative numbers.
@@ -43,21 +53,28 @@ class CompressedDynamicCache(Cache):
         v_compressors: Sequence[Compressor],
         num_layers: int | None = None,
         *,
+        geometry: Geometry | None = None,
         sink_tokens: int = 4,
         recent_tokens: int = 0,
     ):
-        counts = {len(k_compressors), len(v_compressors), len(k_compressors) if num_layers is None else num_layers}
-        if len(counts) > 1 or not len(k_compressors):
+        layers = geometry.layers if geometry else (LayerGeometry(),) * len(k_compressors)
+        expected = len(layers) if num_layers is None else num_layers
+        if len({len(layers), len(k_compressors), len(v_compressors), expected}) > 1 or not layers:
             raise PluginError(
                 f"expected one K and one V compressor per layer, got {len(k_compressors)} and {len(v_compressors)} for "
-                f"num_layers={num_layers}"
+                f"num_layers={len(layers) if geometry else num_layers}"
             )
         if sink_tokens < 0 or recent_tokens < 0:
             raise PluginError(f"expected 0 or more, got sink_tokens={sink_tokens} and recent_tokens={recent_tokens}")
-        pairs = zip(k_compressors, v_compressors, strict=True)
+        each = zip(layers, k_compressors, v_compressors, strict=True)
         super().__init__(
-            layers=[CompressedLayer(k, v, sink_tokens, recent_tokens, i) for i, (k, v) in enumerate(pairs)]
+            layers=[make_layer(own, i, k, v, sink_tokens, recent_tokens) for i, (own, k, v) in enumerate(each)]
         )
+
+    @property
+    def compressed(self) -> list[CompressedLayer]:
+        """The layers that keep K and V."""
+        return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"stored_by": _version()}
@@ -76,43 +93,96 @@ class CompressedDynamicCache(Cache):
                 f"the model has a layer {layer_idx}, but this cache was made for {len(self.layers)} layers: "
                 "its preset or calibration is of another model"
             )
-        if layer_idx == 0:
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, CompressedLayer):
+            raise PluginError(
+                f"the model has attention in layer {layer_idx}, where this cache keeps no K and V: {OF_ANOTHER_MODEL}"
+            )
+        if layer is self.compressed[0]:
             self._check_layers()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _check_layers(self) -> None:
         """Reject a cache whose first layers hold tokens that the last don't, as after Ctrl-C or an error in a run."""
-        if self.layers[0].rows_changed != self.layers[-1].rows_changed:
+        first, last = self.compressed[0], self.compressed[-1]
+        if first.rows_changed != last.rows_changed:
             raise PluginError("a batch selection was interrupted between layers: reset() the cache")
-        first, last = (self.layers[i].get_seq_length() for i in (0, -1))
-        if first != last:
+        lengths = first.get_seq_length(), last.get_seq_length()
+        if lengths[0] != lengths[1]:
             raise PluginError(
-                f"the first layer holds {first} tokens and the last {last}: a run was interrupted between layers, so "
-                f"crop({last - first}) or reset() the cache; or the model has fewer layers than the cache"
+                f"the first layer holds {lengths[0]} tokens and the last {lengths[1]}: a run was interrupted between "
+                f"layers, so crop({lengths[1] - lengths[0]}) or reset() the cache; or the model has fewer layers than "
+                "the cache"
             )
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As `CompressedLayer.crop`, counted from the first layer's length: also after an interrupted run all agree."""
-        length = self.get_seq_length() + min(int(tokens_to_remove), 0)
-        if shorter := [layer.index for layer in self.layers if layer.get_seq_length() < length]:
+        """As `CompressedLayer.crop`, counted from the first layer's length: also after an interrupted run all agree.
+
+        Raises the errors of transformers' own layers, and of ours, before any layer is changed.
+        """
+        ours, removed = self.compressed, int(tokens_to_remove)
+        length = self.get_seq_length() + min(removed, 0)
+        if shorter := [layer.index for layer in ours if layer.get_seq_length() < length]:
             raise PluginError(
-                f"layer {shorter[0]} has fewer than the {length} tokens that crop({int(tokens_to_remove)}) would leave "
+                f"layer {shorter[0]} has fewer than the {length} tokens that crop({removed}) would leave "
                 "in the first: a run was interrupted between layers, so crop more or reset() the cache"
             )
+        each = [(layer, max(removed, 0) or length - layer.get_seq_length()) for layer in ours]
+        for layer, own in each:
+            layer.check_crop(own)
         for layer in self.layers:
-            layer.crop(max(int(tokens_to_remove), 0) or length - layer.get_seq_length())
+            if not isinstance(layer, CompressedLayer):
+                layer.crop(removed)
+        for layer, own in each:
+            layer.crop(own)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, also of recurrent states, which transformers' own cache can't select."""
+        self._map_rows("batch_select_indices", indices, lambda t: t[indices.to(t.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, also of recurrent states, which transformers' own cache can't repeat."""
+        self._map_rows("batch_repeat_interleave", repeats, lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def _map_rows(self, operation: str, argument, on_states: Callable[[Tensor], Tensor]) -> None:
+        for layer in self.layers:
+            if hasattr(layer, operation):
+                getattr(layer, operation)(argument)
+            else:
+                map_states(layer, on_states)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args, **kwargs) -> Tensor:
+        """As transformers' own; raises PluginError where this cache was made for other layers."""
+        self._check_states(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args, **kwargs) -> Tensor:
+        """As `update_conv_state`."""
+        self._check_states(layer_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    def has_previous_state(self, layer_idx: int | None = None, *args, **kwargs) -> bool:
+        """As `update_conv_state`."""
+        self._check_states(layer_idx)
+        return super().has_previous_state(layer_idx, *args, **kwargs)
+
+    def _check_states(self, layer_idx: int | None) -> None:
+        layers = self.layers if layer_idx is None else self.layers[layer_idx : layer_idx + 1]
+        if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+            where = "linear attention" if layer_idx is None else f"linear attention in layer {layer_idx}"
+            raise PluginError(f"the model has {where}, but this cache was made for attention alone: {OF_ANOTHER_MODEL}")
 
     @property
     def is_initialized(self) -> bool:
         """Whether the cache holds tokens: some models give bidirectional attention to the first that it gets."""
-        return any(layer.is_initialized for layer in self.layers)
+        return any(layer.is_initialized for layer in self.compressed)
 
     def keep_reconstructed(self) -> CompressedDynamicCache:
         """Keep reconstructions beside the codes, for evaluations that read all of them at every step; returns self.
 
         What is read is the same. The memory that compression saves is used again, and `nbytes` counts it.
         """
-        for layer in self.layers:
+        for layer in self.compressed:
             for store in layer.stores.values():
                 store.keep_reconstructed = True
         return self
@@ -120,15 +190,15 @@ class CompressedDynamicCache(Cache):
     @property
     def readable(self) -> bool:
         """Whether compressed attention can read all layers; it can't read K of a joint codec."""
-        return all(c.readable for layer in self.layers for c in (s.compressor for s in layer.stores.values()))
+        return all(c.readable for layer in self.compressed for c in (s.compressor for s in layer.stores.values()))
 
     def nbytes(self) -> int:
-        """Bytes held for the cached tokens: exact tokens, codes with their scales, and memory allocated but unused."""
-        return sum(store.nbytes() for layer in self.layers for store in layer.stores.values())
+        """Bytes of K and V held: exact tokens, codes with their scales, and memory allocated but unused."""
+        return sum(store.nbytes() for layer in self.compressed for store in layer.stores.values())
 
     def codec_bytes(self) -> int:
         """Bytes of the transforms. Caches that are made from the same compressors share them, as they share weights."""
-        return sum(store.compressor.nbytes() for layer in self.layers for store in layer.stores.values())
+        return sum(store.compressor.nbytes() for layer in self.compressed for store in layer.stores.values())
 
 
 @functools.cache
@@ -139,7 +209,11 @@ def _version() -> str:
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
-def identity_cache(num_layers: int) -> CompressedDynamicCache:
-    """A compressed cache that stores tokens exactly: the control of measurements."""
-    identity = [IdentityCompressor() for _ in range(num_layers)]
-    return CompressedDynamicCache(identity, identity)
+def identity_cache(layers: int | Geometry) -> CompressedDynamicCache:
+    """A compressed cache that stores tokens exactly: the control of measurements.
+
+    layers: a number of layers with full attention, or the model's geometry.
+    """
+    geometry = layers if isinstance(layers, Geometry) else Geometry((LayerGeometry(),) * layers)
+    identity = [IdentityCompressor() for _ in geometry.layers]
+    return CompressedDynamicCache(identity, identity, geometry=geometry)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from gpt2.common.errors import PluginError
-from gpt2.compression.cache.token_store import TokenStore, without_autocast
+from gpt2.compression.cache.token_store import DROPPED, TokenStore, without_autocast
 from gpt2.compression.codecs import Compressor
 
 
@@ -43,15 +43,17 @@ class StoredKV:
 class CompressedLayer(CacheLayerMixin):
     """Storage of one layer. `update` returns reconstructions, so it works with any model and any attention."""
 
-    is_sliding = False  # all tokens are stored; the attention mask applies a sliding window
+    is_sliding = False
     is_croppable = True
     is_compileable = False
     supports_early_init = False  # shapes and devices are known with the first tokens only
 
-    def __init__(self, k: Compressor, v: Compressor, sink_tokens: int, recent_tokens: int, index: int):
-        super().__init__()
+    def __init__(
+        self, k: Compressor, v: Compressor, sink_tokens: int, recent_tokens: int, index: int, reach: int | None = None
+    ):
+        CacheLayerMixin.__init__(self)
         compressors = {"KV": k} if k.joint else {"K": k, "V": v}
-        self.stores = {side: TokenStore(c, sink_tokens, recent_tokens) for side, c in compressors.items()}
+        self.stores = {side: TokenStore(c, sink_tokens, recent_tokens, reach) for side, c in compressors.items()}
         self.index = index
         self.reader = None  # set by `attention` while a model runs whose attention reads the stores
         self.inconsistent = False  # True while the stores are being changed, and after such a change was interrupted
@@ -140,7 +142,7 @@ class CompressedLayer(CacheLayerMixin):
         # position can be recognised. It happens with use_cache=False, where generate feeds the prompt and one token
         # more at each step, and where generate is given a prompt that the cache holds to its end. In models whose K has
         # no positions (ALiBi), a text that is fed twice in a row is rejected by mistake
-        held, n = len(store), keys.shape[2]
+        held, n = store.seen, keys.shape[2]
         if self.index or not held or n not in (held, held + 1) or _alike(keys) or not store.holds(keys[:, :, :held]):
             return
         advice = (
@@ -152,7 +154,7 @@ class CompressedLayer(CacheLayerMixin):
         raise PluginError(f"the whole prompt was fed again to a cache that holds it, {advice}")
 
     def get_seq_length(self) -> int:
-        return len(self._first)
+        return self._first.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -168,19 +170,22 @@ class CompressedLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens. tokens_to_remove: negative, as in transformers; 0 does nothing."""
-        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor in assisted decoding
-        if tokens_to_remove > 0:
-            raise PluginError(
-                f"crop expects the number of tokens to remove as a negative number, got {tokens_to_remove}"
-            )
-        if -tokens_to_remove > self.get_seq_length() and self.is_initialized:
-            raise PluginError(f"can't crop {-tokens_to_remove} tokens from a cache of {self.get_seq_length()}")
-        if tokens_to_remove and self.is_initialized:
+        removed = self.check_crop(tokens_to_remove)
+        if removed and self.is_initialized:
             with without_autocast(self._first.sinks):
                 self._begin_change()
                 for store in self.stores.values():
-                    store.crop(-tokens_to_remove)
+                    store.crop(removed)
                 self.inconsistent = False
+
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """How many tokens a call of `crop` removes. Raises its errors, without a change."""
+        removed = -int(tokens_to_remove)  # transformers 5.17 passes a tensor in assisted decoding
+        if removed < 0:
+            raise PluginError(f"crop expects the number of tokens to remove as a negative number, got {-removed}")
+        if removed > self.get_seq_length() and self.is_initialized:
+            raise PluginError(f"can't crop {removed} tokens from a cache of {self.get_seq_length()}")
+        return removed
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
@@ -209,6 +214,80 @@ class CompressedLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         self._map(lambda t: t.to(self.device, non_blocking=True))
+
+
+class CompressedSlidingLayer(CompressedLayer):
+    """Storage of a layer with a sliding window: forgets what no later query sees, as DynamicSlidingWindowLayer does.
+
+    Chunked attention is the same to a cache. What is out of reach is dropped in whole blocks.
+    """
+
+    is_sliding = True
+
+    def __init__(
+        self, k: Compressor, v: Compressor, sink_tokens: int, recent_tokens: int, index: int, *, window: int
+    ):
+        reach = window - 1  # a query sees itself and the tokens before it
+        super().__init__(k, v, sink_tokens, min(recent_tokens, reach), index, reach)
+        self.sliding_window = window
+        self.record_past = False  # whether to forget only in `crop`, for decoding that takes tokens back
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def store(self, key_states: Tensor, value_states: Tensor) -> None:
+        reach, n = self.sliding_window - 1, key_states.shape[2]
+        visible = min(self.get_seq_length(), reach) + n
+        self.forget()
+        super().store(key_states, value_states)
+        for store in self.stores.values():
+            store.visible = visible
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """As CompressedLayer.update; returns the tokens in reach of the first of the new ones."""
+        self.store(key_states, value_states)
+        if self.reader is not None and self.reader.active and key_states.shape[2] <= DROPPED:
+            stored = StoredKV(self)
+            return stored, stored
+        read = self.read()
+        self.forget()  # at once: of a long prompt, most is out of reach
+        return read
+
+    def forget(self) -> None:
+        """Drop what later queries don't see; K and V drop the same tokens."""
+        if not self.is_initialized or self.record_past or self.inconsistent:
+            return
+        held = len(self._first)
+        dropped = held - (self.sliding_window - 1)
+        for store in [*self.stores.values()] * 2:  # twice, for what the second can't drop the first mustn't
+            dropped = store.droppable(dropped) if dropped > 0 else 0
+        if dropped:
+            self._begin_change()
+            for store in self.stores.values():
+                store.drop_front(dropped)
+            self.inconsistent = False
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        length, reach = self.get_seq_length(), self.sliding_window - 1
+        return min(length, reach) + query_length, max(length - reach, 0)
+
+    def get_max_length(self) -> int:
+        return self.sliding_window
+
+    def check_crop(self, tokens_to_remove: int) -> int:
+        if self.get_seq_length() >= self.sliding_window and not self.record_past:
+            raise RuntimeError(
+                f"crop of layer {self.index}: its sliding window of {self.sliding_window} tokens has forgotten what a "
+                "shorter cache would need; call activate_past_recording on the cache before it is filled"
+            )
+        return super().check_crop(tokens_to_remove)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As CompressedLayer.crop; where the past is recorded, it is forgotten now, also with 0."""
+        super().crop(tokens_to_remove)
+        recording, self.record_past = self.record_past, False
+        self.forget()
+        self.record_past = recording
 
 
 def _alike(x: Tensor) -> bool:

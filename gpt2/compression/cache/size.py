@@ -111,7 +111,7 @@ def fill(cache: Cache, chunks: Iterable[tuple[Tensor, Tensor]]) -> Cache:
 
 def exact_and_unused_bytes(cache: CompressedDynamicCache) -> tuple[int, int]:
     """Bytes of exact tokens (sinks and tail) in a CompressedDynamicCache, and bytes that are allocated but unused."""
-    stores = [store for layer in cache.layers for store in layer.stores.values()]
+    stores = [store for layer in cache.compressed for store in layer.stores.values()]
     exact = sum(tensor.nbytes for store in stores for tensor in (store.sinks, store.tail))
     growing = [stored for store in stores for stored in store.blocks.values() if stored.unused]
     return exact, sum(stored.unused * stored.chunks[-1][:, :, :1].nbytes for stored in growing)

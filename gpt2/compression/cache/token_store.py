@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from gpt2.common.errors import PluginError
-from gpt2.compression.codecs import Compressor
+from gpt2.compression.codecs import Compressor, IdentityCompressor
 from gpt2.compression.codecs.base import Encoded
 from gpt2.compression.kernels import dispatch
 
 SMALLEST_CHUNK = 64  # tokens; together with GROWTH, less than 5 % is unused from 2,048 tokens on
 GROWTH = 32
+# Tokens that a store forgets together where its blocks are smaller: what is left of a chunk is copied
+DROPPED = 64
+SHORTEST_REACH = 2 * DROPPED - 1  # of windows that are compressed
 MERGED = 4  # a chunk made by merging holds at most 1/MERGED of all entries, so that the largest are never copied
 
 
@@ -80,6 +83,19 @@ class GrowingTensor:
             self.chunks.pop()
             drop, self.unused = drop - used, 0
 
+    def drop_front(self, entries: int) -> None:
+        """Remove the first `entries`. What is left of a chunk that is cut is copied, so that its memory is freed."""
+        self.length -= entries
+        while entries:
+            last = len(self.chunks) == 1
+            used = self.chunks[0].shape[2] - (self.unused if last else 0)
+            if entries < used:
+                with torch.inference_mode(False):  # as in `append`
+                    self.chunks[0] = self.chunks[0][:, :, entries:].clone(memory_format=torch.contiguous_format)
+                return
+            self.chunks.pop(0)
+            entries, self.unused = entries - used, 0 if last else self.unused
+
     def map_(self, fn: Callable[[Tensor], Tensor]) -> None:
         with torch.inference_mode(False):  # as in `append`
             self.chunks = [fn(chunk) for chunk in self.chunks]
@@ -94,17 +110,22 @@ class TokenStore:
     than a block, plus `recent_tokens`. `read` returns what is stored, also for tokens that were just appended: of
     blocks, their reconstruction.
 
+    reach: number of latest tokens that later queries see, in layers with a sliding window; None: all. The layer drops
+    what is out of reach, whole blocks at a time, sinks with the first. A window hardly longer than a block of 64
+    tokens is stored exactly, as a tail: its unfinished block would take more than compression saves.
+
     keep_reconstructed: keep each block's reconstruction beside it, so that it is made once. This takes the memory that
     compression saves, and is counted: for evaluations that read the whole history at every step. A codec that is exact
     has no need of it.
     """
 
-    def __init__(self, compressor: Compressor, sink_tokens: int, recent_tokens: int):
-        self.compressor = compressor
+    def __init__(self, compressor: Compressor, sink_tokens: int, recent_tokens: int, reach: int | None = None):
+        self.tail_only = reach is not None and reach < SHORTEST_REACH
+        self.compressor = IdentityCompressor() if self.tail_only else compressor
+        self.reach = reach
         # With an exact codec, compressed tokens are exact too
-        self.sink_tokens = 0 if compressor.exact else sink_tokens
-        self.recent_tokens = 0 if compressor.exact else recent_tokens
-        self.lead = self.sink_tokens % compressor.block_tokens
+        self.sink_tokens = 0 if self.compressor.exact else sink_tokens
+        self.recent_tokens = 0 if self.compressor.exact else recent_tokens
         self.keep_reconstructed = False
         self.clear()
 
@@ -113,12 +134,30 @@ class TokenStore:
         self.tail: Tensor | None = None
         self.blocks: dict[str, GrowingTensor] = {}
         self.reconstructed: Tensor | None = None  # of whole blocks, the lead included
+        self.forgotten = 0  # tokens dropped from the front
+        self.dropped_blocks = 0
+        self.visible: int | None = None  # latest tokens that the newest queries see; None: all that are held
 
     def prepare(self, x: Tensor, where: str) -> None:
         """Take device, dtype and shape from the first tokens x [B, H, T, d]. where: names the store in errors."""
         self.compressor.check_shape(x.shape[1], x.shape[3], where)
         self.compressor = self.compressor.to(x.device)
         self.sinks = self.tail = x.new_empty((*x.shape[:2], 0, x.shape[3]))
+
+    @property
+    def lead(self) -> int:
+        """Padding slots at the beginning of the first block that is held."""
+        return 0 if self.dropped_blocks else self.sink_tokens % self.compressor.block_tokens
+
+    @property
+    def seen(self) -> int:
+        """Tokens that were appended, those that are forgotten among them."""
+        return self.forgotten + len(self)
+
+    @property
+    def hidden(self) -> int:
+        """Tokens at the front that are held but out of reach of the newest queries."""
+        return 0 if self.visible is None else max(len(self) - self.visible, 0)
 
     @property
     def compressed_blocks(self) -> int:
@@ -140,14 +179,14 @@ class TokenStore:
             self._widen(torch.promote_types(x.dtype, self.sinks.dtype))
             x = x.to(self.sinks.dtype)
         missing = self.sink_tokens - self.sinks.shape[2]
-        if missing > 0:
+        if missing > 0 and not self.dropped_blocks:
             self.sinks = torch.cat((self.sinks, x[:, :, :missing]), dim=2)
             x = x[:, :, missing:]
         waiting = torch.cat((self.tail, x), dim=2) if self.tail.shape[2] else x
         block = self.compressor.block_tokens
         lead = 0 if self.compressed_blocks else self.lead
         full = max(lead + waiting.shape[2] - self.recent_tokens, 0) // block * block - lead
-        if full > 0:
+        if full > 0 and not self.tail_only:
             self.compress(waiting[:, :, :full], lead)
             waiting = waiting[:, :, full:]
             # A copy, because a slice would keep the whole prompt's activations in memory
@@ -172,34 +211,61 @@ class TokenStore:
 
     def _position(self, block: int) -> int:
         """Position in the sequence of a block's first slot."""
-        return self.sink_tokens - self.lead + block * self.compressor.block_tokens
+        size = self.compressor.block_tokens
+        return self.sink_tokens - self.sink_tokens % size + (self.dropped_blocks + block) * size
+
+    def droppable(self, tokens: int) -> int:
+        """How many of the first `tokens` can be dropped: whole blocks, the sinks with the first of them."""
+        if self.tail_only:
+            return tokens
+        sinks, size = self.sinks.shape[2], self.compressor.block_tokens
+        blocks = min((tokens - sinks + self.lead) // size, self.compressed_blocks)
+        dropped = sinks + blocks * size - self.lead
+        if size < DROPPED:
+            dropped -= (self.forgotten + dropped) % DROPPED
+        return dropped if blocks > 0 and dropped > sinks else 0
+
+    def drop_front(self, tokens: int) -> None:
+        """Forget the first `tokens`, a number that `droppable` gave."""
+        self.forgotten += tokens
+        if self.tail_only:
+            self.tail = self.tail[:, :, tokens:].clone(memory_format=torch.contiguous_format)
+            return
+        blocks = (tokens - self.sinks.shape[2] + self.lead) // self.compressor.block_tokens
+        for stored in self.blocks.values():
+            stored.drop_front(blocks)
+        if self.reconstructed is not None:
+            self.reconstructed = self.reconstructed[:, :, blocks * self.compressor.block_tokens :].clone()
+        self.sinks = self.sinks[:, :, :0].clone()
+        self.dropped_blocks += blocks
 
     def read(self) -> Tensor:
-        """All tokens, [B, H, T, d]."""
+        """All tokens that the newest queries see, [B, H, T, d]."""
         parts = [x for x in (self.sinks, self._reconstructed_from(0), self.tail) if x is not None and x.shape[2]]
         if not parts:
             return self.sinks
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))[:, :, self.hidden :]
 
     def chunks(self) -> Iterator[tuple[int, Encoded]]:
-        """The blocks as they are stored, without a copy: of each chunk the position of its first slot, and its tensors.
+        """The blocks as they are stored, without a copy: of each chunk the number of its first slot, and its tensors.
 
-        The lead of the first block is at the positions of the last sinks.
+        Slots are numbered as tokens held are; the lead of the first block has the numbers of the last sinks.
         """
-        position = self._position(0)
+        position = self.sinks.shape[2] - self.lead
         for views in zip(*(stored.views() for stored in self.blocks.values()), strict=True):
             if blocks := views[0].shape[2]:
                 yield position, dict(zip(self.blocks, views, strict=True))
                 position += blocks * self.compressor.block_tokens
 
     def holds(self, x: Tensor) -> bool:
-        """Whether x [B, H, T, d] are the tokens held, that is, read the same when they are stored in the same way."""
+        """Whether x [B, H, T, d] are the tokens seen: what is held of them reads the same when stored again."""
         again = TokenStore(self.compressor, self.sink_tokens, self.recent_tokens)
         x = x.to(self.sinks.dtype)
         again.prepare(x, "comparison")
         again.append(x)
+        held = self.read()
         # Not exactly: matrix products of another number of rows round differently, which changes a code here and there
-        close = torch.isclose(again.read(), self.read(), rtol=1e-3, atol=1e-6)
+        close = torch.isclose(again.read()[:, :, -held.shape[2] :], held, rtol=1e-3, atol=1e-6)
         return bool((close.float().mean(dim=(1, 2, 3)) > 0.9).all())
 
     def _reconstructed_from(self, start_block: int) -> Tensor | None:
@@ -226,7 +292,7 @@ class TokenStore:
 
     def crop(self, tokens: int) -> None:
         """Remove the last `tokens` tokens. Of a block that is cut, what stays becomes the tail, as reconstructed."""
-        length = len(self) - tokens
+        length, self.visible = len(self) - tokens, None
         if length < 0:
             raise PluginError(f"can't crop {tokens} tokens from a cache of {len(self)}")
         in_tail = length - self.sinks.shape[2] - self.compressed_tokens
