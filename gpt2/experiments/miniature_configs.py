@@ -9,15 +9,16 @@ _SIZES = {
     "nemo_conv_channels expert_ffn_hidden_size shared_experts_intermediate_size "
     "moe_shared_expert_intermediate_size lru_width mamba_d_ssm ple_embed_dim ngram_vocab_size_base",
     24: "q_lora_rank",
-    16: "head_dim swa_head_dim dim_head kv_channels attention_head_dim v_head_dim kv_lora_rank qk_nope_head_dim "
-    "linear_head_dim indexer_head_dim linear_key_head_dim linear_value_head_dim mamba_d_head mamba_head_dim "
-    "mamba_d_state ssm_state_size hidden_size_per_layer_input",
+    # with few index heads many of an indexer's scores are exactly 0, and rounding picks the tokens
+    16: "index_n_heads indexer_n_heads head_dim swa_head_dim dim_head kv_channels attention_head_dim v_head_dim "
+    "kv_lora_rank qk_nope_head_dim linear_head_dim indexer_head_dim linear_key_head_dim linear_value_head_dim "
+    "mamba_d_head mamba_head_dim mamba_d_state ssm_state_size hidden_size_per_layer_input",
     8: "rotary_dim sliding_window sliding_window_size window_size local_attention attention_chunk_size "
     "attention_window_size qk_rope_head_dim index_topk indexer_budget mamba_n_heads mamba_num_heads "
     "mamba_chunk_size laurel_rank",
     4: "num_attention_heads swa_num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads "
-    "decoder_attention_heads num_experts n_routed_experts num_local_experts moe_num_experts index_n_heads "
-    "indexer_n_heads linear_num_heads linear_num_value_heads",
+    "decoder_attention_heads num_experts n_routed_experts num_local_experts moe_num_experts "
+    "linear_num_heads linear_num_value_heads",
     2: "num_key_value_heads swa_num_key_value_heads num_kv_heads encoder_layers decoder_layers num_blocks "
     "num_experts_per_tok moe_topk moe_top_k moe_k num_experts_per_token linear_num_key_heads zero_expert_num",
     1: "n_group topk_group num_expert_group",
