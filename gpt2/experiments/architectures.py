@@ -110,7 +110,7 @@ def _prompt(length: int) -> Tensor:
 def described(loaded: LoadedModel) -> dict:
     """The miniature's geometry, and whether transformers' own cache has sliding layers."""
     own = DynamicCache(config=loaded.model.config)
-    return {"geometry": vars(loaded.geometry), "sliding_layers": any(layer.is_sliding for layer in own.layers)}
+    return {"geometry": loaded.geometry.record(), "sliding_layers": any(layer.is_sliding for layer in own.layers)}
 
 
 def compared(loaded: LoadedModel, logits: Tensor, tokens: Tensor) -> dict:

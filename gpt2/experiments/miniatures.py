@@ -5,52 +5,26 @@ from __future__ import annotations
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from gpt2.common.errors import UnsupportedModel
+from gpt2.experiments.miniature_configs import (
+    DEFAULTS,
+    LAYER_COUNTS,
+    LEFT_ALONE,
+    NEEDED,
+    OTHER_TOKEN,
+    OVERRIDES,
+    SIZES,
+    SWITCHES,
+    TOKENS,
+)
+from gpt2.models.geometry import ATTENTION_KINDS
 from gpt2.models.support import refuse_unsupported
 
 MOST_PARAMETERS = 20_000_000  # a larger miniature isn't built: some size in its config was not recognized
+LATENT_WIDTHS = ("qk_nope_head_dim", "v_head_dim", "qk_head_dim", "head_dim")
+ATTENTION = (*ATTENTION_KINDS, "chunked_attention")
+ATTENTION_LAYERS = ("attn_layer_indices", "full_attn_idxs")  # lists of the numbers of those that attend
 THE_MODEL = "the model"  # its name in error messages, so that the same reason reads the same for every family
-
-_SIZES = {
-    64: "hidden_size d_model n_embd embedding_size embedding_dim emb_dim word_embed_proj_dim attention_hidden_size "
-    "intermediate_size moe_intermediate_size shared_expert_intermediate_size intermediate_size_mlp ffn_dim n_inner "
-    "encoder_ffn_dim decoder_ffn_dim ffn_hidden_size dim_ff dff d_inner feed_forward_size dense_intermediate_size "
-    "nemo_conv_channels",
-    16: "head_dim swa_head_dim dim_head kv_channels attention_head_dim v_head_dim",
-    8: "rotary_dim sliding_window sliding_window_size window_size local_attention attention_chunk_size",
-    4: "num_attention_heads swa_num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads "
-    "decoder_attention_heads num_experts n_routed_experts num_local_experts moe_num_experts",
-    2: "num_key_value_heads swa_num_key_value_heads num_kv_heads encoder_layers decoder_layers num_blocks "
-    "num_experts_per_tok moe_topk moe_top_k moe_k",
-    1: "n_group topk_group",
-    128: "vocab_size vocab_size_per_layer_input shape_vocab_size pronunciation_vocab_size",
-    512: "max_position_embeddings n_positions n_ctx max_seq_len",
-}
-SIZES = {name: size for size, names in _SIZES.items() for name in names.split()}
-NEEDED = ("head_dim", "num_key_value_heads", "n_routed_experts")  # set even if they are None by default
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-TOKENS = {
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}  # without an end token generation has a known length
-OTHER_TOKEN = 120  # any other special token; prompts don't have it
-# Switches that aren't part of an architecture, set in every config that has them
-SWITCHES = {"use_cache": True, "is_decoder": True, "tie_word_embeddings": False}
-LEFT_ALONE = ("id2label", "label2id", "rope_parameters")
-# Fields that their names don't determine: sizes that depend on each other, and defaults unlike any checkpoint
-OVERRIDES: dict[str, dict] = {
-    "blt": {"encoder_hash_byte_group_vocab": 64},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
-    "dots1": {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
-    "laguna": {"num_attention_heads_per_layer": [4, 4]},
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
-    "reformer": {"axial_pos_embds": False},
-    "xlnet": {"d_head": 16},
-    "xmod": {"default_language": "en_XX"},
-}
 
 
 class NotTried(Exception):
@@ -84,12 +58,17 @@ def tiny_family(family: str) -> PreTrainedModel:
 def tiny_config(family: str) -> PretrainedConfig:
     """A family's default config in miniature; raises the errors of `tiny_family`."""
     try:
-        default = CONFIG_MAPPING[family]()
+        default = CONFIG_MAPPING[family](**DEFAULTS.get(family, {}))
     except Exception as error:
         raise NotTried(f"transformers makes no default config of it: {one_line(error)}") from error
     text = default.get_text_config(decoder=True)
     text.use_cache = getattr(text, "use_cache", True) or SWITCHES["use_cache"]
-    refuse_unsupported(default, THE_MODEL)  # before shrinking, so that sizes of recurrent layers needn't be known
+    try:
+        refuse_unsupported(default, THE_MODEL)  # before shrinking, so that sizes of what is refused needn't be known
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        raise NotTried(f"transformers makes no cache of its config: {one_line(error)}") from error
     try:
         return type(default).from_dict(_merged(shrunk(default.to_dict()), OVERRIDES.get(family, {})))
     except Exception as error:
@@ -99,26 +78,40 @@ def tiny_config(family: str) -> PretrainedConfig:
 def shrunk(fields: dict) -> dict:
     """Config fields in miniature: sizes by their names, and a layer of each kind that lists of layers name."""
     count = next((fields[name] for name in LAYER_COUNTS if isinstance(fields.get(name), int)), 0)
-    kept = _kept_layers(fields, count)
+    kept, sizes = _kept_layers(fields, count), _sizes(fields)
     small = {}
     for name, value in fields.items():
         if name in LEFT_ALONE:
             small[name] = value
         elif name == "per_layer_config":
             small[name] = {
-                kept.index(int(layer)): _in_proportion(changes, fields)
+                kept.index(int(layer)): _in_proportion(changes, fields, sizes)
                 for layer, changes in value.items()
                 if int(layer) in kept
             }
+        elif name == "num_kv_shared_layers" and value:
+            small[name] = sum(layer >= count - value for layer in kept)
         elif isinstance(value, dict):
             small[name] = shrunk(value)
         elif isinstance(value, list | tuple) and _is_index(value, count):
             small[name] = [kept.index(layer) for layer in value if layer in kept]
         elif isinstance(value, list | tuple) and count and len(value) == count:
-            small[name] = [value[layer] for layer in kept]
+            small[name] = [_small(name, value[layer], 0, sizes) for layer in kept]
         else:
-            small[name] = _small(name, value, len(kept))
+            small[name] = _small(name, value, len(kept), sizes)
     return small
+
+
+def _sizes(fields: dict) -> dict[str, int]:
+    """SIZES for a config; widths of K, V and rotary parts keep their proportions where a model has several."""
+    rope, v = fields.get("qk_rope_head_dim"), fields.get("v_head_dim")
+    if fields.get("kv_lora_rank") and rope:  # latent attention: as many KV heads as query heads read the latent
+        widths = {x: SIZES["qk_rope_head_dim"] * fields[x] // rope for x in LATENT_WIDTHS if fields.get(x)}
+        same = {"num_key_value_heads": SIZES["num_attention_heads"], "index_head_dim": SIZES["head_dim"]}
+        return SIZES | widths | same | {"first_k_dense_replace": 1}
+    if v and fields.get("head_dim"):
+        return SIZES | {"head_dim": SIZES["v_head_dim"] * fields["head_dim"] // v}
+    return SIZES
 
 
 def _merged(fields: dict, changes: dict) -> dict:
@@ -127,7 +120,7 @@ def _merged(fields: dict, changes: dict) -> dict:
     return fields | changes | nested
 
 
-def _small(name: str, value, layers: int):
+def _small(name: str, value, layers: int, sizes: dict[str, int]):
     """A single field in miniature."""
     if name in SWITCHES:
         return SWITCHES[name]
@@ -135,15 +128,15 @@ def _small(name: str, value, layers: int):
         return TOKENS.get(name, OTHER_TOKEN)
     if name in LAYER_COUNTS and value:
         return layers
-    if (type(value) is int and name in SIZES) or (value is None and name in NEEDED):
-        return SIZES[name] if value is None else min(value, SIZES[name])
+    if (type(value) is int and name in sizes) or (value is None and name in NEEDED):
+        return sizes[name] if value is None else min(value, sizes[name])
     return value
 
 
-def _in_proportion(changes: dict, fields: dict) -> dict:
+def _in_proportion(changes: dict, fields: dict, sizes: dict[str, int]) -> dict:
     """Changes of a single layer in miniature, in proportion to the fields: twice the head_dim stays twice."""
     return {
-        name: SIZES[name] * value // fields[name] if name in SIZES and fields.get(name) else value
+        name: sizes[name] * value // fields[name] if name in sizes and fields.get(name) else value
         for name, value in changes.items()
     }
 
@@ -155,15 +148,22 @@ def _is_index(value: list | tuple, count: int) -> bool:
 
 
 def _kept_layers(fields: dict, count: int) -> list[int]:
-    """Numbers of the first two layers and of the first layer of every kind."""
+    """Numbers of the first two layers, of the first two that attend, and of the first layer of every kind.
+
+    Where the last layers read K and V of earlier ones, also the first of every kind among these.
+    """
     kept = set(range(min(count, 2)))
-    for value in fields.values():
+    shared = fields.get("num_kv_shared_layers") or 0
+    for name, value in fields.items():
         if not isinstance(value, list | tuple):
             continue
         if _is_index(value, count):
-            kept.add(value[0])
+            kept |= set(value[: 2 if name in ATTENTION_LAYERS else 1])
         elif count and len(value) == count:
             kept |= {list(value).index(kind) for kind in value}
+            kept |= set([layer for layer, kind in enumerate(value) if kind in ATTENTION][:2])
+            if name == "layer_types" and shared:
+                kept |= {value.index(kind, count - shared) for kind in value[-shared:]}
     return sorted(kept | {int(layer) for layer in list(fields.get("per_layer_config") or ())[:1]})
 
 

@@ -64,7 +64,7 @@ def test_every_family(family, tmp_path):
 def runs_start_to_end(family: str, row: dict, folder) -> None:
     """Calibrate, save, make a preset, make a cache of it, generate."""
     loaded = wrap(tiny_family(family), word_tokenizer(), f"tiny-{family}")
-    assert vars(loaded.geometry) == row["geometry"]
+    assert loaded.geometry.record() == row["geometry"]
     calibration = calibrate(loaded, text(), rank=9, samples=2, seq_len=32)
     assert (calibration.statistics.k.count == 2 * (32 - 4)).all() and calibration.energies()["v"].isfinite().all()
     if row["mode"] == DIRECT:
@@ -101,7 +101,7 @@ KNOWN = {
     DIRECT: "llama qwen2 qwen3 mistral gemma2 gemma3_text gpt2 phi phi3 opt gpt_neox stablelm starcoder2 olmo2 cohere "
     "granite smollm3 gpt_oss qwen3_moe mixtral",
     RECONSTRUCT: "bloom falcon gptj gpt_neo codegen mpt xglm diffllama doge jetmoe",
-    REFUSED: "bart deepseek_v3 minicpm3 mamba qwen3_next lfm2 gemma3n_text gemma4_text openai-gpt rwkv",
+    REFUSED: "bart deepseek_v4 mamba openai-gpt rwkv",
 }
 
 

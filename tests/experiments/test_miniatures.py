@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from gpt2.experiments import miniatures
+from gpt2.experiments.architectures import reference
+from gpt2.models.probe import probe_geometry
 
 
 def test_a_miniature_is_the_same_each_time_and_leaves_the_dice_alone():
@@ -30,6 +32,44 @@ def test_shrinking_keeps_a_layer_of_every_kind():
         "image_token_id": 120, "use_cache": True, "vision": {"hidden_size": 64, "depth": 3},
         "per_layer_config": {3: {"head_dim": 32, "x": 3}},
     }  # fmt: skip
+
+
+def test_shrinking_keeps_layers_that_attend_and_those_that_share_their_keys():
+    kinds = ["linear_attention", "linear_attention", "full_attention"] * 3
+    assert miniatures.shrunk({"num_hidden_layers": 9, "layer_types": kinds})["layer_types"] == kinds[:3] + kinds[5:6]
+    assert miniatures.shrunk({"num_hidden_layers": 9, "full_attn_idxs": [2, 5, 8]})["full_attn_idxs"] == [2, 3]
+    fields = {"num_hidden_layers": 9, "num_kv_shared_layers": 4, "layer_types": ["a", "a", "f"] * 3}
+    small = {"num_hidden_layers": 5, "num_kv_shared_layers": 2, "layer_types": ["a", "a", "f", "f", "a"]}
+    assert miniatures.shrunk(fields) == small
+
+
+def test_widths_of_keys_and_values_keep_their_proportions():
+    assert miniatures.shrunk({"head_dim": 192, "v_head_dim": 128}) == {"head_dim": 24, "v_head_dim": 16}
+    latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 192, "v_head_dim": 256}
+    small = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 24, "v_head_dim": 32}
+    assert miniatures.shrunk(latent) == small
+    assert miniatures.shrunk({**latent, "head_dim": 64, "num_key_value_heads": 9}) == {
+        **small, "head_dim": 8, "num_key_value_heads": 4,
+    }  # fmt: skip
+
+
+LAYERS = {
+    "deepseek_v3": ["full_attention, K 1 x 16, V 1 x 8"] * 2,
+    "gemma4_text": [*["sliding_attention, window 8, K 2 x 16, V 2 x 16"] * 2, "full_attention, K 2 x 32, V 2 x 32",
+                    "dummy", "dummy"],
+    "jamba": ["linear_attention", "full_attention, K 2 x 16, V 2 x 16"] * 2,
+    "mimo_v2_flash": ["full_attention, K 2 x 24, V 2 x 16", "sliding_attention, window 8, K 4 x 24, V 4 x 16"],
+    "recurrent_gemma": ["linear_attention", "linear_attention", "sliding_attention, window 8, K 2 x 16, V 2 x 16"] * 2,
+    "zamba2": ["linear_attention", "linear_attention", *["hybrid, K 2 x 32, V 2 x 32"] * 2],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_miniatures_have_layers_of_every_kind_and_run(family):
+    model = miniatures.tiny_family(family)
+    logits, _ = reference(model)
+    assert logits.isfinite().all()
+    assert [str(layer) for layer in probe_geometry(model, family).layers] == LAYERS[family]
 
 
 def test_what_is_not_small_is_not_built(monkeypatch):
