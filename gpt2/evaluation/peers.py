@@ -38,7 +38,7 @@ def measure(
     and no figures.
     """
     failed = {entry.label: entry.error for entry in compared if entry.error is not None}
-    held = {BASELINE: plain_bytes(loaded.geometry, WEIGHED_TOKENS, config=loaded.model.config)}
+    held = {BASELINE: plain_bytes(loaded.geometry, WEIGHED_TOKENS)}
     for entry in weighing([entry for entry in compared if entry.make]):
         try:
             held[entry.label] = held_bytes(entry.make, loaded.geometry, WEIGHED_TOKENS, chunk=chunk)

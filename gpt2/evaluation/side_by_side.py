@@ -126,7 +126,7 @@ def read(
     new, step_ms = _answer(loaded, cache, conversation, max_new_tokens)
     answer, tokens = loaded.tokenizer.decode(new, skip_special_tokens=True).strip(), cache.get_seq_length()
     if choice is None:
-        size = plain_bytes(loaded.geometry, tokens, config=loaded.model.config)
+        size = plain_bytes(loaded.geometry, tokens)
         return Reading(UNCOMPRESSED, tokens, size, 0, False, scores, step_ms, answer)
     size, direct = held_bytes(choice.make, loaded.geometry, tokens), cache.readable and is_enabled(loaded.model)
     return Reading(choice.label, tokens, size, cache.codec_bytes(), direct, scores, step_ms, answer)

@@ -197,7 +197,7 @@ def measure(
     scores = score(loaded, segments, caches, **scoring) if new else {}
     for label, row in new.items():
         known[row.key] = compare(scores[BASELINE], scores[label], seed) | {
-            "compression_ratio_2048": compression_ratio(row.make, loaded.geometry, config=loaded.model.config),
+            "compression_ratio_2048": compression_ratio(row.make, loaded.geometry),
             "largest_nll_change": float(np.abs(scores[label].nll - scores[BASELINE].nll).max()),
         }
     return [{"group": row.group, "label": row.label, **row.more, **known[row.key]} for row in rows]

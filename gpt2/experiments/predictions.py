@@ -47,7 +47,7 @@ def cache_rows(
         parts = geometry.num_layers * geometry.num_kv_heads // heads
         chosen = [from_preset(preset, part) for preset in presets]
         for tokens in contexts:
-            plain = plain_bytes(geometry, tokens, config=config)
+            plain = plain_bytes(geometry, tokens)
             found = [(SIXTEEN, plain, 0)]
             for choice in chosen:
                 # A codec without a calibration is one object for all layers

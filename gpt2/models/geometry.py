@@ -5,8 +5,9 @@ Which kinds of layers a cache has is transformers' decision: those of `DynamicCa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import DynamicCache
 from transformers.cache_utils import (
@@ -46,6 +47,8 @@ class LayerGeometry:
 
     kind: one of KINDS. k, v: None in layers that keep no K and V. window: of sliding layers, in tokens; a query sees
     the window's last tokens, itself among them. states: recurrent or convolution states of linear and hybrid layers.
+    state_bytes, index_width: what stays as it is: bytes of the states of one sequence of a 16-bit model, and channels
+    of an indexer's key of each token. They don't tell layers apart.
     """
 
     kind: str = FULL
@@ -53,6 +56,8 @@ class LayerGeometry:
     v: Shape | None = None
     window: int | None = None
     states: int = 1
+    state_bytes: int = field(default=0, compare=False)
+    index_width: int = field(default=0, compare=False)
 
     @property
     def attends(self) -> bool:
@@ -69,6 +74,10 @@ class LayerGeometry:
             return 0
         return tokens if self.window is None else min(tokens, self.window - 1)
 
+    def uncompressed_bytes(self, tokens: int) -> int:
+        """Bytes of one sequence that no codec makes smaller: states, and the keys of an indexer."""
+        return self.state_bytes + 2 * self.index_width * tokens
+
     def bytes_per_token(self, element_bytes: int = 2) -> int:
         """Bytes of K and V of one held token, uncompressed."""
         return sum(shape.size for shape in (self.k, self.v) if shape) * element_bytes
@@ -77,7 +86,9 @@ class LayerGeometry:
         """As a JSON object without what is None."""
         shapes = {name: [shape.heads, shape.width] for name, shape in (("k", self.k), ("v", self.v)) if shape}
         window = {"window": self.window} if self.window else {}
-        return {"type": self.kind, **shapes, **window} | ({"states": self.states} if self.states > 1 else {})
+        more = {"states": self.states} if self.states > 1 else {}
+        more |= {name: getattr(self, name) for name in ("state_bytes", "index_width") if getattr(self, name)}
+        return {"type": self.kind, **shapes, **window, **more}
 
     def __str__(self) -> str:
         window = f", window {self.window}" if self.window else ""
@@ -125,9 +136,22 @@ class Geometry:
     def _first(self) -> LayerGeometry:
         return next(layer for layer in self.layers if layer.k)
 
+    def __str__(self) -> str:
+        """In a few words: layers by kind, and by shape."""
+        each = Counter(map(str, self.layers))
+        return "; ".join(f"{count} layer{'s' * (count > 1)}: {layer}" for layer, count in each.items())
+
     def bytes_per_token(self, element_bytes: int = 2) -> int:
         """Bytes of K and V of one token over all layers, uncompressed, as long as no window forgets it."""
         return sum(layer.bytes_per_token(element_bytes) for layer in self.layers)
+
+    def attention_bytes(self, tokens: int) -> int:
+        """Bytes of K and V that transformers' own cache holds of one sequence of `tokens` in 16 bits."""
+        return sum(layer.held(tokens) * layer.bytes_per_token() for layer in self.layers)
+
+    def uncompressed_bytes(self, tokens: int) -> int:
+        """Bytes of one sequence that no codec makes smaller: states, and the keys of indexers."""
+        return sum(layer.uncompressed_bytes(tokens) for layer in self.layers)
 
     def sides(self) -> Iterator[tuple[int, str, Shape]]:
         """Every K and V: layer, "k" or "v", shape."""
@@ -158,14 +182,15 @@ _SHAPE = Default(Nullable(ListOf(Whole(1, WIDEST), 2)))
 LAYERS = ListOf(
     Record({
         "type": OneOf(KINDS), "k": _SHAPE, "v": _SHAPE, "window": Default(Nullable(Whole(1))),
-        "states": Default(Whole(1, 64), 1),
+        "states": Default(Whole(1, 64), 1), "state_bytes": Default(Whole(0), 0), "index_width": Default(Whole(0), 0),
     })
 )  # fmt: skip
 
 
 def _layer_from(record: dict) -> LayerGeometry:
     k, v = (Shape(*record[side]) if record.get(side) else None for side in ("k", "v"))
-    return LayerGeometry(record["type"], k, v, record.get("window"), record["states"])
+    others = (record[name] for name in ("states", "state_bytes", "index_width"))
+    return LayerGeometry(record["type"], k, v, record.get("window"), *others)
 
 
 def layer_kinds(config) -> list[LayerGeometry]:

@@ -30,10 +30,21 @@ def probe_geometry(model: PreTrainedModel, spec: str) -> Geometry:
         if kind.attends and keys is None:  # a layer that the model never gives K and V
             kind = replace(kind, kind=LINEAR if kind.kind in (HYBRID, HYBRID_SLIDING) else NOTHING, window=None)
         shapes = [Shape(t.shape[1], t.shape[3]) for t in (keys, values)] if kind.attends else [None, None]
-        layers.append(replace(kind, k=shapes[0], v=shapes[1]))
+        layers.append(replace(kind, k=shapes[0], v=shapes[1], **_uncompressed(layer)))
     if not any(layer.attends for layer in layers):
         raise UnsupportedModel(f"{spec} can't be compressed: none of its layers keeps K and V of tokens; {SUPPORTED}")
     return Geometry(tuple(layers))
+
+
+def _uncompressed(layer) -> dict[str, int]:
+    """What a layer of transformers' own cache holds beside K and V: `state_bytes` and `index_width`."""
+    states = (getattr(layer, name, None) for name in ("conv_states", "recurrent_states"))
+    tensors = [state for group in states if isinstance(group, dict) for state in group.values() if state is not None]
+    # Of a 16-bit model; states that stay in 32 bits there show as such only where the model is loaded in 16
+    size = sum(state.numel() * min(state.element_size(), 4) // (1 if layer.dtype != torch.float32 else 2)
+               for state in tensors)  # fmt: skip
+    index = getattr(getattr(layer, "indexer", layer), "indexer_keys", None)
+    return {"state_bytes": size, "index_width": 0 if index is None else index.shape[-1]}
 
 
 def fingerprint(model: PreTrainedModel) -> str:

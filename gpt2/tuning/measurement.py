@@ -70,7 +70,7 @@ class Search(ABC):
 
     def ratio(self, candidate: Candidate) -> float:
         """Whole-KV compression of a candidate's caches. No model runs: sizes don't depend on values."""
-        return size.compression_ratio(self.factory(candidate), self.loaded.geometry, config=self.loaded.model.config)
+        return size.compression_ratio(self.factory(candidate), self.loaded.geometry)
 
     def evaluate(self, candidate: Candidate, ratio: float | None = None) -> Trial:
         """A candidate on tuning text, against a baseline that is scored once. ratio: that of `ratio`, where known."""

@@ -119,7 +119,7 @@ def make_ratio_preset(
                 f"ratio {ratio:g} is out of range, it means about 16 / {ratio:g} bits with {sink_tokens} exact sinks "
                 f"counted; {error}"
             ) from error
-        held = size.compression_ratio(make, loaded.geometry, TOKENS, config=loaded.model.config)
+        held = size.compression_ratio(make, loaded.geometry, TOKENS)
         if held >= ratio:
             return RatioPreset(calibration.meta["codec"], quantizer, sink_tokens, ratio, bits, held, make)
         # As many steps at once as if bytes were proportional to bits: with sliding layers the first guess is far off

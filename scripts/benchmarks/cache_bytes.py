@@ -43,7 +43,7 @@ def main() -> None:
 def measure(choice: CacheChoice, tokens: int, loaded: LoadedModel) -> dict:
     """One sequence of `tokens`, in bytes, against the 16-bit cache."""
     cache = size.filled(choice.make, loaded.geometry, tokens)
-    plain = size.plain_bytes(loaded.geometry, tokens, config=loaded.model.config)
+    plain = size.plain_bytes(loaded.geometry, tokens)
     held, (exact, unused) = size.cache_bytes(cache), size.exact_and_unused_bytes(cache)
     return {
         "cache": choice.label, "context_tokens": tokens, "bytes": held, "bytes_per_token": held / tokens,

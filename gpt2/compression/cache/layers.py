@@ -111,6 +111,9 @@ class CompressedLayer(CacheLayerMixin):
                 store.append(x.detach())
             self.inconsistent = False
 
+    def forget(self) -> None:
+        """Drop what later queries don't see: nothing, where there is no window."""
+
     def _begin_change(self) -> None:
         """Call before the stores are changed, and set `inconsistent = False` after it.
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
+from gpt2.compression.cache.layers import CompressedLayer
 from gpt2.compression.codecs import Compressor
 from gpt2.models.geometry import Geometry
 
@@ -46,18 +46,21 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def compression_ratio(
-    make_cache: Callable[[], Cache],
-    geometry: Geometry,
-    tokens: int = 2048,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    config=None,
+    make_cache: Callable[[], Cache], geometry: Geometry, tokens: int = 2048, dtype: torch.dtype = torch.bfloat16
 ) -> float:
-    """Bytes of a 16-bit DynamicCache over bytes that a cache of `make_cache` holds, for one sequence of `tokens`.
+    """Bytes of transformers' own 16-bit cache over bytes of a cache of `make_cache`, for one sequence of `tokens`.
 
-    config: of the model; in sliding layers DynamicCache keeps only the window. The rest as in `held_bytes`.
+    The whole cache counts: windows forget, and states stay as they are. Arguments as in `held_bytes`.
     """
-    return plain_bytes(geometry, tokens, config=config) / held_bytes(make_cache, geometry, tokens, dtype)
+    return plain_bytes(geometry, tokens) / held_bytes(make_cache, geometry, tokens, dtype)
+
+
+def attention_ratio(
+    make_cache: Callable[[], Cache], geometry: Geometry, tokens: int = 2048, dtype: torch.dtype = torch.bfloat16
+) -> float:
+    """As `compression_ratio`, of K and V alone."""
+    held = held_bytes(make_cache, geometry, tokens, dtype) - geometry.uncompressed_bytes(tokens)
+    return geometry.attention_bytes(tokens) / held
 
 
 def held_bytes(
@@ -68,8 +71,11 @@ def held_bytes(
     *,
     chunk: int | None = None,
 ) -> int:
-    """Bytes that a cache of `make_cache` holds for one sequence of `tokens`, measured; arguments as in `filled`."""
-    return cache_bytes(filled(make_cache, geometry, tokens, dtype, chunk=chunk))
+    """Bytes that a cache of `make_cache` holds for one sequence of `tokens`, states and indexers among them.
+
+    K and V are measured; arguments as in `filled`.
+    """
+    return cache_bytes(filled(make_cache, geometry, tokens, dtype, chunk=chunk)) + geometry.uncompressed_bytes(tokens)
 
 
 def filled(
@@ -80,15 +86,21 @@ def filled(
     *,
     chunk: int | None = None,
 ) -> Cache:
-    """A cache that holds one sequence of `tokens` of noise: sizes don't depend on the values.
+    """A cache that holds K and V of one sequence of `tokens` of noise: sizes don't depend on the values.
 
     dtype: of the exact tokens. chunk: tokens that are appended at a time, as streamed perplexity does; None appends a
     prompt of half the length and then chunks of 64.
     """
-    x = noise(geometry.num_kv_heads, tokens, geometry.head_dim, dtype=dtype)
     prompt = tokens // 2
-    chunks = x.split(chunk, dim=2) if chunk else (x[:, :, :prompt], *x[:, :, prompt:].split(64, dim=2))
-    return fill(make_cache(), ((part, part) for part in chunks))
+    sizes = [chunk] * (tokens // chunk) + [tokens % chunk] if chunk else [prompt, *[64] * ((tokens - prompt) // 64)]
+    sizes = [size for size in (*sizes, 0 if chunk else (tokens - prompt) % 64) if size]
+    cache = make_cache()
+    for index in geometry.attention:
+        layer = geometry.layers[index]
+        x = {shape: noise(shape.heads, tokens, shape.width, dtype=dtype) for shape in {layer.k, layer.v}}
+        for k, v in zip(x[layer.k].split(sizes, dim=2), x[layer.v].split(sizes, dim=2), strict=True):
+            store(cache.layers[index], k, v) if index < len(cache.layers) else cache.update(k, v, index)
+    return cache
 
 
 def noise(
@@ -104,9 +116,17 @@ def fill(cache: Cache, chunks: Iterable[tuple[Tensor, Tensor]]) -> Cache:
     """Append the same K and V, chunks of [B, H, n, d] each, to every layer of a cache; returns the cache."""
     for k, v in chunks:
         for layer in cache.layers:
-            # Our layers can store without reconstructing, as `update` would; layers of other caches only have `update`
-            getattr(layer, "store", layer.update)(k, v)
+            store(layer, k, v)
     return cache
+
+
+def store(layer, k: Tensor, v: Tensor) -> None:
+    """Append K and V to a layer of any cache. Ours store without reconstructing, and forget at once."""
+    if not isinstance(layer, CompressedLayer):
+        layer.update(k, v)
+        return
+    layer.store(k, v)
+    layer.forget()
 
 
 def exact_and_unused_bytes(cache: CompressedDynamicCache) -> tuple[int, int]:
@@ -117,15 +137,6 @@ def exact_and_unused_bytes(cache: CompressedDynamicCache) -> tuple[int, int]:
     return exact, sum(stored.unused * stored.chunks[-1][:, :, :1].nbytes for stored in growing)
 
 
-def plain_bytes(geometry: Geometry, tokens: int, *, config=None) -> int:
-    """Bytes that transformers' DynamicCache holds for one sequence of `tokens` in 16 bits; nothing is allocated.
-
-    config: of the model, whose sliding layers keep only their window; with None all layers keep every token.
-    """
-    cache = DynamicCache(config=config)
-    shape = (1, geometry.num_kv_heads, tokens, geometry.head_dim)
-    x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-    for chunk in x.split([tokens - tokens // 2, tokens // 2] if tokens < 128 else [tokens - 64, 64], dim=2):
-        for index in range(geometry.num_layers):
-            cache.update(chunk, chunk, index)
-    return cache_bytes(cache)
+def plain_bytes(geometry: Geometry, tokens: int) -> int:
+    """Bytes that transformers' own cache holds for one sequence of `tokens` in 16 bits, states and indexers too."""
+    return geometry.attention_bytes(tokens) + geometry.uncompressed_bytes(tokens)

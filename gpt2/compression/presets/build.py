@@ -3,7 +3,9 @@
     cache = create_cache_from_preset(get_preset_info("smollm2-135m", "int4-vonly"))
 
 A preset has the guide's keys (`schema.GUIDE_KEYS`) and keys of ours, which have defaults, so that older files load.
-`layers` has one setting for K or V of all layers, or a list with one for each layer.
+`layers` has one setting for K or V of all layers, or a list with one for each layer. `cache_layers` says what each
+layer of the cache is: presets without it, as the guide's, are for full attention in all, unless a model or config
+tells.
 """
 
 from __future__ import annotations
@@ -13,17 +15,21 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig, PreTrainedModel
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.calibration.stand_in import stand_in
 from gpt2.compression.codecs import Compressor, full_rank
-from gpt2.compression.presets.calibration_lookup import calibration_of, check_geometry, made_by
+from gpt2.compression.presets.any_model import shape_keys
+from gpt2.compression.presets.calibration_lookup import calibration_of, made_by
 from gpt2.compression.presets.preset_files import read_preset
 from gpt2.compression.presets.schema import FIGURES, FORMAT, Preset, parse
 from gpt2.compression.settings import build, needs_calibration_file
-from gpt2.models.loading import LoadedModel
+from gpt2.models.geometry import Geometry
+from gpt2.models.loading import LoadedModel, wrap
+from gpt2.models.probe import geometry_of
 
 _BUILDING = threading.Lock()  # so that threads that ask for the same compressors at the same time share them
 
@@ -32,20 +38,29 @@ def create_cache_from_preset(
     preset: Preset | dict | str | Path,
     device: str | torch.device | None = None,
     *,
-    model: LoadedModel | None = None,
+    model: LoadedModel | PreTrainedModel | None = None,
+    config: PretrainedConfig | None = None,
     dtype: torch.dtype = torch.float32,
     **overrides: int,
 ) -> CompressedDynamicCache:
     """A fresh cache from a preset: as a JSON object, a path, or validated already.
 
     device: where the transforms are put at once; None moves each to its layer's device with the first tokens.
-    model: checks that the calibration is of this model. dtype: of the transforms' arithmetic. overrides:
-    `sink_tokens` or `recent_tokens` other than the preset's.
+    model: checks that preset and calibration are of this model, and tells the layers where the preset doesn't. config:
+    of a model, for the layers alone. dtype: of the transforms' arithmetic. overrides: `sink_tokens` or `recent_tokens`
+    other than the preset's. Raises BadArtefact for a preset of other layers, naming the first.
     """
     preset = as_preset(preset)
     windows = preset.windows(**overrides)
+    if isinstance(model, PreTrainedModel):
+        model = wrap(model, None, model.config.name_or_path or preset.model)
+    if model is None and config is not None:
+        spec = config.name_or_path or config.model_type
+        preset = preset.for_model(geometry_of(config, spec)[0], spec)
+    elif model is not None:
+        preset = preset.for_model(model.geometry, model.spec)
     k, v = compressors_from_preset(preset, device, model=model, dtype=dtype)
-    return CompressedDynamicCache(k, v, num_layers=preset.num_layers, **windows)
+    return CompressedDynamicCache(k, v, geometry=preset.geometry, **windows)
 
 
 def as_preset(preset: Preset | dict | str | Path) -> Preset:
@@ -68,25 +83,27 @@ def compressors_from_preset(
     calibration: used in place of the preset's file.
     """
     if model is not None:
-        check_geometry(preset, model)
+        preset = preset.for_model(model.geometry, model.spec)
     device = device or "cpu"
     if calibration is None and needs_calibration_file(preset.plan):
         if model is None or not model.random_weights:
             settings = tuple(preset.plan["k"]), tuple(preset.plan["v"])
             with _BUILDING:
-                k, v = shared_compressors(calibration_of(preset, model), *settings, dtype, device)
+                k, v = shared_compressors(calibration_of(preset, model), *settings, preset.geometry, dtype, device)
             return list(k), list(v)
         calibration = stand_in(model)
-    return build(preset.plan, preset.head_dim, calibration, dtype=dtype, device=device)
+    return build(preset.plan, preset.geometry, calibration, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=8)
-def shared_compressors(calibration: Calibration, k: tuple, v: tuple, dtype: torch.dtype, device) -> tuple[list, list]:
+def shared_compressors(
+    calibration: Calibration, k: tuple, v: tuple, geometry: Geometry, dtype: torch.dtype, device
+) -> tuple[list, list]:
     """Compressors of a calibration and settings, made once: caches that are made one after another share them.
 
     A basis may take more memory than a conversation. A calibration is one object as long as its file is unchanged.
     """
-    return build({"k": k, "v": v}, calibration.geometry.head_dim, calibration, dtype=dtype, device=device)
+    return build({"k": k, "v": v}, geometry, calibration, dtype=dtype, device=device)
 
 
 def preset_for_shape(preset: Preset, model: LoadedModel) -> Preset:
@@ -103,7 +120,7 @@ def preset_for_shape(preset: Preset, model: LoadedModel) -> Preset:
         rank = old if setting["rank"] is None else setting["rank"]
         return {"rank": new if rank == old else min(max(round(rank * head_dim / preset.head_dim), 1), new)}
 
-    shape = {"num_layers": L, "head_dim": head_dim, **scaled(record)}
+    shape = {"cache_layers": None, **shape_keys(model.geometry), **scaled(record)}
     if layers:
         shape["layers"] = {
             side: settings | scaled(settings) if isinstance(settings, dict) else [s and s | scaled(s) for s in settings]
@@ -133,8 +150,7 @@ def new_preset(
         "compressed_ppl": round(measured["ppl"], 4),
         "ppl_delta": round(measured["ppl_delta"], 6),
         "calibration_file": calibration_file,
-        "head_dim": loaded.geometry.head_dim,
-        "num_layers": loaded.geometry.num_layers,
+        **shape_keys(loaded.geometry),
         "format": FORMAT,
         "figures": measured,
     }

@@ -48,15 +48,6 @@ def made_by(meta: dict, calibration_file: str) -> str:
     return f"python scripts/calibrate_kv_lowrank.py {flags} --output {shlex.quote(str(output))}"
 
 
-def check_geometry(preset: Preset, model: LoadedModel) -> None:
-    """Raise BadArtefact where a preset was made for a cache of another shape than the model's."""
-    for key in ("num_layers", "head_dim"):
-        expected, found = getattr(model.geometry, key), getattr(preset, key)
-        if found != expected:
-            raise BadArtefact(f"preset for {preset.model}: key {key!r}: expected {expected} for {model.spec}, "
-                              f"found {found}: this preset is of another model")  # fmt: skip
-
-
 def check_calibration(calibration: Calibration, preset: Preset, path: Path, model: LoadedModel | None) -> None:
     """Raise BadArtefact where a calibration isn't of the preset's model, or of the model that is about to run."""
     for key in ("head_dim", "num_layers"):
@@ -65,6 +56,7 @@ def check_calibration(calibration: Calibration, preset: Preset, path: Path, mode
                 f"{path}: field 'meta.{key}': the preset for {preset.model} expects {getattr(preset, key)}, "
                 f"found {calibration.meta[key]}: calibrate that model"
             )
+    _check_layers(calibration, preset, path)
     for key, value in preset.record.get("calibrated_with", {}).items():
         if calibration.meta.get(key) != value:
             raise BadArtefact(
@@ -73,6 +65,12 @@ def check_calibration(calibration: Calibration, preset: Preset, path: Path, mode
             )
     if model is not None:
         calibration.check_model(model.fingerprint, model.spec, str(path))
+
+
+def _check_layers(calibration: Calibration, preset: Preset, path: Path) -> None:
+    """Raise BadArtefact, naming the first, where a calibration's layers differ from those that a preset says."""
+    if preset.says_layers and (difference := preset.geometry.difference(calibration.geometry)):
+        raise BadArtefact(f"{path}: {difference}, by the preset for {preset.model}: calibrate that model")
 
 
 def find_calibration(preset: Preset) -> Path:

@@ -24,7 +24,7 @@ from gpt2.compression.cache.size import plain_bytes
 from gpt2.compression.codecs import bases_in, full_rank
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.codecs.ln_nullspace import LayerNormNullspace
-from gpt2.compression.presets.any_model import held_by
+from gpt2.compression.presets.any_model import held_by, rank_of, ratios, shape_keys
 from gpt2.compression.presets.build import create_cache_from_preset
 from gpt2.compression.presets.schema import Preset, parse
 from gpt2.compression.settings import Setting, setting_record
@@ -140,22 +140,21 @@ def build_compressor_config_for_policy(
     """
     name = checked(policy_name)
     policy, geometry = POLICIES[name], geometry or geometry_of(model_config, model_id)[0]
-    plain = plain_bytes(geometry, 2048, config=model_config)
+    held = held_by(policy.k, policy.v, geometry, 2048, policy.sink_tokens)
     return {
         "policy": str(name),
         "use_case": policy.use_case,
         "ppl_budget": policy.ppl_budget,
         "model": model_id,
-        "num_layers": geometry.num_layers,
         "num_kv_heads": geometry.num_kv_heads,
-        "head_dim": geometry.head_dim,
-        "k": _shown(policy.k, geometry.head_dim),
-        "v": _shown(policy.v, geometry.head_dim),
+        **shape_keys(geometry),
+        "k": _shown(policy.k, geometry),
+        "v": _shown(policy.v, geometry),
         "use_ln_nullspace_k": _uses_nullspace(policy.k),
         "use_ln_nullspace_v": _uses_nullspace(policy.v),
         "sink_tokens": policy.sink_tokens,
         "recent_tokens": 0,
-        "compression_ratio": round(plain / policy_bytes(policy, geometry, 2048), 4),
+        **ratios(geometry, held, 2048),
     }
 
 
@@ -168,13 +167,15 @@ def preset_for_policy(
     """
     config = build_compressor_config_for_policy(model_config, model_id, policy_name, geometry=geometry)
     coded = {side: config[side] for side in SIDES if config[side]}
-    taken = ("model", "num_layers", "head_dim", "sink_tokens", "recent_tokens", "compression_ratio")
+    own = coded.get("v", coded.get("k"))
+    taken = ("model", "num_layers", "head_dim", "cache_layers", "sink_tokens", "recent_tokens", "compression_ratio",
+             "attention_ratio")  # fmt: skip
     return parse(
-        {key: config[key] for key in taken}
+        {key: config[key] for key in taken if key in config}
         | {
             "name": config["policy"],
             "target": "".join(coded),
-            **coded.get("v", coded.get("k")),
+            **(own | {"rank": full_rank(own["codec"], config["head_dim"])}),
             "calibration_file": "",
             "layers": coded,
         }
@@ -207,15 +208,14 @@ def choose_policy_for_run(
             f"ppl_budget={ppl_budget}: all must be positive"
         )
     geometry, weights = geometry_of(model_config, model_id)
-    plain = plain_bytes(geometry, max_context, config=model_config) * batch_size
+    plain = plain_bytes(geometry, max_context) * batch_size
     room = vram_gb * GIB * (1 - RESERVED)
     run = _Run(geometry, weights, plain, batch_size, max_context, room, ppl_budget)
     estimates = [_estimate(name, run) for name in KVPolicyName]
     chosen = next((e.policy for e in estimates if e.fits_memory and e.within_budget and e.compression_ratio > 1), None)
     head = (
         f"{model_id}, {batch_size} × {max_context:,} tokens on {vram_gb:g} GiB: the weights take {weights / GIB:.2f} "
-        f"GiB, and a 16-bit cache ({geometry.num_layers} layers, {geometry.num_kv_heads} KV heads of "
-        f"{geometry.head_dim}) would take {plain / GIB:.2f} GiB."
+        f"GiB, and a 16-bit cache ({geometry}) would take {plain / GIB:.2f} GiB."
     )
     verdict = f"Chosen: {chosen}, the mildest that fits." if chosen else _why_none(estimates, run)
     return PolicyChoice(chosen, "\n".join([head, *map(str, estimates), verdict]), estimates)
@@ -236,7 +236,8 @@ class _Run:
 
 def _estimate(name: KVPolicyName, run: _Run) -> Estimate:
     held = policy_bytes(POLICIES[name], run.geometry, run.max_context) * run.batch_size
-    one_layer = run.geometry.bytes_per_token() * run.max_context * run.batch_size / run.geometry.num_layers
+    largest = max(layer.held(run.max_context) * layer.bytes_per_token() for layer in run.geometry.layers)
+    one_layer = largest * run.batch_size
     kv = held + EXPANSION * one_layer
     total, delta = run.weights + kv, measured_delta(name)
     return Estimate(
@@ -257,8 +258,8 @@ def _why_none(estimates: list[Estimate], run: _Run) -> str:
     if left <= 0:
         return "Nothing fits: the weights alone leave no room for a cache. Use a larger device or a smaller model."
     if all(e.compression_ratio <= 1 for e in estimates):
-        return ("No policy saves anything: transformers' own cache forgets what a sliding window hides, these keep "
-                "every token. Use DynamicCache.")  # fmt: skip
+        return ("No policy saves anything: the cache is short, or what it holds is mostly states and short windows, "
+                "which stay as they are. Use DynamicCache.")  # fmt: skip
     if run.plain <= left:
         return "Nothing that saves memory stays within the budget, but the uncompressed cache fits: use DynamicCache."
     if not any(e.fits_memory for e in estimates):
@@ -270,8 +271,9 @@ def _why_none(estimates: list[Estimate], run: _Run) -> str:
 
 
 def policy_bytes(policy: Policy, geometry: Geometry, tokens: int) -> float:
-    """Bytes that a policy holds for one sequence of `tokens`."""
-    return held_by(policy.k, policy.v, geometry, tokens, policy.sink_tokens)
+    """Bytes of the whole cache that a policy holds for one sequence of `tokens`."""
+    held = held_by(policy.k, policy.v, geometry, tokens, policy.sink_tokens)
+    return held + geometry.uncompressed_bytes(tokens)
 
 
 def measured_delta(name: KVPolicyName) -> float | None:
@@ -283,8 +285,8 @@ def measured_delta(name: KVPolicyName) -> float | None:
     return next((row["ppl_delta"] for row in rows if row.get("policy") == name), None)
 
 
-def _shown(setting: Setting | None, head_dim: int) -> dict | None:
-    return setting and setting_record(setting) | {"rank": full_rank(setting.codec, head_dim)}
+def _shown(setting: Setting | None, geometry: Geometry) -> dict | None:
+    return setting and setting_record(setting) | {"rank": rank_of(setting, geometry)}
 
 
 def _uses_nullspace(setting: Setting | None) -> bool:

@@ -29,7 +29,7 @@ def get_preset_info(model: str, name: str) -> dict:
         return preset
     if name in ANY_MODEL:
         config = read_config(model)
-        return preset_for_any_model(name, model, geometry_of(config, model)[0], config)
+        return preset_for_any_model(name, model, geometry_of(config, model)[0])
     known = built_in_presets()
     if model not in known:
         raise PluginError(
@@ -51,7 +51,7 @@ def resolve_preset(preset: str | Path, model: LoadedModel | str) -> Preset:
     if isinstance(model, str):
         return parse(get_preset_info(model, name), name)
     if name in ANY_MODEL and not _built_in(model.spec, name):
-        return parse(preset_for_any_model(name, model.spec, model.geometry, model.model.config), name)
+        return parse(preset_for_any_model(name, model.spec, model.geometry), name)
     if not model.random_weights:
         return parse(get_preset_info(model.spec, name), name)
     known = built_in_presets()

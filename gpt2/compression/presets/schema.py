@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpt2.common.errors import BadArtefact, PluginError
 from gpt2.common.schema import (
@@ -19,10 +19,12 @@ from gpt2.common.schema import (
     Whole,
 )
 from gpt2.common.schema import parse as parse_record
-from gpt2.compression.codecs import bases_in, full_rank, needs_calibration, quantizer_of
+from gpt2.compression.codecs import bases_in, basis_of, full_rank, needs_calibration, quantizer_of
 from gpt2.compression.codecs.base import SIDES
-from gpt2.compression.settings import TARGETS, Plan, Setting, uniform
+from gpt2.compression.settings import TARGETS, Plan, Setting
+from gpt2.models.geometry import ATTENTION_KINDS, HYBRID_SLIDING, LAYERS, SLIDING, Geometry
 
+WINDOWED = (SLIDING, HYBRID_SLIDING)
 FORMAT = "kv-plugin-preset/1"
 WIDEST, MOST_LAYERS, MOST_TOKENS = 1024, 1024, 2**31  # larger than any model's
 NAME = Text(200)  # of a codec or quantizer
@@ -52,6 +54,7 @@ OUR_KEYS = {
     "sink_tokens": Default(Whole(0, MOST_TOKENS), 4),
     "recent_tokens": Default(Whole(0, MOST_TOKENS), 0),
     "layers": Default(Nullable(Record({side: Default(SIDE) for side in SIDES}))),
+    "cache_layers": Default(Nullable(LAYERS)),
     "name": Default(Text(200)),
     "folder": Default(Text()),
     "calibrated_with": Default(Record(others=Anything())),
@@ -67,20 +70,40 @@ MOST_BASES, MOST_NUMBERS = 16, 2**23
 class Preset:
     """A valid preset. Only `parse` makes one, so no code that is given one has to check it again.
 
-    folder: of the preset's file, where its calibration may lie too; None for a preset that isn't from a file.
-    plan: the setting of each layer's K and V. record: the JSON object that it was made from, with defaults filled in
-    and unknown keys kept.
+    geometry: every layer of the cache. says_layers: whether the preset itself has them; if not, as in the guide's own
+    form, all are full attention until `for_model` fills them in. folder: of the preset's file, where its calibration
+    may lie too; None for a preset that isn't from a file. plan: the setting of each layer's K and V. record: the JSON
+    object that it was made from, with defaults filled in and unknown keys kept.
     """
 
     model: str
     num_layers: int
     head_dim: int
+    geometry: Geometry
+    says_layers: bool
     sink_tokens: int
     recent_tokens: int
     calibration_file: str
     folder: str | None
     plan: Plan
     record: dict
+
+    def for_model(self, geometry: Geometry, spec: str) -> Preset:
+        """This preset with a model's layers. Raises BadArtefact, naming the first layer that differs, of other layers.
+
+        spec: names the model.
+        """
+        if self.says_layers:
+            if difference := geometry.difference(self.geometry):
+                raise BadArtefact(f"preset for {self.model}: {difference}, in the cache of {spec}: this preset is of "
+                                  "another model")  # fmt: skip
+            return self
+        for key in ("num_layers", "head_dim"):
+            expected, found = getattr(geometry, key), getattr(self, key)
+            if found != expected:
+                raise BadArtefact(f"preset for {self.model}: key {key!r}: expected {expected} for {spec}, "
+                                  f"found {found}: this preset is of another model")  # fmt: skip
+        return replace(self, geometry=geometry, plan=_plan(self.record, geometry, f"preset for {self.model}"))
 
     def windows(self, **overrides: int) -> dict[str, int]:
         """Numbers of exact tokens, as a cache takes them. Raises PluginError for an override of another name."""
@@ -93,42 +116,71 @@ class Preset:
 def parse(preset: dict, where: str = "preset") -> Preset:
     """A JSON object as a preset. Raises BadArtefact with `where` and the key for a missing key or an invalid value."""
     record = parse_record(preset, PRESET, where, noun="key")
-    plan = _plan(record, where)
-    _check_work(plan, record["head_dim"], where)
+    geometry, says_layers = _geometry(record, where)
+    plan = _plan(record, geometry, where)
+    _check_work(plan, geometry, where)
     same = ("model", "num_layers", "head_dim", "sink_tokens", "recent_tokens", "calibration_file")
-    return Preset(**{key: record[key] for key in same}, folder=record.get("folder"), plan=plan, record=record)
+    return Preset(
+        **{key: record[key] for key in same}, geometry=geometry, says_layers=says_layers, folder=record.get("folder"),
+        plan=plan, record=record,
+    )  # fmt: skip
 
 
-def _plan(preset: dict, where: str) -> Plan:
-    """Settings of each layer: those of `layers` where a preset has them, else its own in all layers of its target."""
-    num_layers, head_dim, layers = preset["num_layers"], preset["head_dim"], preset.get("layers")
-    setting = _setting(preset, head_dim, where)
+def _geometry(preset: dict, where: str) -> tuple[Geometry, bool]:
+    """The layers that a preset says, or full attention in all; and whether it says them."""
+    num_layers, layers = preset["num_layers"], preset.get("cache_layers")
     if layers is None:
-        return uniform(preset["target"], num_layers, setting)
-    if not layers:
+        return Geometry.uniform(num_layers, None, preset["head_dim"]), False
+    if len(layers) != num_layers:
+        raise BadArtefact(f"{where}: key 'cache_layers': expected a list of {num_layers}, found {len(layers)}")
+    for index, layer in enumerate(layers):
+        attends = layer["type"] in ATTENTION_KINDS
+        if attends and not (layer.get("k") and layer.get("v")):
+            raise BadArtefact(f"{where}: key 'cache_layers[{index}]': expected 'k' and 'v' of type {layer['type']}")
+        if layer["type"] in WINDOWED and not layer.get("window"):
+            raise BadArtefact(f"{where}: key 'cache_layers[{index}].window': expected a number of tokens, found none")
+    return Geometry.from_record(layers), True
+
+
+def _plan(preset: dict, geometry: Geometry, where: str) -> Plan:
+    """Settings of each layer: those of `layers` where a preset has them, else its own in all layers of its target."""
+    layers = preset.get("layers")
+    own = _setting(preset, where)
+    if layers is None:
+        sides = dict.fromkeys(TARGETS[preset["target"]], own)
+    elif not layers:
         raise BadArtefact(f"{where}: key 'layers': expected 'k', 'v' or both, found neither")
-    plan = {side: [None] * num_layers for side in SIDES}
-    for side, settings in layers.items():
-        if isinstance(settings, dict):
-            plan[side] = [_setting(settings, head_dim, f"{where}: layers.{side}")] * num_layers
-            continue
-        if len(settings) != num_layers:
-            raise BadArtefact(f"{where}: key 'layers.{side}': expected a list of {num_layers}, found {len(settings)}")
-        for layer, own in enumerate(settings):
-            plan[side][layer] = own and _setting(own, head_dim, f"{where}: layers.{side}[{layer}]")
+    else:
+        sides = {side: _side(settings, geometry, f"{where}: layers.{side}") for side, settings in layers.items()}
+    plan = {side: [None] * geometry.num_layers for side in SIDES}
+    for index, side, shape in geometry.sides():
+        settings = sides.get(side)
+        plan[side][index] = settings[index] if isinstance(settings, list) else settings
+        if plan[side][index]:
+            _check_rank(plan[side][index], shape.width, where)
     return plan
 
 
-def _setting(record: dict, head_dim: int, where: str) -> Setting:
+def _side(settings: list | dict, geometry: Geometry, where: str) -> list[Setting | None] | Setting:
+    """One setting for all layers, or one for each."""
+    if isinstance(settings, dict):
+        return _setting(settings, where)
+    if len(settings) != geometry.num_layers:
+        raise BadArtefact(f"{where}: expected a list of {geometry.num_layers}, found {len(settings)}")
+    for index, own in enumerate(settings):
+        if own and not geometry.layers[index].attends:
+            kind = geometry.layers[index].kind
+            raise BadArtefact(f"{where}[{index}]: expected null for a layer of type {kind}, which keeps no K and V")
+    return [own and _setting(own, f"{where}[{index}]") for index, own in enumerate(settings)]
+
+
+def _setting(record: dict, where: str) -> Setting:
     """codec, rank, bits and quantizer of a record. Raises BadArtefact unless they exist and fit together."""
     setting = Setting(record["codec"], record["rank"], record["bits"], record.get("quantizer"))
     try:
-        most = full_rank(setting.codec, head_dim)
+        basis_of(setting.codec)
     except PluginError as error:
         raise BadArtefact(f"{where}: key 'codec': {error}") from error
-    if setting.rank is not None and setting.rank > most:
-        raise BadArtefact(f"{where}: key 'rank': expected 1 to {most}, as codec {setting.codec} has coordinates for a "
-                          f"head_dim of {head_dim}, found {setting.rank}")  # fmt: skip
     try:
         quantizer_of(setting.quantizer, setting.bits)
     except PluginError as error:
@@ -136,13 +188,25 @@ def _setting(record: dict, head_dim: int, where: str) -> Setting:
     return setting
 
 
-def _check_work(plan: Plan, head_dim: int, where: str) -> None:
+def _check_rank(setting: Setting, width: int, where: str) -> None:
+    """Raise BadArtefact where a codec has fewer coordinates than the rank for heads of `width` channels, or none."""
+    try:
+        most = full_rank(setting.codec, width)
+    except PluginError as error:
+        raise BadArtefact(f"{where}: key 'codec': {error}") from error
+    if setting.rank is not None and setting.rank > most:
+        raise BadArtefact(f"{where}: key 'rank': expected 1 to {most}, as codec {setting.codec} has coordinates for a "
+                          f"head_dim of {width}, found {setting.rank}")  # fmt: skip
+
+
+def _check_work(plan: Plan, geometry: Geometry, where: str) -> None:
     """Raise BadArtefact where the codecs of a valid preset would take too much time or memory to make."""
-    settings = {setting for side in plan.values() for setting in side if setting}
-    bases = {codec: len(bases_in(codec)) for codec in {setting.codec for setting in settings}}
+    settings = {(plan[side][index], shape.width) for index, side, shape in geometry.sides() if plan[side][index]}
+    bases = {codec: len(bases_in(codec)) for codec in {setting.codec for setting, _ in settings}}
     if sum(bases.values()) > MOST_BASES:
         raise BadArtefact(f"{where}: its codecs have {sum(bases.values())} bases: expected at most {MOST_BASES}")
     # Each setting of a codec that needs no calibration has its own basis
-    numbers = sum(bases[setting.codec] for setting in settings if not needs_calibration(setting.codec)) * head_dim**2
+    fixed = [(setting, width) for setting, width in settings if not needs_calibration(setting.codec)]
+    numbers = sum(bases[setting.codec] * width**2 for setting, width in fixed)
     if numbers > MOST_NUMBERS:
         raise BadArtefact(f"{where}: its bases have {numbers:,} numbers: expected at most {MOST_NUMBERS:,}")
