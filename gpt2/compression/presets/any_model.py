@@ -44,7 +44,7 @@ def preset_for_any_model(name: str, model: str, geometry: Geometry) -> dict:
         "model": model,
         **shape_keys(geometry),
         "target": "kv",
-        **(v | {"rank": fullrank_of(settings[1].codec, geometry.head_dim)}),
+        **(v | {"rank": full_rank(settings[1].codec, geometry.head_dim)}),
         "layers": {"k": k, "v": v},
         "sink_tokens": SINK_TOKENS,
         "calibration_file": "",
@@ -54,7 +54,7 @@ def preset_for_any_model(name: str, model: str, geometry: Geometry) -> dict:
 
 def rank_of(setting: Setting, geometry: Geometry) -> int | None:
     """All coordinates: their number, or None where layers differ in it."""
-    return fullrank_of(setting.codec, geometry.head_dim) if geometry.alike else None
+    return full_rank(setting.codec, geometry.head_dim) if geometry.alike else None
 
 
 def shape_keys(geometry: Geometry) -> dict:
