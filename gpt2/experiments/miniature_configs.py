@@ -13,9 +13,10 @@ _SIZES = {
     16: "index_n_heads indexer_n_heads head_dim swa_head_dim dim_head kv_channels attention_head_dim v_head_dim "
     "kv_lora_rank qk_nope_head_dim linear_head_dim indexer_head_dim linear_key_head_dim linear_value_head_dim "
     "mamba_d_head mamba_head_dim mamba_d_state ssm_state_size hidden_size_per_layer_input",
-    8: "rotary_dim sliding_window sliding_window_size window_size local_attention attention_chunk_size "
-    "attention_window_size qk_rope_head_dim index_topk indexer_budget mamba_n_heads mamba_num_heads "
-    "mamba_chunk_size laurel_rank",
+    8: "rotary_dim qk_rope_head_dim index_topk indexer_budget mamba_n_heads mamba_num_heads mamba_chunk_size "
+    "laurel_rank",
+    # shorter windows are stored exactly
+    130: "sliding_window sliding_window_size window_size local_attention attention_chunk_size attention_window_size",
     4: "num_attention_heads swa_num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads "
     "decoder_attention_heads num_experts n_routed_experts num_local_experts moe_num_experts "
     "linear_num_heads linear_num_value_heads",

@@ -192,6 +192,11 @@ class CompressedDynamicCache(Cache):
         """Whether compressed attention can read all layers; it can't read K of a joint codec."""
         return all(c.readable for layer in self.compressed for c in (s.compressor for s in layer.stores.values()))
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether all layers store K and V as the model made them."""
+        return all(s.compressor.exact for layer in self.compressed for s in layer.stores.values())
+
     def nbytes(self) -> int:
         """Bytes of K and V held: exact tokens, codes with their scales, and memory allocated but unused."""
         return sum(store.nbytes() for layer in self.compressed for store in layer.stores.values())

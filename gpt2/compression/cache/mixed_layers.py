@@ -95,6 +95,14 @@ class CompressedIndexedLayer(CompressedLayer):
     def indexer_keys(self) -> Tensor | None:
         return self.indexer.indexer_keys
 
+    @property
+    def indexer_position_ids(self) -> Tensor | None:
+        return self.indexer.indexer_position_ids
+
+    @indexer_position_ids.setter
+    def indexer_position_ids(self, positions: Tensor | None) -> None:
+        self.indexer.indexer_position_ids = positions
+
     def reset(self) -> None:
         super().reset()
         self.indexer.reset()
