@@ -13,6 +13,7 @@ cache and with transformers' own, which decides its mode:
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 
 import torch
@@ -108,9 +109,10 @@ def _prompt(length: int) -> Tensor:
 
 
 def described(loaded: LoadedModel) -> dict:
-    """The miniature's geometry, and whether transformers' own cache has sliding layers."""
-    own = DynamicCache(config=loaded.model.config)
-    return {"geometry": loaded.geometry.record(), "sliding_layers": any(layer.is_sliding for layer in own.layers)}
+    """The miniature's geometry, its kinds of layers, and whether some of them slide."""
+    layers = loaded.geometry.layers
+    kinds = dict(Counter(layer.kind for layer in layers))
+    return {"geometry": loaded.geometry.record(), "layers": kinds, "sliding_layers": any(x.window for x in layers)}
 
 
 def compared(loaded: LoadedModel, logits: Tensor, tokens: Tensor) -> dict:

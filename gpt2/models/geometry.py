@@ -22,10 +22,11 @@ from gpt2.common.schema import Default, ListOf, Nullable, OneOf, Record, Whole
 
 FULL, SLIDING, INDEXED = "full_attention", "sliding_attention", "indexed_attention"
 LINEAR, HYBRID, HYBRID_SLIDING, NOTHING = "linear_attention", "hybrid", "hybrid_sliding", "dummy"
+UNUSED = "unused"  # attention that a text gives no K and V, as to another modality: transformers' own layer, as it is
 # Kinds that keep K and V of tokens. Chunked attention is sliding attention to a cache: only masks differ
 ATTENTION_KINDS = (FULL, SLIDING, INDEXED, HYBRID, HYBRID_SLIDING)
 WIDEST = 1024  # KV heads and channels of a head: larger than any model's
-KINDS = (*ATTENTION_KINDS, LINEAR, NOTHING)
+KINDS = (*ATTENTION_KINDS, LINEAR, NOTHING, UNUSED)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from gpt2.common.errors import PluginError, UnsupportedModel
-from gpt2.models.geometry import HYBRID, HYBRID_SLIDING, LINEAR, NOTHING, Geometry, Shape, config_field, layer_kinds
+from gpt2.models.geometry import HYBRID, HYBRID_SLIDING, LINEAR, UNUSED, Geometry, Shape, config_field, layer_kinds
 from gpt2.models.support import SUPPORTED, refuse_unsupported
 
 
@@ -28,7 +28,7 @@ def probe_geometry(model: PreTrainedModel, spec: str) -> Geometry:
     for kind, layer in zip(kinds, [*cache.layers, *[None] * len(kinds)], strict=False):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if kind.attends and keys is None:  # a layer that the model never gives K and V
-            kind = replace(kind, kind=LINEAR if kind.kind in (HYBRID, HYBRID_SLIDING) else NOTHING, window=None)
+            kind = replace(kind, kind=LINEAR if kind.kind in (HYBRID, HYBRID_SLIDING) else UNUSED, window=None)
         shapes = [Shape(t.shape[1], t.shape[3]) for t in (keys, values)] if kind.attends else [None, None]
         layers.append(replace(kind, k=shapes[0], v=shapes[1], **_uncompressed(layer)))
     if not any(layer.attends for layer in layers):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache.layers import CompressedLayer
@@ -94,6 +94,8 @@ class CompressedDynamicCache(Cache):
                 "its preset or calibration is of another model"
             )
         layer = self.layers[layer_idx]
+        if type(layer) is DynamicLayer:  # of a modality that isn't compressed
+            return layer.update(key_states, value_states, *args, **kwargs)
         if not isinstance(layer, CompressedLayer):
             raise PluginError(
                 f"the model has attention in layer {layer_idx}, where this cache keeps no K and V: {OF_ANOTHER_MODEL}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
+    DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionCacheLayerMixin,
@@ -21,7 +22,7 @@ from transformers.cache_utils import (
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache.layers import CompressedLayer, CompressedSlidingLayer
 from gpt2.compression.codecs import Compressor
-from gpt2.models.geometry import FULL, HYBRID, HYBRID_SLIDING, INDEXED, LINEAR, NOTHING, SLIDING, LayerGeometry
+from gpt2.models.geometry import FULL, HYBRID, HYBRID_SLIDING, INDEXED, LINEAR, NOTHING, SLIDING, UNUSED, LayerGeometry
 
 
 class _WithStates:
@@ -155,6 +156,8 @@ def _own_layer(geometry: LayerGeometry):
     """transformers' own layer, for states or for nothing."""
     if geometry.kind == LINEAR:
         return LinearAttentionLayer(number_of_states=geometry.states)
+    if geometry.kind == UNUSED:
+        return DynamicLayer()
     # Older transformers have no layer that keeps nothing: there, an unused one takes its place
     return DYNAMIC_LAYER_TYPE_MAPPING.get(NOTHING, LinearAttentionLayer)()
 
