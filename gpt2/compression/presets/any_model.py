@@ -56,7 +56,7 @@ def held_by(k: Setting | None, v: Setting | None, geometry: Geometry, tokens: in
     From 4096 tokens on it is taken to grow in proportion: sinks and unused room weigh less and less.
     """
     measured = min(tokens, 4096)
-    compressors = build({"k": [k], "v": [v]}, geometry.head_dim)
-    make = partial(CompressedDynamicCache, *compressors, sink_tokens=sink_tokens)
     one_layer = Geometry.uniform(1, geometry.num_kv_heads, geometry.head_dim)
+    compressors = build({"k": [k], "v": [v]}, one_layer)
+    make = partial(CompressedDynamicCache, *compressors, sink_tokens=sink_tokens)
     return held_bytes(make, one_layer, measured) * geometry.num_layers * tokens / measured

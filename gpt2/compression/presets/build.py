@@ -23,6 +23,7 @@ from gpt2.compression.presets.calibration_lookup import calibration_of, check_ge
 from gpt2.compression.presets.preset_files import read_preset
 from gpt2.compression.presets.schema import FIGURES, FORMAT, Preset, parse
 from gpt2.compression.settings import build, needs_calibration_file
+from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel
 
 _BUILDING = threading.Lock()  # so that threads that ask for the same compressors at the same time share them
@@ -77,7 +78,8 @@ def compressors_from_preset(
                 k, v = shared_compressors(calibration_of(preset, model), *settings, dtype, device)
             return list(k), list(v)
         calibration = stand_in(model)
-    return build(preset.plan, preset.head_dim, calibration, dtype=dtype, device=device)
+    geometry = calibration.geometry if calibration else Geometry.uniform(preset.num_layers, 1, preset.head_dim)
+    return build(preset.plan, geometry, calibration, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=8)
@@ -86,7 +88,7 @@ def shared_compressors(calibration: Calibration, k: tuple, v: tuple, dtype: torc
 
     A basis may take more memory than a conversation. A calibration is one object as long as its file is unchanged.
     """
-    return build({"k": k, "v": v}, calibration.geometry.head_dim, calibration, dtype=dtype, device=device)
+    return build({"k": k, "v": v}, calibration.geometry, calibration, dtype=dtype, device=device)
 
 
 def preset_for_shape(preset: Preset, model: LoadedModel) -> Preset:
