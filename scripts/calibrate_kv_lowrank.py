@@ -94,10 +94,12 @@ def main(processes: Processes) -> None:
         print(f"note: {text.name} has text for {used} sequences of {args.seq_len}; all of them were used")
     energies = calibration.energies()
     # Of a compact file the same share of its coordinates
-    shown = rank * next(iter(energies.values())).shape[-1] // loaded.geometry.head_dim
+    first = next(share for share in next(iter(energies.values())) if share is not None)
+    shown = rank * first.shape[-1] // loaded.geometry.head_dim
     print(f"\n{calibration_tables.energies(energies, shown).console()}")
     title = f"{args.model}: {calibration.meta['tokens']:,} tokens of {text.name}"
-    picture = plots.spectra({side: energy.numpy() for side, energy in energies.items()}, shown, title)
+    shares = {side: [None if own is None else own.numpy() for own in layers] for side, layers in energies.items()}
+    picture = plots.spectra(shares, shown, title)
     files.write_figure(files.picture_beside(output), picture)
     print(f"\nwrote {files.shown(output)} and {files.shown(files.picture_beside(output))}")
 

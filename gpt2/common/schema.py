@@ -221,6 +221,22 @@ class ListOf(Kind):
 
 
 @dataclass(frozen=True)
+class EachOf(Kind):
+    """A list of one value of each of these kinds, in their order."""
+
+    kinds: tuple[Kind, ...]
+
+    @property
+    def expected(self):
+        return f"a list of {len(self.kinds)}"
+
+    def parse(self, value, at):
+        value = ListOf(Anything(), len(self.kinds)).parse(value, at)
+        pairs = enumerate(zip(self.kinds, value, strict=True))
+        return [kind.parse(item, (*at, f"[{place}]")) for place, (kind, item) in pairs]
+
+
+@dataclass(frozen=True)
 class Default(Kind):
     """In a Record: the kind of a key that may be absent, and the value that it then has (without one, it stays so)."""
 

@@ -31,8 +31,7 @@ def load_calibrated_compressors(
     from gpt2.compression.settings import compressors_for
 
     calibration = load_calibration(path)
-    L = calibration.geometry.num_layers
     k, v = compressors_for(
-        "kv", quantize_bits or 16, L, calibration, rank=rank, codec=codec, dtype=dtype, device=device
+        "kv", quantize_bits or 16, None, calibration, rank=rank, codec=codec, dtype=dtype, device=device
     )
     return k, v, dict(calibration.meta)

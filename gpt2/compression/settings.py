@@ -20,6 +20,7 @@ from gpt2.compression.codecs import (
     quantizer_of,
 )
 from gpt2.compression.codecs.base import SIDES
+from gpt2.models.geometry import Geometry
 
 if TYPE_CHECKING:
     from gpt2.compression.calibration.fit import Calibration
@@ -45,13 +46,21 @@ class Setting:
         return f"{basis}, {self.bits:g} bits" + (f" {self.quantizer}" if self.quantizer else "")
 
 
-# Side, "k" or "v", to a setting per layer; None stores the layer's vectors as they are
+# Side, "k" or "v", to a setting per layer; None stores the layer's vectors as they are, where it keeps any
 Plan = dict[str, list[Setting | None]]
+Compressors = list[Compressor | None]  # one per layer, None for layers without K and V
 
 
-def uniform(target: str, num_layers: int, setting: Setting, layers: Container[int] | None = None) -> Plan:
-    """The same setting on the sides of `target` ("v", "k" or "kv") in every layer, or in some `layers` only."""
-    coded = [setting if layers is None or layer in layers else None for layer in range(num_layers)]
+def uniform(target: str, geometry: Geometry | int, setting: Setting, layers: Container[int] | None = None) -> Plan:
+    """The same setting on the sides of `target` ("v", "k" or "kv") in every layer, or in some `layers` only.
+
+    geometry: layers without K and V get no setting; a number stands for as many layers that all have both.
+    """
+    if isinstance(geometry, int):
+        num_layers, having = geometry, range(geometry)
+    else:
+        num_layers, having = geometry.num_layers, geometry.attention
+    coded = [setting if n in having and (layers is None or n in layers) else None for n in range(num_layers)]
     return {side: list(coded) if side in TARGETS[target] else [None] * num_layers for side in SIDES}
 
 
@@ -62,37 +71,58 @@ def needs_calibration_file(plan: Plan) -> bool:
 
 def build(
     plan: Plan,
-    head_dim: int,
+    geometry: Geometry,
     calibration: Calibration | None = None,
     *,
+    context_length: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-) -> tuple[list[Compressor], list[Compressor]]:
-    """K and V compressors of a plan, one per layer. calibration: None only where no codec needs one.
+) -> tuple[Compressors, Compressors]:
+    """K and V compressors of a plan, one per layer of the cache, None for layers that keep no K and V.
 
-    dtype, device: of the transforms. Layers that share a fixed transform share its compressor.
+    calibration: None only where no codec needs one. context_length: tokens for which bits are shared out over layers,
+    some of which hold no more than a window of them; None where all layers count alike. dtype, device: of the
+    transforms. Layers that share a fixed transform share its compressor. Raises PluginError for a plan that doesn't fit
+    the layers.
     """
-    fixed: dict[Setting | None, Compressor] = {None: IdentityCompressor()}
+    if any(len(plan[side]) != geometry.num_layers for side in SIDES):
+        lengths = " and ".join(str(len(plan[side])) for side in SIDES)
+        raise PluginError(f"the plan has {lengths} settings of K and V, but the cache has {geometry.num_layers} layers")
+    identity = IdentityCompressor()
+    fixed: dict[tuple[Setting, int], Compressor] = {}
 
     def one(side: str, layer: int, setting: Setting | None) -> Compressor:
-        if setting is None or not needs_calibration(setting.codec):
-            if setting not in fixed:
-                transform = fixed_transform(setting, head_dim)
-                quantizer = quantizer_of(setting.quantizer, setting.bits)
-                fixed[setting] = Compressor(quantizer, transform and transform.to(device, dtype))
-            return fixed[setting]
+        if setting is None:
+            return identity
+        width = geometry.layers[layer].side(side).width
+        _check_rank(setting, width, f"layer {layer}, {side.upper()}")
+        quantizer = quantizer_of(setting.quantizer, setting.bits)
+        if not needs_calibration(setting.codec):
+            if (setting, width) not in fixed:
+                transform = fixed_transform(setting, width)
+                fixed[setting, width] = Compressor(quantizer, transform and transform.to(device, dtype))
+            return fixed[setting, width]
         if calibration is None:
             raise PluginError(f"layer {layer}, {side.upper()}: codec {setting.codec} needs a calibration")
-        quantizer = quantizer_of(setting.quantizer, setting.bits)
-        quantizer = calibration.quantizer(quantizer, side, layer, setting.codec)
+        quantizer = calibration.quantizer(quantizer, side, layer, setting.codec, context_length)
         transform = calibration.transform(side, layer, setting.rank, setting.codec)
         return Compressor(quantizer, transform.to(device, dtype))
 
-    def pair(layer: int, k: Setting | None, v: Setting | None) -> tuple[Compressor, Compressor]:
-        if not any(setting and basis_of(setting.codec).joint for setting in (k, v)):
+    def pair(layer: int, k: Setting | None, v: Setting | None) -> tuple[Compressor | None, Compressor | None]:
+        own = geometry.layers[layer]
+        if not own.attends:
+            if k or v:
+                raise PluginError(
+                    f"layer {layer}: it keeps no K and V ({own.kind}), so it can't have a codec: {k or v}"
+                )
+            return None, None
+        joint = next((setting for setting in (k, v) if setting and basis_of(setting.codec).joint), None)
+        if joint is None:
             return one("k", layer, k), one("v", layer, v)
         if k != v:
             raise PluginError(f"layer {layer}: a joint codec is for K and V together: give both sides the same setting")
+        if reason := basis_of(joint.codec).misfit_of(layer, own):
+            raise PluginError(reason)
         both = one("k", layer, k)
         return both, both
 
@@ -100,35 +130,44 @@ def build(
     return [k for k, _ in pairs], [v for _, v in pairs]
 
 
-def fixed_transform(setting: Setting, head_dim: int) -> Transform | None:
-    """Transform of a codec that needs no calibration; None for identity."""
-    transform = basis_of(setting.codec).transform(head_dim)
-    return transform and transform.truncate(setting.rank or full_rank(setting.codec, head_dim))
+def _check_rank(setting: Setting, width: int, where: str) -> None:
+    """Raise PluginError for a rank that a layer's K or V, of `width` channels, is too narrow for."""
+    most = full_rank(setting.codec, width)
+    cut = setting.codec != IDENTITY and not basis_of(setting.codec).multi_head  # the others are kept whole
+    if cut and setting.rank is not None and setting.rank > most:
+        raise PluginError(f"{where}: rank {setting.rank} is out of range: codec {setting.codec} has {most} coordinates "
+                          f"there, use 1 to {most}")  # fmt: skip
+
+
+def fixed_transform(setting: Setting, width: int) -> Transform | None:
+    """Transform of a codec that needs no calibration, for heads of `width` channels; None for identity."""
+    transform = basis_of(setting.codec).transform(width)
+    return transform and transform.truncate(setting.rank or full_rank(setting.codec, width))
 
 
 def compressors_for(
     target: str,
     bits: float,
-    num_layers: int,
-    calibration: Calibration | None,
+    geometry: Geometry | None,
+    calibration: Calibration | None = None,
     *,
     rank: int | None = None,
     codec: str | None = None,
     quantizer: str | None = None,
-    head_dim: int | None = None,
     layers: Container[int] | None = None,
+    context_length: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-) -> tuple[list[Compressor], list[Compressor]]:
+) -> tuple[Compressors, Compressors]:
     """K and V compressors with one setting on the sides of `target`, identity on the other.
 
-    codec: the calibration's when None, identity without one. head_dim: needed where there is no calibration and the
-    codec has a basis. The rest as in `uniform` and `build`.
+    geometry: the calibration's where there is one, and then may be None. codec: the calibration's when None, identity
+    without one. The rest as in `uniform` and `build`.
     """
     codec = codec or (calibration.meta["codec"] if calibration else IDENTITY)
-    head_dim = calibration.geometry.head_dim if calibration else head_dim
-    plan = uniform(target, num_layers, Setting(codec, rank, bits, quantizer), layers)
-    return build(plan, head_dim, calibration, dtype=dtype, device=device)
+    geometry = calibration.geometry if calibration else geometry
+    plan = uniform(target, geometry, Setting(codec, rank, bits, quantizer), layers)
+    return build(plan, geometry, calibration, context_length=context_length, dtype=dtype, device=device)
 
 
 def plan_record(plan: Plan) -> dict[str, list[dict | None]]:

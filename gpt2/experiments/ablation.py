@@ -52,9 +52,8 @@ class Ablation:
     def _row(self, group, label, target, rank, bits=16, *, codec="pca", sinks=None, layers=None) -> Row:
         """A cache with a codec on `target`, in `layers` only when given."""
         sinks = self.sink_tokens if sinks is None else sinks
-        L = self.calibration.geometry.num_layers
         k, v = compressors_for(
-            target, bits, L, self.calibration, rank=rank, codec=codec, layers=layers, device=self.loaded.device
+            target, bits, None, self.calibration, rank=rank, codec=codec, layers=layers, device=self.loaded.device
         )
         key = (target, rank, bits, codec, sinks, layers)
         return Row(group, label, key, partial(CompressedDynamicCache, k, v, sink_tokens=sinks))
@@ -162,7 +161,7 @@ class Ablation:
         """V in every layer projected onto E [H, d, r]: about zero, and about its mean, which PCA gives back too."""
         rows = []
         for centred in about_mean if bases else ():
-            means = self.calibration.statistics.v.mean * float(centred)
+            means = [mean * float(centred) for mean in self.calibration.statistics.v.mean]
             v = [
                 Compressor(quantizer_for_bits(16), Transform(E, E.mT, mean).to(self.loaded.device, torch.float32))
                 for E, mean in zip(bases, means, strict=True)

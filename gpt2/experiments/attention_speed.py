@@ -29,6 +29,7 @@ from gpt2.compression.presets.any_model import ANY_MODEL, SINK_TOKENS
 from gpt2.compression.settings import Setting, build
 from gpt2.evaluation.statistics import spread
 from gpt2.experiments.compiled_attention import CompiledInt4Channel
+from gpt2.models.geometry import Geometry
 
 GENERATED = 33
 WARM_UP = 3
@@ -140,7 +141,7 @@ def measure(
     k, v, q = _noise(shape, context + GENERATED, dtype, device, seed)
     rows = [*_plain_rows(q, k, v)]
     for name in codecs:
-        rows += [_stored_row(label, pair, q, k, v) for label, pair in _compressors(name, bits, shape.head_dim)]
+        rows += [_stored_row(label, pair, q, k, v) for label, pair in _compressors(name, bits, shape)]
     if compiled:
         rows.append(_compiled_row(q, k, v))
     for row in rows:
@@ -217,18 +218,17 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention_math.attend_reconstructed(k.float(), v.float(), q.float(), None, q.shape[-1] ** -0.5)
 
 
-def _compressors(
-    name: str, bits: Sequence[float], head_dim: int
-) -> Iterator[tuple[str, tuple[Compressor, Compressor]]]:
+def _compressors(name: str, bits: Sequence[float], shape: Shape) -> Iterator[tuple[str, tuple[Compressor, Compressor]]]:
     """Compressors of K and of V by label."""
+    layer = Geometry.uniform(1, shape.kv_heads, shape.head_dim)
     if name in ANY_MODEL:
-        k, v = build(dict(zip(("k", "v"), ([setting] for setting in ANY_MODEL[name]), strict=True)), head_dim)
+        k, v = build(dict(zip(("k", "v"), ([setting] for setting in ANY_MODEL[name]), strict=True)), layer)
         yield name, (k[0], v[0])
         return
     adjustable = QUANTIZERS[name].adjustable
     for each in bits if adjustable else [QUANTIZERS[name].bits]:
         setting = Setting(bits=each, quantizer=name)
-        k, v = build({"k": [setting], "v": [setting]}, head_dim)
+        k, v = build({"k": [setting], "v": [setting]}, layer)
         yield (f"{name}, {each:g} bits" if adjustable else name), (k[0], v[0])
 
 

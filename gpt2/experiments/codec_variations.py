@@ -31,6 +31,7 @@ from gpt2.compression.codecs.rope import Rotary
 from gpt2.evaluation.perplexity import BASELINE, Scores, baseline_factory, compare, score
 from gpt2.evaluation.statistics import paired_bootstrap
 from gpt2.experiments.codec_simulation import Fitted, Replaced, Simulation, Variation, led, share_out
+from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel
 
 LONGEST = 128  # tokens of the longest block: texts are cut to whole ones, so that every row compresses the same tokens
@@ -120,18 +121,18 @@ TURNS: dict[str, Callable[[Rotary], Rotary]] = {
 class Gathered:
     """Statistics of K, V and their gradients, with keys turned in every way.
 
-    moments: by turn, of [K | V] side by side, [L, G, w] with metrics["fisher"]. sample [L, n, 2H, 128, d] float16: K's
-    heads before V's as they are cached, of blocks at positions `starts` [n].
+    moments: by turn, of [K | V] side by side, [G, w] per layer with metrics["fisher"]. sample [L, n, 2H, 128, d]
+    float16: K's heads before V's as they are cached, of blocks at positions `starts` [n].
     """
 
     def __init__(self, loaded: LoadedModel, rotary: list[Rotary], sink_tokens: int, windows: int, seed: int):
         self.geometry, self.rotary, self.sink_tokens = loaded.geometry, rotary, sink_tokens
         H, d = self.geometry.num_kv_heads, self.geometry.head_dim
         self.groups = H // heads_per_group(H, d)
-        shape = type(self.geometry)(self.geometry.num_layers, self.groups, 2 * H * d // self.groups)
+        shape = Geometry.uniform(self.geometry.num_layers, self.groups, 2 * H * d // self.groups)
         self.moments = {how: Moments.zeros(shape) for how in TURNS}
         for moments in self.moments.values():
-            moments.metrics["fisher"] = torch.zeros_like(moments.scatter)
+            moments.metrics["fisher"] = [torch.zeros_like(scatter) for scatter in moments.scatter]
         self.sample: Tensor | None = None
         self.starts: list[int] = []
         self._generator = torch.Generator().manual_seed(seed)
@@ -175,7 +176,8 @@ class Gathered:
 
     def finish(self) -> Gathered:
         for moments in self.moments.values():
-            moments.metrics["fisher"] /= moments.count[:, None, None, None]
+            for metric, count in zip(moments.metrics["fisher"], moments.count, strict=True):
+                metric /= count
         return self
 
 
@@ -210,9 +212,9 @@ def check_length(tokens: int, flag: str) -> None:
 def fit(gathered: Gathered, variation: Variation, device: torch.device | str = "cpu") -> Fitted:
     """The bases of a variation, block by block of channels that share one."""
     moments, d = gathered.moments[variation.turned], gathered.geometry.head_dim
-    w = moments.mean.shape[-1]
-    E, D = torch.zeros_like(moments.scatter), torch.zeros_like(moments.scatter)
-    spectrum = torch.zeros_like(moments.mean)
+    scatter, mean = torch.stack(moments.scatter), torch.stack(moments.mean)
+    w, spectrum = mean.shape[-1], torch.zeros_like(mean)
+    E, D = torch.zeros_like(scatter), torch.zeros_like(scatter)
     for layer in range(len(E)):
         covariance = moments.covariance(layer)
         metric = _metric(moments.metrics["fisher"][layer], variation.metric, d)
@@ -222,7 +224,7 @@ def fit(gathered: Gathered, variation: Variation, device: torch.device | str = "
             E[layer][square], D[layer][square], spectrum[layer][:, own] = found.E, found.D, variances
     # One factor for the whole model, as the product has it, so that steps lie well inside what a scale's byte can say
     unit = spectrum.mean().clamp_min(1e-30).sqrt()
-    whole = [part.float().to(device) for part in (E / unit, D * unit, moments.mean)]
+    whole = [part.float().to(device) for part in (E / unit, D * unit, mean)]
     transforms = [
         JointTransform(*parts, rotary=TURNS[variation.turned](rotary))
         for *parts, rotary in zip(*whole, gathered.rotary, strict=True)

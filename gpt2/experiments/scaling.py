@@ -241,18 +241,22 @@ def _gradient_bytes(config: PretrainedConfig, geometry: Geometry) -> float:
     moments = [Moments.zeros(geometry) for _ in range(2)]
     windows = random_tokens(loaded, 1, SINK_TOKENS + cost_model.BLOCK, seed=0)
     found = collect_fisher(loaded, windows, Statistics(*moments), SINK_TOKENS, multi_head_bases())
-    return float(sum(m.metrics["fisher"].nbytes for m in moments) + sum(map(measured_bytes, found.values())))
+    return float(sum(_nbytes(m.metrics["fisher"]) for m in moments) + sum(map(measured_bytes, found.values())))
 
 
 def moments_bytes(moments: Moments) -> int:
     """Bytes of all statistics of some moments."""
-    parts = (moments.count, moments.mean, moments.scatter, *moments.metrics.values())
-    return sum(part.nbytes for part in parts)
+    parts = (moments.mean, moments.scatter, *moments.metrics.values())
+    return moments.count.nbytes + sum(map(_nbytes, parts))
+
+
+def _nbytes(parts: Sequence[Tensor | None]) -> int:
+    return sum(part.nbytes for part in parts if part is not None)
 
 
 def measured_bytes(statistics: MultiHeadStatistics) -> int:
     """Bytes of the statistics and sample blocks of a multi-head basis."""
-    return moments_bytes(statistics.moments) + statistics.blocks.nbytes
+    return moments_bytes(statistics.moments) + _nbytes(statistics.blocks)
 
 
 def saved_bytes(loaded: LoadedModel, tokens: int) -> float:

@@ -46,7 +46,7 @@ class CodecSearch(Search):
     budget: float
 
     def factory(self, candidate: Choice) -> CacheFactory:
-        return self.caches(candidate.plan(self.loaded.geometry.num_layers), **candidate.windows)
+        return self.caches(candidate.plan(self.loaded.geometry), **candidate.windows)
 
     def preset_keys(self, candidate: Choice) -> dict:
         return {key: value for key, value in candidate.record().items() if key != "family"}

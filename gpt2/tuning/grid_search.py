@@ -18,6 +18,7 @@ from gpt2.compression.codecs import full_rank, needs_calibration, quantizer_for_
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.settings import TARGETS, Plan, Setting, plan_record, uniform
 from gpt2.evaluation.perplexity import CacheFactory
+from gpt2.models.geometry import Geometry
 from gpt2.tuning.layer_sensitivity import ablate, plans
 from gpt2.tuning.measurement import Search
 from gpt2.tuning.trial_queue import TrialQueue, key_of
@@ -47,10 +48,10 @@ class Cell:
         layers = tuple(tuple(plan[side]) for side in SIDES)
         return cls(min(s.rank for s in used), min(s.bits for s in used), layers)
 
-    def plan(self, target: str, codec: str, num_layers: int) -> Plan:
-        """What each layer is stored with."""
+    def plan(self, target: str, codec: str, geometry: Geometry | int) -> Plan:
+        """What each layer is stored with; geometry: as `settings.uniform` takes it."""
         if self.layers is None:
-            return uniform(target, num_layers, Setting(codec, self.rank, self.bits))
+            return uniform(target, geometry, Setting(codec, self.rank, self.bits))
         return {side: list(settings) for side, settings in zip(SIDES, self.layers, strict=True)}
 
     def record(self) -> dict:
@@ -128,7 +129,7 @@ class GridSearch(Search):
         return super().key(text_sha256) | own
 
     def _plan(self, cell: Cell) -> Plan:
-        return cell.plan(self.target, self.codec, self.loaded.geometry.num_layers)
+        return cell.plan(self.target, self.codec, self.loaded.geometry)
 
     def ablate(self, cells: Sequence[Cell], path: Path, text_sha256: str, provenance: dict) -> list[dict]:
         """Every layer alone in the setting of every cell, on a quarter of the tuning text; resumes and writes `path`.

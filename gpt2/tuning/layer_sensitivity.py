@@ -28,7 +28,7 @@ from gpt2.compression.codecs import Compressor
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.settings import TARGETS, Plan, Setting, build, uniform
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
-from gpt2.models.geometry import Geometry
+from gpt2.models.geometry import Geometry, Shape
 from gpt2.models.loading import LoadedModel
 
 ROW = {"side", "layer", "codec", "rank", "bits", "bytes_per_token", "kl_nats", "ppl_delta"}
@@ -55,16 +55,17 @@ def ablate(
     """
     rows = _known(path, key)
     done = {(row["side"], row["layer"], _setting(row)) for row in rows}
-    L, d = loaded.geometry.num_layers, loaded.geometry.head_dim
-    for layer in progress(range(L)):
+    geometry = loaded.geometry
+    for layer in progress(geometry.attention):
         todo = [(side, s) for side in TARGETS[target] for s in settings if (side, layer, s) not in done]
         if not todo:
             continue
         caches, sizes = {BASELINE: baseline_factory(loaded)}, {}
         for side, setting in todo:
-            k, v = build(uniform(side, L, setting, [layer]), d, calibration, device=loaded.device)
+            k, v = build(uniform(side, geometry, setting, [layer]), geometry, calibration, device=loaded.device)
             caches[f"{side} {setting}"] = partial(CompressedDynamicCache, k, v, sink_tokens=sink_tokens)
-            sizes[side, setting] = _bytes_per_token((k if side == "k" else v)[layer], loaded.geometry)
+            shape = geometry.layers[layer].side(side)
+            sizes[side, setting] = _bytes_per_token((k if side == "k" else v)[layer], shape)
         scores = score(loaded, segments, caches, **scoring)
         for side, setting in todo:
             figures = {"bytes_per_token": sizes[side, setting]}
@@ -123,7 +124,8 @@ def _choices(rows: Sequence[dict], geometry: Geometry) -> dict[tuple[str, int], 
     """(side, layer) to the ways of storing it; the first is the model's own vectors in 16 bits."""
     items: dict[tuple[str, int], list[Option]] = {}
     for row in rows:
-        options = items.setdefault((row["side"], row["layer"]), [Option(None, 0.0, _plain(geometry))])
+        plain = geometry.layers[row["layer"]].side(row["side"]).size * 2.0
+        options = items.setdefault((row["side"], row["layer"]), [Option(None, 0.0, plain)])
         # Noise makes tiny losses negative; on another text they would not be gains
         options.append(Option(_setting(row), max(row["kl_nats"], 0.0), row["bytes_per_token"]))
     return items
@@ -149,12 +151,8 @@ def _plan(picks: dict[tuple[str, int], Option], num_layers: int) -> Plan:
     return {side: [setting(side, layer) for layer in range(num_layers)] for side in SIDES}
 
 
-def _plain(geometry: Geometry) -> float:
-    return geometry.num_kv_heads * geometry.head_dim * 2.0
-
-
-def _bytes_per_token(compressor: Compressor, geometry: Geometry, tokens: int = 256) -> float:
+def _bytes_per_token(compressor: Compressor, shape: Shape, tokens: int = 256) -> float:
     """Bytes per token that a compressor stores of one layer's K or V of a 16-bit model."""
     make = partial(CompressedDynamicCache, [compressor], [compressor], sink_tokens=0)
-    one_layer = Geometry.uniform(1, geometry.num_kv_heads, geometry.head_dim)
+    one_layer = Geometry.uniform(1, shape.heads, shape.width)
     return held_bytes(make, one_layer, tokens) / 2 / tokens  # K and V alike

@@ -65,7 +65,7 @@ class Search(ABC):
 
     def caches(self, plan: Plan, **windows: int) -> CacheFactory:
         """Caches of a plan, which share their compressors. windows: as CompressedDynamicCache takes them."""
-        k, v = build(plan, self.loaded.geometry.head_dim, self.calibration, device=self.loaded.device)
+        k, v = build(plan, self.loaded.geometry, self.calibration, device=self.loaded.device)
         return partial(CompressedDynamicCache, k, v, **windows)
 
     def ratio(self, candidate: Candidate) -> float:

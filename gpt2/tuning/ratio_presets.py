@@ -130,8 +130,7 @@ def factory(
     loaded: LoadedModel, calibration: Calibration, bits: float, quantizer: str, sink_tokens: int
 ) -> CacheFactory:
     """Caches with so many bits per coordinate, which share their compressors."""
-    L = loaded.geometry.num_layers
-    k, v = compressors_for("kv", bits, L, calibration, quantizer=quantizer, device=loaded.device)
+    k, v = compressors_for("kv", bits, None, calibration, quantizer=quantizer, device=loaded.device)
     return partial(CompressedDynamicCache, k, v, sink_tokens=sink_tokens)
 
 

@@ -20,6 +20,7 @@ from gpt2.compression.codecs import (
     full_rank,
 )
 from gpt2.compression.settings import TARGETS, Plan, Setting, uniform
+from gpt2.models.geometry import Geometry
 from gpt2.tuning.grid_search import default_rank_grid
 
 SPACE_FORMAT = 1  # raise it when a parameter's choices change: Optuna rejects other choices in the same study
@@ -70,9 +71,9 @@ class Choice:
     sink_tokens: int
     recent_tokens: int = 0
 
-    def plan(self, num_layers: int) -> Plan:
-        """The setting of each layer."""
-        return uniform(self.target, num_layers, self.setting)
+    def plan(self, geometry: Geometry | int) -> Plan:
+        """The setting of each layer; geometry: as `settings.uniform` takes it."""
+        return uniform(self.target, geometry, self.setting)
 
     @property
     def bits(self) -> float:
@@ -185,7 +186,7 @@ def usable(
             if family.calibrated and calibration is None:
                 raise PluginError(f"codec {family.codec} needs a calibration")
             if family.calibrated:
-                calibration.transform("v", 0, None, family.codec)
+                calibration.transform("v", calibration.geometry.attention[0], None, family.codec)
             full_rank(family.codec, head_dim)  # raises for a codec that would leave no coordinate of this head_dim
             found.append(name)
         except PluginError as error:

@@ -11,6 +11,7 @@ from gpt2.compression.calibration.file import save_calibration
 from gpt2.compression.compressed_cache import CompressedDynamicCache, IdentityCompressor, load_calibrated_compressors
 from gpt2.compression.presets.schema import parse
 from gpt2.compression.settings import Setting, build, needs_calibration_file, plan_record, uniform
+from gpt2.models.geometry import Geometry
 
 PROMPT = torch.arange(2, 42)[None]
 INT4, INT8 = Setting("identity", 12, 4), Setting("identity", 12, 8)
@@ -61,4 +62,4 @@ def test_a_setting_as_text(setting, text):
 
 def test_a_calibrated_codec_without_a_calibration_is_named():
     with pytest.raises(PluginError, match="layer 1, V: codec pca needs a calibration"):
-        build(uniform("v", 3, Setting("pca", 4), layers=[1]), head_dim=12)
+        build(uniform("v", 3, Setting("pca", 4), layers=[1]), Geometry.uniform(3, 2, 12))

@@ -17,6 +17,7 @@ from gpt2.compression.settings import compressors_for
 from gpt2.evaluation import needle
 from gpt2.evaluation.needle_prompts import Needles
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
+from gpt2.models.geometry import Geometry
 from gpt2.report import plots
 
 LENGTH = 320
@@ -33,7 +34,7 @@ def builder(reader, haystack):
 
 
 def lossy(bits: int = 4):
-    return lambda: CompressedDynamicCache(*compressors_for("kv", bits, 3, None), sink_tokens=0)
+    return lambda: CompressedDynamicCache(*compressors_for("kv", bits, Geometry.uniform(3, 2, 12)), sink_tokens=0)
 
 
 def caches(loaded) -> dict:

@@ -13,6 +13,7 @@ from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.settings import compressors_for
 from gpt2.evaluation.perplexity import BASELINE, Scores, baseline_factory, compare, score
+from gpt2.models.geometry import Geometry
 
 SEGMENTS = torch.randint(2, 97, (3, 65), generator=torch.Generator().manual_seed(0))
 
@@ -27,7 +28,7 @@ def identity():
 
 
 def lossy(bits: int = 4, target: str = "kv"):
-    return lambda: CompressedDynamicCache(*compressors_for(target, bits, 3, None))
+    return lambda: CompressedDynamicCache(*compressors_for(target, bits, Geometry.uniform(3, 2, 12)))
 
 
 @torch.no_grad()

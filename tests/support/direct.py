@@ -8,6 +8,7 @@ from tiny import windows
 from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention, is_enabled
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.settings import Setting, build
+from gpt2.models.geometry import Geometry
 
 SETTINGS = {
     "identity": None,
@@ -29,7 +30,7 @@ def cache_of(model, k: Setting | None, v: Setting | None, **how) -> CompressedDy
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     L = config.num_hidden_layers
-    return CompressedDynamicCache(*build({"k": [k] * L, "v": [v] * L}, head_dim), **how)
+    return CompressedDynamicCache(*build({"k": [k] * L, "v": [v] * L}, Geometry.uniform(L, 1, head_dim)), **how)
 
 
 def both(model, make, run):

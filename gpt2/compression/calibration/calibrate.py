@@ -14,7 +14,7 @@ import transformers
 from gpt2.common.errors import PluginError
 from gpt2.common.processes import ALONE, Processes
 from gpt2.compression.calibration.fisher import collect_fisher
-from gpt2.compression.calibration.fit import Calibration, fit
+from gpt2.compression.calibration.fit import Calibration, fit, geometry_record
 from gpt2.compression.calibration.multi_head_fit import fit_multi_head
 from gpt2.compression.calibration.statistics import collect
 from gpt2.compression.codecs import basis_of, full_rank, multi_head_bases, needs_calibration, takes_gradients
@@ -51,10 +51,11 @@ def calibrate(
     """
     if not needs_calibration(codec):
         raise PluginError(f"codec {codec} needs no calibration: give its name to a preset or to the tuner as it is")
-    head_dim, most = loaded.geometry.head_dim, full_rank(codec, loaded.geometry.head_dim)
+    widest = max(shape.width for _, _, shape in loaded.geometry.sides())  # a rank is cut where a layer has fewer
+    most = full_rank(codec, widest)
     if not 1 <= rank <= most:
-        limit = "" if most == head_dim else f", of which {codec} stores {most}"
-        raise PluginError(f"rank {rank} is out of range: {loaded.spec} has head_dim {head_dim}{limit}")
+        limit = "" if most == widest else f", of which {codec} stores {most}"
+        raise PluginError(f"rank {rank} is out of range: {loaded.spec} has head_dim {widest}{limit}")
     loaded.require_context(seq_len)
     basis = basis_of(codec)
     if basis.multi_head and seq_len < sink_tokens + BLOCK:
@@ -62,6 +63,8 @@ def calibrate(
             f"codec {codec} is tried on blocks of {BLOCK} tokens behind the sinks: --seq-len {seq_len} is too "
             f"short, give {sink_tokens + BLOCK} or more"
         )
+    if basis.multi_head and (reason := basis.misfit(loaded.geometry)):
+        raise PluginError(reason)
     metric = metric or basis.metric
     if basis.gradients and not takes_gradients(metric):
         raise PluginError(
@@ -79,17 +82,16 @@ def calibrate(
     statistics = None if compact else collect(loaded, progress(own), sink_tokens, processes=processes)
     fitted = {}
     if takes_gradients(metric):
+        every = {name: other for name, other in multi_head_bases().items() if not other.misfit(loaded.geometry)}
         gathered = collect_fisher(
-            loaded, windows, statistics, sink_tokens, {codec: basis} if compact else multi_head_bases(),
+            loaded, windows, statistics, sink_tokens, {codec: basis} if compact else every,
             seed=seed, checkpointing=checkpointing, progress=progress, processes=processes,
         )  # fmt: skip
         # In windows shorter than a block there is only the metric of single heads
-        fitted = {name: fit_multi_head(own) for name, own in gathered.items() if own.blocks.shape[2]}
+        fitted = {name: fit_multi_head(own) for name, own in gathered.items() if own.sampled}
     meta = calibration_key(loaded, text, samples, seq_len, seed, sink_tokens) | {
         "model": loaded.spec,
-        "num_layers": loaded.geometry.num_layers,
-        "head_dim": loaded.geometry.head_dim,
-        "num_kv_heads": loaded.geometry.num_kv_heads,
+        **geometry_record(loaded.geometry),
         "rank": rank,
         "codec": codec,
         "metric": metric,

@@ -11,17 +11,19 @@ import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from gpt2.common import files, tensor_file
-from gpt2.common.errors import CalibrationNotFound, PluginError
+from gpt2.common.errors import BadArtefact, CalibrationNotFound, PluginError
 from gpt2.common.schema import Anything, Checked, Default, Kind, OneOf, Plain, Record, TensorOf, Text, Whole, parse
-from gpt2.compression.calibration.fit import Calibration
+from gpt2.compression.calibration.fit import Calibration, geometry_of
 from gpt2.compression.calibration.multi_head_fit import LARGEST, multi_head_from, multi_head_schema
+from gpt2.compression.calibration.stacks import Stacks
 from gpt2.compression.calibration.statistics import Statistics
 from gpt2.compression.codecs import basis_of, full_rank, multi_head_bases, needs_calibration
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.codecs.moments import Moments
-from gpt2.models.geometry import Geometry
+from gpt2.models.geometry import LAYERS, Geometry, Shape
 
 FORMAT = "kv-plugin-calibration/1"
 REMEDY = "make the file again"
@@ -40,6 +42,7 @@ META = {
     "num_layers": _SIZE,
     "num_kv_heads": _SIZE,
     "head_dim": _SIZE,
+    "layers": Default(LAYERS),  # where not all are alike
     "rank": Whole(1),
     "codec": Checked(Text(200), _check_calibrated),
     "sink_tokens": Whole(0),
@@ -57,20 +60,18 @@ META = {
 
 def save_calibration(calibration: Calibration, path: str | Path) -> Path:
     """Write a calibration atomically, as `.pt` or `.safetensors`."""
-    record = {"format": FORMAT, "meta": calibration.meta}
+    record, geometry = {"format": FORMAT, "meta": calibration.meta}, calibration.geometry
     if calibration.statistics is not None:
-        record |= {"bases": calibration.bases, "statistics": _statistics_record(calibration.statistics)}
-    record |= {name: codec.record() for name, codec in calibration.multi_head.items()}
+        record |= {"bases": {}, "statistics": {"metrics": {}}}
+        for side in SIDES:
+            stacks, moments = Stacks(geometry, side), getattr(calibration.statistics, side)
+            own = {"mean": stacks.stacked(moments.mean), "scatter": stacks.stacked(moments.scatter)}
+            record["statistics"] |= {f"{side}_{name}": part for name, part in (own | {"count": moments.count}).items()}
+            metrics = {name: stacks.stacked(metric) for name, metric in moments.metrics.items()}
+            record["statistics"]["metrics"][side] = metrics
+            record["bases"][side] = {name: stacks.stacked(part) for name, part in calibration.bases[side].items()}
+    record |= {name: codec.record(geometry) for name, codec in calibration.multi_head.items()}
     return tensor_file.write(path, record)
-
-
-def _statistics_record(statistics: Statistics) -> dict:
-    record: dict = {"metrics": {}}
-    for side in SIDES:
-        moments = getattr(statistics, side)
-        record |= {f"{side}_{name}": getattr(moments, name) for name in ("count", "mean", "scatter")}
-        record["metrics"][side] = dict(moments.metrics)
-    return record
 
 
 def load_calibration(path: str | Path) -> Calibration:
@@ -88,43 +89,89 @@ def _calibration_from(record: dict, path: Path) -> Calibration:
     """The calibration that a record holds, once all of it has been checked."""
     head = Record({"format": OneOf((FORMAT,)), "meta": Record(META, Plain())}, Anything())
     meta = parse(record, head, path, remedy=REMEDY)["meta"]
-    geometry = Geometry.uniform(meta["num_layers"], meta["num_kv_heads"], meta["head_dim"])
+    geometry = geometry_of(meta)
+    checked = Record({"layers": Default(Checked(Anything(), lambda _: _check_layers(geometry, meta)))}, Anything())
+    parse(record, Record({"meta": checked}, Anything()), path, remedy=REMEDY)
     bases = {name: basis for name, basis in multi_head_bases().items() if name in (*record, meta["codec"])}
-    fields: dict[str, Kind] = {"meta": Record({"rank": Whole(1, geometry.head_dim)}, Anything())}
+    for reason in filter(None, (basis.misfit(geometry) for basis in bases.values())):
+        raise BadArtefact(f"{path}: {reason}: {REMEDY}")
+    widest = max(shape.width for _, _, shape in geometry.sides())
+    fields: dict[str, Kind] = {"meta": Record({"rank": Whole(1, widest)}, Anything())}
     fields |= {name: multi_head_schema(basis, geometry) for name, basis in bases.items()}
     compact = bool(bases) and "statistics" not in record
     if not compact:
         fields |= _whole_schema(meta["codec"], geometry)
     parsed = parse(record, Record(fields, Anything()), path, remedy=REMEDY)
     multi_head = {
-        name: multi_head_from(parsed[name], basis, record[name]["E"].dtype == torch.float16, str(path))
+        name: multi_head_from(parsed[name], basis, geometry, _half(record[name]["E"]), str(path))
         for name, basis in bases.items()
     }
     if compact:
         return Calibration(meta, None, {}, multi_head)
-    own = parsed["statistics"]
-    k, v = (
-        Moments(own[f"{side}_count"], own[f"{side}_mean"], own[f"{side}_scatter"], own["metrics"].get(side, {}))
-        for side in SIDES
-    )
-    return Calibration(meta, Statistics(k, v), {side: parsed["bases"][side] for side in SIDES}, multi_head)
+    own, bases, statistics = parsed["statistics"], {}, {}
+    for side in SIDES:
+        stacks = Stacks(geometry, side)
+        mean, scatter = (stacks.apart(own[f"{side}_{name}"]) for name in ("mean", "scatter"))
+        metrics = {name: stacks.apart(metric) for name, metric in own["metrics"].get(side, {}).items()}
+        statistics[side] = Moments(own[f"{side}_count"], mean, scatter, metrics)
+        bases[side] = {name: stacks.apart(part) for name, part in parsed["bases"][side].items()}
+    return Calibration(meta, Statistics(**statistics), bases, multi_head)
+
+
+def _half(E: Tensor | list[Tensor]) -> bool:
+    """Whether a multi-head basis is held in half precision."""
+    return (E if isinstance(E, Tensor) else E[0]).dtype == torch.float16
+
+
+def _check_layers(geometry: Geometry, meta: dict) -> None:
+    """Raise PluginError unless layers of a file have the shapes of their kinds, and agree with the numbers beside."""
+    if geometry.num_layers != meta["num_layers"]:
+        raise PluginError(f"expected {meta['num_layers']} layers, as num_layers says, found {geometry.num_layers}")
+    for index, layer in enumerate(geometry.layers):
+        shapes = (layer.k, layer.v)
+        if None in shapes if layer.attends else any(shapes):
+            expected = "shapes of K and V" if layer.attends else "no shapes"
+            raise PluginError(f"layer {index}: expected {expected} for {layer.kind}, found {layer}")
+    if not geometry.attention:
+        raise PluginError("expected a layer that keeps K and V, found none")
+    for name in ("head_dim", "num_kv_heads"):
+        if getattr(geometry, name) != meta[name]:
+            raise PluginError(f"expected {name} {meta[name]} in the first layer with K and V, found "
+                              f"{getattr(geometry, name)}")  # fmt: skip
 
 
 def _whole_schema(codec: str, geometry: Geometry) -> dict[str, Kind]:
     """What a whole calibration has beside multi-head bases: bases in single precision, statistics in double."""
-    L, H, d = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
-    r = full_rank(basis_of(codec).per_head, d)
-    shapes = {"mean": (L, H, d), "E": (L, H, d, r), "D": (L, H, r, d), "spectrum": (L, H, r)}
-    basis = Record({name: TensorOf(shape, LARGEST) for name, shape in shapes.items()})
-    # The largest are sums of squares that are weighted by squares
-    sums = {name: TensorOf(shape, LARGEST**4, dtype=torch.float64)
-            for name, shape in {"count": (L,), "mean": (L, H, d), "scatter": (L, H, d, d)}.items()}  # fmt: skip
-    metrics = Record({side: Default(Record(others=sums["scatter"])) for side in SIDES})
-    statistics = {f"{side}_{name}": kind for side in SIDES for name, kind in sums.items()}
-    return {
-        "bases": Record(dict.fromkeys(SIDES, basis)),
-        "statistics": Record({**statistics, "metrics": Default(metrics, {})}, Anything()),  # older files have more
+    codec = basis_of(codec).per_head
+
+    def rank(shape: Shape) -> int:
+        return full_rank(codec, shape.width)
+
+    basis_sizes = {
+        "mean": lambda s: (s.heads, s.width),
+        "E": lambda s: (s.heads, s.width, rank(s)),
+        "D": lambda s: (s.heads, rank(s), s.width),
+        "spectrum": lambda s: (s.heads, rank(s)),
     }
+    bases, statistics, metrics = {}, {}, {}
+    for side in SIDES:
+        stacks = Stacks(geometry, side)
+        bases[side] = Record({name: stacks.kind(sizes, LARGEST) for name, sizes in basis_sizes.items()})
+        # The largest are sums of squares that are weighted by squares
+        sums = {"below": LARGEST**4, "dtype": torch.float64}
+        statistics[f"{side}_count"] = TensorOf((geometry.num_layers,), **sums)
+        statistics[f"{side}_mean"] = stacks.kind(basis_sizes["mean"], **sums)
+        statistics[f"{side}_scatter"] = stacks.kind(_square, **sums)
+        metrics[side] = Default(Record(others=stacks.kind(_square, nullable=True, **sums)))
+    return {
+        "bases": Record(bases),
+        # Older files have more
+        "statistics": Record({**statistics, "metrics": Default(Record(metrics), {})}, Anything()),
+    }
+
+
+def _square(shape: Shape) -> tuple[int, int, int]:
+    return shape.heads, shape.width, shape.width
 
 
 def calibration_folders() -> list[Path]:

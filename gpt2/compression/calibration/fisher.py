@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gpt2.common.errors import PluginError
 from gpt2.common.processes import ALONE, Processes
-from gpt2.compression.calibration.statistics import MetricSums, MultiHeadStatistics, Statistics, Tap
+from gpt2.compression.calibration.statistics import MetricSums, MultiHeadStatistics, Statistics, tapped
 from gpt2.compression.codecs import MultiHead, rope
 from gpt2.compression.codecs.base import HALF_MAX
 from gpt2.compression.codecs.formats import BLOCK
@@ -62,7 +62,7 @@ def collect_fisher(
                 nn.functional.cross_entropy(logits.float(), labels, reduction="sum").backward()
     if heads:
         heads.put_into(statistics, processes)
-    return {name: own.statistics(loaded.geometry.head_dim, processes) for name, own in gathered.items()}
+    return {name: own.statistics(processes) for name, own in gathered.items()}
 
 
 def drawn_labels(logits: Tensor, seed: int, window: int) -> Tensor:
@@ -75,17 +75,20 @@ def drawn_labels(logits: Tensor, seed: int, window: int) -> Tensor:
 
 
 def detect_rotary(loaded: LoadedModel, window: Tensor, sink_tokens: int) -> list[Rotary]:
-    """Per layer, the rotation that explains its keys best; none where positions aren't rotary."""
-    choices = rope.candidates(loaded.model, loaded.geometry.head_dim)
-    found: dict[int, Rotary] = {}
+    """Per layer, the rotation that explains its keys best; none where positions aren't rotary, or there are no keys."""
+    choices = {
+        width: rope.candidates(loaded.model, width)
+        for width in {loaded.geometry.layers[layer].k.width for layer in loaded.geometry.attention}
+    }
+    found = [rope.NONE] * loaded.geometry.num_layers
 
     def record(layer: int, k: Tensor, v: Tensor) -> None:
-        found[layer] = rope.best_fit(k[0, :, sink_tokens:].cpu(), sink_tokens, choices)
+        found[layer] = rope.best_fit(k[0, :, sink_tokens:].cpu(), sink_tokens, choices[k.shape[-1]])
 
     with torch.no_grad():
-        cache = Tap(record)
+        cache = tapped(loaded.model, record)
         loaded.model.base_model(input_ids=window[None].to(loaded.device), past_key_values=cache, use_cache=True)
-    return [found[layer] for layer in range(loaded.geometry.num_layers)]
+    return found
 
 
 @dataclass
@@ -113,7 +116,7 @@ class _Arrivals:
     """Pairs up gradients of K and V, layer by layer as the backward pass comes to them, and hands them to `takers`."""
 
     def __init__(self, geometry: Geometry, sink_tokens: int, takers: Sequence[MetricSums | _Gathered]):
-        self.layers, self.sink_tokens, self.takers = range(geometry.num_layers), sink_tokens, takers
+        self.geometry, self.sink_tokens, self.takers = geometry, sink_tokens, takers
         self.window = 0
         self.missing: set[int] = set()  # layers of the window that runs
         self.waiting: dict[int, dict[str, Tensor]] = {}
@@ -121,7 +124,7 @@ class _Arrivals:
     @contextmanager
     def of_window(self, number: int):
         """Around the passes over one window. Raises PluginError where the gradients of a layer don't come."""
-        self.window, self.missing = number, set(self.layers)
+        self.window, self.missing = number, set(self.geometry.attention)
         yield
         if self.missing:
             raise PluginError(
@@ -130,7 +133,13 @@ class _Arrivals:
             )
 
     def watch(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Ask for the gradients of one layer's k, v [1, H, T, d]."""
+        """Ask for the gradients of one layer's k, v [1, H, T, d]. Raises PluginError where these aren't its own."""
+        own = self.geometry.layers[layer]
+        if any(shape is None or x.shape[1::2] != (shape.heads, shape.width) for shape, x in ((own.k, k), (own.v, v))):
+            raise PluginError(
+                f"layer {layer}: its attention doesn't read K and V as the cache has them: leave "
+                "--gradient-checkpointing out"
+            )
         kept = k.detach(), v.detach()  # a hook that held k or v itself would be held by it: never freed
         for side, x in (("k", k), ("v", v)):
             if x.requires_grad:
@@ -155,8 +164,11 @@ class _Gathered:
         shape = basis.shape(geometry)
         self.basis, self.rotary, self.sink_tokens, self.sample = basis, rotary, sink_tokens, sample
         self.moments, self.metric = Moments.zeros(shape), SecondMoments.zeros(shape)
-        blocks = (shape.num_layers, shape.num_kv_heads, len(sample.blocks), BLOCK, shape.head_dim)
-        self.blocks = torch.zeros(blocks, dtype=torch.float16)
+        self.blocks = [
+            own.k and torch.zeros(own.k.heads, len(sample.blocks), BLOCK, own.k.width, dtype=torch.float16)
+            for own in shape.layers
+        ]
+        self.head_widths = basis.head_widths(geometry)
 
     def add(self, layer: int, seen: Seen) -> None:
         """Take in one layer of a window."""
@@ -171,20 +183,23 @@ class _Gathered:
             self.metric.update(index, w[0])
             blocks = x[0, :, : x.shape[2] // BLOCK * BLOCK].unflatten(1, (-1, BLOCK))
             own = blocks[:, self.sample.blocks[places]].clamp(-HALF_MAX, HALF_MAX)
-            self.blocks[index, :, places] = own.half().cpu()
+            self.blocks[index][:, places] = own.half().cpu()
 
-    def statistics(self, head_dim: int, processes: Processes) -> MultiHeadStatistics:
+    def statistics(self, processes: Processes) -> MultiHeadStatistics:
         """Of all processes' windows."""
         self.moments.add_up(processes)
-        metric, blocks = self.metric.mean(processes), processes.total(self.blocks)
-        self.moments.metrics[self.basis.metric] = metric * self._shares(head_dim)
-        rotary = self.rotary if self.basis.unrotated else []
-        return MultiHeadStatistics(self.basis, self.moments, rotary, blocks.flatten(2, 3))
+        self.moments.metrics[self.basis.metric] = [
+            None if metric is None else metric * _shares(metric.shape[-1], head_width)
+            for metric, head_width in zip(self.metric.mean(processes), self.head_widths, strict=True)
+        ]
+        blocks = [None if own is None else processes.total(own).flatten(1, 2) for own in self.blocks]
+        return MultiHeadStatistics(self.basis, self.moments, self.rotary if self.basis.unrotated else [], blocks)
 
-    def _shares(self, d: int) -> Tensor:
-        """1 within the channels of one head's K or V, CROSS_HEAD_SHARE between them, [w, w]."""
-        within = torch.block_diag(*[torch.ones(d, d, dtype=torch.float64)] * (self.blocks.shape[-1] // d))
-        return CROSS_HEAD_SHARE + (1 - CROSS_HEAD_SHARE) * within
+
+def _shares(w: int, head_width: int) -> Tensor:
+    """1 within the channels of one head's K or V, CROSS_HEAD_SHARE between them, [w, w]."""
+    within = torch.block_diag(*[torch.ones(head_width, head_width, dtype=torch.float64)] * (w // head_width))
+    return CROSS_HEAD_SHARE + (1 - CROSS_HEAD_SHARE) * within
 
 
 @contextmanager
@@ -204,7 +219,7 @@ def _without_parameter_gradients(model: nn.Module):
 @contextmanager
 def _through_the_cache(model: nn.Module, watch: Callable[[int, Tensor, Tensor], None]):
     """Yields a function from tokens [1, T] to logits, under which `watch` sees each layer's K and V."""
-    yield lambda tokens: model(tokens, past_key_values=Tap(watch), use_cache=True).logits
+    yield lambda tokens: model(tokens, past_key_values=tapped(model, watch), use_cache=True).logits
 
 
 @contextmanager

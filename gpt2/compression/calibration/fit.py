@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,43 +10,52 @@ from torch import Tensor
 from gpt2.common.errors import BadArtefact, PluginError
 from gpt2.compression.calibration.multi_head_fit import MultiHeadFit
 from gpt2.compression.calibration.statistics import Statistics
-from gpt2.compression.codecs import Quantizer, Transform, basis_of
+from gpt2.compression.codecs import BASES, Quantizer, Transform, basis_of
 from gpt2.compression.codecs.moments import Moments
-from gpt2.models.geometry import Geometry
+from gpt2.models.geometry import LAYERS, Geometry
 
 
 @dataclass(eq=False)  # by identity, so that it can be a key of what is made of it
 class Calibration:
     """Contents of a calibration file. A compact one has neither `statistics` nor `bases`, but one multi-head basis.
 
-    `bases[side]` has mean [L, H, d], E [L, H, d, r], D [L, H, r, d], spectrum [L, H, r], with r the full rank of
-    `basis_codec`. multi_head: fitted bases that heads share, by name; there are some where gradients were taken.
+    `bases[side]` has, for every layer, mean [H, d], E [H, d, r], D [H, r, d] and spectrum [H, r], with r the full rank
+    of `basis_codec`; None for layers without K and V. multi_head: fitted bases that heads share, by name; there are
+    some where gradients were taken.
     """
 
     meta: dict
     statistics: Statistics | None
-    bases: dict[str, dict[str, Tensor]]
+    bases: dict[str, dict[str, list[Tensor | None]]]
     multi_head: dict[str, MultiHeadFit] = field(default_factory=dict)
-    _others: dict[tuple[str, str], dict[str, Tensor]] = field(default_factory=dict, repr=False)
+    _others: dict[tuple[str, int, str], Transform] = field(default_factory=dict, repr=False)
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry.uniform(self.meta["num_layers"], self.meta["num_kv_heads"], self.meta["head_dim"])
+        """The layers of the calibrated model's cache."""
+        return geometry_of(self.meta)
 
     @property
     def basis_codec(self) -> str:
         """Codec of `bases`: the file's own, or where heads share that one, the basis of single heads in its metric."""
         return basis_of(self.meta["codec"]).per_head
 
-    def energies(self) -> dict[str, Tensor]:
+    def energies(self) -> dict[str, list[Tensor | None]]:
         """Share of the variance that the first r coordinates keep, all of it where there is none.
 
-        Of `bases`, "k" and "v" [L, H, d]; of a compact file's codec "kv", or "k" and "v", [L, G, w].
+        Of `bases`, "k" and "v", for every layer [H, d]; of a compact file's codec "kv", or "k" and "v", [G, w]. None
+        for layers without K and V.
         """
+
+        def energy(spectrum: Tensor | None) -> Tensor | None:
+            if spectrum is None:
+                return None
+            kept = spectrum.double().cumsum(-1)
+            return torch.where(kept[..., -1:] > 0, kept / kept[..., -1:], torch.ones_like(kept))
+
         spectra = {side: basis["spectrum"] for side, basis in self.bases.items()}
         spectra = spectra or self.fit_of(self.meta["codec"]).spectra()
-        kept = {side: spectrum.double().cumsum(-1) for side, spectrum in spectra.items()}
-        return {side: torch.where(x[..., -1:] > 0, x / x[..., -1:], torch.ones_like(x)) for side, x in kept.items()}
+        return {side: list(map(energy, own)) for side, own in spectra.items()}
 
     def transform(self, side: str, layer: int, rank: int | None = None, codec: str | None = None) -> Transform:
         """The transform of one layer's K or V (`side` "k" or "v"), on the CPU.
@@ -64,17 +72,28 @@ class Calibration:
                 f"{self.meta['codec']} only: use that, or calibrate without --compact"
             )
         if codec == self.basis_codec:
-            basis = self.bases[side]
+            whole = Transform(*(self.bases[side][name][layer] for name in ("E", "D", "mean")))
         else:
-            if (side, codec) not in self._others:
-                self._others[side, codec] = fit(codec, getattr(self.statistics, side))
-            basis = self._others[side, codec]
-        whole = Transform(*(basis[name][layer] for name in ("E", "D", "mean")))
+            if (side, layer, codec) not in self._others:
+                parts = fit_layer(codec, getattr(self.statistics, side), layer)
+                self._others[side, layer, codec] = Transform(*(parts[name] for name in ("E", "D", "mean")))
+            whole = self._others[side, layer, codec]
         return whole.truncate(min(self.meta["rank"], whole.rank) if rank is None else rank)
 
-    def quantizer(self, quantizer: Quantizer, side: str, layer: int, codec: str) -> Quantizer:
-        """A quantizer for one layer's K or V in a codec's basis, where its bits are meant on average over all."""
-        return self.fit_of(codec).quantizer(quantizer, layer, side) if basis_of(codec).multi_head else quantizer
+    def quantizer(
+        self, quantizer: Quantizer, side: str, layer: int, codec: str, context_length: int | None = None
+    ) -> Quantizer:
+        """A quantizer for one layer's K or V in a codec's basis, where its bits are meant on average over all.
+
+        context_length: tokens at which layers with a window count by what they hold; None where all layers count alike.
+        """
+        if not basis_of(codec).multi_head:
+            return quantizer
+        weights = None
+        if context_length is not None:
+            held = [max(layer.held(context_length), 1) for layer in self.geometry.layers]
+            weights = [tokens / context_length for tokens in held]
+        return self.fit_of(codec).quantizer(quantizer, layer, side, weights)
 
     def bits_range(self) -> tuple[float, float] | None:
         """Least and most bits that all of its multi-head bases can share out over layers; None where it has none."""
@@ -84,6 +103,8 @@ class Calibration:
     def fit_of(self, codec: str) -> MultiHeadFit:
         """A basis that heads share. Raises PluginError where no gradients were taken, or the file has another alone."""
         if codec not in self.multi_head:
+            if reason := BASES[codec].misfit(self.geometry):
+                raise PluginError(reason)
             if self.meta.get("compact"):
                 lacks = f"it has codec {self.meta['codec']} alone"
             else:
@@ -106,13 +127,27 @@ class Calibration:
             )
 
 
-def fit(codec: str, moments: Moments) -> dict[str, Tensor]:
+def geometry_of(meta: dict) -> Geometry:
+    """The geometry that a calibration's metadata describe: `layers`, or where all are alike three numbers."""
+    if "layers" in meta:
+        return Geometry.from_record(LAYERS.parse(meta["layers"], ("meta", "layers")))
+    return Geometry.uniform(meta["num_layers"], meta["num_kv_heads"], meta["head_dim"])
+
+
+def geometry_record(geometry: Geometry) -> dict:
+    """The inverse of `geometry_of`. The three numbers are of the first layer with K and V where layers differ."""
+    record = {name: getattr(geometry, name) for name in ("num_layers", "head_dim", "num_kv_heads")}
+    return record if geometry.alike else record | {"layers": geometry.record()}
+
+
+def fit(codec: str, moments: Moments) -> dict[str, list[Tensor | None]]:
     """Fit a codec's basis to every layer: mean, E, D, spectrum as in `Calibration.bases`, float32."""
-    basis = basis_of(codec)
-    fitted = [basis.fit(moments, layer) for layer in range(len(moments.count))]
+    fitted = [None if mean is None else fit_layer(codec, moments, layer) for layer, mean in enumerate(moments.mean)]
+    return {name: [parts and parts[name] for parts in fitted] for name in ("mean", "E", "D", "spectrum")}
 
-    def stacked(parts: Iterable[Tensor]) -> Tensor:
-        return torch.stack(list(parts)).float().contiguous()
 
-    parts = {name: stacked(getattr(transform, name) for transform, _ in fitted) for name in ("mean", "E", "D")}
-    return parts | {"spectrum": stacked(spectrum for _, spectrum in fitted)}
+def fit_layer(codec: str, moments: Moments, layer: int) -> dict[str, Tensor]:
+    """Fit a codec's basis to one layer: mean, E, D, spectrum."""
+    transform, spectrum = basis_of(codec).fit(moments, layer)
+    parts = {"mean": transform.mean, "E": transform.E, "D": transform.D, "spectrum": spectrum}
+    return {name: part.float().contiguous() for name, part in parts.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -9,14 +10,15 @@ import torch
 from torch import Tensor
 
 from gpt2.common.errors import BadArtefact, PluginError, brief
-from gpt2.common.schema import Anything, Checked, Kind, ListOf, OneOf, Record, TensorOf, Whole
+from gpt2.common.schema import Anything, Checked, EachOf, Kind, ListOf, OneOf, Record, TensorOf, Whole
 from gpt2.compression.calibration.bit_allocation import BitAllocation
+from gpt2.compression.calibration.stacks import Stacks
 from gpt2.compression.calibration.statistics import MultiHeadStatistics
 from gpt2.compression.codecs import MultiHead, Quantizer, Transform
 from gpt2.compression.codecs.formats import BLOCK, WIDTHS
 from gpt2.compression.codecs.mixed import COSTS, errors
 from gpt2.compression.codecs.rope import LAYOUTS, NONE, Rotary
-from gpt2.models.geometry import Geometry
+from gpt2.models.geometry import Geometry, LayerGeometry
 
 LARGEST = 1e15  # numbers in a file must be below it: those of real models are far smaller
 # Where K and V hardly vary, coordinates of other texts are taken to be at least so large: against the means, and
@@ -26,28 +28,31 @@ SMALLEST_SPREAD, SMALLEST_SIZE = 0.01, 2.0**-10
 
 @dataclass
 class MultiHeadFit:
-    """The N bases of all layers, as `basis` numbers them, for G groups of heads with w channels each.
+    """The bases of all layers, as `basis` numbers them, each for G groups of heads with w channels, in its own shape.
 
-    mean [N, G, w], E [N, G, w, w], spectrum [N, G, w]: variance of each coordinate. rotary: each layer's rotation,
-    empty where keys aren't un-rotated. half: whether a file holds E in half precision. where: the file that it is from,
-    for messages.
+    Of every basis mean [G, w], E [G, w, w] and spectrum [G, w], the variance of each coordinate; None for layers that
+    keep no K and V. rotary: each layer's rotation, empty where keys aren't un-rotated. half: whether a file holds E in
+    half precision. where: the file that it is from, for messages.
     """
 
     basis: MultiHead
-    mean: Tensor
-    E: Tensor
-    spectrum: Tensor
+    mean: Sequence[Tensor | None]
+    E: Sequence[Tensor | None]
+    spectrum: Sequence[Tensor | None]
     rotary: list[Rotary]
     allocation: BitAllocation
     half: bool = False
     where: str = "the calibration"
 
     @cached_property
-    def D(self) -> Tensor:
-        """The decoder: the inverse of E as it is stored, in whatever precision."""
+    def D(self) -> list[Tensor | None]:
+        """The decoders: the inverse of each E as it is stored, in whatever precision."""
+        return _of_each(self._inverse, self.E)
+
+    def _inverse(self, E: Tensor) -> Tensor:
         # One by one: PyTorch 2.13 with MKL fails on batches of large matrices when it has more threads than one
-        found = [torch.linalg.inv_ex(E) for E in self.E.double().flatten(0, 1)]
-        D = torch.stack([inverse for inverse, _ in found]).view_as(self.E).float()
+        found = [torch.linalg.inv_ex(own) for own in E.double()]
+        D = torch.stack([inverse for inverse, _ in found]).float()
         if any(failed for _, failed in found) or not bool(torch.isfinite(D).all()):
             raise BadArtefact(f"{self.where}: the basis has no inverse: make the calibration again")
         return D
@@ -58,76 +63,104 @@ class MultiHeadFit:
         rotary = self.rotary[layer] if self.rotary else NONE
         return self.basis.transform(side, self.E[i].float(), self.D[i], self.mean[i].float(), rotary)
 
-    def quantizer(self, quantizer: Quantizer, layer: int, side: str = "k") -> Quantizer:
-        """A quantizer for one layer's K or V, where its bits are meant on average over all."""
-        return quantizer.allocated(self.allocation, self.basis.basis_index(layer, side))
+    def quantizer(
+        self, quantizer: Quantizer, layer: int, side: str = "k", weights: Sequence[float] | None = None
+    ) -> Quantizer:
+        """A quantizer for one layer's K or V, where its bits are meant on average over all.
 
-    def spectra(self) -> dict[str, Tensor]:
-        """Variance of each coordinate by what has a basis in a layer: "kv", or "k" and "v"; [layers, G, w] each."""
+        weights: of each layer, the share of all tokens that it holds; None where all hold all.
+        """
+        allocation = self.allocation
+        if weights is not None:
+            allocation = allocation.weighted(tuple(w for w in weights for _ in range(self.basis.bases_per_layer)))
+        return quantizer.allocated(allocation, self.basis.basis_index(layer, side))
+
+    def spectra(self) -> dict[str, list[Tensor | None]]:
+        """Variance of each coordinate by what has a basis in a layer: "kv", or "k" and "v"; for every layer [G, w]."""
         sides = ("kv",) if self.basis.joint else ("k", "v")
-        return dict(zip(sides, self.spectrum.unflatten(0, (-1, len(sides))).unbind(1), strict=True))
+        return {side: list(self.spectrum[place :: len(sides)]) for place, side in enumerate(sides)}
 
     def compact(self) -> MultiHeadFit:
         """The same, with E as a file in half precision holds it."""
-        scale = self._scale()
-        return replace(self, E=(self.E / scale).half().float() * scale, half=True)
+        return replace(self, E=_of_each(lambda E: (E / _scale(E)).half().float() * _scale(E), self.E), half=True)
 
-    def _scale(self) -> Tensor:
-        """A power of two not below any number of a group's E, [N, G, 1, 1]: half precision then has range enough."""
-        return self.E.abs().amax((-1, -2), keepdim=True).clamp_min(1e-30).log2().ceil().exp2()
-
-    def record(self) -> dict:
-        """Tensors and plain types for a calibration file."""
-        E, scale = self.E / self._scale(), self._scale()
+    def record(self, geometry: Geometry) -> dict:
+        """Tensors and plain types for a calibration file of a model with these layers."""
+        stacks = Stacks(self.basis.shape(geometry))
+        E = _of_each(lambda E: (E / _scale(E)).to(torch.float16 if self.half else E.dtype), self.E)
         return {
-            "mean": self.mean,
-            "E": E.half() if self.half else E,
-            "scale": scale,
-            "spectrum": self.spectrum,
+            "mean": stacks.stacked(self.mean),
+            "E": stacks.stacked(E),
+            "scale": stacks.stacked(_of_each(_scale, self.E)),
+            "spectrum": stacks.stacked(self.spectrum),
             "frequencies": [rotary.frequencies for rotary in self.rotary],
             "layouts": [rotary.layout for rotary in self.rotary],
             "widths": list(WIDTHS),
-            "errors": self.allocation.errors,
+            "errors": stacks.stacked(self.allocation.errors),
             "prices": self.allocation.prices,
             "demand": self.allocation.demand,
         }
 
 
+def _scale(E: Tensor) -> Tensor:
+    """A power of two not below any number of a group's E, [G, 1, 1]: half precision then has range enough."""
+    return E.abs().amax((-1, -2), keepdim=True).clamp_min(1e-30).log2().ceil().exp2()
+
+
+def _of_each(change: Callable[[Tensor], Tensor], parts: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if part is None else change(part) for part in parts]
+
+
 def fit_multi_head(statistics: MultiHeadStatistics) -> MultiHeadFit:
     """Fit the bases of all layers, and measure on the sampled blocks what each width of code costs."""
-    if not statistics.blocks.shape[2]:
+    if not statistics.sampled:
         raise PluginError(f"quantization is tried on blocks of {BLOCK} tokens: give a longer --seq-len")
     moments = statistics.moments
-    fitted = [statistics.basis.fit(moments, i) for i in range(len(moments.count))]
-    spectrum = torch.stack([variances for _, variances in fitted])
-    E = torch.stack([transform.E for transform, _ in fitted])
-    unit = _unit(E, moments.mean, spectrum)
-    mean, E = moments.mean.float(), (E / unit).float()
-    # The coordinates of the sample, [1, G, T, w], basis by basis
-    coordinates = ((x.float() - mean[i, :, None]) @ E[i][None] for i, x in enumerate(statistics.blocks))
-    allocation = BitAllocation.measured([errors(z)[0] for z in coordinates])
-    return MultiHeadFit(statistics.basis, mean, E, (spectrum / unit**2).float(), statistics.rotary, allocation)
+    fitted = [None if mean is None else statistics.basis.fit(moments, i) for i, mean in enumerate(moments.mean)]
+    spectra = [found and found[1] for found in fitted]
+    Es = [found and found[0].E for found in fitted]
+    unit = _unit(*([part for part in parts if part is not None] for parts in (Es, moments.mean, spectra)))
+    means, Es = _of_each(Tensor.float, moments.mean), _of_each(lambda E: (E / unit).float(), Es)
+
+    def tried(x: Tensor | None, mean: Tensor | None, E: Tensor | None) -> Tensor | None:
+        """Errors of the sample of one basis, whose coordinates are [1, G, T, w]."""
+        return None if x is None else errors((x.float() - mean[:, None]) @ E[None])[0]
+
+    allocation = BitAllocation.measured([tried(*parts) for parts in zip(statistics.blocks, means, Es, strict=True)])
+    spectra = _of_each(lambda spectrum: (spectrum / unit**2).float(), spectra)
+    return MultiHeadFit(statistics.basis, means, Es, spectra, statistics.rotary, allocation)
 
 
-def _unit(E: Tensor, mean: Tensor, spectrum: Tensor) -> Tensor:
+def _unit(Es: list[Tensor], means: list[Tensor], spectra: list[Tensor]) -> Tensor:
     """One factor for the coordinates of the whole model, so that steps are well inside the range of a scale's byte.
 
     Where hardly anything varied, as in a text of one token, the size of the means and of the metric say how large other
-    texts' coordinates may be. E [N, G, w, w], mean and spectrum [N, G, w].
+    texts' coordinates may be. Of every basis E [G, w, w], mean and spectrum [G, w].
     """
-    of_mean = (mean[:, :, None] @ E).square().mean()
-    of_metric = E.square().sum(-2).mean()
-    return torch.stack((spectrum.mean(), SMALLEST_SPREAD**2 * of_mean, SMALLEST_SIZE**2 * of_metric)).amax().sqrt()
+    of_mean = [(mean[:, None] @ E).square() for mean, E in zip(means, Es, strict=True)]
+    of_metric = [E.square().sum(-2) for E in Es]
+    spread, of_mean, of_metric = (
+        torch.cat([part.flatten() for part in parts]).mean() for parts in (spectra, of_mean, of_metric)
+    )
+    return torch.stack((spread, SMALLEST_SPREAD**2 * of_mean, SMALLEST_SIZE**2 * of_metric)).amax().sqrt()
 
 
 def multi_head_schema(basis: MultiHead, geometry: Geometry) -> Kind:
-    """What a calibration file must hold of a codec, as `MultiHeadFit.record` writes it."""
-    shape, layers, widths = basis.shape(geometry), geometry.num_layers, list(WIDTHS)
-    L, G, w = shape.num_layers, shape.num_kv_heads, shape.head_dim
+    """What a calibration file must hold of a codec, as `MultiHeadFit.record` writes it.
 
-    def check_frequencies(frequencies: Tensor) -> None:
-        if 2 * len(frequencies) > geometry.head_dim:
-            raise PluginError(f"expected at most {geometry.head_dim // 2} frequencies, found {len(frequencies)}")
+    Raises PluginError where the layers can't have such a basis.
+    """
+    shape, widths = basis.shape(geometry), list(WIDTHS)
+    stacks, widest = Stacks(shape), max(shape.layers[index].k.width for index in shape.attention)
+
+    def rotation(layer: LayerGeometry) -> Kind:
+        head_dim = layer.k.width if layer.k else 0
+
+        def check_frequencies(frequencies: Tensor) -> None:
+            if 2 * len(frequencies) > head_dim:
+                raise PluginError(f"expected at most {head_dim // 2} frequencies, found {len(frequencies)}")
+
+        return Checked(TensorOf((None,), LARGEST), check_frequencies)
 
     def check_widths(found: list[int]) -> None:
         if found != widths:
@@ -139,25 +172,30 @@ def multi_head_schema(basis: MultiHead, geometry: Geometry) -> Kind:
 
     # Every block of a cache takes as many bytes as demand says; the widest codes of all channels take the most
     fields = {
-        "mean": TensorOf((L, G, w), LARGEST),
-        "E": TensorOf((L, G, w, w), LARGEST),
-        "scale": TensorOf((L, G, 1, 1), LARGEST),
-        "spectrum": TensorOf((L, G, w), LARGEST),
+        "mean": stacks.kind(lambda s: (s.heads, s.width), LARGEST),
+        "E": stacks.kind(lambda s: (s.heads, s.width, s.width), LARGEST),
+        "scale": stacks.kind(lambda s: (s.heads, 1, 1), LARGEST),
+        "spectrum": stacks.kind(lambda s: (s.heads, s.width), LARGEST),
         "widths": Checked(ListOf(Whole(0)), check_widths),
-        "errors": TensorOf((L, G, w, len(WIDTHS)), LARGEST),
+        "errors": stacks.kind(lambda s: (s.heads, s.width, len(WIDTHS)), LARGEST),
         "prices": TensorOf((None,), LARGEST),
-        "demand": TensorOf((None, L), w * COSTS[-1] + 1, least=0),
+        "demand": TensorOf((None, shape.num_layers), widest * COSTS[-1] + 1, least=0),
     }
     if basis.unrotated:
-        fields["frequencies"] = ListOf(Checked(TensorOf((None,), LARGEST), check_frequencies), layers)
-        fields["layouts"] = ListOf(OneOf(LAYOUTS), layers)
+        fields["frequencies"] = EachOf(tuple(map(rotation, geometry.layers)))
+        fields["layouts"] = ListOf(OneOf(LAYOUTS), geometry.num_layers)
     return Checked(Record(fields, Anything()), check_prices)
 
 
-def multi_head_from(record: dict, basis: MultiHead, half: bool, where: str) -> MultiHeadFit:
+def multi_head_from(record: dict, basis: MultiHead, geometry: Geometry, half: bool, where: str) -> MultiHeadFit:
     """The codec of a record that fits `multi_head_schema`. half, where: as MultiHeadFit has them."""
+    stacks = Stacks(basis.shape(geometry))
+    mean, E, scale, spectrum, errors = (
+        stacks.apart(record[name]) for name in ("mean", "E", "scale", "spectrum", "errors")
+    )
+    E = [None if own is None else own * by for own, by in zip(E, scale, strict=True)]
     rotary = zip(record["frequencies"], record["layouts"], strict=True) if basis.unrotated else ()
     return MultiHeadFit(
-        basis, record["mean"], record["E"] * record["scale"], record["spectrum"], [Rotary(*own) for own in rotary],
-        BitAllocation(record["errors"], record["prices"], record["demand"]), half=half, where=where,
+        basis, mean, E, spectrum, [Rotary(*own) for own in rotary],
+        BitAllocation(errors, record["prices"], record["demand"]), half=half, where=where,
     )  # fmt: skip

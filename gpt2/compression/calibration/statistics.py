@@ -1,25 +1,27 @@
 """A forward pass over a model: what later fits need of K, V and queries, in memory that doesn't grow with the text.
 
 Per layer and KV head: count, mean and centred scatter of K and V, and the metrics that registered bases weigh errors by
-(all after RoPE, as K is cached). Activations are never kept: O(layers · heads · head_dim²).
+(all after RoPE, as K is cached). Activations are never kept: O(layers · heads · channels²).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache
+from torch import Tensor, nn
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from gpt2.common.errors import PluginError
 from gpt2.common.processes import ALONE, Processes
+from gpt2.compression.calibration.stacks import Stacks
 from gpt2.compression.codecs import MultiHead, gathered_metrics
 from gpt2.compression.codecs.moments import Moments, SecondMoments, Seen
 from gpt2.compression.codecs.rope import Rotary
 from gpt2.models.attention_function import wrapped_attention
-from gpt2.models.geometry import Geometry
+from gpt2.models.geometry import FULL, SLIDING, Geometry, layer_kinds
 from gpt2.models.loading import LoadedModel
 
 
@@ -40,20 +42,28 @@ class MultiHeadStatistics:
 
     moments: with those in the place of layers and heads, and metrics[basis.metric]. rotary: each layer's rotation,
     empty where keys aren't un-rotated. blocks: a sample of whole blocks of neighbouring tokens, to try quantization on,
-    [bases, G, blocks · 64, w] float16.
+    for every basis [G, blocks · 64, w] float16, None for layers without K and V.
     """
 
     basis: MultiHead
     moments: Moments
     rotary: list[Rotary]
-    blocks: Tensor
+    blocks: Sequence[Tensor | None]
+
+    @property
+    def sampled(self) -> bool:
+        """Whether any block was sampled; none is where windows are shorter than one."""
+        return any(blocks is not None and blocks.shape[1] for blocks in self.blocks)
 
 
 class Tap(DynamicCache):
-    """Hands K and V of each layer to a function and stores nothing: every sequence is one forward pass."""
+    """Hands K and V of each layer to a function and stores neither: every sequence is one forward pass.
 
-    def __init__(self, record):
-        super().__init__()
+    config: of the model, needed where layers have states of another kind, which are stored as usual.
+    """
+
+    def __init__(self, record, config: PretrainedConfig | None = None):
+        super().__init__(config=config)
         self.record = record
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
@@ -73,13 +83,22 @@ class MetricSums:
         for name, basis in self._bases.items():
             for side, vectors in basis.metric_vectors(seen).items():
                 if (name, side) not in self._sums:
-                    self._sums[name, side] = SecondMoments.zeros(self._geometry)
+                    self._sums[name, side] = SecondMoments.zeros(self._geometry, side)
                 self._sums[name, side].update(layer, vectors)
 
     def put_into(self, statistics: Statistics, processes: Processes) -> None:
         """Add the metrics, of all processes' windows, to statistics of the same windows."""
         for (name, side), sums in self._sums.items():
-            getattr(statistics, side).metrics[name] = sums.mean(processes)
+            put_metric(statistics, self._geometry, side, name, sums.mean(processes))
+
+
+def put_metric(
+    statistics: Statistics, geometry: Geometry, side: str, name: str, metric: Sequence[Tensor | None]
+) -> None:
+    """Add a metric of K or V where all layers of one shape have it; a metric that no layer has is left out."""
+    metric = Stacks(geometry, side).whole(metric)
+    if any(own is not None for own in metric):
+        getattr(statistics, side).metrics[name] = metric
 
 
 def collect(
@@ -93,46 +112,106 @@ def collect(
     keeps them exact anyway (Xiao et al. 2023).
     """
     model, geometry = loaded.model, loaded.geometry
-    statistics = Statistics(Moments.zeros(geometry), Moments.zeros(geometry))
+    statistics = Statistics(Moments.zeros(geometry, "k"), Moments.zeros(geometry, "v"))
     sums = MetricSums(geometry, gradients=False)
-    newest: tuple[int, Tensor, Tensor] | None = None
+    readers = _Readers(geometry)
+
+    def without_sinks(*parts: Tensor) -> list[Tensor]:
+        return [part[:, :, sink_tokens:] for part in parts]
 
     def record(layer: int, keys: Tensor, values: Tensor) -> None:
-        nonlocal newest
-        newest = layer, keys[:, :, sink_tokens:], values[:, :, sink_tokens:]
-        statistics.k.update(layer, newest[1])
-        statistics.v.update(layer, newest[2])
+        readers.taken(layer, keys, values)
+        k, v = without_sinks(keys, values)
+        statistics.k.update(layer, k)
+        statistics.v.update(layer, v)
         if not has_queries:
-            sums.add(layer, Seen(*newest[1:]))
+            sums.add(layer, Seen(k, v))
 
-    def record_queries(q: Tensor) -> None:
-        # They read what the cache took last. A module's own layer_idx won't do: it may run for several cache layers
-        if newest is not None:
-            layer, keys, values = newest
-            sums.add(layer, Seen(keys, values, queries=q[:, :, sink_tokens:]))
+    def record_queries(module: nn.Module, q: Tensor, key: Tensor, value: Tensor) -> None:
+        found = readers.read_by(module, key, value)
+        if found is not None:
+            layer, k, v, as_cached = found
+            k, v, q = without_sinks(k, v, q)
+            sums.add(layer, Seen(k, v, queries=q if as_cached else None))
 
     body = model.base_model  # the statistics need no logits
     with torch.no_grad(), _tapped_queries(model, record_queries) as has_queries:
         for window in windows:
-            body(input_ids=window[None].to(loaded.device), past_key_values=Tap(record), use_cache=True)
+            body(input_ids=window[None].to(loaded.device), past_key_values=tapped(model, record), use_cache=True)
+            readers.forget()
     for moments in (statistics.k, statistics.v):
         moments.add_up(processes)
-    if not statistics.k.count.min():
+    if not statistics.k.count[geometry.attention].min():
         raise PluginError(f"no vectors to calibrate on: sequences must be longer than the {sink_tokens} sink tokens")
     sums.put_into(statistics, processes)
     for name, basis in gathered_metrics(gradients=False).items():
         for side, metric in basis.metric_from_weights(model, geometry).items():
-            getattr(statistics, side).metrics[name] = metric
+            metric = [own if readers.reads(layer) else None for layer, own in enumerate(metric)]
+            put_metric(statistics, geometry, side, name, metric)
     return statistics
 
 
+class _Readers:
+    """Which layer's K and V attention reads, and whether it reads them as they are cached.
+
+    Latent attention caches a latent and a rotary key, which have two shapes, and makes its keys and values of both.
+    """
+
+    def __init__(self, geometry: Geometry):
+        self._geometry = geometry
+        self._newest: tuple[int, Tensor, Tensor] | None = None
+        self._keys: dict[int, weakref.ref[Tensor]] = {}  # of this window; those that no later layer reads are gone
+        self._as_cached: set[int] = set()
+
+    def taken(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Note that the cache took K and V of a layer."""
+        self._newest = layer, keys, values
+        self._keys[layer] = weakref.ref(keys)
+
+    def read_by(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[int, Tensor, Tensor, bool] | None:
+        """The layer that an attention module reads, its K and V, and whether as they are cached; None if none is known.
+
+        Most hand attention the tensor that the cache returned. Others read what the cache took last: their own
+        layer_idx won't do, for a module may run for several cache layers. Layers that read K and V of an earlier one
+        are given the earlier one's, or nothing where it can't be told.
+        """
+        layer = next((layer for layer, keys in self._keys.items() if keys() is key), None)
+        if layer is not None:
+            self._as_cached.add(layer)
+            return layer, key, value, True
+        if self._newest is None or getattr(module, "is_kv_shared_layer", False):
+            return None
+        return *self._newest, self._of_one_shape(self._newest[0])
+
+    def reads(self, layer: int) -> bool:
+        """Whether attention reads a layer's K and V as they are cached."""
+        return layer in self._as_cached or self._of_one_shape(layer)
+
+    def _of_one_shape(self, layer: int) -> bool:
+        return self._geometry.layers[layer].k == self._geometry.layers[layer].v
+
+    def forget(self) -> None:
+        """A window has ended."""
+        self._newest = None
+        self._keys.clear()
+
+
+def tapped(model: PreTrainedModel, record) -> Tap:
+    """A fresh `Tap` for one forward pass of a model, which hands K and V to `record(layer, keys, values)`."""
+    plain = all(layer.kind in (FULL, SLIDING) for layer in layer_kinds(model.config))
+    return Tap(record, None if plain else model.config)
+
+
 def _tapped_queries(model, record):
-    """Let `record(q)` see every layer's queries in turn while the block runs; yields False where the model can't."""
+    """Let `record(module, q, k, v)` see what every attention gets while the block runs.
+
+    Yields False where the model can't.
+    """
 
     def tap(attention):
-        def attend(module, query, *args, **kwargs):
-            record(query)
-            return attention(module, query, *args, **kwargs)
+        def attend(module, query, key, value, *args, **kwargs):
+            record(module, query, key, value)
+            return attention(module, query, key, value, *args, **kwargs)
 
         return attend
 

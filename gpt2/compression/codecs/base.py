@@ -9,7 +9,8 @@ method of one of them, and nothing outside this package asks which codec it has.
 the registry (`codecs/__init__.py`).
 
 Shapes used throughout:
-    x        [B, H, T, d]   K (after RoPE) or V of one layer: batch, KV heads, tokens, head_dim
+    x        [B, H, T, d]   K (after RoPE) or V of one layer: batch, KV heads, tokens, channels of a head. Layers may
+                            differ in H and d, and so may K and V of one
     group    one or more KV heads that share a basis; their channels side by side, w = d · H / G
     z        [B, G, T, r]   coordinates in the group's basis
     E, D     [G, w, r], [G, r, w]; mean [G, w]. With w = d and a first dimension of 1, every head uses the same one.
@@ -17,13 +18,14 @@ Shapes used throughout:
     start    position in the sequence of x's first token, for transforms that depend on it
     q        [B, H, M, d]   queries of one layer, M to each KV head
     p        [B, H, M, T]   attention weights
-A joint codec sees K and V of a layer as one x of 2H heads, K's first.
+A joint codec sees K and V of a layer as one x of 2H heads, K's first; it needs both in one shape.
 """
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -47,8 +49,8 @@ class Allocation(Protocol):
     def bits_of_each(self, bits: float) -> list[float]:
         """Bits per coordinate of every basis, `bits` on average."""
 
-    def widths(self, bits: float) -> Tensor:
-        """Index into `formats.WIDTHS` of every channel, [bases, G, w], for `bits` per coordinate on average."""
+    def widths(self, bits: float) -> Sequence[Tensor]:
+        """Index into `formats.WIDTHS` of every channel, [G, w] for each basis, of `bits` per coordinate on average."""
 
 
 class Quantizer(ABC):
@@ -148,12 +150,15 @@ class Basis(ABC):
         """What its own metric is gathered from: by side, "k" or "v", vectors [H, n, d] of one layer in one window.
 
         The metric of a side is their second moment over a text, [H, d, d] per layer. Asked in the backward pass where
-        `gradients` is set, else in the forward pass; empty for sides that have no metric, or none in this model.
+        `gradients` is set, else in the forward pass; without the sides that have no metric, or none in this layer.
         """
         return {}
 
-    def metric_from_weights(self, model: torch.nn.Module, geometry: Geometry) -> dict[str, Tensor]:
-        """Metrics by side, [L, H, d, d] float64, that a model's weights give without any text."""
+    def metric_from_weights(self, model: torch.nn.Module, geometry: Geometry) -> dict[str, list[Tensor | None]]:
+        """Metrics by side that a model's weights give without any text.
+
+        [H, d, d] float64 for every layer, None where its weights don't tell.
+        """
         return {}
 
 
@@ -174,7 +179,7 @@ class FixedBasis(Basis):
         """Coordinates of `transform`, without making it."""
 
     def fit(self, moments: Moments, layer: int) -> tuple[Transform, Tensor]:
-        transform = self.transform(moments.mean.shape[-1])
+        transform = self.transform(moments.mean[layer].shape[-1])
         return transform, moments.through(transform, layer).covariance(0).diagonal(dim1=-2, dim2=-1)
 
 

@@ -15,7 +15,7 @@ from gpt2.common.errors import PluginError
 from gpt2.compression.codecs.base import Basis
 from gpt2.compression.codecs.moments import Moments, Seen
 from gpt2.compression.codecs.transform import Transform
-from gpt2.models.geometry import Geometry
+from gpt2.models.geometry import Geometry, Shape
 
 SMALLEST_WEIGHT = 1e-6  # of the largest: directions that nothing reads still need a finite way back
 LARGEST_FACTOR = 2.0**8  # between coordinates and channels, and its inverse, for which quantizers have steps to spare
@@ -39,7 +39,13 @@ class MetricBasis(Basis):
                 f"codec {self.name} needs statistics that this calibration doesn't have: calibrate with "
                 f"--metric {self.metric}, on a model whose attention can be read"
             )
-        return moments.metrics[self.metric][layer]
+        metric = moments.metrics[self.metric][layer]
+        if metric is None:
+            raise PluginError(
+                f"layer {layer}: codec {self.name} has no metric there, because attention doesn't read its K and V as "
+                "they are cached: use a codec of another metric"
+            )
+        return metric
 
 
 class Attention(MetricBasis):
@@ -48,14 +54,13 @@ class Attention(MetricBasis):
     name = metric = "attention"
 
     def metric_vectors(self, seen: Seen) -> dict[str, Tensor]:
-        if seen.queries is None:
+        if seen.queries is None or seen.queries.shape[-1] != seen.keys.shape[-1]:
             return {}
         q = seen.queries.transpose(0, 1).float()
         return {"k": q.reshape(seen.keys.shape[1], -1, q.shape[-1])}  # [H, Hq/H · T, d]
 
-    def metric_from_weights(self, model: torch.nn.Module, geometry: Geometry) -> dict[str, Tensor]:
-        weights = output_metric(model, geometry)
-        return {} if weights is None else {"v": weights}
+    def metric_from_weights(self, model: torch.nn.Module, geometry: Geometry) -> dict[str, list[Tensor | None]]:
+        return {"v": output_metric(model, geometry)}
 
 
 class Fisher(MetricBasis):
@@ -95,21 +100,27 @@ def within_reach(metric: Tensor) -> Tensor:
     return metric / unit.square()[:, None, None]
 
 
-def output_metric(model: torch.nn.Module, geometry: Geometry) -> Tensor | None:
-    """Σ WᵀW of each KV head's part of the output projections, [L, H, d, d] float64; None where they aren't found.
+def output_metric(model: torch.nn.Module, geometry: Geometry) -> list[Tensor | None]:
+    """Σ WᵀW of each KV head's part of a layer's output projection, [H, d, d] float64; None where it isn't found.
 
     What an error of V weighs in the output of its layer, with all attention on one token.
     """
-    L, H, d = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
-    found = []
+    found: dict[int, list[tuple[torch.nn.Module, Tensor]]] = {}
     for module in model.modules():
         projection = next((getattr(module, name) for name in OUTPUTS if hasattr(module, name)), None)
-        if not hasattr(module, "layer_idx") or getattr(projection, "weight", None) is None:
-            continue
-        w = projection.weight.detach()
-        w = w.T if type(projection).__name__ == "Conv1D" else w  # [hidden, query heads · d]
-        if w.shape[1] % (H * d):
-            return None
-        w = w.double().cpu().T.reshape(H, -1, d, w.shape[0])  # [H, heads that share it, d, hidden]
-        found.append((w @ w.mT).sum(1))
-    return torch.stack(found) if len(found) == L else None
+        if hasattr(module, "layer_idx") and getattr(projection, "weight", None) is not None:
+            w = projection.weight
+            w = w.T if type(projection).__name__ == "Conv1D" else w  # [hidden, query heads · d]
+            found.setdefault(module.layer_idx, []).append((module, w))
+    return [_of_output(found.get(index, []), layer.v) for index, layer in enumerate(geometry.layers)]
+
+
+def _of_output(found: list[tuple[torch.nn.Module, Tensor]], v: Shape | None) -> Tensor | None:
+    """Σ WᵀW of one layer, of modules with their output projections: that of attention, if there is exactly one."""
+    if len(found) > 1:  # hybrid layers have another in their recurrent part
+        found = [(module, w) for module, w in found if hasattr(module, "is_causal")]
+    if v is None or len(found) != 1 or found[0][1].shape[1] % v.size:
+        return None
+    w = found[0][1].detach().double().cpu()
+    w = w.T.reshape(v.heads, -1, v.width, w.shape[0])  # [H, heads that share it, d, hidden]
+    return (w @ w.mT).sum(1)

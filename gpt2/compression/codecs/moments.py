@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from gpt2.common.errors import PluginError
 from gpt2.common.processes import Processes
 from gpt2.compression.codecs.transform import Transform
-from gpt2.models.geometry import Geometry
+from gpt2.models.geometry import Geometry, Shape
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Seen:
     """What a pass over a text has of one layer in one window, without the attention sinks.
 
     Keys, values and their gradients [1, H, T, d]; queries [1, Hq, T, d], those of one KV head side by side. The forward
-    pass has no gradients, and no queries where a model's attention can't be watched; the backward pass has no queries.
+    pass has no gradients, and no queries where a model's attention can't be watched or doesn't read keys as they are
+    cached; the backward pass has no queries.
     window: its number among all of the text.
     """
 
@@ -32,24 +34,25 @@ class Seen:
 
 @dataclass
 class Moments:
-    """Running count, mean [L, H, d] and centred scatter Σ(x−mean)(x−mean)ᵀ [L, H, d, d], in float64 on the CPU.
+    """Running count, mean and centred scatter Σ(x−mean)(x−mean)ᵀ of K or of V in each layer, in float64 on the CPU.
 
-    metrics: what squared error weighs, by name, [L, H, d, d] each.
+    count [L]; mean and scatter: for every layer [H, d] and [H, d, d], in its own shape, None where it has no K and V.
+    metrics: what squared error weighs, by name, for every layer [H, d, d], or None where nothing tells.
 
     Batches are merged by the pairwise update of Chan, Golub and LeVeque (1983): unlike Σx and Σxxᵀ it keeps its
     precision for keys whose bias is hundreds of times their spread, and two passes merge the same way.
     """
 
     count: Tensor
-    mean: Tensor
-    scatter: Tensor
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    mean: Sequence[Tensor | None]
+    scatter: Sequence[Tensor | None]
+    metrics: dict[str, Sequence[Tensor | None]] = field(default_factory=dict)
 
     @classmethod
-    def zeros(cls, geometry: Geometry) -> Moments:
-        L, H, d = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
-        zeros = [torch.zeros(shape, dtype=torch.float64) for shape in ((L,), (L, H, d), (L, H, d, d))]
-        return cls(*zeros)
+    def zeros(cls, geometry: Geometry, side: str = "k") -> Moments:
+        """Of no vectors yet, in the shapes of each layer's K or V, `side` "k" or "v"."""
+        mean = _zeros(geometry, side, lambda shape: (shape.heads, shape.width))
+        return cls(torch.zeros(geometry.num_layers, dtype=torch.float64), mean, _squares(geometry, side))
 
     def update(self, layer: int, x: Tensor) -> None:
         """Add the vectors x [B, H, T, d] of one layer. Raises PluginError where one is NaN or infinite."""
@@ -72,12 +75,12 @@ class Moments:
         """Take in the vectors of all processes: scatters are summed about the mean of all, metrics are left alone."""
         if processes.size == 1:
             return
-        own = self.count[:, None, None]
-        count = processes.total(self.count)
-        mean = processes.total(own * self.mean) / count[:, None, None].clamp_min(1)
-        shift = self.mean - mean
-        scatter = self.scatter + own[..., None] * shift[..., None] * shift[..., None, :]
-        self.count, self.mean, self.scatter = count, mean, processes.total(scatter)
+        own, self.count = self.count, processes.total(self.count)
+        for layer in (layer for layer, mean in enumerate(self.mean) if mean is not None):
+            mean = processes.total(own[layer] * self.mean[layer]) / self.count[layer].clamp_min(1)
+            shift = self.mean[layer] - mean
+            scatter = self.scatter[layer] + own[layer] * shift[..., None] * shift[..., None, :]
+            self.mean[layer], self.scatter[layer] = mean, processes.total(scatter)
 
     def covariance(self, layer: int) -> Tensor:
         """Centred covariance of every KV head, [H, d, d] float64."""
@@ -85,24 +88,25 @@ class Moments:
 
     def through(self, transform: Transform, layer: int) -> Moments:
         """Moments of one layer in a transform's coordinates, as those of a model that has this layer alone."""
-        E = transform.E.to(self.scatter.dtype)
+        E = transform.E.to(self.scatter[layer].dtype)
         mean = ((self.mean[layer] - transform.mean)[:, None] @ E)[:, 0]
         D = transform.D.to(E.dtype)  # the model feels an error of coordinates as what the decoder makes of it
-        metrics = {name: (D @ metric[layer] @ D.mT)[None] for name, metric in self.metrics.items()}
-        return Moments(self.count[layer : layer + 1], mean[None], (E.mT @ self.scatter[layer] @ E)[None], metrics)
+        metrics = {
+            name: [D @ metric[layer] @ D.mT] for name, metric in self.metrics.items() if metric[layer] is not None
+        }
+        return Moments(self.count[layer : layer + 1], [mean], [E.mT @ self.scatter[layer] @ E], metrics)
 
 
 @dataclass
 class SecondMoments:
-    """Σ wwᵀ of vectors w, [L, H, d, d] float64, and how many there were in each layer, [L]."""
+    """Σ wwᵀ of vectors w in each layer, [H, d, d] float64 or None as in `Moments`, and how many there were, [L]."""
 
-    total: Tensor
+    total: list[Tensor | None]
     count: Tensor
 
     @classmethod
-    def zeros(cls, geometry: Geometry) -> SecondMoments:
-        L, H, d = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
-        return cls(torch.zeros(L, H, d, d, dtype=torch.float64), torch.zeros(L, dtype=torch.float64))
+    def zeros(cls, geometry: Geometry, side: str = "k") -> SecondMoments:
+        return cls(_squares(geometry, side), torch.zeros(geometry.num_layers, dtype=torch.float64))
 
     def update(self, layer: int, w: Tensor) -> None:
         """Add the vectors w [H, n, d] of one layer. Raises PluginError where one is NaN or infinite."""
@@ -111,9 +115,23 @@ class SecondMoments:
         self.total[layer] += products
         self.count[layer] += w.shape[1]
 
-    def mean(self, processes: Processes) -> Tensor:
-        """Over the vectors of all processes, [L, H, d, d]."""
-        return processes.total(self.total) / processes.total(self.count)[:, None, None, None].clamp_min(1)
+    def mean(self, processes: Processes) -> list[Tensor | None]:
+        """Over the vectors of all processes, for every layer [H, d, d], None for those that got no vectors."""
+        count = processes.total(self.count)
+        return [
+            processes.total(total) / n if total is not None and n else None
+            for total, n in zip(self.total, count, strict=True)
+        ]
+
+
+def _squares(geometry: Geometry, side: str) -> list[Tensor | None]:
+    return _zeros(geometry, side, lambda shape: (shape.heads, shape.width, shape.width))
+
+
+def _zeros(geometry: Geometry, side: str, sizes: Callable[[Shape], tuple[int, ...]]) -> list[Tensor | None]:
+    """Zeros for every layer of the `sizes` that follow from its K or V, None where it has neither."""
+    shapes = (layer.side(side) for layer in geometry.layers)
+    return [None if shape is None else torch.zeros(sizes(shape), dtype=torch.float64) for shape in shapes]
 
 
 def check_finite(products: Tensor, layer: int) -> None:

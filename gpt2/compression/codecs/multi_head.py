@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gpt2.common.errors import PluginError
 from gpt2.compression.codecs.metric import Fisher, fit_in_metric
 from gpt2.compression.codecs.moments import Moments
 from gpt2.compression.codecs.rope import Rotary
 from gpt2.compression.codecs.transform import Transform, join_heads
-from gpt2.models.geometry import Geometry
+from gpt2.models.geometry import FULL, NOTHING, Geometry, LayerGeometry, Shape
 
 MOST_CHANNELS = 512
 
@@ -41,6 +42,18 @@ class MultiHead(Fisher):
     def per_head(self) -> str:
         return self.metric
 
+    def misfit(self, geometry: Geometry) -> str | None:
+        """Why a model's layers can't have such a basis, None where all can."""
+        reasons = (self.misfit_of(index, layer) for index, layer in enumerate(geometry.layers))
+        return next(filter(None, reasons), None)
+
+    def misfit_of(self, index: int, layer: LayerGeometry) -> str | None:
+        """Why a layer, number `index`, can't have such a basis, None where it can."""
+        if not self.joint or layer.k == layer.v:
+            return None
+        shapes = " and ".join(f"{shape.heads} x {shape.width}" for shape in (layer.k, layer.v))
+        return f"layer {index}: codec {self.name} needs K and V of one shape, got {shapes}: use grouped"
+
     @property
     def bases_per_layer(self) -> int:
         """1 where K and V of a layer share one, else 2: K's and V's."""
@@ -51,20 +64,42 @@ class MultiHead(Fisher):
         return layer if self.joint else 2 * layer + "kv".index(side)
 
     def shape(self, geometry: Geometry) -> Geometry:
-        """Number of bases, groups of heads in each and channels of a group, as num_layers, num_kv_heads, head_dim."""
-        L, H, d = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
-        groups = H // self.heads_per_group(H, d)
-        return Geometry.uniform(L * self.bases_per_layer, groups, 2 * H * d // groups // self.bases_per_layer)
+        """The bases of all layers as layers: groups of heads in place of KV heads, channels of a group as their width.
+
+        Layers without K and V keep their places among them. Raises PluginError where a layer can't have such a basis.
+        """
+        if reason := self.misfit(geometry):
+            raise PluginError(reason)
+        return Geometry(tuple(base for layer in geometry.layers for base in self._bases_of(layer)))
+
+    def _bases_of(self, layer: LayerGeometry) -> list[LayerGeometry]:
+        if not layer.attends:
+            return [LayerGeometry(NOTHING)] * self.bases_per_layer
+        bases = []
+        for side in (layer.k,) if self.joint else (layer.k, layer.v):
+            groups = side.heads // self.heads_per_group(side.heads, side.width)
+            shape = Shape(groups, (2 if self.joint else 1) * side.size // groups)
+            bases.append(LayerGeometry(FULL, shape, shape))
+        return bases
+
+    def head_widths(self, geometry: Geometry) -> list[int | None]:
+        """Channels of a single head in each basis of `shape`, None for layers without K and V."""
+        sides = ("k",) if self.joint else ("k", "v")
+        shapes = [layer.side(side) for layer in geometry.layers for side in sides]
+        return [shape and shape.width for shape in shapes]
 
     def arrange(self, k: Tensor, v: Tensor, rotary: Rotary, start: int) -> list[Tensor]:
         """A layer's k, v [B, H, T, d] from position `start` on, as its bases take them: [B, G, T, w] each.
 
+        H and d are the same for k and v where the basis is joint.
+
         Un-rotating and arranging are orthogonal, so that gradients are arranged in the same way.
         """
-        _, H, _, d = k.shape
-        heads = self.heads_per_group(H, d)
         k = rotary.unrotate(k, start) if self.unrotated else k
-        return [side_by_side(k, v, H // heads)] if self.joint else [join_heads(x, heads * d) for x in (k, v)]
+        shapes = [(x.shape[1], x.shape[3]) for x in (k, v)]
+        if self.joint:
+            return [side_by_side(k, v, k.shape[1] // self.heads_per_group(*shapes[0]))]
+        return [join_heads(x, self.heads_per_group(*own) * own[1]) for x, own in zip((k, v), shapes, strict=True)]
 
     def fit(self, moments: Moments, layer: int) -> tuple[Transform, Tensor]:
         """Fit basis number `layer` of `shape`; coordinates of all bases in one unit, so that bits can be shared out."""

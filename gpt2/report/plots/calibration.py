@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
@@ -11,23 +13,24 @@ from matplotlib.figure import Figure
 from gpt2.report.plots.figure import new_figure
 
 
-def spectra(energy: dict[str, np.ndarray], rank: int, title: str) -> Figure:
+def spectra(energy: dict[str, Sequence[np.ndarray | None]], rank: int, title: str) -> Figure:
     """Share of the variance that each rank loses (1 − energy kept), a line per layer, mean over KV heads.
 
-    energy: side to [L, H, d], cumulative share of the variance.
+    energy: side to [H, d] per layer, cumulative share of the variance; None for layers without K and V.
     """
     figure, axes = new_figure(1, len(energy), figsize=(5.5 * len(energy), 4), sharey=True, squeeze=False)
     for axis, (side, kept) in zip(axes[0], energy.items(), strict=True):
-        lost = np.clip(1 - kept.mean(1), 1e-5, None)  # [L, d]
-        ranks = np.arange(1, lost.shape[1] + 1)
-        for layer, line in enumerate(lost):
-            color = colormaps["viridis"](layer / max(len(lost) - 1, 1))
-            axis.semilogy(ranks[:-1], line[:-1], color=color, linewidth=0.9)
+        for layer, share in enumerate(kept):
+            if share is None:
+                continue
+            lost = np.clip(1 - share.mean(0), 1e-5, None)  # [d]
+            color = colormaps["viridis"](layer / max(len(kept) - 1, 1))
+            axis.semilogy(np.arange(1, len(lost)), lost[:-1], color=color, linewidth=0.9)
         axis.axvline(rank, color="tab:red", linestyle="--", label=f"rank {rank}")
         axis.set(title=f"{side.upper()} cache", xlabel="coordinates kept")
         axis.legend(loc="lower left")
     axes[0][0].set_ylabel("share of variance lost")
-    colors = ScalarMappable(Normalize(0, len(lost) - 1), "viridis")
+    colors = ScalarMappable(Normalize(0, len(kept) - 1), "viridis")
     figure.colorbar(colors, ax=axes, label="layer", fraction=0.05)
     figure.suptitle(title)
     return figure

@@ -25,6 +25,7 @@ from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor
 from gpt2.compression.codecs.mixed import Mixed
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.settings import Setting, build
+from gpt2.models.geometry import Geometry
 
 LONG = int(os.environ.get("FUZZ_HISTORIES", 100)) > 100
 TOKENS = 65_536
@@ -129,7 +130,8 @@ def assert_all_is_there(cache: CompressedDynamicCache, compressor: Compressor, l
 def test_steps_of_a_model_leave_nothing_behind():
     """Neither attention over the codes nor reconstruction: no tensor at every step, not even an empty one."""
     model = tiny_model("llama", num_hidden_layers=2)
-    compressors = build({side: [Setting(bits=4, quantizer="int4_channel")] * 2 for side in "kv"}, 12)
+    shape = Geometry.uniform(2, 2, 12)
+    compressors = build({side: [Setting(bits=4, quantizer="int4_channel")] * 2 for side in "kv"}, shape)
     for direct_too in (True, False):
         enable_compressed_attention(model)
         cache = CompressedDynamicCache(*compressors)

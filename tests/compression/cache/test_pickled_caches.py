@@ -11,10 +11,11 @@ from gpt2.common.errors import PluginError
 from gpt2.compression.cache import dynamic_cache
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.settings import compressors_for
+from gpt2.models.geometry import Geometry
 
 
 def held() -> CompressedDynamicCache:
-    cache = CompressedDynamicCache(*compressors_for("kv", 4, 2, None, codec="hadamard", head_dim=16))
+    cache = CompressedDynamicCache(*compressors_for("kv", 4, Geometry.uniform(2, 2, 16), codec="hadamard"))
     for layer in range(2):
         cache.update(*torch.randn(2, 1, 2, 150, 16), layer)
     return cache

@@ -20,7 +20,7 @@ SHAPE = Geometry.uniform(2, 3, 64)
 
 
 def with_codecs(target: str, bits: int, **windows):
-    return lambda: CompressedDynamicCache(*compressors_for(target, bits, SHAPE.num_layers, None), **windows)
+    return lambda: CompressedDynamicCache(*compressors_for(target, bits, SHAPE), **windows)
 
 
 @pytest.mark.parametrize("tokens", [512, 2048, 3000])

@@ -401,7 +401,7 @@ def test_a_new_quantizer_needs_only_its_registry_line(monkeypatch):
 
     loaded = tiny_loaded("llama")
     geometry = loaded.geometry
-    k, v = compressors_for("kv", 6, geometry.num_layers, None)
+    k, v = compressors_for("kv", 6, geometry)
     cache = CompressedDynamicCache(k, v, num_layers=geometry.num_layers, sink_tokens=2)
     prompt = torch.arange(2, 27)[None]
     out = loaded.model.generate(prompt, past_key_values=cache, max_new_tokens=12, do_sample=False)

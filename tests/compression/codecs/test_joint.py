@@ -186,7 +186,7 @@ def test_keys_that_differ_by_position_alone_have_the_same_coordinates(codec):
 def test_groups_of_heads_have_a_basis_each(llama, monkeypatch):
     monkeypatch.setattr("gpt2.compression.codecs.multi_head.MOST_CHANNELS", 24)
     made = calibrate(llama, TEXT, rank=9, codec="joint", samples=4, seq_len=200)
-    assert made.multi_head["joint"].E.shape == (L, 2, 24, 24)
+    assert [E.shape for E in made.multi_head["joint"].E] == [(2, 24, 24)] * L
     for quantizer in ("mixed", "mixed_fixed", "int8", "none"):
         k, v = compressors_for("kv", 4 if "mixed" in quantizer else {"int8": 8}.get(quantizer, 16), L, made,
                                codec="joint", quantizer=quantizer, dtype=torch.float64)  # fmt: skip
@@ -312,7 +312,7 @@ def test_a_joint_codec_is_one_object_for_both_sides(made):
 @pytest.mark.parametrize("target", ["k", "v"])
 def test_a_joint_codec_of_one_side_is_refused(made, target):
     with pytest.raises(PluginError, match="layer 0: a joint codec is for K and V together: give both sides the same"):
-        build(uniform(target, L, Setting("joint", None, 4, "mixed")), D, made)
+        build(uniform(target, L, Setting("joint", None, 4, "mixed")), made.geometry, made)
 
 
 def test_values_of_another_shape_than_keys_are_refused(made):

@@ -93,8 +93,8 @@ def fit_of_measured(codec: str, x: Tensor, case: str, weights: Tensor | None = N
     turns = [turn] if basis.unrotated else []
     moments = moments_of(entry, codec, weights)
     if not basis.joint:  # K and V of a layer are two entries: twice the same
-        moments = Moments(*(torch.cat((t, t)) for t in (moments.count, moments.mean, moments.scatter)),
-                          {name: torch.cat((m, m)) for name, m in moments.metrics.items()})  # fmt: skip
+        moments = Moments(moments.count.repeat(2), moments.mean * 2, moments.scatter * 2,
+                          {name: [m[0]] * 2 for name, m in moments.metrics.items()})  # fmt: skip
         sample = torch.stack((sample, sample))
     else:
         sample = sample[None]
