@@ -34,8 +34,7 @@ def for_speed(
     once with reconstruction and once without. packages: add caches of quanto or hqq; raises PluginError if one of these
     isn't installed.
     """
-    L = loaded.geometry.num_layers
-    ours: dict[str, CacheFactory] = {"identity": lambda: identity_cache(L)} if identity else {}
+    ours: dict[str, CacheFactory] = {"identity": lambda: identity_cache(loaded.geometry)} if identity else {}
     ours |= {choice.label: choice.make for choice in choices}
     if direct:
         ours = {label: made for name, make in ours.items() for label, made in _both_ways(name, make).items()}

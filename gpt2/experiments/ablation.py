@@ -56,12 +56,13 @@ class Ablation:
             target, bits, None, self.calibration, rank=rank, codec=codec, layers=layers, device=self.loaded.device
         )
         key = (target, rank, bits, codec, sinks, layers)
-        return Row(group, label, key, partial(CompressedDynamicCache, k, v, sink_tokens=sinks))
+        make = partial(CompressedDynamicCache, k, v, geometry=self.loaded.geometry, sink_tokens=sinks)
+        return Row(group, label, key, make)
 
     def _control(self) -> list[Row]:
-        L, half = self.calibration.geometry.num_layers, self.calibration.geometry.head_dim // 2
+        half = self.calibration.geometry.head_dim // 2
         lossy = f"lossy on purpose: K and V, random rank {half}"
-        identity = Row("control", "identity", (IDENTITY,), lambda: identity_cache(L))
+        identity = Row("control", "identity", (IDENTITY,), lambda: identity_cache(self.loaded.geometry))
         return [identity, self._row("control", lossy, "kv", half, codec="random")]
 
     def _basis(self) -> list[Row]:

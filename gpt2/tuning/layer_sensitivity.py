@@ -63,7 +63,8 @@ def ablate(
         caches, sizes = {BASELINE: baseline_factory(loaded)}, {}
         for side, setting in todo:
             k, v = build(uniform(side, geometry, setting, [layer]), geometry, calibration, device=loaded.device)
-            caches[f"{side} {setting}"] = partial(CompressedDynamicCache, k, v, sink_tokens=sink_tokens)
+            make = partial(CompressedDynamicCache, k, v, geometry=geometry, sink_tokens=sink_tokens)
+            caches[f"{side} {setting}"] = make
             shape = geometry.layers[layer].side(side)
             sizes[side, setting] = _bytes_per_token((k if side == "k" else v)[layer], shape)
         scores = score(loaded, segments, caches, **scoring)

@@ -66,7 +66,7 @@ class Search(ABC):
     def caches(self, plan: Plan, **windows: int) -> CacheFactory:
         """Caches of a plan, which share their compressors. windows: as CompressedDynamicCache takes them."""
         k, v = build(plan, self.loaded.geometry, self.calibration, device=self.loaded.device)
-        return partial(CompressedDynamicCache, k, v, **windows)
+        return partial(CompressedDynamicCache, k, v, geometry=self.loaded.geometry, **windows)
 
     def ratio(self, candidate: Candidate) -> float:
         """Whole-KV compression of a candidate's caches. No model runs: sizes don't depend on values."""

@@ -131,7 +131,7 @@ def factory(
 ) -> CacheFactory:
     """Caches with so many bits per coordinate, which share their compressors."""
     k, v = compressors_for("kv", bits, None, calibration, quantizer=quantizer, device=loaded.device)
-    return partial(CompressedDynamicCache, k, v, sink_tokens=sink_tokens)
+    return partial(CompressedDynamicCache, k, v, geometry=loaded.geometry, sink_tokens=sink_tokens)
 
 
 def measure(

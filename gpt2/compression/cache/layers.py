@@ -61,6 +61,24 @@ class CompressedLayer(CacheLayerMixin):
         if k is not v and (k.joint or v.joint):
             raise PluginError(f"layer {index}: a joint codec is for K and V together, the same object for both")
 
+    @property
+    def keys(self) -> Tensor | None:
+        """K as attention reads it, reconstructed at each call, for code that looks into a cache's layers (mllama)."""
+        return self.read()[0] if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:
+        """V, as `keys`."""
+        return self.read()[1] if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, unused: None) -> None:
+        """transformers' constructors set None."""
+
+    @values.setter
+    def values(self, unused: None) -> None:
+        """As of `keys`."""
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         if "KV" in self.stores and key_states.shape != value_states.shape:
