@@ -68,7 +68,7 @@ def main() -> None:
     matcher = Matcher(setting, runs, args.any_code)
     failed = {}
     if args.status:
-        print_status(matcher, wanted)
+        print(matcher.status(wanted))
         return
     pages.check_writable(setting, chosen, args.pages)
     if not args.pages:
@@ -87,14 +87,6 @@ def write_html(results: Path, model: str, output: Path) -> None:
     for what in pages.write_html(results, model, output):
         print(f"not shown: {what}")
     print(f"wrote {files.shown(output)}, {output.stat().st_size / 2**20:.1f} MiB")
-
-
-def print_status(matcher: Matcher, wanted: list[str]) -> None:
-    """A line per run; what would be made in their order."""
-    for name in wanted:
-        print(f"{name:<44} {matcher.stale(name) or 'up to date'}")
-    made = matcher.to_make(wanted)
-    print(f"\n{len(made)} runs to make" + (f": {', '.join(made)}" if made else ""))
 
 
 if __name__ == "__main__":

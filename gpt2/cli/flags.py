@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,14 +22,10 @@ WAIT_FOR_THE_FIRST_S = 3
 class Parser(argparse.ArgumentParser):
     """An argument parser that also rejects a file that is both read and written.
 
-    latest: the parser made last, so that advice names only flags that the script has.
+    parsed: the arguments that were parsed last in this process, so that advice names only flags that the script has.
     """
 
-    latest: Parser | None = None
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        Parser.latest = self
+    parsed: argparse.Namespace | None = None
 
     def error(self, message):
         if not processes.launched().first:  # all processes have the same arguments, so one message is enough
@@ -36,10 +33,16 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
     def parse_args(self, *args, **kwargs):
-        parsed = super().parse_args(*args, **kwargs)
+        parsed = Parser.parsed = super().parse_args(*args, **kwargs)
         if both := provenance.read_and_written(vars(parsed)):
-            self.error("--{} and --{} name the same file, which would be lost: give another".format(*both))
+            self.error("--{} and --{} name the same file, which would be overwritten: give another".format(*both))
         return parsed
+
+    def reject_changed(self, parsed: argparse.Namespace, flags: Sequence[str], reason: str) -> None:
+        """Exit with an error if one of these flags, given by their names in `parsed`, is not at its default."""
+        for name in flags:
+            if getattr(parsed, name) != self.get_default(name):
+                self.error(f"--{name.replace('_', '-')} {reason}")
 
 
 def fail_after_the_first() -> NoReturn:
@@ -48,13 +51,27 @@ def fail_after_the_first() -> NoReturn:
     sys.exit(2)
 
 
-def parser(manual: str) -> argparse.ArgumentParser:
+def parser(manual: str) -> Parser:
     """A parser whose --help is the script's docstring followed by its flags with their defaults."""
 
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         pass
 
     return Parser(description=manual, formatter_class=Formatter, allow_abbrev=False)
+
+
+def evaluation_parser(manual: str, tokens: int, *, calibrates: bool = False) -> Parser:
+    """A `parser` with the flags of a script that measures perplexity: model, text, evaluation, calibration if any.
+
+    tokens: default of --eval-tokens.
+    """
+    p = parser(manual)
+    add_model_flags(p)
+    add_text_flags(p)
+    if calibrates:
+        add_calibration_flags(p)
+    add_evaluation_flags(p, tokens)
+    return p
 
 
 def add_output_flag(p: argparse.ArgumentParser) -> None:

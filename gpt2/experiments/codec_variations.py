@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.fisher import (
     CROSS_HEAD_SHARE,
-    _through_the_cache,
-    _without_parameter_gradients,
     detect_rotary,
     drawn_labels,
+    watched_cache,
+    without_parameter_gradients,
 )
 from gpt2.compression.codecs.metric import fit_in_metric
 from gpt2.compression.codecs.mixed import BLOCK, WIDTHS
@@ -189,7 +189,7 @@ def gather(
         raise PluginError(f"--sink-tokens {sink_tokens}: give fewer than {BLOCK // 2}, as a block must be left of them")
     gathered = Gathered(loaded, detect_rotary(loaded, windows[0], sink_tokens), sink_tokens, len(windows), seed)
     model = loaded.model
-    with torch.enable_grad(), _without_parameter_gradients(model), _through_the_cache(model, gathered.watch) as run:
+    with torch.enable_grad(), without_parameter_gradients(model), watched_cache(model, gathered.watch) as run:
         for number, window in enumerate(progress(windows)):
             logits = run(window[None].to(loaded.device))[0]
             labels = drawn_labels(logits, seed, number)

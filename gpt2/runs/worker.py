@@ -74,7 +74,10 @@ class Worker:
 
     def _make(self, name: str) -> None:
         run = self.matcher.runs[name]
-        command = self.matcher.command(run)
+        try:
+            command = self.matcher.command(run)
+        except PluginError as error:
+            raise TrialFailed(str(error)) from error
         self.say(f"\n{name}: {shlex.join(['python', *map(_shown, command[1:])])}")
         code = call(command)
         if code not in WROTE_RESULTS:

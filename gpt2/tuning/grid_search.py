@@ -14,7 +14,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from gpt2.common.errors import PluginError
-from gpt2.compression.codecs import full_rank, needs_calibration, quantizer_for_bits
+from gpt2.compression.codecs import adjustable_quantizers, basis_of, full_rank, needs_calibration, quantizer_for_bits
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.settings import TARGETS, Plan, Setting, plan_record, uniform
 from gpt2.evaluation.perplexity import CacheFactory
@@ -27,6 +27,14 @@ ADVICE = """What helps:
   1. increase the rank (less compression, better quality): --rank-grid
   2. compress V only instead of K and V: --target v
   3. use int8 instead of int4: --bits 16,8"""
+
+
+def check_ranked(codec: str) -> None:
+    """Raise PluginError for a codec that stores all coordinates of a calibrated basis: it has no ranks to search."""
+    basis = basis_of(codec)
+    if basis.calibrated and not basis.ranked:
+        name = f"{codec}+{adjustable_quantizers()[0]}"
+        raise PluginError(f"--codec {codec} has no grid of ranks: use --search codec --codecs {name}")
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def main() -> None:
     script = cli.open_script(args)
     loaded, text, eval_text, paths = script.loaded, script.text, script.eval_text, script.output_files("explore_codecs")
     loaded.require_context(args.seq_len)
-    segments = cli.evaluation_segments(args, loaded, eval_text, "evaluation")
+    segments = script.evaluation_segments()
     windows = text.segments("calibration", loaded, args.seq_len, args.samples, args.seed)
     gathered = gather(loaded, windows, args.sink_tokens, seed=args.seed, progress=cli.bar("calibrating", "seq"))
     rows, known = [], {}
