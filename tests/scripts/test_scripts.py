@@ -209,7 +209,7 @@ BAD = [
     ([TUNE, "--bits", "7"], "bits 7 is not available: use 4, 8, 16"),
     ([TUNE, "--target", "q"], "invalid choice"),
     ([TUNE, "--study", "short.txt"], "can't use short.txt as a study (file is not a database)"),
-    ([TUNE, "--study", "bank.db"], "it is a database of something else"),
+    ([TUNE, "--study", "bank.db"], "it isn't an Optuna database"),
     ([TUNE, "--study", "pipe"], "it is no regular file"),
     ([TUNE, "--calibration", "words.txt", "--output", "words.txt"], "--output and --text name the same file"),
     ([CALIBRATE, "--output", "link.txt"], "--output and --text name the same file"),
