@@ -22,12 +22,12 @@ from gpt2.report import plots
 def arguments() -> argparse.ArgumentParser:
     p = cli.evaluation_parser(__doc__, tokens=4096)
     cli.add_cache_flags(p)
-    p.add_argument("--num-runs", type=cli.positive_int, default=3, help="values that each factor takes")
+    p.add_argument("--num-runs", type=cli.positive_int, default=3, help="values of each factor")
     p.add_argument("--vary", type=cli.word_list(FACTORS), default=list(FACTORS), help="factors, one at a time")
     p.add_argument("--needle-length", type=cli.positive_int, default=512, help="context of the needle test, tokens")
     p.add_argument("--needle-trials", type=cli.positive_int, default=4, help="needle prompts per depth and run")
-    p.add_argument("--max-ppl-delta", type=cli.fraction, default=0.05, help="verdict: worst allowed rise of perplexity")
-    p.add_argument("--max-std", type=cli.fraction, default=0.01, help="verdict: allowed deviation of that rise")
+    p.add_argument("--max-ppl-delta", type=cli.fraction, default=0.05, help="verdict: largest rise of perplexity")
+    p.add_argument("--max-std", type=cli.fraction, default=0.01, help="verdict: largest standard deviation of the rise")
     cli.add_output_flag(p)
     return p
 

@@ -1,4 +1,4 @@
-"""The parser of every script, and flags that several scripts share."""
+"""The parser of all scripts, and the flags that several scripts share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpt2.compression.codecs import CODECS, codec_name
 from gpt2.compression.presets.policies import KVPolicyName
 from gpt2.models import embedded
 
-WAIT_FOR_THE_FIRST_S = 3
+WAIT_FOR_THE_FIRST_S = 3  # seconds in which the first process prints its error
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
     parsed: argparse.Namespace | None = None
 
     def error(self, message):
-        if not processes.launched().first:  # all processes have the same arguments, so one message is enough
+        if not processes.launched().first:  # all processes have the same arguments: the first one prints the error
             fail_after_the_first()
         super().error(message)
 
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail_after_the_first() -> NoReturn:
-    """Exit with an error, seconds after the first process printed it: a launcher stops all as soon as one exits."""
+    """Wait until the first process has printed its error, then exit: launchers stop all processes when one exits."""
     time.sleep(WAIT_FOR_THE_FIRST_S)
     sys.exit(2)
 
@@ -75,11 +75,13 @@ def evaluation_parser(manual: str, tokens: int, *, calibrates: bool = False) -> 
 
 
 def add_output_flag(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--output", type=output_path, help="JSON file; the PNG goes beside it, or into plots beside runs")
+    """--output, for a script that writes a JSON file and a picture."""
+    what = "JSON file; the PNG is written beside it, or for a file in a folder `runs` into `plots` beside that folder"
+    p.add_argument("--output", type=output_path, help=what)
 
 
 def output_path(word: str) -> Path:
-    """A file to write. Rejected before any work where it, or the picture beside it, can't be written."""
+    """An argument type: a file to write. Rejected, before any work, if it or its picture can't be written."""
     path = Path(word)
     try:
         files.check_writable(path)
@@ -90,6 +92,7 @@ def output_path(word: str) -> Path:
 
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:
+    """--model, --device and --dtype."""
     p.add_argument("--model", default=embedded.EMBEDDED, help="embedded model's name, local folder, or hub id")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, or all: layers over every GPU")
     p.add_argument("--dtype", default="auto", help="auto (float32 on CPU), float32, float16, bfloat16")
@@ -98,35 +101,39 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
 def add_shape_flags(p: argparse.ArgumentParser) -> None:
     """The model flags, for scripts whose figures don't depend on weights: --model may also be a shape file."""
     add_model_flags(p)
-    p.add_argument("--layers", type=positive_int, help="layers of a shape without weights; all if omitted")
+    p.add_argument("--layers", type=positive_int, help="number of layers of a shape without weights; all if omitted")
 
 
 def add_text_flags(p: argparse.ArgumentParser) -> None:
+    """--text and --seed."""
     p.add_argument(
         "--text",
-        help="embedded, wikitext2, a file, a folder with *valid*.txt and *test*.txt, self (the model's own samples), "
-        "or several joined by +, in equal shares; by default embedded for the embedded model, else wikitext2",
+        help="embedded, wikitext2, a file, a folder with *valid*.txt and *test*.txt, self (sampled from the model), "
+        "or several of these joined by +, in equal shares; embedded if omitted for the embedded model, else wikitext2",
     )
-    p.add_argument("--seed", type=int, default=0, help="draws calibration windows, needle prompts and the bootstrap")
+    p.add_argument("--seed", type=int, default=0, help="of calibration windows, needle prompts and the bootstrap")
 
 
 def add_eval_text_flag(p: argparse.ArgumentParser) -> None:
+    """--eval-text, for a script that may measure on another text than the one it calibrates on."""
     p.add_argument("--eval-text", help="text to measure on; --text if omitted")
 
 
 def add_calibration_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--samples", type=positive_int, default=100, help="calibration sequences")
+    """--samples, --seq-len and --sink-tokens."""
+    p.add_argument("--samples", type=positive_int, default=100, help="number of calibration sequences")
     p.add_argument("--seq-len", type=positive_int, default=1024, help="tokens per calibration sequence")
-    p.add_argument("--sink-tokens", type=natural, default=4, help="first tokens, kept exact and out of statistics")
+    p.add_argument("--sink-tokens", type=natural, default=4, help="first tokens, kept exact and left out of statistics")
 
 
 def add_codec_flag(p: argparse.ArgumentParser, what: str, default: str | None = "pca") -> None:
+    """--codec. what: the start of its help."""
     names = f"{', '.join(CODECS)}, or bases joined by +, such as ln_nullspace+pca"
     p.add_argument("--codec", type=codec, default=default, help=f"{what}: {names}")
 
 
 def codec(word: str) -> str:
-    """A codec's name. An unknown one is rejected with the nearest known name."""
+    """An argument type: a codec's name. The error for an unknown one has the nearest known name."""
     try:
         return codec_name(word)
     except PluginError as error:
@@ -134,17 +141,19 @@ def codec(word: str) -> str:
 
 
 def add_cache_flags(p: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """--preset and --policy: which compressed cache to measure, or which ones."""
+    """--preset and --policy: the compressed cache to measure. several: each flag takes several values."""
     how = {"nargs": "+", "default": []} if several else {}
     group = p if several else p.add_mutually_exclusive_group()
-    group.add_argument("--preset", help="preset file, built-in name, or kv8 or kv4 for any model", **how)
+    group.add_argument("--preset", help="preset file, built-in name, or the calibration-free kv8 or kv4", **how)
     group.add_argument("--policy", choices=list(KVPolicyName), help="a policy instead of a preset", **how)
 
 
 def add_evaluation_flags(p: argparse.ArgumentParser, tokens: int) -> None:
-    p.add_argument("--eval-tokens", type=positive_int, default=tokens, help="tokens per perplexity")
+    """--eval-tokens, --eval-seq-len, --chunk and --batch-size. tokens: default of --eval-tokens."""
+    p.add_argument("--eval-tokens", type=positive_int, default=tokens, help="tokens to measure perplexity on")
     p.add_argument(
-        "--eval-seq-len", type=positive_int, help="tokens per evaluated segment; 2048 or the model's context"
-    )
+        "--eval-seq-len", type=positive_int,
+        help="tokens per evaluated segment; 2048, or less if the model's context is shorter, if omitted",
+    )  # fmt: skip
     p.add_argument("--chunk", type=positive_int, default=64, help="tokens fed to the cache at a time")
     p.add_argument("--batch-size", type=positive_int, default=4, help="segments evaluated together")

@@ -36,12 +36,12 @@ class Matcher:
         return self.setting.results / "runs" / f"{name}.json"
 
     def product(self, name: str) -> Path:
-        """The file of a run that other runs read: a calibration, a preset, or the results themselves."""
+        """The file of a run that other runs read: a calibration, a preset, or the results file itself."""
         output = self.setting.results / self.runs[name].output
         return output if output.suffix else self.record_path(name)
 
     def record(self, name: str) -> dict | None:
-        """The results file of a run, None where there is none that can be read."""
+        """The record in a run's results file; None if the file is missing or invalid."""
         try:
             record = json.loads(self.record_path(name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -49,7 +49,7 @@ class Matcher:
         return record if isinstance(record, dict) and isinstance(record.get("args"), dict) else None
 
     def stale(self, name: str) -> str | None:
-        """Why a run's results are stale; None where they are up to date."""
+        """The reason why a run's results are stale; None if they are up to date."""
         run, record = self.runs[name], self.record(name)
         if record is None:
             return "missing"
@@ -66,7 +66,7 @@ class Matcher:
         return files.file_sha256(path) == self.record(name).get("sha256", files.file_sha256(path))
 
     def to_make(self, wanted: list[str]) -> list[str]:
-        """The wanted runs that are stale, each after those that it needs and whose products are stale or missing."""
+        """The wanted runs that are stale, each after the runs that it needs whose products are stale or missing."""
         found: dict[str, None] = {}
 
         def add(name: str) -> None:

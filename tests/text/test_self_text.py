@@ -237,7 +237,7 @@ def test_without_a_place_to_keep_it_the_work_goes_on(llama, tmp_path, monkeypatc
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("KV_PLUGIN_CACHE", str(tmp_path / "file"))
     assert SELF.segments("calibration", llama, 24, 2, seed=0).shape == (2, 24)
-    assert "note: the sampled text is not saved and will be sampled again: can't make the folder" in capsys.readouterr().out
+    assert "the sampled text is not saved and will be sampled again: can't make the folder" in capsys.readouterr().out
 
 
 def test_an_interrupted_sampling_leaves_nothing(llama, cache_folder, monkeypatch):
