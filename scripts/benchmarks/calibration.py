@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
 import torch
 
@@ -25,6 +24,8 @@ from gpt2 import cli
 from gpt2.common import files, provenance
 from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.statistics import collect
+from gpt2.evaluation.instruments import synchronizer
+from gpt2.experiments.scaling import seconds
 from gpt2.models import loading
 from gpt2.report import tables
 from gpt2.text import sources
@@ -71,16 +72,7 @@ def time_all(loaded: loading.LoadedModel, window: torch.Tensor, turn: int) -> di
         "capture": lambda: collect(loaded, [window], sink_tokens=4),
     }
     order = list(works)[turn % 3 :] + list(works)[: turn % 3]
-    return {name: clock(works[name]) for name in order}
-
-
-def clock(work) -> float:
-    """Seconds of some work, until the GPU has finished it."""
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return {name: seconds(synchronizer(loaded.model), works[name]) for name in order}
 
 
 def peak_megabytes(args, samples: int) -> float:
