@@ -85,7 +85,10 @@ def open_script(args: argparse.Namespace) -> Script:
 
 
 def output_files(given: Path | None, stem: str) -> tuple[Path, Path]:
-    """Where a script writes its JSON and its picture: beside each other where --output says, else under results/."""
+    """Paths of a script's JSON and picture: `given` and a PNG beside it, or under results/ if `given` is None.
+
+    Raises PluginError if they can't be written.
+    """
     if given is not None:
         return given, files.picture_beside(given)
     record, picture = files.RESULTS / "runs" / f"{stem}.json", files.RESULTS / "plots" / f"{stem}.png"
@@ -106,12 +109,12 @@ def write(paths: tuple[Path, Path], record: dict, draw: Callable[[], Figure], sh
 
 
 def chosen_caches(args: argparse.Namespace, loaded: loading.LoadedModel) -> list[CacheChoice]:
-    """The caches that --preset and --policy name, checked against the model."""
+    """The caches that --preset and --policy name. Raises PluginError for none or for equal names."""
     chosen = [from_preset(word, loaded) for word in _words(args.preset)]
     chosen += [from_policy(word, loaded) for word in _words(args.policy)]
     if not chosen:
         raise PluginError("nothing to measure: give --preset (a file or a built-in name) or --policy")
-    taken = {BASELINE, IDENTITY}  # names of the caches that scripts put beside these
+    taken = {BASELINE, IDENTITY}  # names of caches that scripts add themselves
     for choice in chosen:
         if choice.label in taken:
             raise PluginError(f"two caches are called {choice.label!r}: give one of them another name")
@@ -126,12 +129,12 @@ def command_line(script: str, flags: dict[str, object]) -> str:
 
 
 def _words(value: str | list[str] | None) -> list[str]:
-    """The words of a flag that takes one word or several."""
+    """The values of a flag that takes one value or several, as a list."""
     return value if isinstance(value, list) else [value] if value else []
 
 
 def bar(label: str, unit: str) -> Callable[[Iterable], Iterable]:
-    """A progress bar that wraps an iterable, on a terminal and in the first process; a log file gets none."""
+    """A progress bar that wraps an iterable. It shows only on a terminal, and only in the first process."""
     hidden = None if processes.launched().first else True
     return lambda items: tqdm(items, desc=label, unit=unit, disable=hidden, leave=False)
 
@@ -144,7 +147,7 @@ def evaluation_length(args: argparse.Namespace, loaded: loading.LoadedModel) -> 
 
 
 def evaluation_segments(args: argparse.Namespace, loaded: loading.LoadedModel, text: Text, part: str) -> Tensor:
-    """The token segments that --eval-tokens and --eval-seq-len ask for, [n, length]."""
+    """Token segments [n, length] of a part, by --eval-tokens and --eval-seq-len. Prints a note if there are fewer."""
     length = evaluation_length(args, loaded)
     segments = text.segments(part, loaded, length, args.eval_tokens // length, flag="--eval-seq-len")
     if segments.numel() < args.eval_tokens:

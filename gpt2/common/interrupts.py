@@ -9,7 +9,7 @@ MESSAGE = "\ninterrupted: nothing half-written was left behind"
 EXIT_CODE = 130
 
 
-def in_one_line(kind: type[BaseException], error: BaseException, trace) -> None:
+def excepthook(kind: type[BaseException], error: BaseException, trace) -> None:
     """A `sys.excepthook` that prints MESSAGE instead of the traceback of a KeyboardInterrupt."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
@@ -18,8 +18,8 @@ def in_one_line(kind: type[BaseException], error: BaseException, trace) -> None:
     sys.exit(EXIT_CODE)
 
 
-def expect() -> None:
+def install() -> None:
     """Install the hook if a script of this checkout is running; other programs that import the package keep theirs."""
     scripts = Path(__file__).resolve().parents[2] / "scripts"
     if sys.argv and scripts in Path(sys.argv[0]).resolve().parents:
-        sys.excepthook = in_one_line
+        sys.excepthook = excepthook

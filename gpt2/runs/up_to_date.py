@@ -81,7 +81,7 @@ class Matcher:
         return list(found)
 
     def status(self, wanted: list[str]) -> str:
-        """For people: a line per run, up to date or why not, then the runs to make in their order."""
+        """A text with a line per wanted run, up to date or the reason why not, and then the runs to make in order."""
         lines = [f"{name:<44} {self.stale(name) or 'up to date'}" for name in wanted]
         made = self.to_make(wanted)
         return "\n".join([*lines, "", f"{len(made)} runs to make" + (f": {', '.join(made)}" if made else "")])
