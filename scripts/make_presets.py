@@ -42,7 +42,7 @@ def arguments() -> argparse.ArgumentParser:
     bases, quantizers = multi_head_bases(), adjustable_quantizers()
     prefixes = ", ".join(f"{basis.preset_prefix}-* ({name})" for name, basis in bases.items())
     p.add_argument("--codec", choices=list(bases), default=DEFAULT_CODEC, help=f"basis; it names presets {prefixes}")
-    p.add_argument("--quantizer", choices=quantizers, default=quantizers[0], help="for codes of the basis")
+    p.add_argument("--quantizer", choices=quantizers, default=quantizers[0], help="widths per block (mixed) or fixed")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time for gradients")
     p.add_argument("--calibration-file", type=Path, help="results/calibrations/kv_CODEC_MODEL[_TAG].pt if omitted")
     p.add_argument("--tag", help="only measure, and write ratio_presets_MODEL_TAG.json")
