@@ -2,4 +2,4 @@
 
 from gpt2.common import interrupts
 
-interrupts.expect()
+interrupts.install()

@@ -5,20 +5,19 @@
         --output kv_preset_qwen7b.json
     python scripts/auto_tune_kv_compression.py --search codec --num-trials 40 --output best.json
 
-Calibrates once (or takes a matching file), measures candidates on tuning text, and confirms the winner on evaluation
-text that took no part. --search grid, the default, scores every (rank, bits) of one codec. --search codec looks through
-all codecs for whatever compresses most: K and V together or apart, bits down to fractions, ranks, quantizers by token
-or by channel, and how many first tokens stay exact. It starts with a sensible point of each codec and lets Optuna's
-constrained TPE choose from there; --num-trials is how many are measured. Others are skipped, at most as many again,
-because their compression, known without running the model, can't beat the best so far. Where a codec needs gradients
-the calibration takes them: a --calibration of your own should be made with --metric fisher, or it leaves such codecs
-out.
+Calibrates once, or reuses a matching file, measures candidates on tuning text, and confirms the best one on separate
+evaluation text. --search grid, the default, measures every (rank, bits) of one codec. --search codec searches all
+codecs: K and V together or apart, fractional bits, ranks, quantizers by token or by channel, and how many first tokens
+stay exact. It starts with one point of each codec; Optuna's constrained TPE chooses the rest. --num-trials candidates
+are measured, and at most as many are skipped, because their compression ratio, which is known without running the
+model, can't beat the best so far. Some codecs need a calibration with gradients: make a --calibration file of your own
+with --metric fisher, or these codecs are left out.
 
-The search is an Optuna study in SQLite: interrupt it and run the same command to go on, or run the command twice to
-share the work; more --num-trials add to those that are done. --layer-ablation compresses each layer alone, shows which
-matter, and stops; --per-layer uses the same figures to add plans in which sensitive layers keep more; both are of the
-grid. A candidate without a finite loss is out of the budget. Without one inside the budget nothing is written and the
-exit code is 3.
+The search is an Optuna study in SQLite: run the same command to resume it after an interruption, or run it twice at
+once to share the work; more --num-trials add to those that are done. With --search grid, --layer-ablation compresses
+each layer alone, shows which layers matter, and stops; --per-layer uses the same figures to add plans in which
+sensitive layers keep more. A candidate whose loss is not finite counts as over the budget. If no candidate is within
+the budget, nothing is written and the exit code is 3.
 """
 
 import argparse
@@ -26,33 +25,28 @@ from pathlib import Path
 
 from gpt2 import cli
 from gpt2.common import files
-from gpt2.compression.codecs import adjustable_quantizers, basis_of
 from gpt2.compression.settings import TARGETS
 from gpt2.report import plots, tables
-from gpt2.tuning import search_space, trial_queue, tune
+from gpt2.tuning import grid_search, search_space, trial_queue, tune
 
 ONLY = {"grid": ("target", "bits", "codec", "per_layer", "layer_ablation"),
         "codec": ("codecs", "num_trials", "recent_grid")}  # fmt: skip
 
 
 def arguments() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__)
-    cli.add_model_flags(p)
-    cli.add_text_flags(p)
-    cli.add_calibration_flags(p)
-    cli.add_evaluation_flags(p, tokens=8192)
+    p = cli.evaluation_parser(__doc__, tokens=8192, calibrates=True)
     p.add_argument("--target-ppl-delta", type=cli.fraction, default=0.05, help="largest relative rise of perplexity")
     p.add_argument("--search", choices=list(ONLY), default="grid", help="one codec's grid, or all codecs")
     p.add_argument("--target", choices=list(TARGETS), default="v", help="grid: what to compress, V, K or both")
     p.add_argument("--rank-grid", type=cli.int_list, help="ranks to try, such as 60,56,48; from head_dim if omitted")
     p.add_argument("--bits", type=cli.int_list, default=[16, 8, 4], help="grid: bits to try")
     cli.add_codec_flag(p, "grid: basis of the search")
-    p.add_argument("--per-layer", action="store_true", help="grid: also plans with a setting of its own for each layer")
-    p.add_argument("--layer-ablation", action="store_true", help="grid: only measure each layer alone")
+    p.add_argument("--per-layer", action="store_true", help="grid: also plans with different settings of layers")
+    p.add_argument("--layer-ablation", action="store_true", help="grid: only measure each layer alone, then stop")
     families = search_space.families()
-    p.add_argument("--codecs", type=cli.word_list(families), help=f"codec: limit it to some of {','.join(families)}")
+    p.add_argument("--codecs", type=cli.word_list(families), help=f"codec: search only some of {','.join(families)}")
     p.add_argument("--num-trials", type=cli.positive_int, default=40, help="codec: how many candidates to measure")
-    p.add_argument("--recent-grid", type=cli.int_list, help="codec: numbers of exact latest tokens to try beside none")
+    p.add_argument("--recent-grid", type=cli.int_list, help="codec: numbers of exact latest tokens to try, besides 0")
     p.add_argument("--calibration", type=Path, help="calibration file; a matching one is found or made if omitted")
     p.add_argument("--study", type=Path, default=files.RESULTS / "studies" / "auto_tune.db", help="SQLite file")
     p.add_argument("--name", help="name of the preset; from target and budget if omitted")
@@ -64,13 +58,8 @@ def parse() -> argparse.Namespace:
     p = arguments()
     args = p.parse_args()
     other = "codec" if args.search == "grid" else "grid"
-    for name in ONLY[other]:
-        if getattr(args, name) != p.get_default(name):
-            p.error(f"--{name.replace('_', '-')} belongs to --search {other}")
-    basis = basis_of(args.codec)
-    if basis.calibrated and not basis.ranked:
-        name = f"{args.codec}+{adjustable_quantizers()[0]}"
-        p.error(f"--codec {args.codec} has no grid of ranks: use --search codec --codecs {name}")
+    p.reject_changed(args, ONLY[other], f"belongs to --search {other}")
+    grid_search.check_ranked(args.codec)
     return args
 
 
@@ -82,7 +71,7 @@ def main() -> None:
     grid = args.search == "grid"
     name = args.name or f"{args.target if grid else 'codec'}-{100 * args.target_ppl_delta:g}pct"
     output = args.output or files.RESULTS / "presets" / f"{loaded.slug}-{name}.json"
-    segments = [cli.evaluation_segments(args, loaded, text, part) for part in ("tuning", "evaluation")]
+    segments = [script.evaluation_segments(part) for part in ("tuning", "evaluation")]
     job = tune.Job(args, loaded, text, *segments, output, cli.bar)
     found = tune.search_grid(job, show_layers) if grid else tune.search_codecs(job)
     if found is None:

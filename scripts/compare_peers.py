@@ -1,16 +1,16 @@
-"""Compare our compressed caches with other people's: the same text, the same streamed perplexity, the same bytes.
+"""Compare our compressed caches with others: on the same text, by streamed perplexity, with all bytes counted.
 
     python scripts/compare_peers.py
     python scripts/compare_peers.py --text ../wikitext --eval-tokens 4096 --peers kivi,fp8 --preset int4-vonly
     python scripts/compare_peers.py --model YourOrg/YourModel --preset kv_preset_yourmodel_v9.json
 
-Peers: transformers' QuantizedCache with quanto, hqq (pip install -r requirements-peers.txt) and fp8; KIVI with 4, 3 and
-2 bits; and the guide's low rank, where the model has such a preset. Ours: --preset, by default every built-in preset of
-the model. What isn't installed, or fails, has a row 'not run' with the reason, and the rest goes on.
+Peers: transformers' QuantizedCache with quanto and hqq (pip install -r requirements-peers.txt), fp8, KIVI with 4, 3 and
+2 bits, and the guide's low rank if the model has such a preset. Ours: --preset, by default every built-in preset of the
+model. A cache that isn't installed or fails gets a row 'not run' with the reason; the others are still measured.
 
-transformers' caches keep the chunk that is being read exact, and beside it a residual of exact latest tokens: a row has
-their default of 128, another none. KIVI and ours read also the new chunk as it is stored. Bytes are what a cache holds
-for 2048 tokens of a 16-bit model, fed --chunk at a time. The needle's prompts are fed in chunks as well.
+transformers' caches keep the newest chunk exact, and beside it a residual of exact latest tokens: one row has their
+default of 128, another has none. KIVI and our caches compress the newest chunk before attention reads it. Bytes are
+those of a cache of 2048 tokens of a 16-bit model, fed --chunk tokens at a time. Needle prompts are fed in chunks too.
 Writes results/runs/peers_MODEL.json and results/plots/peers_MODEL.png, or where --output says.
 """
 
@@ -26,19 +26,16 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def lengths(words: str) -> list[int]:
-    """`512,1024` to [512, 1024]; `none` and `0` to []."""
+    """`512,1024` to [512, 1024]; `none` or `0` to []."""
     return [] if words in ("none", "0") else cli.int_list(words)
 
 
 def arguments() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__)
-    cli.add_model_flags(p)
-    cli.add_text_flags(p)
-    cli.add_evaluation_flags(p, tokens=32768)
-    p.set_defaults(batch_size=1)  # fp8 has one scale for all that is read together
-    p.add_argument("--peers", type=cli.word_list(lineup.PEERS), default=list(lineup.PEERS), help="whose caches to run")
+    p = cli.evaluation_parser(__doc__, tokens=32768)
+    p.set_defaults(batch_size=1)  # fp8 has one scale per batch, so a batch would change its results
+    p.add_argument("--peers", type=cli.word_list(lineup.PEERS), default=list(lineup.PEERS), help="caches to measure")
     p.add_argument("--preset", nargs="*", help="preset files or built-in names; all of the model's if omitted")
-    p.add_argument("--needle-context-lengths", type=lengths, default=[1024], help="tokens; none or 0 asks no needles")
+    p.add_argument("--needle-context-lengths", type=lengths, default=[1024], help="tokens; none or 0 for no needles")
     p.add_argument("--num-trials", type=cli.positive_int, default=3, help="needle prompts per length and depth")
     cli.add_output_flag(p)
     return p
@@ -49,12 +46,12 @@ def main() -> None:
     script = cli.open_script(args)
     loaded, text, paths = script.loaded, script.text, script.output_files("peers")
     compared = lineup.for_quality(loaded, args.peers, args.preset)
-    segments = cli.evaluation_segments(args, loaded, text, "evaluation")
+    segments = script.evaluation_segments()
     grid = {"lengths": args.needle_context_lengths, "depths": DEPTHS, "trials": args.num_trials, "seed": args.seed,
             "prefill_chunk": args.chunk, "haystack_name": f"the evaluation part of text {text.name!r}"}  # fmt: skip
     if args.needle_context_lengths:
         haystack = text.tokens("evaluation", loaded)
-        needle.measure(loaded, haystack, {}, **grid)  # builds the prompts: what is wrong with them shows now
+        needle.measure(loaded, haystack, {}, **grid)  # builds the prompts only, so that errors in them show early
 
     rows = peers.measure(
         loaded, segments, compared, seed=args.seed, chunk=args.chunk, batch_size=args.batch_size,

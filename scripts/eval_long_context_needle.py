@@ -5,14 +5,15 @@
         --context-lengths 512,1024,2048 --num-trials 5
     python scripts/eval_long_context_needle.py --preset int8-vonly int4-vonly --output needle.json
 
-A sentence such as "The locker number of Anna is 48213." lies at a share of the haystack (--needle-positions), among
-sentences of the same form about others (--distractors), in text of the evaluation part of --text. The prompt ends with
-a question and "The locker number of Anna is", and `generate` goes on, with the uncompressed cache and with each
-compressed one. Beside exact match stands the log-probability of the answer: it moves before an answer is lost.
+The evaluation part of --text is the haystack. A sentence such as "The locker number of Anna is 48213." is inserted at
+each of --needle-positions, and --distractors sentences of the same form about others at random positions. The prompt
+ends with a question and "The locker number of Anna is", which `generate` continues, with the uncompressed cache and
+with each compressed one. Beside exact match the log-probability of the answer is reported, which changes before an
+answer is lost.
 
-A context length counts the prompt and --max-new-tokens of room for the answer. A cell where the baseline itself is
-nearer to guessing among the sentences than to being always right says 'baseline fails': it counts neither for nor
-against a compressed cache. Writes results/runs/needle_MODEL.json and a PNG in results/plots, or where --output says.
+A context length includes --max-new-tokens for the answer. A cell is marked 'baseline fails', and counts neither for nor
+against a compressed cache, if the baseline's exact match is below halfway between guessing and always being right.
+Writes results/runs/needle_MODEL.json and a PNG in results/plots, or where --output says.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from gpt2.report import plots
 
 
 def positions(words: str) -> list[float]:
-    """`0.1,0.9` to [0.1, 0.9], in the order given, each once."""
+    """`0.1,0.9` as [0.1, 0.9]: numbers from 0 to 1 in the given order, without repetitions."""
     values = list(dict.fromkeys(float(word) for word in words.split(",")))
     if outside := [value for value in values if not 0 <= value <= 1]:
         raise argparse.ArgumentTypeError(f"{outside[0]} is out of range: 0 is the prompt's beginning, 1 its end")
@@ -36,12 +37,12 @@ def arguments() -> argparse.ArgumentParser:
     cli.add_model_flags(p)
     cli.add_text_flags(p)
     cli.add_cache_flags(p, several=True)
-    p.add_argument("--context-lengths", type=cli.int_list, default=[512, 1024, 2048], help="tokens, prompt and answer")
+    p.add_argument("--context-lengths", type=cli.int_list, default=[512, 1024, 2048], help="tokens, answer included")
     p.add_argument("--needle-positions", type=positions, default=[0.1, 0.3, 0.5, 0.7, 0.9], help="share of text before")
     p.add_argument("--num-trials", type=cli.positive_int, default=5, help="prompts per length and position")
-    p.add_argument("--distractors", type=cli.natural, default=1, help="needles about others in each prompt")
+    p.add_argument("--distractors", type=cli.natural, default=1, help="other needles in each prompt")
     p.add_argument("--max-new-tokens", type=cli.positive_int, default=12, help="tokens to generate")
-    p.add_argument("--prefill-chunk", type=cli.positive_int, help="tokens of the prompt fed at a time; by default all")
+    p.add_argument("--prefill-chunk", type=cli.positive_int, help="prompt tokens fed at a time; all if omitted")
     cli.add_output_flag(p)
     return p
 

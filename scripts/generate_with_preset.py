@@ -4,10 +4,10 @@
     python scripts/generate_with_preset.py --preset kv4 --model YourOrg/YourModel --document report.txt --direct
     python scripts/generate_with_preset.py --preset int4-vonly --prompt "The history of tea begins"
 
-One table shows what each cache weighs, what it costs in perplexity on the document, how long a token takes, and how
-the answer begins. The document fills the cache, as the model's chat template puts it, and its perplexity is measured
-in the same pass. Decoding is greedy, so that answers can be compared; a small difference early on may still send them
-apart. --direct lets attention read compressed caches as they are stored, where it can, in place of reconstructing the
+One table shows for each cache its bytes, its loss of perplexity on the document, the time per token, and the first
+words of the answer. The document is put into the model's chat template and fills the cache, and its perplexity is
+measured in the same pass. Decoding is greedy, so that answers can be compared, but one different token may change all
+that follow. With --direct attention reads the stored codes of caches that allow it, instead of reconstructing the
 history at every step. With --output a JSON file and a PNG are written.
 """
 
@@ -27,13 +27,13 @@ def arguments() -> argparse.ArgumentParser:
     cli.add_model_flags(p)
     cli.add_cache_flags(p, several=True)
     p.add_argument(
-        "--direct", action="store_true", help="attend over codes, which needs a model whose attention can be set"
+        "--direct", action="store_true", help="attend over codes; needs a model whose attention can be replaced"
     )
     p.add_argument("--document", help="a text file, or embedded or wikitext2: the end of its evaluation part")
-    p.add_argument("--document-tokens", type=cli.positive_int, default=4000, help="longer documents lose their start")
-    p.add_argument("--question", default="What is this text about?", help="asked about the document")
-    p.add_argument("--prompt", default=PROMPT, help="text to continue where there is no document")
-    p.add_argument("--max-new-tokens", type=cli.positive_int, default=96, help="tokens of the answer")
+    p.add_argument("--document-tokens", type=cli.positive_int, default=4000, help="keep so many last tokens of it")
+    p.add_argument("--question", default="What is this text about?", help="question about the document")
+    p.add_argument("--prompt", default=PROMPT, help="text to continue if there is no --document")
+    p.add_argument("--max-new-tokens", type=cli.positive_int, default=96, help="longest answer, in tokens")
     p.add_argument("--prefill-chunk", type=cli.positive_int, default=1024, help="tokens fed to the cache at a time")
     cli.add_output_flag(p)
     return p

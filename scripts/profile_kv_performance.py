@@ -1,17 +1,17 @@
-"""Speed and memory of compressed caches beside the uncompressed one: first token, every token after, bytes, and why.
+"""Speed and memory of compressed caches beside the uncompressed one: time to first token, per token, bytes, profile.
 
     python scripts/profile_kv_performance.py --preset int4-vonly
     python scripts/profile_kv_performance.py --preset int8-vonly int4-vonly --identity --batch-sizes 1,8 --repeats 9
     python scripts/profile_kv_performance.py --preset kv4 fast-4x --direct --identity --peers quanto,hqq
     python scripts/profile_kv_performance.py --model configs/models/qwen2.5-0.5b.json --layers 2 --policy default
 
---direct measures every cache of ours twice: expanding its history at every step, and read as it is stored. With
---identity among them that is an uncompressed cache of which nothing is copied from step to step, and no head of K and V
-repeated. --peers adds transformers' quantized caches.
-Caches take turns in one process, in alternating order, each time fresh and after a warm-up; figures are medians with
-quartiles, ratios are paired by repeat. Tokens per second count the whole batch. Where a step's time goes and the peak
-of memory come from a pass of its own, whose instruments cost time. A model's shape from configs/models gets random
-weights: speed and memory don't depend on them.
+--direct measures each of our caches twice: reconstructing the history at every step, and with attention over the
+stored codes. --identity adds our cache without compression; with --direct it is also read without copying K and V at
+every step and without repeating KV heads. --peers adds transformers' quantized caches.
+Caches take turns in one process, in alternating order, each time with a fresh cache after a warm-up. Figures are
+medians with quartiles, ratios are paired by repeat. Tokens per second are of the whole batch. The parts of a step's
+time and the peak of memory are measured in a separate pass, as the instruments take time. A model's shape from
+configs/models gets random weights, as speed and memory don't depend on them.
 Writes results/runs/profile_MODEL.json and results/plots/profile_MODEL.png, or where --output says.
 """
 
@@ -31,14 +31,14 @@ def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     cli.add_shape_flags(p)
     cli.add_cache_flags(p, several=True)
-    p.add_argument("--identity", action="store_true", help="also our cache without a codec, as a control")
-    p.add_argument("--direct", action="store_true", help="also read caches of ours as they are stored")
+    p.add_argument("--identity", action="store_true", help="add our cache without compression, as a control")
+    p.add_argument("--direct", action="store_true", help="also attend over the stored codes of our caches")
     p.add_argument("--peers", type=cli.word_list(list(PACKAGES)), default=[], help="quanto, hqq, or both")
     p.add_argument("--context-lengths", type=cli.int_list, default=[512, 1024, 2048], help="tokens before decoding")
-    p.add_argument("--batch-sizes", type=cli.int_list, default=[1, 4], help="sequences side by side")
+    p.add_argument("--batch-sizes", type=cli.int_list, default=[1, 4], help="sequences in a batch")
     p.add_argument("--decode-tokens", type=cli.positive_int, default=16, help="tokens decoded per repeat")
     p.add_argument("--repeats", type=cli.positive_int, default=3, help="timed runs per cache, context and batch")
-    p.add_argument("--seed", type=int, default=0, help="draws the tokens that fill the caches")
+    p.add_argument("--seed", type=int, default=0, help="of the random tokens that fill the caches")
     cli.add_output_flag(p)
     return p
 
@@ -54,7 +54,7 @@ def main() -> None:
         enable_compressed_attention(loaded.model)
 
     if loaded.random_weights:
-        print("note: the weights are random; neither speed nor memory depends on what they say")
+        print("note: the weights are random; speed and memory don't depend on them")
     rows = []
     record = script.record(
         rows=rows, weights=script.weights, dtype=script.dtype, peak_memory=memory_method(cuda_devices(loaded.model)),

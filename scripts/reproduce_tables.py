@@ -6,18 +6,19 @@
     python scripts/reproduce_tables.py --study postgresql://user@host/kv --device cuda:1
     python scripts/reproduce_tables.py --html report.html --results my_results --model qwen2.5-0.5b
 
-A table is a file that names its runs, each one script with arguments which makes results/runs/NAME.json. Results are
-up to date where the arguments, the contents of the texts and files that they name, and those of the calibration are the
-same, and the commit that made them is known. Without names all tables are made.
+A table is defined by a file that names its runs. A run is one script with arguments, which makes
+results/runs/NAME.json. Results are up to date if they were made with the same arguments, from files, texts and a
+calibration with the same contents, at a commit that is known. Without names all tables are made.
 
-Runs are trials of an Optuna study: interrupt the command and start it again to go on; start it N times, each with its
-own --device, to share the work. A dead worker's run is taken over after a minute. On several machines give all the same
---study, a database's URL, and one folder of results. A table measured on several devices names each part's device.
+Runs are trials of an Optuna study: start the command again to resume it after an interruption; start it several times,
+each with another --device, to share the work. A dead worker's run is taken over after a minute. On several machines,
+use a database's URL as --study for all and a shared folder of results. A table measured on several devices names the
+device of each part.
 
-These run nothing: --status says of each run whether it is up to date; --pages writes results/tables, and the tables
-within README and docs/*.md, from the results that there are; --check fails where any of them, or a figure in the prose
-of README and docs, differs from the committed results (gpt2/runs/check.py says which figures); --html writes one page
-with everything measured, for any browser and without a network: tables that sort, pictures, where each came from.
+These flags start no runs: --status prints for each run whether it is up to date; --pages writes results/tables and the
+tables within README and docs/*.md from existing results; --check fails if any of these, or a figure in the prose of
+README and docs, differs from the committed results (gpt2/runs/check.py describes which figures are checked); --html
+writes one page with all measurements, sortable tables, pictures and provenance, which needs no network.
 """
 
 import argparse
@@ -35,16 +36,16 @@ from gpt2.runs.worker import Worker
 
 def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
-    p.add_argument("tables", nargs="*", metavar="NAME", help="tables to make, or single runs; all tables if omitted")
+    p.add_argument("tables", nargs="*", metavar="NAME", help="tables or single runs to make; all tables if omitted")
     p.add_argument("--model", default=embedded.EMBEDDED, help="embedded model's name, local folder, or hub id")
-    p.add_argument("--text", help="text of every run, such as ../wikitext")
-    p.add_argument("--device", help="of this worker's runs: cpu, cuda, cuda:N; what each script chooses if omitted")
+    p.add_argument("--text", help="--text of every run, such as ../wikitext")
+    p.add_argument("--device", help="--device of this worker's runs, such as cuda:1; each script's default if omitted")
     p.add_argument("--study", help="SQLite file or database URL; results/tables/study.db if omitted")
-    p.add_argument("--any-code", action="store_true", help="reuse also results of code that was never committed")
+    p.add_argument("--any-code", action="store_true", help="also reuse results of code that was never committed")
     how = p.add_mutually_exclusive_group()
-    how.add_argument("--quick", action="store_true", help="small runs, in results/quick: to try all, not to publish")
-    how.add_argument("--status", action="store_true", help="only say which runs are up to date, and why others aren't")
-    how.add_argument("--pages", action="store_true", help="only write results/tables and the tables of README and docs")
+    how.add_argument("--quick", action="store_true", help="small runs in results/quick, not for publication")
+    how.add_argument("--status", action="store_true", help="only print which runs are stale, and why")
+    how.add_argument("--pages", action="store_true", help="only write results/tables and the tables in README and docs")
     how.add_argument("--check", action="store_true", help="only compare README, docs and results/tables with results")
     how.add_argument("--html", nargs="?", type=Path, const=Path(), metavar="FILE", help="only write one HTML page")
     p.add_argument("--results", type=Path, default=files.RESULTS, help="folder with runs and plots, for --html")
@@ -55,20 +56,20 @@ def main() -> None:
     args = arguments().parse_args()
     if args.check:
         check.check(files.ROOT)
-        print("README, docs and results/tables show what results/runs say")
+        print("README, docs and results/tables agree with results/runs")
         return
     if args.html is not None:
         write_html(args.results, args.model, args.html if args.html.name else args.results / "report.html")
         return
     if args.model == embedded.EMBEDDED and not (args.text or args.quick or args.status or args.pages):
-        raise PluginError("the committed tables are of WikiText-2, and would be made anew of another text: give --text")
+        raise PluginError("the committed tables are of WikiText-2 and would be replaced by another text's: give --text")
     setting = config.Setting(args.model, args.text, args.quick, args.device)
     tables, runs = config.load(setting)
     chosen, wanted = config.select(args.tables, tables, runs)
     matcher = Matcher(setting, runs, args.any_code)
     failed = {}
     if args.status:
-        print_status(matcher, wanted)
+        print(matcher.status(wanted))
         return
     pages.check_writable(setting, chosen, args.pages)
     if not args.pages:
@@ -87,14 +88,6 @@ def write_html(results: Path, model: str, output: Path) -> None:
     for what in pages.write_html(results, model, output):
         print(f"not shown: {what}")
     print(f"wrote {files.shown(output)}, {output.stat().st_size / 2**20:.1f} MiB")
-
-
-def print_status(matcher: Matcher, wanted: list[str]) -> None:
-    """A line per run; what would be made in their order."""
-    for name in wanted:
-        print(f"{name:<44} {matcher.stale(name) or 'up to date'}")
-    made = matcher.to_make(wanted)
-    print(f"\n{len(made)} runs to make" + (f": {', '.join(made)}" if made else ""))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Prove a calibration by perplexity: what each choice costs, measured through the real cache on one text.
+"""Perplexity ablation: what each choice of a compressed cache costs, measured through the real cache on one text.
 
     python scripts/validate_ppl_postbugfix.py
     python scripts/validate_ppl_postbugfix.py --text ../wikitext --eval-tokens 16384 --groups control,rank,bits
 
-Groups: control (identity must not move a token, a lossy codec must), basis (PCA against random), metric (PCA
-against the metrics of attention and of the loss; takes gradients), target (V, K, both),
-rank, bits, sinks (with and without exact first tokens), layers (one stretch of layers at a time), nullspace (the
-all-ones direction against other directions of the same bytes), policies (each with what it stores).
+Groups: control (identity must leave every token's loss unchanged, a lossy codec must change it), basis (PCA against
+random), metric (PCA against the metrics of attention and of the loss; takes gradients), target (V, K, both), rank,
+bits, sinks (with and without exact first tokens), layers (one range of layers at a time), nullspace (dropping the
+all-ones direction against dropping other directions), policies (each with the settings that it chooses).
 Writes results/runs/validate_ppl_MODEL.json and results/plots/validate_ppl_MODEL.png, or where --output says.
 """
 
@@ -22,16 +22,12 @@ from gpt2.tuning.grid_search import default_rank_grid
 
 
 def arguments() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__)
-    cli.add_model_flags(p)
-    cli.add_text_flags(p)
-    cli.add_calibration_flags(p)
-    cli.add_evaluation_flags(p, tokens=8192)
+    p = cli.evaluation_parser(__doc__, tokens=8192, calibrates=True)
     p.add_argument("--calibration", type=Path, help="calibration file; a matching one is found or made if omitted")
     p.add_argument("--groups", type=cli.word_list(GROUPS), default=list(GROUPS), help="which groups of rows to run")
     p.add_argument("--ranks", type=cli.int_list, help="ranks to try, best first; from head_dim if omitted")
     p.add_argument("--bits", type=cli.int_list, default=[16, 8, 4], help="quantizer widths")
-    p.add_argument("--layer-groups", type=cli.positive_int, default=5, help="stretches of layers in group `layers`")
+    p.add_argument("--layer-groups", type=cli.positive_int, default=5, help="ranges of layers in group `layers`")
     cli.add_output_flag(p)
     return p
 
@@ -47,8 +43,8 @@ def main() -> None:
         progress=cli.bar("calibrating", "seq"),
     )  # fmt: skip
     ablation = Ablation(loaded, calibration, ranks, args.bits, args.sink_tokens, args.layer_groups)
-    segments = cli.evaluation_segments(args, loaded, text, "evaluation")
-    wanted = {group: ablation.rows(group) for group in args.groups}  # all: none may fail after hours of others
+    segments = script.evaluation_segments()
+    wanted = {group: ablation.rows(group) for group in args.groups}  # first, so that invalid settings show early
     rows, known = [], {}
     record = script.record(
         calibration=calibration.meta, dtype=str(loaded.model.dtype), segments=list(segments.shape), rows=rows
@@ -65,20 +61,20 @@ def main() -> None:
 
 
 def check_cache_is_on_the_path(rows: list[dict]) -> None:
-    """The measurement itself is proved by its controls; without them in the run there is nothing to say."""
+    """Raise PluginError if the controls show that the model doesn't read the cache; do nothing without controls."""
     control = [row for row in rows if row["group"] == "control"]
     if not control:
         return
     identity, lossy = control
-    # Not exactly zero: DynamicCache drops what a sliding window hides, and sums of another length round differently
+    # Not exactly zero: with a sliding window DynamicCache holds fewer tokens, and shorter sums round differently
     if identity["largest_nll_change"] > 1e-3 or abs(lossy["ppl_delta"]) < 0.001:
         raise PluginError(
-            f"the controls failed: identity moved a token by {identity['largest_nll_change']:.2e} nats, "
-            f"the lossy codec moved perplexity by {lossy['ppl_delta']:+.2%}"
+            f"the controls failed: identity changed a token's loss by {identity['largest_nll_change']:.2e} nats, "
+            f"the lossy codec changed perplexity by {lossy['ppl_delta']:+.2%}"
         )
     print(
-        f"the cache is on the path: identity moves no token by more than {identity['largest_nll_change']:.0e} nats, "
-        f"the lossy codec perplexity by {lossy['ppl_delta']:+.0%}"
+        f"the model reads the cache: identity changes no token's loss by more than "
+        f"{identity['largest_nll_change']:.0e} nats, the lossy codec changes perplexity by {lossy['ppl_delta']:+.0%}"
     )
 
 

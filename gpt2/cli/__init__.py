@@ -1,4 +1,4 @@
-"""What every script shares at the command line: flags and their types, the inputs that they name, and exit codes."""
+"""What all scripts share at the command line: flags and their types, the inputs that flags name, and exit codes."""
 
 from gpt2.cli.argument_types import fraction, int_list, natural, positive_int, ratio_list, word_list
 from gpt2.cli.flags import (
@@ -12,6 +12,7 @@ from gpt2.cli.flags import (
     add_output_flag,
     add_shape_flags,
     add_text_flags,
+    evaluation_parser,
     output_path,
     parser,
 )
@@ -20,6 +21,7 @@ from gpt2.cli.script import (
     Script,
     bar,
     chosen_caches,
+    command_line,
     evaluation_length,
     evaluation_segments,
     open_script,
@@ -41,7 +43,9 @@ __all__ = [
     "add_text_flags",
     "bar",
     "chosen_caches",
+    "command_line",
     "evaluation_length",
+    "evaluation_parser",
     "evaluation_segments",
     "fraction",
     "int_list",

@@ -1,4 +1,4 @@
-"""Types of command-line arguments: each takes the word that was typed and returns its value, or rejects it."""
+"""Types of command-line arguments: each converts the typed text to a value, or raises an error that argparse prints."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 
 def positive_int(word: str) -> int:
+    """A whole number from 1 on."""
     value = int(word)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{word} is not a positive number")
@@ -22,23 +23,23 @@ def natural(word: str) -> int:
 
 
 def int_list(word: str) -> list[int]:
-    """`60,56,48` to [60, 56, 48], in the order given, without repetitions."""
+    """`60,56,48` as [60, 56, 48]: positive numbers in the given order, without repetitions."""
     return list(dict.fromkeys(positive_int(part) for part in word.split(",")))
 
 
 def ratio_list(word: str) -> list[float]:
-    """`2,3.5,4` to [2.0, 3.5, 4.0], each above 1 and without repetitions."""
+    """`2,3.5,4` as [2.0, 3.5, 4.0]: numbers between 1 and 64 in the given order, without repetitions."""
     try:
         ratios = list(dict.fromkeys(float(part) for part in word.split(",")))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{word}: give compression ratios, such as 2,3.5,4") from error
+        raise argparse.ArgumentTypeError(f"{word}: expected compression ratios, such as 2,3.5,4") from error
     if not all(1 < ratio < 64 for ratio in ratios):
         raise argparse.ArgumentTypeError(f"{word}: a compression ratio lies between 1 and 64")
     return ratios
 
 
 def word_list(allowed: Sequence[str]) -> Callable[[str], list[str]]:
-    """An argument type for `a,b` out of the allowed words."""
+    """An argument type that converts `a,b` to ["a", "b"] and rejects words other than the allowed ones."""
 
     def parse(words: str) -> list[str]:
         chosen = words.split(",")
@@ -50,7 +51,7 @@ def word_list(allowed: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def fraction(word: str) -> float:
-    """A share such as 0.05, between 0 and 1; a 5 typed for 5 % is rejected."""
+    """A fraction between 0 and 1, such as 0.05 for 5 %; 5 is rejected."""
     value = float(word)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{word} is out of range: 0.05 means 5 %, give a number between 0 and 1")

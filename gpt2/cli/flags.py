@@ -1,10 +1,11 @@
-"""The parser of every script, and flags that several scripts share."""
+"""The parser of all scripts, and the flags that several scripts share."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,40 +16,42 @@ from gpt2.compression.codecs import CODECS, codec_name
 from gpt2.compression.presets.policies import KVPolicyName
 from gpt2.models import embedded
 
-WAIT_FOR_THE_FIRST_S = 3
+WAIT_FOR_THE_FIRST_S = 3  # seconds in which the first process prints its error
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that also rejects a file that is both read and written.
 
-    latest: the parser made last, so that advice names only flags that the script has.
+    parsed: the arguments that were parsed last in this process, so that advice names only flags that the script has.
     """
 
-    latest: Parser | None = None
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        Parser.latest = self
+    parsed: argparse.Namespace | None = None
 
     def error(self, message):
-        if not processes.launched().first:  # all processes have the same arguments, so one message is enough
+        if not processes.launched().first:  # all processes have the same arguments: the first one prints the error
             fail_after_the_first()
         super().error(message)
 
     def parse_args(self, *args, **kwargs):
-        parsed = super().parse_args(*args, **kwargs)
+        parsed = Parser.parsed = super().parse_args(*args, **kwargs)
         if both := provenance.read_and_written(vars(parsed)):
-            self.error("--{} and --{} name the same file, which would be lost: give another".format(*both))
+            self.error("--{} and --{} name the same file, which would be overwritten: give another".format(*both))
         return parsed
+
+    def reject_changed(self, parsed: argparse.Namespace, flags: Sequence[str], reason: str) -> None:
+        """Exit with an error if one of these flags, given by their names in `parsed`, is not at its default."""
+        for name in flags:
+            if getattr(parsed, name) != self.get_default(name):
+                self.error(f"--{name.replace('_', '-')} {reason}")
 
 
 def fail_after_the_first() -> NoReturn:
-    """Exit with an error, seconds after the first process printed it: a launcher stops all as soon as one exits."""
+    """Wait until the first process has printed its error, then exit: launchers stop all processes when one exits."""
     time.sleep(WAIT_FOR_THE_FIRST_S)
     sys.exit(2)
 
 
-def parser(manual: str) -> argparse.ArgumentParser:
+def parser(manual: str) -> Parser:
     """A parser whose --help is the script's docstring followed by its flags with their defaults."""
 
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -57,12 +60,28 @@ def parser(manual: str) -> argparse.ArgumentParser:
     return Parser(description=manual, formatter_class=Formatter, allow_abbrev=False)
 
 
+def evaluation_parser(manual: str, tokens: int, *, calibrates: bool = False) -> Parser:
+    """A `parser` with the flags of a script that measures perplexity: model, text, evaluation, calibration if any.
+
+    tokens: default of --eval-tokens.
+    """
+    p = parser(manual)
+    add_model_flags(p)
+    add_text_flags(p)
+    if calibrates:
+        add_calibration_flags(p)
+    add_evaluation_flags(p, tokens)
+    return p
+
+
 def add_output_flag(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--output", type=output_path, help="JSON file; the PNG goes beside it, or into plots beside runs")
+    """--output, for a script that writes a JSON file and a picture."""
+    what = "JSON file; the PNG is written beside it, or for a file in a folder `runs` into `plots` beside that folder"
+    p.add_argument("--output", type=output_path, help=what)
 
 
 def output_path(word: str) -> Path:
-    """A file to write. Rejected before any work where it, or the picture beside it, can't be written."""
+    """An argument type: a file to write. Rejected, before any work, if it or its picture can't be written."""
     path = Path(word)
     try:
         files.check_writable(path)
@@ -73,6 +92,7 @@ def output_path(word: str) -> Path:
 
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:
+    """--model, --device and --dtype."""
     p.add_argument("--model", default=embedded.EMBEDDED, help="embedded model's name, local folder, or hub id")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, or all: layers over every GPU")
     p.add_argument("--dtype", default="auto", help="auto (float32 on CPU), float32, float16, bfloat16")
@@ -81,35 +101,39 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
 def add_shape_flags(p: argparse.ArgumentParser) -> None:
     """The model flags, for scripts whose figures don't depend on weights: --model may also be a shape file."""
     add_model_flags(p)
-    p.add_argument("--layers", type=positive_int, help="layers of a shape without weights; all if omitted")
+    p.add_argument("--layers", type=positive_int, help="number of layers of a shape without weights; all if omitted")
 
 
 def add_text_flags(p: argparse.ArgumentParser) -> None:
+    """--text and --seed."""
     p.add_argument(
         "--text",
-        help="embedded, wikitext2, a file, a folder with *valid*.txt and *test*.txt, self (the model's own samples), "
-        "or several joined by +, in equal shares; by default embedded for the embedded model, else wikitext2",
+        help="embedded, wikitext2, a file, a folder with *valid*.txt and *test*.txt, self (sampled from the model), "
+        "or several of these joined by +, in equal shares; embedded if omitted for the embedded model, else wikitext2",
     )
-    p.add_argument("--seed", type=int, default=0, help="draws calibration windows, needle prompts and the bootstrap")
+    p.add_argument("--seed", type=int, default=0, help="of calibration windows, needle prompts and the bootstrap")
 
 
 def add_eval_text_flag(p: argparse.ArgumentParser) -> None:
+    """--eval-text, for a script that may measure on another text than the one it calibrates on."""
     p.add_argument("--eval-text", help="text to measure on; --text if omitted")
 
 
 def add_calibration_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--samples", type=positive_int, default=100, help="calibration sequences")
+    """--samples, --seq-len and --sink-tokens."""
+    p.add_argument("--samples", type=positive_int, default=100, help="number of calibration sequences")
     p.add_argument("--seq-len", type=positive_int, default=1024, help="tokens per calibration sequence")
-    p.add_argument("--sink-tokens", type=natural, default=4, help="first tokens, kept exact and out of statistics")
+    p.add_argument("--sink-tokens", type=natural, default=4, help="first tokens, kept exact and left out of statistics")
 
 
 def add_codec_flag(p: argparse.ArgumentParser, what: str, default: str | None = "pca") -> None:
+    """--codec. what: the start of its help."""
     names = f"{', '.join(CODECS)}, or bases joined by +, such as ln_nullspace+pca"
     p.add_argument("--codec", type=codec, default=default, help=f"{what}: {names}")
 
 
 def codec(word: str) -> str:
-    """A codec's name. An unknown one is rejected with the nearest known name."""
+    """An argument type: a codec's name. The error for an unknown one has the nearest known name."""
     try:
         return codec_name(word)
     except PluginError as error:
@@ -117,17 +141,19 @@ def codec(word: str) -> str:
 
 
 def add_cache_flags(p: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """--preset and --policy: which compressed cache to measure, or which ones."""
+    """--preset and --policy: the compressed cache to measure. several: each flag takes several values."""
     how = {"nargs": "+", "default": []} if several else {}
     group = p if several else p.add_mutually_exclusive_group()
-    group.add_argument("--preset", help="preset file, built-in name, or kv8 or kv4 for any model", **how)
+    group.add_argument("--preset", help="preset file, built-in name, or the calibration-free kv8 or kv4", **how)
     group.add_argument("--policy", choices=list(KVPolicyName), help="a policy instead of a preset", **how)
 
 
 def add_evaluation_flags(p: argparse.ArgumentParser, tokens: int) -> None:
-    p.add_argument("--eval-tokens", type=positive_int, default=tokens, help="tokens per perplexity")
+    """--eval-tokens, --eval-seq-len, --chunk and --batch-size. tokens: default of --eval-tokens."""
+    p.add_argument("--eval-tokens", type=positive_int, default=tokens, help="tokens to measure perplexity on")
     p.add_argument(
-        "--eval-seq-len", type=positive_int, help="tokens per evaluated segment; 2048 or the model's context"
-    )
+        "--eval-seq-len", type=positive_int,
+        help="tokens per evaluated segment; 2048, or less if the model's context is shorter, if omitted",
+    )  # fmt: skip
     p.add_argument("--chunk", type=positive_int, default=64, help="tokens fed to the cache at a time")
     p.add_argument("--batch-size", type=positive_int, default=4, help="segments evaluated together")

@@ -1,4 +1,4 @@
-"""Run a script's main: errors that a user can mend are one line on stderr, and every outcome has its exit code."""
+"""Run a script's main: user errors are printed as one line on stderr, and every outcome has its exit code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpt2.cli.flags import Parser, fail_after_the_first
 from gpt2.common import interrupts, processes, provenance
 from gpt2.common.errors import PluginError, is_out_of_memory, printable
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full, the user's share of it, or the largest file
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota exceeded, file too large
 # Flag to its advice against a lack of memory, in the order to try; a script prints those of the flags that it has
 AGAINST_OUT_OF_MEMORY = {
     "--samples": "reduce --samples (50 is often enough)",
@@ -38,7 +38,8 @@ def run(main: Callable[..., None], *, shared: bool = False) -> None:
 
     def together() -> None:
         with processes.together() as own, _muted(not own.first):
-            # Inside, so that the process that fails prints its error before the others notice that it is gone
+            # Inside `together`, so that the failing process prints its error before it leaves the group; once it has
+            # left, the others fail as well
             _with_exit_codes(lambda: main(own), own)
 
     def alone() -> None:
@@ -54,7 +55,7 @@ def run(main: Callable[..., None], *, shared: bool = False) -> None:
 
 def _with_exit_codes(work: Callable[[], None], own: processes.Processes) -> None:
     def stop(message: str, exit_code: int) -> NoReturn:
-        if own.first_to_fail():  # the others stop because of this one
+        if own.first_to_fail():  # later processes fail only because this one stopped
             print(printable(message), file=sys.stderr, flush=True)
         sys.exit(exit_code)
 
@@ -81,15 +82,17 @@ def _with_exit_codes(work: Callable[[], None], own: processes.Processes) -> None
 
 
 def _out_of_memory() -> str:
-    """The error message, with the flags of this script that help."""
-    known = Parser.latest._option_string_actions if Parser.latest else AGAINST_OUT_OF_MEMORY
-    helps = [words for flag, words in AGAINST_OUT_OF_MEMORY.items() if flag in known]
+    """The message for a lack of memory, with advice on those flags that the running script has."""
+    helps = [
+        words for flag, words in AGAINST_OUT_OF_MEMORY.items()
+        if Parser.parsed is None or hasattr(Parser.parsed, flag[2:].replace("-", "_"))
+    ]  # fmt: skip
     lines = [f"  {number}. {words}" for number, words in enumerate(helps, start=1)]
     return "\n".join(["error: out of memory. What helps, in this order:", *lines])
 
 
 def _discard_stdout() -> None:
-    """Send buffered output nowhere, or the interpreter would try to write it once more when it ends, and fail."""
+    """Redirect stdout to the null device: at exit the interpreter would flush buffered output again, and fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

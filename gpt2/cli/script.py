@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Script:
-    """The opened inputs of one run of a script. text, eval_text: None for a script without --text.
+    """The opened inputs of one run of a script.
 
-    eval_text: what is measured on, `text` itself without --eval-text.
+    text: None for a script without --text. eval_text: the text to measure on, which is `text` without --eval-text.
     """
 
     args: argparse.Namespace
@@ -52,6 +53,10 @@ class Script:
             about |= {"text": self.eval_text.name, "text_sha256": self.eval_text.sha256("evaluation")}
         return provenance.provenance(self.args, **about | more)
 
+    def evaluation_segments(self, part: str = "evaluation") -> Tensor:
+        """As `evaluation_segments`, of one part of the evaluation text."""
+        return evaluation_segments(self.args, self.loaded, self.eval_text, part)
+
     @property
     def dtype(self) -> str:
         """The model's dtype, such as `float32`."""
@@ -64,7 +69,7 @@ class Script:
 
 
 def open_script(args: argparse.Namespace) -> Script:
-    """Open what the flags name, in the order of what it costs: presets and text first, then the model.
+    """Open what the flags name, the cheapest first, so that mistakes show early: presets, text, then the model.
 
     With `add_shape_flags` the model may be a shape without weights.
     """
@@ -80,7 +85,10 @@ def open_script(args: argparse.Namespace) -> Script:
 
 
 def output_files(given: Path | None, stem: str) -> tuple[Path, Path]:
-    """Where a script writes its JSON and its picture: beside each other where --output says, else under results/."""
+    """Paths of a script's JSON and picture: `given` and a PNG beside it, or under results/ if `given` is None.
+
+    Raises PluginError if they can't be written.
+    """
     if given is not None:
         return given, files.picture_beside(given)
     record, picture = files.RESULTS / "runs" / f"{stem}.json", files.RESULTS / "plots" / f"{stem}.png"
@@ -88,9 +96,9 @@ def output_files(given: Path | None, stem: str) -> tuple[Path, Path]:
 
 
 def write(paths: tuple[Path, Path], record: dict, draw: Callable[[], Figure], show: Sequence[str] = ()) -> None:
-    """Write a record and its picture to what `output_files` gave, then print tables of it and where the files are.
+    """Write a record and its picture to the paths from `output_files`, then print its tables and where the files are.
 
-    show: each a table's name, with words as `tables.show` takes them after it, such as `scaling bytes`.
+    show: for each table its name and the words that `tables.show` takes, such as `scaling bytes`.
     """
     output, picture = paths
     files.write_run(output, record, picture, draw)
@@ -101,12 +109,12 @@ def write(paths: tuple[Path, Path], record: dict, draw: Callable[[], Figure], sh
 
 
 def chosen_caches(args: argparse.Namespace, loaded: loading.LoadedModel) -> list[CacheChoice]:
-    """The caches that --preset and --policy name, checked against the model."""
+    """The caches that --preset and --policy name. Raises PluginError for none or for equal names."""
     chosen = [from_preset(word, loaded) for word in _words(args.preset)]
     chosen += [from_policy(word, loaded) for word in _words(args.policy)]
     if not chosen:
         raise PluginError("nothing to measure: give --preset (a file or a built-in name) or --policy")
-    taken = {BASELINE, IDENTITY}  # names of the caches that scripts put beside these
+    taken = {BASELINE, IDENTITY}  # names of caches that scripts add themselves
     for choice in chosen:
         if choice.label in taken:
             raise PluginError(f"two caches are called {choice.label!r}: give one of them another name")
@@ -114,13 +122,19 @@ def chosen_caches(args: argparse.Namespace, loaded: loading.LoadedModel) -> list
     return chosen
 
 
+def command_line(script: str, flags: dict[str, object]) -> str:
+    """The shell command that runs a script with these flags; flags whose value is None are left out."""
+    words = [word for flag, value in flags.items() if value is not None for word in (f"--{flag}", str(value))]
+    return f"python scripts/{script}.py {shlex.join(words)}"
+
+
 def _words(value: str | list[str] | None) -> list[str]:
-    """The words of a flag that takes one word or several."""
+    """The values of a flag that takes one value or several, as a list."""
     return value if isinstance(value, list) else [value] if value else []
 
 
 def bar(label: str, unit: str) -> Callable[[Iterable], Iterable]:
-    """A progress bar that wraps an iterable, on a terminal and in the first process; a log file gets none."""
+    """A progress bar that wraps an iterable. It shows only on a terminal, and only in the first process."""
     hidden = None if processes.launched().first else True
     return lambda items: tqdm(items, desc=label, unit=unit, disable=hidden, leave=False)
 
@@ -133,7 +147,7 @@ def evaluation_length(args: argparse.Namespace, loaded: loading.LoadedModel) -> 
 
 
 def evaluation_segments(args: argparse.Namespace, loaded: loading.LoadedModel, text: Text, part: str) -> Tensor:
-    """The token segments that --eval-tokens and --eval-seq-len ask for, [n, length]."""
+    """Token segments [n, length] of a part, by --eval-tokens and --eval-seq-len. Prints a note if there are fewer."""
     length = evaluation_length(args, loaded)
     segments = text.segments(part, loaded, length, args.eval_tokens // length, flag="--eval-seq-len")
     if segments.numel() < args.eval_tokens:

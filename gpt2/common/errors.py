@@ -10,21 +10,21 @@ _BRIEF.maxlevel, _BRIEF.maxlist = 2, 4
 
 
 class PluginError(ValueError):
-    """Something the user can put right: names the thing, what was expected and what to do."""
+    """An error that the user can fix. The message names the cause, what was expected and what to do."""
 
     exit_code = 2
 
 
 class UnsupportedModel(PluginError):
-    """The model's cache can't be compressed by this toolkit; the message has the reason."""
+    """This toolkit can't compress the model's cache; the message gives the reason."""
 
 
 class CalibrationNotFound(PluginError):
-    """No calibration file at any of the places looked at."""
+    """No calibration file was found in any of the searched folders."""
 
 
 class BadArtefact(PluginError):
-    """A calibration or preset file is damaged, foreign, or of another model."""
+    """A calibration or preset file is damaged, of another kind, or belongs to another model."""
 
 
 class LossNotFinite(PluginError):
@@ -41,26 +41,27 @@ class BudgetNotMet(PluginError):
     exit_code = 3
 
 
-# As PyTorch's CPU allocator, CUDA's libraries and Triton say it, in errors of no kind of their own
+# Texts of errors by which PyTorch's CPU allocator, CUDA libraries and Triton report a lack of memory. They raise plain
+# RuntimeErrors, so the text is the only way to tell
 NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory")
 NO_MEMORY += ("CUBLAS_STATUS_ALLOC_FAILED",)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """PyTorch's CUDA allocator has an exception of its own for it; others only a message."""
+    """Whether an error means that memory ran out, judged by its type or else by its text."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in NO_MEMORY)
 
 
 def brief(value) -> str:
-    """A value out of a file as messages have it: its repr, however large or deep it is, cut to a line."""
+    """The repr of a value that was read from a file, shortened to fit in a message however large the value is."""
     return _BRIEF.repr(value)
 
 
 def printable(message: str) -> str:
-    """A message for a terminal: what could move its cursor or hide a line, as from a stranger's file, is escaped."""
+    """A message for a terminal, with control characters escaped: text from an untrusted file could hide lines."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in message)
 
 
 def first_line(error: Exception) -> str:
-    """What an error says in its first line, its type where it says nothing."""
+    """The first line of an error's message, or the name of its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, then moved onto it."""
+"""Atomic writes: a file is written under a temporary name beside its path and then renamed, so it is never partial."""
 
 from __future__ import annotations
 
@@ -24,28 +24,29 @@ if TYPE_CHECKING:
 
 try:
     import fcntl
-except ImportError:  # Windows: what a killed process leaves stays there
+except ImportError:  # Windows has no fcntl: temporary files of killed processes are not removed there
     fcntl = None
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
 PART, RANDOM_BYTES = ".tmp", 4  # names of temporary files
-# Folders of results whose pictures go into `plots` beside them, and under what name
+# Folders of results whose pictures go into the folder `plots` beside them, and the pictures' names
 PICTURES = {"runs": "{stem}.png", "presets": "frontier_{stem}.png"}
 
 
 @contextmanager
 def atomic(path: str | Path):
-    """Yield a temporary path beside `path`, moved onto it when the block succeeds and removed when it doesn't.
+    """Yield a temporary path beside `path`. It is renamed to `path` if the block succeeds and removed if it fails.
 
-    What a killed process left there of the same path is removed too. Raises PluginError where it can't be written.
+    Temporary files that killed processes have left for the same path are removed too. Raises PluginError if the file
+    can't be written.
     """
     path = _real(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PluginError(f"can't make the folder of {path}: {error.strerror}") from error
-    # Named before it is made: whenever Ctrl-C comes, it is removed
+    # The name is chosen before the file is created, so that `finally` removes it even if Ctrl-C comes in between
     part, handle = path.parent / f".{path.name}.{secrets.token_hex(RANDOM_BYTES)}{PART}", None
     try:
         _remove_abandoned(path)
@@ -53,21 +54,21 @@ def atomic(path: str | Path):
         yield part
         if path.exists():
             os.chmod(part, stat.S_IMODE(path.stat().st_mode))
-        os.fsync(handle)  # some disks and networks say only now that they are full
+        os.fsync(handle)  # some disks and network file systems report only here that they are full
         os.replace(part, path)
     except OSError as error:
         read_only = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
         reason = "its folder is read-only" if read_only else error.strerror or error
         raise PluginError(f"can't write {path}: {reason}") from error
     finally:
-        with suppress(OSError):  # what counts has been said
+        with suppress(OSError):  # a failure here must not replace the error of the block
             part.unlink(missing_ok=True)
         if handle is not None:
             os.close(handle)
 
 
 def _real(path: str | Path) -> Path:
-    """Where a link leads, so that it stays one. Raises PluginError for what can't be replaced by a file."""
+    """The target of a link, so that the link itself is kept. Raises PluginError if it can't be replaced by a file."""
     if os.path.isdir(path):
         raise PluginError(f"can't write {path}: it is a folder")
     if os.path.exists(path) and not os.path.isfile(path):
@@ -76,22 +77,22 @@ def _real(path: str | Path) -> Path:
 
 
 def _claim(part: Path) -> int:
-    """Create a temporary file and lock it: a lock ends with its process, however that ends. Returns its handle."""
+    """Create a temporary file and lock it; returns its handle. The system drops the lock when the process ends."""
     while True:
         handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         if fcntl:
-            with suppress(OSError):  # there are file systems without locks; on those nobody removes anything
+            with suppress(OSError):  # on file systems without locks abandoned files are not removed either
                 fcntl.flock(handle, fcntl.LOCK_EX)
         if not fcntl or os.fstat(handle).st_nlink:
             return handle
-        os.close(handle)  # taken for abandoned before we had the lock
+        os.close(handle)  # another process removed the file as abandoned before the lock was taken
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove the temporary files of `path` whose writers are dead."""
+    """Remove the temporary files of `path` whose writers are dead, that is, which are not locked."""
     digits = "[0-9a-f]" * 2 * RANDOM_BYTES
     for part in path.parent.glob(f".{glob.escape(path.name)}.{digits}{PART}") if fcntl else ():
-        with suppress(OSError):  # somebody's, gone by now, or not ours to remove
+        with suppress(OSError):  # locked by its writer, already removed, or owned by another user
             handle = os.open(part, os.O_RDWR)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,20 +102,23 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def check_writable(path: str | Path) -> Path:
-    """Create the folder of `path` and refuse now, by trying it, what could not be written after an hour of work."""
+    """Create the folder of `path` and try to write there, so that an error shows before an hour of work, not after.
+
+    Raises PluginError if it can't be written; the file itself is neither created nor changed.
+    """
     with suppress(_Tried), atomic(path):
         raise _Tried
     return Path(path)
 
 
 class _Tried(Exception):
-    """Ends a trial."""
+    """Leaves `atomic` without writing anything."""
 
 
 def picture_beside(path: Path) -> Path:
-    """The PNG that goes with an output file, in `plots` for a folder of results, else beside it.
+    """The PNG that belongs to an output file: in `plots` for a folder of results, else beside the file.
 
-    Raises PluginError where it would overwrite the output itself.
+    Raises PluginError if it would overwrite the output itself.
     """
     if path.parent.name in PICTURES:
         return path.parent.parent / "plots" / PICTURES[path.parent.name].format(stem=path.stem)
@@ -125,19 +129,19 @@ def picture_beside(path: Path) -> Path:
 
 
 def write_json(path: str | Path, record: dict) -> Path:
-    """Write a dict as JSON; not-a-number is refused, since no reader agrees on it."""
+    """Write a dict as JSON. Raises ValueError for NaN and infinities, which JSON doesn't have."""
     with atomic(path) as part:
         part.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     return Path(path)
 
 
 def write_torch(path: str | Path, record: dict) -> Path:
-    """Write tensors and plain types for `torch.load(weights_only=True)`."""
+    """Write tensors and plain types, to be read by `torch.load(weights_only=True)`."""
     with atomic(path) as part, part.open("wb") as file:
         try:
             torch.save(record, file)
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # PyTorch hides it: a disk that is full is no error of ours
+            if isinstance(error.__context__, OSError):  # PyTorch wraps errors such as a full disk; `atomic` needs them
                 raise error.__context__ from error
             raise
     return Path(path)
@@ -151,9 +155,10 @@ def write_figure(path: str | Path, figure: Figure) -> Path:
 
 
 def write_run(path: Path, record: dict, picture: Path, draw: Callable[[], Figure]) -> None:
-    """Write a run's record and its picture, the record last: a killed run is made again, and not taken for whole.
+    """Write a run's record and its picture. The record comes last: only complete runs have one.
 
-    Where the picture can't be drawn or written, the record, which took the work, is written all the same.
+    If the picture can't be drawn or written, the record is still written, since it holds the results, and then the
+    error is raised.
     """
     try:
         write_figure(picture, draw())
@@ -169,5 +174,5 @@ def file_sha256(path: Path) -> str:
 
 
 def shown(path: Path) -> str:
-    """A path as results and messages have it: from the checkout inside it, so no machine shows."""
+    """A path for results and messages: relative to the checkout if it is inside, so that no home folder shows."""
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)

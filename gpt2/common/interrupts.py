@@ -1,4 +1,4 @@
-"""Ctrl-C while a script still imports, which takes seconds: one line, as `cli.run` says it later, and no traceback."""
+"""Ctrl-C while a script still imports its modules, which takes seconds: print one line, as `cli.run` does."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ MESSAGE = "\ninterrupted: nothing half-written was left behind"
 EXIT_CODE = 130
 
 
-def in_one_line(kind: type[BaseException], error: BaseException, trace) -> None:
-    """A `sys.excepthook`."""
+def excepthook(kind: type[BaseException], error: BaseException, trace) -> None:
+    """A `sys.excepthook` that prints MESSAGE instead of the traceback of a KeyboardInterrupt."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
@@ -18,8 +18,8 @@ def in_one_line(kind: type[BaseException], error: BaseException, trace) -> None:
     sys.exit(EXIT_CODE)
 
 
-def expect() -> None:
-    """Install it where a script of this checkout runs; what else imports the package has a hook of its own."""
+def install() -> None:
+    """Install the hook if a script of this checkout is running; other programs that import the package keep theirs."""
     scripts = Path(__file__).resolve().parents[2] / "scripts"
     if sys.argv and scripts in Path(sys.argv[0]).resolve().parents:
-        sys.excepthook = in_one_line
+        sys.excepthook = excepthook

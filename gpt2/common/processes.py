@@ -1,7 +1,7 @@
-"""Several processes that share one piece of work, as torchrun, accelerate launch or a cluster's launcher start them.
+"""Several processes that share one task, as started by torchrun, accelerate launch or a cluster's launcher.
 
-Each reads from the environment which it is: RANK, WORLD_SIZE and LOCAL_RANK, with MASTER_ADDR and MASTER_PORT to meet.
-What they add up lies on the CPU, in double precision, so gloo carries it, whatever the model runs on.
+The environment tells each process its place: RANK, WORLD_SIZE and LOCAL_RANK, and the address MASTER_ADDR:MASTER_PORT
+where they connect. All sums are of float64 tensors on the CPU, so the gloo backend serves, whatever the model runs on.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from torch import Tensor
 
 from gpt2.common.errors import PluginError
 
-# For one that waits until another has sampled a text. One that stops is noticed at once, not by this
+# Timeout of collective calls. It is long, since one process may sample a text for hours while the others wait. When a
+# process ends, its connections close and the others fail at once, without waiting for the timeout
 PATIENCE = timedelta(days=1)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process is number `rank` of `size`; alone unless told."""
+    """The place of this process: number `rank` of `size` processes. store: a key-value store that all share."""
 
     rank: int = 0
     size: int = 1
@@ -38,11 +39,11 @@ class Processes:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Which of `count` items are this process's: neighbours, in the order of ranks; maybe none."""
+        """This process's share of `count` items: a contiguous range, which may be empty; ranks share in order."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def total(self, x: Tensor) -> Tensor:
-        """Sum of all processes' x, in each of them. Raises PluginError where another one has stopped."""
+        """The sum of x over all processes, returned in each. Raises PluginError if another process has stopped."""
         if self.size == 1:
             return x
         total = x.clone(memory_format=torch.contiguous_format)
@@ -50,7 +51,7 @@ class Processes:
         return total
 
     def agreed(self, value: T) -> T:
-        """The first process's value, in each of them; the others' is not looked at. Raises as `total` does."""
+        """The first process's value, returned in each; the others' values are ignored. Raises as `total` does."""
         if self.size == 1:
             return value
         values = [value]
@@ -58,10 +59,10 @@ class Processes:
         return values[0]
 
     def first_to_fail(self) -> bool:
-        """Whether no other process has said so before: what takes the rest down is told once."""
+        """Whether this is the first process to call it. The first failure makes the others fail; only it is printed."""
         try:
             return self.store is None or self.store.add("failed", 1) == 1
-        except RuntimeError:  # the store is gone with the process that kept it
+        except RuntimeError:  # the process that hosted the store has ended
             return True
 
     def _wait(self, operation, argument) -> None:
@@ -69,7 +70,7 @@ class Processes:
             operation(argument)
         except RuntimeError as error:
             raise PluginError(
-                f"process {self.rank} of {self.size}: another one stopped, so nothing was written: see what it said"
+                f"process {self.rank} of {self.size}: another process stopped, so nothing was written: see its error"
             ) from error
 
 
@@ -77,7 +78,10 @@ ALONE = Processes()
 
 
 def launched() -> Processes:
-    """What the environment says of this process; nothing is sent."""
+    """This process's place by the environment, without connecting to the others.
+
+    Raises PluginError if RANK or WORLD_SIZE isn't a number.
+    """
     try:
         return Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as error:
@@ -85,13 +89,13 @@ def launched() -> Processes:
 
 
 def local_rank() -> int | None:
-    """Number of this process on its machine, which is that of its GPU; None where it is alone."""
+    """Number of this process on its machine, which is also the index of its GPU; None if it is the only process."""
     return int(os.environ.get("LOCAL_RANK", 0)) if launched().size > 1 else None
 
 
 @contextmanager
 def together() -> Iterator[Processes]:
-    """Meet the other processes, where there are any, for as long as the block runs."""
+    """Connect to the other processes, if there are any, while the block runs. Raises PluginError if that fails."""
     own = launched()
     if own.size == 1:
         yield own

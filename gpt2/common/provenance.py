@@ -15,13 +15,13 @@ import torch
 
 from gpt2.common import files
 
-NOT_INPUTS = ("output", "study")  # arguments that name what is written
+NOT_INPUTS = ("output", "study")  # arguments that name files to write
 
 
 def provenance(args: Any = None, **more) -> dict:
-    """What a result was made from: arguments, the files that they name, commit, versions, device and time.
+    """A results record's keys on its origin: arguments, hashes of files they name, commit, versions, device and time.
 
-    more: further keys, taken as they are.
+    args: the parsed arguments of the script, if any. more: further keys, which may replace these.
     """
     packages = ("torch", "transformers", "numpy", "optuna", "triton")
     given = vars(args) if args else {}
@@ -38,7 +38,7 @@ def provenance(args: Any = None, **more) -> dict:
 
 
 def inputs(args: dict) -> dict[str, str]:
-    """Every file that arguments name, as `args` has it in a record, to its sha256."""
+    """The sha256 of every file that arguments name. Keys are paths as they stand in a record's `args`."""
     values = [value for key, value in args.items() if key not in NOT_INPUTS]
     named = [item for value in values for item in (value if isinstance(value, list) else [value])]
     paths = {_recorded(item): Path(item) for item in named if isinstance(item, (str, Path))}
@@ -46,7 +46,7 @@ def inputs(args: dict) -> dict[str, str]:
 
 
 def read_and_written(args: dict) -> list[str] | None:
-    """The flags of an argument that is written and of another that is the same file, if there are any."""
+    """Two flags that name the same file, the first one to be written; None if there are none."""
     existing = [
         (key.replace("_", "-"), item) for key, value in args.items()
         for item in (value if isinstance(value, list) else [value])
@@ -62,24 +62,24 @@ def _recorded(value):
 
 
 def device_name(device: str) -> str:
-    """The processor behind a --device value: the GPU's name where it means one."""
+    """The device that a --device value means: `cpu`, or the GPU's name."""
     if device == "cpu" or not torch.cuda.is_available():
         return "cpu"
     return torch.cuda.get_device_name(None if device in ("auto", "all") else device)
 
 
 def device_slug(device: torch.device | str) -> str:
-    """A device as file names have it: `cpu`, or `cuda-` and the GPU's short name, such as `cuda-h100`."""
+    """A device for file names: `cpu`, or `cuda-` and the GPU's short name, such as `cuda-h100`."""
     name = device_name(str(device))
     if name == "cpu":
         return name
-    # Of "NVIDIA H100 80GB HBM3" and "NVIDIA GeForce RTX 4090" the first word with a digit
+    # The first word with a digit: H100 of "NVIDIA H100 80GB HBM3", 4090 of "NVIDIA GeForce RTX 4090"
     short = next((word for word in name.split() if any(c.isdigit() for c in word)), name)
     return f"cuda-{re.sub('[^a-z0-9]+', '-', short.lower())}"
 
 
 def _version(package: str) -> str | None:
-    """None where it isn't installed: a machine that only measures has no need of the tuner's."""
+    """A package's version; None if it isn't installed, as some packages are optional."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -88,7 +88,7 @@ def _version(package: str) -> str | None:
 
 @functools.cache
 def git_commit() -> str | None:
-    """Commit of the checkout when first asked, `-dirty` where tracked code differs from it; None outside one."""
+    """The checkout's commit at the first call, with `-dirty` if tracked code differs from it; None outside git."""
 
     def run(*words: str) -> str:
         command = ("git", "-C", str(files.ROOT), *words)
@@ -104,7 +104,8 @@ def git_commit() -> str | None:
 def has_commit(checkout: Path, commit: str) -> bool:
     """Whether the repository of a checkout has a commit of this hash.
 
-    A results file from outside names it: anything but a hash, such as a branch or a flag of git, is not looked up.
+    The hash comes from a results file, which is untrusted: anything else, such as a branch or a flag, isn't passed to
+    git.
     """
     if not re.fullmatch("[0-9a-f]{4,64}", commit):
         return False

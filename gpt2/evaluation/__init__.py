@@ -1,1 +1,1 @@
-"""Measurements of caches. Each gets factories of caches and knows nothing of codecs."""
+"""Measurements of caches. Measurements take factories of caches and don't depend on codecs."""

@@ -1,7 +1,7 @@
 """KIVI (Liu et al. 2024, arXiv:2402.02750) as a cache to compare with, written from the paper.
 
 K is quantized per channel over 32 tokens, V per token over 32 channels, asymmetrically, with scale and zero point in
-float16. Nothing stays exact but the first tokens and K's unfinished group; a new chunk is read as it is stored.
+float16. Only the first tokens and K's unfinished group stay exact; attention reads a new chunk already quantized.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class KiviSide:
         self.rest = x[:, :, full:].clone()  # a slice would keep the whole chunk in memory
 
     def read(self) -> Tensor:
-        """All tokens as they are stored, [B, H, T, d]."""
+        """All tokens, dequantized where they are quantized, [B, H, T, d]."""
         if not self.fields:
             return torch.cat((self.sinks, self.rest), dim=2)
         groups = dequantize(self.fields, self.bits)
@@ -109,7 +109,7 @@ class KiviLayer(CacheLayerMixin):
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Store new tokens, [B, H, n, d] each; return all tokens, [B, H, T, d] each, as they are stored."""
+        """Store new tokens, [B, H, n, d] each; return all tokens, dequantized, [B, H, T, d] each."""
         self.store(key_states, value_states)
         return self.k.read(), self.v.read()
 

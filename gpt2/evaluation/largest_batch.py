@@ -51,7 +51,7 @@ def measure(
 ) -> dict:  # fmt: skip
     """Results record of one cache: its largest batch at `context` tokens each, and the speed of every batch tried.
 
-    Attention reads the codes of our caches directly where it can. most: largest batch to try.
+    Attention reads the codes of our caches directly if it can. most: largest batch to try.
     """
     tries: dict[int, dict | None] = {}
 

@@ -73,10 +73,9 @@ def ask(
 ) -> dict:
     """Ask one question with a fresh cache; the record's bytes are those of the prompt without its last token."""
     cache, ids = make(), prompt.ids[None].to(loaded.device)
-    for piece in ids[:, :-1].split(prefill_chunk or ids.shape[1], dim=1):
-        loaded.model.base_model(
-            input_ids=piece, past_key_values=cache, use_cache=True
-        )  # without logits, which a long prompt has no use for
+    for chunk in ids[:, :-1].split(prefill_chunk or ids.shape[1], dim=1):
+        # base_model computes no logits, which would take much memory for a long prompt
+        loaded.model.base_model(input_ids=chunk, past_key_values=cache, use_cache=True)
     held = cache_bytes(cache)
     # Both figures need the cache of the prompt alone, and not every cache can be cropped back to it
     log_p = _answer_log_p(loaded, copy.deepcopy(cache), prompt)
@@ -106,7 +105,7 @@ def _answer_log_p(loaded: LoadedModel, cache: Cache, prompt: Prompt) -> float:
 
 
 def _generated(loaded: LoadedModel, cache: Cache, ids: Tensor, max_new_tokens: int) -> str:
-    """What the model generates greedily after ids [1, T], whatever its own generation settings are."""
+    """Text that the model generates greedily after ids [1, T]; the model's own generation settings are overridden."""
     tokenizer = loaded.tokenizer
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     tokens = loaded.model.generate(

@@ -47,8 +47,8 @@ class Template:
             free = [word for word in dict.fromkeys(words) if word not in taken]
             if len(free) < count:
                 raise PluginError(
-                    f"needle template {self.name!r} has no {count} subjects and answers that the text hasn't: use "
-                    "fewer --distractors, shorter --context-lengths or another --text"
+                    f"needle template {self.name!r} has fewer than {count} subjects or answers that don't occur in "
+                    "the text: use fewer --distractors, shorter --context-lengths or another --text"
                 )
             picked.append(rng.choice(free, size=count, replace=False).tolist())
         return list(zip(*picked, strict=True))
@@ -159,8 +159,8 @@ class Needles:
         answer_ids = both[len(question) :]
         if not torch.equal(both[: len(question)], question) or self.tokenizer.decode(answer_ids).strip() != answer:
             raise PluginError(
-                f"needle template {template.name!r}: this tokenizer doesn't give the answer {answer!r} back from "
-                "tokens of its own"
+                f"needle template {template.name!r}: this tokenizer doesn't encode the answer {answer!r} in separate "
+                "tokens after the question"
             )
         if (n := len(answer_ids)) >= self.max_new_tokens:
             raise PluginError(f"the answer {answer!r} has {n} tokens: use --max-new-tokens {n + 1} or more")

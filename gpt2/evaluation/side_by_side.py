@@ -1,8 +1,8 @@
 """One conversation through several caches: bytes, perplexity of the document, time per token and the answer of each.
 
 A conversation is a document that fills the cache and a question whose answer is decoded from it. The document is fed
-in chunks, and its perplexity is measured in the same pass: the tokens of a chunk attend to what the cache gives back
-for all tokens before them and for themselves, as in `perplexity.score`.
+in chunks, and its perplexity is measured in the same pass: the tokens of a chunk attend to what the cache returns for
+all tokens before them and for themselves, as in `perplexity.score`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from gpt2.text import sources
 from gpt2.text.windows import start_tokens
 
 UNCOMPRESSED = "uncompressed"
-TIMED_TOKENS = 5  # of the answer; the first of them also reads the question, so four steps are timed
-PLACE = "DOCUMENT-GOES-HERE"  # in a rendered chat template
+TIMED_TOKENS = 5  # of the answer; the first one's step also reads the question, so four steps are timed
+PLACE = "DOCUMENT-GOES-HERE"  # stands for the document while the chat template is rendered
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Token ids [n] each: what stands before the document, the document, and what stands after it up to the answer."""
+    """Token ids [n] each: the text before the document, the document, and the text after it up to the answer."""
 
     start: Tensor
     document: Tensor
@@ -46,11 +46,11 @@ class Conversation:
 
 @dataclass
 class Reading:
-    """What one cache made of a conversation of `tokens` tokens.
+    """Measurements of one cache on a conversation of `tokens` tokens.
 
     cached_bytes: of this conversation in a model that runs in 16 bits. codec_bytes: of the basis, which all
-    conversations share. direct: whether attention read the cache as it is stored. scores: of the document's tokens,
-    [1, n]. step_ms: time of each timed step.
+    conversations share. direct: whether attention read the stored codes. scores: of the document's tokens, [1, n].
+    step_ms: milliseconds of each timed step.
     """
 
     label: str
@@ -74,7 +74,7 @@ class Reading:
 def read_document(spec: str, loaded: LoadedModel, most: int) -> Tensor:
     """The last `most` tokens of a text file, or of the evaluation part of a text such as `embedded`, [n].
 
-    No calibration and no tuning reads the evaluation part. Raises PluginError where there is no such text.
+    Calibration and tuning never use the evaluation part. Raises PluginError if there is no such text.
     """
     text = sources.load_text(spec)
     parts = sources.PARTS if Path(spec).is_file() else ("evaluation",)
@@ -82,14 +82,19 @@ def read_document(spec: str, loaded: LoadedModel, most: int) -> Tensor:
 
 
 def about_document(loaded: LoadedModel, document: Tensor, question: str) -> Conversation:
-    """A question about a document, as the model's chat template puts it; a plain one where it has no template."""
+    """A question about a document in the model's chat template, or in plain text if the model has no template.
+
+    Raises PluginError for a template that doesn't show the user's message exactly once.
+    """
     tokenizer = loaded.tokenizer
     if not tokenizer.chat_template:
         return Conversation(start_tokens(tokenizer), document, _encode(loaded, f"\n\nQuestion: {question}\nAnswer:"))
     message = {"role": "user", "content": f"{PLACE}\n\n{question}"}
     words = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
     if words.count(PLACE) != 1:
-        raise PluginError(f"the chat template of {loaded.spec} doesn't show a user's message once: use --prompt")
+        raise PluginError(
+            f"the chat template of {loaded.spec} doesn't show the user's message exactly once: use --prompt"
+        )
     before, after = words.split(PLACE)
     return Conversation(_encode(loaded, before), document, _encode(loaded, after))
 
@@ -133,7 +138,7 @@ def read(
 
 
 def _fill(loaded: LoadedModel, cache: Cache, conversation: Conversation, chunk: int, progress) -> Scores:
-    """Feed start and document; −log p of each token of the document but a first one that nothing stands before."""
+    """Feed start and document; scores of the document's tokens, except a first token without a token before it."""
     ids = torch.cat((conversation.start, conversation.document)).to(loaded.device)
     nll = []
     for at in progress(range(0, len(ids), chunk)):
@@ -148,7 +153,7 @@ def _answer(
 ) -> tuple[Tensor, list[float]]:
     """New tokens [n] after the question, and milliseconds of the first steps.
 
-    After these a compressed cache keeps its reconstruction: the same tokens come out, without waiting for each.
+    After the timed steps a compressed cache keeps its reconstruction, which makes the rest faster and changes no token.
     """
     ids = torch.cat((conversation.start, conversation.document, conversation.question)).to(loaded.device)
     clock, asked = _Clock(), len(ids)
@@ -168,7 +173,7 @@ def _generate(loaded: LoadedModel, cache: Cache, ids: Tensor, most: int, clock: 
 
 
 class _Clock(BaseStreamer):
-    """Notes when `generate` hands out the prompt and each token; on a GPU it waits for the token first."""
+    """A streamer that records when `generate` emits the prompt and each token, which waits for the GPU."""
 
     def __init__(self):
         self.times: list[float] = []
@@ -180,5 +185,5 @@ class _Clock(BaseStreamer):
         pass
 
     def steps_ms(self) -> list[float]:
-        """Of steps that read one token each: from the first new token to the second, and so on."""
+        """Milliseconds of the steps that read one token each: from the first new token to the second, and so on."""
         return [1000 * (b - a) for a, b in zip(self.times[1:], self.times[2:], strict=False)]

@@ -1,4 +1,4 @@
-"""Is a cache as good on other text, with another calibration, on other questions? Runs that differ in one factor.
+"""Is a cache as good on other text, with another calibration, on other prompts? Runs that differ in one factor.
 
 Run 0 takes everything as given. Every further run changes one factor and nothing else, so that a change of a figure can
 be attributed to it:
@@ -124,6 +124,16 @@ def measure(setup: Setup, run: Run, progress=iter) -> dict:
         "token_ms": timed["token_ms_median"],
         "speed_ratio": timed["ratio_to_baseline"]["tokens_per_s_median"],
     }
+
+
+def line(row: dict) -> str:
+    """The main figures of one run for a terminal. row: as `measure` returns it."""
+    fails = "" if row["needle_baseline_works"] else ", which fails"
+    return (
+        f"Δ perplexity {row['ppl_delta']:+.2%}, KL {row['kl_nats']:.4f} nats, top-1 {row['top1_agreement']:.1%}, "
+        f"needle {row['needle_accuracy']:.0%} (baseline {row['needle_accuracy_baseline']:.0%}{fails}), "
+        f"speed {row['speed_ratio']:.2f}x"
+    )
 
 
 def summarize(rows: Sequence[dict]) -> list[dict]:

@@ -69,7 +69,8 @@ def measure_cell(
 
     Contexts are random tokens, whose values change no time. decode_tokens: steps per run, from a cache that holds
     `context_tokens` at first. If one of the caches is called "baseline", the others get ratios to it, paired by repeat.
-    progress: wraps the iterable of runs, such as tqdm. The record of a cache that doesn't fit in memory says so.
+    progress: wraps the iterable of runs, such as tqdm. A cache that doesn't fit in memory gets a record with
+    `out_of_memory` instead of figures.
     """
     prompt = random_tokens(loaded, batch_size, context_tokens, seed)
     measured = {name: _Measured() for name in caches}

@@ -1,4 +1,4 @@
-"""The rows of the perplexity ablation: which caches are compared, by group."""
+"""The perplexity ablation: groups of caches that differ in one choice, and their measurement."""
 
 from __future__ import annotations
 
@@ -25,18 +25,22 @@ GROUPS = ("control", "basis", "metric", "target", "rank", "bits", "sinks", "laye
 
 @dataclass(frozen=True)
 class Row:
-    """One cache of the ablation. Rows of several groups may be the same cache: then they have the same key."""
+    """One cache of the ablation. The same cache may be a row of several groups; these rows have the same key."""
 
     group: str
     label: str
     key: tuple
     make: CacheFactory
-    more: dict = field(default_factory=dict)  # what else its results record says
+    more: dict = field(default_factory=dict)  # further keys of its results record
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """Builds rows from one calibration. ranks: best first; the first also serves the other groups."""
+    """Builds rows from one calibration.
+
+    ranks: to compare, largest first; groups that aren't about ranks use the first one. bits: quantizer widths.
+    layer_groups: number of ranges that the layers are divided into.
+    """
 
     loaded: LoadedModel
     calibration: Calibration
@@ -46,11 +50,11 @@ class Ablation:
     layer_groups: int
 
     def rows(self, group: str) -> list[Row]:
-        """Rows of a group, by the method of its name."""
+        """Rows of a group of GROUPS."""
         return getattr(self, f"_{group}")()
 
     def _row(self, group, label, target, rank, bits=16, *, codec="pca", sinks=None, layers=None) -> Row:
-        """A cache with a codec on `target`, in `layers` only when given."""
+        """A row whose cache has a codec on `target`, in all layers or only in those given."""
         sinks = self.sink_tokens if sinks is None else sinks
         k, v = compressors_for(
             target, bits, None, self.calibration, rank=rank, codec=codec, layers=layers, device=self.loaded.device
@@ -70,7 +74,7 @@ class Ablation:
         return [self._row("basis", f"V rank {rank}, {codec}", "v", rank, codec=codec) for rank, codec in bases]
 
     def _metric(self) -> list[Row]:
-        """The same rank of K and of V in three metrics: variance, what attention reads, what the loss feels."""
+        """The same rank of K and of V in three metrics: variance, attention's output, and the loss."""
         return [
             self._row("metric", f"{target.upper()} rank {rank}, {codec}", target, rank, codec=codec)
             for target in ("k", "v")
@@ -113,17 +117,17 @@ class Ablation:
         ]
 
     def _layers(self) -> list[Row]:
-        """The lowest rank in a few neighbouring layers at a time: which layers are sensitive."""
+        """The lowest rank in one range of layers at a time, to see which layers are sensitive."""
         L, rank = self.calibration.geometry.num_layers, self.ranks[-1]
         edges = [L * i // self.layer_groups for i in range(self.layer_groups + 1)]
-        stretches = [range(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+        ranges = [range(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
         return [
             self._row("layers", f"V rank {rank} in layers {part[0]}–{part[-1]} only", "v", rank, layers=part)
-            for part in stretches
+            for part in ranges
         ]
 
     def _nullspace(self) -> list[Row]:
-        """The all-ones direction against other ways to drop one direction, at the same bytes."""
+        """Dropping the all-ones direction against dropping another direction, at equal bytes."""
         d = self.calibration.geometry.head_dim
         rows = [self._row("nullspace", f"{target.upper()} LN nullspace", target, d - 1, codec="ln_nullspace")
                 for target in ("v", "k", "kv")]  # fmt: skip
@@ -150,7 +154,8 @@ class Ablation:
         return [E.expand(geometry.num_kv_heads, -1, -1)] * geometry.num_layers
 
     def _most_of_w_v(self) -> list[Tensor] | None:
-        """Per layer, all but the direction that a head's rows of W_v write least into; None without v_proj."""
+        """For each layer a basis [H, d, d − 1] of all directions but the one of each head's W_v with the smallest
+        singular value; None if the model has no v_proj."""
         weights = [module.v_proj.weight for module in self.loaded.model.modules() if hasattr(module, "v_proj")]
         geometry = self.calibration.geometry
         if len(weights) != geometry.num_layers:
@@ -159,7 +164,10 @@ class Ablation:
         return [torch.linalg.svd(w, full_matrices=False).U[..., : geometry.head_dim - 1] for w in heads]
 
     def _projected(self, label: str, bases: list[Tensor] | None, about_mean=(False, True)) -> list[Row]:
-        """V in every layer projected onto E [H, d, r]: about zero, and about its mean, which PCA gives back too."""
+        """Rows with V projected onto E [H, d, r] in every layer, without and with its mean taken off first.
+
+        PCA takes off the mean as well. bases: E of each layer; None gives no rows.
+        """
         rows = []
         for centred in about_mean if bases else ():
             means = [mean * float(centred) for mean in self.calibration.statistics.v.mean]
@@ -188,9 +196,10 @@ class Ablation:
 def measure(
     loaded: LoadedModel, segments: Tensor, rows: Sequence[Row], known: dict[tuple, dict], *, seed: int = 0, **scoring
 ) -> list[dict]:
-    """Score rows beside the baseline; one results record per row.
+    """Score rows beside the baseline; returns one results record per row.
 
-    known: measurements by key from earlier calls, added to; their caches are not scored again. scoring: as `score`.
+    segments: token ids [n, T]. known: measurements of earlier calls by a row's key, which are not repeated; new ones
+    are added. scoring: further arguments of `perplexity.score`.
     """
     new = {row.label: row for row in rows if row.key not in known}
     caches = {BASELINE: baseline_factory(loaded)} | {label: row.make for label, row in new.items()}

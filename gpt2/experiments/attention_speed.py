@@ -1,9 +1,9 @@
-"""Time of one decode step's attention over a filled cache, in one layer: what is stored against 16-bit K and V.
+"""Time of one decode step's attention in one layer, over a filled cache: stored codes against 16-bit K and V.
 
-Keys and values are noise, and no model is needed. Every row holds the same tokens: a prompt, and GENERATED tokens after
-it, so that a codec of whole blocks has a tail, as it has in use. Rows take turns in an order that turns round with
-every repeat, each with caches of the processor that hold none of what it reads; ratios pair the runs of one repeat.
-Before anything is timed, what each row gives is compared with float32 attention over the same K and V.
+Keys and values are noise, and no model is needed. Every row holds the same tokens: a prompt and GENERATED tokens after
+it, so that codecs that code whole blocks have an exact tail, as in use. Rows take turns, in an order that is reversed
+with every repeat, and the processor's caches are flushed before each run; ratios pair the runs of one repeat. Before
+timing, the output of each row is compared with float32 attention over the same K and V.
 """
 
 from __future__ import annotations
@@ -33,18 +33,21 @@ from gpt2.models.geometry import Geometry
 
 GENERATED = 33
 WARM_UP = 3
-COPIES = 10  # of the copy that bandwidth is measured with
-SHARPNESS = 2.0  # standard deviation of scores: some tokens matter more than others
+COPIES = 10  # number of copies that bandwidth is measured with
+SHARPNESS = 2.0  # standard deviation of the scores, so that some tokens get much more weight than others
 SIXTEEN, FLOAT32, OURS, COMPILED = "16-bit", "float32", "compressed", "torch.compile"
 SDPA = "sdpa"
-# What may be asked for: a quantizer for K and V alike, or the codecs of a calibration-free preset
+# Codecs to choose from: a quantizer for both K and V, or a calibration-free preset
 CODECS = (*(name for name, quantizer in QUANTIZERS.items() if not quantizer.calibrated), *ANY_MODEL)
 clock = time.perf_counter
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer's attention: query heads, KV heads, channels of each, sequences side by side."""
+    """One layer's attention: query heads, KV heads, channels of a head, sequences in the batch.
+
+    Raises PluginError unless the query heads are a multiple of the KV heads.
+    """
 
     heads: int
     kv_heads: int
@@ -61,9 +64,11 @@ class Shape:
 
 @dataclass
 class Row:
-    """One way to do it. step: a decode step's attention, [B, Hq, 1, d]; nbytes: held, all of which a step reads.
+    """One way to compute attention.
 
-    expected: float32 attention over K and V as this row holds them. compile_s: by function, where one is compiled.
+    step: returns a decode step's attention, [B, Hq, 1, d]. nbytes: bytes held, all of which a step reads. expected:
+    float32 attention over K and V as this row holds them. compile_s: seconds to compile, by function; None if nothing
+    is compiled. ms, host_ms: measured times.
     """
 
     label: str
@@ -77,10 +82,10 @@ class Row:
 
 
 class Timer:
-    """Milliseconds of a step on a device, which has to fetch all it reads from memory; and of the host to launch it.
+    """Measures milliseconds of a step on a device that reads everything from memory, and of the host to launch it.
 
-    flush_bytes: written before every step, more than the processor's caches hold. On a GPU they are written for longer
-    than the host takes to launch a step: what is timed is then the GPU's work, without gaps in which it waits.
+    flush_bytes: size of a buffer that is written before every step; it must exceed the processor's caches. On a GPU it
+    is written for longer than the host takes to launch a step, so that only the GPU's work is timed, without gaps.
     """
 
     def __init__(self, device: torch.device, flush_bytes: int):
@@ -89,7 +94,7 @@ class Timer:
         self.flushes = 1
 
     def warm_up(self, steps: Sequence[Callable[[], Tensor]]) -> None:
-        """Run each step some times, and find out how long the GPU must be kept busy."""
+        """Run each step a few times, and determine how often the GPU must write the buffer before a step."""
         for step in steps:
             for _ in range(WARM_UP):
                 step()
@@ -119,9 +124,9 @@ class Timer:
 
 
 def copy_bandwidth(timer: Timer, nbytes: int) -> float:
-    """Bytes per second, read and written, of copying a tensor of so many bytes: median of some copies."""
+    """Bytes per second, read plus written, of copying a tensor of `nbytes`: the median of COPIES copies."""
     source = torch.zeros(nbytes, dtype=torch.uint8, device=timer.buffer.device)
-    target = torch.zeros_like(source)  # written to once: memory that was never touched is slower
+    target = torch.zeros_like(source)  # written to once, since the first write to a memory page is slower
     copy = lambda: target.copy_(source)  # noqa: E731
     timer.warm_up([copy])
     return 2 * nbytes / statistics.median(timer(copy)[0] for _ in range(COPIES)) * 1000
@@ -132,10 +137,10 @@ def measure(
     shape: Shape, context: int, codecs: Sequence[str], bits: Sequence[float], timer: Timer, bandwidth: float, *,
     dtype: torch.dtype = torch.bfloat16, repeats: int = 20, compiled: bool = False, seed: int = 0, progress=iter,
 ) -> list[dict]:  # fmt: skip
-    """One results record per row, at one context length. Raises PluginError where a row gives something else.
+    """One results record per row, at one context length in tokens. Raises PluginError if a row's output is wrong.
 
-    codecs: of CODECS; those that come in any number of bits once for each of `bits`. bandwidth: as `copy_bandwidth`
-    gives it. compiled: also int4_channel by torch.compile. progress: wraps the iterable of repeats, such as tqdm.
+    codecs: names of CODECS; adjustable ones give a row for each of `bits`. bandwidth: from `copy_bandwidth`. compiled:
+    add int4_channel by torch.compile. progress: wraps the iterable of repeats, such as tqdm.
     """
     device = timer.buffer.device
     k, v, q = _noise(shape, context + GENERATED, dtype, device, seed)
@@ -156,7 +161,7 @@ def measure(
 
 
 def check(row: Row) -> None:
-    """Raise PluginError unless a row gives what float32 attention over its K and V gives, to the dtype's rounding."""
+    """Raise PluginError unless a row's output equals float32 attention over its K and V, to the dtype's rounding."""
     found = row.step()
     error = float((found.float() - row.expected).norm() / row.expected.norm())
     tolerance = max(4 * torch.finfo(found.dtype).eps, 1e-4)
@@ -180,7 +185,7 @@ def _noise(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device, 
 
 
 def _plain_rows(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Row]:
-    """K and V as they are; on a CPU, whose 16-bit arithmetic may be slow, in float32 too."""
+    """Rows for uncompressed K and V; on a CPU, whose 16-bit arithmetic may be slow, in float32 as well."""
     ways = {SDPA: _sdpa, "sdpa, heads packed": _sdpa_packed, "matmuls per KV head": _matmuls}
     expected = exact(q, k, v)
     for kind, dtype in ((SIXTEEN, k.dtype), (FLOAT32, torch.float32)):
@@ -197,12 +202,12 @@ def _bound(way: Callable, *tensors) -> Callable[[], Tensor]:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As transformers calls it."""
+    """PyTorch's attention as transformers calls it."""
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _sdpa_packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The queries of a KV head as if they were several tokens' of one head: each of K and V is read once."""
+    """PyTorch's attention with the queries of a KV head as tokens of one head, so that K and V are read once."""
     B, H, _, d = k.shape
     return F.scaled_dot_product_attention(q.view(B, H, -1, d), k, v).view(q.shape)
 
@@ -214,12 +219,12 @@ def _matmuls(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention in float32."""
+    """Attention in float32, [B, Hq, 1, d]."""
     return attention_math.attend_reconstructed(k.float(), v.float(), q.float(), None, q.shape[-1] ** -0.5)
 
 
 def _compressors(name: str, bits: Sequence[float], shape: Shape) -> Iterator[tuple[str, tuple[Compressor, Compressor]]]:
-    """Compressors of K and of V by label."""
+    """Labels and compressors of K and V, for a name of CODECS."""
     layer = Geometry.uniform(1, shape.kv_heads, shape.head_dim)
     if name in ANY_MODEL:
         k, v = build(dict(zip(("k", "v"), ([setting] for setting in ANY_MODEL[name]), strict=True)), layer)
@@ -240,7 +245,7 @@ def _stored_row(label: str, pair: tuple[Compressor, Compressor], q: Tensor, k: T
 
 
 def filled_stores(pair: tuple[Compressor, Compressor], k: Tensor, v: Tensor) -> list[TokenStore]:
-    """Stores of K and of V, [B, H, T, d] each: a prompt, and GENERATED tokens after it."""
+    """Token stores filled with K and V, [B, H, T, d] each: a prompt, and then GENERATED tokens."""
     cache = CompressedDynamicCache(pair[:1], pair[1:], sink_tokens=SINK_TOKENS)
     parts = [k.shape[2] - GENERATED, GENERATED]
     fill(cache, zip(k.split(parts, dim=2), v.split(parts, dim=2), strict=True))
@@ -282,7 +287,7 @@ def _records(rows: Sequence[Row], bandwidth: float, cuda: bool) -> Iterator[dict
 
 
 def kernels(device: torch.device) -> str:
-    """What reads the codes on a device, in words."""
+    """The name of what reads codes on a device: Triton, C++ or PyTorch."""
     from gpt2.compression.kernels import dispatch
 
     if dispatch.usable(torch.empty(0, device=device)):

@@ -1,7 +1,7 @@
-"""Variations on the joint codec, simulated: what would be read and the bits it would take, packed nowhere.
+"""Variations on the joint codec, simulated: the reconstruction and the number of bits, without packing any codes.
 
-A block is y [..., r, B]: r channels of B tokens. Each channel gets a width out of a menu, and codes of that width; its
-bits are codes and metadata, both in full. With all defaults it is `codecs.mixed` to the bit.
+A block is y [..., r, B]: r channels of B tokens. Each channel gets a bit width from a menu and codes of that width; its
+cost is all bits of codes and metadata. With all defaults the result is that of `codecs.mixed`, bit for bit.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from gpt2.compression.codecs.multi_head import JointTransform
 
 METADATA_BITS = {"bytes": 16, "half": 32, "nibbles": 8, "scale": 8}
 AT_ONE_PRICE = ("text", "calibration")
-OFFSET_BITS = 16  # what says where a block begins, where blocks differ in size
-# One bit of a Gaussian is best with its two levels 1.6 deviations apart: a third of a block's range
+OFFSET_BITS = 16  # for the position of a block in memory, if blocks differ in size
+# Shares of the range to try at one bit: a Gaussian's best two levels are 1.6 deviations apart, a third of the range
 ONE_BIT = (0.6, 0.5, 0.4, 0.3)
-# Deviations of the block, shared between the steps of a Gaussian's levels
+# Scales to try for the levels of a Gaussian, as multiples of a channel's standard deviation
 GAUSSIAN = (0.8, 0.9, 1.0, 1.1, 1.2)
-# Energy of a block's mean vector in the ball of lattice points: as few as possible may lie outside, in as fine a grid
+# Mean squared norm of vectors to try, as a share of the squared radius of the ball of lattice points: at a larger share
+# the grid is finer, but more vectors lie outside the ball
 FULLNESS = (0.5, 0.65, 0.8, 0.95)
 LATTICE_WIDTHS = (2, 3)
 E8 = 8  # dimensions
@@ -47,18 +48,18 @@ E8 = 8  # dimensions
 class Variation:
     """One version of the codec; the defaults are the product.
 
-    turned: keys as they are cached ("post"), without positions ("pre"), or turned to the middle of their block
-    ("block"). parts: what shares a basis: each "head" of K or V, the heads of a "side", K and V of a head ("pair"), or
-    all ("joint"). metric: "identity", "weighted" (times the mean weight of each head's K or V), Fisher within "heads"
-    only, in full ("fisher"), or "shrunk" between heads. widths: "fixed" at calibration, by "block" within its bytes, or
-    by block at one price for the whole model, set on the "text" that is read or at "calibration". metadata: scale and
-    offset in a byte each ("bytes"), in float16 ("half"), in four bits each ("nibbles"), or a byte for the "scale"
-    alone, about the calibrated mean. narrow, wide: shares of the range to try. levels: "uniform", or up to 4 bits those
-    of a "gaussian", or for 2 and 3 bits the "lattice" E8. rotated: channels that were given the same width are mixed by
-    a Hadamard matrix.
+    rope: keys as they are cached ("post"), un-rotated to position 0 ("pre"), or un-rotated by the angle of the middle
+    of their block ("block"). parts: what shares a basis: each "head" of K or V, all heads of a "side", K and V of one
+    head ("pair"), or all ("joint"). metric: "identity", "weighted" (the mean weight of each head's K or V), Fisher
+    within "heads" only, in full ("fisher"), or with entries between heads "shrunk". widths: "fixed" at calibration;
+    chosen by "block" within a fixed number of bytes; or chosen by block at one price per bit for the whole model, which
+    is set on the evaluated "text" or at "calibration". metadata: scale and offset in a byte each ("bytes"), in float16
+    ("half"), in four bits each ("nibbles"), or only a "scale" in a byte, with the calibrated mean as offset. narrow,
+    wide: shares of the range to try, for few and for many bits. levels: "uniform", those of a "gaussian" up to 4 bits,
+    or the "lattice" E8 for 2 and 3 bits. rotated: mix channels of equal width by a Hadamard matrix.
     """
 
-    turned: str = "pre"
+    rope: str = "pre"
     parts: str = "joint"
     metric: str = "shrunk"
     widths: str = "block"
@@ -71,19 +72,19 @@ class Variation:
     rotated: bool = False
 
     def costs(self) -> Tensor:
-        """Bits of a channel in a block, of each width in the menu."""
+        """Bits of one channel of a block at each width of the menu, [widths]."""
         widths = torch.tensor(self.menu, dtype=torch.float32)
         return self.block * widths + METADATA_BITS[self.metadata] * (widths > 0)
 
     def overhead(self, channels: int) -> int:
-        """Bits of a block of so many channels besides: which widths they have, and where it begins."""
+        """Further bits of a block with so many channels: the channels' widths, and the block's position in memory."""
         if self.widths == "fixed":
             return 0
         planes = (len(self.menu) - 1).bit_length() * 8 * -(-channels // 8)
         return planes + (OFFSET_BITS if self.widths in AT_ONE_PRICE else 0)
 
     def shares(self, bits: int) -> tuple[float, ...]:
-        """Of a block's range, to try for codes of so many bits."""
+        """Shares of a channel's range to try for codes of so many bits."""
         if bits > WIDEST_NARROW:
             return self.wide
         return ONE_BIT if bits == 1 and len(self.narrow) > 1 else self.narrow
@@ -99,7 +100,7 @@ def errors(y: Tensor, variation: Variation, spread: Tensor) -> Tensor:
 
 
 def read_back(y: Tensor, choice: Tensor, variation: Variation, spread: Tensor) -> Tensor:
-    """What y [n, r, B] reads as with widths `choice`, [n, r] of indices into the menu. spread: [n, r]."""
+    """The reconstruction of y [n, r, B] with widths `choice` [n, r], indices into the menu. spread: [n, r]."""
     back = torch.zeros_like(y)
     for index, bits in enumerate(variation.menu):
         own = choice == index
@@ -121,7 +122,7 @@ def _rotation(size: int) -> Tensor:
 
 
 def coded(y: Tensor, bits: int, variation: Variation, spread: Tensor) -> tuple[Tensor, Tensor]:
-    """Every channel of y [..., B] in the best codes of `bits` that are tried: squared error [...], what is read."""
+    """Every channel of y [..., B] in the best of the codes that are tried: squared error [...], reconstruction."""
     if variation.levels == "gaussian" and bits <= WIDEST_NARROW:
         tries = _gaussian(y, bits)
     elif variation.levels == "lattice" and bits in LATTICE_WIDTHS:
@@ -159,7 +160,8 @@ def _half(low: Tensor, high: Tensor, share: float, bits: int, spread: Tensor) ->
 
 
 def _nibbles(low: Tensor, high: Tensor, share: float, bits: int, spread: Tensor) -> tuple[Tensor, Tensor]:
-    """16 half octaves below four times what the calibrated spread asks for, and a sixteenth of the range as offset."""
+    """Steps of half an octave, 16 of them, down from four times the step that suits the calibrated spread; offsets in
+    units of a sixteenth of the range."""
     unit, middle = max(2.0**bits / 16, 0.25), (low + high) / 2
     widest = 16 * spread.clamp_min(1e-12) / (2**bits - 1)
     wanted = torch.maximum((high - low) * share, middle.abs() / (7 * unit) * 2**0.25)
@@ -175,12 +177,12 @@ GRIDS = {"bytes": _bytes, "half": _half, "nibbles": _nibbles, "scale": _scale}
 
 
 def _to_byte(scale: Tensor) -> Tensor:
-    """A scale as the product's byte holds it."""
+    """A scale rounded to the values of the product's byte."""
     return ((scale.clamp_min(1e-30).log2() * OCTAVE).round().clamp(-SCALE_ZERO, 255 - SCALE_ZERO) / OCTAVE).exp2()
 
 
 def _placed(y: Tensor, scale: Tensor, unit: float) -> tuple[Tensor, Tensor]:
-    """Scale and mean of every channel as a byte each holds them, [..., 1]: the mean in `unit` of the scale."""
+    """Scale and mean of every channel, rounded to a byte each, [..., 1]; unit: of the mean, relative to the scale."""
     mean = y.mean(-1)
     scale = _to_byte(torch.maximum(scale, mean.abs() / (127 * unit) * 2 ** (0.5 / OCTAVE)))
     return scale[..., None], (scale * unit * (mean / scale / unit).round().clamp(-128, 127))[..., None]
@@ -214,7 +216,7 @@ def gaussian_levels(bits: int) -> Tensor:
 
 
 def _lattice(y: Tensor, bits: int) -> Iterable[Tensor]:
-    """Eight neighbouring tokens of a channel at a time, to points of E8 in a ball of at most 2^(8 bits) of them."""
+    """Eight neighbouring tokens of a channel at a time are rounded to points of E8 in a ball of at most 2^(8 bits)."""
     radius, deviation = ball(bits), y.std(-1, correction=0)
     for fullness in FULLNESS:
         scale, mean = _placed(y, deviation * math.sqrt(E8 / radius / fullness), 1 / 4)
@@ -224,9 +226,9 @@ def _lattice(y: Tensor, bits: int) -> Iterable[Tensor]:
 
 @functools.cache
 def ball(bits: int) -> int:
-    """Largest squared norm such that no more than 2^(8 bits) points of E8 have it or less.
+    """The largest squared norm R such that at most 2^(8 bits) points of E8 have a squared norm up to R.
 
-    240 σ₃(n) points have the squared norm 2n.
+    E8 has 240 σ₃(n) points of squared norm 2n, σ₃ the sum of the cubes of n's divisors.
     """
     points, n = 1, 0
     while points <= 2 ** (E8 * bits):
@@ -236,9 +238,9 @@ def ball(bits: int) -> int:
 
 
 def nearest_in_ball(x: Tensor, radius: int) -> Tensor:
-    """A point of E8 of squared norm `radius` at most near each x [..., 8]; the nearest of all for x inside the ball.
+    """For each x [..., 8] a near point of E8 with a squared norm of at most `radius`; inside the ball the nearest.
 
-    What lies outside is drawn in until its nearest point is inside.
+    An x outside is moved towards the origin until its nearest point is inside.
     """
     points = nearest_e8(x)
     outside = points.square().sum(-1) > radius + 0.5
@@ -260,7 +262,7 @@ def nearest_e8(x: Tensor) -> Tensor:
 
 
 def _nearest_d8(x: Tensor) -> Tensor:
-    """To whole numbers of an even sum: where it is odd, the one that was rounded furthest goes the other way."""
+    """The nearest integer vectors with an even sum: if the sum is odd, the worst rounding goes the other way."""
     nearest = x.round()
     rest = x - nearest
     worst = rest.abs().argmax(-1, keepdim=True)
@@ -269,11 +271,11 @@ def _nearest_d8(x: Tensor) -> Tensor:
     return nearest.scatter_add_(-1, worst, odd * other_way)
 
 
-# --- in the place of a cache
+# --- simulated in place of a cache
 
 
 def led(x: Tensor, sink_tokens: int) -> Tensor:
-    """x [..., T, d] with copies of the first token behind the sinks in their places, as `TokenStore` fills them."""
+    """x [..., T, d] with the sinks replaced by copies of the first token after them, as `TokenStore` pads them."""
     x = x.clone()
     x[..., :sink_tokens, :] = x[..., sink_tokens : sink_tokens + 1, :]
     return x
@@ -281,7 +283,7 @@ def led(x: Tensor, sink_tokens: int) -> Tensor:
 
 @dataclass
 class Fitted:
-    """A variation's basis in every layer. spread [L, G, w]: calibrated deviation of each coordinate."""
+    """A variation with its basis in every layer. spread [L, G, w]: calibrated deviation of each coordinate."""
 
     variation: Variation
     transforms: list[JointTransform]
@@ -303,8 +305,8 @@ class Fitted:
 
 @dataclass
 class Plan:
-    """What a budget leaves to choose by. price: of a bit, in squared error. limits: bits of a block in each layer.
-    choice: index of the width of every channel, [G, w] a layer."""
+    """How a budget of bits is shared out. price: squared error that one bit must save. limits: bits of a block in each
+    layer. choice: index of the width of every channel, [G, w] for each layer; empty unless widths are fixed."""
 
     price: float
     limits: list[int]
@@ -312,7 +314,7 @@ class Plan:
 
 
 def share_out(variation: Variation, measured: Sequence[Tensor], bits: float) -> Plan:
-    """A plan of `bits` per coordinate, everything counted and on average over the layers.
+    """A plan of `bits` per coordinate, metadata included, on average over the layers.
 
     measured: squared errors of each layer's blocks, [G, n, w, widths].
     """
@@ -326,13 +328,13 @@ def share_out(variation: Variation, measured: Sequence[Tensor], bits: float) -> 
         spent = sum(float(costs[(e + price * costs).argmin(-1)].sum(-1).mean()) for e in measured) / len(measured)
         low, high = (low, price) if spent <= wanted else (price, high)
     choice = [(error + high * costs).argmin(-1) for error in measured]
-    plane = variation.block  # budgets are whole planes, one bit of every token
+    plane = variation.block  # budgets are whole bit planes, which have one bit for every token
     limits = [int(float(costs[own].sum(-1).mean()) // plane) * plane for own in choice]
     return Plan(high, limits, [own[:, 0] for own in choice] if variation.widths == "fixed" else [])
 
 
 class Replaced(DynamicCache):
-    """Stores nothing: gives a model the K and V that a function makes of its own."""
+    """A cache that stores nothing: it returns what a function makes of the layer index and the model's new K and V."""
 
     def __init__(self, replace: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]):
         super().__init__()
@@ -343,7 +345,7 @@ class Replaced(DynamicCache):
 
 
 class Simulation:
-    """A fitted variation at a budget. bits: per coordinate, counted over all that was read through it."""
+    """A fitted variation at a budget. bits: per coordinate, counted over all K and V that went through `replace`."""
 
     def __init__(self, fitted: Fitted, plan: Plan, sink_tokens: int):
         self.fitted, self.plan, self.sink_tokens = fitted, plan, sink_tokens
@@ -354,7 +356,7 @@ class Simulation:
         return self.stored / self.coordinates
 
     def replace(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v [B, H, T, d] of one layer as they would be read."""
+        """Reconstructions of k, v [B, H, T, d] of one layer."""
         x = torch.cat((k, v), dim=1)
         y = self.fitted.blocks(layer, led(x.float(), self.sink_tokens))  # [B, G, n, w, block]
         spread = self.fitted.spread_like(layer, y)
@@ -377,7 +379,7 @@ class Simulation:
         return (error + self.plan.price * costs).argmin(-1)
 
     def count(self, layer: int, choice: Tensor) -> None:
-        """Count what blocks take: all of their fixed bytes, used or not, or where they have none, what is used."""
+        """Count the bits of blocks: all bits of blocks of a fixed size, else only those that are used."""
         variation, blocks = self.fitted.variation, choice[..., 0].numel()
         if variation.widths == "block":
             self.stored += blocks * self.plan.limits[layer]

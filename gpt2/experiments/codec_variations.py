@@ -1,8 +1,9 @@
-"""What each choice in the joint codec is worth: the codec with one thing changed at a time, at the same total bits.
+"""What each choice in the joint codec is worth: the codec with one choice changed at a time, at equal total bits.
 
-K and V are replaced in one forward pass by what they would read as, so nothing here is packed. A segment of whole
-blocks reads the same from a real cache that is fed a block at a time: at every step it holds whole blocks only. In all
-variations K and V of a layer share the bytes of a block, and layers buy theirs at one price.
+It is a simulation: in one forward pass K and V are replaced by their reconstruction, and no codes are packed. The
+result is that of a real cache that is fed one block at a time, as such a cache holds only whole blocks at every step.
+In all variations K and V of a layer share the bytes of a block, and bits are shared out over the layers so that one bit
+saves the same error in each.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.fisher import (
     CROSS_HEAD_SHARE,
-    _through_the_cache,
-    _without_parameter_gradients,
     detect_rotary,
     drawn_labels,
+    watched_cache,
+    without_parameter_gradients,
 )
 from gpt2.compression.codecs.metric import fit_in_metric
 from gpt2.compression.codecs.mixed import BLOCK, WIDTHS
@@ -34,20 +35,20 @@ from gpt2.experiments.codec_simulation import Fitted, Replaced, Simulation, Vari
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel
 
-LONGEST = 128  # tokens of the longest block: texts are cut to whole ones, so that every row compresses the same tokens
-SAMPLE_BLOCKS = 24  # of LONGEST tokens, on which budgets are made: as many tokens as the product takes
-BETWEEN_HEADS = {"heads": 0.0, "shrunk": CROSS_HEAD_SHARE, "fisher": 1.0}  # what is kept of the metric
+LONGEST = 128  # tokens of the longest block; texts have a multiple of it, so that every row compresses the same tokens
+SAMPLE_BLOCKS = 24  # blocks of LONGEST tokens to share out bits on: as many tokens as the product's calibration samples
+BETWEEN_HEADS = {"heads": 0.0, "shrunk": CROSS_HEAD_SHARE, "fisher": 1.0}  # factor of the metric's cross-head entries
 PRODUCT = Variation()
 FINER = tuple(share / 20 for share in range(20, 8, -1))
 
-# Rows by question; each has the product among them
+# Rows by question; each question has the product among its rows
 QUESTIONS: dict[str, dict[str, Variation]] = {
     "arrangement": {
-        "each head alone, keys as cached": Variation(turned="post", parts="head"),
-        "heads together, keys as cached": Variation(turned="post", parts="side"),
-        "heads together, keys turned to their block's middle": Variation(turned="block", parts="side"),
+        "each head alone, keys as cached": Variation(rope="post", parts="head"),
+        "heads together, keys as cached": Variation(rope="post", parts="side"),
+        "heads together, keys turned to their block's middle": Variation(rope="block", parts="side"),
         "heads together, keys without positions": Variation(parts="side"),
-        "K and V together, keys as cached": Variation(turned="post"),
+        "K and V together, keys as cached": Variation(rope="post"),
         "K and V of a head together, keys without positions": Variation(parts="pair"),
         "all together, keys without positions": PRODUCT,
     },
@@ -100,18 +101,21 @@ QUESTIONS: dict[str, dict[str, Variation]] = {
 }
 
 
-# --- what bases and budgets are made of
+# --- statistics for bases and budgets
 
 
 class CentredRotary(Rotary):
-    """Turns keys by one angle throughout a block, to its middle: positions within it stay. start: of a block."""
+    """Rotates all keys of a block by the angle of its middle, so that un-rotated keys keep their position in the block.
+
+    start: position of the first token, a multiple of BLOCK.
+    """
 
     def rotate(self, x: Tensor, start: int, sign: int = 1) -> Tensor:
         blocks = super().rotate(x, start, sign).unflatten(-2, (-1, BLOCK))
         return super().rotate(blocks, -BLOCK // 2, -sign).flatten(-3, -2)
 
 
-TURNS: dict[str, Callable[[Rotary], Rotary]] = {
+ROTARIES: dict[str, Callable[[Rotary], Rotary]] = {
     "post": lambda rotary: Rotary(torch.zeros(0), "none"),
     "block": lambda rotary: CentredRotary(rotary.frequencies, rotary.layout),
     "pre": lambda rotary: rotary,
@@ -119,10 +123,10 @@ TURNS: dict[str, Callable[[Rotary], Rotary]] = {
 
 
 class Gathered:
-    """Statistics of K, V and their gradients, with keys turned in every way.
+    """Statistics of K, V and their gradients, with keys un-rotated in each way of ROTARIES.
 
-    moments: by turn, of [K | V] side by side, [G, w] per layer with metrics["fisher"]. sample [L, n, 2H, 128, d]
-    float16: K's heads before V's as they are cached, of blocks at positions `starts` [n].
+    moments: key of ROTARIES to moments of [K | V] side by side, [G, w] per layer, with metrics["fisher"]. sample [L, n,
+    2H, 128, d] float16: n blocks at positions `starts`, K's heads before V's, with RoPE as they are cached.
     """
 
     def __init__(self, loaded: LoadedModel, rotary: list[Rotary], sink_tokens: int, windows: int, seed: int):
@@ -130,7 +134,7 @@ class Gathered:
         H, d = self.geometry.num_kv_heads, self.geometry.head_dim
         self.groups = H // heads_per_group(H, d)
         shape = Geometry.uniform(self.geometry.num_layers, self.groups, 2 * H * d // self.groups)
-        self.moments = {how: Moments.zeros(shape) for how in TURNS}
+        self.moments = {how: Moments.zeros(shape) for how in ROTARIES}
         for moments in self.moments.values():
             moments.metrics["fisher"] = [torch.zeros_like(scatter) for scatter in moments.scatter]
         self.sample: Tensor | None = None
@@ -141,9 +145,9 @@ class Gathered:
         self._kept: dict[int, Tensor] = {}
 
     def watch(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Ask for the gradients of one layer's k, v [1, H, T, d]."""
+        """Register for the gradients of one layer's k, v [1, H, T, d]. Raises PluginError if there will be none."""
         if not (k.requires_grad and v.requires_grad):
-            raise PluginError("no gradients reach K and V of this model, so there is nothing to explore")
+            raise PluginError("no gradients reach K and V of this model, so its Fisher metric can't be measured")
         kept = {"k": k.detach(), "v": v.detach()}
         for side, x in (("k", k), ("v", v)):
             x.register_hook(partial(self._arrived, layer, side, kept))
@@ -155,9 +159,9 @@ class Gathered:
             return
         del self._waiting[layer]
         for how, moments in self.moments.items():
-            turned = TURNS[how](self.rotary[layer])
+            rotary = ROTARIES[how](self.rotary[layer])
             x, g = (
-                side_by_side(turned.unrotate(pair["k"].float(), 0), pair["v"].float(), self.groups)
+                side_by_side(rotary.unrotate(pair["k"].float(), 0), pair["v"].float(), self.groups)
                 for pair in (kept, gradients)
             )
             g = g[0, :, self.sink_tokens :]
@@ -166,7 +170,7 @@ class Gathered:
         self._kept[layer] = torch.cat((kept["k"], kept["v"]), dim=1)[0].half().cpu()
 
     def next_window(self) -> None:
-        """Keep a few blocks of the window that ended, the same of every layer."""
+        """Add a few blocks of the finished window to the sample, at the same positions in every layer."""
         x = torch.stack([self._kept.pop(layer) for layer in range(self.geometry.num_layers)])  # [L, 2H, T, d]
         blocks = led(x, self.sink_tokens).unflatten(2, (-1, LONGEST)).transpose(1, 2)
         chosen = torch.randperm(blocks.shape[1], generator=self._generator)[: self._per_window]
@@ -185,13 +189,17 @@ def gather(
     loaded: LoadedModel, windows: Tensor, sink_tokens: int, *, seed: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Gathered:  # fmt: skip
-    """One pass forward and backward over windows [n, T] of whole blocks. seed: of labels drawn and blocks kept."""
+    """Statistics of one forward and backward pass over windows [n, T], T a multiple of LONGEST.
+
+    seed: draws labels from the model's predictions, and the sampled blocks. Raises PluginError for other window lengths
+    and for too many sink tokens.
+    """
     check_length(windows.shape[1], "--seq-len")
     if sink_tokens >= BLOCK // 2:
-        raise PluginError(f"--sink-tokens {sink_tokens}: give fewer than {BLOCK // 2}, as a block must be left of them")
+        raise PluginError(f"--sink-tokens {sink_tokens}: give fewer than {BLOCK // 2}, half of a block")
     gathered = Gathered(loaded, detect_rotary(loaded, windows[0], sink_tokens), sink_tokens, len(windows), seed)
     model = loaded.model
-    with torch.enable_grad(), _without_parameter_gradients(model), _through_the_cache(model, gathered.watch) as run:
+    with torch.enable_grad(), without_parameter_gradients(model), watched_cache(model, gathered.watch) as run:
         for number, window in enumerate(progress(windows)):
             logits = run(window[None].to(loaded.device))[0]
             labels = drawn_labels(logits, seed, number)
@@ -201,7 +209,7 @@ def gather(
 
 
 def check_length(tokens: int, flag: str) -> None:
-    """Raise PluginError unless a text's windows have whole blocks of every size."""
+    """Raise PluginError unless windows of so many tokens consist of whole blocks of every size."""
     if tokens % LONGEST:
         raise PluginError(f"{flag} {tokens}: give a multiple of {LONGEST}, so that all block sizes fill it")
 
@@ -210,8 +218,8 @@ def check_length(tokens: int, flag: str) -> None:
 
 
 def fit(gathered: Gathered, variation: Variation, device: torch.device | str = "cpu") -> Fitted:
-    """The bases of a variation, block by block of channels that share one."""
-    moments, d = gathered.moments[variation.turned], gathered.geometry.head_dim
+    """The bases of a variation, fitted separately for each set of channels that share one."""
+    moments, d = gathered.moments[variation.rope], gathered.geometry.head_dim
     scatter, mean = torch.stack(moments.scatter), torch.stack(moments.mean)
     w, spectrum = mean.shape[-1], torch.zeros_like(mean)
     E, D = torch.zeros_like(scatter), torch.zeros_like(scatter)
@@ -222,18 +230,18 @@ def fit(gathered: Gathered, variation: Variation, device: torch.device | str = "
             square = (slice(None), own[:, None], own)
             found, variances = fit_in_metric(moments.mean[layer][:, own], covariance[square], metric[square])
             E[layer][square], D[layer][square], spectrum[layer][:, own] = found.E, found.D, variances
-    # One factor for the whole model, as the product has it, so that steps lie well inside what a scale's byte can say
+    # One factor for the whole model, as in the product, so that steps lie well inside the range of a scale's byte
     unit = spectrum.mean().clamp_min(1e-30).sqrt()
     whole = [part.float().to(device) for part in (E / unit, D * unit, mean)]
     transforms = [
-        JointTransform(*parts, rotary=TURNS[variation.turned](rotary))
+        JointTransform(*parts, rotary=ROTARIES[variation.rope](rotary))
         for *parts, rotary in zip(*whole, gathered.rotary, strict=True)
     ]
     return Fitted(variation, transforms, (spectrum.sqrt() / unit).float().to(device))
 
 
 def _metric(fisher: Tensor, how: str, d: int) -> Tensor:
-    """What squared error weighs, [G, w, w], of the Fisher information."""
+    """The metric of squared error, [G, w, w], that `how` makes of the Fisher information."""
     if how == "identity":
         return torch.eye(fisher.shape[-1], dtype=fisher.dtype).expand_as(fisher)
     if how == "weighted":
@@ -244,26 +252,29 @@ def _metric(fisher: Tensor, how: str, d: int) -> Tensor:
 
 
 def _parts(how: str, w: int, d: int) -> Tensor:
-    """Which channels share a basis, a row for each that do."""
+    """Channels that share a basis, [bases, channels]: one row for each basis."""
     channels = torch.arange(w).view(2, -1, d)  # K and V, heads
     orders = {"head": channels.flatten(0, 1), "side": channels.flatten(1), "joint": channels.flatten()[None]}
     return (orders | {"pair": channels.transpose(0, 1).flatten(1)})[how]
 
 
 def measured_on_sample(fitted: Fitted, gathered: Gathered) -> list[Tensor]:
-    """Errors of the sample's blocks, [G, n, w, widths] a layer."""
+    """Squared errors of the sample's blocks at every width, [G, n, w, widths] for each layer."""
 
     def of(layer: int) -> Tensor:
-        pieces = zip(gathered.sample[layer].float(), gathered.starts, strict=True)
+        blocks = zip(gathered.sample[layer].float(), gathered.starts, strict=True)
         device = fitted.spread.device
-        return torch.cat([fitted.errors(layer, x[None].to(device), start)[0] for x, start in pieces], dim=1).cpu()
+        return torch.cat([fitted.errors(layer, x[None].to(device), start)[0] for x, start in blocks], dim=1).cpu()
 
     return [of(layer) for layer in range(len(fitted.transforms))]
 
 
 @torch.no_grad()
 def measured_on_text(fitted: Fitted, loaded: LoadedModel, segments: Tensor, sink_tokens: int) -> list[Tensor]:
-    """Errors of uncompressed K and V of a text's segments, [G, n, w, widths] a layer."""
+    """Squared errors of a text's uncompressed K and V at every width, [G, n, w, widths] for each layer.
+
+    segments: token ids [n, T].
+    """
     found: dict[int, list[Tensor]] = {}
 
     def watch(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,7 +289,7 @@ def measured_on_text(fitted: Fitted, loaded: LoadedModel, segments: Tensor, sink
 
 @dataclass
 class Measured:
-    """Scores of a simulation, and the bits it counted."""
+    """Scores of a simulation, and the bits per coordinate that it counted."""
 
     scores: Scores
     bits: float
@@ -288,9 +299,10 @@ def measure(
     loaded: LoadedModel, segments: Tensor, gathered: Gathered, rows: dict[str, Variation], budgets: Sequence[float],
     known: dict, *, seed: int = 0, progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[dict]:  # fmt: skip
-    """Score rows at every budget; a record per row and budget, beside the baseline and beside the product.
+    """Score rows at every budget; one results record per row and budget, with changes from baseline and product.
 
-    rows must have the product among them. known: what was measured before, by variation and budget; added to.
+    segments: token ids [n, T]. rows: variations by label, with the product among them. budgets: bits per coordinate.
+    known: earlier measurements by (variation, budget), to which new ones are added.
     """
     check_length(segments.shape[1], "--eval-seq-len")
     new = {variation: simulations(loaded, segments, gathered, variation, budgets)
@@ -312,8 +324,8 @@ def simulations(
 ) -> dict[float, Simulation]:
     """A simulation for every budget.
 
-    Where blocks take what they please, how much they take is a matter of the text. A price set on the text itself makes
-    rows of equal bits; no cache can know it.
+    If blocks may take any number of bits, the total depends on the text. With widths="text" the price of a bit is set
+    on the evaluated text itself, so that all rows have equal bits; a real cache couldn't know this price in advance.
     """
     fitted = fit(gathered, variation, loaded.device)
     if variation.widths == "text":
@@ -326,7 +338,7 @@ def simulations(
 def _record(label: str, variation: Variation, bits: float, known: dict, seed: int) -> dict:
     own, product = known[variation, bits], known[PRODUCT, bits]
     difference = own.scores.kl - product.scores.kl
-    # The interval is made for perplexities, of which it takes the exponential
+    # `paired_bootstrap` returns exp(mean) − 1, which the logarithm undoes
     interval = np.log1p(paired_bootstrap(difference, seed))
     against = {"kl_change": float(difference.mean() / product.scores.kl.mean()),
                "kl_change_interval": (interval / product.scores.kl.mean()).tolist()}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Attention over int4_channel as plain PyTorch, which `torch.compile` makes kernels of: what C++ is measured by."""
+"""Attention over int4_channel as plain PyTorch compiled by `torch.compile`, for comparison with the C++ kernels."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from gpt2.compression.codecs.per_channel import Int4Channel
 
 
 class CompiledInt4Channel(Int4Channel):
-    """int4_channel, read by two compiled functions. compile_s: seconds of each one's first call, by its name."""
+    """int4_channel, read by two compiled functions. compile_s: name of a function to seconds of its first call."""
 
     name = "int4_channel_compiled"
-    memory_format = None  # or C++ would read its codes
+    memory_format = None  # otherwise the C++ kernels would read the codes
 
     def __init__(self):
-        torch.compiler.reset()  # another shape is compiled anew in any case, and so many versions are all it keeps
+        torch.compiler.reset()  # every shape is compiled separately, and PyTorch limits the number of versions
         self.compile_s: dict[str, float] = {}
-        # Apart, as softmax lies between them
+        # Two functions, since softmax comes between them
         self._scores = self._timed("scores", torch.compile(int4_scores, dynamic=False))
         self._sums = self._timed("sums", torch.compile(int4_sums, dynamic=False))
 
@@ -35,7 +35,7 @@ class CompiledInt4Channel(Int4Channel):
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
-        """In it, what is called for the first time is compiled, whatever earlier processes have left on disk."""
+        """While the block runs, compile without PyTorch's on-disk cache, so that compile times are comparable."""
         from torch._inductor.utils import fresh_cache
 
         with fresh_cache():
@@ -53,22 +53,22 @@ class CompiledInt4Channel(Int4Channel):
         return timed
 
 
-# Written out query by query: compiled, all queries of a KV head then share one unpacking of its codes, which takes
-# half the time of the same sums over a dimension of queries
+# Both functions loop over the queries of a KV head: compiled, all queries then share one unpacking of the codes, which
+# takes half the time of the same sums with a dimension for queries
 
 
 def int4_scores(q: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """q · ẑ, [B, G, M, T]: q [B, G, M, r], fields as `per_channel` has them."""
+    """q · ẑ, [B, G, M, T], of q [B, G, M, r]. codes, scale, offset: as stored by `codecs.per_channel`."""
     low, high, step = (codes & 15).float(), (codes >> 4).float(), _step(scale)
     rows = []
     for own in q[:, :, :, None, None].unbind(2):  # [B, G, 1, 1, r]
-        folded, bias = own * step, (own * offset.float()).sum(-1)
-        rows.append(torch.cat(((folded * low).sum(-1), (folded * high).sum(-1)), dim=-1) + bias)
+        scaled, bias = own * step, (own * offset.float()).sum(-1)
+        rows.append(torch.cat(((scaled * low).sum(-1), (scaled * high).sum(-1)), dim=-1) + bias)
     return torch.stack(rows, dim=2).flatten(3)
 
 
 def int4_sums(p: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """Σ p ẑ, [B, G, M, r]: p [B, G, M, T], fields as `per_channel` has them."""
+    """Σ p ẑ over tokens, [B, G, M, r], of p [B, G, M, T]. codes, scale, offset: as stored by `codecs.per_channel`."""
     low, high, step = (codes & 15).float(), (codes >> 4).float(), _step(scale)[:, :, :, 0]
     rows = []
     for own in p.unflatten(-1, (-1, 2, BLOCK // 2))[..., None].unbind(2):  # [B, G, n, 2, 32, 1]

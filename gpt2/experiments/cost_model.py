@@ -1,7 +1,8 @@
-"""What a dense model of a given shape costs to calibrate, counted: no weights are needed, and nothing is measured.
+"""The cost of calibrating a dense model of a given shape, counted from its config: nothing is measured.
 
-Multiplications and additions count one each. L layers, H KV heads of d channels, Q query heads, sequences of T tokens;
-attention is causal, so that half of its T² scores count. Formulas stand beside each function.
+A multiplication and an addition count one FLOP each. L layers, H KV heads of d channels, Q query heads, sequences of T
+tokens; a multi-head codec has N bases, each for G groups of w channels. Attention is causal, so half of its T² scores
+count. Each function's docstring has its formula.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ FLOAT64, HALF = 8, 2  # bytes
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What costs are counted from. layer_weights: of one layer, in numbers; weights: of all, with embeddings."""
+    """The sizes that costs are counted from.
+
+    layer_weights: number of weights of one layer. weights: number of all weights, with embeddings.
+    """
 
     geometry: Geometry
     query_heads: int
@@ -32,12 +36,12 @@ class Dimensions:
     weights: int
 
     def multi_head_shapes(self) -> dict[str, Geometry]:
-        """Of every multi-head basis its bases in all layers, groups and channels, as layers, heads and head_dim."""
+        """Name of each multi-head codec to N, G and w, as num_layers, num_kv_heads and head_dim of a Geometry."""
         return {name: basis.shape(self.geometry) for name, basis in multi_head_bases().items()}
 
 
 def dimensions(config: PretrainedConfig, name: str) -> Dimensions:
-    """Dimensions of a model by its config, laid out without weights. Norms and biases count with the layers."""
+    """Dimensions of a model from its config, without loading weights. Norms and biases count as weights of layers."""
     geometry, _ = geometry_of(config, name)
     weights = weights_of(config, name)
     text = config.get_text_config(decoder=True)
@@ -66,9 +70,9 @@ def forward_flops(dims: Dimensions, tokens: int, *, logits: bool = False) -> flo
 
 
 def backward_flops(dims: Dimensions, tokens: int) -> float:
-    """The way back for activations alone: L (2 · layer_weights · T + 5 Q d T²) + 2 · vocabulary · hidden · T.
+    """The backward pass of one sequence: L (2 · layer_weights · T + 5 Q d T²) + 2 · vocabulary · hidden · T.
 
-    Weights get no gradients, so that it costs a forward pass and not two; attention makes five products for two.
+    Weights get no gradients, so it costs one forward pass instead of two; attention takes five products instead of two.
     """
     scores = 5 * dims.query_heads * dims.geometry.head_dim * tokens**2
     body = dims.geometry.num_layers * (2 * dims.layer_weights * tokens + scores)
@@ -76,27 +80,27 @@ def backward_flops(dims: Dimensions, tokens: int) -> float:
 
 
 def moments_flops(dims: Dimensions, tokens: int) -> float:
-    """Products of the first pass, K, V and queries with themselves: 2 L d² (2 H + Q) T."""
+    """Second moments of the first pass, products of K, V and queries with themselves: 2 L d² (2 H + Q) T."""
     g = dims.geometry
     return 2.0 * g.num_layers * g.head_dim**2 * (2 * g.num_kv_heads + dims.query_heads) * tokens
 
 
 def gradient_moments_flops(dims: Dimensions, tokens: int) -> float:
-    """Products of the second: of heads 4 L H d² T; of every measured codec 4 · entries · G w² T."""
+    """Second moments of the gradient pass: 4 L H d² T for heads, and 4 N G w² T for every multi-head codec."""
     g = dims.geometry
     products = [e.num_layers * e.num_kv_heads * e.head_dim**2 for e in dims.multi_head_shapes().values()]
     return 4.0 * tokens * (g.num_layers * g.num_kv_heads * g.head_dim**2 + sum(products))
 
 
 def first_pass_flops(dims: Dimensions, tokens: int) -> float:
-    """All of `capture.collect` for one sequence: forward without logits, and moments."""
+    """All of `statistics.collect` for one sequence: a forward pass without logits, and moments."""
     return forward_flops(dims, tokens) + moments_flops(dims, tokens)
 
 
 def gradient_pass_flops(dims: Dimensions, tokens: int, *, checkpointing: bool = False) -> float:
-    """All of `gradients.collect_fisher` for one sequence: forward with logits, backward, and moments.
+    """All of `fisher.collect_fisher` for one sequence: a forward pass with logits, a backward pass, and moments.
 
-    checkpointing: the layers' forward pass once more.
+    checkpointing: adds another forward pass of the layers.
     """
     again = forward_flops(dims, tokens) if checkpointing else 0
     forward = forward_flops(dims, tokens, logits=True)
@@ -104,7 +108,7 @@ def gradient_pass_flops(dims: Dimensions, tokens: int, *, checkpointing: bool = 
 
 
 def bases(dims: Dimensions) -> dict[int, int]:
-    """Width of a matrix to how many of that width a Fisher calibration fits: of measured codecs, and of every head."""
+    """Width of a basis to the number of bases of that width that a Fisher calibration fits, multi-head or per head."""
     g = dims.geometry
     fitted = [(e.head_dim, e.num_layers * e.num_kv_heads) for e in dims.multi_head_shapes().values()]
     counts: dict[int, int] = {}
@@ -117,15 +121,17 @@ def bases(dims: Dimensions) -> dict[int, int]:
 
 
 def statistics_bytes(dims: Dimensions) -> int:
-    """What `collect` leaves, float64: moments of K and V, and a metric for each, 8 (2 L + 2 L H d + 4 L H d²)."""
+    """Bytes of the result of `collect` in float64: moments and a metric of K and V, 8 (2 L + 2 L H d + 4 L H d²)."""
     g = dims.geometry
     heads = g.num_layers * g.num_kv_heads
     return FLOAT64 * (2 * g.num_layers + heads * (2 * g.head_dim + 4 * g.head_dim**2))
 
 
 def gradient_statistics_bytes(dims: Dimensions) -> dict[str, int]:
-    """What `collect_fisher` adds. heads: 16 L H d². Each measured codec: scatter and metric, 16 w² per entry and group,
-    with mean and count. blocks: the sample that quantization is measured on, 2 · 48 · 64 · entries · G w of each.
+    """Bytes that `collect_fisher` adds, by part.
+
+    heads: 16 L H d². Each multi-head codec, by its name: scatter and metric, 16 N G w², with mean and count. blocks:
+    the sample that quantization is measured on, 2 · 48 · 64 · N G w for each codec.
     """
     g, entries = dims.geometry, dims.multi_head_shapes()
     moments = {
@@ -141,17 +147,17 @@ def gradient_statistics_bytes(dims: Dimensions) -> dict[str, int]:
 
 
 def logits_bytes(dims: Dimensions, tokens: int) -> int:
-    """One float32 copy of a sequence's logits: 4 · T · vocabulary. The gradient pass holds three or four."""
+    """Bytes of one float32 copy of a sequence's logits: 4 · T · vocabulary. The gradient pass holds three or four."""
     return 4 * tokens * dims.vocabulary
 
 
 def activation_bytes(dims: Dimensions, tokens: int, *, checkpointing: bool = False, element: int = HALF) -> int:
-    """What a gradient pass keeps of a Llama-like model's layers for the way back, `element` bytes a number.
+    """Bytes that a Llama-like model's layers keep for the backward pass, with `element` bytes per number.
 
-    Of a token and layer: inputs of both norms in float32, 8 (hidden + 1); queries, output, K and V,
-    2 (Q + H) d · element; a float32 sum per query head, 4 Q; and three of the MLP, 3 · intermediate · element. Once:
-    the last norm's input, 4 (hidden + 1), and the tables of positions, 2 d · element.
-    checkpointing: every layer's input, and those of one layer.
+    For each token and layer: inputs of both norms in float32, 8 (hidden + 1); queries, attention output, K and V,
+    2 (Q + H) d · element; a float32 sum per query head, 4 Q; three activations of the MLP, 3 · intermediate · element.
+    For each token once: the last norm's input, 4 (hidden + 1), and the cosines and sines of RoPE, 2 d · element.
+    checkpointing: only the inputs of all layers, and everything of one layer at a time.
     """
     g = dims.geometry
     attention = 2 * (dims.query_heads + g.num_kv_heads) * g.head_dim * element + 4 * dims.query_heads

@@ -16,7 +16,7 @@ from gpt2.evaluation.statistics import RESAMPLES
 
 LEAST_POINTS = 4
 LEAST_REPEATS = 3  # with fewer timings there is no verdict
-TOLERANCE = 0.15  # of an exponent, for fixed costs and for arithmetic that is faster on larger matrices
+TOLERANCE = 0.15  # of an exponent: it allows for fixed costs, and for arithmetic that is faster on larger matrices
 WIDEST = 0.3  # largest half width of an interval that allows a verdict
 SECONDS, BYTES = "s", "bytes"
 AGREES, DIFFERS, UNKNOWN = "agrees", "differs", "can't tell"
@@ -24,7 +24,7 @@ AGREES, DIFFERS, UNKNOWN = "agrees", "differs", "can't tell"
 
 @dataclass(frozen=True)
 class Point:
-    """One size. predicted: its cost by arithmetic, in any unit. measure: gives its cost in the unit of the series."""
+    """One size. predicted: its counted cost, in any unit. measure: returns its measured cost in the series' unit."""
 
     x: float
     predicted: float

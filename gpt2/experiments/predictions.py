@@ -21,7 +21,7 @@ SIXTEEN = "16-bit"
 
 
 def narrow(config: PretrainedConfig, geometry: Geometry) -> LoadedModel:
-    """A tiny model with random weights, of the same family and with a cache of this shape."""
+    """A model of the same family with few random weights and a cache of the given shape."""
     heads = geometry.num_kv_heads
     fields = {"hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": heads}
     fields |= NARROW | {"head_dim": geometry.head_dim}
@@ -50,7 +50,7 @@ def cache_rows(
             plain = plain_bytes(geometry, tokens)
             found = [(SIXTEEN, plain, 0)]
             for choice in chosen:
-                # A codec without a calibration is one object for all layers
+                # A codec without calibration is shared by all layers
                 copies = parts if needs_calibration(choice.preset.record["codec"]) else 1
                 held = held_bytes(choice.make, part.geometry, tokens) * parts
                 found.append((choice.label, held, choice.make().codec_bytes() * copies))

@@ -64,7 +64,7 @@ class Sizes:
     decoded: int = 8
 
 
-# Tries everything in a minute
+# The smallest sizes, with which all series take about a minute
 QUICK = Sizes(
     sample_tokens=72, seq_lens=(72, 96, 128, 160), layer_cuts=4,
     contexts=(128, 256, 512, 1024), model_contexts=(64, 96, 128, 192), segment_tokens=64,
@@ -215,7 +215,7 @@ def memory(loaded: LoadedModel, configs: Configs, sizes: Sizes) -> Iterator[Seri
         one.append(Point(g.num_layers * g.num_kv_heads * g.head_dim**2, cost_model.statistics_bytes(dims), heads))
         groups = sum(e.num_layers * e.num_kv_heads * e.head_dim**2 for e in dims.multi_head_shapes().values())
         added = cost_model.gradient_statistics_bytes(dims)
-        added["blocks"] //= cost_model.SAMPLED_BLOCKS  # a window of one
+        added["blocks"] //= cost_model.SAMPLED_BLOCKS  # the measured window has only one block
         other.append(Point(groups, sum(added.values()), partial(_gradient_bytes, config, g)))
     names = f"caches of {len(configs)} shapes"
     yield Series("calibrate: statistics of heads", "layers · heads · d²", names, one, BYTES)

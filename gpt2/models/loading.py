@@ -1,4 +1,4 @@
-"""Load a causal language model by spec, know the shape of its cache, refuse what can't be compressed.
+"""Load a causal language model by its spec, with the shape of its cache; reject models that can't be compressed.
 
 A spec is the embedded model's name, a local folder, or a hub id.
 """
@@ -24,7 +24,7 @@ from gpt2.models.geometry import Geometry
 from gpt2.models.probe import fingerprint, probe_geometry
 from gpt2.models.support import SUPPORTED, refuse_unsupported
 
-SPREAD = {"all": "auto"}  # --device to the device_map that spreads layers
+SPREAD = {"all": "auto"}  # a --device value to the device_map that spreads layers over GPUs
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -36,9 +36,9 @@ def slug_of(spec: str) -> str:
 
 @dataclass
 class LoadedModel:
-    """A model ready to run, with what artefacts record of it.
+    """A model ready to run, with what files record of it: its spec and its fingerprint.
 
-    tokenizer: None where there are no trained weights (`random_weights`), so no text means anything to the model.
+    tokenizer: None if the weights are random (`random_weights`), since such a model understands no text.
     """
 
     model: PreTrainedModel
@@ -60,11 +60,11 @@ class LoadedModel:
 
     @property
     def max_context(self) -> int | None:
-        """Longest trained context in tokens, None where the config doesn't say."""
+        """Longest trained context in tokens; None if the config doesn't have it."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     def require_context(self, tokens: int, flag: str = "--seq-len", *, after: int = 0) -> None:
-        """Refuse a context longer than the model was trained for. after: tokens that will follow it."""
+        """Raise PluginError for a context longer than the model was trained for. after: tokens that will follow it."""
         if self.max_context and tokens + after > self.max_context:
             following = f" with {after} after it" if after else ""
             raise PluginError(
@@ -77,8 +77,8 @@ def load(spec: str = EMBEDDED, device: str = "auto", dtype: str = "auto") -> Loa
     """Load model and tokenizer.
 
     device: auto (CUDA where there is one), cpu, cuda, cuda:N, or all (layers spread over all GPUs). dtype: auto (the
-    checkpoint's own on CUDA, float32 on CPU), float32, float16 or bfloat16. Raises UnsupportedModel before any weight
-    is read where the config tells.
+    checkpoint's own on CUDA, float32 on CPU), float32, float16 or bfloat16. Raises PluginError if it can't be loaded,
+    and UnsupportedModel if its cache can't be compressed; if the config shows that, before any weight is read.
     """
     target = resolve_device(device)
     if not (sys.stderr.isatty() and launched().first):  # a log file wants no progress bars
@@ -92,57 +92,58 @@ def load(spec: str = EMBEDDED, device: str = "auto", dtype: str = "auto") -> Loa
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except PluginError:
         raise
-    except Exception as error:  # a damaged folder shows as anything from a parser's to a shape's error
+    except Exception as error:  # damaged files raise errors of many kinds
         if is_out_of_memory(error):
             raise
         raise PluginError(_cant_load(spec, error)) from error
-    if missing := sorted(report["missing_keys"]):  # transformers would fill them with noise and only log it
+    if missing := sorted(report["missing_keys"]):  # transformers initializes them at random and only logs it
         raise PluginError(f"model {spec!r}: its files lack {len(missing)} weights that its config asks for, such as "
                           f"{missing[0]}: the checkpoint and its config.json don't belong together")  # fmt: skip
     if device in SPREAD:
-        refuse_offloaded(model, spec, target)
+        reject_offloaded(model, spec, target)
     else:
         model = model.to(target)
     return wrap(model, tokenizer, spec)
 
 
 def read_config(spec: str) -> transformers.PretrainedConfig:
-    """A model's config, without its weights. Raises PluginError, as `load` does, where there is none to be had."""
+    """A model's config, without its weights. Raises PluginError as `load` does."""
     source = _source(spec)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # a damaged file shows as anything
+    except Exception as error:  # damaged files raise errors of many kinds
         raise PluginError(_cant_load(spec, error)) from error
     refuse_unsupported(config, spec)
     return config
 
 
-def refuse_offloaded(model: PreTrainedModel, spec: str, target: torch.device) -> None:
-    """Raise PluginError where layers that found no room were left off the devices: every step would wait for them."""
+def reject_offloaded(model: PreTrainedModel, spec: str, target: torch.device) -> None:
+    """Raise PluginError if layers that don't fit on the GPUs were left on the CPU, as every step would copy them."""
     if {parameter.device.type for parameter in model.parameters()} != {target.type}:
         raise PluginError(f"model {spec!r} doesn't fit on all GPUs together: use a smaller --dtype or model")
 
 
 def wrap(model: PreTrainedModel, tokenizer, spec: str) -> LoadedModel:
-    """Check a model that is already in memory and measure its cache's shape."""
+    """Check a model that is already in memory and measure its cache's shape. Raises as `load` does."""
     refuse_unsupported(model.config, spec, model)
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModel(f"Model doesn't have past_key_values: {spec}'s forward takes none; {SUPPORTED}")
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise PluginError(f"{spec}: device_map found no room for some layers and left them off its devices, where "
-                          "neither weights nor statistics can be read: use a smaller dtype or model")  # fmt: skip
+        raise PluginError(f"{spec}: some layers don't fit on the devices of its device_map and were offloaded, so "
+                          "their weights can't be read: use a smaller dtype or model")  # fmt: skip
     model.eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, spec, probe_geometry(model, spec), fingerprint(model))
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:N` or `all` to a device that exists; `all` to the type that its devices have.
+    """The device that `auto`, `cpu`, `cuda`, `cuda:N` or `all` means; for `all` it has only the type, `cuda`.
 
-    Of several processes on a machine each gets a GPU of its own.
+    If several processes run on a machine, `auto` and `cuda` mean another GPU in each. Raises PluginError for a device
+    that doesn't exist.
     """
     own = local_rank()
     if own is not None and device in SPREAD:
-        raise PluginError(f"--device {device} spreads one model over every GPU, which leaves none to other processes: "
+        raise PluginError(f"--device {device} spreads one model over every GPU, so other processes have none: "
                           "give --device auto, or start the script with python")  # fmt: skip
     if own is not None and device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{own}"
@@ -162,7 +163,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
-    """A --dtype value to what `from_pretrained` takes."""
+    """A --dtype value as `from_pretrained` takes it. Raises PluginError for an unknown one."""
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     if dtype not in DTYPES:
@@ -174,7 +175,7 @@ def _source(spec: str) -> str:
     """Folder or hub id of a spec, as transformers takes it."""
     if spec == EMBEDDED:
         return str(embedded_folder())
-    folder = Path(os.path.expanduser(spec))  # os.path takes any name, pathlib no long one and no ~ of nobody
+    folder = Path(os.path.expanduser(spec))  # pathlib raises for unknown users after ~ and for very long names
     if os.path.isfile(folder / "config.json"):
         return str(folder)
     if folder.suffix == ".json":

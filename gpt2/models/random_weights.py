@@ -1,6 +1,6 @@
 """Models with random weights: an architecture in its real shape, to measure speed and memory without a download.
 
-A shape is a JSON file of config fields, as those in configs/models. Neither speed nor memory depends on the weights.
+A shape is a JSON file of config fields, such as those in configs/models. Speed and memory don't depend on the weights.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ SHAPE = Record({"model_type": Text(), "num_hidden_layers": Default(Whole(1))}, A
 def load(spec: str, device: str = "auto", dtype: str = "auto", layers: int | None = None) -> LoadedModel:
     """A model as `loading.load` loads it, or a model with random weights where `spec` is a shape's JSON file.
 
-    layers: number of a shape's layers to make, all when None. device, dtype: as in `loading.load`, except that a shape
-    is made on one device, by default in bfloat16 on CUDA. Raises PluginError where the file is not a shape, and
-    UnsupportedModel where the cache of such a model can't be compressed.
+    layers: number of a shape's layers to make, all if None. device, dtype: as for `loading.load`, except that a shape
+    is made on one device, by default in bfloat16 on CUDA. Raises PluginError if the file is not a shape, and
+    UnsupportedModel if the cache of such a model can't be compressed.
     """
     if not spec.endswith(".json"):
         if layers:
@@ -57,19 +57,19 @@ def load(spec: str, device: str = "auto", dtype: str = "auto", layers: int | Non
 def from_config(
     config: PretrainedConfig, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LoadedModel:
-    """A model of this shape with random weights. name: how results name it, with the number of layers."""
+    """A model of this shape with random weights. name: its name in results, to which the number of layers is added."""
     loaded = loading.wrap(_random_model(config, torch.device(device), dtype), None, name)
     count = loaded.geometry.num_layers
     return replace(loaded, spec=f"{name} (random weights, {count} layer{'s' * (count > 1)})", random_weights=True)
 
 
 def changed(config: PretrainedConfig, layers: int | None = None, **fields) -> PretrainedConfig:
-    """A copy of a config with other fields, and of its first `layers` layers when given."""
+    """A copy of a config with other values of `fields`, reduced to its first `layers` layers if given."""
     return AutoConfig.for_model(**_cut(config.to_dict(), layers, config.model_type) | fields)
 
 
 def read_shape(path: Path, layers: int | None = None) -> PretrainedConfig:
-    """The config of a shape's file, of its first `layers` layers when given. Raises PluginError for an invalid one."""
+    """The config in a shape's file, reduced to its first `layers` layers if given. Raises PluginError if invalid."""
     fields = parse(read_json(path, "model's shape"), SHAPE, path)
     try:
         config = AutoConfig.for_model(**_cut(fields, layers, path.name))
@@ -84,7 +84,7 @@ def read_shape(path: Path, layers: int | None = None) -> PretrainedConfig:
 
 
 def read_shapes(specs: Iterable[str]) -> dict[str, PretrainedConfig]:
-    """Configs by name, of shapes' files or their names in configs/models."""
+    """Configs by name. specs: paths of shape files, or names of files in configs/models."""
     return {path.stem: read_shape(path) for path in map(_find, specs)}
 
 
@@ -99,7 +99,7 @@ def _cut(fields: dict, layers: int | None, name: str) -> dict:
 
 @torch.no_grad()
 def _random_model(config: PretrainedConfig, target: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of small random weights and unit norms. transformers' own initialization would take minutes."""
+    """A model with small random weights and norms of 1. transformers' own initialization would take minutes."""
     with target, no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()

@@ -1,6 +1,6 @@
-"""An HTML page of everything measured, made from results files only: tables, figures and where they come from.
+"""An HTML page of all measurements, made only from results files: tables, figures and their provenance.
 
-Its content is configured: each file in configs/tables is a section, and configs/report.json is the first screen.
+Its content is configured: each file in configs/tables is a section, and configs/report.json the start of the page.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ SECTION_KEYS = {"title", "about", "show", "plots"}
 
 
 def page(folder: Path, configs: Path, model: str) -> tuple[str, list[str]]:
-    """The page as HTML, and a message for each part that is missing because its results are.
+    """The page as HTML, and a message for each part whose results are missing.
 
     folder: has runs/*.json and plots/*.png. configs: has report.json and tables/*.json. model: replaces {model} in
-    names of results. Raises PluginError where a config can't be read.
+    names of results. Raises PluginError if a config can't be read.
     """
     model = loading.slug_of(model)
     config = _read_config(configs / "report.json", model, PAGE_KEYS)
@@ -73,7 +73,7 @@ def _read_config(path: Path, model: str, keys: set[str]) -> dict:
     except json.JSONDecodeError as error:
         raise PluginError(f"{files.shown(path)} is not JSON: {error}") from error
     if missing := sorted(keys - config.keys()):
-        raise PluginError(f"{files.shown(path)} has no {', '.join(missing)}: the report shows them")
+        raise PluginError(f"{files.shown(path)} has no {', '.join(missing)}, which the report shows")
     return config
 
 
@@ -122,7 +122,7 @@ def _block(show: dict, section: str, runs: Path) -> dict:
 
 
 def _headlines(wanted: list[dict], runs: Path) -> tuple[list[dict], list[str]]:
-    """For each wanted headline a table's cell with its sentence; and a message for each whose results are missing."""
+    """For each headline its figure, a table's cell, and its sentence; and a message for each with missing results."""
     found, absent = [], []
     for headline in wanted:
         try:
@@ -148,7 +148,7 @@ def _row(table: Table, headline: dict) -> dict[str, str]:
 
 
 def _chart(name: str, runs: Path) -> chart.Chart | None:
-    """The chart of a results file; None where it is missing or invalid, which its table then says."""
+    """The chart of a results file; None if the file is missing or invalid, which the message of its table reports."""
     try:
         record = tables.read(runs / f"{name}.json")
         with tables.shown_of(name):

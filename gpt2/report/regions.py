@@ -1,6 +1,6 @@
-"""Regions of README and docs/*.md that hold tables made from results files, so that no figure is typed by hand.
+"""Regions of README and docs/*.md whose tables are generated from results files, so that no figure is typed by hand.
 
-A region names the results file that it comes from, and rows of it where it shows only some:
+A region names a results file and, if it shows only some of its rows, the words that select them:
 
     <!-- results: validate_ppl_smollm2-135m rank,bits -->
     …table…
@@ -23,7 +23,7 @@ def pages(root: Path) -> list[Path]:
 
 
 def fill(text: str, runs: Path) -> str:
-    """Text with every region made anew from the results in `runs`. Raises PluginError where a file is missing."""
+    """The text with every region regenerated from the results in `runs`. Raises PluginError if a file is missing."""
 
     def region(match: re.Match) -> str:
         start, name, words, end = match.groups()

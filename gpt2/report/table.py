@@ -30,7 +30,7 @@ class Table:
     def console(self) -> str:
         """Aligned text for a terminal: figures to the right, words to the left, the note in wrapped lines below."""
         whole = [row for row in self.rows if len(row) == len(self.columns)]
-        short = [row[:-1] for row in self.rows if len(row) < len(self.columns)]  # the last cell needs no column's width
+        short = [row[:-1] for row in self.rows if len(row) < len(self.columns)]  # the last cell spans columns
         widths = [
             max(min(len(row[i]), WIDEST_CELL) for row in [self.columns, *whole, *short] if i < len(row))
             for i in range(len(self.columns))
@@ -73,7 +73,7 @@ def _markdown_line(cells: list[str]) -> str:
 
 
 def number(cell: str) -> float | None:
-    """The figure that a cell starts with, by which its column is sorted; None for words and for lists of figures."""
+    """The figure at the start of a cell, by which its column is sorted; None for words and for lists of figures."""
     found = NUMBER.match(cell)
     return None if found is None or ", " in cell else float(found[1].replace(",", ""))
 

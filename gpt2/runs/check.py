@@ -1,11 +1,11 @@
-"""Do README, docs and results/tables show what the committed results say? Tables are made again and compared.
+"""Check that README, docs and results/tables agree with the committed results, by generating all tables again.
 
-Figures in the prose of README and docs are looked up in those tables: figures with a unit that somebody must have
-measured, such as `1.47x`, `+0.47 %`, `-12 %` or `0.0063 nats`. In x and nats these are figures with decimals, in
-percent those with decimals or a sign. A figure is found where some table, in the page's own regions or in
-results/tables, shows one of the same unit that rounds to it. That finds slips of the pen and figures that have changed;
-it doesn't prove that a sentence is about the row where its figure was found. Not looked up: whole numbers without a
-sign (5 %, 4x), which are limits and names as often as results; times and sizes; code; and the regions themselves.
+Measured figures in the prose of README and docs are looked up in these tables. A figure counts as measured if it has a
+unit and, in x or nats, decimals, or, in percent, decimals or a sign: `1.47x`, `+0.47 %`, `-12 %`, `0.0063 nats`. It is
+found if a table of the page or of results/tables has a figure of the same unit that rounds to it. This finds typing
+errors and figures that have changed; it doesn't prove that a sentence is about the row in which its figure was found.
+Not looked up are whole numbers without a sign (5 %, 4x), which are often limits or names; times and sizes; code; and
+the tables themselves.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Figure = tuple[str, Decimal, str]  # sign, size, unit
 
 
 def check(checkout: Path) -> None:
-    """Raise PluginError with every place that shows something else, a line each."""
+    """Raise PluginError, with a line for each difference, if a page or table differs from the results."""
     wrong = pages.differing(checkout)
     made = [path.read_text(encoding="utf-8") for path in sorted((checkout / "results" / "tables").glob("*.md"))]
     for path in regions.pages(checkout):
@@ -33,19 +33,19 @@ def check(checkout: Path) -> None:
         try:
             if regions.fill(text, checkout / "results" / "runs") != text:
                 wrong.append(f"{name} shows tables that differ from results/runs: run {pages.COMMAND}")
-        except PluginError as error:  # a table that can't be made must not hide what else is wrong
+        except PluginError as error:  # one table that can't be made must not hide other differences
             wrong.append(f"{name}: {error}")
         wrong += [f"{name}, {line}" for line in not_found(text, made)]
     if wrong:
-        raise PluginError("\n".join(["figures that no committed results hold:", *wrong]))
+        raise PluginError("\n".join(["figures that differ from the committed results:", *wrong]))
 
 
 def not_found(text: str, made: Iterable[str]) -> list[str]:
-    """Figures in a page's prose that no table shows, each as a line. made: texts with tables beside the page's own."""
+    """A line for each figure in a page's prose that no table has. made: further texts with tables."""
     tables = [match.group() for match in regions.REGION.finditer(text)]
     known = _figures("\n".join([*tables, *made]))
     return [
-        f"line {line}: {words} is in no table that is made of committed results"
+        f"line {line}: {words} is in no table of committed results"
         for line, words, figure in _in_prose(text)
         if not any(_rounds_to(other, figure) for other in known)
     ]
@@ -57,7 +57,7 @@ def _figures(text: str) -> set[Figure]:
 
 
 def _in_prose(text: str) -> list[tuple[int, str, Figure]]:
-    """Figures outside regions and code that look measured: line, as written, figure."""
+    """Measured figures outside regions and code: number of the line, text, parsed figure."""
 
     def blank(match: re.Match) -> str:
         return "\n" * match.group().count("\n")

@@ -1,17 +1,17 @@
-"""Tables of `configs/tables`, and the runs that they name.
+"""The table definitions in `configs/tables`, and the runs that they define.
 
-A table is one JSON file, named by its stem:
+A table is one JSON file, whose stem is the table's name:
 
-    title, about   a heading, and two or three sentences: what it shows and how to read it
+    title, about   a heading, and two or three sentences on what the table shows and how to read it
     runs           name to {script, args, quick?, needs?, output?}: one script with arguments, which makes
-                   results/runs/NAME.json. quick: arguments in place of those of the same name; needs: runs whose files
-                   it reads; output: what --output is given, from the folder of results; runs/NAME.json if left out
-    show           [{results, rows?, as?, heading?}]: tables of results, of some rows or of all, one below the other;
-                   as: a way to show them, of `gpt2.report.tables.TABLES`, other than the one that goes with their name
+                   results/runs/NAME.json. quick: other values of args for small runs. needs: runs whose files it reads.
+                   output: value of --output, relative to the folder of results; default runs/NAME.json
+    show           [{results, rows?, as?, heading?}]: results to show one below the other, all rows or some. as: a key
+                   of `gpt2.report.tables.TABLES`; by default the one that the results' name starts with
     plots          names of pictures in results/plots
 
-Names of runs are global: a table may show what another table's file defines. {model} stands for the model's name in
-file names, {text} for --text and {results} for the folder of results.
+Names of runs are global: a table may show results of a run that another file defines. {model} stands for the model's
+name in file names, {text} for --text and {results} for the folder of results.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ TABLE = Record({"title": Text(), "about": Text(), "runs": Record(others=RUN), "s
 
 @dataclass(frozen=True)
 class Setting:
-    """What tables are made for.
+    """The model, text and other settings for which tables are made.
 
-    model: embedded model's name, local folder or hub id. text: --text of every run, None for the model's default.
-    quick: small runs, in a folder of results of their own. device: of every run, None for what its script chooses.
+    model: embedded model's name, local folder or hub id. text: --text of every run; None for the model's default text.
+    quick: small runs, with a separate folder of results. device: of every run; None for each script's default.
     checkout: folder with scripts, configs and results.
     """
 
@@ -69,12 +69,12 @@ class Setting:
         known = {"{model}": loading.slug_of(self.model), "{text}": text, "{results}": os.path.relpath(self.results)}
         for word, meaning in known.items():
             value = value.replace(word, meaning)
-        return "+".join(dict.fromkeys(value.split("+")))  # {text}+embedded is one text where that is embedded
+        return "+".join(dict.fromkeys(value.split("+")))  # {text}+embedded must not name `embedded` twice
 
 
 @dataclass(frozen=True)
 class Run:
-    """One script with arguments, which makes one results file. output: its path in the folder of results."""
+    """One script with arguments, which makes one results file. output: its path relative to the folder of results."""
 
     name: str
     script: str
@@ -83,7 +83,7 @@ class Run:
     output: str = ""
 
     def words(self) -> list[str]:
-        """Its arguments as words of a command line, without --model, --device and --output."""
+        """Its arguments as a list of words for a command line, without --model, --device and --output."""
         words = []
         for flag, value in self.args.items():
             if value is None or value is False:
@@ -95,7 +95,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Table:
-    """A table as its file has it, names filled in. show: dicts as in SHOW."""
+    """The definition of a table, with placeholders replaced in names. show: dicts as in SHOW."""
 
     name: str
     title: str
@@ -105,12 +105,12 @@ class Table:
 
     @property
     def results(self) -> list[str]:
-        """Names of the runs that it shows."""
+        """Names of the runs whose results it shows."""
         return list(dict.fromkeys(item["results"] for item in self.show))
 
 
 def load(setting: Setting) -> tuple[dict[str, Table], dict[str, Run]]:
-    """All tables and all runs of a checkout, by name. Raises PluginError for a file that is invalid."""
+    """All tables and all runs of a checkout, by name. Raises PluginError for an invalid file."""
     tables, runs = {}, {}
     for path in sorted((setting.checkout / "configs" / "tables").glob("*.json")):
         record = parse(read_json(path, "table"), TABLE, path.name, noun="key")
@@ -118,7 +118,7 @@ def load(setting: Setting) -> tuple[dict[str, Table], dict[str, Run]]:
             run = _run(setting, name, defined, path)
             if runs.setdefault(run.name, run) != run:
                 raise PluginError(
-                    f"{path.name}: run {name} is defined otherwise in another table: give it another name"
+                    f"{path.name}: run {name} is defined differently in another table: give it another name"
                 )
         show = [{key: setting.fill(value) for key, value in item.items()} for item in record["show"]]
         tables[path.stem] = Table(path.stem, record["title"], record["about"], show, setting.fill(record["plots"]))
@@ -129,9 +129,9 @@ def load(setting: Setting) -> tuple[dict[str, Table], dict[str, Run]]:
 
 
 def select(names: list[str], tables: dict[str, Table], runs: dict[str, Run]) -> tuple[list[Table], list[str]]:
-    """The tables of these names, and all runs to be made: those that they show, and those named themselves.
+    """The tables with these names, and the wanted runs: those that the tables show, and those that are named.
 
-    Without names it is all tables. Raises PluginError for a name that is neither a table's nor a run's.
+    Without names all tables are chosen. Raises PluginError for a name that is neither a table's nor a run's.
     """
     if unknown := [name for name in names if name not in tables.keys() | runs.keys()]:
         raise PluginError(f"no table {', '.join(unknown)} in configs/tables: there are {', '.join(tables)}")

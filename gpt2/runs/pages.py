@@ -1,4 +1,4 @@
-"""Pages made of results files alone: results/tables, tables within README and docs, and the report as HTML."""
+"""Pages generated from results files: results/tables, tables within README and docs, and the HTML report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def page_path(setting: Setting, name: str) -> Path:
 
 
 def page(setting: Setting, table: Table) -> str:
-    """A page in Markdown: what the table shows, each of its parts with its source, and pictures."""
+    """A page in Markdown: the table's text, its parts with their sources, and its pictures."""
     parts = [f"# {table.title}", table.about, *(_part(setting, table, item) for item in table.show)]
     pictures = [name for name in table.plots if (setting.results / "plots" / f"{name}.png").is_file()]
     parts += [f"![{name}](../plots/{name}.png)" for name in pictures]
@@ -43,14 +43,14 @@ def _part(setting: Setting, table: Table, item: dict) -> str:
 
 
 def write(setting: Setting, table: Table) -> Path:
-    """Make a table's page in results/tables."""
+    """Write a table's page to results/tables; returns its path."""
     return _write(page_path(setting, table.name), page(setting, table))
 
 
 def write_regions(checkout: Path) -> None:
-    """Make the tables within README and docs/*.md anew.
+    """Regenerate the tables within README and docs/*.md.
 
-    Raises PluginError where one can't be made, after the others have been.
+    Raises PluginError, after all pages have been tried, if some can't be made.
     """
     failed = []
     for path in regions.pages(checkout):
@@ -63,16 +63,16 @@ def write_regions(checkout: Path) -> None:
 
 
 def check_writable(setting: Setting, chosen: list[Table], with_regions: bool) -> None:
-    """Raise PluginError where a page can't be written, or README or docs can't, before any work is done."""
+    """Raise PluginError if a table's page can't be written or, with_regions, README or docs. Called before any work."""
     paths = [page_path(setting, table.name) for table in chosen]
     for path in [*paths, *(regions.pages(setting.checkout) if with_regions else [])]:
         files.check_writable(path)
 
 
 def write_html(results: Path, model: str, output: Path) -> list[str]:
-    """Write one page with all that was measured of a model; returns what it lacks, each as a line.
+    """Write one page with all measurements of a model; returns a line for each part that is missing.
 
-    results: folder with runs/*.json and plots/*.png.
+    results: folder with runs/*.json and plots/*.png. Raises PluginError if the page can't be made or written.
     """
     files.check_writable(output)
     text, missing = html.page(results, html.CONFIGS, model)
@@ -87,7 +87,7 @@ def _write(path: Path, text: str) -> Path:
 
 
 def differing(checkout: Path) -> list[str]:
-    """Pages in results/tables that differ from what results and configs say, each as a line for people."""
+    """A line for each page in results/tables that differs from the one that results and configs would give."""
     names = load(Setting(checkout=checkout))[0]
     wrong = []
     for path in sorted((checkout / "results" / "tables").glob("*.md")):

@@ -1,4 +1,4 @@
-"""Results files of runs whose scripts write a calibration or a preset instead."""
+"""Results files for runs whose scripts write a calibration or a preset instead of a results file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from gpt2.runs.up_to_date import Matcher
 
 
 def write_record(matcher: Matcher, run: Run) -> None:
-    """Write runs/NAME.json, with the product's sha256, of a run whose product is another file; else do nothing.
+    """Write runs/NAME.json with the product's sha256 for a run whose product is another file; else do nothing.
 
-    Of a preset it holds the preset's keys with the provenance among them, of a calibration its metadata.
+    For a preset it has the preset's keys and its provenance, for a calibration the calibration's metadata. Raises
+    PluginError if the product is neither.
     """
     product, path = matcher.product(run.name), matcher.record_path(run.name)
     if product == path or not product.is_file():

@@ -1,6 +1,6 @@
 """Whether a results file is up to date: made with the run's arguments, from the same files and texts.
 
-The code may have changed since. The commit that made the results must be known, so that anyone can go back to it.
+Results stay up to date when the code changes. The commit that made them must be known, so that it can be checked out.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from gpt2.models import loading
 from gpt2.runs.config import Run, Setting
 from gpt2.text import sources
 
-IGNORED = {"output", "study", "device"}  # they say where results go and where they are made, not what they are
+IGNORED = {"output", "study", "device"}  # arguments that don't change the results, only where they are made and go
 TEXTS = {"text", "eval_text"}  # compared by their contents
 
 
 class Matcher:
     """Compares the runs of a setting with the files in its folder of results.
 
-    any_code: results whose commit is unknown are up to date, too.
+    any_code: accept also results whose commit is unknown.
     """
 
     def __init__(self, setting: Setting, runs: dict[str, Run], any_code: bool = False):
@@ -36,12 +36,12 @@ class Matcher:
         return self.setting.results / "runs" / f"{name}.json"
 
     def product(self, name: str) -> Path:
-        """The file of a run that other runs read: a calibration, a preset, or the results themselves."""
+        """The file of a run that other runs read: a calibration, a preset, or the results file itself."""
         output = self.setting.results / self.runs[name].output
         return output if output.suffix else self.record_path(name)
 
     def record(self, name: str) -> dict | None:
-        """The results file of a run, None where there is none that can be read."""
+        """The record in a run's results file; None if the file is missing or invalid."""
         try:
             record = json.loads(self.record_path(name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -49,7 +49,7 @@ class Matcher:
         return record if isinstance(record, dict) and isinstance(record.get("args"), dict) else None
 
     def stale(self, name: str) -> str | None:
-        """Why a run's results are stale; None where they are up to date."""
+        """The reason why a run's results are stale; None if they are up to date."""
         run, record = self.runs[name], self.record(name)
         if record is None:
             return "missing"
@@ -59,14 +59,14 @@ class Matcher:
         return self._args_differ(run, record) or self._text_differs(run, record) or self._commit_unknown(record)
 
     def complete(self, name: str) -> bool:
-        """Whether a run's results are up to date and its product is the file that they name."""
+        """Whether a run's results are up to date and its product has the sha256 that they record."""
         path = self.product(name)
         if self.stale(name) or not path.is_file():
             return False
         return files.file_sha256(path) == self.record(name).get("sha256", files.file_sha256(path))
 
     def to_make(self, wanted: list[str]) -> list[str]:
-        """The wanted runs that are stale, each after those that it needs and whose products are stale or missing."""
+        """The wanted runs that are stale, each after the runs that it needs whose products are stale or missing."""
         found: dict[str, None] = {}
 
         def add(name: str) -> None:
@@ -80,35 +80,51 @@ class Matcher:
                 add(name)
         return list(found)
 
+    def status(self, wanted: list[str]) -> str:
+        """A text with a line per wanted run, up to date or the reason why not, and then the runs to make in order."""
+        lines = [f"{name:<44} {self.stale(name) or 'up to date'}" for name in wanted]
+        made = self.to_make(wanted)
+        return "\n".join([*lines, "", f"{len(made)} runs to make" + (f": {', '.join(made)}" if made else "")])
+
     def parsed(self, run: Run) -> argparse.Namespace:
-        """A run's arguments as its script parses them, without --output and --device."""
-        parser = script_module(self.setting.checkout / "scripts" / f"{run.script}.py").arguments()
-        words = run.words() + self._model(parser)
-        try:
-            return parser.parse_args(words)
-        except SystemExit as error:
-            raise PluginError(f"run {run.name}: {run.script}.py doesn't accept {shlex.join(words)}") from error
+        """A run's arguments as its script parses them, without --output and --device.
+
+        Raises PluginError if the script rejects them.
+        """
+        return self._parse(run)[0]
 
     def command(self, run: Run) -> list[str]:
-        """The command that makes a run's results."""
-        script = self.setting.checkout / "scripts" / f"{run.script}.py"
-        parser = script_module(script).arguments()
-        words = run.words() + self._model(parser)
-        if self.setting.device and "--device" in parser._option_string_actions and "device" not in run.args:
+        """The command that makes a run's results. Raises PluginError if the script rejects its arguments."""
+        parsed, words = self._parse(run)
+        if self.setting.device and hasattr(parsed, "device") and "device" not in run.args:
             words += ["--device", self.setting.device]
-        return [sys.executable, str(script), *words, "--output", str(self.setting.results / run.output)]
+        return [sys.executable, str(self._script(run)), *words, "--output", str(self.setting.results / run.output)]
 
-    def _model(self, parser: argparse.ArgumentParser) -> list[str]:
-        return ["--model", self.setting.model] if "--model" in parser._option_string_actions else []
+    def _script(self, run: Run) -> Path:
+        return self.setting.checkout / "scripts" / f"{run.script}.py"
+
+    def _parser(self, run: Run) -> argparse.ArgumentParser:
+        return script_module(self._script(run)).arguments()
+
+    def _parse(self, run: Run) -> tuple[argparse.Namespace, list[str]]:
+        """A run's arguments, parsed and as words, with --model where the script has that flag."""
+        parser, words = self._parser(run), run.words()
+        try:
+            if hasattr(parser.parse_known_args(words)[0], "model"):
+                words += ["--model", self.setting.model]
+            return parser.parse_args(words), words
+        except SystemExit as error:
+            raise PluginError(f"run {run.name}: {run.script}.py doesn't accept {shlex.join(words)}") from error
 
     def _args_differ(self, run: Run, record: dict) -> str | None:
         now = vars(self.parsed(run))
         held = provenance.inputs(now) | self._made(run)
         now = {key: _plain(value, held) for key, value in now.items()}
-        parser = script_module(self.setting.checkout / "scripts" / f"{run.script}.py").arguments()
+        parser = self._parser(run)
         before = {key: _plain(value, record.get("inputs", {})) for key, value in record["args"].items()}
         for key in sorted(now.keys() - IGNORED - TEXTS):
-            then = before.get(key, _plain(parser.get_default(key), {}))  # a flag newer than the results had its default
+            # Results older than a flag were made as with its default
+            then = before.get(key, _plain(parser.get_default(key), {}))
             if key == "model":
                 then, now[key] = loading.slug_of(then), loading.slug_of(now[key])
             if then != now[key]:
@@ -116,7 +132,7 @@ class Matcher:
         return None
 
     def _made(self, run: Run) -> dict[str, str]:
-        """Products of needed runs that are no longer here: path, as arguments have it, to the sha256 on record."""
+        """Missing products of needed runs: path, as it stands in arguments, to the sha256 in the run's record."""
         made = {}
         for need in run.needs:
             record, path = self.record(need), self.product(need)
@@ -134,7 +150,7 @@ class Matcher:
         if isinstance(record.get("calibration"), dict) and not getattr(args, "calibration", None):
             recorded["calibration"] = record["calibration"]["text_sha256"]  # the run made its own calibration
         if not recorded:
-            return "its record doesn't say which text it was made from"
+            return "its record names no text"
         for part, sha256 in recorded.items():
             evaluated = part == "evaluation" and getattr(args, "eval_text", None)
             spec = evaluated or args.text or sources.default_text(self.setting.model)
@@ -143,7 +159,7 @@ class Matcher:
         return None
 
     def _commit_unknown(self, record: dict) -> str | None:
-        """Why the code that made the results can't be checked out again. Today's code is not compared with it."""
+        """Why the code that made the results can't be checked out again. It is not compared with the present code."""
         commit = record.get("git_commit")
         if self.any_code or commit == provenance.git_commit():  # also None: outside a repository there is no commit
             return None
@@ -155,7 +171,7 @@ class Matcher:
 
 
 def _plain(value, held: dict[str, str]):
-    """An argument as JSON has it, a file replaced by its contents' hash. held: name of a file to its sha256."""
+    """An argument as it stands in a JSON record, file names replaced by hashes. held: name of a file to its sha256."""
     if isinstance(value, (list, tuple)):
         return [_plain(item, held) for item in value]
     value = files.shown(value) if isinstance(value, Path) else value

@@ -1,6 +1,6 @@
-"""Make runs, each a trial of a queue: resumed after an interruption, and shared by any number of processes.
+"""Make runs as trials of a queue, which can be interrupted, resumed, and shared by any number of processes.
 
-The results files alone say whether a run is done; the queue says who is making what.
+Whether a run is done is decided by its results file alone; the queue only records which worker is making which run.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from gpt2.runs.record import write_record
 from gpt2.runs.up_to_date import Matcher
 from gpt2.tuning.trial_queue import Pace, TrialFailed, TrialQueue
 
-PACE = Pace(heartbeat=10, silence=60, look=3.0)  # of runs that take minutes, and of databases behind a network
+PACE = Pace(heartbeat=10, silence=60, look=3.0)  # slow, as runs take minutes and databases may be on a network
 INTERRUPTED = 130  # exit code of a script at Ctrl-C
-WROTE_RESULTS = (0, 3)  # exit codes of scripts that wrote results; 3: a verdict that isn't the one hoped for
+WROTE_RESULTS = (0, 3)  # exit codes of scripts that wrote results; 3: with a negative verdict
 STOPPING = 20  # seconds that a script has to clean up after Ctrl-C
-# A script must not outlive its worker: another worker may be making the same by then, on the same GPU
+# A script must end with its worker, since another worker may then start the same run on the same GPU
 TIED = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
 
 
 class Worker:
-    """Makes runs until all that is wanted is made, by this process or by others.
+    """Makes runs until all wanted runs are made, by this process or by others.
 
-    storage: an SQLite file, or the URL of a database. say: gets a line on what goes on.
+    storage: an SQLite file, or the URL of a database. say: called with lines on the progress.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class Worker:
     ):
         self.matcher, self.say = matcher, say
         setting = matcher.setting
-        # Workers that would make something else of the same name don't share their work
+        # Workers with other settings, which would make other results under the same names, use another study
         text, code = Path(setting.text or "").name, "any commit" if matcher.any_code else "known commits"
         name = f"tables of {files.shown(setting.results)}, {loading.slug_of(setting.model)}, {text}, {code}"
         self.queue = TrialQueue(storage, name, pace=pace or PACE)
         self._made: set[str] = set()
 
     def work(self, wanted: list[str]) -> dict[str, str]:
-        """Make what is wanted. Returns the runs that failed, or that need one that did, and why."""
+        """Make the wanted runs. Returns the reasons for runs that failed or that need a failed run, by name."""
         failed = self.queue.work(lambda: self._ready(wanted), self._objective, self._report)
         left = self._left(wanted)
         blocked = {name: "it needs a run that failed" for name in left if name not in failed}
@@ -58,7 +58,7 @@ class Worker:
         return [name for name in self.matcher.to_make(wanted) if name not in self._made]
 
     def _ready(self, wanted: list[str]) -> dict[str, dict]:
-        """What can be made now, since all that it needs is made; none of it has parameters."""
+        """The runs that can be made now, because all runs that they need are made; they have no parameters."""
         left = self._left(wanted)
         return {name: {} for name in left if not set(self.matcher.runs[name].needs) & set(left)}
 
@@ -74,7 +74,10 @@ class Worker:
 
     def _make(self, name: str) -> None:
         run = self.matcher.runs[name]
-        command = self.matcher.command(run)
+        try:
+            command = self.matcher.command(run)
+        except PluginError as error:
+            raise TrialFailed(str(error)) from error
         self.say(f"\n{name}: {shlex.join(['python', *map(_shown, command[1:])])}")
         code = call(command)
         if code not in WROTE_RESULTS:
@@ -82,14 +85,14 @@ class Worker:
         try:
             write_record(self.matcher, run)
             reason = self.matcher.stale(name)
-        except PluginError as error:  # it concerns this run alone: the others go on
-            raise TrialFailed(f"its script ended, but what it wrote can't be used: {error}") from error
+        except PluginError as error:  # only this run fails; the others continue
+            raise TrialFailed(f"its script ended, but its output is invalid: {error}") from error
         if reason:
-            raise TrialFailed(f"its script ended, but its results are not what was asked for: {reason}")
+            raise TrialFailed(f"its script ended, but its results are not up to date: {reason}")
 
 
 def call(command: list[str]) -> int:
-    """Run a script to its end; its exit code. At Ctrl-C, which the script gets too, wait for it to clean up."""
+    """Run a script and return its exit code. At Ctrl-C, which the script gets too, wait until it has cleaned up."""
     child = subprocess.Popen([*TIED, *command])
     try:
         code = child.wait()

@@ -1,9 +1,9 @@
-"""Text that the model writes itself: token windows sampled from it, kept in the user's cache folder.
+"""Text sampled from the model itself: token windows, kept in the user's cache folder.
 
 Each window is sampled independently: it begins with the model's start token and continues token by token, at
-temperature 1, from the whole distribution. Where the model ends a text, the window continues with another text, as the
-stream that a model is trained on does. The random numbers of a window come from its part of the text (calibration,
-tuning or evaluation), the seed and its index, so that no two windows share them.
+temperature 1, from the whole distribution. When the model ends a text, the window continues with another text, as in
+training data. The random numbers of a window depend on its part of the text (calibration, tuning or evaluation), the
+seed and its index, so that no two windows share them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from gpt2.common.schema import Anything, OneOf, Record, TensorOf, parse
 from gpt2.models.embedded import cache_folder
 from gpt2.models.loading import LoadedModel
 
-FORMAT = "kv-plugin-samples/1"  # to be raised when sampling changes so that it gives other tokens
+FORMAT = "kv-plugin-samples/1"  # raise the number when a change of sampling gives other tokens
 TEMPERATURE = 1.0
-BATCH = 20  # windows sampled together: larger batches need a larger cache, smaller ones read the weights more often
+BATCH = 20  # windows sampled together: larger batches take more memory, smaller ones read the weights more often
 
 
 class _RoomyLayer(DynamicLayer):
-    """Allocates K and V for all tokens at once. DynamicLayer copies both at every token, a third of the time."""
+    """Allocates K and V for all tokens at once: DynamicLayer copies both at every token, a third of the total time."""
 
     def __init__(self, tokens: int):
         super().__init__()
@@ -79,9 +79,9 @@ def windows(loaded: LoadedModel, part: str, length: int, count: int, seed: int |
 
 
 def start_token(loaded: LoadedModel) -> int:
-    """The id that windows begin with: the start token, else the token that ends a text, which precedes the next text.
+    """The id that windows begin with: the start token, else the end token, which in training precedes the next text.
 
-    Raises PluginError where the model has neither.
+    Raises PluginError if the model has neither.
     """
     config = loaded.model.config.get_text_config(decoder=True)
     for source in (loaded.tokenizer, config):
@@ -117,7 +117,7 @@ def sample(loaded: LoadedModel, uniforms: Tensor, temperature: float = TEMPERATU
 @torch.no_grad()
 def _sample_batch(loaded: LoadedModel, uniforms: Tensor, temperature: float, bar: tqdm) -> Tensor:
     cache = DynamicCache(config=loaded.model.config)
-    plain = [type(layer) is DynamicLayer for layer in cache.layers]  # others drop tokens that a sliding window hides
+    plain = [type(layer) is DynamicLayer for layer in cache.layers]  # the others have a sliding window and stay
     cache.layers = [
         _RoomyLayer(uniforms.shape[1]) if roomy else layer for roomy, layer in zip(plain, cache.layers, strict=True)
     ]
@@ -141,7 +141,7 @@ def _choose(logits: Tensor, uniform: Tensor, temperature: float, spec: str) -> T
 
 
 def _read(path: Path, key: dict) -> Tensor | None:
-    """Windows from the cache folder. None where there are none; where the file is damaged, a note is printed too."""
+    """Windows from the cache folder; None if there are none. If the file is damaged, a note is printed."""
     if not path.exists():
         return None
     same_key = Record({name: OneOf((value,)) for name, value in key.items()})
@@ -155,8 +155,8 @@ def _read(path: Path, key: dict) -> Tensor | None:
 
 
 def _keep(path: Path, key: dict, windows: Tensor) -> None:
-    """Write windows to the cache folder. Where that can't be written, a note is printed and the work goes on."""
+    """Write windows to the cache folder. If it can't be written, a note is printed and nothing is raised."""
     try:
         tensor_file.write(path, {"key": key, "windows": windows.int()})
     except PluginError as error:
-        print(f"note: the sampled text is not kept for the next time: {error}", flush=True)
+        print(f"note: the sampled text is not saved and will be sampled again: {error}", flush=True)

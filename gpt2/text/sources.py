@@ -1,12 +1,12 @@
 """Text by spec, cut into three parts that never overlap: calibration, tuning, evaluation.
 
 spec         what it is                                        parts
-embedded     prose that Python itself carries (pydoc topics)   by position: 60 %, 20 %, 20 %
+embedded     Python's own documentation (pydoc topics)         by position: 60 %, 20 %, 20 %
 wikitext2    WikiText-2 from the hub, through `datasets`       validation 80 % / 20 %, test
 a file       any UTF-8 text                                    by position: 60 %, 20 %, 20 %
 a folder     one *valid*.txt and one *test*.txt                validation 80 % / 20 %, test
-self         what the model itself writes, see sampled.py      separate samples, as many as are asked for
-a+b+…        windows of several of these, in turn              each text's own
+self         sampled from the model itself, see self_text.py   separate samples, any number of them
+a+b+…        windows of several of these in turn               the parts of each text
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ def default_text(model_spec: str) -> str:
 
 
 def load_text(spec: str | None, model_spec: str = EMBEDDED) -> Text:
-    """Open a text by its spec, or several joined by +; None is the model's default.
+    """Open a text by its spec, or several joined by +. None means the default text of the model.
 
-    A file or folder whose name has a + is taken as it is, but can't be one of several.
+    A file or folder whose name contains + can be given alone, but not as one of several. Raises PluginError for a text
+    that doesn't exist, can't be read, is too short, or is named twice.
     """
     spec = spec or default_text(model_spec)
     if text := _single(spec):
@@ -48,14 +49,14 @@ def load_text(spec: str | None, model_spec: str = EMBEDDED) -> Text:
 
 
 def _single(spec: str) -> Text | None:
-    """One text, None where there is none of that name."""
+    """The text of a spec without +; None if there is none."""
     if spec == "embedded":
         return by_position(spec, spec, _pydoc_topics())
     if spec == "wikitext2":
         return by_official_split(spec, spec, *_wikitext2())
     if spec == "self":
         return SelfText()
-    path = Path(os.path.expanduser(spec))  # os.path takes any name, pathlib no long one and no ~ of nobody
+    path = Path(os.path.expanduser(spec))  # pathlib raises for unknown users after ~ and for very long names
     if spec and os.path.isdir(path):
         valid, test = _named(path, "valid"), _named(path, "test")
         return by_official_split(f"{valid.stem} + {test.stem}", spec, _read(valid), _read(test))
@@ -77,7 +78,7 @@ def by_official_split(name: str, spec: str, valid: str, test: str) -> WrittenTex
 
 
 def _line_end(text: str, fraction: float) -> int:
-    """Position just past a fraction of the text, after a line break or at least a word where one is near."""
+    """A position at or shortly after a fraction of the text: after a line break if one is near, else after a word."""
     start = int(len(text) * fraction)
     for separator in ("\n", " "):
         if found := text.find(separator, start, start + len(text) // 20) + 1:
@@ -103,16 +104,16 @@ def _wikitext2() -> tuple[str, str]:
 
     try:
         splits = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
-    except Exception as error:  # every way in which the hub can fail, and there are many: the advice is the same
+    except Exception as error:  # the hub fails with errors of many kinds, and the advice is the same for all
         raise PluginError(
-            f"can't load wikitext2 ({type(error).__name__}): the hub is out of reach or the data set is not cached. "
+            f"can't load wikitext2 ({type(error).__name__}): the hub can't be reached and the data set is not cached. "
             "Give --text embedded, a text file, or a folder with *valid*.txt and *test*.txt"
         ) from error
     return tuple("".join(splits[name]["text"]) for name in ("validation", "test"))
 
 
 def _named(folder: Path, word: str) -> Path:
-    found = sorted(path for path in folder.glob(f"*{word}*.txt") if path.is_file())  # not a pipe, to wait for
+    found = sorted(path for path in folder.glob(f"*{word}*.txt") if path.is_file())  # reading a pipe would block
     if len(found) != 1:
         raise PluginError(f"text folder {folder.name!r}: expected one *{word}*.txt, found {len(found)}")
     return found[0]

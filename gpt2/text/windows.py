@@ -1,6 +1,6 @@
-"""Texts as token windows: written by somebody, by the model itself, or several of them mixed.
+"""Texts as token windows: written texts, text sampled from the model itself, and mixtures of several texts.
 
-A text is opened before the model is loaded, so that a missing one costs no time, and read with the model.
+A text is opened before the model is loaded, so that a missing file shows early; it is tokenized with the model.
 """
 
 from __future__ import annotations
@@ -19,42 +19,45 @@ from gpt2.common.errors import PluginError
 from gpt2.models.loading import LoadedModel
 from gpt2.text import self_text
 
-ENDLESS = sys.maxsize  # so many windows has a text that is written as it is read
+ENDLESS = sys.maxsize  # number of windows of a text that is sampled on demand
 
 
 class Text(ABC):
-    """Three disjoint parts of token windows. name: for people; spec: what `load_text` was given."""
+    """Token windows of three disjoint parts: calibration, tuning, evaluation.
+
+    name: for messages and results. spec: the argument of `load_text`.
+    """
 
     name: str
     spec: str
 
     @abstractmethod
     def sha256(self, part: str) -> str:
-        """What tells this part from others: two texts with the same give the same windows."""
+        """A hash that identifies a part: texts with equal hashes give the same windows."""
 
     @abstractmethod
     def tokens(self, part: str, loaded: LoadedModel) -> Tensor:
-        """Token ids of one part as running text, [n]. Raises PluginError where it is none."""
+        """Token ids of one part as running text, [n]. Raises PluginError if the text has only separate windows."""
 
     @abstractmethod
     def available(self, part: str, loaded: LoadedModel, length: int, *, flag: str = "--seq-len") -> int:
-        """How many windows `segments` has to draw from, ENDLESS where there is no end. Raises as it does."""
+        """How many windows of `length` tokens a part has; ENDLESS if it is sampled. Raises as `segments` does."""
 
     @abstractmethod
     def segments(
         self, part: str, loaded: LoadedModel, length: int, count: int | None = None, seed: int | None = None, *,
         flag: str = "--seq-len",
     ) -> Tensor:  # fmt: skip
-        """Up to `count` windows of `length` tokens that don't overlap, [count, length]; all when count is None.
+        """Up to `count` windows of `length` tokens that don't overlap, [count, length]; all if count is None.
 
-        In reading order, or drawn at random with a seed. Raises PluginError when the text is shorter than one window;
-        `flag` is what the user would change.
+        In reading order, or shuffled by a seed. Raises PluginError if the text is shorter than one window; the message
+        names `flag` as the one to change.
         """
 
 
 @dataclass(frozen=True)
 class WrittenText(Text):
-    """Three disjoint stretches of text that somebody wrote."""
+    """An existing text, split into three disjoint strings."""
 
     name: str
     spec: str
@@ -92,21 +95,22 @@ class WrittenText(Text):
 
 @dataclass(frozen=True)
 class SelfText(Text):
-    """What the model itself writes, sampled when it is asked for: a text for where there is none.
+    """Text sampled from the model itself on demand, for models without a suitable text.
 
-    It has no end, so every seed and part gives windows of its own; and nothing in it runs on from window to window.
+    Every part and seed gives other windows, of which there is no limit. Each window is sampled separately, so there is
+    no running text.
     """
 
     name: str = "self"
     spec: str = "self"
 
     def sha256(self, part: str) -> str:
-        """Of the recipe: the part itself has no end."""
+        """The hash of how the part is sampled, as the part itself has no end."""
         return self_text.recipe_sha256(part)
 
     def tokens(self, part: str, loaded: LoadedModel) -> Tensor:
         raise PluginError(
-            f"text {self.name!r} is sampled in windows of their own and no running text to hide a needle in: give "
+            f"text {self.name!r} is sampled in separate windows, so there is no running text for a needle test: give "
             "--text embedded, wikitext2, a text file or a folder"
         )
 
@@ -121,7 +125,10 @@ class SelfText(Text):
 
 @dataclass(frozen=True)
 class Mixture(Text):
-    """Several texts in equal shares: a window of each in turn. One that runs out is passed over, which is said."""
+    """Several texts in equal shares: one window of each in turn.
+
+    When one text runs out, the others fill in and a note is printed.
+    """
 
     texts: tuple[Text, ...]
     spec: str
@@ -131,11 +138,11 @@ class Mixture(Text):
         return ", ".join(text.name for text in self.texts)
 
     def sha256(self, part: str) -> str:
-        """Every text's own, joined by + as in the spec."""
+        """The hashes of all texts, joined by + as in the spec."""
         return "+".join(text.sha256(part) for text in self.texts)
 
     def tokens(self, part: str, loaded: LoadedModel) -> Tensor:
-        """One text after the other, without those that are no running text."""
+        """The texts one after the other, without sampled ones, which are no running text."""
         running = [text for text in self.texts if not isinstance(text, SelfText)]
         return torch.cat([text.tokens(part, loaded) for text in running])
 
@@ -143,7 +150,7 @@ class Mixture(Text):
         return min(ENDLESS, sum(text.available(part, loaded, length, flag=flag) for text in self.texts))
 
     def segments(self, part, loaded, length, count=None, seed=None, *, flag="--seq-len") -> Tensor:
-        # All are counted before any is drawn: sampling takes minutes, and a text may turn out to be too short
+        # Count the windows of all texts before drawing any: sampling takes minutes, and another text may be too short
         available = [text.available(part, loaded, length, flag=flag) for text in self.texts]
         if count is None and ENDLESS in available:
             raise _no_end(self)
@@ -157,26 +164,29 @@ class Mixture(Text):
         for index, text in enumerate(self.texts):
             if count is not None and shares[index] < len(turns) // len(self.texts):
                 print(f"note: the {part} part of {text.name} has only {shares[index]} of the {len(turns)} windows; the "
-                      "other texts fill up", flush=True)  # fmt: skip
+                      "other texts fill in", flush=True)  # fmt: skip
         drawn = {i: self.texts[i].segments(part, loaded, length, n, seed) for i, n in shares.items()}
         return torch.stack([drawn[index][turn] for turn, index in turns])
 
 
 def in_turn(available: Sequence[int], count: int) -> list[tuple[int, int]]:
-    """Up to `count` windows of several texts, one of each in turn: (which of its windows, which text) for each.
+    """Up to `count` windows of several texts, one of each in turn, as pairs (index of the window, index of the text).
 
-    A text with no more windows is passed over.
+    available: number of windows of each text. When one text runs out, the others fill in.
     """
     windows = ((turn, index) for index, n in enumerate(available) for turn in range(min(n, count)))
     return sorted(windows)[:count]
 
 
 def _no_end(text: Text) -> PluginError:
-    return PluginError(f"text {text.name!r} has no end: say how many windows of it are wanted")
+    return PluginError(f"text {text.name!r} has no end: give the number of windows to sample")
 
 
 def start_tokens(tokenizer) -> Tensor:
-    """What the tokenizer puts before every text, [n]: models trained with a start token read badly without it."""
+    """The start token that the tokenizer puts before every text, [1] or [0] if it has none.
+
+    Models that were trained with a start token predict badly without it.
+    """
     with_start, without = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
     bos = tokenizer.bos_token_id
     return torch.tensor([bos] if bos is not None and with_start[0] == bos != without[0] else [], dtype=torch.long)

@@ -1,11 +1,11 @@
 """Search over codecs, bits, ranks and exact tokens for the most whole-KV compression within a perplexity budget.
 
-An Optuna study: TPE maximises the compression ratio under the constraint Δ perplexity ≤ budget. With one objective and
-not a frontier of two, trials gather near the budget, where the answer lies. The ratio is known before the model runs,
-so a choice that can't beat the best so far is skipped at no cost. The first trials are one sensible point of each codec
-family, which are measured in any case: they give a frontier even where few trials are allowed. Loss falls with bits, so
-every other trial bisects the bits of the best choice so far: TPE alone finds the family and its windows, but seldom the
-last few per cent of bits.
+An Optuna study: TPE (tree-structured Parzen estimator) maximises the compression ratio under the constraint
+Δ perplexity ≤ budget. With one objective instead of two, trials concentrate near the budget. The ratio is known before
+the model runs, so a choice that can't beat the best so far is skipped at no cost. The first trials are one point of
+each codec family and are always measured, which gives a frontier even with few trials. Loss falls as bits rise, so
+every other trial bisects the bits of the best choice so far: TPE alone finds the family and its exact tokens, but
+rarely the last few per cent of bits.
 
 Each trial is a slot of a `TrialQueue`: a first point, or one whose parameters the sampler chooses when it is claimed.
 """
@@ -28,10 +28,10 @@ from gpt2.tuning.search_space import LOWEST_BITS, Choice, Space, families
 from gpt2.tuning.trial_queue import TrialQueue, key_of
 from gpt2.tuning.trials import Trial, within_budget
 
-LEAST_GAP = 1.02  # between the best choice's bits and bits that failed, for a bisection to be worth a trial
-FIRST_STEP = 0.7  # of the best choice's bits, where nothing that differs from it in bits alone has failed yet
+LEAST_GAP = 1.02  # smallest ratio of the best choice's bits to bits that failed at which bisection is worth a trial
+FIRST_STEP = 0.7  # lower end of the bisection, as a share of the best choice's bits, while no lower bits have failed
 START, SAMPLED = "start", "sampled"  # kinds of slots: a first point, and one whose parameters the sampler chooses
-NOT_FINITE = 1e6  # constraint where the loss isn't finite: worse than all that are
+NOT_FINITE = 1e6  # value of the constraint if the loss isn't finite: worse than any finite loss
 ADVICE = """What helps:
   1. more trials: --num-trials
   2. a codec that keeps more: --codecs identity (8 bits lose next to nothing)
@@ -40,7 +40,7 @@ ADVICE = """What helps:
 
 @dataclass(kw_only=True)
 class CodecSearch(Search):
-    """Measures choices of a space. budget: decides which choices are feasible, and which are skipped."""
+    """Measures choices of a space. budget: largest relative rise of perplexity of a feasible choice."""
 
     space: Space
     budget: float
@@ -58,8 +58,8 @@ class CodecSearch(Search):
 class _BisectingTPE(BaseSampler):
     """Constrained TPE that bisects the bits of the best choice in every other trial.
 
-    It is seeded by each slot's number: workers draw differently, and a resumed search draws what it would have drawn.
-    starts: how many slots are first points.
+    It is seeded with the number of each slot, so that workers draw differently, and a resumed search draws the same as
+    an uninterrupted one. starts: number of slots that are first points.
     """
 
     def __init__(self, seed: int, budget: float, starts: int):
@@ -76,16 +76,17 @@ class _BisectingTPE(BaseSampler):
             )  # fmt: skip
 
     def _constraints(self, trial: FrozenTrial) -> tuple[float]:
-        """Feasible where at most 0; a skipped choice, whose loss is unknown, counts as feasible."""
+        """A trial is feasible if this is at most 0. A skipped choice, whose loss is unknown, counts as feasible."""
         if "ppl_delta" not in trial.user_attrs:
             return (0.0,)
         delta = trial.user_attrs["ppl_delta"]
         return (NOT_FINITE if delta is None else delta - self.budget,)
 
     def _slot(self, trial: FrozenTrial) -> int:
-        """The number of its trial in a search that is never interrupted.
+        """The number that seeds a trial: that of the same trial in a search that is never interrupted.
 
-        After two deaths it is another, even number: the same one would draw the choice again that killed two workers.
+        After the death of two workers it is another, even number: with the old one the choice that may have killed them
+        would be drawn again.
         """
         if trial.user_attrs.get("deaths", 0) > 1:
             return 2 * (1000 + trial.number)
@@ -111,9 +112,9 @@ class _BisectingTPE(BaseSampler):
 
 
 def _bisected(trials: Sequence[Trial], budget: float) -> dict:
-    """Parameters between the best choice and the nearest below it that failed and differs from it in bits alone.
+    """Parameters of the best choice with bits halfway, on a logarithmic scale, to the nearest lower bits that failed.
 
-    None where the bits of the best choice can't be adjusted, or lie close enough to bits that failed.
+    Empty if nothing is within the budget, if the best choice's bits can't be adjusted, or if the gap is small enough.
     """
     within = within_budget(trials, budget)
     if not within or not families()[within[0].candidate.family].quantizer:
@@ -128,7 +129,7 @@ def _bisected(trials: Sequence[Trial], budget: float) -> dict:
 
 
 def _alike(choice: Choice, other: Choice) -> bool:
-    """Whether two choices differ in bits at most."""
+    """Whether two choices are equal except for their bits."""
     return (choice.family, choice.windows) == (other.family, other.windows)
 
 
@@ -145,8 +146,8 @@ def run_search(
 ) -> list[Trial]:
     """Work on the queue until `num_trials` choices are measured, by this process or by others; return all measured.
 
-    A choice that is skipped unmeasured is replaced by another, up to `num_trials` of them. ratio: compression of a
-    choice, cheap. evaluate: measures a choice whose ratio is known. report: as `grid_search.run_grid` takes it.
+    A skipped choice is replaced by another one, up to `num_trials` times. ratio: the compression ratio of a choice,
+    without running the model. evaluate: measures a choice whose ratio is known. report: as for `grid_search.run_grid`.
     """
     starts = space.starts()[:num_trials]
     queue.study.sampler = _BisectingTPE(seed, budget, len(starts))
@@ -161,7 +162,7 @@ def run_search(
 
     def objective(trial: optuna.Trial, key: str) -> float:
         choice = space.suggest(trial)
-        with queue.lock():  # of two workers that draw the same choice at once, the second sees the first
+        with queue.lock():  # if two workers draw the same choice at the same time, the second one must see the first
             trial.set_user_attr("choice", choice.record())
             taken = _taken(queue.trials(), trial.number)
         if choice in taken:
@@ -170,7 +171,7 @@ def run_search(
             size = ratio(choice)
         except PluginError as error:
             _skip(trial, str(error))
-        trial.report(size, step=0)  # TPE ranks skipped choices by it
+        trial.report(size, step=0)  # TPE ranks skipped choices by this value
         best = max((t.compression_ratio for t in finished(queue) if t.ppl_delta <= budget), default=1.0)
         if size <= best and not key.startswith(START):
             _skip(trial, f"{size:.2f}x can't beat {best:.2f}x")
@@ -201,7 +202,7 @@ def _complete(trials: list[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def _taken(trials: list[FrozenTrial], number: int) -> list[Choice]:
-    """Choices that other trials than `number` have measured or are measuring."""
+    """Choices that trials other than `number` have measured or are measuring."""
     at_it = (TrialState.COMPLETE, TrialState.RUNNING)
     others = [trial for trial in trials if trial.state in at_it and trial.number != number]
     return [_choice(trial) for trial in others if "choice" in trial.user_attrs]
@@ -221,6 +222,6 @@ def _choice(trial: FrozenTrial) -> Choice:
 
 
 def skipped_records(queue: TrialQueue) -> list[dict]:
-    """What was skipped and why, for results files."""
+    """Results records of skipped choices, with the reason."""
     return [{"label": str(_choice(trial)), "skipped": trial.user_attrs["skipped"], **trial.user_attrs["choice"]}
             for trial in _skipped(queue.trials())]  # fmt: skip

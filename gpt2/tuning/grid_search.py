@@ -1,4 +1,4 @@
-"""The search over one codec's grid of ranks and bits: every cell is measured, and plans with a setting per layer."""
+"""The search over one codec's grid of ranks and bits, and over plans with a setting per layer: all are measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from gpt2.common.errors import PluginError
-from gpt2.compression.codecs import full_rank, needs_calibration, quantizer_for_bits
+from gpt2.compression.codecs import adjustable_quantizers, basis_of, full_rank, needs_calibration, quantizer_for_bits
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.settings import TARGETS, Plan, Setting, plan_record, uniform
 from gpt2.evaluation.perplexity import CacheFactory
@@ -28,6 +28,14 @@ ADVICE = """What helps:
   1. increase the rank (less compression, better quality): --rank-grid
   2. compress V only instead of K and V: --target v
   3. use int8 instead of int4: --bits 16,8"""
+
+
+def check_ranked(codec: str) -> None:
+    """Raise PluginError for a codec that stores all coordinates of a calibrated basis: it has no ranks to search."""
+    basis = basis_of(codec)
+    if basis.calibrated and not basis.ranked:
+        name = f"{codec}+{adjustable_quantizers()[0]}"
+        raise PluginError(f"--codec {codec} has no grid of ranks: use --search codec --codecs {name}")
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Cell:
         return cls(min(s.rank for s in used), min(s.bits for s in used), layers)
 
     def plan(self, target: str, codec: str, geometry: Geometry | int) -> Plan:
-        """What each layer is stored with; geometry: as `settings.uniform` takes it."""
+        """The setting of each layer's K and V; geometry: as `settings.uniform` takes it."""
         if self.layers is None:
             return uniform(target, geometry, Setting(codec, self.rank, self.bits))
         return {side: list(settings) for side, settings in zip(SIDES, self.layers, strict=True)}
@@ -71,13 +79,13 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """What its trials in a study are found by."""
+        """The key of its trial in a study."""
         key = f"rank={self.rank},bits={self.bits}"
         return key if self.layers is None else f"{key},layers={self.digest}"
 
     @property
     def digest(self) -> str:
-        """A name for the settings of all layers."""
+        """A hash of the settings of all layers."""
         record = json.dumps(plan_record(dict(zip(SIDES, self.layers, strict=True))))
         return hashlib.sha256(record.encode()).hexdigest()[:16]
 
@@ -88,9 +96,10 @@ def default_rank_grid(head_dim: int) -> list[int]:
 
 
 def grid(ranks: Sequence[int] | None, bits: Sequence[int], head_dim: int, codec: str) -> list[Cell]:
-    """All cells that compress: every coordinate at 16 bits would be a rotation that saves nothing.
+    """All cells of a grid but full rank at 16 bits, which would save nothing.
 
-    ranks: those of `default_rank_grid` when None; a codec without calibration has only its full one.
+    ranks: `default_rank_grid` if None; a codec without calibration has only its full rank. Raises PluginError for ranks
+    and bits out of range, and for a grid without cells.
     """
     full = full_rank(codec, head_dim)
     if not needs_calibration(codec):
@@ -132,10 +141,10 @@ class GridSearch(Search):
         return cell.plan(self.target, self.codec, self.loaded.geometry)
 
     def ablate(self, cells: Sequence[Cell], path: Path, text_sha256: str, provenance: dict) -> list[dict]:
-        """Every layer alone in the setting of every cell, on a quarter of the tuning text; resumes and writes `path`.
+        """Measure every layer alone in the setting of every cell, on a quarter of the tuning text; rows of `ablate`.
 
-        A quarter, since KL needs fewer tokens than perplexity for the same precision, and this takes most of the time
-        of a search.
+        KL needs fewer tokens than perplexity for the same precision, and this takes most of a search's time. path:
+        results file, from which an interrupted ablation is resumed.
         """
         part = self.tuning[: max(1, len(self.tuning) // 4)]
         settings = [Setting(self.codec, cell.rank, cell.bits) for cell in cells]
@@ -148,10 +157,10 @@ class GridSearch(Search):
         return [row for row in rows if Setting(row["codec"], row["rank"], row["bits"]) in settings]
 
     def per_layer(self, rows: Sequence[dict], budget: float) -> list[Cell]:
-        """Cells with a setting per layer, whose loss is predicted near the budget by the rows of `ablate`."""
+        """Cells with a setting per layer whose loss, predicted from the rows of `ablate`, is near the budget."""
         found = plans(rows, self.loaded.geometry, budget)
         mixed = [plan for plan in found if len({s for side in TARGETS[self.target] for s in plan[side]}) > 1]
-        return [Cell.of_plan(plan) for plan in mixed]  # the others are in the grid already
+        return [Cell.of_plan(plan) for plan in mixed]  # plans with one setting are already in the grid
 
 
 def run_grid(
@@ -162,7 +171,7 @@ def run_grid(
 ) -> list[Trial]:
     """Work on the queue until every cell is measured, by this process or by others; return all trials.
 
-    evaluate: measures a cell. report: called after each trial with the trials so far and a note, mostly empty.
+    evaluate: measures a cell. report: called after each trial with the trials so far and a note, usually "".
     """
     by_key = {cell.key: cell for cell in cells}
 
@@ -171,7 +180,7 @@ def run_grid(
         return {key: {"rank": cell.rank, "bits": cell.bits} for key, cell in by_key.items() if key not in done}
 
     def objective(trial: optuna.Trial, key: str) -> float:
-        # The cell was enqueued with its values, this records them; the ranges must suit every grid of the study
+        # The cell was enqueued with its values, and `suggest` records them. Optuna wants the same ranges in all grids
         trial.suggest_int("rank", 1, 1 << 16)
         trial.suggest_int("bits", 1, 16)
         return evaluate(by_key[key]).write(trial)

@@ -1,8 +1,8 @@
-"""How far each layer can be compressed: each alone is measured, and settings are chosen layer by layer.
+"""How far each layer can be compressed: each layer is measured alone, and plans with a setting per layer are proposed.
 
 One layer's K or V at a time is compressed, and the KL divergence of the model's predictions from the uncompressed
-model's is measured on tuning text. Small errors add up nearly independently, so the sum over layers predicts a whole
-plan well enough to choose which plans are worth measuring; what a plan costs is then measured, never the sum.
+model's is measured on tuning text. Small errors add up nearly independently, so the sum over layers predicts the loss
+of a plan well enough to select plans. A selected plan is then measured itself; the sum is never reported as its loss.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ def ablate(
     provenance: dict | None = None,
     **scoring,
 ) -> list[dict]:
-    """Compress each layer alone in every setting and measure; rows as `ROW` names them.
+    """Compress each layer alone in every setting and measure; returns rows with the keys of ROW.
 
-    segments: tuning tokens [n, T]. path: results JSON, written after every layer; its rows of the same `key` are not
-    measured again. scoring: as `perplexity.score`.
+    segments: tuning tokens [n, T]. path: results JSON, written after every layer; if it has the same `key`, its rows
+    are kept and not measured again. scoring: further arguments of `perplexity.score`. Raises BadArtefact if `path`
+    exists and isn't a layer ablation.
     """
     rows = _known(path, key)
     done = {(row["side"], row["layer"], _setting(row)) for row in rows}
@@ -77,7 +78,7 @@ def ablate(
 
 
 def _known(path: Path, key: dict) -> list[dict]:
-    """Rows of an earlier run of the same key. Raises BadArtefact for a file that isn't a layer ablation."""
+    """Rows of an earlier run with the same key. Raises BadArtefact for a file that isn't a layer ablation."""
     if not path.exists():
         return []
     try:
@@ -85,12 +86,15 @@ def _known(path: Path, key: dict) -> list[dict]:
         whole = all(row.keys() >= ROW for row in record["rows"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadArtefact(f"{path}: not a layer ablation: give another file, or remove it") from error
-    # In a key that went through JSON, tuples have become lists
+    # JSON turns tuples into lists, so convert the key in the same way before comparing
     return record["rows"] if whole and record.get("key") == json.loads(json.dumps(key)) else []
 
 
 class Option(NamedTuple):
-    """A way to store one layer's K or V. kl: nats lost when it alone is stored so; size: bytes per token."""
+    """A way to store one layer's K or V: its setting, KL in nats if only this layer is compressed, bytes per token.
+
+    setting: None for the model's own 16-bit vectors.
+    """
 
     setting: Setting | None
     kl: float
@@ -102,12 +106,12 @@ def _setting(row: dict) -> Setting:
 
 
 def plans(rows: Sequence[dict], geometry: Geometry, budget: float, count: int = 6) -> list[Plan]:
-    """Plans that are predicted, by the rows of `ablate`, to have a few losses around `budget`.
+    """Plans whose loss, predicted from the rows of `ablate`, is near `budget`.
 
     For a price λ of a byte every layer takes the setting with the least KL + λ · bytes; sweeping λ gives the lower
-    convex hull of (bytes, ΣKL) over all assignments. budget: relative rise of perplexity, compared with ΣKL in nats.
-    Returns at most `count` plans with losses from a quarter of the budget to twice it, least loss first, and always the
-    smallest plan below twice it; none where even the mildest plan loses more.
+    convex hull of (bytes, ΣKL) over all assignments. budget: relative rise of perplexity; its logarithm in nats is
+    compared with ΣKL. Returns at most `count` plans with losses from a quarter of the budget to twice it, least loss
+    first, and always the smallest plan below twice it; none if every plan loses more.
     """
     items, nats = _choices(rows, geometry), math.log1p(budget)
     found: list[tuple[float, Plan]] = []
@@ -116,31 +120,31 @@ def plans(rows: Sequence[dict], geometry: Geometry, budget: float, count: int = 
         loss, plan = sum(o.kl for o in picks.values()), _plan(picks, geometry.num_layers)
         if loss <= 2 * nats and any(map(any, plan.values())) and plan not in [other for _, other in found]:
             found.append((loss, plan))
-    # Prices rise, and with them the loss, so the last plan is the smallest
+    # Prices are in ascending order, so losses rise and the last plan is the smallest
     near = [plan for index, (loss, plan) in enumerate(found) if loss >= nats / 4 or index == len(found) - 1]
     return [near[i] for i in np.linspace(0, len(near) - 1, min(count, len(near))).round().astype(int)]
 
 
 def _choices(rows: Sequence[dict], geometry: Geometry) -> dict[tuple[str, int], list[Option]]:
-    """(side, layer) to the ways of storing it; the first is the model's own vectors in 16 bits."""
+    """(side, layer) to its options; the first option is the model's own 16-bit vectors."""
     items: dict[tuple[str, int], list[Option]] = {}
     for row in rows:
         plain = geometry.layers[row["layer"]].side(row["side"]).size * 2.0
         options = items.setdefault((row["side"], row["layer"]), [Option(None, 0.0, plain)])
-        # Noise makes tiny losses negative; on another text they would not be gains
+        # A slightly negative KL is noise, not a gain
         options.append(Option(_setting(row), max(row["kl_nats"], 0.0), row["bytes_per_token"]))
     return items
 
 
 def _prices(items: dict) -> list[float]:
-    """Every λ at which some layer takes another option: KL lost per byte saved, between any two of its options."""
+    """All λ at which some layer changes its option: KL lost per byte saved, for each pair of its options."""
     slopes = {
         (b.kl - a.kl) / (a.size - b.size)
         for options in items.values()
         for a, b in itertools.permutations(options, 2)
         if b.size < a.size and b.kl > a.kl
     }
-    # Just above each: at the slope itself both options cost the same
+    # Slightly above each slope, since at the slope itself both options cost the same
     return sorted(slope * (1 + 1e-9) for slope in slopes)
 
 

@@ -1,4 +1,4 @@
-"""What one candidate costs: loss and compression of its caches, for whichever search tries it."""
+"""The measurement of one candidate, for all searches: loss and compression ratio of its caches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gpt2.evaluation.perplexity import BASELINE, CacheFactory, Scores, baseline_
 from gpt2.models.loading import LoadedModel
 from gpt2.tuning.trials import Candidate, Trial
 
-# Raise it when a codec, the measurement or a search changes: trials of older studies then count no longer
+# Raise it when a codec, the measurement or a search changes, so that trials of older studies are ignored
 TRIAL_FORMAT = 2
 
 
@@ -27,8 +27,9 @@ TRIAL_FORMAT = 2
 class Search(ABC):
     """Measures the candidates of one search on one model.
 
-    calibration: None where no candidate needs one. tuning, evaluation: token segments [n, T] of two texts that don't
-    overlap. bar: from a label and a unit to what wraps an iterable in a progress bar.
+    calibration: None if no candidate needs one. tuning, evaluation: token segments [n, T] of two texts that don't
+    overlap. chunk, batch_size: as for `perplexity.score`. bar: from a label and a unit to a progress bar that wraps an
+    iterable.
     """
 
     loaded: LoadedModel
@@ -42,14 +43,14 @@ class Search(ABC):
 
     @abstractmethod
     def factory(self, candidate: Candidate) -> CacheFactory:
-        """Caches of a candidate, which share their compressors."""
+        """A factory of a candidate's caches, which share their compressors."""
 
     @abstractmethod
     def preset_keys(self, candidate: Candidate) -> dict:
-        """What a preset says of the candidate's caches."""
+        """The keys of a preset that describe the candidate's caches."""
 
     def key(self, text_sha256: str) -> dict:
-        """All that a trial's figures depend on: a search with another key has another study."""
+        """Everything that a trial's figures depend on. Searches with different keys have different studies."""
         meta = self.calibration.meta if self.calibration else {}
         made_from = ("text_sha256", "samples", "seq_len", "seed", "sink_tokens", "dtype")
         return {
@@ -64,30 +65,33 @@ class Search(ABC):
         }
 
     def caches(self, plan: Plan, **windows: int) -> CacheFactory:
-        """Caches of a plan, which share their compressors. windows: as CompressedDynamicCache takes them."""
+        """A factory of a plan's caches, which share their compressors. windows: arguments of CompressedDynamicCache."""
         k, v = build(plan, self.loaded.geometry, self.calibration, device=self.loaded.device)
         return partial(CompressedDynamicCache, k, v, geometry=self.loaded.geometry, **windows)
 
     def ratio(self, candidate: Candidate) -> float:
-        """Whole-KV compression of a candidate's caches. No model runs: sizes don't depend on values."""
+        """Whole-KV compression ratio of a candidate's caches. No model runs, as sizes don't depend on values."""
         return size.compression_ratio(self.factory(candidate), self.loaded.geometry)
 
     def evaluate(self, candidate: Candidate, ratio: float | None = None) -> Trial:
-        """A candidate on tuning text, against a baseline that is scored once. ratio: that of `ratio`, where known."""
+        """Measure a candidate on tuning text, against a baseline that is scored once.
+
+        ratio: its compression ratio; computed by `ratio` if None.
+        """
         baseline, name = self._tuning_baseline, str(candidate)
         record = self._compared(lambda: (baseline, self._score(self.tuning, {name: self.factory(candidate)})[name]))
         delta = math.inf if record["ppl_delta"] is None else record["ppl_delta"]
         return Trial(candidate, delta, self.ratio(candidate) if ratio is None else ratio, record)
 
     def confirm(self, candidate: Candidate) -> dict:
-        """A candidate on evaluation text, beside the baseline, with KL and agreement."""
+        """Measure a candidate on evaluation text, beside the baseline, with KL and top-1 agreement."""
         caches = {BASELINE: baseline_factory(self.loaded), str(candidate): self.factory(candidate)}
         return self._compared(lambda: tuple(self._score(self.evaluation, caches)[name] for name in caches))
 
     def _compared(self, measure: Callable[[], tuple[Scores, Scores]]) -> dict:
-        """Figures of what `measure` returns, the baseline first; `ppl_delta` is None without a finite loss.
+        """Compare the scores that `measure` returns, the baseline's first; `ppl_delta` is None without a finite loss.
 
-        A baseline without a finite loss is an error, as everywhere.
+        Raises LossNotFinite if the baseline has no finite loss.
         """
         try:
             return compare(*measure(), self.seed)
@@ -96,7 +100,7 @@ class Search(ABC):
                 raise
             return {"ppl_delta": None, "ppl_delta_interval": None, "note": str(error)}
         except OverflowError:  # the loss is finite, but its exponential is not
-            return {"ppl_delta": None, "ppl_delta_interval": None, "note": "the perplexity is beyond all numbers"}
+            return {"ppl_delta": None, "ppl_delta_interval": None, "note": "the perplexity is too large for a float"}
 
     @cached_property
     def _tuning_baseline(self) -> Scores:

@@ -3,8 +3,8 @@
     calibration = compact_calibration(loaded, text, path, codec="joint", samples=48)
     presets = [make_ratio_preset(loaded, calibration, ratio) for ratio in RATIOS]
 
-The basis says how its presets are called: kv-4x is of `joint`, which loses least, and fast-4x of `grouped`, whose codes
-attention reads without reconstructing them. The presets of a basis share one compact calibration file.
+The basis determines the presets' names: kv-4x is made with `joint`, which loses least, and fast-4x with `grouped`,
+whose codes attention reads without reconstructing K and V. Presets of one basis share one compact calibration file.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from gpt2.compression.calibration.file import load_calibration, save_calibration
 from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.calibration.reuse import find_reusable
 from gpt2.compression.codecs import BASES, adjustable_quantizers
+from gpt2.compression.presets import calibration_lookup
 from gpt2.compression.presets.build import new_preset
 from gpt2.compression.settings import compressors_for
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory, compare, score
@@ -33,17 +34,36 @@ from gpt2.models.loading import LoadedModel
 from gpt2.text.windows import Text
 
 RATIOS = (2.0, 3.5, 4.0, 4.6, 5.3, 6.4, 8.0)
-TOKENS = 2048  # length of the sequence at which a cache has its ratio
-STEP = 0.01  # bits that are taken away at least, until the ratio is reached
+TOKENS = 2048  # sequence length at which a preset has the ratio in its name
+STEP = 0.01  # smallest change of the bits while they are reduced until the ratio is reached
 # A preset's figures hold for a calibration that agrees in these keys of its metadata
 MADE_FROM = ("fingerprint", "text_sha256", "samples", "seq_len", "seed", "sink_tokens")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where the presets of one basis go: their folder, the calibration, the results record and its picture."""
+
+    presets: Path
+    calibration: Path
+    record: Path
+    picture: Path
+
+    @classmethod
+    def under(cls, root: Path, calibration: Path, record_name: str) -> Outputs:
+        """The folders of `root`. Raises PluginError if one of them can't be written."""
+        record = root / "runs" / f"{record_name}.json"
+        outputs = cls(root / "presets", calibration, record, files.picture_beside(record))
+        for path in (outputs.record, outputs.picture, outputs.presets / f"{record_name}.json"):
+            files.check_writable(path)
+        return outputs
 
 
 @dataclass(frozen=True)
 class RatioPreset:
     """A cache that is compressed by at least `ratio`.
 
-    bits: per coordinate, metadata counted. compression_ratio: the measured ratio. make: makes fresh caches.
+    bits: per coordinate of K and V, metadata included. compression_ratio: the measured one. make: makes fresh caches.
     """
 
     codec: str
@@ -88,8 +108,8 @@ def compact_calibration(
         print(f"calibration: using {path}", flush=True)
         return found
     if path.exists():
-        print(f"note: {path} was made with other arguments: it will be replaced, also for presets that name it; "
-              "another --tag or --calibration-file keeps it", flush=True)  # fmt: skip
+        print(f"note: {path} was made with other arguments and will be replaced, also for presets that name it; "
+              "use another --tag or --calibration-file to keep it", flush=True)  # fmt: skip
     calibration = calibrate(
         loaded, text, rank=loaded.geometry.head_dim, codec=codec, compact=True, checkpointing=checkpointing,
         progress=progress, processes=processes, **made_from,
@@ -105,8 +125,8 @@ def make_ratio_preset(
 ) -> RatioPreset:  # fmt: skip
     """The preset with the most bits whose cache of `TOKENS` tokens is at most 1 / `ratio` of a 16-bit one.
 
-    Everything that the cache holds is counted, but for the shared basis. quantizer: an adjustable one; the first of
-    them when None. Raises PluginError for a ratio that the quantizer can't reach.
+    Everything that the cache holds is counted except the shared basis. quantizer: an adjustable one, the first one if
+    None. Raises PluginError for a ratio that the quantizer can't reach.
     """
     quantizer = quantizer or adjustable_quantizers()[0]
     exact = 16 * sink_tokens / TOKENS  # bits per coordinate that the exact sinks take
@@ -116,8 +136,8 @@ def make_ratio_preset(
             make = factory(loaded, calibration, bits, quantizer, sink_tokens)
         except PluginError as error:
             raise PluginError(
-                f"ratio {ratio:g} is out of range, it means about 16 / {ratio:g} bits with {sink_tokens} exact sinks "
-                f"counted; {error}"
+                f"ratio {ratio:g} is out of range: it means about 16 / {ratio:g} bits, {sink_tokens} exact sinks "
+                f"included; {error}"
             ) from error
         held = size.compression_ratio(make, loaded.geometry, TOKENS)
         if held >= ratio:
@@ -126,10 +146,24 @@ def make_ratio_preset(
         bits = round(bits - max(int((1 - held / ratio) * bits / STEP), 1) * STEP, 4)
 
 
+def write_presets(
+    loaded: LoadedModel, presets: Sequence[RatioPreset], calibration: Calibration, outputs: Outputs,
+    measured: dict[str, dict], **more,
+) -> list[Path]:  # fmt: skip
+    """Write each preset as MODEL-NAME.json. measured: by name, as `measure` returns it; more: further keys."""
+    written = []
+    for preset in presets:
+        path = outputs.presets / f"{loaded.slug}-{preset.name}.json"
+        reference = calibration_lookup.reference_to(outputs.calibration, path)
+        record = preset.preset(loaded, calibration, reference, measured=measured[preset.name], **more)
+        written.append(files.write_json(path, record))
+    return written
+
+
 def factory(
     loaded: LoadedModel, calibration: Calibration, bits: float, quantizer: str, sink_tokens: int
 ) -> CacheFactory:
-    """Caches with so many bits per coordinate, which share their compressors."""
+    """A factory of caches with `bits` per coordinate. All caches share their compressors, and so the basis."""
     k, v = compressors_for("kv", bits, None, calibration, quantizer=quantizer, device=loaded.device)
     return partial(CompressedDynamicCache, k, v, geometry=loaded.geometry, sink_tokens=sink_tokens)
 
@@ -137,7 +171,7 @@ def factory(
 def measure(
     loaded: LoadedModel, segments: Tensor, presets: Sequence[RatioPreset], seed: int, **scoring
 ) -> dict[str, dict]:
-    """By name of each preset, its loss beside the uncompressed cache. Arguments as `perplexity.score` takes them."""
+    """Each preset's name to its loss against the uncompressed cache. segments, scoring: as for `perplexity.score`."""
     caches = {BASELINE: baseline_factory(loaded)} | {preset.name: preset.make for preset in presets}
     scores = score(loaded, segments, caches, **scoring)
     return {preset.name: compare(scores[BASELINE], scores[preset.name], seed) for preset in presets}

@@ -1,4 +1,4 @@
-"""What the codec search may choose: families of codecs from the registry, each with its own parameters."""
+"""The space of the codec search: families of codecs from the registry, each with its own parameters."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from gpt2.tuning.grid_search import default_rank_grid
 
 SPACE_FORMAT = 1  # raise it when a parameter's choices change: Optuna rejects other choices in the same study
 LOWEST_BITS, HIGHEST_BITS = 1.5, 8.0  # of adjustable quantizers
-FIRST_RATIOS = (4, 5, 3.5)  # of a 16-bit cache, where an adjustable quantizer is tried first
+FIRST_RATIOS = (4, 5, 3.5)  # approximate compression ratios at which an adjustable quantizer is tried first
 SINKS = (0, 1, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
 class Family:
-    """A codec; of a multi-head basis, with one adjustable quantizer."""
+    """A codec, and for a multi-head basis one adjustable quantizer."""
 
     name: str
     codec: str
@@ -43,21 +43,21 @@ class Family:
 
 
 def families() -> dict[str, Family]:
-    """Every codec of the registry, by name; a multi-head basis once with each adjustable quantizer."""
+    """All families by name: every codec of the registry, a multi-head basis once with each adjustable quantizer."""
     shared = [codec for codec, basis in BASES.items() if basis.multi_head]
     found = [Family(f"{codec}+{name}", codec, name) for codec in shared for name in adjustable_quantizers()]
     others = [Family(codec, codec) for codec in (IDENTITY, *BASES) if codec not in shared]
-    # In the order in which they are tried first
+    # This is also the order of the first trials
     return {family.name: family for family in found + sorted(others, key=lambda family: family.calibrated)}
 
 
 def by_bits() -> tuple[str, ...]:
-    """Quantizers of a fixed width that are tried where a rank can be cut: those that a preset's `bits` means."""
+    """Quantizers of a fixed width to try with codecs that have ranks: those that a preset's `bits` stands for."""
     return tuple(BITS.values())
 
 
 def lossy() -> tuple[str, ...]:
-    """Quantizers of a fixed width that are tried where no rank can be cut: all that save something."""
+    """Quantizers of a fixed width to try with codecs that have no ranks: all lossy ones."""
     return tuple(name for name, q in QUANTIZERS.items() if not (q.adjustable or q.lossless))
 
 
@@ -84,7 +84,7 @@ class Choice:
         return {"sink_tokens": self.sink_tokens, "recent_tokens": self.recent_tokens}
 
     def record(self) -> dict:
-        """For results files; `of` makes the choice again from it."""
+        """For results files; `of` is the inverse."""
         return {"family": self.family, "target": self.target, **asdict(self.setting), **self.windows}
 
     @classmethod
@@ -99,7 +99,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Space:
-    """What may be chosen. families: names of `families()`; ranks: where one is cut; bits: of adjustable quantizers."""
+    """The possible choices.
+
+    families: names of `families()`. ranks: for codecs that have ranks. bits: range for adjustable quantizers. sinks,
+    recent: numbers of exact first and latest tokens.
+    """
 
     families: tuple[str, ...]
     head_dim: int
@@ -109,7 +113,7 @@ class Space:
     recent: tuple[int, ...] = (0,)
 
     def suggest(self, trial: optuna.Trial) -> Choice:
-        """Let the trial's sampler choose; only the parameters of the chosen family are asked for."""
+        """Let the trial's sampler choose a family and then only the parameters of that family."""
         family = families()[trial.suggest_categorical("family", self.families)]
         windows = [
             trial.suggest_categorical(name, choices)
@@ -130,7 +134,7 @@ class Space:
         return Choice(family.name, setting, target, *windows)
 
     def starts(self) -> list[dict]:
-        """Parameters of the first trials: one of each family, and two more of the first with adjustable bits."""
+        """Parameters of the first trials: one for each family, and two more for the first with adjustable bits."""
         windows = {"sink_tokens": min(self.sinks, key=lambda n: abs(n - 4)), "recent_tokens": self.recent[0]}
         points, ratios = [], FIRST_RATIOS
         for family in (families()[name] for name in self.families):
@@ -146,14 +150,15 @@ class Space:
         return points
 
     def key(self) -> dict:
-        """All that the choices depend on: searches that differ in it have different studies."""
+        """Everything that the choices depend on. Searches with different keys have different studies."""
         return asdict(self) | {"quantizers": [by_bits(), lossy()], "format": SPACE_FORMAT}
 
 
 def _first_quantizer(family: Family) -> str:
-    """A first point for a codec without calibration: without a basis the most bits, which is safe; with one the fewest.
+    """The quantizer of the first trial of a codec without calibration.
 
-    Of several with the fewest it is the one registered last.
+    Without a basis it is the one with the most bits, which loses little; with a basis the last registered one of those
+    with the fewest bits.
     """
     bits = [QUANTIZERS[name].bits for name in lossy()]
     wanted = min(bits) if family.codec in BASES else max(bits)
@@ -162,22 +167,23 @@ def _first_quantizer(family: Family) -> str:
 
 
 def metric_for(names: Sequence[str]) -> str | None:
-    """The metric that a calibration for these families must gather; None where none needs a calibration."""
+    """The metric that a calibration for these families must gather; None if no family needs a calibration."""
     bases = [basis_of(families()[name].codec) for name in names]
     calibrated = [basis for basis in bases if basis.calibrated]
     return max(calibrated, key=lambda basis: basis.demand).metric if calibrated else None
 
 
 def default_families() -> list[str]:
+    """Names of the families that are searched without --codecs."""
     return [name for name, family in families().items() if basis_of(family.codec).searched]
 
 
 def usable(
     wanted: Sequence[str] | None, calibration: Calibration | None, head_dim: int
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Families that a calibration has the statistics for, and why the others are left out.
+    """Families that a calibration has the statistics for, and for each other family the reason why it is left out.
 
-    wanted: names of families, which must all be usable, else PluginError; None for all that are.
+    wanted: names of families, of which each must be usable, else PluginError is raised; None for all usable ones.
     """
     found, reasons, known = [], {}, families()
     for name in wanted or default_families():
@@ -193,7 +199,7 @@ def usable(
             if wanted:
                 raise
             reasons[name] = str(error)
-    # In the registry's order: --codecs a,b and b,a are one search
+    # In the registry's order, so that --codecs a,b and b,a are the same search
     return tuple(name for name in known if name in found), reasons
 
 
@@ -204,7 +210,11 @@ def space_for(
     ranks: Sequence[int] | None = None,
     recent: Sequence[int] = (0,),
 ) -> tuple[Space, dict[str, str]]:
-    """The space that a calibration allows, and why families are left out. Arguments as `usable` and `Space`."""
+    """The space that a calibration allows, and the reasons why families are left out.
+
+    calibration, head_dim, wanted: as for `usable`. ranks, recent: as for `Space`. Raises PluginError for a rank above
+    head_dim.
+    """
     names, reasons = usable(wanted, calibration, head_dim)
     ranks = tuple(ranks or default_rank_grid(head_dim))
     for rank in ranks:
@@ -214,7 +224,7 @@ def space_for(
 
 
 def bits_range(calibration: Calibration | None) -> tuple[float, float]:
-    """Bits that adjustable quantizers are tried with: all accept them, and the calibration can allocate them."""
+    """The range of bits that all adjustable quantizers accept and that the calibration can allocate to layers."""
     ranges = [(LOWEST_BITS, HIGHEST_BITS), *(QUANTIZERS[name].bits_range for name in adjustable_quantizers())]
     if calibration and (shared := calibration.bits_range()):
         ranges.append(shared)

@@ -1,4 +1,4 @@
-"""Measured candidates, whichever search tried them, and the choice of the best one."""
+"""Measured candidates of any search, and the choice of the best one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpt2.common.errors import BudgetNotMet
 
 
 class Candidate(Protocol):
-    """One configuration of a cache that a search may try; as a str it is its name in tables and messages."""
+    """One configuration of a cache that a search may try. Its str is its name in tables and messages."""
 
     def record(self) -> dict:
         """For results files."""
@@ -22,9 +22,9 @@ class Candidate(Protocol):
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate with what was measured: relative change of perplexity and whole-KV compression ratio.
+    """A candidate with its measurements: relative change of perplexity and whole-KV compression ratio.
 
-    ppl_delta: infinite where the loss is not finite; `details` then have None, since JSON has no infinity.
+    ppl_delta: infinite if the loss is not finite; in `details` it is then None, as JSON has no infinity.
     """
 
     candidate: Candidate
@@ -38,14 +38,14 @@ class Trial:
         return {"label": str(self.candidate), **self.candidate.record(), **sizes, **self.details}
 
     def write(self, trial: optuna.Trial) -> float:
-        """Store what was measured in a study's trial; returns that trial's value, the compression ratio."""
+        """Store the measurements in a study's trial; returns the trial's value, the compression ratio."""
         trial.set_user_attr("ppl_delta", self.ppl_delta if math.isfinite(self.ppl_delta) else None)
         trial.set_user_attr("details", self.details)
         return self.compression_ratio
 
     @classmethod
     def read(cls, trial: FrozenTrial, candidate: Candidate) -> Trial:
-        """What `write` stored."""
+        """The trial that `write` stored."""
         delta = trial.user_attrs["ppl_delta"]
         return cls(candidate, math.inf if delta is None else delta, trial.value, trial.user_attrs["details"])
 
@@ -56,16 +56,17 @@ def within_budget(trials: Sequence[Trial], budget: float) -> list[Trial]:
 
 
 def percent(delta: float | None) -> str:
-    """A relative change of perplexity as messages show it; None or infinite where the loss is not finite."""
+    """A relative change of perplexity as text. delta: None or infinite if the loss is not finite."""
     return "no finite loss" if delta is None or math.isinf(delta) else f"{delta:+.2%}"
 
 
 def confirm_best(
     trials: Sequence[Trial], budget: float, confirm: Callable[[Candidate], dict], advice: str
 ) -> tuple[Trial, dict, list[tuple[Trial, dict]]]:
-    """The most compressed trial whose loss also holds on other text, its figures there, and those that failed there.
+    """The most compressed trial that is within the budget on evaluation text too.
 
-    Raises BudgetNotMet, with the nearest result and `advice`, when none does.
+    Returns the trial, its figures there, and the trials that failed there with theirs. confirm: measures a candidate on
+    evaluation text. Raises BudgetNotMet, with the nearest result and `advice`, if no trial is within the budget.
     """
     failed = []
     for trial in within_budget(trials, budget):

@@ -1,4 +1,4 @@
-"""One run of the tuner, from its script's arguments to a preset: its two searches, and what it prints."""
+"""One run of the tuner, from its script's arguments to a preset: both searches and their messages."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from gpt2.tuning.trials import Trial, confirm_best, percent
 
 @dataclass
 class Job:
-    """What both searches are given. args: of the script; output: the preset's file; bar: as `Search` takes it.
+    """The inputs of both searches.
 
-    tuning, evaluation: token segments [n, T] of two parts of `text`.
+    args: of the script. tuning, evaluation: token segments [n, T] of two parts of `text`. output: the preset's file.
+    bar: as for `Search`.
     """
 
     args: object
@@ -38,9 +39,10 @@ class Job:
     bar: Callable
 
     def measured_with(self, metric: str | None, rank: int) -> tuple[dict, str]:
-        """Arguments that both searches have, and the calibration's name in a preset; "" where `metric` is None.
+        """Arguments for both searches, and the calibration file's name for presets.
 
-        A matching calibration is found, or made of so many coordinates, where one is needed.
+        A calibration with this metric is found, or made with this default rank. With None as the metric there is no
+        calibration, and the name is "".
         """
         for path in (self.output, files.picture_beside(self.output)):
             files.check_writable(path)  # before an hour of work, not after it
@@ -57,16 +59,17 @@ class Job:
         return parts, calibration_lookup.reference_to(path, self.output)
 
     def study_name(self, search: Search) -> str:
-        """Name of the study that belongs to a search: the same search resumes, another one starts afresh."""
+        """The study's name. The same search has the same name and resumes; another search starts a new study."""
         key = json.dumps(search.key(self.text.sha256("tuning")), sort_keys=True)
         return "auto-tune-" + hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 @dataclass
 class Found:
-    """The trials of a search. calibration_file: as a preset names it; advice: what helps where none is good enough.
+    """The trials of a search.
 
-    more: further keys of the preset.
+    calibration_file: its name for presets. advice: text for the case that no trial is within the budget. more: further
+    keys of the preset.
     """
 
     search: Search
@@ -82,7 +85,7 @@ class Found:
 
 
 def search_grid(job: Job, show_layers: Callable[[list[dict], Path, str], None]) -> Found | None:
-    """The search over one codec's grid; None where only a layer ablation was asked for.
+    """Search one codec's grid. Returns None if only a layer ablation was wanted.
 
     show_layers: called with the rows of a layer ablation, the file that has them, and a title.
     """
@@ -106,14 +109,14 @@ def search_grid(job: Job, show_layers: Callable[[list[dict], Path, str], None]) 
 
 
 def search_codecs(job: Job) -> Found:
-    """The search over all codecs."""
+    """Search all codecs, or those of --codecs."""
     args, head_dim = job.args, job.loaded.geometry.head_dim
     metric = search_space.metric_for(args.codecs or search_space.default_families())
     parts, calibration_file = job.measured_with(metric, head_dim)
     recent = (0, *(args.recent_grid or ()))
     space, left_out = search_space.space_for(parts["calibration"], head_dim, args.codecs, args.rank_grid, recent)
     for family, reason in left_out.items():
-        print(f"without {family}: {reason}")
+        print(f"note: {family} is left out: {reason}")
     search = codec_search.CodecSearch(**parts, space=space, budget=args.target_ppl_delta)
     queue = TrialQueue(args.study, job.study_name(search))
     trials = codec_search.run_search(
@@ -125,14 +128,15 @@ def search_codecs(job: Job) -> Found:
 
 
 def choose(job: Job, found: Found, name: str) -> tuple[dict, Trial]:
-    """The preset of the best trial that also holds on evaluation text, and the trial; prints both.
+    """The preset of the best trial that is within the budget on evaluation text too, and the trial; prints both.
 
-    Raises BudgetNotMet where none does.
+    Raises BudgetNotMet if there is none.
     """
     search, budget, text = found.search, job.args.target_ppl_delta, job.text
     best, measured, failed = confirm_best(found.trials, budget, search.confirm, found.advice)
     for trial, record in failed:
-        print(f"{trial.candidate} holds on tuning text but not on evaluation text: {percent(record['ppl_delta'])}")
+        print(f"{trial.candidate} is within the budget on tuning text but not on evaluation text: "
+              f"{percent(record['ppl_delta'])}")  # fmt: skip
     low, high = measured["ppl_delta_interval"]
     print(f"\nchosen: {best.candidate}, {best.compression_ratio:.2f}x over the whole KV cache; on evaluation text "
           f"{measured['ppl_delta']:+.2%} perplexity [{low:+.2%}, {high:+.2%}]")  # fmt: skip
@@ -149,6 +153,6 @@ def choose(job: Job, found: Found, name: str) -> tuple[dict, Trial]:
 
 
 def print_progress(trials: Sequence[Trial], note: str) -> None:
-    """A line on the latest trial."""
+    """Print a line on the latest trial. note: appended unless ""."""
     last = f"; last {trials[-1].candidate}: {percent(trials[-1].ppl_delta)}" if trials else ""
     print(f"tuning: {len(trials)} measured{last}{'; ' + note if note else ''}", flush=True)

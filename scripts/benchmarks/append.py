@@ -1,14 +1,14 @@
-"""Time to append one token to a cache that holds many: it must not depend on how many, and memory must be as counted.
+"""Time to append one token to a cache, by the number of tokens held, on which it must not depend; bytes per token.
 
     python scripts/benchmarks/append.py
     python scripts/benchmarks/append.py --tokens 1024,16384,65536 --device cuda
 
-Needs no weights: layers of the given shape are filled with noise and appended to, all layers per token, without
-reading back what is stored (reading is attention's cost, and grows with any cache).
+Needs no weights: layers of the given shape are filled with noise, and then each token is appended to all layers.
+Nothing is read, as reading belongs to the cost of attention, which grows with any cache.
 Writes results/runs/benchmark_append.json and results/plots/benchmark_append.png.
 """
 
-import gpt2  # noqa: F401  first, so that Ctrl-C while PyTorch is imported prints one line
+import gpt2  # noqa: F401  first, so that Ctrl-C during the import of PyTorch prints one line
 
 # isort: split
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def codecs(args, device: torch.device) -> dict:
-    """Factories: identity, and a random rotation cut to the rank with every quantizer."""
+    """Cache factories by name: identity, and a random basis of the given rank with every quantizer."""
     g = torch.Generator().manual_seed(0)
     E = torch.linalg.qr(torch.randn(args.kv_heads, args.head_dim, args.head_dim, generator=g)).Q
     basis = Transform(E, E.mT.contiguous(), torch.zeros(args.kv_heads, args.head_dim)).truncate(args.rank).to(device)

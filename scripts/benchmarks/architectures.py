@@ -1,12 +1,13 @@
-"""Which of the decoder families that transformers knows work with a compressed cache, each tried in miniature.
+"""Which of transformers' decoder families work with a compressed cache, each tried in miniature.
 
     python scripts/benchmarks/architectures.py
     python scripts/benchmarks/architectures.py --families llama,gemma3_text,mamba --output architectures.json
 
-A family is tried as a small random model of its default config, on the CPU, without a download. Modes: direct-capable
-(its attention can be replaced, so that it may come to read compressed K and V as they are), reconstruct-only, refused
-with the reason, not tried where transformers itself makes or runs no such model, and failed, which is a bug of ours.
-Both working modes run by reconstruction today; their tokens with a cache that loses nothing are those of DynamicCache.
+A family is tried as a small random model of its default config, on the CPU, without a download. Results are:
+direct-capable (its attention function can be replaced, which reading compressed K and V directly needs),
+reconstruct-only, refused (with the reason), not tried (transformers itself can't make or run such a model), and failed,
+which is a bug of this toolkit. Working families are run with reconstruction, and with a lossless cache they must
+generate the same tokens as with DynamicCache.
 Writes results/runs/architectures.json, or where --output says.
 """
 
@@ -22,7 +23,7 @@ from gpt2.report import tables
 def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     families = cli.word_list(["all", *architectures.families()])
-    p.add_argument("--families", type=families, default="all", help="model types")
+    p.add_argument("--families", type=families, default="all", help="model types, or all")
     p.add_argument("--output", type=Path, default=files.RESULTS / "runs" / "architectures.json", help="JSON file")
     return p
 

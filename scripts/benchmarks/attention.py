@@ -1,18 +1,18 @@
-"""Time of one decode step's attention over a filled cache, in one layer: over codes, and over 16-bit K and V.
+"""Time of one decode step's attention in one layer over a filled cache: over codes, and over 16-bit K and V.
 
     python scripts/benchmarks/attention.py
     python scripts/benchmarks/attention.py --device cuda --context-lengths 4096,16384,65536,131072 --repeats 50
     python scripts/benchmarks/attention.py --context-lengths 4096 --quantizers int4_channel,mixed --bits 3,4 --compiled
 
-Needs no weights: keys and values are noise. Rows take turns in one process, each reads from memory and not from the
-processor's caches, and what each gives is compared with float32 attention first. Beside the time are the bytes that a
-step reads, how fast it reads them, and what share that is of the speed at which the device copies. Ratios, paired by
-repeat, are to PyTorch's attention as transformers calls it, and to the fastest of the 16-bit rows. On a GPU times are
-the GPU's own; the host's, to launch a step, are in the file.
+Needs no weights: keys and values are noise. Rows take turns in one process; the processor's caches are flushed before
+each run, and the output of each row is first compared with float32 attention. Beside the time, the table has the bytes
+that a step reads, their rate, and this rate as a share of the device's copy speed. Ratios, paired by repeat, are to
+PyTorch's attention as transformers calls it, and to the fastest 16-bit row. On a GPU times are measured on the GPU; the
+host's time to launch a step is in the file.
 Writes results/runs/attention_step_DEVICE_SHAPE.json and results/plots/attention_step_DEVICE_SHAPE.png.
 """
 
-import gpt2  # noqa: F401  first, so that Ctrl-C while PyTorch is imported prints one line
+import gpt2  # noqa: F401  first, so that Ctrl-C during the import of PyTorch prints one line
 
 # isort: split
 import argparse
@@ -34,19 +34,17 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--heads", type=cli.positive_int, default=32, help="query heads")
     p.add_argument("--kv-heads", type=cli.positive_int, default=8)
     p.add_argument("--head-dim", type=cli.positive_int, default=128)
-    p.add_argument("--batch-size", type=cli.positive_int, default=1, help="sequences side by side")
+    p.add_argument("--batch-size", type=cli.positive_int, default=1, help="sequences in a batch")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of the 16-bit rows")
     p.add_argument("--quantizers", type=cli.word_list(attention_speed.CODECS), default=CODECS.split(","),
-                   help="for K and V alike, or kv4 and kv8, the presets for any model")  # fmt: skip
+                   help="for both K and V; kv4 and kv8 are the calibration-free presets")  # fmt: skip
     p.add_argument("--bits", type=bits_list, default=[4.0], help="bits per coordinate of adjustable quantizers (mixed)")
-    p.add_argument("--compiled", action="store_true", help="also int4_channel in PyTorch by torch.compile; on a CPU")
+    p.add_argument("--compiled", action="store_true", help="add int4_channel by torch.compile; only on a CPU")
     p.add_argument("--repeats", type=cli.positive_int, default=20, help="timed steps per row and context")
-    p.add_argument(
-        "--flush-mib", type=cli.positive_int, default=256, help="written before a step: more than all caches"
-    )
-    p.add_argument("--copy-mib", type=cli.positive_int, default=512, help="copied to measure the memory's speed")
-    p.add_argument("--seed", type=int, default=0, help="draws keys, values and queries")
+    p.add_argument("--flush-mib", type=cli.positive_int, default=256, help="written before a step to flush caches")
+    p.add_argument("--copy-mib", type=cli.positive_int, default=512, help="copied to measure the device's copy speed")
+    p.add_argument("--seed", type=int, default=0, help="of random keys, values and queries")
     cli.add_output_flag(p)
     return p
 
@@ -60,7 +58,7 @@ def parse() -> argparse.Namespace:
 
 
 def bits_list(word: str) -> list[float]:
-    """`3,4.5` to [3.0, 4.5]."""
+    """`3,4.5` as [3.0, 4.5]."""
     return [float(part) for part in word.split(",")]
 
 

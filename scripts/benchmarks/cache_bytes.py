@@ -1,13 +1,13 @@
-"""Bytes that caches hold at several context lengths, everything counted, and how much smaller than 16 bits that is.
+"""Bytes of whole caches at several context lengths, and their compression ratio to a 16-bit cache.
 
     python scripts/benchmarks/cache_bytes.py
     python scripts/benchmarks/cache_bytes.py --preset kv4 kv-4x fast-4x --context-lengths 128,2048,32768
     python scripts/benchmarks/cache_bytes.py --model configs/models/qwen2.5-7b.json --layers 2 --preset kv8 kv4
 
-Real caches are filled with noise, for sizes don't depend on values: half of the tokens as a prompt, the rest 64 at a
-time. Counted are codes with their scales, exact sinks, the exact tail of less than a block, and room that is allocated
-and not yet used; beside it what the codec's basis takes, which all conversations share. The 16-bit cache is
-transformers' own. No model runs, but its shape and its presets are needed.
+Real caches are filled with noise, as sizes don't depend on values: half of the tokens as a prompt, the rest 64 at a
+time. Counted are codes with their scales, exact sinks, the exact tail of less than a block, and allocated room that is
+not yet used; and separately the codec's basis, which all conversations share. The 16-bit cache is transformers' own.
+The model is only loaded for its shape and its presets; it doesn't run.
 Writes results/runs/cache_bytes_MODEL.json and results/plots/cache_bytes_MODEL.png, or where --output says.
 """
 
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def measure(choice: CacheChoice, tokens: int, loaded: LoadedModel) -> dict:
-    """One sequence of `tokens`, in bytes, against the 16-bit cache."""
+    """Results record of one sequence of `tokens` tokens: bytes, and ratios to the 16-bit cache."""
     cache = size.filled(choice.make, loaded.geometry, tokens)
     plain = size.plain_bytes(loaded.geometry, tokens)
     held, (exact, unused) = size.cache_bytes(cache), size.exact_and_unused_bytes(cache)

@@ -3,12 +3,12 @@
     python scripts/benchmarks/calibration.py
     python scripts/benchmarks/calibration.py --model Qwen/Qwen2.5-7B --device cuda --samples 8,64
 
-Time: bare forward passes, without and with logits, alternate with calibration in this process. Memory: every number
-of samples runs the calibration script in a process of its own and reads its peak resident size.
-Writes results/runs/benchmark_calibration_MODEL.json.
+Time: bare forward passes, without and with logits, alternate with calibration in this process. Memory: the peak
+resident size of the calibration script in a separate process, for each number of samples. Writes
+results/runs/benchmark_calibration_MODEL.json.
 """
 
-import gpt2  # noqa: F401  first, so that Ctrl-C while PyTorch is imported prints one line
+import gpt2  # noqa: F401  first, so that Ctrl-C during the import of PyTorch prints one line
 
 # isort: split
 import argparse
@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
 import torch
 
@@ -25,6 +24,8 @@ from gpt2 import cli
 from gpt2.common import files, provenance
 from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.statistics import collect
+from gpt2.evaluation.instruments import synchronizer
+from gpt2.experiments.scaling import seconds
 from gpt2.models import loading
 from gpt2.report import tables
 from gpt2.text import sources
@@ -34,7 +35,7 @@ def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
     cli.add_text_flags(p)
-    p.add_argument("--samples", type=cli.int_list, default=[8, 64], help="numbers of sequences for the memory figure")
+    p.add_argument("--samples", type=cli.int_list, default=[8, 64], help="numbers of sequences to measure memory for")
     p.add_argument("--seq-len", type=cli.positive_int, default=1024, help="tokens per sequence")
     p.add_argument("--repeats", type=cli.positive_int, default=9, help="timed rounds")
     p.add_argument("--output", type=cli.output_path, help="JSON file")
@@ -43,7 +44,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments().parse_args()
-    # Before the first calibration: its file will be named after the model, which is loaded later
+    # Checked before the first calibration; the real name has the model's slug, which is known only after loading
     files.check_writable(args.output or files.RESULTS / "runs" / "benchmark_calibration.json")
     memory = {str(n): peak_megabytes(args, n) for n in args.samples}  # first: a child's peak starts at its parent's
     loaded = loading.load(args.model, args.device, args.dtype)
@@ -63,7 +64,7 @@ def main() -> None:
 
 @torch.no_grad()
 def time_all(loaded: loading.LoadedModel, window: torch.Tensor, turn: int) -> dict[str, float]:
-    """Seconds for the same tokens: layers alone, with logits, and through capture, in changing order."""
+    """Seconds for the same tokens: layers alone, with logits, and collecting statistics; the order depends on turn."""
     ids = window[None].to(loaded.device)
     works = {
         "body": lambda: loaded.model.base_model(input_ids=ids, use_cache=True),
@@ -71,19 +72,11 @@ def time_all(loaded: loading.LoadedModel, window: torch.Tensor, turn: int) -> di
         "capture": lambda: collect(loaded, [window], sink_tokens=4),
     }
     order = list(works)[turn % 3 :] + list(works)[: turn % 3]
-    return {name: clock(works[name]) for name in order}
-
-
-def clock(work) -> float:
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return {name: seconds(synchronizer(loaded.model), works[name]) for name in order}
 
 
 def peak_megabytes(args, samples: int) -> float:
-    """Peak resident size of the calibration script with that many samples."""
+    """Peak resident size of the calibration script with so many samples, in MB. Raises PluginError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "scripts/calibrate_kv_lowrank.py", "--model", args.model, "--device", args.device]
         command += ["--dtype", args.dtype, "--samples", str(samples), "--seq-len", str(args.seq_len)]

@@ -1,17 +1,18 @@
-"""Explore the joint codec: one choice changed at a time, at the same total bits, on the same tokens.
+"""Variations of the joint codec: one choice changed at a time, at equal total bits, on the same tokens.
 
     python scripts/benchmarks/codec_variations.py
     python scripts/benchmarks/codec_variations.py --text ../wikitext --bits 3 --rows metadata,clipping
 
-Rows by question: arrangement (what shares a basis, and what happens to rotary positions), metric (what squared error
-weighs), widths (fixed, by block within its bytes, by block at will), menu (which widths there are), block (tokens in
-one), metadata (scale and offset of a channel), clipping (shares of a range that are tried), levels (uniform or a
-Gaussian's), rotation (Hadamard among channels of equal width), lattice (E8 over neighbouring tokens). The product is
-among every question's rows, and measured once.
+Rows by question: arrangement (what shares a basis, and how keys are un-rotated), metric (of squared error), widths
+(fixed, by block within fixed bytes, by block with any number of bytes), menu (the possible widths), block (its tokens),
+metadata (scale and offset of a channel), clipping (shares of the range to try), levels (uniform or a Gaussian's),
+rotation (Hadamard among channels of equal width), lattice (E8 over neighbouring tokens). The product is among the rows
+of every question and is measured once.
 
-It is a simulation: in one forward pass K and V are replaced by what they would read as, the first --sink-tokens apart.
-Bits are per coordinate of K and V, with metadata, widths and what blocks leave unused. Bases and budgets come from
---samples sequences of --seq-len tokens, both a multiple of 128 as --eval-seq-len. Shared out by layer at one price.
+It is a simulation: in one forward pass K and V are replaced by their reconstruction, except the first --sink-tokens.
+Bits are per coordinate of K and V and include metadata, widths and unused bits of blocks. Bases and budgets are fitted
+to --samples sequences of --seq-len tokens; --seq-len and --eval-seq-len must be multiples of 128. Bits are shared out
+over layers so that one bit saves the same error in each.
 Writes results/runs/explore_codecs_MODEL.json and results/plots/explore_codecs_MODEL.png, or where --output says.
 """
 
@@ -29,7 +30,7 @@ def arguments() -> argparse.ArgumentParser:
     cli.add_calibration_flags(p)
     p.set_defaults(samples=16)
     cli.add_eval_text_flag(p)
-    p.add_argument("--eval-tokens", type=cli.positive_int, default=4096, help="tokens that every row is measured on")
+    p.add_argument("--eval-tokens", type=cli.positive_int, default=4096, help="tokens to measure every row on")
     p.add_argument("--eval-seq-len", type=cli.positive_int, default=1024, help="tokens per evaluated segment")
     p.add_argument("--bits", type=cli.int_list, default=[4, 3, 2], help="total bits per coordinate")
     p.add_argument(
@@ -44,7 +45,7 @@ def main() -> None:
     script = cli.open_script(args)
     loaded, text, eval_text, paths = script.loaded, script.text, script.eval_text, script.output_files("explore_codecs")
     loaded.require_context(args.seq_len)
-    segments = cli.evaluation_segments(args, loaded, eval_text, "evaluation")
+    segments = script.evaluation_segments()
     windows = text.segments("calibration", loaded, args.seq_len, args.samples, args.seed)
     gathered = gather(loaded, windows, args.sink_tokens, seed=args.seed, progress=cli.bar("calibrating", "seq"))
     rows, known = [], {}

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command of under eight minutes: tests of kernels and caches, and all figures.
+# All checks that need a GPU, in one command of less than eight minutes: tests of kernels and caches, and all figures.
 #
 #     scripts/benchmarks/gpu_check.sh                              into results/runs and results/plots
 #     OUT=folder PYTHON=.venv/bin/python scripts/benchmarks/gpu_check.sh
 #     scripts/benchmarks/gpu_check.sh --only attention,profile-32k
 #     scripts/benchmarks/gpu_check.sh --cpu                        the same steps without a GPU, tiny, to try this script
 #
-# Steps: tests, attention, attention-b8, largest, profile-4k, profile-32k. Each has its own limit and none gets more
-# than is left of the whole. A step that fails or runs out of time is reported, the others still run, and the exit code
-# is 1. Nothing is installed: what PYTHON has must do. With --cpu results go to OUT or a temporary folder, never to
-# results/, and tests run in Triton's interpreter.
-#   OUT                  also copy JSON, pictures and the log there, at most eight files: machines that are lent give
-#                        back few. Pictures of a single context are left out
-#   PYTHON               python3
-#   GPU_CHECK_SECONDS    of the whole, 470
+# Steps: tests, attention, attention-b8, largest, profile-4k, profile-32k. Each step has its own time limit, and all
+# together have GPU_CHECK_SECONDS. If a step fails or runs out of time, the others still run, and the exit code is 1.
+# Nothing is installed. With --cpu results go to OUT or a temporary folder, never to results/, and tests run in Triton's
+# interpreter. Environment:
+#   OUT                  folder to which JSON, pictures and the log are copied as well, at most eight files, as a remote
+#                        machine may return only few; pictures of a single context length are left out
+#   PYTHON               interpreter with all packages, python3 by default
+#   GPU_CHECK_SECONDS    time limit of all steps together, 470 by default
 set -u
 OUT=${OUT:-}
 [[ -z $OUT ]] || { mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd); } || exit 1
@@ -54,7 +54,7 @@ measure() { # NAME SECONDS STEM SCRIPT FLAG…: a step that writes runs/STEM.jso
     made+=("$stem")
 }
 
-keep() { # into OUT: what this run has made
+keep() { # copy the files that this run has made into OUT
     local stem
     for stem in "${made[@]}"; do
         if [[ $WORK/runs/$stem.json -nt $STARTED ]]; then cp "$WORK/runs/$stem.json" "$OUT/"; fi
@@ -63,7 +63,7 @@ keep() { # into OUT: what this run has made
     done
 }
 
-describe() { # the machine, for the reader on stderr; its name in file names on stdout
+describe() { # print the machine and versions to stderr, and the machine's name for file names to stdout
     "$PYTHON" - "$DEVICE" <<'END'
 import importlib.metadata, sys
 import torch
@@ -83,7 +83,7 @@ END
 
 on_gpu() {
     local workers=() shape=configs/models/qwen2.5-7b.json own=(--dtype bfloat16 --preset kv4 kv8)
-    # Kernels are compiled one by one in a process, which is most of the tests' time
+    # Each process compiles its kernels one after the other, which takes most of the tests' time
     "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 6)
     step tests 120 "$PYTHON" -m pytest -q --disable-warnings -p no:cacheprovider "${workers[@]}" tests/compression/kernels/test_gpu.py
     measure attention 90 "attention_step_$slug" benchmarks/attention.py --repeats 50 \
@@ -94,7 +94,7 @@ on_gpu() {
         --context-length 32768 --decode-tokens 4
     measure profile-4k 120 "profile_${slug}_qwen2.5-7b_4k" profile_kv_performance.py --model "$shape" "${own[@]}" \
         --direct --context-lengths 4096 --batch-sizes 1,8,32 --decode-tokens 8 --repeats 2
-    # 32 prompts of 32,768 tokens at once don't fit beside the model, whatever the cache: see the step `largest`
+    # No batch of 32 here: 32 prompts of 32,768 tokens at once don't fit beside the model with any cache
     measure profile-32k 200 "profile_${slug}_qwen2.5-7b_32k" profile_kv_performance.py --model "$shape" "${own[@]}" \
         --direct --context-lengths 32768 --batch-sizes 1,8 --decode-tokens 8 --repeats 1
 }

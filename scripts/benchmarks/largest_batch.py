@@ -1,12 +1,12 @@
-"""How many sequences fit: the largest batch whose caches fit beside a model, and tokens per second when it is decoded.
+"""How many sequences fit: the largest batch whose caches fit beside a model, and its tokens per second.
 
     python scripts/benchmarks/largest_batch.py --model configs/models/qwen2.5-7b.json --preset kv4 kv8 \\
         --context-length 32768
     python scripts/benchmarks/largest_batch.py --preset int4-vonly --context-length 1024 --most 4 --device cpu
 
-The uncompressed cache comes first, then those of --preset and --policy, which the model reads as they are stored.
-Memory has to run out to be measured, so on a CPU, where that harms everything else, --most is the end. Caches hold
-noise, and a shape from configs/models has random weights: neither size nor speed depends on what they say.
+Measures the uncompressed cache and those of --preset and --policy, whose codes attention reads directly if it can. The
+batch grows until memory runs out or, on a CPU, where that would harm other programs, until --most. Caches are filled
+with noise, and a shape from configs/models gets random weights, as size and speed don't depend on values.
 Writes results/runs/largest_batch_DEVICE_MODEL.json, or where --output says.
 """
 
@@ -27,7 +27,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--context-length", type=cli.positive_int, default=32768, help="tokens held by every sequence")
     p.add_argument("--decode-tokens", type=cli.positive_int, default=8, help="tokens decoded to measure speed")
     p.add_argument("--most", type=cli.positive_int, help="largest batch to try; 1024 on a GPU, 4 on a CPU")
-    p.add_argument("--seed", type=int, default=0, help="draws what fills the caches")
+    p.add_argument("--seed", type=int, default=0, help="of the noise that fills the caches")
     p.add_argument("--output", type=cli.output_path, help="JSON file")
     return p
 

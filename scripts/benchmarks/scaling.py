@@ -1,13 +1,13 @@
-"""What 7B and 70B models would take, on paper, and whether costs grow as that arithmetic says: measured exponents.
+"""Predicted costs of 7B and 70B models, and measured exponents that show whether costs grow as predicted.
 
     python scripts/benchmarks/scaling.py
     python scripts/benchmarks/scaling.py --quick --output quick.json
     python scripts/benchmarks/scaling.py --shapes llama-3.1-8b.json,qwen2.5-72b.json --context-lengths 32768,131072
 
-On paper: bytes of caches, by filling one layer's; time and memory of calibration, counted. Measured: calibration and
-evaluation on the model, with fewer samples, tokens and layers; caches on one layer of the model's shape and of shapes
-without weights. Each series is fitted by a power law; its exponent, with a bootstrap interval, stands beside the one
-that counted costs have at the same sizes. Times are only worth something on a machine that does nothing else.
+Predicted: bytes of caches, by filling the cache of one layer; time and memory of calibration, by counting. Measured:
+calibration and evaluation on the model, with fewer samples, tokens and layers; caches on one layer of the model's shape
+and of shapes without weights. A power law is fitted to each series; its exponent, with a bootstrap interval, is
+compared with that of the counted costs at the same sizes. Times are only valid on a machine that is otherwise idle.
 Writes results/runs/scaling_MODEL.json and results/plots/scaling_MODEL.png.
 """
 
@@ -26,22 +26,23 @@ TIMED = "qwen2.5-0.5b.json,gemma-2-2b.json,llama-3.1-8b.json,qwen2.5-72b.json"
 def arguments():
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
-    p.add_argument("--shapes", type=names, default=SHAPES, help="models on paper: files of configs/models")
-    p.add_argument("--context-lengths", type=cli.int_list, default=[32768, 131072], help="tokens of a cache on paper")
-    p.add_argument("--presets", type=names, default="kv8,kv4,kv-4x,fast-4x", help="caches on paper")
-    p.add_argument("--samples", type=cli.positive_int, default=48, help="of a calibration on paper")
-    p.add_argument("--seq-len", type=cli.positive_int, default=1024, help="tokens per sample of that calibration")
-    p.add_argument("--flops-per-s", type=float, default=2e14, help="assumed of the device that would calibrate")
-    p.add_argument("--timed-shapes", type=names, default=TIMED, help="one layer of each is calibrated")
-    p.add_argument("--cache-shapes", type=names, default="llama-3.1-8b.json", help="one layer's cache is measured")
-    p.add_argument("--timed-presets", type=names, default="kv4,kv-4x,fast-4x", help="caches that are measured")
-    p.add_argument("--repeats", type=cli.positive_int, default=4, help="timings of every point, 3 or more for verdicts")
-    p.add_argument("--quick", action="store_true", help="the smallest sizes: to try it, not to believe it")
+    p.add_argument("--shapes", type=names, default=SHAPES, help="models to predict: files of configs/models")
+    p.add_argument("--context-lengths", type=cli.int_list, default=[32768, 131072], help="tokens of predicted caches")
+    p.add_argument("--presets", type=names, default="kv8,kv4,kv-4x,fast-4x", help="caches to predict")
+    p.add_argument("--samples", type=cli.positive_int, default=48, help="samples of predicted calibrations")
+    p.add_argument("--seq-len", type=cli.positive_int, default=1024, help="tokens per sample of these")
+    p.add_argument("--flops-per-s", type=float, default=2e14, help="assumed speed of the calibrating device")
+    p.add_argument("--timed-shapes", type=names, default=TIMED, help="shapes of which one layer is calibrated")
+    p.add_argument("--cache-shapes", type=names, default="llama-3.1-8b.json", help="shapes of measured caches")
+    p.add_argument("--timed-presets", type=names, default="kv4,kv-4x,fast-4x", help="caches to measure")
+    p.add_argument("--repeats", type=cli.positive_int, default=4, help="timings of every point; 3 or more for verdicts")
+    p.add_argument("--quick", action="store_true", help="the smallest sizes, only to try the script")
     cli.add_output_flag(p)
     return p
 
 
 def names(words: str) -> list[str]:
+    """`a,b` as ["a", "b"]."""
     return words.split(",")
 
 

@@ -84,7 +84,7 @@ def test_one_that_fails_takes_the_others_down_and_says_why(space):
     before = listing(space)
     done = launch("failing.py", files.ROOT / "scripts" / "make_presets.py", *FLAGS[:-2], "--output", "out")
     assert done.returncode != 0
-    assert done.stderr.count("error: layer 2 is of no use") == 1 and "another one stopped" not in done.stderr
+    assert done.stderr.count("error: layer 2 is of no use") == 1 and "another process stopped" not in done.stderr
     assert listing(space) == before and "wrote" not in done.stdout
 
 

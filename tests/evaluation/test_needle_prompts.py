@@ -77,7 +77,7 @@ BAD_CELLS = [
     ({"depth": 1.1}, "needle position 1.1 is out of range"),
     ({"depth": -0.1}, "needle position -0.1 is out of range"),
     ({"max_new_tokens": 6}, r"the answer '\d{5}' has 6 tokens: use --max-new-tokens 7 or more"),
-    ({"distractors": 16}, "has no 17 subjects and answers that the text hasn't"),
+    ({"distractors": 16}, "has fewer than 17 subjects or answers that don't occur in the text"),
 ]
 
 
@@ -94,7 +94,7 @@ def test_what_makes_no_prompt_is_an_error(builder, change, message):
 
 
 def test_a_tokenizer_that_loses_the_needle_is_refused(haystack):
-    with pytest.raises(PluginError, match="doesn't give the answer '.*' back"):
+    with pytest.raises(PluginError, match="doesn't encode the answer '.*' in separate tokens"):
         Needles(word_tokenizer(), haystack).build(LENGTH, 0.5, 0)
 
 

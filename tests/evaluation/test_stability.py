@@ -132,7 +132,7 @@ def test_the_script_calibrates_anew(space, tmp_path, capsys):
     code = run("eval_stability", *space, "--preset", "p.json", "--num-runs", 2, "--vary", "calibration",
                "--max-ppl-delta", 0.0001, "--max-std", 0.0001)  # fmt: skip
     said = capsys.readouterr().out
-    assert code == 3 and "NOT stable" in said and "tokens drawn anew" in said
+    assert code == 3 and "NOT stable" in said and "newly drawn tokens" in said
     first, other = json.loads((tmp_path / "s.json").read_text())["rows"]
     assert other["factor"] == "calibration" and other["baseline_ppl"] == first["baseline_ppl"]
     assert other["ppl"] != first["ppl"], "another calibration, another cache"

@@ -309,7 +309,7 @@ def test_a_dispatched_model_has_the_same_gradients(dispatched, checkpointing):
 
 
 def test_a_model_with_layers_off_its_devices_is_not_calibrated(dispatched):
-    with pytest.raises(PluginError, match="spread: device_map found no room for some layers"):
+    with pytest.raises(PluginError, match="spread: some layers don't fit on the devices"):
         wrap(dispatched[1], None, "spread")
 
 
@@ -360,7 +360,7 @@ def test_all_devices_are_left_to_the_device_map(device, expected, model_folder, 
 
 def test_layers_that_found_no_room_are_refused():
     model = tiny_model()
-    loading.refuse_offloaded(model, "x", torch.device("cpu"))
+    loading.reject_offloaded(model, "x", torch.device("cpu"))
     model.model.layers[1].to("meta")
     with pytest.raises(PluginError, match="model 'x' doesn't fit on all GPUs together"):
-        loading.refuse_offloaded(model, "x", torch.device("cpu"))
+        loading.reject_offloaded(model, "x", torch.device("cpu"))

@@ -28,7 +28,7 @@ def test_a_figure_that_a_table_shows_is_found(figure):
 @pytest.mark.parametrize("figure", ["3.98x", "4.1x", "+0.15 %", "-0.14 %", "−0.14 %", "3.97 %", "+1 %", "9.5 nats"])
 def test_a_figure_that_no_table_shows_is_named_with_its_line(figure):
     assert not_found(f"\n\n{PROSE.format(figure=figure)}", []) == [
-        f"line 3: {figure} is in no table that is made of committed results"
+        f"line 3: {figure} is in no table of committed results"
     ]
 
 
@@ -46,8 +46,8 @@ def test_everything_that_differs_is_named_at_once(tmp_path):
     with pytest.raises(PluginError) as caught:
         check(checkout)
     assert str(caught.value).splitlines() == [
-        "figures that no committed results hold:",
+        "figures that differ from the committed results:",
         "results/tables/gone.md has no table in configs/tables: remove it",
         "README.md: a table asks for none.json, which is not among the committed results: run it first",
-        "docs/a.md, line 1: 9.99x is in no table that is made of committed results",
+        "docs/a.md, line 1: 9.99x is in no table of committed results",
     ]

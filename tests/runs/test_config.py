@@ -53,7 +53,7 @@ def test_invalid_tables_are_named(tmp_path):
     needing = {"peers_x": fake(needs=["peers_y"])}
     rejected("run peers_x: no table defines a run peers_y", t=rest | {"runs": needing})
     one, other = (rest | {"runs": {"peers_x": fake({"size": size})}} for size in (1, 2))
-    rejected("u.json: run peers_x is defined otherwise in another table", t=one, u=other)
+    rejected("u.json: run peers_x is defined differently in another table", t=one, u=other)
 
 
 def test_names_are_filled_in_and_selected(tmp_path):

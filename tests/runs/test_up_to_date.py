@@ -116,7 +116,7 @@ def test_a_text_is_compared_by_its_hash(tmp_path):
         files.write_json(matcher.record_path("peers_x"), record | more)
         return matcher.stale("peers_x")
 
-    assert stale() == "its record doesn't say which text it was made from"
+    assert stale() == "its record names no text"
     assert stale(text_sha256=text.sha256("evaluation")) is None
     assert stale(text_sha256={"tuning": text.sha256("tuning")}) is None
     assert "another text" in stale(text_sha256=text.sha256("tuning"))

@@ -89,7 +89,7 @@ def test_a_failed_run_is_reported_with_what_needs_it_and_tried_again_next_time(t
 
 def test_a_script_that_writes_something_else_has_failed(checkout, storage, monkeypatch):
     monkeypatch.setattr(Matcher, "command", lambda self, run: ["sh", "-c", "true"])
-    assert "its results are not what was asked for: missing" in work(checkout, storage)["peers_one"]
+    assert "its results are not up to date: missing" in work(checkout, storage)["peers_one"]
 
 
 def test_ctrl_c_stops_the_script_and_the_run_waits_for_the_next_start(checkout, storage):

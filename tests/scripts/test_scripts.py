@@ -146,7 +146,7 @@ def test_tune_over_budget_writes_no_preset(tiny_flags, tmp_path, capsys):
 def test_validate_proves_that_the_cache_is_on_the_path(tiny_flags, tmp_path, capsys):
     code = run("validate_ppl_postbugfix", *tiny_flags, *SMALL, *SMALL_EVAL, "--layer-groups", 2, "--output", "v.json")
     said = capsys.readouterr().out
-    assert code == 0 and "the cache is on the path: identity moves no token" in said
+    assert code == 0 and "the model reads the cache: identity changes no token" in said
     record = json.loads((tmp_path / "v.json").read_text())
     assert (tmp_path / "v.png").exists()
     assert {row["group"] for row in record["rows"]} == set(GROUPS)
@@ -209,7 +209,7 @@ BAD = [
     ([TUNE, "--bits", "7"], "bits 7 is not available: use 4, 8, 16"),
     ([TUNE, "--target", "q"], "invalid choice"),
     ([TUNE, "--study", "short.txt"], "can't use short.txt as a study (file is not a database)"),
-    ([TUNE, "--study", "bank.db"], "it is a database of something else"),
+    ([TUNE, "--study", "bank.db"], "it isn't an Optuna database"),
     ([TUNE, "--study", "pipe"], "it is no regular file"),
     ([TUNE, "--calibration", "words.txt", "--output", "words.txt"], "--output and --text name the same file"),
     ([CALIBRATE, "--output", "link.txt"], "--output and --text name the same file"),

@@ -237,7 +237,7 @@ def test_without_a_place_to_keep_it_the_work_goes_on(llama, tmp_path, monkeypatc
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("KV_PLUGIN_CACHE", str(tmp_path / "file"))
     assert SELF.segments("calibration", llama, 24, 2, seed=0).shape == (2, 24)
-    assert "note: the sampled text is not kept for the next time: can't make the folder" in capsys.readouterr().out
+    assert "the sampled text is not saved and will be sampled again: can't make the folder" in capsys.readouterr().out
 
 
 def test_an_interrupted_sampling_leaves_nothing(llama, cache_folder, monkeypatch):
@@ -266,7 +266,7 @@ def test_self_is_a_text_with_a_hash_per_part():
 def test_all_of_a_text_without_end_is_refused(spec, llama):
     text = load_text(spec)
     assert text.available("calibration", llama, 24) == ENDLESS
-    with pytest.raises(PluginError, match=f"text '{text.name}' has no end: say how many windows"):
+    with pytest.raises(PluginError, match=f"text '{text.name}' has no end: give the number of windows"):
         text.segments("calibration", llama, 24)
 
 
@@ -360,7 +360,7 @@ def test_a_text_that_runs_out_is_named_and_the_others_fill_up(llama, capsys):
     mixed = text.segments("calibration", llama, 32, 10, seed=0)
     assert len(rows(mixed) & rows(short.segments("calibration", llama, 32))) == 2
     assert len(rows(mixed) & rows(long.segments("calibration", llama, 32))) == 8
-    expected = "note: the calibration part of short has only 2 of the 10 windows; the other texts fill up"
+    expected = "note: the calibration part of short has only 2 of the 10 windows; the other texts fill in"
     assert capsys.readouterr().out.strip() == expected
 
 

@@ -273,7 +273,7 @@ def test_a_database_that_cant_be_used_is_one_line(tmp_path):
     (tmp_path / "no.db").write_text("no database" * 100)
     with contextlib.closing(sqlite3.connect(tmp_path / "bank.db")) as bank:
         bank.execute("CREATE TABLE accounts (money)")
-    for name, reason in (("no.db", "file is not a database"), ("bank.db", "it is a database of something else")):
+    for name, reason in (("no.db", "file is not a database"), ("bank.db", "it isn't an Optuna database")):
         before = (tmp_path / name).read_bytes()
         with pytest.raises(PluginError, match=rf"can't use .*{name} as a study \({reason}\)"):
             TrialQueue(tmp_path / name, "q")

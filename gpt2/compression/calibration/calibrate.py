@@ -108,6 +108,23 @@ def calibrate(
     return calibration
 
 
+def chosen_codec(codec: str | None, metric: str | None, compact: bool) -> tuple[str, str]:
+    """Codec and metric of a calibration for which the user gave both, one or neither of them.
+
+    compact: choose a multi-head codec, the only kind that a compact file can hold. Raises PluginError where the given
+    codec or metric rules that out.
+    """
+    chosen = codec or metric or "pca"
+    metric = metric or basis_of(chosen).metric
+    if compact and not basis_of(chosen).multi_head:
+        several = list(multi_head_bases())
+        if codec or not takes_gradients(metric):
+            raise PluginError(f"--compact keeps one multi-head codec, which needs gradients: give --codec "
+                              f"{' or '.join(several)}")  # fmt: skip
+        chosen = several[0]
+    return chosen, metric
+
+
 def recalibrate(calibration: Calibration, loaded: LoadedModel, text: Text, number: int, progress=iter) -> Calibration:
     """The same calibration from other samples of the same text: `number` > 0 moves the seed.
 

@@ -53,8 +53,8 @@ def collect_fisher(
     gathered = {name: _Gathered(basis, loaded.geometry, rotary, sink_tokens, sample) for name, basis in bases.items()}
     heads = None if statistics is None else MetricSums(loaded.geometry, gradients=True)
     arrivals = _Arrivals(loaded.geometry, sink_tokens, [*gathered.values(), *([heads] if heads else [])])
-    tap = _checkpointed if checkpointing else _through_the_cache
-    with torch.enable_grad(), _without_parameter_gradients(loaded.model), tap(loaded.model, arrivals.watch) as run:
+    tap = _checkpointed if checkpointing else watched_cache
+    with torch.enable_grad(), without_parameter_gradients(loaded.model), tap(loaded.model, arrivals.watch) as run:
         for number in progress(processes.share(len(windows))):
             with arrivals.of_window(number):
                 logits = run(windows[number][None].to(loaded.device))[0]
@@ -203,8 +203,11 @@ def _shares(w: int, head_width: int) -> Tensor:
 
 
 @contextmanager
-def _without_parameter_gradients(model: nn.Module):
-    """Gradients with respect to the embedded tokens only: enough to reach K and V, and none is kept for weights."""
+def without_parameter_gradients(model: nn.Module):
+    """While the block runs, gradients flow from the embedded tokens on, through K and V, and none is kept for weights.
+
+    Afterwards the parameters require gradients as they did before.
+    """
     wanted = [p for p in model.parameters() if p.requires_grad]
     hook = model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.detach().requires_grad_())
     model.requires_grad_(False)
@@ -217,14 +220,21 @@ def _without_parameter_gradients(model: nn.Module):
 
 
 @contextmanager
-def _through_the_cache(model: nn.Module, watch: Callable[[int, Tensor, Tensor], None]):
-    """Yields a function from tokens [1, T] to logits, under which `watch` sees each layer's K and V."""
+def watched_cache(model: nn.Module, watch: Callable[[int, Tensor, Tensor], None]):
+    """Yields a function from token ids [1, T] to logits [1, T, V].
+
+    watch: called by every layer with its index and its new K and V, each [1, H, T, d], K as it is cached (with RoPE).
+    """
     yield lambda tokens: model(tokens, past_key_values=tapped(model, watch), use_cache=True).logits
 
 
 @contextmanager
 def _checkpointed(model: nn.Module, watch: Callable[[int, Tensor, Tensor], None]):
-    """As `_through_the_cache`, with activations recomputed. That takes no cache, so attention itself is watched."""
+    """As `watched_cache`, but activations are recomputed in the backward pass.
+
+    Checkpointed layers run without a cache, so `watch` is called by the attention function. Raises PluginError where
+    the model supports no checkpointing or its attention function can't be replaced.
+    """
 
     def tap(attention):
         def attend(module, query, key, value, *args, **kwargs):

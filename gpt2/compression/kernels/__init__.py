@@ -1,1 +1,1 @@
-"""Kernels that read and write what quantizers store. All of it works without them, slower."""
+"""Optional kernels that read and write quantized codes. Without them PyTorch does the same, more slowly."""

@@ -1,15 +1,16 @@
-// Scores and weighted sums over packed codes, and bit planes made, for CPUs.
+// CPU kernels: scores and weighted sums over packed codes, and the encoder of bit planes.
 //
-// A tile is one block's coordinates as floats, small enough for the first cache: decoded there, used by all queries,
-// and gone. It lies as its codes lie: token by token [tokens][r], or channel by channel [r][tokens]. So there are two
-// loops, along a tile's rows and across them, and each serves scores in one layout and weighted sums in the other.
+// A tile holds one block's coordinates as floats. It is small enough for the L1 cache: a block is decoded into it, used
+// by all queries, and overwritten by the next. It has the layout of its codes: token by token [tokens][r], or channel
+// by channel [r][tokens]. So there are two loops, `along` a tile's rows and `across` them, and each serves scores in
+// one layout and weighted sums in the other.
 //
 //     scores         q [B, G, M, r], out [B, H, M', T]   out = q · ẑ
 //     weighted_sums  p [B, H, M', T]  → [B, G, M, r]     Σ p ẑ
 //
-// A call is for all parts of one layer's K or V at once: pieces of blocks, exact sinks, exact tail. G groups of M rows
-// are the same rows as H heads of M' queries. Fields are as the quantizers store them, each [B, G, blocks, …] with its
-// last dimensions contiguous.
+// One call handles all parts of one layer's K or V: chunks of blocks, exact sinks, exact tail. G groups of M rows are
+// the same rows as H heads of M' queries. Fields are the tensors that quantizers store, each [B, G, blocks, …] with
+// contiguous last dimensions.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -37,10 +38,10 @@ using at::Tensor;
 
 constexpr int kBlock = 64;    // tokens coded together
 constexpr int kOctave = 8, kScaleZero = 17 * kOctave;  // a scale's byte: step = 2^(byte / 8 − 17)
-constexpr int kGrain = 2;     // tiles below which a second thread costs more than it saves
+constexpr int kGrain = 2;     // least number of tiles that is worth a thread
 constexpr int kWidths[] = {0, 2, 3, 4, 5, 6, 8, 10};
 
-// Where a field's entry for one batch row, group and block begins
+// Address of a field's entry for one batch row, group and block
 struct Field {
   const char* data;
   int64_t batch, group, block;
@@ -54,7 +55,7 @@ struct Field {
   const T* at(int64_t b, int64_t g, int64_t n) const {
     return reinterpret_cast<const T*>(data + b * batch + g * group + n * block);
   }
-  // Ask for `count` entries from n on, which are wanted soon; they needn't exist
+  // Prefetch `count` entries from n on, which are needed soon; prefetching past the end is harmless
   void prefetch(int64_t b, int64_t g, int64_t n, int64_t count = 1) const {
     const char* from = data + b * batch + g * group + n * block;
     for (int64_t i = 0; i < count * block; i += 64) __builtin_prefetch(from + i);
@@ -67,7 +68,7 @@ const std::array<float, 256> kSteps = [] {
   return steps;
 }();
 
-// A byte's bits as eight bytes of 0 or 1
+// The bits of a byte as eight bytes of 0 or 1
 const std::array<uint64_t, 256> kSpread = [] {
   std::array<uint64_t, 256> spread{};
   for (int i = 0; i < 256; i++)
@@ -75,7 +76,7 @@ const std::array<uint64_t, 256> kSpread = [] {
   return spread;
 }();
 
-// Codes of four bits lie in halves: the first half of `count` in the low nibbles, the others above
+// Unpack `count` codes. With four bits the first half is in the low nibbles, the second half in the high nibbles
 inline void unpack(const uint8_t* codes, int count, int bits, float* out) {
   if (bits == 8) {
     for (int i = 0; i < count; i++) out[i] = codes[i];
@@ -89,15 +90,15 @@ inline void unpack(const uint8_t* codes, int count, int bits, float* out) {
 // How one part of the tokens is stored
 struct Codec {
   const int r;
-  const bool by_channel;  // how a tile lies
+  const bool by_channel;  // layout of a tile
 
   Codec(int r, bool by_channel) : r(r), by_channel(by_channel) {}
   virtual ~Codec() = default;
-  // The tile of up to 64 tokens from `first` on
+  // Decode the tile of up to 64 tokens from `first` on
   virtual void decode(int64_t b, int64_t g, int64_t first, int tokens, float* tile) const = 0;
 };
 
-// Vectors as the model made them
+// Exact vectors, as the model computed them
 template <typename T>
 struct Exact final : Codec {
   Field x;
@@ -112,7 +113,7 @@ struct Exact final : Codec {
   }
 };
 
-// A scale and an offset for every token
+// Codes with a scale and an offset for every token
 struct Token final : Codec {
   Field codes, scale, offset;
   int bits;
@@ -131,7 +132,7 @@ struct Token final : Codec {
   }
 };
 
-// A scale and an offset for every channel of a block. At four bits tokens t and t + 32 share a byte
+// Codes with a scale and an offset for every channel of a block. At four bits tokens t and t + 32 share a byte
 struct Channel final : Codec {
   Field codes, scale, offset;
   int bits;
@@ -162,7 +163,7 @@ struct Channel final : Codec {
   }
 };
 
-// Every channel of a block in a width of its own, as bit planes by falling width, and the metadata behind them
+// Blocks whose channels have different widths: bit planes, sorted by falling width, followed by the metadata
 struct Planes final : Codec {
   Field block, widths;
 
@@ -196,7 +197,7 @@ struct Planes final : Codec {
     }
   }
 
-  // Three planes of r bits
+  // Width index of every channel, from three bit planes of r bits
   void indices(const uint8_t* packed, uint8_t* index) const {
     const int bytes = (r + 7) / 8;
     for (int i = 0; i < bytes; i++) {
@@ -211,7 +212,8 @@ struct Planes final : Codec {
     return !least;
   }
 
-  // Of every channel that has codes; far ones lie behind all metadata, in the order of the channels
+  // The offset of every channel that has codes. Far offsets, marked by a byte of 0, follow all metadata in the order of
+  // the channels
   void offsets(const uint8_t* metadata, const uint8_t* index, const int* order, int coded, float* offset) const {
     for (int i = 0; i < coded; i++) offset[order[i]] = metadata[2 * i + 1] - 128;
     const uint8_t* next = metadata + 2 * coded;
@@ -228,7 +230,7 @@ struct Planes final : Codec {
     const float zero = step * (unit * offset - ((1 << bits) - 1) / 2.f);
     const int low = std::min(bits, 8);
 #ifdef __AVX512BW__
-    // A plane is a mask over the 64 codes
+    // A plane is used as a mask over the 64 codes
     const __m512i lower = codes(plane, low), upper = codes(plane + 64, bits - low);
     spread<0>(lower, upper, bits, step, zero, row);
     spread<1>(lower, upper, bits, step, zero, row);
@@ -246,7 +248,7 @@ struct Planes final : Codec {
     return all;
   }
 
-  // The i-th sixteen of the codes as coordinates
+  // The i-th 16 of the 64 codes as coordinates
   template <int i>
   static void spread(__m512i lower, __m512i upper, int bits, float step, float zero, float* row) {
     __m512i code = _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(lower, i));
@@ -263,7 +265,7 @@ struct Planes final : Codec {
     for (int t = 0; t < kBlock; t++) row[t] = (lower[t] + 256 * upper[t]) * step + zero;
   }
 
-  // Eight tokens at a time: a byte of a plane becomes eight bytes of 0 or 1
+  // Codes of eight tokens at a time: each byte of a plane is spread to eight bytes of 0 or 1
   static void codes(const uint8_t* plane, int bits, uint8_t* out) {
     for (int i = 0; i < 8; i++) {
       uint64_t eight = 0;
@@ -287,7 +289,7 @@ inline void add(float* to, Lanes x) {
   std::memcpy(to, &x, sizeof x);
 }
 
-// out[m][j] += Σ_i a[m][i] tile[i][j] for R queries and 16 N columns, whose sums stay in registers
+// out[m][j] += Σ_i a[m][i] tile[i][j] for R queries and 16 N columns; the sums stay in registers
 template <int R, int N>
 inline void along_few(const float* a, int64_t a_row, const float* tile, int I, int J, float* out, int64_t out_row) {
   Lanes sums[R][N] = {};
@@ -311,7 +313,7 @@ void along_rows(const float* a, int64_t a_row, const float* tile, int I, int J, 
       for (int i = 0; i < I; i++) out[m * out_row + j] += a[m * a_row + i] * tile[i * J + j];
 }
 
-// As many queries at a time as registers have room for, in passes of about the same size
+// As many queries at a time as fit into registers, in passes of about equal size
 void along(const float* a, int64_t a_row, const float* tile, int I, int J, int M, float* out, int64_t out_row) {
   for (int passes = (M + 5) / 6; passes > 0; passes--) {
     const int rows = (M + passes - 1) / passes;
@@ -326,14 +328,14 @@ void along(const float* a, int64_t a_row, const float* tile, int I, int J, int M
   }
 }
 
-// Sums of lanes that are h apart, of two vectors in one: lanes of x, then of y, in every stretch of 2h
+// Add lanes that are h apart, and combine two vectors into one: every 2h lanes have h sums of x, then h sums of y
 template <int h, int... l>
 inline Lanes halved(Lanes x, Lanes y, std::integer_sequence<int, l...>) {
   return __builtin_shufflevector(x, y, (l / (2 * h) * 2 * h + l % h + (l % (2 * h) < h ? 0 : 16))...) +
          __builtin_shufflevector(x, y, (l / (2 * h) * 2 * h + l % h + (l % (2 * h) < h ? 0 : 16) + h)...);
 }
 
-// The sums of sixteen vectors in one, in pairs of pairs
+// One vector whose 16 lanes are the sums of 16 vectors, by a tree of pairwise sums
 template <int h = 1>
 inline Lanes totals(const Lanes* x) {
   if constexpr (h == 16)
@@ -345,8 +347,8 @@ inline Lanes totals(const Lanes* x) {
   }
 }
 
-// out[m][i] += Σ_j a[m][j] tile[i][j], sixteen rows of the tile at a time. fixed: J where it is known, so that the
-// compiler knows where each row lies; else 0
+// out[m][i] += Σ_j a[m][j] tile[i][j], 16 rows of the tile at a time. fixed: J as a compile-time constant, so that the
+// compiler knows the address of each row; 0 if it isn't known
 template <int fixed>
 void across_rows(const float* a, int64_t a_row, const float* tile, int I, int J, int M, float* out, int64_t out_row) {
   if (fixed) J = fixed;
@@ -383,11 +385,11 @@ std::unique_ptr<Codec> codec_of(int64_t kind, const Tensor* fields, int r, int b
   return std::make_unique<Exact<float>>(fields, r);
 }
 
-// Some tokens of one layer's K or V: where they begin among all, how they are stored, and the tiles they make
+// Some tokens of one layer's K or V: how they are stored, and their place among all tokens
 struct Part {
   std::unique_ptr<Codec> codec;
-  int64_t groups, start, length, skip;  // skip: of its first places, which are no tokens
-  bool affine;                          // queries and sums have a coordinate more, for a 1 of every token
+  int64_t groups, start, length, skip;  // skip: number of padding slots at the start
+  bool affine;                          // vectors have an additional last coordinate, which is 1 for every token
 
   int64_t columns() const { return codec->r + affine; }
 };
@@ -398,7 +400,7 @@ struct Tile {
   int tokens, skip;
 };
 
-// layout: kind, bits, r, start, length, skip and affine of every part
+// layout: seven numbers for each part: kind, bits, r, start, length, skip, affine
 std::vector<Part> parts_of(at::TensorList fields, at::IntArrayRef layout) {
   constexpr int per_kind[] = {1, 3, 3, 2};
   std::vector<Part> parts;
@@ -410,7 +412,7 @@ std::vector<Part> parts_of(at::TensorList fields, at::IntArrayRef layout) {
   return parts;
 }
 
-// Neighbours belong to the same head: a thread's share is a stretch of them
+// Consecutive tiles belong to the same head, and a thread gets a range of them
 std::vector<Tile> tiles_of(const std::vector<Part>& parts, int64_t batch) {
   std::vector<Tile> tiles;
   for (const Part& part : parts)
@@ -422,8 +424,8 @@ std::vector<Tile> tiles_of(const std::vector<Part>& parts, int64_t batch) {
   return tiles;
 }
 
-// What the first places of a tile hold counts for nothing
-void forget(float* tile, const Codec& codec, int skip) {
+// Set the padding slots of a tile to 0
+void clear_padding(float* tile, const Codec& codec, int skip) {
   if (!codec.by_channel)
     std::fill_n(tile, skip * codec.r, 0.f);
   else
@@ -465,14 +467,14 @@ void scores(at::TensorList qs, at::TensorList fields, at::IntArrayRef layout, Te
   });
 }
 
-// outs: which of the sums a part goes into. All parts of one sum have the same groups and rank
+// outs: for each part the index of the sum to which it is added. All parts of one sum have the same groups and rank
 std::vector<Tensor> weighted_sums(
     const Tensor& p, at::TensorList fields, at::IntArrayRef layout, at::IntArrayRef outs) {
   const auto parts = parts_of(fields, layout);
   const auto tiles = tiles_of(parts, p.size(0));
   const int64_t B = p.size(0), rows = p.size(1) * p.size(2), T = p.size(3), threads = at::get_num_threads();
   std::vector<Tensor> sums;
-  std::vector<std::vector<float>> apart;  // of each thread, so that no two write to the same place
+  std::vector<std::vector<float>> apart;  // the sums of each thread, so that no two threads write to the same address
   for (size_t i = 0; i < parts.size(); i++) {
     const int64_t G = parts[i].groups;
     if (outs[i] < int64_t(sums.size())) continue;
@@ -490,7 +492,7 @@ std::vector<Tensor> weighted_sums(
       const int64_t columns = tile.part->columns();
       const int64_t M = sum.size(2), row = (tile.b * tile.part->groups + tile.g) * M;
       codec.decode(tile.b, tile.g, tile.first, tile.tokens, buffer.data());
-      forget(buffer.data(), codec, tile.skip);
+      clear_padding(buffer.data(), codec, tile.skip);
       const float* from = weights + row * T + tile.part->start + tile.first;
       float* own = apart[which].data() + at::get_thread_num() * sum.numel() + row * columns;
       if (codec.by_channel)
@@ -511,10 +513,10 @@ std::vector<Tensor> weighted_sums(
   return sums;
 }
 
-// --- bit planes made, as mixed.py says: for every channel the width that is worth its bytes
+// --- encoder of bit planes, with the same search for each channel's width as codecs/mixed.py
 
 constexpr int kMenu = 8;
-constexpr int kMetadata = 2, kFar = 2;  // bytes of a channel, and those more where its offset is far
+constexpr int kMetadata = 2, kFar = 2;  // bytes of metadata of a channel, and additional bytes of a far offset
 constexpr float kReach = 127, kFarReach = 32767, kFarFrom = 2;
 
 struct Grid {
@@ -542,22 +544,22 @@ float error_of(const float* y, const Grid& grid, int bits) {
   return sum;
 }
 
-// The uniform grid of least squared error, over the shares of the range that are tried
+// The uniform grid with the least squared error among the shares of the range to try
 Grid best_grid(const float* y, float low, float high, int bits, at::ArrayRef<double> shares) {
   constexpr float half = 0.5f / kOctave;
   const float middle = (low + high) / 2, last = (1 << bits) - 1;
-  // Whether an offset in a byte would take a much wider step than the range
+  // Whether an offset in one byte would need a step much wider than the range asks for
   const bool far_off = std::abs(middle) / (kReach * Grid::unit(bits)) > kFarFrom / last * (high - low);
   const float reach = far_off ? kFarReach : kReach;
   Grid best{};
   for (const double share : shares) {
     Grid grid{};
     const float unit = Grid::unit(bits);
-    // An offset that it can't reach would put the whole block off: then the step must be wider
+    // The offset is in units of the step: if it is out of reach, the step must be wider
     const float wanted = std::max((high - low) * float(share) / last,
                                   std::abs(middle) / (reach * unit) * std::exp2(half));
     const float exponent = std::nearbyint(std::log2(std::max(wanted, 1e-30f)) * kOctave) + kScaleZero;
-    // Written so that NaN ends at the bound: what isn't a number has no grid, and must not find one outside the table
+    // In this form NaN, for which comparisons are false, gives an index inside the table
     grid.exponent = exponent > 0 ? (exponent < 255 ? exponent : 255) : 0;
     const float offset = std::nearbyint(middle / grid.step() / unit);
     grid.offset = offset > -reach ? (offset < reach ? offset : reach) : -reach;
@@ -570,12 +572,13 @@ Grid best_grid(const float* y, float low, float high, int bits, at::ArrayRef<dou
 struct PlaneWriter {
   int r, payload;
   at::ArrayRef<double> narrow, wide;
-  std::vector<Grid> grids;   // [kMenu][r]
-  std::vector<float> errors, bytes;  // the same
+  std::vector<Grid> grids;           // [kMenu][r]
+  std::vector<float> errors, bytes;  // [kMenu][r]
   std::vector<int> choice;
 
   PlaneWriter(int r, int payload, at::ArrayRef<double> narrow, at::ArrayRef<double> wide)
-      : r(r), payload(payload), narrow(narrow), wide(wide), grids(kMenu * r), errors(kMenu * r), bytes(kMenu * r), choice(r) {}
+      : r(r), payload(payload), narrow(narrow), wide(wide), grids(kMenu * r), errors(kMenu * r), bytes(kMenu * r),
+        choice(r) {}
 
   void write(const float* y, uint8_t* block, uint8_t* widths) {
     for (int c = 0; c < r; c++) measure(y + c * kBlock, c);
@@ -597,8 +600,8 @@ struct PlaneWriter {
     }
   }
 
-  // Least error within the bytes: bisection on the price of a byte, between one at which nothing is saved and one at
-  // which nothing is worth it
+  // Choose the widths with the least error within the payload, by bisection on the price of a byte: at the lowest price
+  // every channel takes its best width, at the highest none is worth its bytes
   void choose() {
     double few = 1e-30, many = 1e-30;
     for (const float error : errors) many += error;

@@ -1,7 +1,7 @@
-"""Kernels for CPUs: C++ that PyTorch builds the first time it is used, which takes a few seconds and a compiler.
+"""Kernels for CPUs in C++. PyTorch builds them on first use, which needs a compiler and takes some seconds.
 
-Chosen by measurement: compiled PyTorch is nearly as fast on plain integers, but it reads no bit planes, takes longer to
-build, and is compiled anew for other shapes. Without a compiler PyTorch computes the same numbers.
+C++ was chosen by measurement: torch.compile is nearly as fast on plain integers, but it reads no bit planes, takes
+longer to build, and compiles again for every shape. Without a compiler, PyTorch computes the same numbers.
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ from gpt2.compression.codecs.mixed import in_blocks, pack_indices
 
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_suffix(".cpp")
-# Sums in any order, so that they can be vectorised; but infinities and NaN stay what they are. OpenMP is PyTorch's own
-# threads: the library is the one that it has loaded
+# Sums may be reordered, so that they can be vectorised, but infinities and NaN are respected (so not -ffast-math).
+# OpenMP uses the threads of the library that PyTorch has loaded
 FLAGS = ["-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
 FLAGS += ["-fopenmp"] * (sys.platform == "linux")
 EXACT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CODED = (TOKEN, CHANNEL, PLANES, FIXED_PLANES)  # kinds of format that the kernels read
+CODED = (TOKEN, CHANNEL, PLANES, FIXED_PLANES)  # kinds of formats of codes that the kernels read
 
 
 class Part(NamedTuple):
-    """Some of the tokens of one layer's K or V: how they are stored, and where they are among all tokens.
+    """Some of the tokens of one layer's K or V: how they are stored, and their place among all tokens.
 
-    kind, bits: as `formats.Format` has them. skip: how many of the first token slots are padding. affine: queries and
-    sums have a last coordinate more, which meets a 1 in every token. tensors: in the order of the format.
+    kind, bits: of `formats.Format`. rank: coordinates per token. start, length: position of the first token slot, and
+    number of slots. skip: number of padding slots at the start. affine: vectors have an additional last coordinate,
+    which is 1 for every token. tensors: in the order of the format.
     """
 
     kind: int
@@ -59,22 +60,22 @@ class Part(NamedTuple):
 
 
 def reads(memory_format: Format | None) -> bool:
-    """Whether the kernels read codes in a format."""
+    """Whether the kernels can read codes in a format."""
     return memory_format is not None and memory_format.kind in CODED
 
 
 def encodes(encoding: Encoding) -> bool:
-    """Whether the kernels can choose codes in this way. The others take no time to speak of in PyTorch."""
+    """Whether the kernels can encode in this way. Other encodings take little time in PyTorch and have no kernel."""
     return isinstance(encoding, WidthSearch)
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the kernels can serve tensors like x; builds them at the first that they could."""
+    """Whether the kernels can serve tensors like x. The first call with a tensor on the CPU builds the kernels."""
     return x.device.type == "cpu" and loaded()
 
 
 def exact(start: int, x: Tensor) -> Part:
-    """A part of vectors as the model made them, [B, H, T, d]."""
+    """A part of exact vectors x [B, H, T, d]."""
     x = x if x.stride(3) == 1 else x.contiguous()
     return Part(EXACT, 0, x.shape[3], start, x.shape[2], 0, False, [x])
 
@@ -82,10 +83,10 @@ def exact(start: int, x: Tensor) -> Part:
 def coded(
     quantizer: Quantizer, encoded: Encoded, *, rank: int, start: int, length: int, skip: int, affine: bool
 ) -> Part:
-    """A part of tokens that a quantizer has stored, in a format that `reads` knows."""
+    """A part of tokens that a quantizer has stored, in a format that the kernels can read (`reads`)."""
     kind, bits = quantizer.memory_format
     tensors = quantizer.kernel_tensors(encoded)
-    if kind == FIXED_PLANES:  # the same as PLANES, but for the widths
+    if kind == FIXED_PLANES:  # as PLANES, but with the same widths in all blocks
         block, widths = tensors
         packed = pack_indices(widths[None, :, None]).expand(*block.shape[:3], -1)
         kind, tensors = PLANES, [block, packed]
@@ -93,22 +94,25 @@ def coded(
 
 
 def scores(parts: list[Part], qs: list[Tensor], out: Tensor) -> None:
-    """Write q · ẑ of every part's tokens into out [B, H, M, T] float32; qs: of each, [B, G, H/G · M, r or r + 1]."""
+    """Write q · ẑ for the tokens of all parts into out [B, H, M, T] float32.
+
+    qs: queries in each part's coordinates, [B, G, H/G · M, r], or r + 1 for an affine part.
+    """
     torch.ops.kv_compression.scores([q.float().contiguous() for q in qs], *_arguments(parts), out)
 
 
 def weighted_sums(parts: list[Part], p: Tensor, outs: list[int]) -> list[Tensor]:
-    """Σ p ẑ over tokens, [B, G, H/G · M, r or r + 1] each; p [B, H, M, T] float32.
+    """Sums Σ p ẑ over tokens, each [B, G, H/G · M, r], or r + 1 for affine parts; p [B, H, M, T] float32.
 
-    outs: of each part which sum it goes into, in ascending order.
+    outs: for each part the index of the sum to which it is added, in ascending order.
     """
     return torch.ops.kv_compression.weighted_sums(p.contiguous(), *_arguments(parts), outs)
 
 
 def quantized(encoding: WidthSearch, z: Tensor) -> Encoded:
-    """What `codecs.mixed` stores of z [B, G, T, r], by the same search.
+    """As `codecs.mixed` quantizes z [B, G, T, r], by the same search.
 
-    Sums are in another order, which may decide between two widths that are as good.
+    Sums are in another order, so that of two nearly equal widths the other one may be chosen.
     """
     y = in_blocks(z)
     block, widths = torch.ops.kv_compression.encode_planes(y.flatten(0, -3), *encoding)
@@ -121,13 +125,13 @@ def _arguments(parts: list[Part]) -> tuple[list[Tensor], list[int]]:
 
 @functools.cache
 def loaded() -> bool:
-    """Build the kernels where they aren't built, and load them; False, with one line in the log, where that fails."""
+    """Build the kernels unless that is done, and load them. Returns False, with one line in the log, if that fails."""
     name = f"kv_compression_{_built_for()}"
     try:
         from torch.utils import cpp_extension
 
         folder = Path(cpp_extension._get_build_directory(name, verbose=False))
-        # PyTorch's own lock file stays when a build is killed, and the next process would wait for it forever
+        # A killed build leaves PyTorch's own lock file behind, for which the next process would wait forever
         with FileLock(folder / "building"):
             (folder / "lock").unlink(missing_ok=True)
             cpp_extension.load(
@@ -135,7 +139,7 @@ def loaded() -> bool:
             )
     except (RuntimeError, OSError, ImportError) as error:
         log.warning(
-            "no CPU kernels (building them takes ninja, and GCC 12 or Clang), so attention over codes is slower: %s",
+            "no CPU kernels (building them needs ninja, and GCC 12 or Clang), so attention over codes is slower: %s",
             _first_line(error),
         )
         return False
@@ -143,9 +147,10 @@ def loaded() -> bool:
 
 
 def _built_for() -> str:
-    """Name of a build, by its source and what it relies on: machines with other processors may share a home folder.
+    """A hash of the source and of everything that a build depends on, for the name of the build.
 
-    The path of the source is part of it, or two checkouts would overwrite each other's build again and again.
+    It includes the processor, as different machines may share a home folder, and the path of the source, as two
+    checkouts would otherwise overwrite each other's build.
     """
     try:
         text = Path("/proc/cpuinfo").read_text()

@@ -1,7 +1,7 @@
-"""Which kernel quantizes what, and whether kernels can run here.
+"""Choose the kernel for a quantizer, if one can run on this machine.
 
-A kernel serves the formats and encodings that it knows (`codecs.formats`), whatever quantizer declares them. All works
-through PyTorch as well, so that a missing kernel or compiler is never an error.
+A kernel serves formats and encodings (`codecs.formats`), independent of the quantizer that declares them. Everything
+also works through PyTorch, so a missing kernel or compiler is never an error.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from gpt2.compression.codecs.compressor import Compressor
 from gpt2.compression.kernels import cpu
 
 log = logging.getLogger(__name__)
-AMPERE = (8, 0)  # the first NVIDIA GPUs with bfloat16 and TF32 products; kernels are compiled for those and later
+AMPERE = (8, 0)  # compute capability of the first NVIDIA GPUs with bfloat16 and TF32, which the kernels need
 
 
 def usable(x: Tensor) -> bool:
     """Whether a Triton kernel can take a tensor: it is on an NVIDIA GPU, Ampere or later, and Triton is installed.
 
-    With TRITON_INTERPRET=1 Triton runs kernels without a GPU, slowly: for tests.
+    With TRITON_INTERPRET=1, which is for tests, Triton interprets kernels on the CPU.
     """
     if x.is_cuda:
         return _installed(True) and _recent(x.device)
@@ -33,12 +33,12 @@ def usable(x: Tensor) -> bool:
 
 
 def compress(compressor: Compressor, x: Tensor, start: int = 0) -> Encoded:
-    """As `compressor.compress`, by a kernel where there is one."""
+    """As `compressor.compress` of x [B, H, T, d], with a kernel if there is one. start: position of the first token."""
     return quantize(compressor.quantizer, compressor.coordinates(x, start))
 
 
 def quantize(quantizer: Quantizer, z: Tensor) -> Encoded:
-    """What `quantizer` stores of z [B, G, T, r], by a kernel where there is one, else by the quantizer itself."""
+    """As `quantizer.quantize` of z [B, G, T, r], with a kernel if there is one."""
     encoding = quantizer.encoding(z.shape[-1])
     if encoding is None:
         return quantizer.quantize(z)

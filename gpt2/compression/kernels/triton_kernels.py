@@ -1,10 +1,10 @@
-"""Attention over tiles of 64 stored tokens: partial results of many splits, and their merger.
+"""Attention over tiles of 64 stored tokens: partial results of many splits, and a kernel that merges them.
 
-A program has all queries of one group of KV heads and some tiles in a row (split-K, as in flash-decoding). Tokens are
-the rows of both products and queries their columns: codes are the first operand, which tensor cores can take from
-registers, and few queries fill a tile of 16. What is read per token and group are the stored bytes alone, once for
-all queries: at 128 channels 136 bytes for K and V at int4, 140 at int4_channel, 512 at 16 bits, and as many as its
-name says for mixed. Written are 4 · M · (r + 2) bytes per split.
+A program handles all queries of one group of KV heads and some consecutive tiles (split-K, as in flash-decoding).
+Tokens are the rows of both products and queries their columns: then codes are the first operand, which tensor cores
+can take from registers, and few queries suffice to fill a tile of 16. For each token and group only the stored bytes
+are read, once for all queries: with 128 channels K and V take 136 bytes at int4, 140 at int4_channel, 512 at 16 bits.
+Each split writes 4 · M · (r + 2) bytes.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from gpt2.compression.kernels.triton_tiles import NONE, TILE, TOKEN, channels
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-TOP = tl.constexpr(10)  # float16 queries have their largest entry below 2 to this
+TOP = tl.constexpr(10)  # float16 queries are scaled so that their largest entry is at most 2^TOP
 CHUNK = tl.constexpr(16)  # splits merged at a time
 
 
 @triton.jit
 def _dot(a, b, SPLIT: tl.constexpr):
-    """a @ b in float32, on tensor cores. SPLIT: where a has 16 bits, b has twice as many, in two products."""
+    """a @ b in float32, on tensor cores. SPLIT: if a has 16 bits, use 32 bits of b, in two products."""
     if a.dtype == tl.float32:
-        # To some 22 bits. In float32 proper there are no tensor cores, and operands spill out of registers
+        # About 22 bits of precision. Full float32 has no tensor cores, and its operands spill out of registers
         return tl.dot(a, b, input_precision="tf32x3")
     high = b.to(a.dtype)
     total = tl.dot(a, high)
@@ -35,13 +35,13 @@ def _dot(a, b, SPLIT: tl.constexpr):
 
 @triton.jit
 def _scores(codes, scale, offset, q, total, AXIS: tl.constexpr, SPLIT: tl.constexpr):
-    """q · ẑ of a tile, [64, M]; q [R, M], total [M] its sums over channels."""
+    """q · ẑ of a tile, [64, M]; q [R, M], total [M]: sums of q over channels."""
     if AXIS == NONE:
         return _dot(codes, q, SPLIT)
     elif AXIS == TOKEN:
         return _dot(codes, q, SPLIT) * scale[:, None] + offset[:, None] * total[None, :]
     else:
-        # Steps span decades: against the largest, so that they stay inside float16
+        # Scales span several orders of magnitude: relative to the largest, they fit into float16
         largest = tl.maximum(tl.max(scale, 0), 1e-30)
         x = _dot(codes, q * (scale / largest)[:, None], SPLIT)
         return x * largest + tl.sum(q * offset[:, None], 0)[None, :]
@@ -49,7 +49,7 @@ def _scores(codes, scale, offset, q, total, AXIS: tl.constexpr, SPLIT: tl.conste
 
 @triton.jit
 def _add_values(acc, shift, codes, scale, offset, p, AXIS: tl.constexpr):
-    """Σ p ẑ of a tile, added to acc [R, M] or, what all channels have in common, to shift [M]; p [64, M]."""
+    """Add Σ p ẑ of a tile to acc [R, M] and, for terms that are equal in all channels, to shift [M]; p [64, M]."""
     codes = tl.trans(codes)
     if AXIS == NONE:
         acc += _dot(codes, p, False)
@@ -65,14 +65,14 @@ def _add_values(acc, shift, codes, scale, offset, p, AXIS: tl.constexpr):
 @triton.jit
 def _queries(q_ptr, group, M, RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, PAIRED: tl.constexpr,
              DTYPE: tl.constexpr):  # fmt: skip
-    """Queries of a group, [R, ROWS] float32, each divided by the unit that is returned with them, [ROWS]."""
+    """Queries of a group divided by a unit each, [R, ROWS] float32, and the units, [ROWS]."""
     m = tl.arange(0, ROWS)
     channel, there = channels(RANK, R, PAIRED)
     places = (group * M + m)[None, :] * RANK + channel[:, None]
     q = tl.load(q_ptr + places, mask=(m < M)[None, :] & there[:, None], other=0.0).to(tl.float32)
     unit = tl.full([ROWS], 1.0, tl.float32)
     if tl.float16 == DTYPE:
-        # A power of two: what is float16 stays exact. Far from its largest number and from its smallest
+        # A power of two, so that float16 queries stay exact, away from float16's largest and smallest numbers
         unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(q), 0), 1e-30))) - TOP)
     return q / unit[None, :], unit
 
@@ -80,7 +80,7 @@ def _queries(q_ptr, group, M, RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.cons
 @triton.jit
 def _masked(x, mask_ptr, group, position, inside, M, heads, queries, mask_b, mask_h, mask_q, mask_t, groups,
             MASK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """Scores x [64, M] with what the mask says. MASK: 0 nothing, 1 of a token, 2 of a query and a token."""
+    """Scores x [64, M] with the mask applied. MASK: 0 no mask, 1 depends on the token, 2 on query and token."""
     if MASK == 0:
         return x
     row = mask_ptr + (group // groups).to(tl.int64) * mask_b
@@ -91,12 +91,12 @@ def _masked(x, mask_ptr, group, position, inside, M, heads, queries, mask_b, mas
         own = ((group % groups) * heads + m // queries).to(tl.int64) * mask_h + (m % queries) * mask_q
         places = own[None, :] + (position * mask_t)[:, None]
         seen = tl.load(row + places, mask=inside[:, None] & (m < M)[None, :], other=0)
-    if mask_ptr.dtype.element_ty == tl.uint8:  # a bool
+    if mask_ptr.dtype.element_ty == tl.uint8:  # a boolean mask
         return tl.where(seen != 0, x, LOWEST)
     return x + seen.to(tl.float32)
 
 
-# What changes from step to step must not compile anew
+# Arguments that change from step to step; Triton must not compile a version for each of their values
 _CHANGING = ["k_room", "v_room", "base", "first", "end", "k_start", "v_start", "first_split", "tiles", "tiles_each",
              "mask_b", "mask_h", "mask_q", "mask_t"]  # fmt: skip
 
@@ -110,11 +110,11 @@ def attend_tiles(
     K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Partial attention of a group's queries over one split of a piece of K and of V.
+    """Partial attention of a group's queries over one split of a storage chunk of K and of V.
 
     q [B · G, M, K_RANK], bias [B · G, M] float32 → maxima, sums [splits, B · G, M], accs [splits, B · G, M, V_RANK].
-    Positions in the sequence: base, of the first tile; first and end, of the tokens that count; k_start and v_start,
-    of the first tokens of the pieces. M = heads · queries.
+    Positions in the sequence: base, of the first tile; first and end, of the tokens to attend to; k_start and v_start,
+    of the first tokens of the chunks. M = heads · queries.
     """
     group, split = tl.program_id(0), tl.program_id(1)
     m, t = tl.arange(0, ROWS), tl.arange(0, TILE)
@@ -153,8 +153,8 @@ def attend_tiles(
 
 @triton.jit(do_not_specialize=["splits"])
 def merge_splits(maxima, sums, accs, y, logsum, splits, RANK: tl.constexpr, R: tl.constexpr):
-    """Partial results of one query, [splits, rows] and [splits, rows, RANK] → y [rows, RANK], normalised, and the
-    logarithm of its sum of exponentials, [rows]."""
+    """Merge the partial results of one query, [splits, rows] and [splits, rows, RANK], into the normalised output
+    y [rows, RANK] and the logarithm of its sum of exponentials, logsum [rows]."""
     row, rows = tl.program_id(0), tl.num_programs(0)
     channel, s = tl.arange(0, R), tl.arange(0, CHUNK)
     top = tl.full([], LOWEST, tl.float32)
@@ -172,6 +172,6 @@ def merge_splits(maxima, sums, accs, y, logsum, splits, RANK: tl.constexpr, R: t
         total = total * fade + tl.sum(weight * tl.load(sums + own, mask=there, other=0.0), 0)
         acc = acc * fade + tl.sum(weight[:, None] * part, 0)
         top = higher
-    mean = acc / tl.where(total > 0, total, 1.0)  # nothing, where a mask hides all tokens
+    mean = acc / tl.where(total > 0, total, 1.0)  # 0 if the mask hides all tokens
     tl.store(y + row.to(tl.int64) * RANK + channel, mean, mask=channel < RANK)
     tl.store(logsum + row, top + tl.log2(total) / LOG2E)

@@ -1,10 +1,10 @@
-"""Quantizing what is appended, in one kernel: integers by token, and integers by channel of a block.
+"""Quantization in one kernel that reads its input once: integers by token, and integers by channel of a block.
 
 The arithmetic is that of `codecs.integer` and `codecs.per_channel`, operation by operation: IEEE division, rounding to
-even, no fused multiply-add, and steps from a table that PyTorch has made. By token what is stored is the same bit for
-bit. By channel three things may differ where two choices are as good: the step, where its logarithm lies halfway
-between two bytes; the share, where two have the same squared error but for the order of the sum; and an offset on the
-bulk, where its float16 is a tie. z is read once.
+even, no fused multiply-add, and steps from a table that PyTorch computes. By token the result is the same bit for bit.
+By channel it may differ in three nearly equal choices: the step, if its logarithm lies halfway between two bytes; the
+share of the range, if two have the same squared error up to the order of the sum; and an offset on the bulk, if its
+rounding to float16 is a tie.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ OCTAVE, SCALE_ZERO = tl.constexpr(formats.OCTAVE), tl.constexpr(formats.SCALE_ZE
 LARGEST, SMALLEST = tl.constexpr(HALF_MAX), tl.constexpr(integer.SMALLEST)
 SMALLEST_NORMAL = tl.constexpr(integer.HALF.smallest_normal)
 ROUNDING = tl.constexpr(1.5 * 2**23)  # added and taken away, it leaves a float32 rounded to even
-ELEMENTS = 4096  # of a program
+ELEMENTS = 4096  # numbers per program, by token
 MOST_CHANNELS = 16384
-LANES = 64  # channels of a program, by channel
+LANES = 64  # channels per program, by channel
 
 
 def quantized(encoding: Encoding, z: Tensor) -> Encoded | None:
-    """What a quantizer of this encoding stores of z [B, G, T, r], or None where there is no kernel for it."""
+    """z [B, G, T, r] quantized in an encoding; None if there is no kernel for it."""
     kernel = KERNELS.get(type(encoding))
     if kernel is None or not z.is_floating_point() or not z.numel() or z.shape[-1] > MOST_CHANNELS:
         return None
@@ -59,7 +59,7 @@ def _half_not_above(x):
 @triton.jit(do_not_specialize=["tokens"])
 def quantize_tokens(z, codes, scales, offsets, tokens, RANK: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr,
                     ROWS: tl.constexpr, LEVELS: tl.constexpr):  # fmt: skip
-    """z [tokens, RANK] → codes [tokens, HALF], scales and offsets [tokens]; HALF < RANK puts two codes in a byte."""
+    """z [tokens, RANK] → codes [tokens, HALF], scales and offsets [tokens]; if HALF < RANK, a byte has two codes."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, R)
     first_mask = (row < tokens)[:, None] & (channel < HALF)[None, :]
@@ -80,7 +80,7 @@ def quantize_tokens(z, codes, scales, offsets, tokens, RANK: tl.constexpr, HALF:
     offset, step = offset[:, None], step.to(tl.float32)[:, None]
     packed = _code(first, offset, step, LEVELS).to(tl.uint8)
     if HALF < RANK:
-        # An odd rank leaves the last upper nibble empty
+        # With an odd rank the last upper nibble is 0
         above = tl.where(second_mask, _code(second, offset, step, LEVELS), 0.0).to(tl.uint8)
         packed = packed | (above << 4)
     tl.store(codes + row[:, None] * HALF + channel[None, :], packed, mask=first_mask)
@@ -88,7 +88,7 @@ def quantize_tokens(z, codes, scales, offsets, tokens, RANK: tl.constexpr, HALF:
 
 @triton.jit
 def _grid(low, high, factor, steps, LEVELS: tl.constexpr):
-    """Scale as its byte, step and offset of codes over a share of a range, per channel; factor: share / LEVELS."""
+    """Byte of the scale, step and offset of each channel, for a share of its range; factor: share / LEVELS."""
     spread = high - low + tl.abs(low) * 0.0009765625  # 2^-10
     exponent = tl.log2(tl.maximum(spread * factor, 1e-30)) * OCTAVE
     exponent = (exponent + ROUNDING) - ROUNDING + SCALE_ZERO
@@ -100,7 +100,7 @@ def _grid(low, high, factor, steps, LEVELS: tl.constexpr):
 
 @triton.jit
 def _squared_error(z, step, offset, LEVELS: tl.constexpr):
-    """Summed over tokens: z [tokens, channels]."""
+    """Squared error of codes, summed over the tokens of z [tokens, channels]."""
     error = z - (_code(z, offset[None, :], step[None, :], LEVELS) * step[None, :] + offset[None, :])
     return tl.sum(error * error, 0)
 
@@ -118,7 +118,7 @@ def _total(first, second):
 @triton.jit
 def _on_the_bulk(first, second, scale, step, offset, mean, spread, apart, steps, LEVELS: tl.constexpr,
                  WIDER: tl.constexpr):  # fmt: skip
-    """As `Int8Channel._on_the_bulk`, for the channels that are `apart`; mean and spread: of all tokens."""
+    """As `Int8Channel._on_the_bulk`, for the channels marked in `apart`; mean and spread: of all tokens."""
     near_first = (tl.abs(first - mean[None, :]) <= 2 * spread[None, :]).to(tl.float32)
     near_second = (tl.abs(second - mean[None, :]) <= 2 * spread[None, :]).to(tl.float32)
     count = _total(near_first, near_second)
@@ -144,7 +144,7 @@ def quantize_blocks(z, codes, scales, offsets, steps, factors, RANK: tl.constexp
                     LEVELS: tl.constexpr, SHARES: tl.constexpr, WIDER: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
     """z [blocks, 64, RANK] → codes [blocks, 64 or 32, RANK], scales and offsets [blocks, RANK].
 
-    steps [256]: of every scale. factors: of the shares to try, the first of them first where errors are equal.
+    steps [256]: step of every scale. factors: share / LEVELS of the shares to try; of equal errors the first counts.
     """
     block = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * LANES + tl.arange(0, LANES)
@@ -221,5 +221,5 @@ def _steps(device: torch.device) -> Tensor:
     return per_channel.step_of(torch.arange(256, device=device))
 
 
-# By encoding; what has none is quantized by PyTorch
+# Encoding to its kernel; other encodings are quantized by PyTorch
 KERNELS = {TokenRange: _by_token, ChannelGrid: _by_channel}

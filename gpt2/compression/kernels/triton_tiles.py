@@ -1,15 +1,17 @@
-"""One decoder per format: a tile of 64 tokens from what is stored, as whole numbers that a dot product takes.
+"""One decoder per format: it unpacks a tile of 64 stored tokens into integer codes for a dot product.
 
-A decoder returns codes [64, R], and scale and offset along one axis, by which ẑ = code · scale + offset:
+A decoder returns codes [64, R], and scale and offset along one axis, such that ẑ = code · scale + offset:
 
     NONE     the codes are ẑ themselves
     TOKEN    scale and offset [64]: attention applies them to scores and to probabilities
     CHANNEL  scale and offset [R]: attention applies them to the query and to the tile's sum
-so that nothing is computed per element but the code. Codes have at most ten bits, which float16 holds exactly.
 
-Arguments of every decoder: fields, pointers to the format's tensors, [B · G, room, …] (`room`: blocks that a chunk of
-storage has space for); group, index into B · G; start, the tile's first token in the chunk, which may lie before it;
-inside [64], which tokens are to be read; RANK channels, R their slots, a power of two; DTYPE of the codes.
+So the only computation per element is that of the code. Codes have at most ten bits, which float16 holds exactly.
+
+Arguments of every decoder: fields, pointers to the format's tensors, [B · G, room, …], where `room` is the number of
+blocks that a chunk of storage has space for; group, an index into B · G; start, the tile's first token in the chunk,
+which is negative if the tile begins before it; inside [64], which tokens to read; RANK channels; R slots for them, a
+power of two; DTYPE of the codes.
 """
 
 from __future__ import annotations
@@ -31,15 +33,15 @@ PLANES, PLANE = tl.constexpr(formats.MOST_PLANES), tl.constexpr(formats.PLANE)
 METADATA = tl.constexpr(formats.METADATA)
 CLASSES = tl.constexpr(len(formats.WIDTHS))
 WIDTH_TABLE = tl.constexpr(sum(width << 4 * index for index, width in enumerate(formats.WIDTHS)))  # 4 bits each
-COUNT_BITS = tl.constexpr(9)  # of a count of channels, at most 256: seven classes fit an int64
+COUNT_BITS = tl.constexpr(9)  # bits of a count of up to 256 channels: counts of seven classes fit into an int64
 MOST_CHANNELS = 256
 
 
 @triton.jit
 def as_float(codes, DTYPE: tl.constexpr):
-    """Whole numbers from 0 to 1023 → DTYPE."""
+    """Integers from 0 to 1023 as DTYPE."""
     if tl.float16 == DTYPE:
-        # The bits of 1024 + code: an OR and a subtraction, where a conversion takes a quarter of the throughput
+        # Set the bits of the float16 1024 + code, then subtract 1024: a conversion has a quarter of the throughput
         return (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
     else:
         return codes.to(DTYPE)
@@ -47,7 +49,7 @@ def as_float(codes, DTYPE: tl.constexpr):
 
 @triton.jit
 def channels(RANK: tl.constexpr, R: tl.constexpr, PAIRED: tl.constexpr):
-    """Channel of every slot, [R], and whether there is one."""
+    """The channel of every slot, [R], and whether the slot has one. PAIRED: channels lie in two halves (`Decoder`)."""
     slot = tl.arange(0, R)
     if PAIRED:
         half: tl.constexpr = (RANK + 1) // 2
@@ -132,7 +134,7 @@ def int4_channel_tile(fields, room, group, start, inside, RANK: tl.constexpr, R:
 
 @triton.jit
 def planes_tile(fields, room, group, start, inside, RANK: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr):
-    """fields: block, packed width indices, bytes of a block."""
+    """fields: block, packed width indices, number of bytes of a block."""
     block, channel = _block(room, group, start), tl.arange(0, R)
     row_bytes: tl.constexpr = (RANK + 7) // 8
     row = fields[1] + block * (3 * row_bytes)
@@ -140,13 +142,13 @@ def planes_tile(fields, room, group, start, inside, RANK: tl.constexpr, R: tl.co
     for plane in tl.static_range(3):
         part = tl.load(row + plane * row_bytes + channel // 8, mask=channel < RANK, other=0).to(tl.int32)
         classes |= ((part >> (channel % 8)) & 1) << plane
-    # A block's bytes are whole planes here: always at multiples of 8
+    # Blocks of this format consist of whole planes, so every plane is at a multiple of 8 bytes
     return _planes_tile(fields[0] + block * fields[2], classes, R, DTYPE, True, True)
 
 
 @triton.jit
 def fixed_planes_tile(fields, room, group, start, inside, RANK: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr):
-    """fields: block, width indices [groups, RANK] uint8, bytes of a block, groups."""
+    """fields: block, width indices [groups, RANK] uint8, number of bytes of a block, number of groups."""
     block, channel = _block(room, group, start), tl.arange(0, R)
     own = fields[1] + (group % fields[3]) * RANK + channel
     classes = tl.load(own, mask=channel < RANK, other=0).to(tl.int32)
@@ -155,9 +157,9 @@ def fixed_planes_tile(fields, room, group, start, inside, RANK: tl.constexpr, R:
 
 @triton.jit
 def _planes_tile(row, classes, R: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, FAR: tl.constexpr):
-    """A block of bit planes at `row`, and the width index of its channels, [R]; ALIGNED to 8 bytes, or to 2.
+    """Decode a block of bit planes at `row`. classes [R]: width index of each channel.
 
-    FAR: whether there may be far offsets.
+    ALIGNED: planes are aligned to 8 bytes, else to 2. FAR: whether there may be far offsets (see `codecs.mixed`).
     """
     width, planes_before, coded_before, all_planes = _places(classes, R)
     metadata = (row + all_planes * PLANE + coded_before * METADATA).to(tl.pointer_type(tl.uint16))
@@ -174,7 +176,8 @@ def _planes_tile(row, classes, R: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl
     values = (1 << width).to(tl.float32)
     zero = step * (tl.maximum(values / 64, 0.25) * offset.to(tl.float32) - (values - 1) / 2)
     pairs = tl.zeros([R, 2, 16], tl.uint32)
-    # All loads can be under way together: 8 bytes of one channel each. Per element half an operation of each kind
+    # The loads, of 8 bytes of one channel each, don't depend on each other and so can overlap. Two codes are assembled
+    # in one uint32, which halves the operations per code
     for plane in tl.static_range(PLANES):
         low, high = _plane(row + (planes_before + plane) * PLANE, plane < width, ALIGNED)
         words = tl.join(low, high)[:, :, None]  # [R, 2, 1], 32 tokens each
@@ -186,7 +189,7 @@ def _planes_tile(row, classes, R: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl
 
 @triton.jit
 def _plane(places, taken, ALIGNED: tl.constexpr):
-    """The 64 bits of a plane at each of `places`, [R], as two uint32."""
+    """The 64 bits of the planes at the addresses `places` [R], as two uint32."""
     if ALIGNED:
         word = tl.load(places.to(tl.pointer_type(tl.uint64)), mask=taken, other=0)
         return word.to(tl.uint32), (word >> 32).to(tl.uint32)
@@ -201,9 +204,10 @@ def _plane(places, taken, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _places(classes, R: tl.constexpr):
-    """Where channels lie by falling width: width, planes and coded channels before each, [R], and planes in total.
+    """Positions of channels in a block that is sorted by falling width.
 
-    A counting sort in one scan: seven counts, of each class but the first, side by side in an int64.
+    Returns each channel's width, number of planes before it and number of coded channels before it, [R] each, and the
+    number of all planes. It is a counting sort in one scan: an int64 holds the counts of all seven widths above 0.
     """
     width = ((tl.full([R], WIDTH_TABLE, tl.uint32) >> (4 * classes).to(tl.uint32)) & 15).to(tl.int32)
     shift = (tl.maximum(classes - 1, 0) * COUNT_BITS).to(tl.int64)
@@ -233,9 +237,9 @@ def _fixed_planes_arguments(tensors: list[Tensor]) -> tuple:
 class Decoder(NamedTuple):
     """How a format is read: its kernel function, and the axis of scale and offset.
 
-    paired: channels lie in two halves, as the nibbles of the same bytes. arguments: what the function gets as `fields`,
-    of the format's tensors. stages: tiles loaded ahead, plus one; the loads of bit planes are many, and wait for
-    registers rather than for memory.
+    paired: channels lie in two halves, one in the low and one in the high nibbles of the same bytes. arguments: from
+    the format's tensors to the function's `fields`. stages: Triton's num_stages, one more than the tiles that are
+    loaded ahead; bit planes have fewer, since their many loads are limited by registers rather than by memory.
     """
 
     tile: triton.JITFunction
@@ -245,7 +249,7 @@ class Decoder(NamedTuple):
     stages: int = 3
 
 
-# A quantizer whose format isn't here works all the same, through PyTorch
+# Quantizers with other formats work through PyTorch
 DECODERS: dict[Format, Decoder] = {
     Format(formats.EXACT): Decoder(plain_tile, NONE.value),
     Format(formats.TOKEN, 8): Decoder(int8_tile, TOKEN.value),

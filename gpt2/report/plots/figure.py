@@ -18,9 +18,9 @@ RATIO = "whole-KV compression against a 16-bit cache"
 
 
 def blank_figure(figsize: tuple[float, float]) -> Figure:
-    """A figure that pyplot doesn't know: pyplot keeps every figure it makes in memory. figsize: inches."""
+    """A figure made without pyplot, which would keep every figure in memory. figsize: inches."""
     figure = Figure(figsize=figsize, layout="constrained")
-    FigureCanvasAgg(figure)  # with a canvas, text has a size
+    FigureCanvasAgg(figure)  # the size of text can only be computed with a canvas
     return figure
 
 
@@ -35,7 +35,7 @@ def new_figure(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float],
 
 
 def color_of(index: int):
-    """The color of a series by its place; ten differ."""
+    """The color of the series at an index; there are ten colors."""
     return colormaps["tab10"](index % 10)
 
 
@@ -50,7 +50,7 @@ def context_axis(axis: Axes, contexts: Sequence[int]) -> None:
 def bar_lengths(values: np.ndarray, bounds: Sequence[Sequence[float]]) -> list[np.ndarray]:
     """Lengths of error bars below and above `values` [n] for intervals `bounds` [n, 2].
 
-    A percentile interval may leave out its own estimate; its bar then has length 0 on that side.
+    A percentile interval may not contain the estimate itself; the bar then has length 0 on that side.
     """
     low, high = np.array(bounds).reshape(-1, 2).T
     return [np.maximum(values - low, 0), np.maximum(high - values, 0)]
@@ -59,17 +59,17 @@ def bar_lengths(values: np.ndarray, bounds: Sequence[Sequence[float]]) -> list[n
 def spread_labels(axis: Axes, labels: list[str], points: list[tuple], bars: list[tuple]) -> None:
     """Write labels near their points (x, y), with a thin line to each.
 
-    No label overlaps another label, a point or the legend, and none overlaps a bar or the zero line where there is
-    room. bars: the two ends of each bar, one after the other.
+    No label overlaps another label, a point or the legend; bars and the zero line are avoided if there is room. bars:
+    the two ends (x, y) of each bar, one after the other.
     """
-    axis.figure.canvas.draw()  # only now is it known where on the canvas a point lies
+    axis.figure.canvas.draw()  # positions on the canvas are known only after drawing
     renderer, inside = axis.figure.canvas.get_renderer(), axis.get_window_extent()
     spots, ends = axis.transData.transform(points), axis.transData.transform(bars).reshape(-1, 2, 2)
     zero = axis.transData.transform((points[0][0], 0))[1]
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in spots]
     if axis.get_legend():
         taken.append(axis.get_legend().get_window_extent(renderer))
-    lines = [Bbox([low - 2, high + 2]) for low, high in ends]  # where a label must overlap something, then these
+    lines = [Bbox([low - 2, high + 2]) for low, high in ends]  # may be overlapped if nothing else is free
     lines.append(Bbox([(inside.x0, zero - 1), (inside.x1, zero + 1)]))
     line = {"arrowstyle": "-", "color": "tab:gray", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
     pixels = axis.figure.dpi / 72  # per point, the unit of offsets
@@ -91,6 +91,6 @@ def spread_labels(axis: Axes, labels: list[str], points: list[tuple], bars: list
             outside = not all(inside.contains(x, y) for x, y in (box.min, box.max))
             return 1000 * (outside + box.count_overlaps(taken)) + box.count_overlaps(lines)
 
-        best = min(offsets, key=clashes)  # the first of equals, which is the nearest
+        best = min(offsets, key=clashes)  # min returns the first of equals, which is the nearest
         note.set(ha="left" if best[0] > 0 else "right", position=best)
         taken.append(box_at(best))

@@ -50,7 +50,7 @@ def peers(rows: list[dict], title: str) -> Figure:
         style = {"color": color, "marker": marker, "linestyle": "", "markersize": 6}
         bars = bar_lengths(y, 100 * np.array([row["ppl_delta_interval"] for row in own]))
         axes["ppl"].errorbar(x, y, bars, capsize=3, elinewidth=1, label=family, zorder=3, **style)
-        if family != "baseline":  # it has no distance from itself, and a logarithmic axis no zero
+        if family != "baseline":  # its KL is 0, which a logarithmic axis can't show
             axes["kl"].plot(x, np.clip([row["kl_nats"] for row in own], 1e-6, None), **style)
         axes["top1"].plot(x, [100 * row["top1_agreement"] for row in own], **style)
     axes["ppl"].set_yscale("symlog", linthresh=0.1)

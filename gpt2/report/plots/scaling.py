@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from gpt2.report.plots.figure import new_figure
 
 COLUMNS = 5
-LEAST_SPAN = 4  # ratio of the ends of the vertical axis: a cost that doesn't grow looks flat
+LEAST_SPAN = 4  # least ratio of the ends of the vertical axis, so that a cost that doesn't grow looks flat
 
 
 def growth(record: dict) -> Figure:
@@ -33,7 +33,7 @@ def _panel(axis: Axes, slope: dict) -> None:
     x, values = np.array(slope["x"]), np.array(slope["values"])
     axis.loglog(np.repeat(x, values.shape[1]), values.ravel(), ".", color="tab:gray", label="measured")
     axis.loglog(x, slope["medians"], "o", color="tab:blue", label="median")
-    centre = np.exp(np.log(x).mean()), np.exp(np.log(slope["medians"]).mean())  # which both lines go through
+    centre = np.exp(np.log(x).mean()), np.exp(np.log(slope["medians"]).mean())  # a point of both lines
     for name, style, color in (("exponent", "-", "tab:blue"), ("expected_exponent", "--", "tab:orange")):
         label = {"exponent": "fitted", "expected_exponent": "expected"}[name]
         axis.loglog(x, centre[1] * (x / centre[0]) ** slope[name], style, color=color, label=label)

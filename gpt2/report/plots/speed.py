@@ -121,7 +121,7 @@ def _step_bars(axis: Axes, rows: list[dict]) -> None:
 
 
 def ratios_by_context(rows: list[dict], title: str) -> Figure:
-    """Whole-KV compression against context length, a line per cache; dashed with the basis counted as well.
+    """Whole-KV compression against context length, a line per cache; dashed lines count the basis as well.
 
     rows: as scripts/benchmarks/cache_bytes.py writes them.
     """

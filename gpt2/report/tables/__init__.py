@@ -74,7 +74,7 @@ def show(kind: str, record: dict, *words: str, note: bool = True) -> None:
 def table(name: str, record: dict, words: str | None = None, kind: str | None = None) -> Table:
     """The table of a results file. words: which of its rows, joined by commas; kind: a key of TABLES, by name if None.
 
-    Raises PluginError where there is no such table, the record has no such rows, or something is missing in it.
+    Raises PluginError if there is no such table, or the record lacks these rows or other keys of the table.
     """
     make = TABLES.get(kind or kind_of(name))
     if make is None:

@@ -11,7 +11,7 @@ MODES = [*WORKS, "refused", "not tried", "failed"]
 
 
 def architectures(record: dict, _: list[str]) -> Table:
-    """Decoder families by what happens to them: a row per mode, or per reason where they don't work."""
+    """Decoder families by result: a row per working mode, and a row per reason for families that don't work."""
     groups: dict[str, list[str]] = {}
     for row in sorted(record["rows"], key=lambda row: MODES.index(row["mode"])):
         reason = row["reason"] or ""

@@ -1,6 +1,6 @@
-"""Rows of the perplexity ablation beside what the integration guide says of the same cell.
+"""Rows of the perplexity ablation beside the integration guide's figures for the same configuration.
 
-Two cells are the same if target, bits, and rank as a share of head_dim agree. The guide's figures are in
+Two configurations are the same if target, bits, and rank as a share of head_dim agree. The guide's figures are in
 `configs/guide.json`.
 """
 
@@ -18,7 +18,7 @@ CELL = re.compile(r"(KV|K|V) (?:rank (\d+)|(LN nullspace))(?:, (\d+) bits)?")
 
 
 def beside_guide(record: dict, groups: list[str]) -> Table:
-    """Rows of some groups or of all with our results; the last column is what the guide says."""
+    """Our results for rows of some groups or of all; the last column has the guide's figures."""
     rows, lines = select(record["rows"], "group", groups), []
     for row in rows:
         cell = _cell(row["label"], record["calibration"]["head_dim"])

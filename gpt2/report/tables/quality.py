@@ -56,7 +56,7 @@ def layer_ablation(record: dict, _: list[str]) -> Table:
 
 
 def peers(record: dict, families: list[str]) -> Table:
-    """Our caches beside those of other packages, of some families or of all; the uncompressed one always."""
+    """Our caches beside those of other packages, of some families or of all, and always the uncompressed cache."""
     chosen = select(record["rows"], "family", families)
     baseline = next(row for row in record["rows"] if row["family"] == "baseline")
     lines = []
@@ -96,7 +96,7 @@ def ratio_presets(record: dict, _: list[str]) -> Table:
 
 
 def tuned(record: dict, _: list[str]) -> Table:
-    """Every candidate that a search has measured, most compressed first; the chosen one, if there is one, in bold."""
+    """Every candidate that a search has measured, most compressed first, with the chosen one in bold."""
     lines = []
     for trial in sorted(record["trials"], key=lambda trial: -trial["compression_ratio"]):
         label = f"**{trial['label']}**" if "figures" in record and _is_chosen(trial, record) else trial["label"]
@@ -113,7 +113,7 @@ def tuned(record: dict, _: list[str]) -> Table:
 
 
 def _is_chosen(trial: dict, record: dict) -> bool:
-    """Whether a trial is the one that a search's record is of; presets round the ratio to 4 digits."""
+    """Whether a trial is the one that the search chose. Presets round the ratio to 4 digits."""
     keys = ("codec", "rank", "bits", "quantizer", "sink_tokens")
     same = all(record[key] == trial[key] for key in keys if key in trial)
     return same and round(trial["compression_ratio"], 4) == record["compression_ratio"]
@@ -141,7 +141,7 @@ def codec_variations(record: dict, questions: list[str]) -> Table:
 
 
 def _kl(row: dict) -> str:
-    """A row's KL, its change from the product, and its bits where they differ from those of its column."""
+    """A row's KL, its change from the product, and its bits if they differ from those of its column."""
     words = f"{row['kl_nats']:.5f}"
     if not row["product"]:
         low, high = row["kl_change_interval"]

@@ -76,7 +76,7 @@ def largest_batch(record: dict, _: list[str]) -> Table:
 
 
 def cache_bytes(record: dict, _: list[str]) -> Table:
-    """Bytes of whole caches by context length, and which share of them isn't codes."""
+    """Bytes of whole caches by context length, and the shares of exact tokens and of unused room."""
     lines = []
     for row in record["rows"]:
         exact, unused = (row[key] / row["bytes"] for key in ("exact_bytes", "unused_bytes"))

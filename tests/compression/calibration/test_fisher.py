@@ -165,8 +165,8 @@ def test_checkpointing_keeps_fewer_activations(llama):
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            model, tap = llama.model, fisher._checkpointed if checkpointing else fisher._through_the_cache
-            with fisher._without_parameter_gradients(model), tap(model, lambda *_: None) as run:
+            model, tap = llama.model, fisher._checkpointed if checkpointing else fisher.watched_cache
+            with fisher.without_parameter_gradients(model), tap(model, lambda *_: None) as run:
                 run(windows(1, 64))
         saved[checkpointing] = sum(sizes)
     assert saved[True] < saved[False] / 2

@@ -372,7 +372,7 @@ def test_a_compact_file_needs_gradients(folder, tmp_path, monkeypatch, capsys):
     common = ["--model", folder, "--text", "words.txt", "--samples", 2, "--seq-len", 80, "--output", "c.pt"]
     assert run("calibrate_kv_lowrank", *common, "--compact") == 2
     assert (
-        "one codec that heads share, which needs gradients: give --codec joint or grouped" in capsys.readouterr().err
+        "one multi-head codec, which needs gradients: give --codec joint or grouped" in capsys.readouterr().err
         and not (tmp_path / "c.pt").exists()
     )
 
