@@ -130,14 +130,14 @@ class Calibration:
 def geometry_of(meta: dict) -> Geometry:
     """The geometry that a calibration's metadata describe: `layers`, or where all are alike three numbers."""
     if "layers" in meta:
-        return Geometry.from_record(LAYERS.parse(meta["layers"], ("meta", "layers")))
+        return Geometry.from_record(meta["layers"])
     return Geometry.uniform(meta["num_layers"], meta["num_kv_heads"], meta["head_dim"])
 
 
 def geometry_record(geometry: Geometry) -> dict:
     """The inverse of `geometry_of`. The three numbers are of the first layer with K and V where layers differ."""
     record = {name: getattr(geometry, name) for name in ("num_layers", "head_dim", "num_kv_heads")}
-    return record if geometry.alike else record | {"layers": geometry.record()}
+    return record if geometry.alike else record | {"layers": LAYERS.parse(geometry.record(), ())}
 
 
 def fit(codec: str, moments: Moments) -> dict[str, list[Tensor | None]]:
