@@ -91,5 +91,6 @@ def _held_by_layer(k: Setting | None, v: Setting | None, layer: LayerGeometry, t
     one = Geometry((layer if layer.kind == SLIDING else replace(layer, window=None),))
     compressors = build({"k": [k], "v": [v]}, one)
     make = partial(CompressedDynamicCache, *compressors, geometry=one, sink_tokens=sink_tokens)
-    cache = filled(make, one, measured + (2 * BLOCK if one.layers[0].window else 0))
+    behind = 2 * BLOCK + (tokens - measured) % BLOCK  # so that as many tokens wait for a block as after `tokens`
+    cache = filled(make, one, measured + (behind if one.layers[0].window else 0))
     return cache_bytes(cache) * held / measured

@@ -151,22 +151,25 @@ def _plan(preset: dict, geometry: Geometry, where: str) -> Plan:
     elif not layers:
         raise BadArtefact(f"{where}: key 'layers': expected 'k', 'v' or both, found neither")
     else:
-        sides = {side: _side(settings, geometry, f"{where}: layers.{side}") for side, settings in layers.items()}
+        sides = {side: _side(settings, side, geometry, where) for side, settings in layers.items()}
     plan = {side: [None] * geometry.num_layers for side in SIDES}
     for index, side, shape in geometry.sides():
         settings = sides.get(side)
         plan[side][index] = settings[index] if isinstance(settings, list) else settings
         if plan[side][index]:
-            _check_rank(plan[side][index], shape.width, where)
+            at = f": layers.{side}[{index}]" if isinstance(settings, list) else f": layers.{side}" if layers else ""
+            _check_rank(plan[side][index], shape.width, where + at)
     return plan
 
 
-def _side(settings: list | dict, geometry: Geometry, where: str) -> list[Setting | None] | Setting:
+def _side(settings: list | dict, side: str, geometry: Geometry, where: str) -> list[Setting | None] | Setting:
     """One setting for all layers, or one for each."""
     if isinstance(settings, dict):
-        return _setting(settings, where)
+        return _setting(settings, f"{where}: layers.{side}")
     if len(settings) != geometry.num_layers:
-        raise BadArtefact(f"{where}: expected a list of {geometry.num_layers}, found {len(settings)}")
+        expected = f"expected a list of {geometry.num_layers}, found {len(settings)}"
+        raise BadArtefact(f"{where}: key 'layers.{side}': {expected}")
+    where = f"{where}: layers.{side}"
     for index, own in enumerate(settings):
         if own and not geometry.layers[index].attends:
             kind = geometry.layers[index].kind

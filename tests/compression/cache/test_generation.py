@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from gpt2.common.errors import PluginError
 from gpt2.compression.codecs import QUANTIZERS, Compressor, Transform
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
-from gpt2.models.geometry import probe_geometry
+from gpt2.models.probe import probe_geometry
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_mode = pytest.mark.parametrize("mode", MODES)

@@ -50,9 +50,10 @@ def test_its_figures_are_unknown_but_for_the_ratio_which_is_exact(space):
         assert preset["compression_ratio"] == pytest.approx(measured, abs=1e-4) and measured > least
 
 
-def test_the_ratio_counts_that_transformers_keeps_only_a_window(space):
-    folder = folder_of(space, "mistral")
-    assert get_preset_info(folder, "kv4")["compression_ratio"] < 0.2, "a window of 8 tokens"
+@pytest.mark.parametrize(("window", "least", "most"), [(8, 1, 1), (128, 2.5, 3.7), (500, 2.5, 3.7)])
+def test_the_ratio_is_of_the_window_that_transformers_keeps(space, window, least, most):
+    folder = folder_of(space, "mistral", sliding_window=window)
+    assert least <= get_preset_info(folder, "kv4")["compression_ratio"] <= most
 
 
 @pytest.mark.parametrize("d", sampled([64, 80, 96, 128], 2))
