@@ -10,8 +10,20 @@ import pytest
 import torch
 from sampling import covering
 from script_runs import (
-    CALIBRATE, FREE_PRESET, GENERATE, NEEDLE, PRESET, PROFILE, SMALL, SMALL_EVAL, STABILITY, TUNE, VALIDATE, listing, run,
-)  # fmt: skip
+    CALIBRATE,
+    FREE_PRESET,
+    GENERATE,
+    NEEDLE,
+    PRESET,
+    PROFILE,
+    SMALL,
+    SMALL_EVAL,
+    STABILITY,
+    TUNE,
+    VALIDATE,
+    listing,
+    run,
+)
 from tiny import tiny_model, word_text, word_tokenizer
 
 from gpt2.compression.calibration.file import load_calibration
