@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import pictures
 import pytest
-from matplotlib.figure import Figure
+from pictures import small_pictures  # noqa: F401
 from script_runs import INT4_PRESET, run
 from tiny import char_tokenizer, tiny_loaded, tiny_model
 
@@ -15,11 +14,6 @@ from gpt2.common import files
 from gpt2.compression.named_caches import from_preset
 from gpt2.evaluation.needle_prompts import Needles
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
-
-
-@pytest.fixture(autouse=True)
-def small_pictures(monkeypatch):
-    monkeypatch.setattr(Figure, "savefig", pictures.small)
 
 
 @pytest.fixture(scope="session")

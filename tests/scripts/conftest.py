@@ -1,8 +1,1 @@
-import pictures
-import pytest
-from matplotlib.figure import Figure
-
-
-@pytest.fixture(autouse=True)
-def small_pictures(monkeypatch):
-    monkeypatch.setattr(Figure, "savefig", pictures.small)
+from pictures import small_pictures  # noqa: F401
