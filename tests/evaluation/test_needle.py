@@ -31,9 +31,6 @@ def caches(loaded) -> dict:
     return {BASELINE: baseline_factory(loaded), "identity": lambda: identity_cache(3), "int4": lossy()}
 
 
-# --- measuring
-
-
 def test_an_answer_is_compared_whole():
     for text in (" 48213.", "48213", "\n48213\nand"):
         assert needle.answers(text, "48213"), text
@@ -148,6 +145,14 @@ def test_rows_name_their_prompts_and_the_grid_is_whole(reader, haystack):
     assert len(needle.cells(rows)) == 2 * 2 * 3
 
 
+def test_accuracy_is_the_share_of_prompts(reader, haystack, monkeypatch):
+    right = iter([1, 0, 1, 1, 0, 0, 1, 0])  # baseline and other in turn
+    monkeypatch.setattr(needle, "ask", lambda *args: {"answer_logprob_nats": -1.0, "exact_match": bool(next(right))})
+    both = {BASELINE: None, "other": None}
+    shares = needle.accuracy(reader, haystack, both, lengths=[LENGTH], depths=[0.1, 0.9], trials=2, seed=3)
+    assert shares == {BASELINE: 0.75, "other": 0.25}
+
+
 def test_nothing_is_asked_before_all_prompts_are_checked(reader, haystack, monkeypatch):
     class Broken(DynamicCache):
         def update(self, *args, **kwargs):
@@ -161,18 +166,6 @@ def test_nothing_is_asked_before_all_prompts_are_checked(reader, haystack, monke
     for length, message in ((513, "longer than the 512 that .* use --context-lengths 512"), (50, "room")):
         with pytest.raises(PluginError, match=message):
             needle.measure(reader, haystack, broken, lengths=[LENGTH, length], depths=[0.5], trials=1)
-
-
-def test_accuracy_is_the_share_of_prompts(reader, haystack, monkeypatch):
-    right = iter([1, 0, 1, 1, 0, 0, 1, 0])  # baseline and other in turn
-    record = {"answer_logprob_nats": -1.0}
-    monkeypatch.setattr(needle, "ask", lambda *args: record | {"exact_match": bool(next(right))})
-    both = {BASELINE: None, "other": None}
-    shares = needle.accuracy(reader, haystack, both, lengths=[LENGTH], depths=[0.1, 0.9], trials=2, seed=3)
-    assert shares == {BASELINE: 0.75, "other": 0.25}
-
-
-# --- verdicts
 
 
 def rows_of(right: dict[str, dict[float, list[int]]], distractors: int = 1) -> list[dict]:
@@ -225,9 +218,6 @@ def test_the_plot_says_which_baselines_fail():
     for axis in panels:
         assert [label.get_text() for label in axis.get_yticklabels()] == ["10%", "50%", "90%"]
         assert ["baseline fails" in text.get_text() for text in axis.texts] == [True, False, False]
-
-
-# --- the script
 
 
 FLAGS = ["--text", "prose.txt", "--preset", "p.json", "--num-trials", 2]

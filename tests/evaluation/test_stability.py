@@ -75,9 +75,6 @@ def test_verdict_needs_both_limits(deltas, stable):
         assert "limit +5.00%" in verdict["line"] and "limit 1.00%" in verdict["line"] and "by text" in verdict["line"]
 
 
-# --- the whole of it, on a tiny model that reads characters
-
-
 @pytest.fixture
 def space(tmp_path, monkeypatch, reader_folder):
     monkeypatch.chdir(tmp_path)
@@ -127,16 +124,13 @@ def test_the_script_calibrates_anew(space, tmp_path, capsys):
     assert "made from another text than 'other.txt': give --text t.txt" in said and "no verdict" in said
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--num-runs", "1"], "varies nothing"),
-        (["--num-runs", "99"], "use fewer --num-runs"),
-        (["--needle-length", "510"], "use --needle-length 504 or less"),
-        (["--vary", "weather"], "unknown weather"),
-        (["--max-std", "2"], "out of range"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--num-runs", "1"], "varies nothing"),
+    (["--num-runs", "99"], "use fewer --num-runs"),
+    (["--needle-length", "510"], "use --needle-length 504 or less"),
+    (["--vary", "weather"], "unknown weather"),
+    (["--max-std", "2"], "out of range"),
+])  # fmt: skip
 def test_bad_flags_stop_before_the_first_run(space, tmp_path, capsys, monkeypatch, flags, message):
     monkeypatch.setattr(stability, "measure", lambda *args: pytest.fail("measured"))
     preset(tmp_path / "p.json")

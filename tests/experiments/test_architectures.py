@@ -113,9 +113,6 @@ def test_the_families_that_were_checked_by_hand(mode):
     assert windows == {"mistral", "gemma2", "gemma3_text", "gpt_oss"} & found.keys()
 
 
-# --- every way to fail is noticed
-
-
 def int4(layers: int) -> CompressedDynamicCache:
     return CompressedDynamicCache(*[[Compressor(quantizer_for_bits(4))] * layers] * 2)
 
@@ -161,9 +158,6 @@ def test_attention_that_is_not_replaced_is_noticed(monkeypatch):
     monkeypatch.setattr(architectures, "streamed", lambda model, cache: streamed(model, DynamicCache()))
     assert "attention of its own" in architectures.why_attention_stays(model, logits)
     assert model.config._attn_implementation == before
-
-
-# --- script and table
 
 
 def test_the_script_writes_a_row_for_each_family(tmp_path, capsys):

@@ -154,9 +154,6 @@ def test_the_compiled_row_is_read_by_its_functions(timer, monkeypatch):
     assert set(called) == {"int4_scores", "int4_sums"} and row["compile_s"].keys() == {"scores", "sums"}
 
 
-# --- script and table
-
-
 SCRIPT = "benchmarks/attention"
 SMALL = ["--heads", 4, "--kv-heads", 2, "--head-dim", 16, "--flush-mib", 1, "--copy-mib", 1, "--repeats", 2]
 SMALL += ["--device", "cpu"]
@@ -182,15 +179,12 @@ def test_the_script_writes_figures_a_plot_and_a_table(tmp_path, capsys, monkeypa
     assert "| 64 | sdpa" in regions.fill(text, tmp_path / "runs").replace("**", "")
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--quantizers", "int5"], "unknown int5"),
-        (["--heads", 5], "5 query heads don't share 2 KV heads"),
-        (["--quantizers", "mixed", "--bits", 99], "bits 99.0"),
-        (["--dtype", "float32"], "invalid choice"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--quantizers", "int5"], "unknown int5"),
+    (["--heads", 5], "5 query heads don't share 2 KV heads"),
+    (["--quantizers", "mixed", "--bits", 99], "bits 99.0"),
+    (["--dtype", "float32"], "invalid choice"),
+])  # fmt: skip
 def test_bad_input_is_one_clear_line(flags, message, tmp_path, capsys):
     assert run(SCRIPT, *SMALL, "--context-lengths", 64, *flags, "--output", tmp_path / "x.json") == 2
     err = capsys.readouterr().err

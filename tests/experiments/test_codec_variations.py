@@ -47,9 +47,6 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# --- the default is the product
-
-
 def test_errors_and_widths_are_the_products():
     z = gaussian(1, 2, 4 * BLOCK, 20) * torch.logspace(1, -2, 20) + 0.3
     y = mixed.in_blocks(z)
@@ -88,9 +85,6 @@ def test_a_real_cache_reads_what_is_simulated(llama, texts, gathered):
     real = score(llama, texts[1], caches | real, chunk=BLOCK)["real"]
     whole = score(llama, texts[1], caches | {"": partial(Replaced, made.replace)}, chunk=128, batch_size=1)[""]
     assert whole.kl.mean() == pytest.approx(real.kl.mean(), rel=0.01) and whole.kl.mean() > 0.01
-
-
-# --- every row, at equal bits
 
 
 @pytest.fixture
@@ -168,9 +162,6 @@ def test_texts_are_of_whole_blocks(llama, gathered):
             measure(llama, windows(1, length), gathered, QUESTIONS["block"], [3], {})
 
 
-# --- what is new
-
-
 def test_keys_rotated_to_their_blocks_middle():
     rotary = CentredRotary(torch.tensor([0.3, 0.01]), "half")
     keys, plain = gaussian(2, 2 * BLOCK, 4), Rotary(rotary.frequencies, "half")
@@ -235,9 +226,6 @@ def test_rotating_channels_of_a_width_and_back_loses_nothing_else():
     back = codec_simulation.read_back(y, choice, Variation(rotated=True), torch.ones(2, 30))
     wide = choice == 7
     assert (y - back)[wide].abs().max() < 0.01 and (back[choice == 0] == 0).all()
-
-
-# --- the script
 
 
 def test_the_script_writes_a_table_and_a_figure(tiny_flags, tmp_path, capsys):

@@ -31,9 +31,6 @@ def llama_folder(tmp_path_factory):
     return saved(tmp_path_factory.mktemp("models") / "Tiny Llama")
 
 
-# --- loading
-
-
 def test_a_local_folder(llama_folder, monkeypatch):
     loaded, original = load(str(llama_folder)), tiny_loaded("llama")
     assert loaded.spec == str(llama_folder) and loaded.slug == "tiny-llama" and loaded.max_context == 512
@@ -163,9 +160,6 @@ def test_a_context_longer_than_trained_is_rejected():
     loaded.require_context(512)
     with pytest.raises(PluginError, match="513 tokens is longer than the 512 that tiny-llama .* --seq-len 512"):
         loaded.require_context(513)
-
-
-# --- geometry and fingerprint
 
 
 @pytest.mark.parametrize("family", FAMILIES)

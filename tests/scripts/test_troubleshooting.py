@@ -86,9 +86,6 @@ def fails(capsys, space, script: str, *flags, code: int = 2, model=None, text="w
     return err
 
 
-# --- "Calibration file not found"
-
-
 @pytest.mark.parametrize("script", WITH_PRESET)
 def test_calibration_file_not_found(script, space, capsys, model_folder):
     (space / "p.json").write_text(json.dumps(PRESET | {"calibration_file": "lost.pt"}))
@@ -105,9 +102,6 @@ def test_the_guides_remedy_is_the_full_path(space, calibration, model_folder):
     assert run(GENERATE, "--model", model_folder, *FLAGS[GENERATE], "--preset", "p.json") == 0
 
 
-# --- "PPL degradation too high"
-
-
 def test_ppl_degradation_too_high(space, capsys, model_folder, calibration):
     """An earlier preset stays as it was when the next search finds nothing."""
     shutil.copy(space / "free.json", space / "p.json")
@@ -118,9 +112,6 @@ def test_ppl_degradation_too_high(space, capsys, model_folder, calibration):
     remedies = ("increase the rank", "V only", "--target v", "int8 instead of int4")
     assert all(remedy in err for remedy in remedies), "the guide's"
     assert (space / "p.json").read_bytes() == before
-
-
-# --- "OOM during calibration"
 
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -147,17 +138,11 @@ def test_the_remedies_for_it_are_flags_that_work(space, model_folder):
     assert (meta["samples"], meta["seq_len"]) == (2, 48)
 
 
-# --- "Model doesn't have past_key_values"
-
-
 @pytest.mark.parametrize("script", EVERY)
 def test_model_without_a_cache(script, space, capsys):
     saved(space / "no-cache", change=lambda model: setattr(model.config, "use_cache", False))
     err = fails(capsys, space, script, "--output" if script != GENERATE else "--prompt", "o.json", model="no-cache")
     assert "Model doesn't have past_key_values" in err and "use_cache is False" in err and "supported: " in err
-
-
-# --- inputs that no run may take
 
 
 TEXTS = [("", "is empty or too short"), (word_text(40), "fewer than"), (None, "no text")]

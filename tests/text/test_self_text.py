@@ -60,9 +60,6 @@ def mixture(*texts) -> Mixture:
     return Mixture(texts, "+".join(text.spec for text in texts))
 
 
-# --- what is sampled
-
-
 def test_tokens_are_drawn_by_the_models_own_distribution(llama):
     """Against a forward pass without a cache: every token is where its random number falls in the distribution."""
     numbers = self_text.uniforms("calibration", 30, 3, 0)
@@ -139,9 +136,6 @@ def test_parts_and_seeds_share_no_window_and_no_random_number(llama):
     assert len(numbers.unique()) == len(numbers)
     few, more = (self_text.uniforms("calibration", length, count, 0) for length, count in ((10, 2), (30, 5)))
     assert torch.equal(more[:2, :9], few), "more and longer windows go on from the same numbers"
-
-
-# --- what is kept
 
 
 def test_windows_start_with_the_start_token_vary_from_there_and_repeat_by_seed(llama, cache_folder):
@@ -226,9 +220,6 @@ def test_an_interrupted_sampling_leaves_nothing(llama, cache_folder, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         SELF.segments("calibration", llama, 24, 2, seed=0)
     assert not cache_folder.exists()
-
-
-# --- as a text, alone and in mixtures
 
 
 def test_a_text_records_a_hash_per_part_and_a_mixture_those_of_its_texts(tmp_path):

@@ -80,16 +80,12 @@ def test_sha256_is_of_the_part_and_changes_with_it():
     assert [text.sha256(p) == tail.sha256(p) for p in PARTS] == [True, True, False]
 
 
-# --- segments
-
-
 @pytest.fixture
 def text():
     return by_position("words", "words.txt", word_text(3000))
 
 
-@pytest.mark.parametrize("seed", [None, 0, 1])
-@pytest.mark.parametrize("length", [7, 64])
+@pytest.mark.parametrize(("seed", "length"), [(None, 7), (0, 64), (1, 7), (None, 64)])
 def test_segments_tile_the_part(text, length, seed):
     """All of them, sorted by where they begin, are the part's tokens: no overlap and no gap."""
     ids = text.tokens("calibration", reader())
@@ -112,9 +108,6 @@ def test_segments_are_fewer_where_the_text_is_short_but_not_none(text):
     assert text.segments("tuning", reader(), 100, 50).shape == (6, 100)
     with pytest.raises(PluginError, match="tuning part of text 'words' has 600 tokens, fewer than one segment of 601"):
         text.segments("tuning", reader(), 601)
-
-
-# --- specs
 
 
 def test_the_default_text_follows_the_model_and_embedded_is_long_english():
