@@ -250,8 +250,6 @@ BAD_FLAGS = [
     (["--context-lengths", "0"], "0 is not a positive number"),
     (["--distractors", "-1"], "-1 is negative"),
     (["--context-lengths", "500", "--text", "short.txt"], "the evaluation part of text 'short.txt' has 60 tokens"),
-    (["--preset", "none.json"], "no preset file none.json"),
-    (["--output", "prose.txt/n.json"], "can't make the folder"),
 ]
 
 

@@ -16,6 +16,7 @@ from databases import lines, postgresql, wait_for  # noqa: F401
 from optuna.trial import TrialState
 
 from gpt2.common.errors import PluginError
+from gpt2.tuning import trial_queue
 from gpt2.tuning.trial_queue import Pace, TrialFailed, TrialQueue, key_of
 
 FAST = Pace(heartbeat=1, silence=2, look=0.02)
@@ -109,15 +110,30 @@ def test_a_silent_workers_key_is_taken_over_once(storage, sent, tmp_path):
     assert observer.done() == Counter([*KEYS]) and observer.states("a") == ["FAIL", "COMPLETE"]
 
 
+class Clock:
+    """Time that passes only while a worker waits, a second at a time."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += 1
+
+
 @pytest.mark.filterwarnings("ignore:Heartbeat of storage")
-def test_a_claim_without_a_heartbeat_is_taken_over_after_the_silence(tmp_path):
+def test_a_claim_without_a_heartbeat_is_taken_over_after_the_silence(tmp_path, monkeypatch):
     """A worker killed between its claim and its first heartbeat leaves what Optuna never takes for stale."""
+    clock = Clock()
+    monkeypatch.setattr(trial_queue, "time", clock)
     lost, other = Worker(tmp_path / "s.db"), Worker(tmp_path / "s.db")
     lost.queue.study.enqueue_trial({"x": 0}, user_attrs={"key": "a"})
     lost.queue.study.ask()
     other.work()
     assert other.tried == ["b", "c", "d", "e", "f", "a"], "a fresh claim is left to its worker"
     assert other.notes[-2:] == ["waiting for other workers, which are trying a", ""]
+    assert clock.now == FAST.silence + 1
 
 
 def test_an_interrupted_key_is_tried_again_first_and_as_it_was(tmp_path):
