@@ -26,19 +26,35 @@ def path(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
-def test_an_exception_leaves_the_old_file_and_nothing_else(path, error):
-    with pytest.raises(error), atomic(path) as part:
+def full(*args):
+    raise OSError(28, "No space left on device")
+
+
+def interrupted(path, error):
+    with atomic(path) as part:
         part.write_text("half of the n")
         raise error
+
+
+@pytest.mark.parametrize(("write", "what", "error"), [
+    *((interrupted, error, error) for error in (ZeroDivisionError, KeyboardInterrupt, SystemExit)),
+    *((write_json, {"deep": [{"ppl": x}]}, ValueError) for x in (float("nan"), float("inf"), -float("inf"))),
+    (write_torch, {}, PluginError),
+])  # fmt: skip
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(write, what, error, path, monkeypatch):
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(error, match="can't write .*r.json: No space left on device" if error is PluginError else None):
+        write(path, what)
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
 
 
-def test_until_the_end_of_the_block_the_old_file_is_there(path):
-    with atomic(path) as part:
-        part.write_text("new")
-        assert path.read_text() == "old" and part.parent == path.parent, "a rename is atomic within a file system"
-    assert path.read_text() == "new" and list(path.parent.iterdir()) == [path]
+def test_until_the_end_of_the_block_the_old_file_is_there_and_writers_share_nothing(path):
+    with atomic(path) as a, atomic(path) as b:
+        assert a != b and a.parent == path.parent, "a rename is atomic within a file system"
+        a.write_text("a")
+        b.write_text("b")
+        assert path.read_text() == "old"
+    assert path.read_text() == "a" and list(path.parent.iterdir()) == [path], "the outer one ends last"
 
 
 def test_folders_are_made_and_the_file_is_readable_by_others(tmp_path):
@@ -46,20 +62,22 @@ def test_folders_are_made_and_the_file_is_readable_by_others(tmp_path):
     assert json.loads(path.read_text()) == {"x": 1} and path.stat().st_mode & 0o777 == 0o644
 
 
-def test_two_writers_dont_share_a_temporary_file(path):
-    with atomic(path) as a, atomic(path) as b:
-        assert a != b
-        a.write_text("a")
-        b.write_text("b")
-    assert path.read_text() == "a" and list(path.parent.iterdir()) == [path], "the outer one ends last"
+WRITES = [lambda p: write_json(p, {}), lambda p: write_torch(p, {}), check_writable]
 
 
-def test_a_path_that_cannot_be_written_is_refused(path):
+@pytest.mark.parametrize("write", WRITES)
+def test_paths_where_no_file_can_be_are_rejected(write, path, tmp_path):
     """Root may write into read-only folders, but nobody below a file."""
-    for write in (lambda p: write_json(p, {}), lambda p: write_torch(p, {}), check_writable):
-        with pytest.raises(PluginError, match="can't make the folder of .*r.json/x/y.json: "):
-            write(path / "x" / "y.json")
-    assert path.read_text() == "old"
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    bad = {path / "x" / "y.json": "can't make the folder of .*r.json/x/y.json: ", tmp_path: "it is a folder",
+           tmp_path / "pipe": "it is no regular file", tmp_path / "link": "it is no regular file",
+           tmp_path / ("x" * 300): "File name too long"}  # fmt: skip
+    for place, message in bad.items():
+        with pytest.raises(PluginError, match=message):
+            write(place)
+    assert path.read_text() == "old" and (tmp_path / "link").is_symlink()
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 def written_while_another_dies(path: Path, die: bool) -> None:
@@ -131,36 +149,11 @@ def test_a_record_is_written_after_its_picture_and_also_without_it(tmp_path):
     assert json.loads(record.read_text()) == {"x": 2}, "it took the work"
 
 
-def test_torchs_files_are_the_same_to_the_byte(tmp_path):
-    one, two = (write_torch(tmp_path / name, {"t": torch.arange(3)}).read_bytes() for name in ("a.pt", "b.pt"))
-    assert one == two, "the name of a temporary file would be in it"
-
-
-def test_a_folder_in_the_files_place_is_refused(tmp_path):
-    with pytest.raises(PluginError, match="it is a folder"):
-        write_json(tmp_path, {})
-
-
-def test_a_full_disk_is_one_line(path, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(PluginError, match="can't write .*r.json: No space left on device"):
-        write_torch(path, {})
-    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_json_refuses_what_json_has_not(path, value):
-    with pytest.raises(ValueError):
-        write_json(path, {"deep": [{"ppl": value}]})
-    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
-
-
-def test_torch_files_load_without_running_code(tmp_path):
+def test_torch_files_load_without_running_code_and_are_the_same_to_the_byte(tmp_path):
     record = {"t": torch.arange(3), "meta": {"name": "x", "n": 1, "list": [1.5, None, True]}}
-    back = torch.load(write_torch(tmp_path / "c.pt", record), weights_only=True)
+    one, two = (write_torch(tmp_path / name, record) for name in ("a.pt", "b.pt"))
+    assert one.read_bytes() == two.read_bytes(), "the name of a temporary file would be in it"
+    back = torch.load(one, weights_only=True)
     assert torch.equal(back.pop("t"), record.pop("t")) and back == record
 
 
@@ -221,18 +214,3 @@ def test_a_link_stays_a_link_and_rights_stay(tmp_path):
     write_json(link, {"a": 2})
     assert link.is_symlink() and json.loads(target.read_text()) == {"a": 2} and target.stat().st_mode & 0o777 == 0o600
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["r.json"]
-
-
-@pytest.mark.parametrize("write", [lambda path: write_json(path, {}), check_writable], ids=["write", "check"])
-def test_what_is_no_file_is_not_replaced_by_one(write, tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "link").symlink_to("/dev/null")
-    for path in ("pipe", "link"):
-        with pytest.raises(PluginError, match="it is no regular file"):
-            write(tmp_path / path)
-    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and (tmp_path / "link").is_symlink()
-
-
-def test_a_name_that_no_file_has_is_one_line(tmp_path):
-    with pytest.raises(PluginError, match="File name too long"):
-        check_writable(tmp_path / ("x" * 300))

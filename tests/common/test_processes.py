@@ -1,5 +1,7 @@
 """Several processes that share a calibration: the file of one, whatever the number; and none left hanging."""
 
+import json
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from tiny import tiny_loaded, tiny_model, word_text, word_tokenizer
 from torch import Tensor
 
 from gpt2 import cli
+from gpt2.cli import flags
 from gpt2.common import files, processes
 from gpt2.common.errors import PluginError
 from gpt2.common.processes import ALONE, Processes
@@ -21,23 +24,7 @@ from gpt2.tuning import ratio_presets
 
 TEXT = by_position("words", "words.txt", word_text(3000))
 # The sample is full before the last window, and the windows are an odd number
-FLAGS = ["--model", "tiny", "--text", "words.txt", "--samples", 7, "--seq-len", 460, "--metric", "fisher"]
-
-
-@pytest.fixture
-def space(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tiny_model("llama").save_pretrained("tiny")
-    word_tokenizer().save_pretrained("tiny")
-    (tmp_path / "words.txt").write_text(word_text(6000))
-    return tmp_path
-
-
-def launch(*command) -> subprocess.CompletedProcess:
-    """Run a script in two processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [*launcher, *map(str, command)]
-    return subprocess.run(words, capture_output=True, text=True, env=ONE_THREAD, timeout=300)
+FLAGS = ["--model", "tiny", "--text", "words.txt", "--samples", "7", "--seq-len", "460", "--metric", "fisher"]
 
 
 def tensors(record, name: str = "") -> dict[str, Tensor]:
@@ -48,11 +35,54 @@ def tensors(record, name: str = "") -> dict[str, Tensor]:
     return {key: tensor for part, own in inner for key, tensor in tensors(own, f"{name}.{part}").items()}
 
 
-def test_two_processes_make_the_file_of_one(space):
-    assert run(CALIBRATE, *FLAGS, "--output", "one.pt") == 0
-    done = launch(files.ROOT / "scripts" / f"{CALIBRATE}.py", *FLAGS, "--output", "two.pt")
-    assert done.returncode == 0, done.stderr
+# Runs two scripts, each in a fork of both processes; in the second the second process fails amid its windows
+DRIVER = """
+import json, os, runpy, sys
+from gpt2.compression.codecs.moments import Moments
+from gpt2.common.errors import PluginError
+
+def failing(self, layer, x, update=Moments.update):
+    if os.environ["RANK"] == "1" and layer == 2:
+        raise PluginError("layer 2 is of no use")
+    update(self, layer, x)
+
+for sys.argv in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    Moments.update = failing
+    # A place of their own to meet: at the first one lie addresses of processes that are gone
+    os.environ |= {"MASTER_PORT": os.environ["SECOND_PORT"], "TORCHELASTIC_USE_AGENT_STORE": "False"}
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """In two processes a calibration, then presets that fail: the folder, what was made in it, what was printed."""
+    space = tmp_path_factory.mktemp("launched")
+    tiny_model("llama").save_pretrained(space / "tiny")
+    word_tokenizer().save_pretrained(space / "tiny")
+    (space / "words.txt").write_text(word_text(6000))
+    (space / "driver.py").write_text(DRIVER)
+    before = listing(space)
+    commands = [[str(files.ROOT / "scripts" / f"{CALIBRATE}.py"), *FLAGS, "--output", "two.pt"],
+                [str(files.ROOT / "scripts" / "make_presets.py"), *FLAGS[:-2], "--output", "out"]]  # fmt: skip
+    with socket.create_server(("localhost", 0)) as free:
+        environment = ONE_THREAD | {"SECOND_PORT": str(free.getsockname()[1])}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "driver.py"]
+    done = subprocess.run([*launcher, json.dumps(commands)], cwd=space, capture_output=True, text=True, env=environment,
+                          timeout=300)  # fmt: skip
+    return space, listing(space) - before, done
+
+
+def test_two_processes_make_the_file_of_one(launched, monkeypatch):
+    space, _, done = launched
     assert done.stdout.count("wrote two.pt") == done.stdout.count("energy kept") == 1, "the first one alone"
+    monkeypatch.chdir(space)
+    assert run(CALIBRATE, *FLAGS, "--output", "one.pt") == 0
     one, two = (torch.load(f"{name}.pt", weights_only=True) for name in ("one", "two"))
     assert one["meta"] == two["meta"]
     ours, theirs = tensors(two), tensors(one)
@@ -62,30 +92,12 @@ def test_two_processes_make_the_file_of_one(space):
         assert (tensor - theirs[name]).norm() <= 1e-6 * theirs[name].norm(), name
 
 
-FAILING = """
-import os, runpy, sys
-from gpt2.compression.codecs.moments import Moments
-from gpt2.common.errors import PluginError
-
-def update(self, layer, x, update=Moments.update):
-    if os.environ["RANK"] == "1" and layer == 2:
-        raise PluginError("layer 2 is of no use")
-    update(self, layer, x)
-
-Moments.update = update
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def test_one_that_fails_takes_the_others_down_and_says_why(space):
-    """In the middle of its windows, while the first waits for its sums."""
-    (space / "failing.py").write_text(FAILING)
-    before = listing(space)
-    done = launch("failing.py", files.ROOT / "scripts" / "make_presets.py", *FLAGS[:-2], "--output", "out")
+def test_one_that_fails_takes_the_others_down_and_says_why(launched):
+    """While the first waits for its sums."""
+    _, made, done = launched
     assert done.returncode != 0
-    assert done.stderr.count("error: layer 2 is of no use") == 1 and "another process stopped" not in done.stderr
-    assert listing(space) == before and "wrote" not in done.stdout
+    assert done.stderr.count("error: layer 2 is of no use") == 1 and "another one stopped" not in done.stderr
+    assert made == {"two.pt", "two.png"} and done.stdout.count("wrote") == 1, "nothing of the second script"
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,7 @@ def test_alone_nothing_is_sent():
     assert ALONE.total(x) is x and ALONE.agreed(x) is x and ALONE.first and ALONE.first_to_fail()
 
 
-def test_more_processes_than_sequences_are_refused():
+def test_more_processes_than_sequences_are_rejected():
     with pytest.raises(PluginError, match="2 processes are too many for 1 sequences: start fewer, or .*--samples"):
         calibrate(tiny_loaded(), TEXT, rank=9, samples=1, seq_len=80, processes=Second(said=torch.zeros(1, 80)))
 
@@ -143,19 +155,24 @@ def test_a_process_that_is_alone_at_the_meeting_says_so(monkeypatch):
         pass
 
 
-@pytest.mark.parametrize(("rank", "code", "said"), [("0", 2, "runs in one process"), ("1", 2, "")])
-def test_other_scripts_run_in_one_process(monkeypatch, capsys, rank, code, said):
-    monkeypatch.setenv("RANK", rank)
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """This process is the second of two, and doesn't wait until the first has printed its error."""
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(flags, "WAIT_FOR_THE_FIRST_S", 0)
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "runs in one process"), ("1", "")])
+def test_other_scripts_run_in_one_process(second_of_two, monkeypatch, capsys, rank, said):
+    monkeypatch.setenv("RANK", rank)
     with pytest.raises(SystemExit) as stopped:
         cli.run(lambda: pytest.fail("it ran"))
     printed = capsys.readouterr().err
-    assert stopped.value.code == code and said in printed and bool(printed) == bool(said)
+    assert stopped.value.code == 2 and said in printed and bool(printed) == bool(said)
 
 
-def test_only_the_first_shows_progress_and_wrong_flags(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_only_the_first_shows_progress_and_wrong_flags(second_of_two, monkeypatch, capsys):
     assert cli.bar("label", "unit")(range(2)).disable is True
     with pytest.raises(SystemExit):
         cli.parser("manual").parse_args(["--wrong"])
@@ -166,26 +183,18 @@ def test_only_the_first_shows_progress_and_wrong_flags(monkeypatch, capsys):
     assert "--wrong" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("device", "local", "expected"),
-    [("auto", "1", "cuda:1"), ("cuda", "0", "cuda:0"), ("cuda:0", "1", "cuda:0"), ("cpu", "1", "cpu")],
-)
-def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch, device, local, expected):
+@pytest.mark.parametrize(("device", "local", "count", "expected"), [
+    ("auto", "1", 2, "cuda:1"), ("cuda", "0", 2, "cuda:0"), ("cuda:0", "1", 2, "cuda:0"), ("cpu", "1", 2, "cpu"),
+    ("auto", "1", 1, r"'cuda:1' is not there \(1 CUDA devices found\): start 1 processes, or use cpu"),
+    ("all", "1", 2, "--device all spreads one model over every GPU.*--device auto"),
+])  # fmt: skip
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch, device, local, count, expected):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", local)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert loading.resolve_device(device) == torch.device(expected)
-
-
-def test_gpus_that_are_too_few_or_wanted_whole_are_told(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(
-        PluginError, match=r"'cuda:1' is not there \(1 CUDA devices found\): start 1 processes, or use cpu"
-    ):
-        loading.resolve_device("auto")
-    with pytest.raises(PluginError, match="--device all spreads one model over every GPU.*--device auto"):
-        loading.resolve_device("all")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    if " " not in expected:
+        assert loading.resolve_device(device) == torch.device(expected)
+        return
+    with pytest.raises(PluginError, match=expected):
+        loading.resolve_device(device)

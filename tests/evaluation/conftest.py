@@ -6,10 +6,24 @@ import json
 
 import numpy as np
 import pytest
+from pictures import small_pictures  # noqa: F401
 from script_runs import INT4_PRESET, run
 from tiny import char_tokenizer, tiny_loaded, tiny_model
 
 from gpt2.common import files
+from gpt2.compression.named_caches import from_preset
+from gpt2.evaluation.needle_prompts import Needles
+from gpt2.evaluation.perplexity import BASELINE, baseline_factory
+
+
+@pytest.fixture(scope="session")
+def llama():
+    return tiny_loaded("llama")
+
+
+@pytest.fixture(scope="session")
+def caches(llama):
+    return {BASELINE: baseline_factory(llama), "int4": from_preset(INT4_PRESET, llama).make}
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +41,11 @@ def reader():
 @pytest.fixture(scope="session")
 def haystack(reader, prose):
     return reader.tokenizer(prose[:3000], return_tensors="pt").input_ids[0]
+
+
+@pytest.fixture(scope="session")
+def builder(reader, haystack):
+    return Needles(reader.tokenizer, haystack)
 
 
 @pytest.fixture(scope="session")

@@ -4,26 +4,13 @@ import gc
 
 import pytest
 import torch
-from script_runs import INT4_PRESET
-from tiny import tiny_loaded
 from transformers import DynamicCache
 
 from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.compressed_cache import CompressedDynamicCache
-from gpt2.compression.named_caches import from_preset
 from gpt2.evaluation import instruments, timing
 from gpt2.evaluation.instruments import PARTS, Stopwatch, peak_memory, watched
-from gpt2.evaluation.perplexity import BASELINE, baseline_factory
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return tiny_loaded("llama")
-
-
-@pytest.fixture(scope="module")
-def caches(llama):
-    return {BASELINE: baseline_factory(llama), "int4": from_preset(INT4_PRESET, llama).make}
+from gpt2.evaluation.perplexity import BASELINE
 
 
 class Clock:
@@ -63,11 +50,6 @@ def test_a_stopwatch_gives_each_second_to_one_part():
     assert watch.shares()["rest"] == 24 / 38 and sum(watch.shares().values()) == pytest.approx(1)
     assert len(waits) == 10, "the devices are waited for whenever the clock is read"
 
-
-def test_a_stopwatch_goes_on_after_an_error():
-    clock = Clock()
-    watch = Stopwatch(clock=clock)
-
     @watch.timed("compress")
     def fail():
         clock.work(1)
@@ -77,16 +59,20 @@ def test_a_stopwatch_goes_on_after_an_error():
         with pytest.raises(ValueError):
             fail()
         clock.work(2)
-    assert watch.seconds["compress"] == 1 and watch.seconds["rest"] == 2
+    assert watch.seconds["compress"] == 1 and watch.seconds["rest"] == 26, "it goes on after an error"
 
 
-def test_every_part_of_a_step_is_seen(llama, caches):
+def test_every_part_of_a_step_is_seen(llama, caches, monkeypatch):
     prompt = timing.random_tokens(llama, 2, 40, 0)
     baseline, int4 = (timing.look_inside(llama.model, caches[name](), prompt, 8) for name in (BASELINE, "int4"))
     assert set(int4.share) == set(PARTS) and all(share > 0 for share in int4.share.values())
     assert baseline.share["compress"] == baseline.share["expand"] == 0
     assert baseline.share["attention"] > 0 and baseline.share["copies"] > 0
-    for inside in (baseline, int4):
+    # Of a model whose attention can't be replaced it stays in the rest
+    monkeypatch.setattr(type(llama.model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    hard_wired = timing.look_inside(llama.model, caches["int4"](), prompt, 3)
+    assert set(hard_wired.share) == set(PARTS) - {"attention"}
+    for inside in (baseline, int4, hard_wired):
         assert sum(inside.share.values()) == pytest.approx(1) and inside.token_ms > 0
 
 
@@ -107,9 +93,12 @@ def test_a_part_is_counted_as_often_as_it_runs(llama, caches):
     assert calls.count("copies") == 2 * layers, "our update calls the one it overrides; the inner one takes no second"
 
 
-def test_instruments_are_gone_afterwards_also_after_an_error(llama):
+def test_instruments_change_no_token_and_are_gone_afterwards_also_after_an_error(llama, caches):
+    prompt = timing.random_tokens(llama, 2, 30, 0)
+    run = timing.run_once(llama.model, caches["int4"](), prompt, 5)
     before = (TokenStore.compress, TokenStore.reconstruct, DynamicCache.update, CompressedDynamicCache.update)
     with pytest.raises(KeyboardInterrupt), watched(llama.model, Stopwatch()):
+        assert torch.equal(timing.run_once(llama.model, caches["int4"](), prompt, 5).tokens, run.tokens)
         assert TokenStore.compress is not before[0]
         assert llama.model.config._attn_implementation != "sdpa"
         raise KeyboardInterrupt
@@ -129,20 +118,6 @@ def test_instruments_are_only_in_the_pass_that_isnt_timed(llama, caches):
     layers = llama.geometry.num_layers
     watched_steps = [(n, clean) for n, clean in seen if not clean]
     assert watched_steps == layers * 4 * [(1, False)], "only the four steps of the instruments' pass"
-
-
-def test_instruments_change_no_token(llama, caches):
-    prompt = timing.random_tokens(llama, 2, 30, 0)
-    run = timing.run_once(llama.model, caches["int4"](), prompt, 5)
-    with watched(llama.model, Stopwatch()):
-        again = timing.run_once(llama.model, caches["int4"](), prompt, 5)
-    assert torch.equal(run.tokens, again.tokens)
-
-
-def test_hard_wired_attention_stays_in_the_rest(llama, caches, monkeypatch):
-    monkeypatch.setattr(type(llama.model), "_can_set_attn_implementation", classmethod(lambda cls: False))
-    inside = timing.look_inside(llama.model, caches["int4"](), timing.random_tokens(llama, 1, 20, 0), 3)
-    assert set(inside.share) == set(PARTS) - {"attention"} and sum(inside.share.values()) == pytest.approx(1)
 
 
 def test_peak_memory_sees_what_is_gone_at_the_end():

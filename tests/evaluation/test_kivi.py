@@ -20,15 +20,12 @@ def x():
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_codes_survive_packing(bits):
+def test_codes_survive_packing_and_leave_no_bit_unused(bits):
     codes = torch.randint(2**bits, (3, 5, 32), generator=torch.Generator().manual_seed(bits))
     packed = kivi.pack(codes, bits)
     assert packed.dtype == torch.uint8 and packed.shape == (3, 5, 32 * bits // 8)
     assert torch.equal(kivi.unpack(packed, bits), codes)
-
-
-def test_packing_leaves_no_bit_unused():
-    """Eight codes of 3 bits, lowest first, are one number of 24 bits in three bytes."""
+    # Eight codes of 3 bits, lowest first, are one number of 24 bits in three bytes
     codes = [5, 0, 7, 1, 2, 6, 3, 4]
     number = sum(code << 3 * place for place, code in enumerate(codes))
     assert kivi.pack(torch.tensor(codes), 3).tolist() == list(number.to_bytes(3, "little"))
@@ -37,19 +34,16 @@ def test_packing_leaves_no_bit_unused():
 @pytest.mark.parametrize("bits", BITS)
 def test_error_is_half_a_step_of_the_own_group(bits, x):
     groups = x.unflatten(-1, (-1, 32)) * torch.logspace(-3, 3, T)[:, None, None] + 0.5
-    fields = kivi.quantize(groups, bits)
-    error = (kivi.dequantize(fields, bits) - groups).abs()
+    stored = kivi.quantize(groups, bits)
+    error = (kivi.dequantize(stored, bits) - groups).abs()
     low, high = groups.aminmax(dim=-1, keepdim=True)
     step = (high - low) / (2**bits - 1)
     rounding = 2**-10 * torch.maximum(low.abs(), high.abs()) + 1e-4  # scale and zero are float16
     assert (error <= step / 2 + rounding).all()
     assert (error > step / 4).float().mean() > 0.2, "such an error is expected of so few bits"
-    assert fields["scale"].dtype == fields["zero"].dtype == torch.float16
-
-
-def test_a_constant_group_stays_as_it_is():
-    groups = torch.full((2, 32), 3.25)
-    assert torch.equal(kivi.dequantize(kivi.quantize(groups, 2), 2), groups)
+    assert stored["scale"].dtype == stored["zero"].dtype == torch.float16
+    constant = torch.full((2, 32), 3.25)
+    assert torch.equal(kivi.dequantize(kivi.quantize(constant, bits), bits), constant)
 
 
 def test_keys_are_quantized_per_channel_and_values_per_token(x):
@@ -74,9 +68,9 @@ def error_of(side: kivi.KiviSide, x):
 def test_what_is_read_is_what_is_stored(x, sinks):
     """The new chunk too, K but for its unfinished group; and the stored doesn't depend on the chunks."""
     side = {name: kivi.KiviSide(2, sinks, block) for name, block in (("k", 32), ("v", 1))}
-    for piece in x.split(50, dim=2):
+    for chunk in x.split(50, dim=2):
         for one in side.values():
-            one.append(piece)
+            one.append(chunk)
     for name, one in side.items():
         read, rest = one.read(), (T - sinks) % 32 if name == "k" else 0
         exact = (read == x).flatten(3).all(-1)[0, 0]
@@ -90,9 +84,9 @@ def test_what_is_read_is_what_is_stored(x, sinks):
 @pytest.mark.parametrize(("bits", "sinks"), [(4, 0), (3, 4), (2, 4)])
 def test_kivi_holds_what_a_hand_counts(x, bits, sinks):
     cache = kivi.kivi_cache(2, bits, sinks)
-    for piece in x.bfloat16().split(64, dim=2):
+    for chunk in x.bfloat16().split(64, dim=2):
         for index in range(2):
-            cache.update(piece, piece, index)
+            cache.update(chunk, chunk, index)
     group = 32 * bits // 8 + 2 + 2  # codes, scale, zero point
     groups = (T - sinks) // 32
     keys = H * D * (groups * group + (T - 32 * groups) * 2)
@@ -100,12 +94,9 @@ def test_kivi_holds_what_a_hand_counts(x, bits, sinks):
     assert cache_bytes(cache) == 2 * (keys + values)
 
 
-def test_kivi_refuses_what_its_packing_does_not_fit():
-    with pytest.raises(PluginError, match="head_dim 12 isn't a multiple of 8"):
-        kivi.kivi_cache(1, 4).update(torch.randn(1, 1, 40, 12), torch.randn(1, 1, 40, 12), 0)
-
-
 def test_generation_runs_through_kivi():
     llama, cache = tiny_loaded("llama", hidden_size=64), kivi.kivi_cache(3, 4, 0)  # head_dim 16: packing by 8 fits
     tokens = llama.model.generate(windows(2, 70), past_key_values=cache, do_sample=False, max_new_tokens=4)
     assert tokens.shape == (2, 74) and cache.get_seq_length() == 73
+    with pytest.raises(PluginError, match="head_dim 12 isn't a multiple of 8"):
+        kivi.kivi_cache(1, 4).update(torch.randn(1, 1, 40, 12), torch.randn(1, 1, 40, 12), 0)

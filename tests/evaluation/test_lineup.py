@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import itertools
 import json
 import sys
 
@@ -55,22 +56,21 @@ def peer(family: str, **overrides):
 
 def fed(cache, x, chunk: int):
     """What the last update of layer 0 returns for K, after x has gone into every layer."""
-    for piece in x.split(chunk, dim=2):
-        returned = [cache.update(piece, piece, index)[0] for index in range(len(cache.layers))]
+    for part in x.split(chunk, dim=2):
+        returned = [cache.update(part, part, index)[0] for index in range(len(cache.layers))]
     return returned[0]
 
 
 @pytest.mark.parametrize("family", ["quanto", "hqq"])
-@pytest.mark.parametrize("bits", [4, 2])
-@pytest.mark.parametrize("residual", [0, 128])
-def test_inner_tensors_of_quantized_caches_are_counted(family, bits, residual, x):
+def test_inner_tensors_of_quantized_caches_are_counted(family, x):
     installed(family)
-    cache = peer(family, nbits=bits, residual_length=residual)
-    fed(cache, x[:, :, :256].bfloat16(), 64)
-    exact = 64 if residual else 0  # 64 at first, 128 more at once, then 64 in the residual
-    numbers = H * D * (256 - exact)
-    side = numbers * bits // 8 + numbers // 64 * (2 + 2) + H * D * exact * 2
-    assert cache_bytes(cache) == 2 * 2 * side
+    for bits, residual in itertools.product((4, 2), (0, 128)):
+        cache = peer(family, nbits=bits, residual_length=residual)
+        fed(cache, x[:, :, :256].bfloat16(), 64)
+        exact = 64 if residual else 0  # 64 at first, 128 more at once, then 64 in the residual
+        numbers = H * D * (256 - exact)
+        side = numbers * bits // 8 + numbers // 64 * (2 + 2) + H * D * exact * 2
+        assert cache_bytes(cache) == 2 * 2 * side, (bits, residual)
 
 
 @needs_fp8
@@ -113,7 +113,7 @@ def test_a_package_that_is_missing_gives_entries_with_errors(llama, monkeypatch)
 
 
 @needs_fp8
-def test_a_model_that_a_backend_refuses_gives_rows():
+def test_a_model_that_a_backend_rejects_gives_rows():
     found = lineup.for_quality(tiny_loaded("mistral"), ["fp8", "kivi"], [])
     assert "only full attention" in peers.reason(found[0].error) and all(entry.make for entry in found[1:])
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pictures import is_drawn
 from sampling import sampled
 from script_runs import NEEDLE, listing
 from tiny import char_tokenizer, tiny_loaded
@@ -23,16 +24,6 @@ from gpt2.report import plots
 LENGTH = 320
 
 
-@pytest.fixture(scope="module")
-def llama(reader):
-    return reader
-
-
-@pytest.fixture(scope="module")
-def builder(reader, haystack):
-    return Needles(reader.tokenizer, haystack)
-
-
 def lossy(bits: int = 4):
     return lambda: CompressedDynamicCache(*compressors_for("kv", bits, Geometry.uniform(3, 2, 12)), sink_tokens=0)
 
@@ -41,16 +32,11 @@ def caches(loaded) -> dict:
     return {BASELINE: baseline_factory(loaded), "identity": lambda: identity_cache(3), "int4": lossy()}
 
 
-# --- measuring
-
-
-@pytest.mark.parametrize(
-    ("text", "right"),
-    [(" 48213.", True), ("48213", True), ("\n48213\nand", True), ("482134", False), ("4821", False), ("", False),
-     ("The 48213", False), ("48213x", False)],
-)  # fmt: skip
-def test_an_answer_is_compared_whole(text, right):
-    assert needle.answers(text, "48213") is right
+def test_an_answer_is_compared_whole():
+    for text in (" 48213.", "48213", "\n48213\nand"):
+        assert needle.answers(text, "48213"), text
+    for text in ("482134", "4821", "", "The 48213", "48213x"):
+        assert not needle.answers(text, "48213"), text
 
 
 def as_answered(loaded, prompt):
@@ -83,7 +69,7 @@ def test_log_probability_and_text_are_those_of_plain_inference(family, prefill_c
         assert record["generated"].strip() == prompt.answer and record["exact_match"]
 
 
-def test_both_figures_are_read_from_the_cache(llama, builder):
+def test_both_figures_are_read_from_the_cache(reader, builder):
     """A cache that loses the prompt after it was read must lose the answer, whatever the prefill pass gave back."""
 
     class Forgetful(DynamicCache):
@@ -94,69 +80,64 @@ def test_both_figures_are_read_from_the_cache(llama, builder):
                 layer.keys, layer.values = torch.zeros_like(layer.keys), torch.zeros_like(layer.values)
             return k, v
 
-    prompt = as_answered(llama, builder.build(LENGTH, 0.5, 0))
-    kept, lost = (needle.ask(llama, make, prompt) for make in (baseline_factory(llama), Forgetful))
+    prompt = as_answered(reader, builder.build(LENGTH, 0.5, 0))
+    kept, lost = (needle.ask(reader, make, prompt) for make in (baseline_factory(reader), Forgetful))
     assert kept["exact_match"] and not lost["exact_match"]
     assert lost["answer_logprob_nats"] < kept["answer_logprob_nats"] - 1
 
 
-def test_compression_shows_in_losses_and_bytes(llama, haystack):
-    rows = needle.measure(llama, haystack, caches(llama), lengths=[LENGTH], depths=[0.1, 0.9], trials=1)
+def test_compression_shows_in_losses_and_bytes(reader, haystack):
+    rows = needle.measure(reader, haystack, caches(reader), lengths=[LENGTH], depths=[0.1, 0.9], trials=1)
     losses, sizes = (
-        {name: np.array([row[key] for row in rows if row["cache"] == name]) for name in caches(llama)}
+        {name: np.array([row[key] for row in rows if row["cache"] == name]) for name in caches(reader)}
         for key in ("answer_logprob_nats", "cache_bytes")
     )
     assert losses["identity"] == pytest.approx(losses[BASELINE], abs=1e-3)
     assert np.abs(losses["int4"] - losses[BASELINE]).min() > 1e-2
     prompt = LENGTH - 12 - 1  # without room for the answer, and without the token that generation starts with
-    assert set(sizes[BASELINE]) == {prompt * llama.geometry.bytes_per_token(4)}
+    assert set(sizes[BASELINE]) == {prompt * reader.geometry.bytes_per_token(4)}
     assert (sizes["int4"] < sizes[BASELINE] / 2).all()
 
 
-def test_generation_is_not_changed_by_the_other_figure(llama, builder):
-    """The log-probability is taken from a copy: generation sees the prompt, not the prompt and the answer."""
+def test_what_is_generated_depends_on_prompt_and_cache_alone(reader, builder):
+    """The log-probability is taken from a copy: generation sees the prompt, not the prompt and the answer. Settings of
+    a chat model stay out: a repetition penalty would forbid the very answer that is asked for."""
     prompt = builder.build(LENGTH, 0.5, 0)
-    text = needle.ask(llama, lossy(), prompt)["generated"]
+    text = needle.ask(reader, lossy(), prompt)["generated"]
     cache, ids = lossy()(), prompt.ids[None]
     with torch.no_grad():
-        llama.model(ids[:, :-1], past_key_values=cache)
-        alone = llama.model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=12)
-    assert text == llama.tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)
-
-
-def test_settings_of_a_chat_model_stay_out(builder):
-    """A repetition penalty would forbid the very answer that is asked for."""
+        reader.model(ids[:, :-1], past_key_values=cache)
+        alone = reader.model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=12)
+    assert text == reader.tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)
     loaded = tiny_loaded("llama", char_tokenizer())
-    prompt = builder.build(LENGTH, 0.5, 0)
-    plain = needle.ask(loaded, baseline_factory(loaded), prompt)["generated"]
     for key, value in {"do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0, "num_beams": 3}.items():
         setattr(loaded.model.generation_config, key, value)
-    assert needle.ask(loaded, baseline_factory(loaded), prompt)["generated"] == plain
+    assert needle.ask(loaded, lossy(), prompt)["generated"] == text
 
 
-@pytest.mark.parametrize(("prefill_chunk", "pieces"), [(None, [307]), (100, [100, 100, 100, 7])])
-def test_the_prompt_is_fed_in_pieces_where_asked(llama, builder, monkeypatch, prefill_chunk, pieces):
-    body, fed = llama.model.base_model.forward, []
+@pytest.mark.parametrize(("prefill_chunk", "chunks"), [(None, [307]), (100, [100, 100, 100, 7])])
+def test_the_prompt_is_fed_in_chunks_where_asked(reader, builder, monkeypatch, prefill_chunk, chunks):
+    body, fed = reader.model.base_model.forward, []
 
     def forward(input_ids, **rest):
         fed.append(input_ids.shape[1])
         return body(input_ids=input_ids, **rest)
 
-    monkeypatch.setattr(llama.model.base_model, "forward", forward)
-    needle.ask(llama, baseline_factory(llama), builder.build(LENGTH, 0.5, 0), prefill_chunk=prefill_chunk)
+    monkeypatch.setattr(reader.model.base_model, "forward", forward)
+    needle.ask(reader, baseline_factory(reader), builder.build(LENGTH, 0.5, 0), prefill_chunk=prefill_chunk)
     answer = 6  # a space and five digits; then generation, which starts with the prompt's last token
-    assert fed[: len(pieces) + 2] == [*pieces, answer, 1]
+    assert fed[: len(chunks) + 2] == [*chunks, answer, 1]
 
 
-def test_rows_name_their_prompts_and_the_grid_is_whole(llama, haystack):
+def test_rows_name_their_prompts_and_the_grid_is_whole(reader, haystack):
     seen = []
     rows = needle.measure(
-        llama, haystack, caches(llama), lengths=[LENGTH, 400], depths=[0.1, 0.9], trials=2, distractors=2, seed=5,
+        reader, haystack, caches(reader), lengths=[LENGTH, 400], depths=[0.1, 0.9], trials=2, distractors=2, seed=5,
         progress=lambda items: seen.extend(items) or seen,
     )  # fmt: skip
     assert len(rows) == 2 * 2 * 2 * 3 and len(seen) == 8, "progress wraps the prompts"
     for row in rows:
-        prompt = Needles(llama.tokenizer, haystack, distractors=2).build(
+        prompt = Needles(reader.tokenizer, haystack, distractors=2).build(
             row["context_tokens"], row["depth"], row["trial"], 5
         )
         assert row["prompt_tokens"] == row["context_tokens"] - 12 == len(prompt.ids)
@@ -165,37 +146,27 @@ def test_rows_name_their_prompts_and_the_grid_is_whole(llama, haystack):
     assert len(needle.cells(rows)) == 2 * 2 * 3
 
 
-def test_nothing_is_asked_before_all_prompts_are_checked(llama, haystack, monkeypatch):
-    monkeypatch.setattr(needle, "ask", lambda *args: pytest.fail("asked"))
-    for lengths, message in (
-        ([LENGTH, 513], "longer than the 512 that .* use --context-lengths 512"),
-        ([LENGTH, 50], "room"),
-    ):
-        with pytest.raises(PluginError, match=message):
-            needle.measure(llama, haystack, caches(llama), lengths=lengths, depths=[0.5], trials=1)
+def test_accuracy_is_the_share_of_prompts(reader, haystack, monkeypatch):
+    right = iter([1, 0, 1, 1, 0, 0, 1, 0])  # baseline and other in turn
+    monkeypatch.setattr(needle, "ask", lambda *args: {"answer_logprob_nats": -1.0, "exact_match": bool(next(right))})
+    both = {BASELINE: None, "other": None}
+    shares = needle.accuracy(reader, haystack, both, lengths=[LENGTH], depths=[0.1, 0.9], trials=2, seed=3)
+    assert shares == {BASELINE: 0.75, "other": 0.25}
 
 
-def test_logits_that_are_not_finite_are_refused_by_cache(llama, haystack):
+def test_nothing_is_asked_before_all_prompts_are_checked(reader, haystack, monkeypatch):
     class Broken(DynamicCache):
         def update(self, *args, **kwargs):
             k, v = super().update(*args, **kwargs)
             return k * float("nan"), v
 
-    broken = {BASELINE: baseline_factory(llama), "broken": Broken}
+    broken = {BASELINE: baseline_factory(reader), "broken": Broken}
     with pytest.raises(PluginError, match="cache 'broken' gives NaN or infinite logits"):
-        needle.measure(llama, haystack, broken, lengths=[LENGTH], depths=[0.5], trials=1)
-
-
-def test_accuracy_is_the_share_of_prompts(llama, haystack, monkeypatch):
-    right = iter([1, 0, 1, 1, 0, 0, 1, 0])  # baseline and other in turn
-    record = {"answer_logprob_nats": -1.0}
-    monkeypatch.setattr(needle, "ask", lambda *args: record | {"exact_match": bool(next(right))})
-    both = {BASELINE: None, "other": None}
-    shares = needle.accuracy(llama, haystack, both, lengths=[LENGTH], depths=[0.1, 0.9], trials=2, seed=3)
-    assert shares == {BASELINE: 0.75, "other": 0.25}
-
-
-# --- verdicts
+        needle.measure(reader, haystack, broken, lengths=[LENGTH], depths=[0.5], trials=1)
+    monkeypatch.setattr(needle, "ask", lambda *args: pytest.fail("asked"))
+    for length, message in ((513, "longer than the 512 that .* use --context-lengths 512"), (50, "room")):
+        with pytest.raises(PluginError, match=message):
+            needle.measure(reader, haystack, broken, lengths=[LENGTH, length], depths=[0.5], trials=1)
 
 
 def rows_of(right: dict[str, dict[float, list[int]]], distractors: int = 1) -> list[dict]:
@@ -215,15 +186,12 @@ GRADES = rows_of({
 
 
 def test_a_cell_says_when_its_baseline_fails():
+    """Half right is no better than guessing between needle and distractor, and well above it without one."""
     verdicts = {cell["depth"]: cell["verdict"] for cell in needle.cells(GRADES) if cell["cache"] == "small"}
     assert verdicts == {0.1: "baseline fails", 0.5: "matches", 0.9: "loses"}
     worse = next(cell for cell in needle.cells(GRADES) if (cell["cache"], cell["depth"]) == ("small", 0.9))
     assert (worse["exact_match"], worse["distractor_match"], worse["logprob_change_nats"]) == (0.75, 0.25, -0.25)
     assert worse["answer_logprob_nats_per_token"] == -0.625
-
-
-def test_guessing_is_not_working():
-    """Half right is no better than guessing between needle and distractor, and well above it without one."""
     assert needle.works_from(0) == 0.5 and needle.works_from(1) == 0.75 and needle.works_from(3) == 0.625
     half = {BASELINE: {0.5: [1, 0]}, "small": {0.5: [1, 0]}}
     verdicts = [needle.cells(rows_of(half, distractors))[1]["verdict"] for distractors in (0, 1)]
@@ -238,11 +206,8 @@ def test_the_summary_counts_pairs():
     assert summary["logprob_change_nats"] == pytest.approx(-2 / 12)
     low, high = summary["logprob_change_nats_interval"]
     assert low < -2 / 12 < high
-
-
-def test_one_prompt_has_no_interval():
     (summary,) = needle.summarize(rows_of({BASELINE: {0.5: [1]}, "small": {0.5: [0]}}))
-    assert summary["logprob_change_nats"] == -1 and summary["logprob_change_nats_interval"] is None
+    assert summary["logprob_change_nats"] == -1 and summary["logprob_change_nats_interval"] is None, "of one prompt"
 
 
 def test_the_plot_says_which_baselines_fail():
@@ -256,9 +221,6 @@ def test_the_plot_says_which_baselines_fail():
         assert ["baseline fails" in text.get_text() for text in axis.texts] == [True, False, False]
 
 
-# --- the script
-
-
 FLAGS = ["--text", "prose.txt", "--preset", "p.json", "--num-trials", 2]
 
 
@@ -266,21 +228,17 @@ def test_the_script_writes_its_grid(script, tmp_path, capsys, monkeypatch):
     ask, chunks = needle.ask, set()
     monkeypatch.setattr(needle, "ask", lambda *args: chunks.add(args[-1]) or ask(*args))
     flags = ["--context-lengths", f"{LENGTH},400", "--needle-positions", "0.1,0.9", "--prefill-chunk", 100]
-    assert script(NEEDLE, *FLAGS, *flags, "--output", "out/n.json") == 0
+    assert script(NEEDLE, *FLAGS, *flags) == 0
     assert chunks == {100}
     said = capsys.readouterr().out
     assert said.count("baseline fails") == 4 + 2 and "0 of 0" in said and "8 prompts per cache in 4 cells" in said
     assert "bytes" in said and "baseline in float32" in said
-    record = json.loads((tmp_path / "out/n.json").read_text())
-    assert (tmp_path / "out/n.png").stat().st_size > 10_000
+    assert listing(tmp_path / "results") == {"runs/needle_tiny.json", "plots/needle_tiny.png"}
+    record = json.loads((tmp_path / "results/runs/needle_tiny.json").read_text())
+    assert is_drawn(tmp_path / "results/plots/needle_tiny.png")
     assert len(record["rows"]) == 2 * 2 * 2 * 2 and len(record["cells"]) == 2 * 2 * 2 and len(record["summary"]) == 1
     assert record["baseline_works_from"] == 0.75 and record["text_sha256"] and record["fingerprint"]
     assert record["caches"][0]["bits"] == 4
-
-
-def test_the_script_writes_under_results_without_output(script, tmp_path):
-    assert script(NEEDLE, *FLAGS, "--context-lengths", LENGTH, "--needle-positions", 0.5, "--num-trials", 1) == 0
-    assert listing(tmp_path / "results") == {"runs/needle_tiny.json", "plots/needle_tiny.png"}
 
 
 BAD_FLAGS = [
@@ -293,8 +251,6 @@ BAD_FLAGS = [
     (["--context-lengths", "0"], "0 is not a positive number"),
     (["--distractors", "-1"], "-1 is negative"),
     (["--context-lengths", "500", "--text", "short.txt"], "the evaluation part of text 'short.txt' has 60 tokens"),
-    (["--preset", "none.json"], "no preset file none.json"),
-    (["--output", "prose.txt/n.json"], "can't make the folder"),
 ]
 
 

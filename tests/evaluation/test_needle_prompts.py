@@ -10,16 +10,11 @@ from tiny import word_tokenizer
 
 from gpt2.common.errors import PluginError
 from gpt2.evaluation import needle_prompts
-from gpt2.evaluation.needle_prompts import TEMPLATES, Needles, Template
+from gpt2.evaluation.needle_prompts import TEMPLATES, Needles, Prompt, Template
 
 LENGTH = 320
 DEPTHS = (0, 0.1, 0.5, 0.9, 1)
 PROMPTS = [(n, length, trial) for n in (0, 1, 3) for length in (LENGTH, 511) for trial in range(len(TEMPLATES))]
-
-
-@pytest.fixture(scope="module")
-def builder(reader, haystack):
-    return Needles(reader.tokenizer, haystack)
 
 
 @pytest.mark.parametrize(("distractors", "length", "trial"), sampled(PROMPTS, 8))
@@ -77,7 +72,7 @@ BAD_CELLS = [
     ({"depth": 1.1}, "needle position 1.1 is out of range"),
     ({"depth": -0.1}, "needle position -0.1 is out of range"),
     ({"max_new_tokens": 6}, r"the answer '\d{5}' has 6 tokens: use --max-new-tokens 7 or more"),
-    ({"distractors": 16}, "has fewer than 17 subjects or answers that don't occur in the text"),
+    ({"distractors": 16}, "has no 17 subjects and answers that the text hasn't"),
 ]
 
 
@@ -93,25 +88,19 @@ def test_what_makes_no_prompt_is_an_error(builder, change, message):
         assert len(builder.build(least + 8, 0.5, 0).ids) == least + 8 - builder.max_new_tokens
 
 
-def test_a_tokenizer_that_loses_the_needle_is_refused(haystack):
-    with pytest.raises(PluginError, match="doesn't encode the answer '.*' in separate tokens"):
-        Needles(word_tokenizer(), haystack).build(LENGTH, 0.5, 0)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda ids, first: (ids.roll(1), first), "the needle is not whole"),
-        (lambda ids, first: (ids[:-1], first), "its length is wrong"),
-        (lambda ids, first: (ids, first - 1), "the needle is not whole"),
-    ],
-    ids=["shifted", "cut", "elsewhere"],
-)
-def test_a_prompt_without_its_needle_is_refused(builder, monkeypatch, damage, message):
-    insert = needle_prompts._insert
-    monkeypatch.setattr(needle_prompts, "_insert", lambda *args: damage(*insert(*args)))
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda prompt: replace(prompt, ids=prompt.ids.roll(1)), "the needle is not whole"),
+    (lambda prompt: replace(prompt, ids=torch.cat((prompt.ids[-1:], prompt.ids))), "the needle is not whole"),
+    (lambda prompt: replace(prompt, needle=(prompt.needle[0] - 1, prompt.needle[1])), "the needle is not whole"),
+    (lambda prompt: replace(prompt, ids=prompt.ids[:-1]), "the question is not at the end.*its length is wrong"),
+    (lambda prompt: replace(prompt, answer="nobody"), "the answer can't be read from the needle"),
+])  # fmt: skip
+def test_a_prompt_without_its_needle_is_rejected(builder, haystack, monkeypatch, damage, message):
+    monkeypatch.setattr(needle_prompts, "Prompt", lambda *parts: damage(Prompt(*parts)))
     with pytest.raises(PluginError, match=message):
         builder.build(LENGTH, 0.5, 0)
+    with pytest.raises(PluginError, match="doesn't give the answer '.*' back"):
+        Needles(word_tokenizer(), haystack).build(LENGTH, 0.5, 0)
 
 
 def test_answers_that_the_text_has_anyway_are_not_used(reader, prose):

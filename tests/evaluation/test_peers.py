@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from script_runs import listing, run
 from tiny import char_tokenizer, tiny_loaded, tiny_model, windows
 from transformers import DynamicCache
@@ -28,7 +29,7 @@ def llama():
 
 
 class Breaks(DynamicCache):
-    """Fails when it is to take more than 100 tokens, on a model but not when it is weighed."""
+    """Fails after 100 tokens."""
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         if self.get_seq_length() > 100:
@@ -53,15 +54,9 @@ def test_one_cache_that_fails_does_not_stop_the_others(llama):
     for name in caches:
         assert np.array_equal(scores[name].nll, alone[name].nll)
     assert "NaN" in peers.reason(failed["nan"]) and peers.reason(failed["breaks"]) == "RuntimeError: kernel exploded"
-
-
-@pytest.mark.parametrize("failed", [None, {}])
-def test_without_a_baseline_there_is_nothing_to_measure(llama, failed):
-    with pytest.raises(RuntimeError, match="exploded"):
-        score(llama, windows(1, 160), {BASELINE: Breaks}, chunk=32, failed=failed)
-    if failed is None:
+    for name, how in ((BASELINE, {"failed": {}}), (BASELINE, {}), ("peer", {})):
         with pytest.raises(RuntimeError, match="exploded"):
-            score(llama, windows(1, 160), {"peer": Breaks}, chunk=32)
+            score(llama, segments[:1], {name: Breaks}, chunk=32, **how)
 
 
 def test_rows_have_what_score_and_weights_say(llama):
@@ -105,9 +100,7 @@ def flags(tmp_path, monkeypatch, prose):
     """Flags of the script on a tiny saved model, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(files, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(
-        plots, "peers", lambda rows, title: plots.append_times([1], {"a": [1]}, title)
-    )  # a small figure
+    monkeypatch.setattr(plots, "peers", lambda rows, title: Figure())  # drawn by tests/report/test_plots.py
     (tmp_path / "prose.txt").write_text(prose)
     tiny_model("llama", **SHAPE).save_pretrained("tiny")
     char_tokenizer().save_pretrained("tiny")
@@ -134,9 +127,6 @@ def test_the_script_compares(flags, tmp_path, capsys, monkeypatch):
     assert rows["KIVI 2 bits"]["kl_nats"] > rows["KIVI 4 bits"]["kl_nats"] > 0
     table = regions.fill("<!-- results: peers_tiny kivi -->\n<!-- end -->", tmp_path / "results/runs")
     assert table.count("| KIVI") == 3 and "quanto" not in table and "| 16-bit cache | 384 | 1.00x |" in table
-
-
-def test_the_script_asks_no_needles_when_told(flags, tmp_path):
     more = ["--peers", "fp8", "--preset", "--needle-context-lengths", "none", "--output", "p.json"]
     assert run(SCRIPT, *flags, *more) == 0
     record = json.loads((tmp_path / "p.json").read_text())

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from pictures import is_drawn
 from script_runs import PROFILE, run
 from tiny import write_shape
 
@@ -29,7 +30,7 @@ def test_the_script_writes_figures_a_plot_and_a_table(shape, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.count("tokens/s") == 4 and "compress  expand" in said and "the weights are random" in said
     record = json.loads((tmp_path / "out/r.json").read_text())
-    assert (tmp_path / "out/r.png").stat().st_size > 10_000
+    assert is_drawn(tmp_path / "out/r.png")
     assert record["weights"] == "random" and record["model"] == "tiny-shape.json (random weights, 3 layers)"
     assert record["peak_memory"].startswith("resident size") and record["caches"][0]["bits"] == 4
     cells = [(row["batch_size"], row["context_tokens"], row["cache"]) for row in record["rows"]]
@@ -56,7 +57,6 @@ BAD = [
     (["--context-lengths", "0"], "0 is not a positive number", "--context-lengths"),
     (["--preset", "p.json", "p.json"], "two caches are called 'int4'", "another name"),
     (["--layers", "9"], "--layers 9: tiny-shape.json has 3 layers", "error"),
-    (["--output", "p.json/x.json"], "can't make the folder", "p.json"),
 ]
 
 
@@ -70,6 +70,9 @@ def test_bad_input_is_one_clear_line_before_any_work(flags, message, advice, sha
     assert message in err and advice in err and "Traceback" not in err
 
 
+LOST = {"cache": "baseline", "context_tokens": 1024, "batch_size": 4, "out_of_memory": True}
+
+
 def row(cache="int4", context=512, batch=1, **more) -> dict:
     share = dict.fromkeys(PARTS, 0.2)
     figures = {"token_ms_median": 40.0, "tokens_per_s_median": 25.0, "tokens_per_s_quartiles": [24.0, 27.0]}
@@ -78,11 +81,10 @@ def row(cache="int4", context=512, batch=1, **more) -> dict:
 
 
 def test_the_plot_takes_one_cell_many_and_none(tmp_path):
-    lost = {"cache": "baseline", "context_tokens": 1024, "batch_size": 4, "out_of_memory": True}
     names = [f"a cache with a long name, number {i}" for i in range(3)]
     many = [row(name, context, batch) for name in names for context in (512, 1024) for batch in (1, 4)]
     hard_wired = row(share_of_step={"compress": 0.1, "expand": 0.2, "copies": 0.0, "rest": 0.7})
-    for rows in ([row()], [*many, lost], [lost], [hard_wired]):
+    for rows in ([row()], [*many, LOST], [LOST], [hard_wired]):
         figure = plots.profiles(rows, "title")
         kept = [r for r in rows if "share_of_step" in r]
         bars = sum(len(axis.patches) for axis in figure.axes)
@@ -94,8 +96,7 @@ def test_the_plot_takes_one_cell_many_and_none(tmp_path):
 
 
 def test_a_cache_without_room_has_a_row_in_the_table():
-    lost = {"cache": "baseline", "context_tokens": 1024, "batch_size": 4, "out_of_memory": True}
-    record = {"rows": [lost, row(batch=4)], "args": {"decode_tokens": 3, "repeats": 2}, "weights": "trained"}
+    record = {"rows": [LOST, row(batch=4)], "args": {"decode_tokens": 3, "repeats": 2}, "weights": "trained"}
     record |= {"model": "m", "dtype": "float32", "device": "cpu", "peak_memory": "sampled"}
     lines = tables.profile(record, []).markdown().splitlines()
     assert lines[2] == "| 4 | 1,024 | baseline | out of memory | | | | | |"

@@ -19,89 +19,82 @@ from gpt2.report import tables
 TEMPLATE = "{% for m in messages %}w2 w3 {{ m['content'] }} w4{% endfor %}{% if add_generation_prompt %} w5{% endif %}"
 
 
-@pytest.fixture(scope="module")
-def loaded():
-    return tiny_loaded()
+@pytest.fixture
+def document(llama):
+    return llama.tokenizer(word_text(300), return_tensors="pt").input_ids[0]
 
 
 @pytest.fixture
-def document(loaded):
-    return loaded.tokenizer(word_text(300), return_tensors="pt").input_ids[0]
+def exact(llama):
+    return from_preset(FREE_PRESET | {"bits": 16, "name": "exact", "sink_tokens": 4, "recent_tokens": 0}, llama)
 
 
-@pytest.fixture
-def exact(loaded):
-    return from_preset(FREE_PRESET | {"bits": 16, "name": "exact", "sink_tokens": 4, "recent_tokens": 0}, loaded)
-
-
-def test_a_document_is_the_end_of_a_file_or_of_the_evaluation_part(loaded, tmp_path):
+def test_a_document_is_the_end_of_a_file_or_of_the_evaluation_part(llama, tmp_path):
     (tmp_path / "t.txt").write_text(word_text(500))
-    words = loaded.tokenizer(word_text(500), add_special_tokens=False).input_ids
-    assert read_document(str(tmp_path / "t.txt"), loaded, 1000).tolist() == words, "a file as a whole"
-    assert read_document(str(tmp_path / "t.txt"), loaded, 40).tolist() == words[-40:]
+    words = llama.tokenizer(word_text(500), add_special_tokens=False).input_ids
+    assert read_document(str(tmp_path / "t.txt"), llama, 1000).tolist() == words, "a file as a whole"
+    assert read_document(str(tmp_path / "t.txt"), llama, 40).tolist() == words[-40:]
     (tmp_path / "a-valid.txt").write_text("w2 " * 90)
     (tmp_path / "a-test.txt").write_text("w3 " * 50)
-    assert read_document(str(tmp_path), loaded, 1000).tolist() == [3] * 50, "nothing that a calibration may have read"
+    assert read_document(str(tmp_path), llama, 1000).tolist() == [3] * 50, "nothing that a calibration may have read"
     with pytest.raises(PluginError, match="no text"):
-        read_document("missing.txt", loaded, 10)
+        read_document("missing.txt", llama, 10)
 
 
 def test_a_question_is_put_as_the_chat_template_says(document):
-    loaded = tiny_loaded()
-    plain = about_document(loaded, document, "w9 w8")
-    assert loaded.tokenizer.decode(plain.question).endswith("w9 w8 <pad>")  # "Answer:" isn't in the vocabulary
-    loaded.tokenizer.chat_template = TEMPLATE
-    asked = about_document(loaded, document, "w9 w8")
+    llama = tiny_loaded()
+    plain = about_document(llama, document, "w9 w8")
+    assert llama.tokenizer.decode(plain.question).endswith("w9 w8 <pad>")  # "Answer:" isn't in the vocabulary
+    llama.tokenizer.chat_template = TEMPLATE
+    asked = about_document(llama, document, "w9 w8")
     parts = (asked.start.tolist(), asked.document.tolist(), asked.question.tolist())
     assert parts == ([2, 3], document.tolist(), [9, 8, 4, 5]) and len(asked) == 2 + len(document) + 4
-    loaded.tokenizer.chat_template = "w2"
-    with pytest.raises(PluginError, match="doesn't show the user's message exactly once"):
-        about_document(loaded, document, "w9")
+    llama.tokenizer.chat_template = "w2"
+    with pytest.raises(PluginError, match="doesn't show a user's message once"):
+        about_document(llama, document, "w9")
 
 
-def test_perplexity_and_answer_are_those_of_the_cache(loaded, document, exact):
-    conversation = about_document(loaded, document, "w9 w8")
-    baseline, ours = (read(loaded, conversation, c, max_new_tokens=12, chunk=64) for c in (None, exact))
-    expected = score(loaded, document[None], {BASELINE: baseline_factory(loaded)})[BASELINE]
+def test_perplexity_and_answer_are_those_of_the_cache(llama, document, exact):
+    conversation = about_document(llama, document, "w9 w8")
+    baseline, ours = (read(llama, conversation, c, max_new_tokens=12, chunk=64) for c in (None, exact))
+    expected = score(llama, document[None], {BASELINE: baseline_factory(llama)})[BASELINE]
     torch.testing.assert_close(baseline.scores.nll, expected.nll, rtol=0, atol=1e-4)
     assert baseline.scores.nll.shape == (1, len(document) - 1)
     ids = torch.cat((document, conversation.question))[None]
     mask = torch.ones_like(ids)  # else generate takes unknown words, which have the id of padding, for padding
-    new = loaded.model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
-    assert baseline.answer == ours.answer == loaded.tokenizer.decode(new, skip_special_tokens=True)
+    new = llama.model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert baseline.answer == ours.answer == llama.tokenizer.decode(new, skip_special_tokens=True)
     assert len(baseline.step_ms) == len(ours.step_ms) == 4
     assert ours.record(baseline)["ppl_delta"] == pytest.approx(0, abs=1e-6)
-
-
-def test_the_template_is_read_but_not_scored(document):
-    loaded = tiny_loaded()
-    loaded.tokenizer.chat_template = TEMPLATE
-    reading = read(loaded, about_document(loaded, document, "w9"), None, max_new_tokens=1)
+    # A chat template is read but not scored
+    llama = tiny_loaded()
+    llama.tokenizer.chat_template = TEMPLATE
+    reading = read(llama, about_document(llama, document, "w9"), None, max_new_tokens=1)
     whole = torch.cat((torch.tensor([2, 3]), document))[None]
-    expected = score(loaded, whole, {BASELINE: baseline_factory(loaded)})[BASELINE].nll[:, 1:]
+    expected = score(llama, whole, {BASELINE: baseline_factory(llama)})[BASELINE].nll[:, 1:]
     torch.testing.assert_close(reading.scores.nll, expected, rtol=0, atol=1e-4)
 
 
-def test_bytes_are_those_of_a_16_bit_model(loaded, document):
-    choice = from_preset("kv4", loaded)
-    conversation = about_document(loaded, document, "w9 w8")
-    baseline, ours = (read(loaded, conversation, c, max_new_tokens=3) for c in (None, choice))
+def test_bytes_are_those_of_a_16_bit_model(llama, document):
+    choice = from_preset("kv4", llama)
+    conversation = about_document(llama, document, "w9 w8")
+    baseline, ours = (read(llama, conversation, c, max_new_tokens=3) for c in (None, choice))
     tokens = len(conversation) + 2  # the last new token is not in the cache
     assert (baseline.tokens, ours.tokens) == (tokens, tokens)
-    plain, held = plain_bytes(loaded.geometry, tokens), held_bytes(choice.make, loaded.geometry, tokens)
+    plain, held = plain_bytes(llama.geometry, tokens), held_bytes(choice.make, llama.geometry, tokens)
     record = ours.record(baseline)
     assert (baseline.cached_bytes, record["bytes"], record["codec_bytes"]) == (plain, held, choice.make().codec_bytes())
     assert record["compression_ratio"] == plain / held > 1 and record["ppl_delta"] != 0
 
 
 def test_a_cache_is_read_as_stored_where_that_is_enabled(document, exact):
-    loaded = tiny_loaded()
-    conversation = to_continue(loaded, word_text(80))
-    assert not read(loaded, conversation, exact, max_new_tokens=2).direct
-    enable_compressed_attention(loaded.model)
-    assert read(loaded, conversation, exact, max_new_tokens=2).direct
-    assert not read(loaded, conversation, None, max_new_tokens=2).direct
-    disable_compressed_attention(loaded.model)
+    llama = tiny_loaded()
+    conversation = to_continue(llama, word_text(80))
+    assert not read(llama, conversation, exact, max_new_tokens=2).direct
+    enable_compressed_attention(llama.model)
+    assert read(llama, conversation, exact, max_new_tokens=2).direct
+    assert not read(llama, conversation, None, max_new_tokens=2).direct
+    disable_compressed_attention(llama.model)
 
 
 def test_the_script_shows_one_table_and_writes_what_it_shows(tiny_flags, tmp_path, capsys):
@@ -119,16 +112,16 @@ def test_the_script_shows_one_table_and_writes_what_it_shows(tiny_flags, tmp_pat
 
 
 def test_a_prompt_is_continued(tiny_flags, tmp_path, capsys):
-    assert run(GENERATE, *tiny_flags[:2], "--preset", "kv8", "--prompt", "w2 w3 w4", "--max-new-tokens", "4") == 0
-    said = capsys.readouterr().out
-    assert "[uncompressed] w" in said and "[kv8] w" in said and listing(tmp_path) == {"words.txt"}
-    assert run(GENERATE, *tiny_flags[:2], "--preset", "kv8", "--prompt", "w2") == 2
-    assert "expected at least 2" in capsys.readouterr().err
-    assert run(GENERATE, *tiny_flags[:2]) == 2 and "give --preset" in capsys.readouterr().err
+    flags = [*tiny_flags[:2], "--preset", "kv8", "--prompt"]
+    assert run(GENERATE, *flags, "w2 w3 w4", "--max-new-tokens", "4") == 0
+    out = capsys.readouterr().out
+    assert "[uncompressed] w" in out and "[kv8] w" in out and listing(tmp_path) == {"words.txt"}
+    for bad, message in (([*flags, "w2"], "expected at least 2"), (tiny_flags[:2], "give --preset")):
+        assert run(GENERATE, *bad) == 2 and message in capsys.readouterr().err
 
 
-def test_few_tokens_show_no_change_of_perplexity(loaded):
-    reading = read(loaded, to_continue(loaded, word_text(80)), None, max_new_tokens=1)
+def test_few_tokens_show_no_change_of_perplexity(llama):
+    reading = read(llama, to_continue(llama, word_text(80)), None, max_new_tokens=1)
     record = {"model": "m", "dtype": "float32", "device": "cpu", "rows": [reading.record(reading)]}
     (row,) = tables.side_by_side(record, []).rows
     assert row[:3] == [side_by_side.UNCOMPRESSED, row[1], "0.00"] and row[4:6] == ["–", "–"]

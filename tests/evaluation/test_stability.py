@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from script_runs import run
-from tiny import char_tokenizer, tiny_loaded, tiny_model, word_text
+from tiny import word_text
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.calibrate import calibrate, recalibrate
@@ -38,68 +38,49 @@ def row(factor: str, value: float) -> dict:
     return {"factor": factor} | dict.fromkeys(METRICS, value)
 
 
+def by_factor_and_metric(*rows: dict) -> dict:
+    return {(row["factor"], row["metric"]): row for row in stability.summarize(rows)}
+
+
 def test_summary_is_mean_sample_deviation_and_range():
-    rows = [row("as given", 0.01), row("text", 0.02), row("text", 0.06), row("seed", 0.5)]
-    by = {(r["factor"], r["metric"]): r for r in stability.summarize(rows)}
-    text = by["text", "ppl_delta"]
-    assert (text["runs"], text["min"], text["max"]) == (3, 0.01, 0.06)
-    assert text["mean"] == pytest.approx(0.03) and text["std"] == pytest.approx(0.0264575, rel=1e-4)
+    first, text, seed = row("as given", 0.01), row("text", 0.02), row("seed", 0.5)
+    by = by_factor_and_metric(first, text, row("text", 0.06), seed)
+    found = by["text", "ppl_delta"]
+    assert (found["runs"], found["min"], found["max"]) == (3, 0.01, 0.06)
+    assert found["mean"] == pytest.approx(0.03) and found["std"] == pytest.approx(0.0264575, rel=1e-4)
     assert by["all", "needle_accuracy"]["runs"] == 4 and by["seed", "needle_accuracy"]["max"] == 0.5
-
-
-def test_what_a_seed_can_not_move_has_no_rows_of_it():
-    """They would be copies of run 0, and make every spread look smaller."""
-    rows = [row("as given", 0.0), row("text", 0.02), *[row("seed", 0.0)] * 20]
-    by = {(r["factor"], r["metric"]): r for r in stability.summarize(rows)}
+    # What a seed can't change has no rows of it: copies of run 0 would make every spread look smaller
+    by = by_factor_and_metric(first, text, *[seed] * 20)
     assert ("seed", "ppl_delta") not in by and ("seed", "speed_ratio") in by
     assert by["all", "ppl_delta"]["runs"] == 2 and by["all", "speed_ratio"]["runs"] == 22
-
-
-def test_a_needle_that_the_baseline_misses_says_nothing():
-    rows = [row("as given", 0.0), row("text", 0.1) | {"needle_accuracy_change": None}]
-    by = {(r["factor"], r["metric"]): r for r in stability.summarize(rows)}
+    # A needle that the baseline misses says nothing
+    by = by_factor_and_metric(first, text | {"needle_accuracy_change": None})
     assert by["all", "needle_accuracy_change"]["runs"] == 1 and by["all", "needle_accuracy"]["runs"] == 2
 
 
-@pytest.mark.parametrize(
-    ("deltas", "stable"), [((0.01, 0.012), True), ((0.01, 0.06), False), ((0.0, 0.04), False), ((-0.04, 0.0), False)]
-)
+@pytest.mark.parametrize(("deltas", "stable"), [
+    ({"text": [0.01, 0.012]}, True), ({"text": [0.01, 0.06]}, False), ({"text": [0.0, 0.04]}, False),
+    ({"text": [-0.04, 0.0]}, False), ({"text": [0.0, 0.02], "calibration": [0.0] * 20}, False), ({}, None),
+    ({"seed": [0.01, 0.01]}, None),
+])  # fmt: skip
 def test_verdict_needs_both_limits(deltas, stable):
-    summary = stability.summarize([row("as given", deltas[0]), row("text", deltas[1])])
-    verdict = stability.verdict(summary, max_delta=0.05, max_std=0.01)
-    assert verdict["stable"] is stable and ("NOT" in verdict["line"]) is not stable
-    assert "limit +5.00%" in verdict["line"] and "limit 1.00%" in verdict["line"] and "by text" in verdict["line"]
-
-
-def test_a_steady_factor_does_not_hide_another():
-    rows = [row("as given", 0.0), row("text", 0.02), *[row("calibration", 0.0)] * 20]
+    """And a factor that was varied and counts; a steady one doesn't hide another."""
+    given = next(iter(deltas.values()), [0.01])[0]
+    rows = [row("as given", given), *(row(name, x) for name, (_, *rest) in deltas.items() for x in rest)]
     verdict = stability.verdict(stability.summarize(rows), max_delta=0.05, max_std=0.01)
-    assert not verdict["stable"] and "deviation 1.41% (limit 1.00%), by text" in verdict["line"]
-
-
-@pytest.mark.parametrize("rows", [[row("as given", 0.01)], [row("as given", 0.01), row("seed", 0.01)]])
-def test_no_verdict_where_nothing_was_varied_that_counts(rows):
-    verdict = stability.verdict(stability.summarize(rows), 0.05, 0.01)
-    assert verdict["stable"] is None and verdict["line"].startswith("no verdict")
-
-
-# --- the whole of it, on a tiny model that reads characters
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chars")
-    tiny_model("llama").save_pretrained(folder)
-    char_tokenizer().save_pretrained(folder)
-    return folder
+    assert verdict["stable"] is stable and ("NOT" in verdict["line"]) == (stable is False)
+    if stable is None:
+        assert verdict["line"].startswith("no verdict")
+    else:
+        assert "limit +5.00%" in verdict["line"] and "limit 1.00%" in verdict["line"] and "by text" in verdict["line"]
 
 
 @pytest.fixture
-def space(tmp_path, monkeypatch, model_folder):
+def space(tmp_path, monkeypatch, reader_folder):
     monkeypatch.chdir(tmp_path)
     letters = torch.randint(0, 10, (9000,), generator=torch.Generator().manual_seed(0)).tolist()
     (tmp_path / "t.txt").write_text("".join("abcdefg  \n"[i] for i in letters))
-    flags = ["--model", str(model_folder), "--text", "t.txt", "--output", "s.json", "--needle-length", "256"]
+    flags = ["--model", str(reader_folder), "--text", "t.txt", "--output", "s.json", "--needle-length", "256"]
     return [*flags, "--needle-trials", "1", "--eval-tokens", "64", "--eval-seq-len", "64", "--chunk", "32"]
 
 
@@ -136,28 +117,20 @@ def test_the_script_calibrates_anew(space, tmp_path, capsys):
     first, other = json.loads((tmp_path / "s.json").read_text())["rows"]
     assert other["factor"] == "calibration" and other["baseline_ppl"] == first["baseline_ppl"]
     assert other["ppl"] != first["ppl"], "another calibration, another cache"
-
-
-def test_another_text_is_no_other_sample(space, tmp_path, capsys):
-    (tmp_path / "other.txt").write_text(word_text(2000))
-    assert run("calibrate_kv_lowrank", *space[:2], "--text", "other.txt", "--samples", 2, "--seq-len", 64,
-               "--output", "c.pt") == 0  # fmt: skip
-    preset(tmp_path / "p.json", codec="pca", rank=6, bits=16, target="v", calibration_file="c.pt")
-    assert run("eval_stability", *space, "--preset", "p.json", "--num-runs", 2, "--vary", "calibration") == 0
+    (tmp_path / "other.txt").write_text((tmp_path / "t.txt").read_text().swapcase())
+    assert run("eval_stability", *space, "--preset", "p.json", "--num-runs", 2, "--vary", "calibration",
+               "--text", "other.txt") == 0  # fmt: skip
     said = capsys.readouterr().out
-    assert "made from another text than 't.txt': give --text other.txt" in said and "no verdict" in said
+    assert "made from another text than 'other.txt': give --text t.txt" in said and "no verdict" in said
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--num-runs", "1"], "varies nothing"),
-        (["--num-runs", "99"], "use fewer --num-runs"),
-        (["--needle-length", "510"], "use --needle-length 504 or less"),
-        (["--vary", "weather"], "unknown weather"),
-        (["--max-std", "2"], "out of range"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--num-runs", "1"], "varies nothing"),
+    (["--num-runs", "99"], "use fewer --num-runs"),
+    (["--needle-length", "510"], "use --needle-length 504 or less"),
+    (["--vary", "weather"], "unknown weather"),
+    (["--max-std", "2"], "out of range"),
+])  # fmt: skip
 def test_bad_flags_stop_before_the_first_run(space, tmp_path, capsys, monkeypatch, flags, message):
     monkeypatch.setattr(stability, "measure", lambda *args: pytest.fail("measured"))
     preset(tmp_path / "p.json")
@@ -165,22 +138,17 @@ def test_bad_flags_stop_before_the_first_run(space, tmp_path, capsys, monkeypatc
     assert message in capsys.readouterr().err and not (tmp_path / "s.json").exists()
 
 
-def test_recalibration_draws_other_samples_also_where_all_were_used(loaded):
+def test_recalibration_draws_other_samples_also_where_all_were_used(llama):
     """100 samples of a text that has 12 are all of it: any seed would draw the same."""
     text = by_position("words", "words.txt", word_text(1000))
-    given = calibrate(loaded, text, rank=6, samples=100, seq_len=48)
-    others = [recalibrate(given, loaded, text, number) for number in (1, 2)]
+    given = calibrate(llama, text, rank=6, samples=100, seq_len=48)
+    others = [recalibrate(given, llama, text, number) for number in (1, 2)]
     means = [c.statistics.v.mean for c in (given, *others)]
     assert not any(torch.allclose(a, b) for i, a in enumerate(means) for b in means[:i])
     assert all(c.meta["tokens"] == given.meta["tokens"] // 2 for c in others)
     assert {c.meta["seq_len"] for c in others} == {48} and others[0].meta["seed"] != others[1].meta["seed"]
     short = by_position("w", "w", word_text(130))
     with pytest.raises(PluginError, match="no other samples"):
-        recalibrate(calibrate(loaded, short, rank=6, samples=9, seq_len=48), loaded, short, 1)
+        recalibrate(calibrate(llama, short, rank=6, samples=9, seq_len=48), llama, short, 1)
     with pytest.raises(PluginError, match="another text"):
-        recalibrate(given, loaded, short, 1)
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return tiny_loaded("llama")
+        recalibrate(given, llama, short, 1)

@@ -2,25 +2,13 @@
 
 import pytest
 import torch
-from script_runs import INT4_PRESET
 from tiny import tiny_loaded
 from transformers import DynamicCache
 
 from gpt2.compression.cache.size import cache_bytes
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
-from gpt2.compression.named_caches import from_preset
 from gpt2.evaluation import instruments, timing
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return tiny_loaded("llama")
-
-
-@pytest.fixture(scope="module")
-def caches(llama):
-    return {BASELINE: baseline_factory(llama), "int4": from_preset(INT4_PRESET, llama).make}
 
 
 @pytest.fixture(autouse=True)
@@ -44,33 +32,22 @@ def test_a_run_makes_the_tokens_that_generate_makes(family):
         assert run.prefill_s > 0 and run.decode_s > 0
 
 
-class Recorded:
-    """Factories that write down whose cache was made and what came of it."""
-
-    def __init__(self, caches):
-        self.made, self.held = [], []
-        self.factories = {name: self.factory(name, make) for name, make in caches.items()}
-
-    def factory(self, name, make):
-        def recorded():
-            self.made.append(name)
-            self.held.append(make())
-            return self.held[-1]
-
-        return recorded
-
-
 def test_caches_take_turns_in_alternating_order_and_are_always_fresh(llama, caches):
-    recorded = Recorded(caches | {"identity": lambda: identity_cache(3)})
-    seen = []
+    made, held, seen = [], [], []
+
+    def recorded(name, make):
+        return lambda: (made.append(name), held.append(make()))[1] or held[-1]
+
+    caches = caches | {"identity": lambda: identity_cache(3)}
+    recording = {name: recorded(name, make) for name, make in caches.items()}
     timing.measure_cell(
-        llama, recorded.factories, 20, 2, decode_tokens=3, repeats=3, progress=lambda turns: seen.extend(turns) or turns
+        llama, recording, 20, 2, decode_tokens=3, repeats=3, progress=lambda turns: seen.extend(turns) or turns
     )
     there = [BASELINE, "int4", "identity"]
     back = there[::-1]
-    assert recorded.made == [*there, *there, *back, *there, *back], "warm-up, instruments, three repeats"
-    assert len(seen) == 12 and len({id(cache) for cache in recorded.held}) == 15
-    assert [cache.get_seq_length() for cache in recorded.held] == 3 * [16 + 2] + 12 * [20 + 3]
+    assert made == [*there, *there, *back, *there, *back], "warm-up, instruments, three repeats"
+    assert len(seen) == 12 and len({id(cache) for cache in held}) == 15
+    assert [cache.get_seq_length() for cache in held] == 3 * [16 + 2] + 12 * [20 + 3]
 
 
 def test_figures_are_medians_quartiles_and_paired_ratios(llama, caches, monkeypatch):
@@ -110,30 +87,31 @@ def test_bytes_of_the_baseline_are_what_the_geometry_says(llama, caches):
     baseline, int4 = timing.measure_cell(llama, caches, 300, 2, decode_tokens=2, repeats=1)
     assert baseline["cache_bytes"] == 2 * 302 * llama.geometry.bytes_per_token(4)
     assert int4["cache_bytes"] < baseline["cache_bytes"] and int4["ratio_to_baseline"]["cache_bytes"] < 1
-
-
-def test_the_prompt_depends_on_the_seed_alone(llama):
     a, b, c = (timing.random_tokens(llama, 3, 50, seed) for seed in (0, 0, 1))
     assert a.shape == (3, 50) and torch.equal(a, b) and not torch.equal(a, c) and (a < 97).all()
 
 
-def test_a_prefill_makes_logits_of_its_last_token_only(llama, monkeypatch):
+def test_a_prefill_makes_logits_of_its_last_token_only(monkeypatch):
     """And where a model can't leave out the others, what it says about the last one counts."""
-    shapes_seen = []
-    hook = llama.model.lm_head.register_forward_hook(lambda m, a, out: shapes_seen.append(tuple(out.shape)))
+    shapes_seen, llama = [], tiny_loaded("llama")
+    llama.model.lm_head.register_forward_hook(lambda m, a, out: shapes_seen.append(tuple(out.shape)))
     prompt = timing.random_tokens(llama, 2, 20, 0)
     short = timing.run_once(llama.model, DynamicCache(), prompt, 2)
     assert shapes_seen == 3 * [(2, 1, 97)]
-    monkeypatch.setattr(timing, "_last_logits_only", lambda model: {})
+    forward = llama.model.forward
+    monkeypatch.setattr(llama.model, "forward", lambda ids, **how: forward(ids, **how))
     whole = timing.run_once(llama.model, DynamicCache(), prompt, 2)
-    hook.remove()
     assert shapes_seen[3:] == [(2, 20, 97), (2, 1, 97), (2, 1, 97)] and torch.equal(short.tokens, whole.tokens)
 
 
 class Exploding(DynamicCache):
+    def __init__(self, error: Exception | None = None):
+        super().__init__()
+        self.error = error or torch.OutOfMemoryError("no room")
+
     def update(self, keys, *args, **kwargs):
         if keys.shape[0] > 1:
-            raise torch.OutOfMemoryError("no room")
+            raise self.error
         return super().update(keys, *args, **kwargs)
 
 
@@ -143,15 +121,5 @@ def test_a_cache_without_room_is_recorded_and_the_others_go_on(culprit, llama, c
     bad, good = sorted(rows, key=lambda row: row["cache"] != culprit)
     assert bad == {"cache": culprit, "context_tokens": 20, "batch_size": 2, "out_of_memory": True}
     assert good["token_ms_median"] > 0 and "ratio_to_baseline" not in good
-
-
-def test_other_errors_are_not_swallowed(llama):
-    class Broken(Exploding):
-        def update(self, *args, **kwargs):
-            try:
-                return super().update(*args, **kwargs)
-            except torch.OutOfMemoryError:
-                raise RuntimeError("something else") from None
-
     with pytest.raises(RuntimeError, match="something else"):
-        timing.measure_cell(llama, {BASELINE: Broken}, 20, 2)
+        timing.measure_cell(llama, {BASELINE: lambda: Exploding(RuntimeError("something else"))}, 20, 2)

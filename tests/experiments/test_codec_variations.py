@@ -2,15 +2,14 @@
 
 import itertools
 import json
-import runpy
-import sys
 from functools import partial
 
 import pytest
 import torch
-from tiny import tiny_loaded, tiny_model, windows, word_text, word_tokenizer
+from pictures import is_drawn
+from script_runs import run
+from tiny import tiny_loaded, windows
 
-from gpt2.common import files
 from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.fisher import collect_fisher
 from gpt2.compression.calibration.multi_head_fit import fit_multi_head
@@ -26,7 +25,6 @@ from gpt2.report import regions
 
 SINKS = 4
 ROWS = {f"{question}: {label}": row for question, rows in QUESTIONS.items() for label, row in rows.items()}
-every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +45,6 @@ def gathered(llama, texts):
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-# --- the default is the product
 
 
 def test_errors_and_widths_are_the_products():
@@ -92,55 +87,51 @@ def test_a_real_cache_reads_what_is_simulated(llama, texts, gathered):
     assert whole.kl.mean() == pytest.approx(real.kl.mean(), rel=0.01) and whole.kl.mean() > 0.01
 
 
-# --- every row, at equal bits
+@pytest.fixture
+def recounted(llama, texts, gathered, monkeypatch):
+    """Simulates a row at 3 bits: what it believes to take, and what its choices take by the sizes that it promises."""
+
+    def recount(row) -> tuple[float, float]:
+        made, seen = simulations(llama, texts[1], gathered, row, [3])[3], []
+        v, choose = made.fitted.variation, made.choose
+
+        def watched(layer, y, spread):
+            choice = choose(layer, y, spread)
+            seen.append((layer, torch.tensor(v.menu)[choice], y))
+            return choice
+
+        monkeypatch.setattr(made, "choose", watched)
+        llama.model(texts[1], past_key_values=Replaced(made.replace), use_cache=True)
+        metadata = {"bytes": 8 + 8, "half": 16 + 16, "nibbles": 4 + 4, "scale": 8}[v.metadata]
+        total = coordinates = 0
+        for layer, widths, y in seen:
+            used = (y.shape[-1] * widths + metadata * (widths > 0)).sum(-1)  # [B, G, n]
+            if v.widths == "block":
+                limit = made.plan.limits[layer]
+                assert (used <= limit).all(), "a block is over its bytes"
+                used = torch.full_like(used, limit)
+            index = {8: 3, 4: 2}[len(v.menu)] * widths.shape[-1]
+            total += int((used + {"fixed": 0, "block": index}.get(v.widths, index + 16)).sum())
+            coordinates += y.numel()
+        return made.bits, total / coordinates
+
+    return recount
 
 
-def recounted(made, monkeypatch, run) -> float:
-    """Bits per coordinate of what is chosen while `run` runs, by the sizes that the row's words promise."""
-    v, choose, seen = made.fitted.variation, made.choose, []
-
-    def watched(layer, y, spread):
-        choice = choose(layer, y, spread)
-        seen.append((layer, torch.tensor(v.menu)[choice], y))
-        return choice
-
-    monkeypatch.setattr(made, "choose", watched)
-    run()
-    metadata = {"bytes": 8 + 8, "half": 16 + 16, "nibbles": 4 + 4, "scale": 8}[v.metadata]
-    total = coordinates = 0
-    for layer, widths, y in seen:
-        used = (y.shape[-1] * widths + metadata * (widths > 0)).sum(-1)  # [B, G, n]
-        if v.widths == "block":
-            limit = made.plan.limits[layer]
-            assert (used <= limit).all(), "a block is over its bytes"
-            used = torch.full_like(used, limit)
-        index = {8: 3, 4: 2}[len(v.menu)] * widths.shape[-1]
-        total += int((used + {"fixed": 0, "block": index}.get(v.widths, index + 16)).sum())
-        coordinates += y.numel()
-    return total / coordinates
-
-
-@every_row
-def test_every_row_takes_the_bits_that_were_asked_for(row, llama, texts, gathered, monkeypatch):
-    made = simulations(llama, texts[1], gathered, row, [3])[3]
-    counted = recounted(
-        made, monkeypatch, lambda: llama.model(texts[1], past_key_values=Replaced(made.replace), use_cache=True)
-    )
-    assert made.bits == pytest.approx(counted, rel=1e-9)
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_every_row_takes_the_bits_that_were_asked_for(row, recounted):
+    believed, counted = recounted(row)
+    assert believed == pytest.approx(counted, rel=1e-9)
     if row.widths != "calibration":  # whose price says nothing about another text's bits
         assert counted == pytest.approx(3, abs=0.03), "within a hundredth, on so small a model"
 
 
 @pytest.mark.parametrize("what", ["costs", "overhead"])
-def test_the_count_would_show_bits_that_are_forgotten(what, llama, texts, gathered, monkeypatch):
+def test_the_count_would_show_bits_that_are_forgotten(what, recounted, monkeypatch):
     forgetful = {"costs": lambda v: v.block * torch.tensor(v.menu, dtype=torch.float32), "overhead": lambda *_: 0}
     monkeypatch.setattr(Variation, what, forgetful[what])
-    row = Variation(widths="text")
-    made = simulations(llama, texts[1], gathered, row, [3])[3]
-    counted = recounted(
-        made, monkeypatch, lambda: llama.model(texts[1], past_key_values=Replaced(made.replace), use_cache=True)
-    )
-    assert counted > made.bits + 0.03, "which the row believes to have kept to"
+    believed, counted = recounted(Variation(widths="text"))
+    assert counted > believed + 0.03, "which the row believes to have kept to"
 
 
 def test_records_stand_beside_the_product(llama, texts, gathered):
@@ -156,34 +147,28 @@ def test_records_stand_beside_the_product(llama, texts, gathered):
             assert low < row["kl_change"] < high
     plain = [row for row in rows if row["label"] == "plain PCA"]
     assert all(row["kl_change_interval"][0] > 0 for row in plain), "loses, beyond what chance explains"
-
-
-def test_nothing_is_replaced_among_sinks_and_everything_behind(llama, texts, gathered):
     made = simulations(llama, texts[1], gathered, PRODUCT, [2])[2]
     k, v = gaussian(1, 2, 128, 12), gaussian(1, 2, 128, 12, seed=1)
     for x, read in zip((k, v), made.replace(0, k, v), strict=True):
         same = (x == read).all(-1)
-        assert same[:, :, :SINKS].all() and not same[:, :, SINKS:].any()
+        assert same[:, :, :SINKS].all() and not same[:, :, SINKS:].any(), "all but the sinks is replaced"
 
 
-@pytest.mark.parametrize("length", [100, 64])
-def test_texts_are_of_whole_blocks(length, llama, texts, gathered):
-    with pytest.raises(PluginError, match=f"--seq-len {length}: give a multiple of 128"):
-        gather(llama, windows(1, length), SINKS)
-    with pytest.raises(PluginError, match=f"--eval-seq-len {length}: give a multiple of 128"):
-        measure(llama, windows(1, length), gathered, QUESTIONS["block"], [3], {})
+def test_texts_are_of_whole_blocks(llama, gathered):
+    for length in (100, 64):
+        with pytest.raises(PluginError, match=f"--seq-len {length}: give a multiple of 128"):
+            gather(llama, windows(1, length), SINKS)
+        with pytest.raises(PluginError, match=f"--eval-seq-len {length}: give a multiple of 128"):
+            measure(llama, windows(1, length), gathered, QUESTIONS["block"], [3], {})
 
 
-# --- what is new
-
-
-def test_keys_turned_to_their_blocks_middle():
+def test_keys_rotated_to_their_blocks_middle():
     rotary = CentredRotary(torch.tensor([0.3, 0.01]), "half")
     keys, plain = gaussian(2, 2 * BLOCK, 4), Rotary(rotary.frequencies, "half")
-    turned = rotary.unrotate(keys, BLOCK)
-    torch.testing.assert_close(rotary.rotate(turned, BLOCK), keys, rtol=1e-4, atol=1e-5)
+    centred = rotary.unrotate(keys, BLOCK)
+    torch.testing.assert_close(rotary.rotate(centred, BLOCK), keys, rtol=1e-4, atol=1e-5)
     by_hand = torch.cat([plain.unrotate(keys[:, t : t + 1], 3 * BLOCK // 2) for t in range(BLOCK)], dim=1)
-    torch.testing.assert_close(turned[:, :BLOCK], by_hand, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(centred[:, :BLOCK], by_hand, rtol=1e-4, atol=1e-5)
 
 
 def test_a_basis_keeps_to_its_parts(gathered):
@@ -192,11 +177,6 @@ def test_a_basis_keeps_to_its_parts(gathered):
         assert ((E != 0).sum(0) == nonzero).all()
         mixes_k_and_v = bool((E[:24, 24:] != 0).any())
         assert mixes_k_and_v == (parts in ("pair", "joint"))
-
-
-def test_levels_of_a_gaussian():
-    assert codec_simulation.gaussian_levels(1).tolist() == pytest.approx([-0.7979, 0.7979], abs=1e-3)
-    assert codec_simulation.gaussian_levels(2).tolist() == pytest.approx([-1.510, -0.4528, 0.4528, 1.510], abs=1e-3)
 
 
 def test_the_nearest_point_of_e8():
@@ -218,7 +198,9 @@ def test_an_index_into_the_ball_fits_its_bits():
         torch.testing.assert_close(nearest_e8(points), points)
 
 
-def test_a_lattice_loses_less_in_the_same_bits():
+def test_levels_of_a_gaussian_and_a_lattice_lose_less_in_the_same_bits():
+    assert codec_simulation.gaussian_levels(1).tolist() == pytest.approx([-0.7979, 0.7979], abs=1e-3)
+    assert codec_simulation.gaussian_levels(2).tolist() == pytest.approx([-1.510, -0.4528, 0.4528, 1.510], abs=1e-3)
     y = gaussian(500, BLOCK)
     for bits, gain in ((2, 0.85), (3, 0.85), (4, 1)):
         own, ours = (coded(y, bits, v, torch.ones(500))[0].sum() for v in (Variation(levels="lattice"), PRODUCT))
@@ -246,19 +228,10 @@ def test_rotating_channels_of_a_width_and_back_loses_nothing_else():
     assert (y - back)[wide].abs().max() < 0.01 and (back[choice == 0] == 0).all()
 
 
-# --- the script
-
-
-def test_the_script_writes_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
-    tiny_model("llama").save_pretrained(tmp_path / "tiny")
-    word_tokenizer().save_pretrained(tmp_path / "tiny")
-    (tmp_path / "words.txt").write_text(word_text(3000))
-    monkeypatch.chdir(tmp_path)
+def test_the_script_writes_a_table_and_a_figure(tiny_flags, tmp_path, capsys):
     small = "--samples 2 --seq-len 128 --eval-tokens 256 --eval-seq-len 128 --bits 4,2 --rows metric,widths"
-    arguments = f"explore --model tiny --text words.txt {small} --output explore_codecs_tiny.json".split()
-    monkeypatch.setattr(sys, "argv", arguments)
-    runpy.run_path(str(files.ROOT / "scripts" / "benchmarks" / "codec_variations.py"), run_name="__main__")
-    assert (tmp_path / "explore_codecs_tiny.png").stat().st_size > 10_000
+    assert run("benchmarks/codec_variations", *tiny_flags, *small.split(), "--output", "explore_codecs_tiny.json") == 0
+    assert is_drawn(tmp_path / "explore_codecs_tiny.png")
     record = json.loads((tmp_path / "explore_codecs_tiny.json").read_text())
     assert len(record["rows"]) == 2 * (5 + 4) and record["segments"] == [2, 128]
     table = regions.fill("<!-- results: explore_codecs_tiny widths -->\n<!-- end -->", tmp_path)

@@ -1,7 +1,7 @@
 """Layers on several devices, as device_map spreads them: each layer's cache and codec live where the layer is.
 
-No second device is needed: fake tensors say that they are on cpu:0 or cpu:1 and refuse to be mixed, as two GPUs do.
-They have shapes and no values, so tokens are compared with layers on disk instead, which accelerate moves as it runs.
+No second device is needed: fake tensors say that they are on cpu:0 or cpu:1 and can't be mixed, as on two GPUs. They
+have shapes and no values, so tokens are compared with layers on disk instead, which accelerate moves as it runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gpt2.compression.calibration.fisher import collect_fisher
 from gpt2.compression.codecs import BASES, QUANTIZERS, Compressor, Transform, moments, multi_head_bases
 from gpt2.compression.codecs.rope import Rotary
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
-from gpt2.models import loading, random_weights
+from gpt2.models import loading
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel, wrap
 
@@ -74,7 +74,7 @@ def apart():
         yield
 
 
-def test_stand_ins_refuse_to_be_mixed(apart):
+def test_fake_tensors_of_two_devices_cant_be_mixed(apart):
     """Or nothing below would show anything."""
     x, y = torch.zeros(2, device=FIRST), torch.zeros(2, device=SECOND)
     for a, b in ((x, y), (y, x), (y, torch.zeros(2))):
@@ -83,28 +83,28 @@ def test_stand_ins_refuse_to_be_mixed(apart):
 
 
 def test_every_part_of_a_layer_is_where_the_layer_is(apart):
+    """Also after cropping, a reset, and moving a layer to the CPU and back."""
     cache = cache_of(compressors(), compressors())
     fill(cache)
     assert_in_place(cache, 3)
     cache.crop(-1)
     assert_in_place(cache, 3)
+    for layer in cache.layers:
+        layer.offload()
+        assert {t.device for store in layer.stores.values() for t in held(store)} == {CPU}
+        layer.prefetch()
+    assert_in_place(cache, 3)
     cache.reset()
     fill(cache, batch=1)
     assert_in_place(cache, 1)
+    cache.reset()
+    x = torch.zeros(1, H, 7, D, device=SECOND)  # a layer follows its model to another device
+    assert {t.device for t in cache.update(x, x, 0)} == {SECOND}
+    assert cache.layers[0].stores["V"].compressor.transform.E.device == SECOND
 
 
-def test_a_layer_follows_its_model_to_another_device(apart):
-    """After a reset the same cache may serve a model that was moved."""
-    cache = cache_of([low_rank()], [low_rank()])
-    for device in (FIRST, SECOND):
-        x = torch.zeros(1, H, 7, D, device=device)
-        assert {t.device for t in cache.update(x, x, 0)} == {device}
-        assert cache.layers[0].stores["V"].compressor.transform.E.device == device
-        cache.reset()
-
-
-def test_caches_share_the_transforms_that_were_moved(apart):
-    """A transform is copied to a device once, not once per conversation; the caller's stays where it is."""
+def test_transforms_are_copied_to_a_device_once(apart):
+    """Not once per conversation or layer; the caller's stays where it is, and one that is there is not copied."""
     k, v = compressors(), compressors()
     caches = [cache_of(k, v) for _ in range(2)]
     for cache in caches:
@@ -114,22 +114,25 @@ def test_caches_share_the_transforms_that_were_moved(apart):
             a, b = (cache.layers[layer].stores[side].compressor for cache in caches)
             assert a is b
     assert {c.transform.E.device for c in (*k, *v)} == {CPU}
-
-
-def test_one_compressor_may_serve_layers_on_several_devices(apart):
-    shared = low_rank()
-    cache = cache_of([shared] * 3, [shared] * 3)
+    cache = cache_of([k[0]] * 3, [k[0]] * 3)
     fill(cache)
     assert_in_place(cache, 3)
     first, second, third = (layer.stores["K"].compressor for layer in cache.layers)
     assert first is third and first is not second
-
-
-def test_a_compressor_that_is_there_already_is_not_copied():
-    compressor = low_rank()
-    assert compressor.to(CPU) is compressor
+    assert k[0].to(CPU) is k[0]
     plain = Compressor(QUANTIZERS["int4"])
     assert plain.to(SECOND) is plain, "and one without a transform is nowhere"
+
+
+class Indices:
+    """Stands for indices on another device: fake tensors accept those that a GPU would reject."""
+
+    def __init__(self):
+        self.moved_to = []
+
+    def to(self, device: torch.device) -> Tensor:
+        self.moved_to.append(device)
+        return torch.zeros(1, dtype=torch.long, device=device)
 
 
 @pytest.mark.parametrize("indices_on", [CPU, FIRST, SECOND], ids=str)
@@ -142,40 +145,11 @@ def test_beams_are_chosen_by_indices_from_any_device(apart, indices_on):
     assert_in_place(cache, 6)
     cache.batch_select_indices(torch.zeros(2, dtype=torch.long, device=indices_on))
     assert_in_place(cache, 2)
-
-
-class Indices:
-    """Stands for indices on another device: fake tensors let those pass that a GPU would refuse."""
-
-    def __init__(self):
-        self.moved_to = []
-
-    def to(self, device: torch.device) -> Tensor:
-        self.moved_to.append(device)
-        return torch.zeros(1, dtype=torch.long, device=device)
-
-
-@pytest.mark.parametrize("method", ["reorder_cache", "batch_select_indices"])
-def test_indices_are_brought_to_every_layer(apart, method):
-    cache = cache_of(compressors(), compressors())
-    fill(cache)
-    indices = Indices()
-    getattr(cache, method)(indices)
-    assert_in_place(cache, 1)
-    assert set(indices.moved_to) == {FIRST, SECOND}
-
-
-def test_offloading_takes_a_layer_to_the_cpu_and_back(apart):
-    cache = cache_of(compressors(), compressors())
-    fill(cache)
-    for layer in cache.layers:
-        layer.offload()
-        assert {t.device for store in layer.stores.values() for t in held(store)} == {CPU}
-        layer.prefetch()
-    assert_in_place(cache, 3)
-
-
-# --- a whole model
+    for method in (cache.reorder_cache, cache.batch_select_indices):
+        indices = Indices()
+        method(indices)
+        assert_in_place(cache, 1)
+        assert set(indices.moved_to) == {FIRST, SECOND}
 
 
 @contextmanager
@@ -200,32 +174,33 @@ def test_a_spread_model_runs_with_one_cache(kind):
     with spread_llama() as model:
         cache = cache_of(k, v) if kind == "low-rank" else identity_cache(3)
         ids = torch.zeros(2, 7, dtype=torch.long, device=FIRST)
-        for piece in (ids[:, :5], ids[:, 5:6], ids[:, 6:]):
-            logits = model(piece, past_key_values=cache, use_cache=True).logits
+        for part in (ids[:, :5], ids[:, 5:6], ids[:, 6:]):
+            logits = model(part, past_key_values=cache, use_cache=True).logits
         assert logits.device == FIRST and cache.get_seq_length() == 7
         for layer, device in zip(cache.layers, DEVICES, strict=True):
             assert {t.device for store in layer.stores.values() for t in held(store)} == {device}
         if kind == "low-rank":
             assert_in_place(cache, 2)
-
-
-def test_a_spread_model_needs_its_hooks():
-    """So the run above did cross devices."""
-    with spread_llama() as model:
+        # Without its hooks the model fails, so the run above did cross devices
         del model.model.layers[1]._hf_hook
         model.model.layers[1].forward = model.model.layers[1]._old_forward
         with pytest.raises(RuntimeError, match="device"):
-            model(torch.zeros(1, 5, dtype=torch.long, device=FIRST), past_key_values=DynamicCache(), use_cache=True)
+            model(ids, past_key_values=DynamicCache(), use_cache=True)
 
 
-def test_a_spread_model_is_calibrated(monkeypatch):
-    """The statistics of all layers are gathered on the CPU, queries as well."""
+@pytest.fixture
+def seen(monkeypatch):
+    """Entries and devices of all that moments are updated with."""
     monkeypatch.setattr(moments, "check_finite", lambda *args: None)  # fake tensors have no values to look at
-    seen = []
-    update = moments.Moments.update
+    seen, update = [], moments.Moments.update
     monkeypatch.setattr(
-        moments.Moments, "update", lambda self, layer, x: (seen.append(x.device), update(self, layer, x))
+        moments.Moments, "update", lambda self, entry, x: (seen.append((entry, x.device)), update(self, entry, x))
     )
+    return seen
+
+
+def test_a_spread_model_is_calibrated(seen):
+    """The statistics of all layers are gathered on the CPU, queries as well."""
 
     class Done(Exception):
         pass
@@ -235,32 +210,23 @@ def test_a_spread_model_is_calibrated(monkeypatch):
         raise Done
 
     with spread_llama() as model, pytest.raises(Done):
-        statistics.collect(LoadedModel(model, None, "spread", Geometry.uniform(3, H, D), ""), one_window(), 4)
-    assert seen == [device for device in DEVICES for _ in "KV"]
+        statistics.collect(LoadedModel(model, None, "spread", Geometry(3, H, D), ""), one_window(), 4)
+    assert seen == [(layer, device) for layer, device in enumerate(DEVICES) for _ in "KV"]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_taken_through_a_spread_model(monkeypatch, checkpointing):
+def test_gradients_are_taken_through_a_spread_model(seen, monkeypatch, checkpointing):
     """Each layer's statistics come from where it is and are gathered on the CPU."""
-    monkeypatch.setattr(moments, "check_finite", lambda *args: None)  # fake tensors have no values to look at
-    turns = [Rotary(torch.ones(D // 2))] * len(DEVICES)
-    monkeypatch.setattr(fisher, "detect_rotary", lambda *args: turns)
+    rotaries = [Rotary(torch.ones(D // 2))] * len(DEVICES)
+    monkeypatch.setattr(fisher, "detect_rotary", lambda *args: rotaries)
     monkeypatch.setattr(fisher, "drawn_labels", lambda logits, *args: logits.argmax(-1))
-    seen, update = [], moments.Moments.update
-    monkeypatch.setattr(
-        moments.Moments, "update", lambda self, entry, x: (seen.append((entry, x.device)), update(self, entry, x))
-    )
-    bases = {"grouped": BASES["grouped"]}
     with spread_llama() as model:
         model.requires_grad_(False)
-        loaded = LoadedModel(model, None, "spread", Geometry.uniform(3, H, D), "")
-        tokens = torch.zeros(1, 80, dtype=torch.long)
+        loaded = LoadedModel(model, None, "spread", Geometry(3, H, D), "")
+        tokens, bases = torch.zeros(1, 80, dtype=torch.long), {"grouped": BASES["grouped"]}
         found = collect_fisher(loaded, tokens, None, 4, bases, checkpointing=checkpointing)["grouped"]
     assert sorted(seen) == [(2 * layer + side, device) for layer, device in enumerate(DEVICES) for side in (0, 1)]
     assert {t.device for t in (found.moments.scatter, found.moments.metrics["fisher"], found.blocks)} == {CPU}
-
-
-# --- real values: layers on disk
 
 
 @pytest.fixture(scope="module")
@@ -300,39 +266,12 @@ def test_a_dispatched_model_gives_the_same_tokens(dispatched, kind, how):
 def test_a_dispatched_model_has_the_same_gradients(dispatched, checkpointing):
     tokens, found = windows(2, 100), []
     for model in dispatched:
-        loaded = LoadedModel(model.requires_grad_(False), None, "tiny", Geometry.uniform(3, H, D), "")
+        loaded = LoadedModel(model.requires_grad_(False), None, "tiny", Geometry(3, H, D), "")
         found.append(collect_fisher(loaded, tokens, None, 4, multi_head_bases(), checkpointing=checkpointing))
     for name, own in found[0].items():
         other = found[1][name]
         assert torch.equal(own.blocks, other.blocks) and own.moments.metrics["fisher"].norm() > 0
         torch.testing.assert_close(other.moments.metrics["fisher"], own.moments.metrics["fisher"])
-
-
-def test_a_model_with_layers_off_its_devices_is_not_calibrated(dispatched):
-    with pytest.raises(PluginError, match="spread: some layers don't fit on the devices"):
-        wrap(dispatched[1], None, "spread")
-
-
-def test_device_map_auto_on_one_device(tmp_path):
-    """As the ten lines of README go, with `device_map`: whatever it chooses, the cache finds its place."""
-    model = tiny_model("llama")
-    model.save_pretrained(tmp_path)
-    spread = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto", dtype=torch.float32)
-    loaded = wrap(spread, None, "auto")
-    ids = windows(1, 10).to(loaded.device)
-    cache = cache_of(compressors(), compressors())
-    spread.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=4)
-    assert {layer.device.type for layer in cache.layers} == {loaded.device.type}
-
-
-def test_all_devices_need_cuda(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(PluginError, match=r"device 'all' is not there \(0 CUDA devices found\): use auto or cpu"):
-        loading.load("never looked at", device="all")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert loading.resolve_device("all") == torch.device("cuda")
-    with pytest.raises(PluginError, match="is made on one device"):
-        random_weights.load("qwen2.5-7b.json", "all")
 
 
 @pytest.mark.parametrize(("device", "expected"), [("all", {"model": "cpu", "lm_head": "cpu"}), ("cpu", None)])
@@ -358,9 +297,11 @@ def test_all_devices_are_left_to_the_device_map(device, expected, model_folder, 
     assert torch.equal(found, expected)
 
 
-def test_layers_that_found_no_room_are_refused():
+def test_layers_that_found_no_room_are_rejected(dispatched):
+    with pytest.raises(PluginError, match="spread: device_map found no room for some layers"):
+        wrap(dispatched[1], None, "spread")
     model = tiny_model()
-    loading.reject_offloaded(model, "x", torch.device("cpu"))
+    loading.refuse_offloaded(model, "x", torch.device("cpu"))
     model.model.layers[1].to("meta")
     with pytest.raises(PluginError, match="model 'x' doesn't fit on all GPUs together"):
-        loading.reject_offloaded(model, "x", torch.device("cpu"))
+        loading.refuse_offloaded(model, "x", torch.device("cpu"))

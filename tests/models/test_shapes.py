@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_loaded, tiny_model, word_tokenizer, write_shape
+from tiny import FAMILIES, tiny_loaded, tiny_model, write_shape
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpt2.common import files
@@ -28,10 +28,13 @@ def test_every_shape_is_expected():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_shape_has_as_many_parameters_as_the_published_model(name):
-    config = random_weights.read_shape(random_weights.FOLDER / f"{name}.json")
+    path = random_weights.FOLDER / f"{name}.json"
+    config, fields = random_weights.read_shape(path), json.loads(path.read_text())
     with torch.device("meta"):
         assert AutoModelForCausalLM.from_config(config).num_parameters() == PARAMETERS[name]
     assert config.max_position_embeddings >= 8192 and config.rope_parameters["rope_theta"] >= 10_000
+    known = vars(AutoConfig.for_model(**fields)).keys() | {"model_type", "rope_theta", "rope_scaling"}
+    assert fields.keys() <= known, "plain config fields"
 
 
 @pytest.fixture(scope="module")
@@ -68,49 +71,20 @@ def test_a_shape_has_the_positions_of_its_config(shape_file):
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
 
 
-def test_a_spec_that_is_no_shape_is_loaded_as_ever(tmp_path):
-    tiny_model().save_pretrained(tmp_path)
-    word_tokenizer().save_pretrained(tmp_path)
-    loaded = random_weights.load(str(tmp_path), "cpu")
+def test_a_spec_that_is_no_shape_is_loaded_as_ever(model_folder):
+    loaded = random_weights.load(str(model_folder), "cpu")
     assert not loaded.random_weights and loaded.tokenizer is not None
     with pytest.raises(PluginError, match="--layers is for a shape such as configs/models/.*has weights"):
-        random_weights.load(str(tmp_path), "cpu", layers=2)
+        random_weights.load(str(model_folder), "cpu", layers=2)
 
 
-BAD_SHAPES = {
-    "{": "not a readable model's shape",
-    "[1]": "expected a dict, found list",
-    "{}": "field 'model_type': expected text",
-    '{"model_type": "zzz"}': "not a model's shape.*zzz",
-    '{"model_type": "llama", "num_hidden_layers": "three"}': "field 'num_hidden_layers': expected a whole number",
-    '{"model_type": "t5"}': "encoder-decoder",
-}
-
-
-@pytest.mark.parametrize("content", BAD_SHAPES)
-def test_what_is_no_shape_is_refused_in_one_line(content, tmp_path):
-    path = tmp_path / "bad.json"
-    path.write_text(content)
-    with pytest.raises(PluginError, match=BAD_SHAPES[content]) as error:
-        random_weights.load(str(path), "cpu")
-    assert "\n" not in str(error.value) and "bad.json" in str(error.value)
-
-
-def test_a_shape_that_isnt_there_or_has_fewer_layers_is_refused(shape_file):
+def test_a_shape_that_isnt_there_or_has_fewer_layers_is_rejected(shape_file, tmp_path):
     with pytest.raises(PluginError, match="no shape 'none.json'.*configs/models/qwen2.5-7b.json"):
         random_weights.load("none.json", "cpu")
     with pytest.raises(PluginError, match="--layers 4: tiny-shape.json has 3 layers"):
         random_weights.load(str(shape_file), "cpu", layers=4)
     with pytest.raises(PluginError, match="is a shape without weights"):
         loading.load(str(shape_file))
-
-
-def test_shape_files_hold_plain_config_fields():
-    for path in random_weights.FOLDER.glob("*.json"):
-        fields = json.loads(path.read_text())
-        config = AutoConfig.for_model(**fields)
-        known = vars(config).keys() | {"model_type", "rope_theta", "rope_scaling"}
-        assert fields.keys() <= known, path.name
 
 
 def test_any_built_in_preset_serves_a_shape(tmp_path, monkeypatch):
@@ -127,16 +101,26 @@ def test_any_built_in_preset_serves_a_shape(tmp_path, monkeypatch):
         from_preset("int4-vonli", loaded)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"num_hidden_layers": -1}, {"head_dim": 0}, {"num_key_value_heads": 3}, {"vocab_size": 0}, {"hidden_act": "x"},
-     {"rope_scaling": {"type": []}}, {"hidden_size": -4}],
-    ids=str,
-)  # fmt: skip
-def test_fields_that_make_no_model_are_refused(wrong, tmp_path):
-    fields = {"model_type": "llama", "hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 100}  # fmt: skip
-    (tmp_path / "s.json").write_text(json.dumps(fields | wrong))
-    # Of fewer than no layers some versions make a model, without a cache
-    with pytest.raises(PluginError, match="s.json"):
-        random_weights.load(str(tmp_path / "s.json"), "cpu")
+FIELDS = {"model_type": "llama", "hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 100}  # fmt: skip
+# Of fewer than no layers some versions of transformers make a model, without a cache
+NO_MODEL = [{"num_hidden_layers": -1}, {"head_dim": 0}, {"num_key_value_heads": 3}, {"vocab_size": 0},
+            {"hidden_act": "x"}, {"rope_scaling": {"type": []}}, {"hidden_size": -4}]  # fmt: skip
+BAD_SHAPES = {
+    "{": "not a readable model's shape",
+    "[1]": "expected a dict, found list",
+    "{}": "field 'model_type': expected text",
+    '{"model_type": "zzz"}': "not a model's shape.*zzz",
+    '{"model_type": "llama", "num_hidden_layers": "three"}': "field 'num_hidden_layers': expected a whole number",
+    '{"model_type": "t5"}': "encoder-decoder",
+    **{json.dumps(FIELDS | wrong): "bad.json" for wrong in NO_MODEL},
+}
+
+
+@pytest.mark.parametrize("content", BAD_SHAPES)
+def test_what_is_no_shape_is_rejected(content, tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    with pytest.raises(PluginError, match=BAD_SHAPES[content]) as error:
+        random_weights.load(str(path), "cpu")
+    assert "bad.json" in str(error.value) and "\n" not in str(error.value)

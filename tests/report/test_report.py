@@ -3,12 +3,11 @@
 import html.parser
 import json
 import re
-import runpy
 import shutil
 import subprocess
-import sys
 
 import pytest
+from script_runs import run
 
 from gpt2.common import files
 from gpt2.common.errors import PluginError
@@ -61,31 +60,28 @@ def page() -> str:
 @pytest.fixture
 def space(tmp_path):
     """A folder of configs and results with one section of three tables, and headlines of two."""
-    (tmp_path / "tables").mkdir()
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "plots").mkdir()
+    for name in ("tables", "runs", "plots"):
+        (tmp_path / name).mkdir()
     shown = [{"results": "benchmark_append", "heading": "A & B"}, {"results": "ratio_presets_{model}"}]
-    section = {
-        "title": "Adding <b>",
-        "about": "Held `x<y`, **now**, kv-* and *so* on.",
-        "runs": {},
-        "show": shown,
-        "plots": ["gone"],
-    }
-    (tmp_path / "tables/one.json").write_text(json.dumps(section))
+    section = {"title": "Adding <b>", "about": "Held `x<y`, **now**, kv-* and *so* on.", "runs": {}, "show": shown,
+               "plots": ["gone"]}  # fmt: skip
+    write(tmp_path / "tables/one.json", section)
     codecs = {"int8 <i>": 0.002, "int4": 0.0105, "none": 0.001}
     rows = [{"codec": codec, "tokens_held": n, "append_ms_median": n * scale, "bytes_per_token": 1000 * scale}
             for codec, scale in codecs.items() for n in (100, 2000)]  # fmt: skip
     provenance = {"args": {"tokens": "</pre><script>"}, "git_commit": "c0ffee", "versions": {"torch": "2"}}
-    record = provenance | {"rows": rows, "device": "cpu"}
-    (tmp_path / "runs/benchmark_append.json").write_text(json.dumps(record))
+    write(tmp_path / "runs/benchmark_append.json", provenance | {"rows": rows, "device": "cpu"})
     headline = {"figure": "2,000 tokens held", "says": "to add to {100 tokens held}"}
     headlines = [headline | {"results": "benchmark_append", "row": {"codec": "int4"}},
                  headline | {"results": "benchmark_append", "row": {"codec": "int5"}},
                  headline | {"results": "ratio_presets_{model}", "row": {}}]  # fmt: skip
     config = {"title": "T", "about": "A", "order": [], "picture": {"results": "none"}, "headlines": headlines}
-    (tmp_path / "report.json").write_text(json.dumps(config))
+    write(tmp_path / "report.json", config)
     return tmp_path
+
+
+def write(path, record: dict) -> None:
+    path.write_text(json.dumps(record))
 
 
 def test_the_page_is_well_formed_and_accessible(page):
@@ -121,6 +117,8 @@ def test_every_table_and_headline_is_what_the_results_say(page):
         assert rows == [[report.inline(cell).striptags() for cell in row] for row in [table.columns, *table.rows]]
     for name, commit, *_ in provenance[1:]:
         assert commit == tables.read(files.RESULTS / "runs" / f"{name}.json")["git_commit"]
+    named = {path.stem for path in (files.RESULTS / "runs").glob("*.json") if tables.kind_of(path.stem)}
+    assert named <= set(re.findall(r'id="source-([^"]+)"', page)), "nothing that was measured is left out"
     figures = re.findall(r'<li data-results="([^"]+)"><strong>([^<]+)</strong>', page)
     assert len(figures) == len(config["headlines"])
     for name, figure in figures:
@@ -133,11 +131,6 @@ def test_every_table_and_headline_is_what_the_results_say(page):
     for label, ratio, change in said:
         row = rows[label]
         assert (ratio, change) == (f"{row['compression_ratio_2048']:.2f}", f"{row['ppl_delta']:+.2%}")
-
-
-def test_nothing_measured_is_left_out(page):
-    named = {path.stem for path in (files.RESULTS / "runs").glob("*.json") if tables.kind_of(path.stem)}
-    assert named <= set(re.findall(r'id="source-([^"]+)"', page))
 
 
 def test_what_is_missing_is_named_and_what_is_odd_escaped(space):
@@ -155,23 +148,20 @@ def test_what_is_missing_is_named_and_what_is_odd_escaped(space):
 
 
 def test_a_config_that_cannot_be_read_is_named(space):
-    (space / "tables/one.json").write_text('{"title": "x", "about": ""}')
-    with pytest.raises(PluginError, match=r"one\.json has no plots, show"):
-        report.page(space, space, "tiny")
-    (space / "tables/one.json").write_text("{")
-    with pytest.raises(PluginError, match=r"one\.json is not JSON"):
-        report.page(space, space, "tiny")
+    for content, message in (('{"title": "x", "about": ""}', "has no plots, show"), ("{", "is not JSON")):
+        (space / "tables/one.json").write_text(content)
+        with pytest.raises(PluginError, match=rf"one\.json {message}"):
+            report.page(space, space, "tiny")
     with pytest.raises(PluginError, match=r"can't read .*report\.json"):
         report.page(space, space / "tables", "tiny")
 
 
-def test_the_script_writes_the_page_and_says_what_it_lacks(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["reproduce_tables", "--html", "--results", str(tmp_path), "--model", "none"])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(files.ROOT / "scripts/reproduce_tables.py"), run_name="__main__")
+def test_the_script_writes_the_page_and_says_what_it_lacks(tmp_path, capsys):
+    flags = ["--html", "--results", tmp_path, "--model", "none"]
+    assert run("reproduce_tables", *flags) == 2
     assert "has no folder runs" in capsys.readouterr().err and not list(tmp_path.iterdir())
     (tmp_path / "runs").mkdir()
-    runpy.run_path(str(files.ROOT / "scripts/reproduce_tables.py"), run_name="__main__")
+    assert run("reproduce_tables", *flags) == 0
     assert "ratio_presets_none" in capsys.readouterr().out
     assert (tmp_path / "report.html").read_text(encoding="utf-8").endswith("</html>\n")
 
@@ -199,38 +189,28 @@ def test_a_column_really_sorts_in_a_browser(space, tmp_path):
     rows = [{"label": "worse", "ppl_delta": 0.011} | same, {"label": "broken", "family": "ours", "not_run": "no"},
             {"label": "best", "ppl_delta": -0.2} | same, {"label": "better", "ppl_delta": -0.03} | same,
             {"label": "", "ppl_delta": 0.0} | same | {"family": "baseline"}]  # fmt: skip
-    record = tables.read(space / "runs/benchmark_append.json") | {
-        "rows": rows,
-        "model": "m",
-        "text": "t",
-        "needle": None,
-    }
-    (space / "runs/peers_m.json").write_text(json.dumps(record))
+    record = tables.read(space / "runs/benchmark_append.json")
+    write(space / "runs/peers_m.json", record | {"rows": rows, "model": "m", "text": "t", "needle": None})
     page, _ = report.page(space, space, "tiny")
     clicks = """<script>
-    const said = [], shown = document.querySelectorAll("table")[1], heads = shown.querySelectorAll("thead button");
+    const found = [], shown = document.querySelectorAll("table")[1], heads = shown.querySelectorAll("thead button");
     for (const column of [3, 3, 0]) {
       heads[column].click();
       const order = [...shown.tBodies[0].rows].map((row) => row.cells[0].textContent.trim());
-      said.push([...shown.querySelectorAll("[aria-sort]")].map((head) => head.ariaSort) + ": " + order.join(" "));
+      found.push([...shown.querySelectorAll("[aria-sort]")].map((head) => head.ariaSort) + ": " + order.join(" "));
     }
-    document.body.dataset.said = said.join("; ");
+    document.body.dataset.found = found.join("; ");
     </script></body>"""
     (tmp_path / "page.html").write_text(page.replace("</body>", clicks), encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command = [
-        CHROMIUM,
-        *flags,
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--dump-dom",
-        f"file://{tmp_path}/page.html",
-    ]
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    flags += f"--disable-component-update --disable-sync --user-data-dir={tmp_path / 'profile'} --dump-dom"
+    command = [CHROMIUM, *flags.split(), f"file://{tmp_path}/page.html"]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    said = re.search(r'data-said="([^"]*)"', dom)[1].split("; ")
-    assert said[0] == "ascending: best better 16-bit cache worse broken", "by the figure; what has none comes last"
-    assert said[1] == "descending: worse 16-bit cache better best broken"
-    assert said[2] == "ascending: 16-bit cache best better broken worse"
+    assert re.search(r'data-found="([^"]*)"', dom)[1].split("; ") == [
+        "ascending: best better 16-bit cache worse broken",  # by the figure; what has none comes last
+        "descending: worse 16-bit cache better best broken",
+        "ascending: 16-bit cache best better broken worse",
+    ]
 
 
 NO_RECORDS = ("", "{", "[]", '"x"', "3", "{}", "[" * 10**5, "\0", '{"rows": []}', '{"rows": [{}], "args": []}')
@@ -238,8 +218,8 @@ BROKEN = {"rows": [[], {}, [[]], [{}], "x", 5], "versions": [[3], "x", None], "d
           "git_commit": [None], "args": [float("inf")]}  # fmt: skip
 
 
-def test_results_that_are_none_are_named_where_they_would_be(space):
-    """A stranger's folder: nothing in it stops the page."""
+def test_results_and_pictures_that_are_none_are_named_or_left_out(space):
+    """A folder from outside: nothing in it stops the page."""
     path = space / "runs/benchmark_append.json"
     good = json.loads(path.read_text())
     lacking = [{name: value for name, value in good.items() if name != key} for key in good]
@@ -254,11 +234,7 @@ def test_results_that_are_none_are_named_where_they_would_be(space):
     assert any("benchmark_append.json doesn't hold what is shown of it (UnicodeDecodeError" in line for line in missing)
     with pytest.raises(PluginError, match="x.json doesn't hold what is shown of it .KeyError"):
         tables.table("peers_x", {})
-
-
-def test_pictures_that_are_none_are_left_out(space):
     (space / "tables/one.json").write_text((space / "tables/one.json").read_text().replace("gone", "benchmark_append"))
-    path = space / "plots/benchmark_append.png"
     for content in (b"", b"x", b"\x89PNG", b"<svg onload=alert(1)>" * 9):
-        path.write_bytes(content)
+        (space / "plots/benchmark_append.png").write_bytes(content)
         assert "data:image/png" not in report.page(space, space, "smollm2-135m")[0]

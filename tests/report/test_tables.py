@@ -41,16 +41,13 @@ def test_rows_of_a_speed_table_are_chosen_by_batch_size_and_context():
         tables.table("profile_smollm2-135m", record, "context=77")
 
 
-def test_a_missing_results_file_is_named():
-    text = "<!-- results: validate_ppl_nothing -->\n<!-- end -->"
-    with pytest.raises(PluginError, match="validate_ppl_nothing.json"):
-        regions.fill(text, files.RESULTS / "runs")
-
-
-def test_a_group_that_was_not_run_is_named(tmp_path):
+def test_missing_results_are_named(tmp_path):
+    region = "<!-- results: validate_ppl_x sinks -->\n<!-- end -->"
+    with pytest.raises(PluginError, match="validate_ppl_x.json"):
+        regions.fill(region, tmp_path)
     (tmp_path / "validate_ppl_x.json").write_text(json.dumps({"rows": [{"group": "rank"}]}))
     with pytest.raises(PluginError, match="no rows of group sinks"):
-        regions.fill("<!-- results: validate_ppl_x sinks -->\n<!-- end -->", tmp_path)
+        regions.fill(region, tmp_path)
 
 
 def test_committed_results_have_provenance():

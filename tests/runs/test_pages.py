@@ -31,33 +31,27 @@ def write(checkout, model: str = "smollm2-135m"):
     return pages.write(setting, load(setting)[0]["t"])
 
 
-def with_results(checkout, name: str = RESULT) -> None:
+def with_results(checkout) -> None:
     (checkout / "results" / "runs").mkdir(parents=True)
-    shutil.copy(RUNS / f"{RESULT}.json", checkout / "results" / "runs" / f"{name}.json")
-
-
-def test_a_page_without_results_says_how_to_make_them(checkout):
-    assert "Not measured yet: `python scripts/reproduce_tables.py t`" in write(checkout).read_text()
+    shutil.copy(RUNS / f"{RESULT}.json", checkout / "results" / "runs")
+    other = checkout / "results" / "runs" / "ratio_presets_other-1b.json"
+    shutil.copy(RUNS / f"{RESULT}.json", other)
 
 
 def test_a_page_that_was_edited_is_noticed(checkout):
+    assert "Not measured yet: `python scripts/reproduce_tables.py t`" in write(checkout).read_text()
     with_results(checkout)
     page = write(checkout)
     text = page.read_text()
     assert "# A table\n\nWhat it shows.\n\n## Presets\n\n| preset |" in text and f"Source: `{RESULT}.json`" in text
-    assert pages.differing(checkout) == []
+    assert write(checkout, "models/Other-1B").name == "t_other-1b.md"
+    assert pages.differing(checkout) == [], "another model's page is its own"
     page.write_text(re.sub(r"\+0\.\d\d%", "+0.99%", text, count=1))
     assert pages.differing(checkout) == [
         "results/tables/t.md differs from its results: run scripts/reproduce_tables.py --pages"
     ]
     page.rename(page.with_name("gone.md"))
     assert pages.differing(checkout) == ["results/tables/gone.md has no table in configs/tables: remove it"]
-
-
-def test_another_models_page_is_its_own(checkout):
-    with_results(checkout, "ratio_presets_other-1b")
-    assert write(checkout, "models/Other-1B").name == "t_other-1b.md"
-    assert pages.differing(checkout) == []
 
 
 def test_regions_are_made_anew_also_where_one_cant_be(checkout):

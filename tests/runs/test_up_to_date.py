@@ -60,20 +60,15 @@ def test_results_are_up_to_date_until_an_argument_changes(checkout):
     assert matcher.stale("peers_x") == "made with --size 3, now 1" and matcher.to_make(["peers_x"]) == ["peers_x"]
 
 
-def test_what_is_no_record_is_missing(recorded):
-    """Cut short by hand, or of something else: made again, without a traceback."""
-    matcher, _, _ = recorded
-    for content in ("", "{", "[]", "3", "{}", '{"args": []}', "[" * 10**5):
-        matcher.record_path("peers_x").write_text(content)
-        assert matcher.stale("peers_x") == "missing", content[:20]
-
-
-def test_an_argument_that_older_results_lack_had_its_default(checkout, recorded):
-    _, record, stale = recorded
+def test_an_argument_that_older_results_lack_had_its_default_and_what_is_no_record_is_missing(checkout, recorded):
+    matcher, record, stale = recorded
     without = {key: value for key, value in record["args"].items() if key != "hangs"}
     assert stale(args=without) is None
     hangs = redefine(checkout, peers_x=fake({"size": 3, "hangs": True}))
     assert hangs.stale("peers_x") == "made with --hangs False, now True"
+    for content in ("", "{", "[]", "3", "{}", '{"args": []}', "[" * 10**5):
+        matcher.record_path("peers_x").write_text(content)
+        assert matcher.stale("peers_x") == "missing", content[:20]
 
 
 def test_a_file_is_compared_by_its_contents(checkout):

@@ -4,12 +4,12 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from checkouts import fake, make_checkout, started
+from databases import wait_for
 
 from gpt2.runs import worker
 from gpt2.runs.config import Setting, load
@@ -24,13 +24,6 @@ def work(checkout: Path, storage: Path) -> dict[str, str]:
     tables, runs = load(setting)
     wanted = [name for table in tables.values() for name in table.results]
     return worker.Worker(storage, Matcher(setting, runs), Pace(1, 2, 0.1), lambda line: None).work(wanted)
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.05)
 
 
 @pytest.fixture

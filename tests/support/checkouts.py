@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-SCRIPT = '''"""A script for tests: python scripts/fake.py"""
+SCRIPT = r'''"""A script for tests: python scripts/fake.py"""
 
 import argparse
 import hashlib
@@ -37,7 +37,7 @@ def main():
     args = arguments().parse_args()
     output = Path(args.output)
     with (CHECKOUT / "log").open("a") as log:
-        log.write(f"{output.stem} {os.getpid()}\\\\n")
+        log.write(f"{output.stem} {os.getpid()}\n")
     while args.hangs and (CHECKOUT / "hang").exists():
         time.sleep(0.05)
     if args.fails:
@@ -53,7 +53,7 @@ def main():
 
 if __name__ == "__main__":
     main()
-'''.replace("\\\\n", "\\n")
+'''
 
 
 def make_checkout(folder: Path, **tables: dict) -> Path:

@@ -1,12 +1,12 @@
-"""Text that the model writes itself, and mixtures: what is drawn, in which shares, and what is kept for the next time.
-
-Any model will do: what a sample reads like is not tested here, only that it follows the model's distribution.
-"""
+"""Text that the model writes itself, and mixtures: what is drawn, in which shares, and what is kept for later runs."""
 
 import hashlib
 import json
+import math
+import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, tiny_loaded, word_text
@@ -17,7 +17,6 @@ from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.calibrate import calibrate, calibration_key, check_samples, recalibrate
 from gpt2.compression.calibration.file import save_calibration
 from gpt2.compression.calibration.reuse import find_reusable
-from gpt2.evaluation import needle
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, score
 from gpt2.text import self_text
 from gpt2.text.sources import PARTS, by_position, load_text
@@ -28,7 +27,6 @@ SELF = SelfText()
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path, monkeypatch):
-    """No test reads or leaves anything in the user's own folder."""
     monkeypatch.setenv("KV_PLUGIN_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "samples"
 
@@ -46,9 +44,7 @@ def llama():
 def counted(monkeypatch):
     """Numbers of windows sampled, not read from the cache folder."""
     calls, real = [], self_text.sample
-    monkeypatch.setattr(
-        self_text, "sample", lambda loaded, numbers: calls.append(len(numbers)) or real(loaded, numbers)
-    )
+    monkeypatch.setattr(self_text, "sample", lambda loaded, rows: calls.append(len(rows)) or real(loaded, rows))
     return calls
 
 
@@ -56,7 +52,12 @@ def rows(windows: torch.Tensor) -> set[tuple[int, ...]]:
     return set(map(tuple, windows.tolist()))
 
 
-# --- what is sampled
+def written(name: str, words: int, seed: int = 0):
+    return by_position(name, f"{name}.txt", word_text(words, seed))
+
+
+def mixture(*texts) -> Mixture:
+    return Mixture(texts, "+".join(text.spec for text in texts))
 
 
 def test_tokens_are_drawn_by_the_models_own_distribution(llama):
@@ -68,25 +69,33 @@ def test_tokens_are_drawn_by_the_models_own_distribution(llama):
     above, share = total.gather(-1, chosen)[..., 0], torch.cat((torch.zeros(3, 29, 1), total), -1)
     below = share.gather(-1, chosen)[..., 0]
     assert ((below - 1e-4 <= numbers) & (numbers < above + 1e-4)).all() and (below < above).all()
-
-
-def test_temperature_makes_a_difference(llama):
-    numbers = self_text.uniforms("calibration", 30, 3, 0)
     cold = self_text.sample(llama, numbers, temperature=1e-5)
-    greedy = llama.model(cold).logits[:, :-1].argmax(-1)
-    assert torch.equal(cold[:, 1:], greedy) and not torch.equal(self_text.sample(llama, numbers), cold)
+    assert torch.equal(cold[:, 1:], llama.model(cold).logits[:, :-1].argmax(-1)) and not torch.equal(windows, cold)
 
 
-def test_shares_of_tokens_are_their_probabilities():
+def sampled_from(llama, logits: list[float], numbers) -> list[int]:
+    """What random numbers choose where the model gives these logits for every token."""
+
+    class Constant:
+        config = llama.model.config
+
+        def __call__(self, ids, **_):
+            return SimpleNamespace(logits=torch.tensor(logits).expand(len(ids), 1, -1))
+
+    loaded = SimpleNamespace(model=Constant(), tokenizer=llama.tokenizer, device=llama.device, spec="some/model")
+    return self_text.sample(loaded, torch.as_tensor(numbers, dtype=torch.float64)[:, None])[:, 1].tolist()
+
+
+def test_shares_of_tokens_are_their_probabilities(llama, monkeypatch):
     """10,000 numbers into four probabilities; the one that is zero is never chosen, though its place has an edge."""
-    probabilities = torch.tensor([0.5, 0.2, 0.0, 0.3])
-    numbers = torch.linspace(0, 1 - 1e-9, 10_000, dtype=torch.float64)[:, None]
-    chosen = self_text._choose(probabilities.log().expand(10_000, -1), numbers, 1.0, "m")
-    assert chosen.flatten().bincount(minlength=4).tolist() == pytest.approx([5000, 2000, 0, 3000], abs=2)
-    first = self_text._choose(torch.tensor([[0.0, 1.0]]).log(), torch.zeros(1, 1).double(), 1.0, "m")
-    assert first.item() == 1, "0 falls into the first id that has a probability"
-    last = self_text._choose(torch.zeros(1, 3), torch.ones(1, 1).double(), 1.0, "m")
-    assert last.item() == 2, "a product that is rounded up to the whole sum still falls into an id"
+    monkeypatch.setattr(self_text, "BATCH", 10_000)
+    logits = torch.tensor([0.5, 0.2, 0.0, 0.3]).log().tolist()
+    chosen = sampled_from(llama, logits, torch.linspace(0, 1 - 1e-9, 10_000, dtype=torch.float64))
+    assert np.bincount(chosen, minlength=4).tolist() == pytest.approx([5000, 2000, 0, 3000], abs=2)
+    assert sampled_from(llama, [-math.inf, 0.0], [0]) == [1], "0 falls into the first id that has a probability"
+    assert sampled_from(llama, [0.0] * 3, [1]) == [2], "a product rounded up to the whole sum still falls into an id"
+    with pytest.raises(PluginError, match="some/model gives NaN or infinite logits.*try --dtype float32"):
+        sampled_from(llama, [0.0, math.nan], [0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,55 +109,23 @@ def test_every_family_is_sampled_in_batches(family):
         assert torch.equal(self_text.sample(loaded, numbers[row : row + 1])[0], windows[row])
 
 
-def test_windows_start_with_the_start_token_and_vary_from_there(llama):
-    windows = SELF.segments("calibration", llama, 24, 10, seed=0)
-    assert windows.shape == (10, 24) and (windows[:, 0] == 1).all() and len(rows(windows)) == 10
-    assert windows.min() >= 0 and windows.max() < 97
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "config", "expected"),
-    [
-        ({"bos_token_id": 5, "eos_token_id": 6}, {"bos_token_id": 7}, 5),
-        ({"bos_token_id": None, "eos_token_id": 6}, {"bos_token_id": 7}, 6),
-        ({"bos_token_id": 0}, {}, 0),
-        ({}, {"bos_token_id": None, "eos_token_id": [8, 9]}, 8),
-    ],
-)
+@pytest.mark.parametrize(("tokenizer", "config", "expected"), [
+    ({"bos_token_id": 5, "eos_token_id": 6}, {"bos_token_id": 7}, 5),
+    ({"bos_token_id": None, "eos_token_id": 6}, {"bos_token_id": 7}, 6),
+    ({"bos_token_id": 0}, {}, 0),
+    ({}, {"bos_token_id": None, "eos_token_id": [8, 9]}, 8),
+    ({"bos_token_id": None}, {"eos_token_id": []}, None),
+])  # fmt: skip
 def test_the_start_token_is_bos_or_else_the_end_of_a_text(tokenizer, config, expected):
-    assert self_text.start_token(names_tokens(tokenizer, config)) == expected
-
-
-def names_tokens(tokenizer: dict, config: dict):
     settings = SimpleNamespace(**config)
     settings.get_text_config = lambda decoder: settings
-    return SimpleNamespace(
-        tokenizer=SimpleNamespace(**tokenizer), model=SimpleNamespace(config=settings), spec="some/model"
-    )
-
-
-def test_a_model_with_no_start_at_all_is_refused():
-    with pytest.raises(
-        PluginError, match="some/model has no start token and no end token.*: give --text embedded, wikitext2"
-    ):
-        self_text.start_token(names_tokens({"bos_token_id": None}, {"eos_token_id": []}))
-
-
-def test_nan_logits_are_refused():
-    with pytest.raises(PluginError, match="some/model gives NaN or infinite logits.*try --dtype float32"):
-        self_text._choose(torch.tensor([[0.0, float("nan")]]), torch.zeros(1, 1).double(), 1.0, "some/model")
-
-
-# --- seeds and parts
-
-
-def test_a_seed_repeats(llama, cache_folder):
-    first = SELF.segments("calibration", llama, 24, 5, seed=3)
-    for path in cache_folder.glob("*.pt"):
-        path.unlink()
-    torch.manual_seed(99)
-    torch.rand(7)
-    assert torch.equal(SELF.segments("calibration", llama, 24, 5, seed=3), first)
+    model = SimpleNamespace(config=settings)
+    loaded = SimpleNamespace(tokenizer=SimpleNamespace(**tokenizer), model=model, spec="some/model")
+    if expected is not None:
+        assert self_text.start_token(loaded) == expected
+        return
+    with pytest.raises(PluginError, match="some/model has no start token and no end token.*: give --text embedded"):
+        self_text.start_token(loaded)
 
 
 def test_parts_and_seeds_share_no_window_and_no_random_number(llama):
@@ -157,31 +134,28 @@ def test_parts_and_seeds_share_no_window_and_no_random_number(llama):
     assert len(set.union(*windows)) == 4 * len(drawn)
     numbers = torch.cat([self_text.uniforms(part, 24, 4, seed).flatten() for part, seed in drawn])
     assert len(numbers.unique()) == len(numbers)
-
-
-def test_more_and_longer_windows_go_on_from_the_same_numbers():
     few, more = (self_text.uniforms("calibration", length, count, 0) for length, count in ((10, 2), (30, 5)))
-    assert torch.equal(more[:2, :9], few)
+    assert torch.equal(more[:2, :9], few), "more and longer windows go on from the same numbers"
 
 
-# --- what is kept
-
-
-def test_sampled_once_then_read(llama, counted, cache_folder):
-    first = SELF.segments("calibration", llama, 24, 5, seed=0)
-    assert torch.equal(SELF.segments("calibration", llama, 24, 5, seed=0), first) and counted == [5]
-    assert [path.suffix for path in cache_folder.iterdir()] == [".pt"], "nothing half-written beside it"
+def test_windows_start_with_the_start_token_vary_from_there_and_repeat_by_seed(llama, cache_folder):
+    first = SELF.segments("calibration", llama, 24, 10, seed=3)
+    assert first.shape == (10, 24) and (first[:, 0] == 1).all() and len(rows(first)) == 10
+    assert first.min() >= 0 and first.max() < 97
+    for path in cache_folder.glob("*.pt"):
+        path.unlink()
+    torch.manual_seed(99)
+    assert torch.equal(SELF.segments("calibration", llama, 24, 10, seed=3), first)
 
 
 @pytest.mark.parametrize(
     "change", [{"part": "tuning"}, {"seed": 1}, {"seed": None}, {"count": 4}, {"length": 23}], ids=str
 )
-def test_what_was_asked_otherwise_is_sampled_anew(change, llama, counted):
+def test_windows_are_sampled_once_then_read_and_other_ones_sampled_anew(change, llama, counted, cache_folder):
     asked = {"part": "calibration", "length": 24, "count": 5, "seed": 0}
-    for wanted in (asked, asked | change, asked):
-        windows = SELF.segments(loaded=llama, **wanted)
-        assert windows.shape == (wanted["count"], wanted["length"])
-    assert len(counted) == 2
+    first, other, again = (SELF.segments(loaded=llama, **wanted) for wanted in (asked, asked | change, asked))
+    assert torch.equal(first, again) and other.shape == tuple((asked | change)[name] for name in ("count", "length"))
+    assert len(counted) == 2 and {path.suffix for path in cache_folder.iterdir()} == {".pt"}
 
 
 @pytest.mark.parametrize("field", ["fingerprint", "dtype", "start", "temperature"])
@@ -210,27 +184,25 @@ def edited(name, change):
     return damage
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_bytes(path.read_bytes()[:-400]),
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_text("{}"),
-        lambda path: torch.save([1], path),
-        lambda path: torch.save({"key": {}}, path),
-        edited("windows", lambda windows: windows[:-1]),
-        edited("key", lambda key: key | {"fingerprint": "another"}),
-    ],
-    ids=["cut", "empty", "text", "a list", "half", "a window lost", "another model's"],
-)
-def test_a_damaged_file_is_sampled_again_and_put_right(damage, llama, counted, cache_folder, capsys):
+DAMAGE = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-400]),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("{}"),
+    "a list": lambda path: torch.save([1], path),
+    "half": lambda path: torch.save({"key": {}}, path),
+    "a window lost": edited("windows", lambda windows: windows[:-1]),
+    "another model's": edited("key", lambda key: key | {"fingerprint": "another"}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_sampled_again_and_replaced(damage, llama, counted, cache_folder, capsys):
     first = SELF.segments("calibration", llama, 24, 5, seed=0)
     (path,) = cache_folder.glob("*.pt")
-    damage(path)
-    assert torch.equal(SELF.segments("calibration", llama, 24, 5, seed=0), first) and counted == [5, 5]
+    DAMAGE[damage](path)
+    for _ in range(2):  # the new file is good
+        assert torch.equal(SELF.segments("calibration", llama, 24, 5, seed=0), first) and counted == [5, 5]
     assert f"note: {path.name} in the cache folder is damaged" in capsys.readouterr().out
-    SELF.segments("calibration", llama, 24, 5, seed=0)
-    assert counted == [5, 5], "the new file is good"
 
 
 def test_without_a_place_to_keep_it_the_work_goes_on(llama, tmp_path, monkeypatch, capsys):
@@ -241,78 +213,63 @@ def test_without_a_place_to_keep_it_the_work_goes_on(llama, tmp_path, monkeypatc
 
 
 def test_an_interrupted_sampling_leaves_nothing(llama, cache_folder, monkeypatch):
-    def interrupt(*args):
+    def interrupt(*args, **how):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(self_text, "_choose", interrupt)
+    monkeypatch.setattr(llama.model, "forward", interrupt)
     with pytest.raises(KeyboardInterrupt):
         SELF.segments("calibration", llama, 24, 2, seed=0)
     assert not cache_folder.exists()
 
 
-# --- as a text
-
-
-def test_self_is_a_text_with_a_hash_per_part():
+def test_a_text_records_a_hash_per_part_and_a_mixture_those_of_its_texts(tmp_path):
     text = load_text("self", "some/model")
     assert isinstance(text, SelfText) and (text.name, text.spec) == ("self", "self")
-    hashes = {text.sha256(part) for part in PARTS}
-    assert len(hashes) == 3 and all(len(h) == 64 for h in hashes)
     recipe = json.dumps([self_text.FORMAT, self_text.TEMPERATURE, "tuning"]).encode()
     assert text.sha256("tuning") == hashlib.sha256(recipe).hexdigest(), "the same on every machine"
+    assert len({text.sha256(part) for part in PARTS}) == 3
+    (tmp_path / "a.txt").write_text(word_text(900))
+    spec = f"{tmp_path / 'a.txt'}+embedded+self"
+    text = load_text(spec)
+    assert (text.name, text.spec) == ("a.txt, embedded, self", spec)
+    for part in PARTS:
+        alone = [load_text(one).sha256(part) for one in spec.split("+")]
+        assert text.sha256(part) == "+".join(alone) and len(set(alone)) == 3
 
 
 @pytest.mark.parametrize("spec", ["self", "embedded+self"])
-def test_all_of_a_text_without_end_is_refused(spec, llama):
+def test_all_of_a_text_without_end_is_rejected(spec, llama):
     text = load_text(spec)
     assert text.available("calibration", llama, 24) == ENDLESS
     with pytest.raises(PluginError, match=f"text '{text.name}' has no end: give the number of windows"):
         text.segments("calibration", llama, 24)
 
 
-def test_self_is_no_haystack(llama):
+def test_the_haystack_of_a_mixture_is_its_running_texts(llama):
+    a, b = written("a", 500), written("b", 300, 1)
+    tokens = mixture(a, SELF, b).tokens("evaluation", llama)
+    assert torch.equal(tokens, torch.cat([text.tokens("evaluation", llama) for text in (a, b)]))
     with pytest.raises(PluginError, match="text 'self' .*no running text.*give --text embedded"):
-        needle_rows(llama, SELF)
-
-
-def needle_rows(loaded, text):
-    return needle.measure(
-        loaded, text.tokens("evaluation", loaded), {BASELINE: baseline_factory(loaded)}, lengths=[64], depths=[0.5],
-        trials=1, seed=0,
-    )  # fmt: skip
-
-
-SMALL = {"samples": 4, "seq_len": 32, "seed": 0, "sink_tokens": 4}
-
-
-def written(name: str, words: int, seed: int = 0):
-    return by_position(name, f"{name}.txt", word_text(words, seed))
-
-
-def mixture(*texts) -> Mixture:
-    return Mixture(texts, "+".join(text.spec for text in texts))
+        SELF.tokens("evaluation", llama)
 
 
 @pytest.mark.parametrize("text", [SELF, mixture(written("a", 900), SELF)], ids=["self", "mixture"])
 def test_calibration_from_self(text, llama, tmp_path, counted):
-    made = calibrate(llama, text, rank=6, **SMALL)
+    small = {"samples": 4, "seq_len": 32, "seed": 0, "sink_tokens": 4}
+    made = calibrate(llama, text, rank=6, **small)
     recorded = {"text": text.name, "text_spec": text.spec, "text_sha256": text.sha256("calibration"), "tokens": 128}
     assert recorded.items() <= made.meta.items()
     path = save_calibration(made, tmp_path / "c.pt")
     sampled_before = list(counted)
-    assert find_reusable(calibration_key(llama, text, **SMALL), [tmp_path]) == path
-    assert find_reusable(calibration_key(llama, written("b", 900, 1), **SMALL), [tmp_path]) is None
+    assert find_reusable(calibration_key(llama, text, **small), [tmp_path]) == path
+    assert find_reusable(calibration_key(llama, written("b", 900, 1), **small), [tmp_path]) is None
     assert counted == sampled_before, "a calibration is found without sampling anything"
     check_samples(made, llama, text)
+    with pytest.raises(PluginError, match=f"made from another text than 'words': give --text {re.escape(text.spec)}"):
+        check_samples(made, llama, written("words", 900))
     other = recalibrate(made, llama, text, 1)
     assert other.meta["tokens"] == 128 and other.meta["seed"] == 1
     assert not torch.allclose(other.statistics.v.mean, made.statistics.v.mean)
-
-
-def test_a_calibration_from_self_is_no_calibration_from_a_text(llama):
-    made = calibrate(llama, SELF, rank=6, **SMALL)
-    with pytest.raises(PluginError, match="made from another text than 'words': give --text self"):
-        check_samples(made, llama, written("words", 900))
 
 
 @pytest.mark.parametrize("text", [SELF, mixture(written("a", 900), written("b", 900, 1), SELF)], ids=["self", "mix"])
@@ -324,19 +281,13 @@ def test_perplexity_on_self_and_mixtures(text, llama):
     assert torch.isfinite(torch.as_tensor(scores[BASELINE].nll)).all()
 
 
-# --- mixtures
-
-
-@pytest.mark.parametrize(
-    ("available", "count", "expected"),
-    [
-        ([9, 9, 9], 7, [0, 1, 2, 0, 1, 2, 0]),
-        ([9, 1, 9], 7, [0, 1, 2, 0, 2, 0, 2]),
-        ([ENDLESS, 2], 6, [0, 1, 0, 1, 0, 0]),
-        ([1, 2], 99, [0, 1, 1]),
-        ([3], 2, [0, 0]),
-    ],
-)
+@pytest.mark.parametrize(("available", "count", "expected"), [
+    ([9, 9, 9], 7, [0, 1, 2, 0, 1, 2, 0]),
+    ([9, 1, 9], 7, [0, 1, 2, 0, 2, 0, 2]),
+    ([ENDLESS, 2], 6, [0, 1, 0, 1, 0, 0]),
+    ([1, 2], 99, [0, 1, 1]),
+    ([3], 2, [0, 0]),
+])  # fmt: skip
 def test_texts_take_turns(available, count, expected):
     turns = in_turn(available, count)
     assert [index for _, index in turns] == expected
@@ -348,60 +299,34 @@ def test_texts_take_turns(available, count, expected):
 def test_a_mixture_takes_each_texts_own_draw_in_turn(seed, llama, capsys):
     a, b = written("a", 3000), written("b", 2000, 1)
     mixed = mixture(a, SELF, b).segments("calibration", llama, 32, 8, seed)
-    shares = [(a, 3), (SELF, 3), (b, 2)]
-    for index, (text, share) in enumerate(shares):
+    for index, (text, share) in enumerate([(a, 3), (SELF, 3), (b, 2)]):
         assert torch.equal(mixed[index::3], text.segments("calibration", llama, 32, share, seed)), text.name
-    assert "note" not in capsys.readouterr().out
+    a, b = written("a", 500), written("b", 300, 1)
+    mixed = mixture(a, b).segments("tuning", llama, 20)
+    assert rows(mixed) == rows(a.segments("tuning", llama, 20)) | rows(b.segments("tuning", llama, 20))
+    assert len(mixed) == mixture(a, b).available("tuning", llama, 20) == 7
+    assert "note" not in capsys.readouterr().out, "no share was asked for that a text hasn't"
 
 
-def test_a_text_that_runs_out_is_named_and_the_others_fill_up(llama, capsys):
+def test_when_one_text_runs_out_the_others_fill_in_and_a_note_is_printed(llama, capsys):
     short, long = written("short", 120), written("long", 3000, 1)
-    text = mixture(long, short)
-    mixed = text.segments("calibration", llama, 32, 10, seed=0)
+    mixed = mixture(long, short).segments("calibration", llama, 32, 10, seed=0)
     assert len(rows(mixed) & rows(short.segments("calibration", llama, 32))) == 2
     assert len(rows(mixed) & rows(long.segments("calibration", llama, 32))) == 8
     expected = "note: the calibration part of short has only 2 of the 10 windows; the other texts fill in"
     assert capsys.readouterr().out.strip() == expected
 
 
-def test_all_windows_of_a_mixture(llama, capsys):
-    a, b = written("a", 500), written("b", 300, 1)
-    mixed = mixture(a, b).segments("tuning", llama, 20)
-    assert rows(mixed) == rows(a.segments("tuning", llama, 20)) | rows(b.segments("tuning", llama, 20))
-    assert len(mixed) == mixture(a, b).available("tuning", llama, 20) == 7
-    assert "note" not in capsys.readouterr().out, "no share was asked for"
-
-
-def test_a_text_too_short_for_one_window_is_refused_before_sampling(llama, counted):
-    text = mixture(SELF, written("tiny", 30))
+def test_mixtures_of_too_few_or_too_long_windows_are_rejected_before_sampling(llama, counted):
     with pytest.raises(PluginError, match="calibration part of text 'tiny' has .* one segment of 64.*--eval-seq-len"):
-        text.segments("calibration", llama, 64, 4, flag="--eval-seq-len")
-    assert not counted
-
-
-def test_fewer_windows_than_texts_are_refused(llama):
+        mixture(SELF, written("tiny", 30)).segments("calibration", llama, 64, 4, flag="--eval-seq-len")
     text = mixture(written("a", 900), written("b", 900, 1), SELF)
     with pytest.raises(PluginError, match=r"2 windows of 32 tokens are too few for 3 texts \(a, b, self\)"):
         text.segments("calibration", llama, 32, 2)
+    assert not counted
 
 
-def test_a_mixture_records_every_text(tmp_path):
-    (tmp_path / "a.txt").write_text(word_text(900))
-    spec = f"{tmp_path / 'a.txt'}+embedded+self"
-    text = load_text(spec)
-    assert (text.name, text.spec) == ("a.txt, embedded, self", spec)
-    for part in PARTS:
-        alone = [load_text(piece).sha256(part) for piece in spec.split("+")]
-        assert text.sha256(part) == "+".join(alone) and len(set(alone)) == 3
-
-
-def test_the_haystack_of_a_mixture_is_its_running_texts(llama):
-    a, b = written("a", 500), written("b", 300, 1)
-    tokens = mixture(a, SELF, b).tokens("evaluation", llama)
-    assert torch.equal(tokens, torch.cat([text.tokens("evaluation", llama) for text in (a, b)]))
-
-
-def test_windows_of_a_mixture_start_alike(llama):
+def test_windows_of_a_mixture_start_alike():
     """A tokenizer that puts a start token before every text: written and sampled windows have one and the same."""
     loaded = tiny_loaded("llama")
     bos = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -410,28 +335,23 @@ def test_windows_of_a_mixture_start_alike(llama):
     assert (mixed[:, 0] == 1).all()
 
 
-@pytest.mark.parametrize("name", ["a+b.txt", "self+embedded"])
-def test_a_file_with_a_plus_in_its_name_is_that_file(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("spec", "message"), [
+    ("a+b.txt", None),
+    ("self+embedded", None),
+    ("embedded+none.txt", "no text 'none.txt' in 'embedded[+]none.txt': give embedded, wikitext2, a text file"),
+    ("embedded+", "no text '' in 'embedded[+]'"),
+    ("+self", "no text '' in '[+]self'"),
+    ("+", "no text '' in '[+]'"),
+    ("selfish", "no text 'selfish': give .*self, or several of these joined by [+]"),
+    ("embedded+self+embedded", "--text embedded[+]self[+]embedded has the same text twice"),
+    ("self+self", "has the same text twice"),
+    ("w.txt+./w.txt", "has the same text twice"),
+])  # fmt: skip
+def test_specs_with_a_plus_that_name_a_file_or_no_mixture(spec, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / name).write_text(word_text(900))
-    assert load_text(name) == by_position(name, name, word_text(900))
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("embedded+none.txt", "no text 'none.txt' in 'embedded[+]none.txt': give embedded, wikitext2, a text file"),
-        ("embedded+", "no text '' in 'embedded[+]'"),
-        ("+self", "no text '' in '[+]self'"),
-        ("+", "no text '' in '[+]'"),
-        ("selfish", "no text 'selfish': give .*self, or several of these joined by [+]"),
-        ("embedded+self+embedded", "--text embedded[+]self[+]embedded has the same text twice"),
-        ("self+self", "has the same text twice"),
-        ("w.txt+./w.txt", "has the same text twice"),
-    ],
-)
-def test_specs_that_name_no_mixture(spec, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "w.txt").write_text(word_text(900))
+    (tmp_path / (spec if message is None else "w.txt")).write_text(word_text(900))
+    if message is None:
+        assert load_text(spec) == by_position(spec, spec, word_text(900))
+        return
     with pytest.raises(PluginError, match=message):
         load_text(spec)

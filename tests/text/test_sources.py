@@ -31,37 +31,34 @@ def parts(text) -> list[str]:
     return [getattr(text, part) for part in PARTS]
 
 
-@pytest.mark.parametrize(
-    "whole",
-    [
-        NUMBERED,
-        NUMBERED.replace("\n", " "),
-        NUMBERED + "\n",
-        "\n" * 5 + NUMBERED,
-        NUMBERED.replace("\n", "\r\n"),
-        "abc",
-    ],
-    ids=["lines", "one line", "final newline", "leading newlines", "CRLF", "three letters"],
-)
+WHOLE = {
+    "lines": NUMBERED,
+    "one line": NUMBERED.replace("\n", " "),
+    "final newline": NUMBERED + "\n",
+    "one line and a newline": NUMBERED.replace("\n", " ") + "\n",
+    "leading newlines": "\n" * 5 + NUMBERED,
+    "CRLF": NUMBERED.replace("\n", "\r\n"),
+    "three letters": "abc",
+}
+
+
+@pytest.mark.parametrize("whole", WHOLE)
 def test_parts_by_position_cover_the_text_without_overlap(whole):
-    text = by_position("t", "t.txt", whole)
-    assert "".join(parts(text)) == whole, "each part begins where the one before it ends"
+    text = by_position("t", "t.txt", WHOLE[whole])
+    assert "".join(parts(text)) == WHOLE[whole], "each part begins where the one before it ends"
     assert all(part.strip() for part in parts(text))
 
 
-def test_parts_by_position_are_60_20_20_and_share_no_line():
+def test_shares_of_parts_by_position_and_by_official_split():
     text = by_position("t", "t.txt", NUMBERED)
     words = [set(part.split()) for part in parts(text)]
     assert not words[0] & words[1] and not words[0] & words[2] and not words[1] & words[2]
     assert [len(part) / len(NUMBERED) for part in parts(text)] == pytest.approx([0.6, 0.2, 0.2], abs=0.01)
     assert text.calibration.endswith("\n") and text.tuning.endswith("\n")
-
-
-def test_official_splits_keep_test_for_evaluation():
-    valid, test = NUMBERED, NUMBERED.replace("n", "t")
-    text = by_official_split("t", "folder", valid, test)
-    assert text.calibration + text.tuning == valid and text.evaluation == test
-    assert len(text.calibration) / len(valid) == pytest.approx(0.8, abs=0.01) and text.calibration.endswith("\n")
+    test = NUMBERED.replace("n", "t")
+    text = by_official_split("t", "folder", NUMBERED, test)
+    assert text.calibration + text.tuning == NUMBERED and text.evaluation == test
+    assert len(text.calibration) / len(NUMBERED) == pytest.approx(0.8, abs=0.01) and text.calibration.endswith("\n")
 
 
 def test_parts_of_tokens_are_the_same_every_time():
@@ -83,16 +80,12 @@ def test_sha256_is_of_the_part_and_changes_with_it():
     assert [text.sha256(p) == tail.sha256(p) for p in PARTS] == [True, True, False]
 
 
-# --- segments
-
-
 @pytest.fixture
 def text():
     return by_position("words", "words.txt", word_text(3000))
 
 
-@pytest.mark.parametrize("seed", [None, 0, 1])
-@pytest.mark.parametrize("length", [7, 64])
+@pytest.mark.parametrize(("seed", "length"), [(None, 7), (0, 64), (1, 7), (None, 64)])
 def test_segments_tile_the_part(text, length, seed):
     """All of them, sorted by where they begin, are the part's tokens: no overlap and no gap."""
     ids = text.tokens("calibration", reader())
@@ -111,40 +104,26 @@ def test_segments_are_drawn_by_seed(text):
     assert torch.equal(more[:5], drawn[0]), "more samples add windows and keep those before"
 
 
-def test_segments_are_fewer_where_the_text_is_short(text):
+def test_segments_are_fewer_where_the_text_is_short_but_not_none(text):
     assert text.segments("tuning", reader(), 100, 50).shape == (6, 100)
-
-
-def test_a_part_shorter_than_one_segment_is_refused(text):
     with pytest.raises(PluginError, match="tuning part of text 'words' has 600 tokens, fewer than one segment of 601"):
         text.segments("tuning", reader(), 601)
 
 
-# --- specs
-
-
-def test_default_text_follows_the_model():
+def test_the_default_text_follows_the_model_and_embedded_is_long_english():
     assert (default_text(EMBEDDED), default_text("some/model")) == ("embedded", "wikitext2")
-    assert load_text(None).name == "embedded"
-
-
-def test_embedded_text_is_long_english():
     text = load_text("embedded", "some/model")
     assert sum(map(len, parts(text))) > 400_000 and text.spec == "embedded"
-    assert " the " in text.evaluation and text == load_text("embedded")
+    assert " the " in text.evaluation and text == load_text("embedded") == load_text(None)
 
 
-def test_a_file(tmp_path):
+def test_files_of_any_name_and_in_the_home_folder(tmp_path, monkeypatch):
     path = tmp_path / "some words.txt"
     path.write_text(NUMBERED + " é ü 漢", encoding="utf-8")
     text = load_text(str(path))
-    assert (text.name, text.spec) == ("some words.txt", str(path)) and text.evaluation.endswith("漢")
-
-
-def test_a_file_in_the_home_folder(tmp_path, monkeypatch):
+    assert (text.name, text.spec) == (path.name, str(path)) and text.evaluation.endswith("漢")
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "t.txt").write_text(NUMBERED)
-    assert load_text("~/t.txt") == by_position("t.txt", "~/t.txt", NUMBERED)
+    assert load_text("~/some words.txt") == by_position(path.name, "~/some words.txt", NUMBERED + " é ü 漢")
 
 
 def folder(tmp_path, *names):
@@ -153,43 +132,37 @@ def folder(tmp_path, *names):
     return str(tmp_path)
 
 
-def test_a_folder_with_official_splits(tmp_path):
-    spec = folder(tmp_path, "wiki_valid.txt", "wiki_test.txt", "README.md")
-    text = load_text(spec)
-    assert text.evaluation.startswith("wiki_test.txt") and text.calibration.startswith("wiki_valid.txt")
-    assert (text.name, text.spec) == ("wiki_valid + wiki_test", spec)
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ([], r"expected one \*valid\*.txt, found 0"),
-        (["a_valid.txt"], r"expected one \*test\*.txt, found 0"),
-        (["a_test.txt"], r"expected one \*valid\*.txt, found 0"),
-        (["a_valid.txt", "b_valid.txt", "a_test.txt"], r"expected one \*valid\*.txt, found 2"),
-    ],
-)
-def test_a_folder_without_both_splits_is_refused(tmp_path, names, message):
+@pytest.mark.parametrize(("names", "message"), [
+    (["wiki_valid.txt", "wiki_test.txt", "README.md"], None),
+    ([], r"expected one \*valid\*.txt, found 0"),
+    (["a_valid.txt"], r"expected one \*test\*.txt, found 0"),
+    (["a_test.txt"], r"expected one \*valid\*.txt, found 0"),
+    (["a_valid.txt", "b_valid.txt", "a_test.txt"], r"expected one \*valid\*.txt, found 2"),
+])  # fmt: skip
+def test_a_folder_needs_both_official_splits(tmp_path, names, message):
+    spec = folder(tmp_path, *names)
+    if message is None:
+        text = load_text(spec)
+        assert text.evaluation.startswith("wiki_test.txt") and text.calibration.startswith("wiki_valid.txt")
+        assert (text.name, text.spec) == ("wiki_valid + wiki_test", spec)
+        return
     with pytest.raises(PluginError, match=message):
-        load_text(folder(tmp_path, *names))
+        load_text(spec)
 
 
-@pytest.mark.parametrize("content", ["", "\n \n", "ab", "a\n\n\n\n\n"])
-def test_an_empty_or_short_file_is_refused(tmp_path, content):
-    (tmp_path / "t.txt").write_text(content)
-    with pytest.raises(PluginError, match=r"text 't\.txt' is empty or too short"):
-        load_text(str(tmp_path / "t.txt"))
-
-
-def test_a_long_file_of_one_line_is_not_too_short(tmp_path):
-    (tmp_path / "t.txt").write_text(NUMBERED.replace("\n", " ") + "\n")
-    assert load_text(str(tmp_path / "t.txt")).evaluation
-
-
-def test_a_binary_file_is_refused(tmp_path):
-    (tmp_path / "t.bin").write_bytes(bytes(range(256)))
-    with pytest.raises(PluginError, match=r"can't read text file .*t\.bin: 'utf-8' codec"):
-        load_text(str(tmp_path / "t.bin"))
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"ab", b"a\n\n\n\n\n", bytes(range(256)), None])
+def test_files_without_text_are_rejected(tmp_path, content):
+    path = tmp_path / "valid.txt"
+    if content is None:  # to read from a pipe is to wait for ever
+        os.mkfifo(path)
+        (tmp_path / "test.txt").write_text("some words")
+        with pytest.raises(PluginError, match="expected one .valid..txt, found 0"):
+            load_text(str(tmp_path))
+    else:
+        path.write_bytes(content)
+    message = r"no text|text 'valid\.txt' is empty or too short|can't read text file .*valid\.txt: 'utf-8' codec"
+    with pytest.raises(PluginError, match=message):
+        load_text(str(path))
 
 
 @pytest.mark.parametrize("spec", ["none.txt", "wikitext", "/no/such/file", "Embedded"])
@@ -260,18 +233,8 @@ def test_names_that_no_file_can_have(name, tmp_path, monkeypatch):
     assert inputs({"prompt": name, "output": name}) == {}
 
 
-def test_a_pipe_is_no_text(tmp_path):
-    """Reading one would wait for ever."""
-    os.mkfifo(tmp_path / "valid.txt")
-    (tmp_path / "test.txt").write_text("some words")
-    with pytest.raises(PluginError, match="expected one .valid..txt, found 0"):
-        load_text(str(tmp_path))
-    with pytest.raises(PluginError, match="no text"):
-        load_text(str(tmp_path / "valid.txt"))
-
-
 def test_a_config_of_a_million_layers(tmp_path):
-    """Laying them out takes hours, and is what a policy and a preset for any model begin with."""
+    """Laying them out would take hours."""
     (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1000000}')
     with watched(), pytest.raises(PluginError, match="says that it has more than 1024 layers"):
         get_preset_info(str(tmp_path), "kv4")

@@ -65,12 +65,9 @@ def test_it_finds_better_than_its_first_points(found):
     optimum = max(ratio(choice) for choice in grid if measured(choice, 1.0).ppl_delta <= BUDGET)
     assert best(starts) < 0.95 * optimum, "or there is nothing to find"
     assert best(trials) > max(0.95 * optimum, best(starts))
-
-
-def test_the_sampler_is_given_the_constraint(found):
     done = [t for t in found[1].trials() if "ppl_delta" in t.user_attrs]
     given = {t.user_attrs["ppl_delta"] <= BUDGET: t.system_attrs["constraints"][0] <= 0 for t in done}
-    assert given == {True: True, False: False}
+    assert given == {True: True, False: False}, "the sampler is given the constraint"
 
 
 def test_what_cannot_win_is_skipped_unmeasured_but_the_first_points_are_not(found):
@@ -106,6 +103,7 @@ def test_an_interrupted_search_ends_as_one_that_is_not_and_more_trials_add_to_it
 
 
 def test_a_choice_that_kills_two_workers_is_replaced(tmp_path):
+    """And a loss that is not finite is recorded, over any budget."""
     space, fatal = Space(("joint+mixed",), 64, (64,)), []
 
     def evaluate(choice, size):
@@ -113,13 +111,17 @@ def test_a_choice_that_kills_two_workers_is_replaced(tmp_path):
             fatal.append(choice)
             if len(fatal) < 3:
                 raise MemoryError
+            return Trial(choice, math.inf, size, {})
         return measured(choice, size)
 
     for _ in range(2):
         with pytest.raises(MemoryError):
             search(tmp_path / "s.db", 4, evaluate=evaluate, space=space)
-    tried = [trial.candidate for trial in search(tmp_path / "s.db", 4, evaluate=evaluate, space=space)]
+    trials = search(tmp_path / "s.db", 4, evaluate=evaluate, space=space)
+    tried = [trial.candidate for trial in trials]
     assert len(tried) == 4 and fatal[0] == fatal[1] and fatal[0] not in tried
+    lost = [trial for trial in trials if math.isinf(trial.ppl_delta)]
+    assert lost and not set(map(id, lost)) & set(map(id, within_budget(trials, BUDGET)))
 
 
 @pytest.mark.parametrize("late", ["the first", "both"])
@@ -157,16 +159,6 @@ def test_two_workers_that_draw_the_same_measure_it_once(late, tmp_path, monkeypa
     trials = queue(tmp_path / "s.db").trials()
     states = [trials[number].state for number, _ in drawn[:2]]
     assert states.count(TrialState.COMPLETE) == 1, "neither leaves it to the other"
-
-
-def test_a_loss_that_is_not_finite_is_over_the_budget(tmp_path):
-    def evaluate(choice, size):
-        lost = choice.family == "joint+mixed"
-        return Trial(choice, math.inf, size, {}) if lost else measured(choice, size)
-
-    trials = search(tmp_path / "s.db", 6, evaluate=evaluate)
-    assert any(math.isinf(t.ppl_delta) for t in trials), "recorded"
-    assert all(t.candidate.family != "joint+mixed" for t in within_budget(trials, BUDGET))
 
 
 def test_another_budget_or_other_codecs_are_another_search():

@@ -1,4 +1,4 @@
-"""The grid: its cells, and that each is measured once, also where its loss isn't finite."""
+"""The grid: its cells, what each costs on a tiny model, and that each is measured once."""
 
 import math
 
@@ -7,11 +7,14 @@ from tiny import tiny_loaded, windows
 
 from gpt2 import cli
 from gpt2.common.errors import PluginError
+from gpt2.compression.cache import size
+from gpt2.compression.codecs.integer import Int4
+from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.settings import Setting
 from gpt2.tuning import grid_search
 from gpt2.tuning.grid_search import Cell, GridSearch, run_grid
 from gpt2.tuning.trial_queue import TrialQueue
-from gpt2.tuning.trials import Trial
+from gpt2.tuning.trials import Trial, confirm_best
 
 INT4, INT8 = Setting("identity", 12, 4), Setting("identity", 12, 8)
 
@@ -24,16 +27,13 @@ def test_grid():
     assert grid_search.grid(None, [8], 64, "identity") == [Cell(64, 8)]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "bits", "codec", "message"),
-    [
-        ([65], [8], "pca", "rank 65 is out of range"),
-        ([64], [16], "pca", "compresses nothing"),
-        ([60], [5], "pca", "bits 5 is not available"),
-        ([60], [8], "identity", "no rank to cut"),
-        ([60], [8], "pcaa", "did you mean 'pca'"),
-    ],
-)
+@pytest.mark.parametrize(("ranks", "bits", "codec", "message"), [
+    ([65], [8], "pca", "rank 65 is out of range"),
+    ([64], [16], "pca", "compresses nothing"),
+    ([60], [5], "pca", "bits 5 is not available"),
+    ([60], [8], "identity", "no rank to cut"),
+    ([60], [8], "pcaa", "did you mean 'pca'"),
+])  # fmt: skip
 def test_bad_grids_are_rejected(ranks, bits, codec, message):
     with pytest.raises(PluginError, match=message):
         grid_search.grid(ranks, bits, 64, codec)
@@ -73,3 +73,28 @@ def test_the_key_has_all_that_figures_depend_on():
     others += [{"tuning": windows(1, 48)}, {"loaded": tiny_loaded("qwen2")}]
     keys = [base.key("text"), base.key("other text"), *(search(**change).key("text") for change in others)]
     assert all(keys.count(key) == 1 for key in keys) and search().key("text") == base.key("text")
+
+
+def test_a_loss_that_is_not_finite_is_recorded_and_others_are_measured(monkeypatch):
+    """Codes of 4 bits that are dequantized to NaN: their cell is over any budget on both texts."""
+    real = Int4.dequantize
+    monkeypatch.setattr(Int4, "dequantize", lambda self, codes, rank: real(self, codes, rank) * math.nan)
+    own = search()
+    good, lost = own.evaluate(Cell(12, 8)), own.evaluate(Cell(12, 4))
+    assert math.isfinite(good.ppl_delta) and math.isinf(lost.ppl_delta) and "NaN" in lost.details["note"]
+    assert lost.record()["ppl_delta"] is None and lost.compression_ratio > good.compression_ratio
+    held_on_tuning_text = Trial(lost.candidate, 0.0, 9.0, {})
+    chosen, _, failed = confirm_best([held_on_tuning_text, good], 0.9, own.confirm, "")
+    assert chosen is good and [trial.candidate for trial, _ in failed] == [lost.candidate]
+
+
+def test_reconstructions_are_kept_while_scoring_and_not_counted(monkeypatch):
+    own, kept = search(), []
+    real = CompressedDynamicCache.keep_reconstructed
+    monkeypatch.setattr(CompressedDynamicCache, "keep_reconstructed", lambda self: kept.append(1) or real(self))
+    trial = own.evaluate(Cell(12, 8))
+    assert kept
+    ratio = size.compression_ratio(own.factory(trial.candidate), own.loaded.geometry)
+    assert trial.compression_ratio == pytest.approx(ratio) and ratio > 1.4
+    monkeypatch.setattr(CompressedDynamicCache, "keep_reconstructed", lambda self: self)
+    assert own.evaluate(Cell(12, 8)).ppl_delta == pytest.approx(trial.ppl_delta, abs=1e-4)

@@ -1,15 +1,10 @@
 """The trial queue: every key is tried once, whoever is killed, interrupted or fails; on SQLite, and on PostgreSQL."""
 
 import contextlib
-import importlib.util
 import multiprocessing
 import os
-import pwd
-import shutil
 import signal
 import sqlite3
-import subprocess
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -17,9 +12,11 @@ from pathlib import Path
 
 import optuna
 import pytest
+from databases import lines, postgresql, wait_for  # noqa: F401
 from optuna.trial import TrialState
 
 from gpt2.common.errors import PluginError
+from gpt2.tuning import trial_queue
 from gpt2.tuning.trial_queue import Pace, TrialFailed, TrialQueue, key_of
 
 FAST = Pace(heartbeat=1, silence=2, look=0.02)
@@ -28,10 +25,7 @@ KEYS = {key: {"x": number} for number, key in enumerate("abcdef")}
 
 
 class Worker:
-    """A queue and the keys that were tried by it; `log`, where given, has those of all processes.
-
-    before: called with a key before its value is returned.
-    """
+    """A queue and the keys that it tried. log: those of all processes; before: called with a key that is tried."""
 
     def __init__(self, storage, name: str = "q", *, log: Path | None = None, before=lambda key: None):
         self.queue = TrialQueue(storage, name, pace=FAST, sampler=optuna.samplers.RandomSampler(seed=0))
@@ -61,11 +55,9 @@ class Worker:
         return [trial.state.name for trial in self.queue.trials() if key_of(trial) == key]
 
 
-def start(*args):
+def process(*args):
     """A process that works, and ends with this one, whatever fails here."""
-    process = FORK.Process(target=work, args=args, daemon=True)
-    process.start()
-    return process
+    return FORK.Process(target=work, args=args, daemon=True)
 
 
 def work(storage, name: str, log: Path) -> None:
@@ -74,62 +66,23 @@ def work(storage, name: str, log: Path) -> None:
     Worker(storage, name, log=log, before=lambda key: key == "a" and wait_for(lambda: not hang.exists())).work()
 
 
-def wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
-
-
-def lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def as_postgres(*command: str) -> list[str]:
-    """A command of PostgreSQL, which rejects root: as Debian's own user where we are root."""
-    user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
-    return [*([] if os.getuid() else user), *command]
-
-
-@pytest.fixture(scope="module")
-def postgresql():
-    """The URL of a database of our own, on a socket in a folder of its own."""
-    # Debian keeps the versions beside each other, none on PATH
-    folders = [*sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True), os.environ["PATH"]]
-    where = os.pathsep.join(map(str, folders))
-    if missing := [name for name in ("initdb", "pg_ctl") if not shutil.which(name, path=where)]:
-        pytest.skip(f"no PostgreSQL here: {', '.join(missing)} not found")
-    if not importlib.util.find_spec("psycopg2"):
-        pytest.skip("no driver for PostgreSQL: pip install -r requirements.txt")
-    if not os.getuid() and "postgres" not in {user.pw_name for user in pwd.getpwall()}:
-        pytest.skip("PostgreSQL rejects root, and there is no user postgres")
-    folder = tempfile.mkdtemp(prefix="pg")  # its path is short and open to its user, which pytest's folders aren't
-    if not os.getuid():
-        shutil.chown(folder, "postgres", "postgres")
-    how = {"check": True, "cwd": folder, "env": os.environ | {"PATH": where}}
-    server = as_postgres("pg_ctl", "-D", f"{folder}/data", "-w", "-s", "-l", f"{folder}/log")
-    make = as_postgres("initdb", "-D", f"{folder}/data", "-A", "trust", "-U", "tables", "--no-sync", "-E", "UTF8")
-    subprocess.run(make, capture_output=True, **how)
-    subprocess.run([*server, "-o", f"-F -c listen_addresses= -k {folder}", "start"], **how)
-    try:
-        yield f"postgresql+psycopg2://tables@/postgres?host={folder}"
-    finally:
-        subprocess.run([*server, "-m", "immediate", "stop"], **how)
-        shutil.rmtree(folder)
-
-
 @pytest.fixture(params=["sqlite", "postgresql"])
 def storage(request, tmp_path):
     """A database; on PostgreSQL all tests have the same one, and need names of their own."""
     return tmp_path / "study.db" if request.param == "sqlite" else request.getfixturevalue("postgresql")
 
 
-def test_workers_that_start_together_try_each_key_once(storage, tmp_path):
-    log = tmp_path / "log"
-    workers = [start(storage, "together", log) for _ in range(3)]
+def together(workers: list) -> None:
+    for worker in workers:
+        worker.start()
     for worker in workers:
         worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert {worker.exitcode for worker in workers} == {0}
+
+
+def test_workers_that_start_together_try_each_key_once(storage, tmp_path):
+    log = tmp_path / "log"
+    together([process(storage, "together", log) for _ in range(3)])
     assert Counter(lines(log)) == Worker(storage, "together").done() == Counter([*KEYS])
 
 
@@ -139,9 +92,10 @@ def test_a_silent_workers_key_is_taken_over_once(storage, sent, tmp_path):
     """Of one that was only stopped, and goes on later, nothing counts."""
     log, hang = tmp_path / "log", tmp_path / "hang"
     hang.touch()
-    first = start(storage, "silent", log)
+    first, second = (process(storage, "silent", log) for _ in range(2))
+    first.start()
     wait_for(lambda: lines(log) == ["a"])
-    second = start(storage, "silent", log)
+    second.start()
     wait_for(lambda: len(lines(log)) == len(KEYS))  # the second has done the others, and waits for the first
     os.kill(first.pid, sent)
     wait_for(lambda: len(lines(log)) > len(KEYS))
@@ -156,17 +110,30 @@ def test_a_silent_workers_key_is_taken_over_once(storage, sent, tmp_path):
     assert observer.done() == Counter([*KEYS]) and observer.states("a") == ["FAIL", "COMPLETE"]
 
 
+class Clock:
+    """Time that passes only while a worker waits, a second at a time."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += 1
+
+
 @pytest.mark.filterwarnings("ignore:Heartbeat of storage")
-def test_a_claim_without_a_heartbeat_is_taken_over_after_the_silence(tmp_path):
+def test_a_claim_without_a_heartbeat_is_taken_over_after_the_silence(tmp_path, monkeypatch):
     """A worker killed between its claim and its first heartbeat leaves what Optuna never takes for stale."""
+    clock = Clock()
+    monkeypatch.setattr(trial_queue, "time", clock)
     lost, other = Worker(tmp_path / "s.db"), Worker(tmp_path / "s.db")
     lost.queue.study.enqueue_trial({"x": 0}, user_attrs={"key": "a"})
     lost.queue.study.ask()
-    began = time.monotonic()
     other.work()
     assert other.tried == ["b", "c", "d", "e", "f", "a"], "a fresh claim is left to its worker"
-    assert time.monotonic() - began >= FAST.silence
     assert other.notes[-2:] == ["waiting for other workers, which are trying a", ""]
+    assert clock.now == FAST.silence + 1
 
 
 def test_an_interrupted_key_is_tried_again_first_and_as_it_was(tmp_path):
@@ -213,14 +180,10 @@ def test_a_failed_key_is_reported_by_all_and_tried_again_by_the_next(tmp_path):
     assert later.work() == {} and later.tried == ["b"]
 
 
-def test_what_is_done_between_a_look_and_a_claim_is_not_tried(tmp_path):
-    worker, looks = Worker(tmp_path / "s.db"), iter([{"a": {}}])
-    worker.queue.work(lambda: next(looks, {}), worker.objective)
-    assert worker.tried == [] and worker.states("a") == ["PRUNED"]
-
-
 def test_two_trials_of_one_key_are_tried_once(tmp_path):
-    """Two workers that look at once may both put it into the study, and both claim one."""
+    """Two workers that look at once may both put it into the study, and both claim one; other studies lie beside it."""
+    optuna.create_study(storage=f"sqlite:///{tmp_path}/s.db", study_name="mine")
+    Worker(tmp_path / "s.db", "other").work({"a": {}})
     first, looks = Worker(tmp_path / "s.db"), iter([{"a": {}}, {"a": {}}])
     for _ in range(2):
         first.queue.study.enqueue_trial({"x": 0}, user_attrs={"key": "a"})
@@ -228,6 +191,10 @@ def test_two_trials_of_one_key_are_tried_once(tmp_path):
     first.before = lambda key: key == "a" and second.queue.work(lambda: next(looks, {}), second.objective)
     first.work()
     assert first.tried == list(KEYS) and second.tried == [] and first.states("a") == ["COMPLETE", "PRUNED"]
+    # What is done between a look and a claim is not tried
+    third, looks = Worker(tmp_path / "s.db", "third"), iter([{"a": {}}])
+    third.queue.work(lambda: next(looks, {}), third.objective)
+    assert third.tried == [] and third.states("a") == ["PRUNED"]
 
 
 def hold(storage, log: Path) -> None:
@@ -239,11 +206,7 @@ def hold(storage, log: Path) -> None:
 
 
 def test_the_lock_is_one_process_at_a_time(storage, tmp_path):
-    workers = [FORK.Process(target=hold, args=(storage, tmp_path / "log"), daemon=True) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
+    together([FORK.Process(target=hold, args=(storage, tmp_path / "log"), daemon=True) for _ in range(3)])
     assert lines(tmp_path / "log") == ["in", "out"] * 3
 
 
@@ -259,14 +222,6 @@ def test_a_heartbeat_that_cant_be_written_is_no_traceback(tmp_path, monkeypatch)
     monkeypatch.setattr(threading, "excepthook", tracebacks.append)
     Worker(tmp_path / "s.db").work({"a": {}})
     assert failed and not tracebacks
-
-
-def test_the_database_may_hold_other_studies(tmp_path):
-    optuna.create_study(storage=f"sqlite:///{tmp_path}/s.db", study_name="mine")
-    Worker(tmp_path / "s.db", "other").work({"a": {}})
-    worker = Worker(tmp_path / "s.db")
-    worker.work({"a": {}})
-    assert worker.tried == ["a"]
 
 
 def test_a_database_that_cant_be_used_is_one_line(tmp_path):

@@ -22,16 +22,8 @@ def test_it_writes_a_preset_of_the_best_codec_and_resumes(tiny_flags, tmp_path, 
     assert run(TUNE, *flags) == 0
     preset = json.loads((tmp_path / "p.json").read_text())
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    assert {
-        "codec",
-        "quantizer",
-        "bits",
-        "rank",
-        "sink_tokens",
-        "recent_tokens",
-        "ppl_delta",
-        "trials",
-    } <= preset.keys()
+    keys = {"codec", "quantizer", "bits", "rank", "sink_tokens", "recent_tokens", "ppl_delta", "trials"}
+    assert keys <= preset.keys()
     assert {trial["family"] for trial in preset["trials"]} == families and 6 <= len(preset["trials"]) <= 7
     inside = [t["compression_ratio"] for t in preset["trials"] if t["ppl_delta"] <= 0.9]
     worse_on_other_text = len(preset["refused_on_evaluation_text"])
@@ -45,31 +37,27 @@ def test_it_writes_a_preset_of_the_best_codec_and_resumes(tiny_flags, tmp_path, 
     assert "calibration: using" in said and said.count("tuning: ") == 1, "everything is done"
 
 
-def test_without_a_calibrated_codec_it_makes_no_calibration(tiny_flags, tmp_path):
-    flags = ["--codecs", "identity", "--num-trials", "2", "--target-ppl-delta", "0.9"]
-    assert run(TUNE, *tiny_flags, *CODEC, *flags) == 0
+def test_without_a_calibrated_codec_it_makes_no_calibration_and_over_budget_no_preset(tiny_flags, tmp_path, capsys,
+                                                                                     monkeypatch):  # fmt: skip
+    flags = [*tiny_flags, *CODEC, "--codecs", "identity", "--num-trials", "2"]
+    with monkeypatch.context() as patch:
+        over = {"ppl_delta": 1.0, "ppl_delta_interval": [1.0, 1.0]}
+        patch.setattr(Search, "evaluate", lambda self, choice, ratio: Trial(choice, 1.0, ratio, over))
+        assert run(TUNE, *flags) == BudgetNotMet.exit_code
+    err = capsys.readouterr().err
+    assert "PPL degradation too high" in err and "--num-trials" in err
+    assert not {"p.json", "p.png"} & listing(tmp_path)
+    assert run(TUNE, *flags, "--target-ppl-delta", "0.9") == 0
     preset = json.loads((tmp_path / "p.json").read_text())
     assert not list(tmp_path.rglob("*.pt")) and preset["calibration_file"] == "" and preset["codec"] == "identity"
     assert create_cache_from_preset(tmp_path / "p.json").codec_bytes() == 0
 
 
-def test_over_budget_it_writes_nothing(tiny_flags, tmp_path, capsys, monkeypatch):
-    over = {"ppl_delta": 1.0, "ppl_delta_interval": [1.0, 1.0]}
-    monkeypatch.setattr(Search, "evaluate", lambda self, choice, ratio: Trial(choice, 1.0, ratio, over))
-    assert run(TUNE, *tiny_flags, *CODEC, "--codecs", "identity", "--num-trials", "2") == BudgetNotMet.exit_code
-    err = capsys.readouterr().err
-    assert "PPL degradation too high" in err and "--num-trials" in err
-    assert not {"p.json", "p.png"} & listing(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--per-layer"], "--per-layer belongs to --search grid"),
-        (["--search", "grid", "--codecs", "identity"], "--codecs belongs to --search codec"),
-        (["--codecs", "identify"], "unknown identify"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--per-layer"], "--per-layer belongs to --search grid"),
+    (["--search", "grid", "--codecs", "identity"], "--codecs belongs to --search codec"),
+    (["--codecs", "identify"], "unknown identify"),
+])  # fmt: skip
 def test_flags_of_the_other_search_are_rejected(tiny_flags, flags, message, capsys):
     assert run(TUNE, *tiny_flags, *CODEC, *flags) == 2
     assert message in capsys.readouterr().err

@@ -1,0 +1,1 @@
+from pictures import small_pictures  # noqa: F401

@@ -1,0 +1,54 @@
+"""The script that measures how costs grow, and its tables."""
+
+import json
+
+import pytest
+from script_runs import run
+from tiny import tiny_model, word_tokenizer
+
+from gpt2.common.errors import PluginError
+from gpt2.experiments import power_law
+from gpt2.report import tables
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """The script's own output, on a tiny model, everything small."""
+    folder = tmp_path_factory.mktemp("scaling")
+    tiny_model("llama", num_hidden_layers=4).save_pretrained(folder / "m")
+    word_tokenizer().save_pretrained(folder / "m")
+    config = json.loads((folder / "m" / "config.json").read_text())
+    shapes = [folder / f"h{hidden}.json" for hidden in (64, 96, 128)]
+    for path, hidden in zip(shapes, (64, 96, 128), strict=True):
+        path.write_text(json.dumps(config | {"hidden_size": hidden, "head_dim": hidden // 4}))
+    flags = ["--model", folder / "m", "--shapes", shapes[0], "--timed-shapes", ",".join(map(str, shapes)),
+             "--cache-shapes", shapes[0], "--timed-presets", "kv4,fast-4x", "--context-lengths", "128,256",
+             "--quick", "--repeats", "1", "--output", folder / "scaling.json"]  # fmt: skip
+    assert run("benchmarks/scaling", *flags) == 0 and (folder / "scaling.png").is_file()
+    return json.loads((folder / "scaling.json").read_text())
+
+
+def test_script_measures_every_step(record):
+    steps = {row["step"] for row in record["slopes"]}
+    for word in ("first pass", "gradients", "fit", "statistics", "activations", "compress", "append", "reconstruction",
+                 "over codes", "16-bit", "perplexity", "tune", "needle"):  # fmt: skip
+        assert any(word in step for step in steps), word
+    for row in record["slopes"]:
+        if row["unit"] == power_law.BYTES:  # counted to the byte
+            assert row["medians"] == row["predicted"] and row["verdict"] == power_law.AGREES
+        else:  # one timing
+            assert row["verdict"] == power_law.UNKNOWN
+    assert {row["shape"] for row in record["caches"]} == {"m", "h64"}
+
+
+def test_tables(record):
+    table = tables.TABLES["scaling"]
+    for name in ("bytes", "time", "memory", "passes", "slopes"):
+        lines = table(record, [name]).markdown().split("\n\n")[0].split("\n")
+        assert len(lines) > 2 and len({line.count("|") for line in lines}) == 1, name
+        assert lines[1].count("---") == lines[0].count("|") - 1, name
+    text = table(record, ["slopes", "tune", "needle"]).markdown()
+    assert "tune" in text and "needle" in text and "calibrate" not in text
+    for words, message in ((["sizes"], "give one of bytes"), (["slopes", "nothing"], "no slopes of nothing")):
+        with pytest.raises(PluginError, match=message):
+            table(record, words)
