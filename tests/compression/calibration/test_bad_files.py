@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import zipfile
 
 import pytest
@@ -127,7 +128,12 @@ def test_wrong_tensors(which, folder, space):
             elif not what.endswith("one number for all"):  # its tensors have no strides
                 yield what, tensor_file.write(space / "p.safetensors", record).rename(space / "p.json").read_bytes()
 
-    assert check(space, wrong(), most=40 if which == "whole.pt" else 20) > 65
+    def message(what: str) -> str:
+        """Names the tensor, or the list or pair that holds it."""
+        name = re.sub(".prices|.[0-9]+$", "", what.split()[0])
+        return "" if what.endswith("one number for all") else f"field '{name}"
+
+    assert check(space, wrong(), most=40 if which == "whole.pt" else 20, message=message) > 65
 
 
 def test_headers_of_safetensors_that_dont_fit_the_file(folder, space):
