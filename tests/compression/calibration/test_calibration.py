@@ -1,12 +1,10 @@
 """Calibration: files that are checked, and reuse only of what matches."""
 
-import os
-import pickle
-import random
 from dataclasses import replace
 
 import pytest
 import torch
+from calibrations import TEXT, change, rejected, spoiled
 from tiny import FAMILIES, tiny_loaded, windows, word_text, word_tokenizer
 
 from gpt2.common import files
@@ -21,13 +19,7 @@ from gpt2.compression.compressed_cache import CompressedDynamicCache, load_calib
 from gpt2.models.loading import wrap
 from gpt2.text.sources import by_position
 
-TEXT = by_position("words", "words.txt", word_text(3000))
 SMALL = {"samples": 3, "seq_len": 48, "seed": 0, "sink_tokens": 4}
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return tiny_loaded("llama")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +113,7 @@ def test_energy_is_cumulative_and_ends_at_one(made):
         ({"codec": "pcaa"}, "unknown codec 'pcaa', did you mean 'pca'"),
     ],
 )
-def test_calibrate_refuses(llama, change, message):
+def test_calibrate_rejects(llama, change, message):
     settings = SMALL | {"rank": 9, "text": TEXT} | change
     with pytest.raises(PluginError, match=message):
         calibrate(llama, settings.pop("text"), **settings)
@@ -142,7 +134,7 @@ def test_a_model_without_queries_saves_and_loads(made, tmp_path):
     assert not load_calibration(path).statistics.k.metrics
 
 
-def test_fields_that_older_files_have_are_ignored(made, path):
+def test_parts_that_older_files_have_are_ignored(made, path):
     """Files of earlier versions also have the energies, and the keys' attention metric a second time."""
     record = torch.load(path, weights_only=True)
     record["energy"] = {"k": torch.ones(3, 2, 12), "v": torch.ones(3, 2, 12)}
@@ -168,147 +160,56 @@ def test_another_basis_is_fitted_from_the_same_file(path):
     assert load_calibrated_compressors(path, codec="identity")[0][0].transform is None
 
 
-@pytest.mark.parametrize(
-    "rank",
-    [13, -1, 0],
-)
-def test_a_rank_that_the_file_has_not_is_refused(path, rank):
+@pytest.mark.parametrize("rank", [13, -1, 0])
+def test_a_rank_out_of_range_is_rejected(path, rank):
     with pytest.raises(PluginError, match=f"rank {rank} is out of range"):
         load_calibrated_compressors(path, rank=rank)
 
 
-def refused(path, *words: str) -> None:
-    """One line that names the file and what is wrong with it."""
-    with pytest.raises(BadArtefact) as error:
-        load_calibration(path)
-    message = str(error.value)
-    assert str(path) in message and "\n" not in message and all(word in message for word in words), message
-
-
-@pytest.mark.parametrize("part", [0, 1, 100, 0.1, 0.5, 0.9, 0.999, -1])
-def test_a_truncated_file_is_refused(path, part):
-    whole = path.read_bytes()
-    path.write_bytes(whole[: part if isinstance(part, int) else int(len(whole) * part)])
-    refused(path, "not a readable calibration file", "make it again")
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize(
-    "start",
-    [
-        b"PK\x03\x04",
-        b"\x80\x04\x95",
-        b"{",
-        b"",
-        b"\x80\x02",
-        b"\x80\x02}q\x00",
-    ],
-)
-def test_random_bytes_are_refused(tmp_path, start):
-    """What looks like a zip or a pickle for its first bytes is still no calibration."""
-    source = random.Random(0)
-    for length in (10, 300, 5000):
-        path = tmp_path / "noise.pt"
-        path.write_bytes(start + source.randbytes(length))
-        refused(path)
-
-
-def test_other_files_are_refused(tmp_path):
+def test_other_files_are_rejected(tmp_path):
+    """Each with its message; many more are in test_bad_files."""
     with pytest.raises(CalibrationNotFound, match=r"Calibration file not found: .*none\.pt.*calibrate_kv_lowrank\.py"):
         load_calibration(tmp_path / "none.pt")
-    refused(tmp_path, "not a readable calibration file")
+    rejected(tmp_path, "not a readable calibration file")
     (tmp_path / "text.pt").write_text("{}")
-    refused(tmp_path / "text.pt")
+    rejected(tmp_path / "text.pt", "not a readable calibration file", "make it again")
+    for content in (3, None, [1, 2], "text", torch.zeros(2)):
+        torch.save(content, tmp_path / "c.pt")
+        rejected(tmp_path / "c.pt", "expected a dict, found ")
 
 
-class Payload:
-    """Unpickled, it would make a folder."""
-
-    def __init__(self, mark):
-        self.mark = str(mark)
-
-    def __reduce__(self):
-        return os.mkdir, (self.mark,)
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("write", ["torch", "torch_meta", "pickle"])
-def test_code_in_a_file_does_not_run(path, tmp_path, write):
-    mark = tmp_path / "ran"
-    if write == "pickle":
-        path.write_bytes(pickle.dumps(Payload(mark)))
-    else:
-        record = torch.load(path, weights_only=True)
-        record["meta"]["versions"] = Payload(mark)
-        torch.save(Payload(mark) if write == "torch" else record, path)
-    refused(path)
-    assert reuse.find_reusable({}, [tmp_path]) is None
-    assert not mark.exists()
-    with open(path, "rb") as file:  # the test can fail: loaded carelessly, it does run
-        torch.load(file, weights_only=False) if write != "pickle" else pickle.load(file)
-    assert mark.exists()
-
-
-def put(*keys, value=None):
-    """A change to a record: set the last key, or remove it when the value is `...`."""
-
-    def change(record):
-        for key in keys[:-1]:
-            record = record[key]
-        if value is ...:
-            del record[keys[-1]]
-        else:
-            record[keys[-1]] = value(record[keys[-1]]) if callable(value) else value
-
-    change.label = f"{'.'.join(keys)}={'gone' if value is ... else 'changed' if callable(value) else value}"
-    return change
-
-
-def spoiled(t):
-    t = t.clone()
-    t.view(-1)[7] = float("nan")
-    return t
-
-
+# Keys to a place, its new value (`...`: none), and words of the message
 DAMAGE = [
-    (put("format", value=...), ["'format'", "kv-plugin-calibration/1", "found nothing"]),
-    (put("format", value="kv-plugin-calibration/2"), ["'format'", "expected 'kv-plugin-calibration/1'", "found 'kv-"]),
-    (put("meta", value=...), ["'meta'", "expected a dict"]),
-    (put("meta", value=[1]), ["'meta'", "found list"]),
-    (put("meta", "seed", value=...), ["'meta.seed'", "expected a whole number", "found nothing"]),
-    (put("meta", "model", value=3), ["'meta.model'", "expected text", "found 3"]),
-    (put("meta", "rank", value=True), ["'meta.rank'", "expected a whole number", "found True"]),
-    (put("meta", "rank", value=13), ["'meta.rank'", "from 1 to 12", "found 13"]),
-    (put("meta", "rank", value=0), ["'meta.rank'", "found 0"]),
-    (put("meta", "codec", value="svd"), ["'meta.codec'", "pca", "'svd'"]),
-    (put("meta", "codec", value="hadamard"), ["'meta.codec'", "codec hadamard needs no calibration"]),
-    (put("meta", "head_dim", value=64), ["expected a tensor [3, 2, 64", "found a tensor [3, 2, 12"]),
-    (put("meta", "num_layers", value=2), ["expected a tensor [2, 2, 12", "found a tensor [3, 2, 12"]),
-    (put("bases", value=...), ["'bases'", "found nothing"]),
-    (put("bases", "k", value=None), ["'bases.k'", "found None"]),
-    (put("bases", "k", "E", value=...), ["'bases.k.E'", "expected a tensor [3, 2, 12, 12]", "found nothing"]),
-    (put("bases", "v", "D", value=lambda t: t[..., :9]), ["'bases.v.D'", "found a tensor [3, 2, 12, 9]"]),
-    (put("bases", "v", "E", value=spoiled), ["'bases.v.E'", "finite", "found nan"]),
-    (put("bases", "v", "E", value=lambda t: t.tolist()), ["'bases.v.E'", "found list"]),
-    (put("statistics", value=...), ["'statistics'"]),
-    (put("statistics", "k_scatter", value=...), ["'statistics.k_scatter'"]),
-    (put("statistics", "v_mean", value=lambda t: t[:1]), ["'statistics.v_mean'", "found a tensor [1, 2, 12]"]),
-    (put("statistics", "metrics", "k", "attention", value=spoiled), ["'statistics.metrics.k.attention'", "finite"]),
+    ("format", ..., ["'format'", "kv-plugin-calibration/1", "found nothing"]),
+    ("format", "kv-plugin-calibration/2", ["'format'", "expected 'kv-plugin-calibration/1'", "found 'kv-"]),
+    ("meta", ..., ["'meta'", "expected a dict"]),
+    ("meta", [1], ["'meta'", "found list"]),
+    ("meta.seed", ..., ["'meta.seed'", "expected a whole number", "found nothing"]),
+    ("meta.model", 3, ["'meta.model'", "expected text", "found 3"]),
+    ("meta.rank", True, ["'meta.rank'", "expected a whole number", "found True"]),
+    ("meta.rank", 13, ["'meta.rank'", "from 1 to 12", "found 13"]),
+    ("meta.rank", 0, ["'meta.rank'", "found 0"]),
+    ("meta.codec", "svd", ["'meta.codec'", "pca", "'svd'"]),
+    ("meta.codec", "hadamard", ["'meta.codec'", "codec hadamard needs no calibration"]),
+    ("meta.head_dim", 64, ["expected a tensor [3, 2, 64", "found a tensor [3, 2, 12"]),
+    ("meta.num_layers", 2, ["expected a tensor [2, 2, 12", "found a tensor [3, 2, 12"]),
+    ("bases", ..., ["'bases'", "found nothing"]),
+    ("bases.k", None, ["'bases.k'", "found None"]),
+    ("bases.k.E", ..., ["'bases.k.E'", "expected a tensor [3, 2, 12, 12]", "found nothing"]),
+    ("bases.v.D", lambda t: t[..., :9], ["'bases.v.D'", "found a tensor [3, 2, 12, 9]"]),
+    ("bases.v.E", spoiled, ["'bases.v.E'", "finite", "found nan"]),
+    ("bases.v.E", lambda t: t.tolist(), ["'bases.v.E'", "found list"]),
+    ("statistics", ..., ["'statistics'"]),
+    ("statistics.k_scatter", ..., ["'statistics.k_scatter'"]),
+    ("statistics.v_mean", lambda t: t[:1], ["'statistics.v_mean'", "found a tensor [1, 2, 12]"]),
+    ("statistics.metrics.k.attention", spoiled, ["'statistics.metrics.k.attention'", "finite"]),
 ]
 
 
-@pytest.mark.parametrize(("change", "words"), DAMAGE, ids=[change.label for change, _ in DAMAGE])
-def test_damage_is_named(path, change, words):
-    record = torch.load(path, weights_only=True)
-    change(record)
-    torch.save(record, path)
-    refused(path, *words)
-
-
-@pytest.mark.parametrize("content", [None, 3, [1, 2], "text", torch.zeros(2)])
-def test_a_foreign_pt_file_is_refused(tmp_path, content):
-    torch.save(content, tmp_path / "c.pt")
-    refused(tmp_path / "c.pt", "expected a dict, found ")
+@pytest.mark.parametrize(("place", "value", "words"), DAMAGE)
+def test_damage_is_named(path, place, value, words):
+    change(path, *place.split("."), value=value)
+    rejected(path, *words)
 
 
 # --- use
@@ -329,25 +230,20 @@ def test_guide_use(path, llama, bits, name):
     assert exact == [(True, True), (True, False), (True, False)]
 
 
-def test_metadata_is_the_callers_own(path):
-    *_, metadata = load_calibrated_compressors(path)
-    metadata["rank"] = 1
-    assert load_calibrated_compressors(path)[2]["rank"] == 9
-
-
 def test_the_transforms_dtype_is_asked_for(path, llama):
-    k, v, _ = load_calibrated_compressors(path, dtype=torch.bfloat16, quantize_bits=8)
+    k, v, metadata = load_calibrated_compressors(path, dtype=torch.bfloat16, quantize_bits=8)
     assert {c.transform.E.dtype for c in k + v} == {torch.bfloat16}
     cache = CompressedDynamicCache(k, v)
     llama.model.generate(windows(1, 20), past_key_values=cache, max_new_tokens=3, do_sample=False)
     assert cache.layers[0].stores["K"].read().dtype == torch.float32
+    metadata["rank"] = 1
+    assert load_calibrated_compressors(path)[2]["rank"] == 9, "the metadata is the caller's own"
 
 
-def test_another_models_calibration_is_refused(made, llama):
+def test_another_models_calibration_is_rejected(made, llama):
     other = tiny_loaded("llama", hidden_size=96)
-    with pytest.raises(
-        BadArtefact, match=f"c.pt: calibrated on tiny-llama .*{other.fingerprint}.*calibrate this model"
-    ):
+    message = f"c.pt: calibrated on tiny-llama .*{other.fingerprint}.*calibrate this model"
+    with pytest.raises(BadArtefact, match=message):
         made.check_model(other.fingerprint, "other", "c.pt")
     made.check_model(llama.fingerprint, "tiny-llama", "c.pt")
 
@@ -426,7 +322,7 @@ def test_a_given_file_is_used_as_it_is_but_not_for_another_model(folders, llama,
         obtain(tiny_loaded("qwen2"), given=path)
 
 
-def test_output_that_cannot_be_written_is_refused_before_the_work(folders, llama, monkeypatch):
+def test_output_that_cannot_be_written_is_rejected_before_the_work(folders, llama, monkeypatch):
     (folders / "file").write_text("")
     monkeypatch.setattr(reuse, "calibrate", None)
     with pytest.raises(PluginError, match="can't make the folder"):
