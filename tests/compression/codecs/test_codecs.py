@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import tiny_loaded
 
 from gpt2.common.errors import PluginError
 from gpt2.compression import codecs
@@ -24,15 +23,13 @@ from gpt2.compression.codecs.mixed import MixedFixed, cheapest, errors
 from gpt2.compression.codecs.moments import Moments
 from gpt2.compression.codecs.multi_head import heads_per_group, side_by_side
 from gpt2.compression.codecs.rope import Rotary
-from gpt2.compression.compressed_cache import CompressedDynamicCache
-from gpt2.compression.settings import compressors_for
 from gpt2.models.geometry import Geometry
 
 H, D, T = 4, 12, 256  # heads of K or V; of both together for a codec that takes them so
 BY_BITS = sorted((q for q in QUANTIZERS.values() if q.by_bits), key=lambda q: q.bits)
-# Quantizers that are one another with fewer or more bits
-LADDERS = {"by bits": BY_BITS}
-LADDERS |= {q.name: [q.at(bits) for bits in (2, 3.5, 5, 8)] for q in QUANTIZERS.values() if q.adjustable}
+# Quantizers that differ in bits alone
+BITS_OF = {"by bits": BY_BITS}
+BITS_OF |= {q.name: [q.at(bits) for bits in (2, 3.5, 5, 8)] for q in QUANTIZERS.values() if q.adjustable}
 INTEGERS = [q for q in BY_BITS if q.name in ("int8", "int4")]
 NAMES = (*CODECS, "ln_nullspace+pca", "pca+random")
 COMPLETE = [c for c in NAMES if full_rank(c, D) == D]  # the others lose a direction whatever the rank
@@ -107,12 +104,12 @@ def test_round_trip_error_is_bounded_and_falls_with_rank(codec, quantizer):
     assert lost[-1] < 3 * 2.0 ** (-2 * bits) + 1e-10
 
 
-@pytest.mark.parametrize("ladder", LADDERS)
+@pytest.mark.parametrize("kind", BITS_OF)
 @pytest.mark.parametrize("codec", NAMES)
 @pytest.mark.parametrize("rank", [6, D])
-def test_error_falls_with_bits(codec, rank, ladder):
+def test_error_falls_with_bits(codec, rank, kind):
     x = vectors()
-    lost = [error(compressor(codec, q, x, D if codec == IDENTITY else rank), x) for q in LADDERS[ladder]]
+    lost = [error(compressor(codec, q, x, D if codec == IDENTITY else rank), x) for q in BITS_OF[kind]]
     assert lost == sorted(lost, reverse=True) and lost[0] > lost[-1]
 
 
@@ -144,7 +141,7 @@ def test_fields_have_one_entry_per_block_and_head(codec, quantizer):
 
 
 @pytest.mark.parametrize("codec", [name for name in NAMES if name != IDENTITY])
-def test_bases_undo_themselves_and_tell_their_variance(codec):
+def test_bases_have_an_inverse_and_know_their_variance(codec):
     x = vectors()
     transform, spectrum = fit(codec, x)
     r = full_rank(codec, D)
@@ -157,11 +154,7 @@ def test_bases_undo_themselves_and_tell_their_variance(codec):
         assert torch.allclose(transform.D, transform.E.mT, atol=1e-12), "orthonormal"
     z = transform.forward(x.double())
     assert torch.allclose(z.var((0, 2), correction=0), spectrum, rtol=1e-4), "variance per coordinate"
-
-
-def test_pca_spectrum_is_largest_first():
-    _, spectrum = BASES["pca"].fit(moments_of(vectors()), 0)
-    assert (spectrum.diff(dim=-1) <= 0).all()
+    assert codec != "pca" or (spectrum.diff(dim=-1) <= 0).all(), "largest first"
 
 
 def test_pca_loses_exactly_the_spectrum_it_drops_and_less_than_random():
@@ -209,24 +202,15 @@ def test_after_the_nullspace_pca_keeps_the_most_variance_that_is_left():
     [("pca+ln_nullspace", "can only come first"), ("+".join(["ln_nullspace"] * D), "leaves nothing of a head_dim"),
      ("identity+pca", "unknown codec"), ("pca+", "unknown codec"), ("", "unknown codec")],
 )  # fmt: skip
-def test_names_that_make_no_codec_are_refused(codec, message):
+def test_names_that_make_no_codec_are_rejected(codec, message):
     with pytest.raises(PluginError, match=message):
         full_rank(codec, D)
-
-
-def test_a_full_rank_is_told_without_making_the_basis():
-    assert full_rank("ln_nullspace", 10**12) == 10**12 - 1
 
 
 def test_fixed_bases_compose_without_statistics():
     twice = basis_of("ln_nullspace+ln_nullspace")
     assert not twice.calibrated and twice.transform(D).rank == twice.full_rank(D) == D - 2
-
-
-@pytest.mark.parametrize("rank", [0, -1, D + 1])
-def test_truncate_refuses_a_rank_out_of_range(rank):
-    with pytest.raises(PluginError, match=rf"rank {rank} is out of range.*use 1 to {D}"):
-        fitted("pca", vectors()).truncate(rank)
+    assert full_rank("ln_nullspace", 10**12) == 10**12 - 1, "without making the basis"
 
 
 def test_truncate_cuts_the_full_basis():
@@ -236,6 +220,9 @@ def test_truncate_cuts_the_full_basis():
         assert cut.rank == rank and torch.equal(cut.E, full.E[..., :rank]) and torch.equal(cut.D, full.D[:, :rank])
     assert full.rank == D, "the full basis is left alone"
     assert full.truncate(5).nbytes() == 4 * (2 * H * D * 5 + H * D)
+    for rank in (0, -1, D + 1):
+        with pytest.raises(PluginError, match=rf"rank {rank} is out of range.*use 1 to {D}"):
+            full.truncate(rank)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -323,10 +310,13 @@ def test_a_large_common_bias_costs_at_most_half_a_step(quantizer, low):
     assert (round_trip(Compressor(quantizer), x) - x).abs().max() <= step * 0.6
 
 
+@pytest.mark.parametrize("value", [65504.0, -65504.0, 1e6, -1e6, 1e30, -3e38])
 @pytest.mark.parametrize("quantizer", INTEGERS, ids=lambda q: q.name)
-def test_the_whole_float16_range_comes_back_finite(quantizer):
-    x = torch.tensor([-65504, 65504, 0, 1], dtype=torch.float16).view(1, 1, 1, 4)
-    assert torch.isfinite(round_trip(Compressor(quantizer), x)).all()
+def test_the_ends_of_float16_and_values_beyond_are_never_nan(quantizer, value):
+    for others in ([-1.0, 0.0, 1.0], [-value, 0.0, 1.0]):
+        x = torch.tensor([value, *others]).view(1, 1, 1, 4)
+        x = x.half() if abs(value) < 1e5 else x
+        assert torch.isfinite(round_trip(Compressor(quantizer), x)).all()
 
 
 @pytest.mark.parametrize("quantizer", INTEGERS, ids=lambda q: q.name)
@@ -337,13 +327,6 @@ def test_an_outlier_is_measured_against_its_own_token_only(quantizer):
     a, b = (round_trip(Compressor(quantizer), t) for t in (x, spoiled))
     others = torch.arange(T) != 5
     assert torch.equal(a[:, :, others], b[:, :, others])
-
-
-@pytest.mark.parametrize("value", [1e6, -1e6, 1e30, -3e38])
-@pytest.mark.parametrize("quantizer", INTEGERS, ids=lambda q: q.name)
-def test_values_beyond_float16_saturate_and_are_never_nan(quantizer, value):
-    x = torch.tensor([-1.0, value, 0.0, 1.0]).view(1, 1, 1, 4)
-    assert torch.isfinite(round_trip(Compressor(quantizer), x)).all()
 
 
 def test_a_calibrated_mean_takes_the_bias_out_before_the_integers():
@@ -362,7 +345,7 @@ def test_unknown_codec_suggests_the_nearest(typo, near):
 
 
 @pytest.mark.parametrize("name", ["zzzz", None, 3, ["pca"]])
-def test_what_is_near_nothing_is_still_refused_with_the_list(name):
+def test_an_unknown_codec_that_is_near_nothing_lists_those_that_exist(name):
     with pytest.raises(PluginError, match=r"unknown codec .* \(there are: identity, pca"):
         codecs.codec_name(name)
 
@@ -376,40 +359,6 @@ def test_unknown_width_lists_those_that_exist(bits):
 def test_names_and_bits_are_unique():
     assert all(name == entry.name for table in (BASES, QUANTIZERS) for name, entry in table.items())
     assert len(codecs.BITS) == sum(q.by_bits for q in QUANTIZERS.values()) and IDENTITY not in BASES
-
-
-class Block6(codecs.Quantizer):
-    """Six bits, one scale per channel and block of eight tokens: a shape of quantizer that the registry hasn't."""
-
-    name, bits, block_tokens = "block6", 6, 8
-
-    def quantize(self, z):
-        z = z.unflatten(2, (-1, 8))  # [B, G, blocks, 8, r]
-        scale = (z.abs().amax(3, keepdim=True) / 31).clamp_min(1e-6).half()
-        return {"codes": (z / scale).round().clamp(-32, 31).to(torch.int8), "scale": scale}
-
-    def dequantize(self, fields, rank):
-        return (fields["codes"] * fields["scale"].float()).flatten(2, 3)
-
-
-@torch.no_grad()
-def test_a_new_quantizer_needs_only_its_registry_line(monkeypatch):
-    monkeypatch.setitem(codecs.QUANTIZERS, "block6", Block6())
-    monkeypatch.setitem(codecs.BITS, 6, "block6")
-    x = vectors()
-    assert error(compressor("pca", "block6", x), x) < 1e-2
-
-    loaded = tiny_loaded("llama")
-    geometry = loaded.geometry
-    k, v = compressors_for("kv", 6, geometry.num_layers, None)
-    cache = CompressedDynamicCache(k, v, num_layers=geometry.num_layers, sink_tokens=2)
-    prompt = torch.arange(2, 27)[None]
-    out = loaded.model.generate(prompt, past_key_values=cache, max_new_tokens=12, do_sample=False)
-    assert out.shape == (1, 37)
-    store = cache.layers[0].stores["V"]
-    # The last token is not fed back: 36 = 4 blocks of 8, the first of which begins with the 2 sinks, + a tail of 4
-    assert len(store) == 36 and store.compressed_tokens == 30 and store.tail.shape[2] == 4
-    assert store.read().shape[2] == 36 and torch.isfinite(store.read()).all()
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-2, 1e-3])
