@@ -113,12 +113,6 @@ def test_error_falls_with_bits(codec, rank, kind):
     assert lost == sorted(lost, reverse=True) and lost[0] > lost[-1]
 
 
-@pytest.mark.parametrize("codec", COMPLETE)
-def test_full_rank_unquantized_is_exact_to_rounding(codec):
-    x = vectors()
-    assert (round_trip(compressor(codec, "none", x), x) - x).abs().max() < 1e-5
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_identity_is_exact_bit_for_bit(dtype):
     x = vectors().to(dtype)
@@ -168,10 +162,9 @@ def test_pca_loses_exactly_the_spectrum_it_drops_and_less_than_random():
 
 def test_the_nullspace_codec_loses_the_mean_over_channels_and_nothing_else():
     x = vectors()
-    back = round_trip(compressor("ln_nullspace", "none", x), x)
-    assert torch.allclose(back, x - x.mean(-1, keepdim=True), atol=1e-5)
     centred = x - x.mean(-1, keepdim=True)
-    assert torch.allclose(round_trip(compressor("ln_nullspace", "none", centred), centred), centred, atol=1e-5)
+    for given in (x, centred):
+        assert torch.allclose(round_trip(compressor("ln_nullspace", "none", given), given), centred, atol=1e-5)
     assert not needs_calibration("ln_nullspace") and needs_calibration("ln_nullspace+pca")
 
 
@@ -186,15 +179,6 @@ def test_composed_bases_are_one_product():
     assert torch.allclose(product.truncate(5).forward(x.double()).abs(), both.abs(), atol=1e-4), "up to signs"
     back = first.inverse(second.truncate(5).inverse(both, D - 1), D)
     assert torch.allclose(product.truncate(5).inverse(product.truncate(5).forward(x.double()), D), back, atol=1e-4)
-
-
-def test_after_the_nullspace_pca_keeps_the_most_variance_that_is_left():
-    x = vectors()
-    centred = x - x.mean(-1, keepdim=True)
-    for rank in (4, 8):
-        composed = round_trip(compressor("ln_nullspace+pca", "none", x, rank), x)
-        alone = round_trip(compressor("pca", "none", centred, rank), centred)
-        assert torch.allclose(composed, alone, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -256,12 +240,6 @@ def test_int4_packs_two_codes_a_byte(rank):
     packed = int4.pack(codes)
     assert packed.dtype == torch.uint8 and packed.shape[-1] == (rank + 1) // 2
     assert torch.equal(int4.unpack(packed, rank), codes)
-
-
-@pytest.mark.parametrize(("quantizer", "code_bytes"), [("int8", 64), ("int4", 32)])
-def test_bytes_stored_per_token(quantizer, code_bytes):
-    fields = QUANTIZERS[quantizer].quantize(torch.randn(1, 1, 10, 64))
-    assert sum(field.nbytes for field in fields.values()) == 10 * (code_bytes + 4), "codes, and scale and offset"
 
 
 def outlier_channel(x):
@@ -338,15 +316,16 @@ def test_a_calibrated_mean_takes_the_bias_out_before_the_integers():
 # --- registry
 
 
-@pytest.mark.parametrize(("typo", "near"), [("pcaa", "pca"), ("identiy", IDENTITY), ("randm", "random")])
-def test_unknown_codec_suggests_the_nearest(typo, near):
-    with pytest.raises(PluginError, match=rf"unknown codec '{typo}', did you mean '{near}'\? \(there are: .*pca.*\)"):
-        codecs.codec_name(typo)
-
-
-@pytest.mark.parametrize("name", ["zzzz", None, 3, ["pca"]])
-def test_an_unknown_codec_that_is_near_nothing_lists_those_that_exist(name):
-    with pytest.raises(PluginError, match=r"unknown codec .* \(there are: identity, pca"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *((typo, rf"'{typo}', did you mean '{near}'\?") for typo, near in
+          [("pcaa", "pca"), ("identiy", IDENTITY), ("randm", "random")]),
+        *((name, "") for name in ("zzzz", None, 3, ["pca"])),
+    ],
+)  # fmt: skip
+def test_an_unknown_codec_lists_those_that_exist_and_suggests_the_nearest(name, message):
+    with pytest.raises(PluginError, match=rf"unknown codec .*{message}.*\(there are: identity, pca"):
         codecs.codec_name(name)
 
 
