@@ -103,8 +103,8 @@ def rejected(path: Path, what: str, message: str = "", read: Callable = load_cal
     """Reading the file raises one line that names it, without an attempt to allocate what it asks for."""
     with watched(), pytest.raises(PluginError) as error:
         read(path)
-    said, cause = str(error.value), error.value.__cause__
-    assert "\n" not in printable(said).strip() and len(said) < 1000 and "bad.pt" in said and message in said, what
+    line, cause = str(error.value), error.value.__cause__
+    assert "\n" not in printable(line).strip() and len(line) < 1000 and "bad.pt" in line and message in line, what
     assert not isinstance(cause, MemoryError) and "alloc" not in str(cause), f"{what}: {cause!r}"
 
 

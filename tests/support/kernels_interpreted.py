@@ -275,15 +275,15 @@ def test_quantizing(name, rank, dtype, monkeypatch):
     z[0, 0, :70] = 3.0  # no range at all
     z[1, 1, 3] *= 1e6  # beyond float16
     found, expected = both_ways(name, z, monkeypatch)
-    for field, value in expected.items():
-        assert torch.equal(found[field], value), field
+    for part, value in expected.items():
+        assert torch.equal(found[part], value), part
 
 
 @pytest.mark.parametrize(("case", "name"), covering(HARD, ENCODED))
 def test_quantizing_what_is_hard(name, case, monkeypatch):
     z = hostile(case, (1, 2, 128, 16))
     found, expected = both_ways(name, z, monkeypatch)
-    alike = [float((found[field] == value).float().mean()) for field, value in expected.items()]
+    alike = [float((found[part] == value).float().mean()) for part, value in expected.items()]
     assert min(alike) > (0.99 if QUANTIZERS[name].block_tokens > 1 else 1 - 1e-9), alike
     one, other = ((QUANTIZERS[name].dequantize(f, 16) - z).double().square().sum() for f in (found, expected))
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-12)

@@ -240,12 +240,13 @@ def test_the_attention_metric_of_values_is_what_they_do_to_the_output(family):
     for layer, projection in enumerate(outputs):
         for head in range(H):
             delta = torch.randn(d, generator=generator)
-            felt, shared = 0.0, 4 // H
+            expected, shared = 0.0, 4 // H
             for query_head in range(head * shared, (head + 1) * shared):
                 x = torch.zeros(4, d)
                 x[query_head] = delta
-                felt += (projection(x.flatten()[None]) - projection(torch.zeros(1, 4 * d))).square().sum()
-            assert float(delta.double() @ metric[layer, head] @ delta.double()) == pytest.approx(float(felt), rel=1e-3)
+                expected += (projection(x.flatten()[None]) - projection(torch.zeros(1, 4 * d))).square().sum()
+            found = float(delta.double() @ metric[layer, head] @ delta.double())
+            assert found == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_a_model_whose_output_projection_is_not_found_has_no_metric_for_values(llama):

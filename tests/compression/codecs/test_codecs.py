@@ -127,11 +127,11 @@ def test_identity_is_exact_bit_for_bit(dtype):
 def test_fields_have_one_entry_per_block_and_head(codec, quantizer):
     """What the cache relies on to append, crop and reorder without looking inside."""
     c = compressor(codec, quantizer, vectors(), 7)
-    fields = c.compress(vectors())
+    encoded = c.compress(vectors())
     groups = c.transform.E.shape[0] if c.joint else H
-    assert all(field.shape[:3] == (2, groups, T // c.block_tokens) for field in fields.values())
+    assert all(part.shape[:3] == (2, groups, T // c.block_tokens) for part in encoded.values())
     part = c.compress(vectors()[:, :, : 2 * c.block_tokens])
-    assert all(torch.allclose(part[n].float(), fields[n][:, :, :2].float(), atol=1e-5) for n in fields), "independent"
+    assert all(torch.allclose(part[n].float(), encoded[n][:, :, :2].float(), atol=1e-5) for n in encoded), "independent"
 
 
 @pytest.mark.parametrize("codec", [name for name in NAMES if name != IDENTITY])

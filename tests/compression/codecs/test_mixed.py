@@ -69,12 +69,12 @@ def searched(z: Tensor, choice: Tensor, far: bool = True) -> Tensor:
     return errors(z, far).gather(-1, choice[..., None])[..., 0].double()
 
 
-def chosen(fields: dict[str, Tensor], r: int) -> Tensor:
-    return mixed.unpack_indices(fields["widths"], r)
+def chosen(encoded: dict[str, Tensor], r: int) -> Tensor:
+    return mixed.unpack_indices(encoded["widths"], r)
 
 
-def block_bytes(fields: dict[str, Tensor], z: Tensor) -> int:
-    return sum(field.nbytes for field in fields.values()) // (z.numel() // z.shape[-1] // BLOCK)
+def block_bytes(encoded: dict[str, Tensor], z: Tensor) -> int:
+    return sum(part.nbytes for part in encoded.values()) // (z.numel() // z.shape[-1] // BLOCK)
 
 
 # --- what comes back
@@ -86,29 +86,29 @@ def block_bytes(fields: dict[str, Tensor], z: Tensor) -> int:
 def test_decoding_loses_exactly_what_the_search_found(case, r, bits):
     """Codes, planes, order and metadata: an error in any would show, since each channel loses another amount."""
     z, quantizer = case(coordinates(r)), Mixed(bits)
-    fields = quantizer.quantize(z)
-    back = quantizer.dequantize(fields, r)
+    encoded = quantizer.quantize(z)
+    back = quantizer.dequantize(encoded, r)
     assert back.shape == z.shape and torch.isfinite(back).all()
     rounding = 1e-9 * in_blocks(z.double()).square().sum(3)
-    assert ((lost(z, back) - searched(z, chosen(fields, r))).abs() <= rounding + 1e-3 * lost(z, back) + 1e-30).all()
+    assert ((lost(z, back) - searched(z, chosen(encoded, r))).abs() <= rounding + 1e-3 * lost(z, back) + 1e-30).all()
 
 
 def test_the_width_of_a_real_basis():
     """383 coordinates: an odd number, beyond what fits a byte."""
     z = coordinates(383, batch=1, groups=1, blocks=2)
-    fields = Mixed(3).quantize(z)
-    back = Mixed(3).dequantize(fields, 383)
-    torch.testing.assert_close(lost(z, back), searched(z, chosen(fields, 383)), rtol=1e-3, atol=1e-6)
-    assert len(chosen(fields, 383).unique()) == len(WIDTHS), "every width is used"
+    encoded = Mixed(3).quantize(z)
+    back = Mixed(3).dequantize(encoded, 383)
+    torch.testing.assert_close(lost(z, back), searched(z, chosen(encoded, 383)), rtol=1e-3, atol=1e-6)
+    assert len(chosen(encoded, 383).unique()) == len(WIDTHS), "every width is used"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_coordinates_of_16_bits(dtype):
     z = coordinates(9).to(dtype)
-    fields = Mixed(5).quantize(z)
-    assert {field.dtype for field in fields.values()} == {torch.uint8}
-    for name, field in Mixed(5).quantize(z.float()).items():
-        assert torch.equal(field, fields[name])
+    encoded = Mixed(5).quantize(z)
+    assert {part.dtype for part in encoded.values()} == {torch.uint8}
+    for name, part in Mixed(5).quantize(z.float()).items():
+        assert torch.equal(part, encoded[name])
 
 
 @pytest.mark.parametrize("value", [1e15, -1e15, 3e18])
@@ -159,10 +159,10 @@ def test_the_container_is_as_documented():
     """Decoded by hand, from the module's docstring; some channels are far from zero."""
     r, quantizer = 11, Mixed(3.5)
     z = coordinates(r) + 400 * torch.tensor([0, 1, -1, 0, 0, 0, 0.5, 0, 0, -1, 0])
-    fields = quantizer.quantize(z)
-    back = in_blocks(quantizer.dequantize(fields, r))
+    encoded = quantizer.quantize(z)
+    back = in_blocks(quantizer.dequantize(encoded, r))
     for b, g, n in [(0, 0, 0), (1, 0, 2), (1, 1, 1)]:
-        block, packed = fields["block"][b, g, n].tolist(), fields["widths"][b, g, n].tolist()
+        block, packed = encoded["block"][b, g, n].tolist(), encoded["widths"][b, g, n].tolist()
         index = [
             sum((packed[plane * -(-r // 8) + c // 8] >> c % 8 & 1) << plane for plane in range(3)) for c in range(r)
         ]
@@ -195,24 +195,24 @@ def test_the_container_is_as_documented():
 def test_a_block_takes_the_bytes_of_its_bits_whatever_it_holds(r, bits):
     for case in (CASES["plain"], CASES["zeros"], CASES["outliers"]):
         z = case(coordinates(r))
-        fields = Mixed(bits).quantize(z)
-        assert all(field.shape[:3] == (2, 2, 3) for field in fields.values())
-        budget, stored = bits * BLOCK * r / 8, block_bytes(fields, z)
-        assert stored == fields["block"].shape[-1] + width_bytes(r)
+        encoded = Mixed(bits).quantize(z)
+        assert all(part.shape[:3] == (2, 2, 3) for part in encoded.values())
+        budget, stored = bits * BLOCK * r / 8, block_bytes(encoded, z)
+        assert stored == encoded["block"].shape[-1] + width_bytes(r)
         if budget >= width_bytes(r) + PLANE:  # below that there is one plane, which no channel has
             assert budget - PLANE < stored <= budget
-        assert (PRICES[chosen(fields, r)].sum(-1) <= fields["block"].shape[-1]).all(), "no block is over its budget"
+        assert (PRICES[chosen(encoded, r)].sum(-1) <= encoded["block"].shape[-1]).all(), "no block is over its budget"
 
 
 def test_fixed_widths_are_the_same_container_without_the_widths():
     z = coordinates(13, batch=1, groups=1, blocks=1)
     free = Mixed(4).quantize(z)
     fixed = MixedFixed(4, chosen(free, 13)[0, :, 0])
-    fields = fixed.quantize(z)
-    assert set(fields) == {"block"}
-    bytes_used = fields["block"].shape[-1]
-    assert torch.equal(fields["block"], free["block"][..., :bytes_used])
-    assert torch.equal(fixed.dequantize(fields, 13), Mixed(4).dequantize(free, 13))
+    encoded = fixed.quantize(z)
+    assert set(encoded) == {"block"}
+    bytes_used = encoded["block"].shape[-1]
+    assert torch.equal(encoded["block"], free["block"][..., :bytes_used])
+    assert torch.equal(fixed.dequantize(encoded, 13), Mixed(4).dequantize(free, 13))
 
 
 def test_fixed_widths_of_every_group():
@@ -220,10 +220,10 @@ def test_fixed_widths_of_every_group():
     z = coordinates(10)
     widths = torch.randint(len(WIDTHS), (2, 10), generator=torch.Generator().manual_seed(0))
     fixed = MixedFixed(4, widths)
-    fields = fixed.quantize(z)
-    assert fields["block"].shape == (2, 2, 3, int(PRICES[widths].sum(-1).max()))
+    encoded = fixed.quantize(z)
+    assert encoded["block"].shape == (2, 2, 3, int(PRICES[widths].sum(-1).max()))
     expected = searched(z, widths[None, :, None].expand(2, 2, 3, 10), far=False)
-    torch.testing.assert_close(lost(z, fixed.dequantize(fields, 10)), expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(lost(z, fixed.dequantize(encoded, 10)), expected, rtol=1e-3, atol=1e-6)
 
 
 def test_fixed_widths_have_to_come_from_somewhere():

@@ -119,13 +119,13 @@ def test_a_massive_token_outside_the_sinks_costs_its_own_block_alone(codec, quan
     spoiled[:, :, 70, 3] = 2000
     c = compressor(codec, quantizer, "plain", shape)
     z = c.transform.forward(spoiled) if c.transform else spoiled
-    fields, others = c.compress(spoiled), c.compress(x)
-    assert all(torch.equal(fields[name][:, :, 0], others[name][:, :, 0]) for name in fields)
+    encoded, others = c.compress(spoiled), c.compress(x)
+    assert all(torch.equal(encoded[name][:, :, 0], others[name][:, :, 0]) for name in encoded)
     block = z[:, :, 64:].double()
     rest = torch.cat((block[:, :, :6], block[:, :, 7:]), dim=2)
     collapsed = (rest - rest.mean(2, keepdim=True)).square().sum()
     step = (block.amax(2) - block.amin(2)) / 15 * 2 ** (3 / 8)
-    error = (c.reconstruct(fields, shape[3], x.dtype) - spoiled).double()[:, :, 64:].square().sum()
+    error = (c.reconstruct(encoded, shape[3], x.dtype) - spoiled).double()[:, :, 64:].square().sum()
     assert error <= TOLERANCE * collapsed + (step / 2).square().sum()
 
 
@@ -179,7 +179,7 @@ def test_kernels_store_mixed_widths_as_pytorch_does(case):
         found, expected = dispatch.compress(c, x), c.compress(x)
         assert found.keys() == expected.keys()
         assert all(found[name].shape == expected[name].shape for name in found)
-        one, other = (lost(codec, c.reconstruct(fields, SMALL[3], x.dtype), x) for fields in (found, expected))
+        one, other = (lost(codec, c.reconstruct(encoded, SMALL[3], x.dtype), x) for encoded in (found, expected))
         assert one == pytest.approx(other, rel=1e-2, abs=1e-6 * float(x.double().square().sum()) * HALF_ULP)
 
 

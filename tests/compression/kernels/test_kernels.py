@@ -32,7 +32,7 @@ def test_without_triton(monkeypatch, caplog):
     usable = runpy.run_path(dispatch.__file__, run_name=dispatch.__name__)["usable"]  # which has looked for nothing yet
     x = SimpleNamespace(is_cuda=True)
     assert not usable(x) and not usable(x)
-    assert [r.name for r in caplog.records] == [dispatch.__name__], "said once"
+    assert [r.name for r in caplog.records] == [dispatch.__name__], "warned once"
 
 
 def test_not_for_tensors_on_the_cpu(monkeypatch):
