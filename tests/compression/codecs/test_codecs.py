@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sampling import covering
 
 from gpt2.common.errors import PluginError
 from gpt2.compression import codecs
@@ -33,7 +34,6 @@ BITS_OF |= {q.name: [q.at(bits) for bits in (2, 3.5, 5, 8)] for q in QUANTIZERS.
 INTEGERS = [q for q in BY_BITS if q.name in ("int8", "int4")]
 NAMES = (*CODECS, "ln_nullspace+pca", "pca+random")
 COMPLETE = [c for c in NAMES if full_rank(c, D) == D]  # the others lose a direction whatever the rank
-EVERY_CODEC = [(c, q) for c in NAMES for q in QUANTIZERS]
 SINGULAR = torch.linspace(2, 0.5, D)  # mild, so that every coordinate is worth its bits: errors fall with rank
 
 
@@ -91,7 +91,7 @@ def error(c: Compressor, x: torch.Tensor) -> float:
     return ((round_trip(c, x) - x).square().mean() / (x - x.mean((0, 2), keepdim=True)).square().mean()).item()
 
 
-@pytest.mark.parametrize(("codec", "quantizer"), [pair for pair in EVERY_CODEC if pair[0] in COMPLETE])
+@pytest.mark.parametrize(("codec", "quantizer"), covering(COMPLETE, QUANTIZERS, times=3))
 def test_round_trip_error_is_bounded_and_falls_with_rank(codec, quantizer):
     x = vectors()
     ranks = [2, 6, 9, D] if needs_calibration(codec) else [D]  # the others have no order to cut by
@@ -104,9 +104,7 @@ def test_round_trip_error_is_bounded_and_falls_with_rank(codec, quantizer):
     assert lost[-1] < 3 * 2.0 ** (-2 * bits) + 1e-10
 
 
-@pytest.mark.parametrize("kind", BITS_OF)
-@pytest.mark.parametrize("codec", NAMES)
-@pytest.mark.parametrize("rank", [6, D])
+@pytest.mark.parametrize(("codec", "rank", "kind"), covering(NAMES, [6, D], BITS_OF, times=3))
 def test_error_falls_with_bits(codec, rank, kind):
     x = vectors()
     lost = [error(compressor(codec, q, x, D if codec == IDENTITY else rank), x) for q in BITS_OF[kind]]
@@ -123,8 +121,8 @@ def test_identity_is_exact_bit_for_bit(dtype):
     assert IdentityCompressor().exact and IdentityCompressor().nbytes() == 0
 
 
-@pytest.mark.parametrize(("codec", "quantizer"), EVERY_CODEC)
-def test_fields_have_one_entry_per_block_and_head(codec, quantizer):
+@pytest.mark.parametrize(("codec", "quantizer"), covering(NAMES, QUANTIZERS, times=3))
+def test_all_that_is_stored_has_one_entry_per_block_and_head(codec, quantizer):
     """What the cache relies on to append, crop and reorder without looking inside."""
     c = compressor(codec, quantizer, vectors(), 7)
     encoded = c.compress(vectors())
@@ -260,9 +258,9 @@ AWKWARD = {
 }
 
 
-@pytest.mark.parametrize("case", AWKWARD)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("quantizer", INTEGERS, ids=lambda q: q.name)
+@pytest.mark.parametrize(
+    ("case", "dtype", "quantizer"), covering(AWKWARD, [torch.float32, torch.float16], INTEGERS, times=2)
+)
 def test_integer_error_is_at_most_half_a_step(quantizer, dtype, case):
     x = AWKWARD[case](vectors()).to(dtype)
     back = round_trip(Compressor(quantizer), x).double()
