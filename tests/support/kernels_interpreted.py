@@ -173,17 +173,17 @@ def test_left_padding(per_head, queries, mask, monkeypatch):
         assert triton_attention.attend(*stores, seen, 0.3).isfinite().all(), "a row that sees nothing"
 
 
-def test_mask_of_each_head(monkeypatch):
-    stores = make(compressor("int4", 16), compressor("int4", 16), 16, per_head=3, queries=2)
-    bias = torch.randn(1, 3 * H, 2, 150, generator=torch.Generator().manual_seed(5))
-    compare(monkeypatch, *stores, bias)
-
-
 @pytest.mark.parametrize(("softcap", "sinks"), sampled([(5.0, True), (2.0, False), (None, True)], 2), ids=str)
 def test_softcap_and_sink_logits(softcap, sinks, monkeypatch):
     own = compressor("int8_channel", 16, 12)
     sinks = torch.linspace(-1, 3, 3 * H) if sinks else None
     compare(monkeypatch, *make(own, own, 16, per_head=3, queries=2), softcap=softcap, sinks=sinks)
+
+
+def test_one_basis_for_two_heads_and_a_mask_of_each_query_head(monkeypatch):
+    own = [Compressor(quantizer(name, 40, 1), transform(40, 64, groups=1)) for name in ("mixed_fixed", "int4")]
+    bias = torch.randn(1, 3 * H, 2, 150, generator=torch.Generator().manual_seed(5))
+    compare(monkeypatch, *make(*own, 32, per_head=3, queries=2), bias)
 
 
 @pytest.mark.parametrize(
@@ -192,11 +192,6 @@ def test_softcap_and_sink_logits(softcap, sinks, monkeypatch):
 def test_16_bit_models(name, dtype, monkeypatch):
     own = compressor(name, 32, 30)
     compare(monkeypatch, *make(own, own, 32, dtype=dtype), tolerance=6 * torch.finfo(dtype).eps)
-
-
-def test_one_basis_for_two_heads(monkeypatch):
-    own = [Compressor(quantizer(name, 40, 1), transform(40, 64, groups=1)) for name in ("mixed_fixed", "int4")]
-    compare(monkeypatch, *make(*own, 32, per_head=3))
 
 
 def test_after_crop_and_batch_selection(monkeypatch):

@@ -293,9 +293,3 @@ def test_a_calibration_and_a_preset_that_dont_belong_together(folder, space):
 def test_the_watch_sees_what_it_is_for(act, space):
     with pytest.raises(AssertionError), watched():
         act()
-
-
-def test_places_of_tensors():
-    record = {"a": {"b": [torch.ones(1), 3]}, "c": torch.zeros(1)}
-    assert [at for at, _ in places(record)] == [("a", "b", 0), ("c",)]
-    assert put(record, ("a", "b", 1), 4)["a"]["b"][1] == 4 and record["a"]["b"][1] == 3

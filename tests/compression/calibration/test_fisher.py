@@ -74,50 +74,38 @@ def test_checkpointing_gives_the_same(family):
     assert torch.equal(same_joint.blocks, joint.blocks)
 
 
-@pytest.mark.parametrize(("checkpointing", "calls"), [(False, 2), (True, 4)])
-def test_checkpointing_recomputes_each_layer_once(llama, checkpointing, calls):
-    statistics, seen = collect(llama, windows(2, 20), SINKS), []
-
-    def watched(batches):
-        hook = llama.model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda *_: seen.append(1))
-        yield from batches
-        hook.remove()
-
-    collect_fisher(llama, windows(2, 20), statistics, SINKS, {}, checkpointing=checkpointing, progress=watched)
-    assert len(seen) == calls
-
-
-def test_checkpointing_keeps_fewer_activations(llama):
-    """Bytes that autograd saves for the backward pass."""
-    saved = {}
-    statistics = collect(llama, windows(1, 64), SINKS)
+def test_checkpointing_recomputes_each_layer_once_and_keeps_fewer_activations(llama):
+    batches, calls, saved = windows(2, 64), {}, {}  # calls of one layer; bytes that autograd saves
+    statistics = collect(llama, batches, SINKS)
     for checkpointing in (False, True):
-        sizes = []
+        seen, sizes = [], []
 
         def pack(t, sizes=sizes):
             sizes.append(t.nbytes)
             return t
 
+        def watched(batches, seen=seen):
+            hook = llama.model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda *_: seen.append(1))
+            yield from batches
+            hook.remove()
+
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            collect_fisher(llama, windows(1, 64), statistics, SINKS, {}, checkpointing=checkpointing)
-        saved[checkpointing] = sum(sizes)
-    assert saved[True] < saved[False] / 2
+            collect_fisher(llama, batches, statistics, SINKS, {}, checkpointing=checkpointing, progress=watched)
+        calls[checkpointing], saved[checkpointing] = len(seen), sum(sizes)
+    assert calls == {False: 2, True: 4} and saved[True] < saved[False] / 2
 
 
 @pytest.mark.parametrize("family", ["bloom", "falcon"])
-def test_checkpointing_is_rejected_where_attention_is_hard_wired(family):
+def test_checkpointing_is_rejected_where_attention_is_hard_wired_and_where_there_is_none(family, llama, monkeypatch):
+    monkeypatch.setattr(type(llama.model), "supports_gradient_checkpointing", False)
+    with pytest.raises(PluginError, match="LlamaForCausalLM has no gradient checkpointing"):
+        fisher_of(llama, windows(1, 20), checkpointing=True)
     loaded = wrap(miniatures.tiny_family(family), None, family)
     statistics = collect(loaded, windows(1, 20), SINKS)
     with pytest.raises(PluginError, match="hard-wired: leave --gradient-checkpointing out"):
         collect_fisher(loaded, windows(1, 20), statistics, SINKS, {}, checkpointing=True)
     collect_fisher(loaded, windows(1, 20), statistics, SINKS, {})
     assert statistics.k.metrics["fisher"].norm() > 0
-
-
-def test_checkpointing_is_rejected_where_a_model_has_none(llama, monkeypatch):
-    monkeypatch.setattr(type(llama.model), "supports_gradient_checkpointing", False)
-    with pytest.raises(PluginError, match="LlamaForCausalLM has no gradient checkpointing"):
-        fisher_of(llama, windows(1, 20), checkpointing=True)
 
 
 # --- what is left behind
@@ -185,20 +173,17 @@ def test_nothing_is_kept_beyond_the_reservoir(llama, checkpointing, monkeypatch)
 # --- what stops it
 
 
-def test_logits_that_are_not_finite_are_rejected():
+def test_logits_and_gradients_that_are_not_finite_are_rejected(llama, monkeypatch):
     """No statistics of K, V and Q show what overflows behind the last attention."""
     loaded, tokens = tiny_loaded("llama"), windows(1, 20)
     loaded.model.lm_head.weight[3, 3] = float("inf")
     statistics = collect(loaded, tokens, SINKS)
     with pytest.raises(PluginError, match="NaN or infinite logits.*--dtype float32"):
         collect_fisher(loaded, tokens, statistics, SINKS, {})
-
-
-def test_gradients_that_are_not_finite_are_rejected(llama, monkeypatch):
     rotate = Rotary.rotate
     monkeypatch.setattr(Rotary, "rotate", lambda *args: rotate(*args) * float("nan"))
     with pytest.raises(PluginError, match="layer 2: NaN or infinite"):
-        fisher_of(llama, windows(1, 20))
+        fisher_of(llama, tokens)
 
 
 def test_a_model_that_gradients_do_not_reach_is_rejected(llama, monkeypatch):
@@ -249,10 +234,11 @@ def test_the_attention_metric_of_values_is_what_they_do_to_the_output(family):
             assert found == pytest.approx(float(expected), rel=1e-3)
 
 
-def test_a_model_whose_output_projection_is_not_found_has_no_metric_for_values(llama):
+def test_a_model_whose_output_projection_is_not_found_has_no_metric_for_values():
     broken = tiny_loaded("llama")
     for layer in broken.model.model.layers:
-        layer.self_attn.elsewhere = layer.self_attn._modules.pop("o_proj")
+        layer.self_attn.elsewhere = layer.self_attn.o_proj
+        del layer.self_attn.o_proj
     assert output_metric(broken.model, broken.geometry) is None
 
 
