@@ -94,7 +94,7 @@ def test_softcap_and_sink_logits(family, chunks, kernels):
 
 @pytest.mark.parametrize(("dtype", "name"), covering([torch.bfloat16, torch.float16], SETTINGS))
 def test_sixteen_bit_models(dtype, name, kernels):
-    model = tiny_model("llama", vocab_size=97).to(dtype)
+    model = tiny_model("llama").to(dtype)
     make = lambda: cache_of(model, SETTINGS[name], SETTINGS[name])  # noqa: E731
     exact = streamed(tiny_model("llama"))(make())
     reconstructed, stored = (x.float() for x in both(model, make, streamed(model)))
@@ -238,9 +238,11 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, caplog):
 
 def test_it_can_be_undone(llama):
     before = llama.config._attn_implementation
-    assert enable_compressed_attention(llama) is llama and enable_compressed_attention(llama) is llama
+    for _ in range(2):
+        assert enable_compressed_attention(llama) is llama
     assert is_enabled(llama) and llama.config._attn_implementation == attention.NAME
-    assert disable_compressed_attention(llama) is llama and disable_compressed_attention(llama) is llama
+    for _ in range(2):
+        assert disable_compressed_attention(llama) is llama
     assert not is_enabled(llama) and llama.config._attn_implementation == before
     assert not llama._forward_hooks and not llama._forward_pre_hooks
 

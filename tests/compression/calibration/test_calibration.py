@@ -72,12 +72,6 @@ def test_meta_says_what_it_was_made_from(llama, made):
     assert set(made.meta) == {*file.META, "metric"}
 
 
-def test_a_seed_repeats_and_another_one_draws_other_windows(llama, made):
-    assert same(calibrate(llama, TEXT, rank=9, **SMALL), made)
-    other = calibrate(llama, TEXT, rank=9, **SMALL | {"seed": 1})
-    assert not torch.allclose(other.statistics.k.mean, made.statistics.k.mean)
-
-
 def test_only_the_calibration_part_is_read(llama, made):
     """Other words after 60 % of the text change nothing."""
     head = TEXT.calibration

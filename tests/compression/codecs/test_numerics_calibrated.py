@@ -22,7 +22,7 @@ from numerics import (
 )
 from script_runs import SMALL as FEW
 from script_runs import SMALL_EVAL, run
-from tiny import tiny_model, word_text, word_tokenizer
+from tiny import tiny_model, word_tokenizer
 
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import load_calibration, save_calibration
@@ -181,24 +181,18 @@ def test_calibrating_twice_gives_the_same(tmp_path):
     assert not torch.equal(other.multi_head["joint"].E, made.multi_head["joint"].E), "or nothing was drawn"
 
 
-def test_presets_by_ratio_and_the_search_twice_are_the_same(tmp_path, monkeypatch):
+def test_presets_by_ratio_and_the_search_twice_are_the_same(tiny_flags, tmp_path):
     """The same seed, the same candidates in the same order, and losses to the last digit."""
-    monkeypatch.chdir(tmp_path)
-    tiny_model("llama").save_pretrained("tiny")
-    word_tokenizer().save_pretrained("tiny")
-    (tmp_path / "words.txt").write_text(word_text(3000))
-    common = ["--model", "tiny", "--text", "words.txt", *FEW[:2], "--seq-len", 100]
+    common, found = [*tiny_flags, *FEW[:2], "--seq-len", 100], []
     scored = ["--eval-tokens", 128, "--eval-seq-len", 64]
-    found = []
     for name in ("one", "other"):
-        calibration = f"{name}/calibrations/kv_joint_tiny.pt"
+        calibration = f"{name}/calibrations/kv_joint_tiny-llama.pt"
         assert run("make_presets", *common, *scored, "--ratios", "2,6.4", "--output", name) == 0
         assert run("calibrate_kv_lowrank", *common, "--codec", "joint", "--rank", 12, "--output", calibration) == 0
         flags = [*common, *SMALL_EVAL, "--target-ppl-delta", 0.5, "--calibration", calibration]
         flags += ["--search", "codec", "--codecs", "joint+mixed,pca", "--num-trials", 5, "--study", f"{name}/s.db"]
         assert run("auto_tune_kv_compression", *flags, "--output", f"{name}/preset.json") == 0
         (study,) = optuna.get_all_study_names(f"sqlite:///{name}/s.db")
-        rows = json.loads((tmp_path / name / "runs/ratio_presets_tiny.json").read_text())["rows"]
+        rows = json.loads((tmp_path / name / "runs/ratio_presets_tiny-llama.json").read_text())["rows"]
         found.append([[(t.params, t.values, t.state) for t in TrialQueue(f"{name}/s.db", study).trials()], rows])
-    assert found[0][0] == found[1][0] and len(found[0][0]) >= 5
-    assert found[0][1] == found[1][1]
+    assert found[0] == found[1] and len(found[0][0]) >= 5

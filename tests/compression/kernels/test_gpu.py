@@ -41,15 +41,11 @@ def layer(k: str, v: str, d: int, dtype: torch.dtype, *, rank: int | None = None
 # --- kernels
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize(("dtype", "rank"), [*((dtype, None) for dtype in TOLERANCES), (torch.bfloat16, 60)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_quantizer(name, dtype, monkeypatch):
-    compare(monkeypatch, *layer(name, name, 64, dtype), tolerance=TOLERANCES[dtype])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_quantizer_in_a_basis(name, monkeypatch):
-    compare(monkeypatch, *layer(name, "int4", 64, torch.bfloat16, rank=60), tolerance=TOLERANCES[torch.bfloat16])
+def test_every_quantizer(name, dtype, rank, monkeypatch):
+    made = layer(name, "int4" if rank else name, 64, dtype, rank=rank)
+    compare(monkeypatch, *made, tolerance=TOLERANCES[dtype])
 
 
 @only_cuda
