@@ -29,15 +29,6 @@ def test_a_code_is_off_by_half_a_step_of_its_own_channel(quantizer, r):
 
 
 @pytest.mark.parametrize("quantizer", CHANNEL)
-def test_blocks_stand_for_themselves(quantizer):
-    x = torch.randn(1, 2, 192, 5)
-    far = x.clone()
-    far[:, :, 64:128] *= 1000
-    there, here = round_trip(quantizer, far), round_trip(quantizer, x)
-    assert torch.equal(there[:, :, :64], here[:, :, :64]) and torch.equal(there[:, :, 128:], here[:, :, 128:])
-
-
-@pytest.mark.parametrize("quantizer", CHANNEL)
 @pytest.mark.parametrize("value", [0.0, 3.25, -1000.0, 1e-9, 60000.0])
 def test_a_constant_channel_comes_back(quantizer, value):
     x = torch.full((1, 1, 64, 3), value)
