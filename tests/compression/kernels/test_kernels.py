@@ -19,7 +19,7 @@ from gpt2.compression.codecs import QUANTIZERS, Compressor
 from gpt2.compression.codecs.mixed import MixedFixed
 from gpt2.compression.kernels import dispatch
 
-SUPPORT = Path(__file__).parents[2] / "support"
+ROOT = Path(__file__).parents[3]
 SHARED_MEMORY = 99 * 1024  # bytes that a program may have on every NVIDIA card since Ampere
 DTYPES = (torch.bfloat16, torch.float32)
 # Of K and of V: every format is compiled once, with TEST_ALL=1 each for both sides
@@ -43,8 +43,10 @@ def test_not_for_tensors_on_the_cpu(monkeypatch):
 def test_in_the_interpreter():
     pytest.importorskip("triton", reason="kernels need Triton, which isn't installed: pip install triton")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", SUPPORT / "kernels_interpreted.py"]
-    done = subprocess.run(command, cwd=SUPPORT, env=environment, capture_output=True, text=True)
+    tests = ROOT / "tests" / "support" / "kernels_interpreted.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
+    # Imports begin in the working folder: the gpt2 of this checkout is tested, not one that is installed
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
