@@ -37,8 +37,8 @@ def few_biases(g: Generator, shape: Shape) -> Tensor:
     return x
 
 
-def turned_biases(g: Generator, shape: Shape) -> Tensor:
-    """As Qwen2.5 caches them: a bias that was added before positions turned it."""
+def rotated_biases(g: Generator, shape: Shape) -> Tensor:
+    """As Qwen2.5 caches them: a bias that was added before keys were rotated by position."""
     *_, T, d = shape
     bias = 10 * of_model(shape)
     bias[..., 1], bias[..., d // 2 - 1], bias[..., -2] = 400, -300, 150
@@ -91,7 +91,7 @@ CHANNELS: dict[str, Callable[[Generator, Shape], Tensor]] = {
     "biases up to 400 in all": with_bias(400, 0.5),
     "biases up to 400, hardly any spread": with_bias(400, 0.01),
     "the same bias in all": lambda g, shape: 400 + 0.5 * noise(g, shape),
-    "biases turned by positions": turned_biases,
+    "biases rotated by positions": rotated_biases,
     "outlier channels": outlier_channels,
     "channels of 1e-6 to 1e4": lambda g, shape: noise(g, shape) * torch.logspace(-6, 4, shape[3]),
     "no variance in most channels": no_variance,

@@ -89,17 +89,23 @@ def make(
 
 
 def compare(monkeypatch, k, v, query, mask=None, tolerance: float = 1.2e-5, **options) -> None:
-    found = triton_attention.attend(k, v, query, mask, 0.3, **options)
-    assert found is not None
+    """Attention gives by a kernel, which it takes, what it gives through PyTorch."""
+    by_kernel, attend = [], triton_attention.attend
+
+    def watched(*args, **how):
+        by_kernel.append(attend(*args, **how))
+        return by_kernel[-1]
+
     with monkeypatch.context() as patch:
+        patch.setattr(triton_attention, "attend", watched)
+        found = direct_attention.attend(k, v, query, mask, 0.3, **options)
+        assert len(by_kernel) == 1 and by_kernel[0] is found
         patch.setattr(dispatch, "usable", lambda x: False)
         expected = direct_attention.attend(k, v, query, mask, 0.3, **options)
+        assert len(by_kernel) == 1, "PyTorch's"
     assert (found.shape, found.dtype) == (expected.shape, query.dtype)
     error = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
     assert error < tolerance
-    torch.testing.assert_close(
-        direct_attention.attend(k, v, query, mask, 0.3, **options), found, rtol=0, atol=0
-    )  # it is used
 
 
 @pytest.mark.parametrize(("k", "step"), covering(NAMES, (0, 1, 4)))
@@ -127,7 +133,10 @@ def test_mixed_widths_far_from_zero(d, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    covering(("int4", "int4_channel"), [(64, 60), (80, None), (96, 90), (128, None), (256, None), (64, None)]),
+    [
+        *covering(("int4", "int4_channel"), [(64, 60), (80, None), (96, 90), (128, None), (256, None), (64, None)]),
+        *sampled([(name, (64, 60)) for name in ("mixed", "none", "int8")], 1),
+    ],
 )
 def test_head_widths_and_ranks(name, shape, monkeypatch):
     d, rank = shape
@@ -135,49 +144,46 @@ def test_head_widths_and_ranks(name, shape, monkeypatch):
     compare(monkeypatch, *make(own, own, d, n=80, per_head=3))
 
 
-@pytest.mark.parametrize("name", ("none", "int8", "mixed"))
-def test_rank_60_of_64(name, monkeypatch):
-    own = compressor(name, 64, 60)
-    compare(monkeypatch, *make(own, own, 64, n=80, per_head=3))
-
-
 @pytest.mark.parametrize(
     ("sinks", "pair"), covering((0, 4, 70), [("int8", "int4"), ("mixed", "int4"), ("none", "int4_channel")])
 )
-def test_sinks_pieces_and_recent_tokens(sinks, pair, monkeypatch):
+def test_sinks_chunks_and_recent_tokens(sinks, pair, monkeypatch):
     k, v = (compressor(name, 16) for name in pair)
     stores = make(k, v, 16, chunks=(140, 60, 1, 1, 1, 130), sinks=sinks, recent=5)
     assert max(len(list(own.chunks())) for own in stores[:2]) > 2
     compare(monkeypatch, *stores)
 
 
-@pytest.mark.parametrize(("per_head", "queries"), covering((3, 1), (3, 1)))
-def test_left_padding(per_head, queries, monkeypatch):
+MASKS = {
+    "bool": lambda seen: seen,
+    "smallest float": lambda seen: torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min),
+    "minus infinity": lambda seen: torch.zeros(seen.shape).masked_fill(~seen, float("-inf")),
+}
+
+
+@pytest.mark.parametrize(("per_head", "queries", "mask"), covering((3, 1), (3, 1), MASKS))
+def test_left_padding(per_head, queries, mask, monkeypatch):
     own = compressor("int4_channel", 16), compressor("int8", 16)
     stores = make(*own, 16, n=140, batch=2, per_head=per_head, queries=queries)
     seen = torch.ones(2, 1, queries, 145, dtype=torch.bool).tril(140 - queries)  # wider than the cache, as static masks
     seen[1, ..., :90] = False
-    compare(monkeypatch, *stores, seen)
-    compare(monkeypatch, *stores, torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min))
-    compare(monkeypatch, *stores, torch.zeros(seen.shape).masked_fill(~seen, float("-inf")))
-    seen[1, ..., :140] = False
-    out = triton_attention.attend(*stores, seen, 0.3)
-    assert out.isfinite().all()
+    compare(monkeypatch, *stores, MASKS[mask](seen))
+    if mask == "bool":
+        seen[1, ..., :140] = False
+        assert triton_attention.attend(*stores, seen, 0.3).isfinite().all(), "a row that sees nothing"
 
 
-def test_mask_of_each_head(monkeypatch):
-    stores = make(compressor("int4", 16), compressor("int4", 16), 16, per_head=3, queries=2)
-    bias = torch.randn(1, 3 * H, 2, 150, generator=torch.Generator().manual_seed(5))
-    compare(monkeypatch, *stores, bias)
-
-
-@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"sinks": True}, {"softcap": 5.0, "sinks": True}], ids=str)
-def test_softcap_and_sink_logits(options, monkeypatch):
+@pytest.mark.parametrize(("softcap", "sinks"), sampled([(5.0, True), (2.0, False), (None, True)], 2), ids=str)
+def test_softcap_and_sink_logits(softcap, sinks, monkeypatch):
     own = compressor("int8_channel", 16, 12)
-    stores = make(own, own, 16, per_head=3, queries=2)
-    if "sinks" in options:
-        options = options | {"sinks": torch.linspace(-1, 3, 3 * H)}
-    compare(monkeypatch, *stores, **options)
+    sinks = torch.linspace(-1, 3, 3 * H) if sinks else None
+    compare(monkeypatch, *make(own, own, 16, per_head=3, queries=2), softcap=softcap, sinks=sinks)
+
+
+def test_one_basis_for_two_heads_and_a_mask_of_each_query_head(monkeypatch):
+    own = [Compressor(quantizer(name, 40, 1), transform(40, 64, groups=1)) for name in ("mixed_fixed", "int4")]
+    bias = torch.randn(1, 3 * H, 2, 150, generator=torch.Generator().manual_seed(5))
+    compare(monkeypatch, *make(*own, 32, per_head=3, queries=2), bias)
 
 
 @pytest.mark.parametrize(
@@ -188,14 +194,9 @@ def test_16_bit_models(name, dtype, monkeypatch):
     compare(monkeypatch, *make(own, own, 32, dtype=dtype), tolerance=6 * torch.finfo(dtype).eps)
 
 
-def test_one_basis_for_two_heads(monkeypatch):
-    own = [Compressor(quantizer(name, 40, 1), transform(40, 64, groups=1)) for name in ("mixed_fixed", "int4")]
-    compare(monkeypatch, *make(*own, 32, per_head=3))
-
-
 def test_after_crop_and_batch_selection(monkeypatch):
     own = compressor("int4_channel", 16), compressor("int4_channel", 16)
-    k, v, query = make(*own, 16, n=200, batch=3)
+    k, v, query = make(*own, 16, n=140, batch=3)
     for side in (k, v):
         side.crop(40)
         side.map_(lambda x: x[[2, 0]])
@@ -206,14 +207,12 @@ def test_after_crop_and_batch_selection(monkeypatch):
 
 
 def test_a_model_generates_the_same(monkeypatch):
-    model = enable_compressed_attention(tiny_model())
-    layers = model.config.num_hidden_layers
-    ids = torch.arange(3, 3 + 80)[None] % model.config.vocab_size
+    model = enable_compressed_attention(tiny_model(num_hidden_layers=2))
+    ids = torch.arange(3, 3 + 64)[None] % model.config.vocab_size
 
     def generate() -> Tensor:
-        sides = [[Compressor(QUANTIZERS[name])] * layers for name in ("int8_channel", "int8")]
-        cache = CompressedDynamicCache(*sides)
-        return model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        cache = CompressedDynamicCache(*([Compressor(QUANTIZERS[name])] * 2 for name in ("int8_channel", "int8")))
+        return model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False)
 
     attended = []
     attend = triton_attention.attend_compressed
@@ -225,14 +224,13 @@ def test_a_model_generates_the_same(monkeypatch):
 
 
 def test_a_kernel_that_does_not_fit(monkeypatch):
-    own = compressor("int8", 16)
-    stores = make(own, own, 16)
+    own, d = compressor("int8", 20), 20  # a head_dim that no other test has
+    stores = make(own, own, d)
 
-    def refuse(*args):
+    def too_large(*args):
         raise triton_attention.OutOfResources(300_000, 232_448, "shared memory")
 
-    monkeypatch.setattr(triton_attention, "_too_large", set())
-    monkeypatch.setattr(triton_attention, "attend_compressed", refuse)
+    monkeypatch.setattr(triton_attention, "attend_compressed", too_large)
     assert triton_attention.attend(*stores, None, 1.0) is None
     monkeypatch.setattr(triton_attention, "attend_compressed", None)
     assert triton_attention.attend(*stores, None, 1.0) is None  # it isn't tried again
@@ -247,11 +245,20 @@ def test_pytorch_takes_what_has_no_kernel():
     shared = Compressor(own.quantizer, transform(20, 32, groups=1))  # K by head, V by pairs of heads
     assert not triton_attention.supported(own, shared, query, H)
     joint = transform(20, 32)
-    turned = JointTransform(joint.E, joint.D, joint.mean, Rotary(torch.ones(8)))
-    assert not triton_attention.supported(Compressor(own.quantizer, turned), own, query, H)
+    rotated = JointTransform(joint.E, joint.D, joint.mean, Rotary(torch.ones(8)))
+    assert not triton_attention.supported(Compressor(own.quantizer, rotated), own, query, H)
     other = type("Other", (type(own.quantizer),), {"memory_format": None})()
     assert not triton_attention.supported(Compressor(other), own, query, H)
     assert triton_attention.attend(*make(own, own, 16, n=3)[:2], query, None, 1.0) is None  # sinks alone
+
+
+def both_ways(name: str, z: Tensor, monkeypatch) -> list[dict[str, Tensor]]:
+    """What a kernel stores of z, and what PyTorch does."""
+    found = dispatch.quantize(QUANTIZERS[name], z)
+    monkeypatch.setattr(dispatch, "usable", lambda x: False)
+    expected = QUANTIZERS[name].quantize(z)
+    assert found.keys() == expected.keys()
+    return [found, expected]
 
 
 @pytest.mark.parametrize(
@@ -262,21 +269,16 @@ def test_quantizing(name, rank, dtype, monkeypatch):
     z = (tokens(128, rank, 2) + torch.arange(rank) % 7 * 5).to(dtype)  # not contiguous
     z[0, 0, :70] = 3.0  # no range at all
     z[1, 1, 3] *= 1e6  # beyond float16
-    found = dispatch.quantize(QUANTIZERS[name], z)
-    monkeypatch.setattr(dispatch, "usable", lambda x: False)
-    expected = QUANTIZERS[name].quantize(z)
-    assert found.keys() == expected.keys()
-    for field, value in expected.items():
-        assert torch.equal(found[field], value), field
+    found, expected = both_ways(name, z, monkeypatch)
+    for part, value in expected.items():
+        assert torch.equal(found[part], value), part
 
 
 @pytest.mark.parametrize(("case", "name"), covering(HARD, ENCODED))
 def test_quantizing_what_is_hard(name, case, monkeypatch):
     z = hostile(case, (1, 2, 128, 16))
-    found = dispatch.quantize(QUANTIZERS[name], z)
-    monkeypatch.setattr(dispatch, "usable", lambda x: False)
-    expected = QUANTIZERS[name].quantize(z)
-    alike = [float((found[field] == value).float().mean()) for field, value in expected.items()]
+    found, expected = both_ways(name, z, monkeypatch)
+    alike = [float((found[part] == value).float().mean()) for part, value in expected.items()]
     assert min(alike) > (0.99 if QUANTIZERS[name].block_tokens > 1 else 1 - 1e-9), alike
     one, other = ((QUANTIZERS[name].dequantize(f, 16) - z).double().square().sum() for f in (found, expected))
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-12)

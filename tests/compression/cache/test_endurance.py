@@ -176,7 +176,7 @@ class Work(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["int4_channel", "identity"])
 def test_a_token_costs_the_same_work_at_any_length(name):
-    """Room is taken and pieces are joined now and then: at every length some of it is gone through."""
+    """Room is taken and chunks are joined now and then, at every length."""
     work = []
     for held in (4096, TOKENS):
         cache = cache_of(CODECS[name]())

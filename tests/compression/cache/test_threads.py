@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
+import script_runs
 import torch
-from tiny import tiny_loaded, tiny_model, windows, word_text
+from calibrations import TEXT
+from tiny import tiny_loaded, tiny_model, windows
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -20,14 +22,8 @@ from gpt2.compression.cache.attention import NAME
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import save_calibration
 from gpt2.compression.presets import build, calibration_lookup, create_cache_from_preset
-from gpt2.text.sources import by_position
 
-PRESET = {
-    "model": "tiny-llama", "rank": 9, "target": "kv", "bits": 4, "compression_ratio": 1.5, "baseline_ppl": 20.0,
-    "compressed_ppl": 21, "ppl_delta": 0.05, "head_dim": 12, "num_layers": 3,
-}  # fmt: skip
-
-
+PRESET = script_runs.PRESET | {"model": "tiny-llama", "target": "kv", "bits": 4}
 STEPS = 25
 
 
@@ -53,8 +49,7 @@ def model(llama):
 
 @pytest.fixture(scope="module")
 def preset(tmp_path_factory):
-    text = by_position("words", "words.txt", word_text(1500))
-    made = calibrate(tiny_loaded("llama"), text, rank=6, samples=2, seq_len=48)
+    made = calibrate(tiny_loaded("llama"), TEXT, rank=6, samples=2, seq_len=48)
     return PRESET | {"calibration_file": str(save_calibration(made, tmp_path_factory.mktemp("made") / "c.pt"))}
 
 
@@ -77,6 +72,15 @@ def steps(model, cache, ids: Tensor, count: int = STEPS) -> Iterator[Tensor]:
         logits = model(ids, past_key_values=cache).logits[:, -1:]
         ids = logits.argmax(-1)
         yield logits
+
+
+def continued(model, cache, ids: Tensor, count: int = STEPS) -> Tensor:
+    """All of `steps`, [1, count, vocabulary]."""
+    return torch.cat(list(steps(model, cache, ids, count)), dim=1)
+
+
+def same(found: Iterable[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def caches(preset) -> dict[str, Callable]:
@@ -107,21 +111,14 @@ def prompt(i: int) -> Tensor:
     return windows(1, 170 + 3 * i, seed=i)
 
 
-def continued(model, cache, ids: Tensor, count: int = STEPS) -> Tensor:
-    """All of `steps`, [1, count, vocabulary]."""
-    return torch.cat(list(steps(model, cache, ids, count)), dim=1)
-
-
 def test_caches_in_threads(model, preset, enabled):
     makers = [*caches(preset).values(), caches(preset)["direct"]]
     tasks = [partial(lambda make, i: continued(model, make(), prompt(i)), make, i) for i, make in enumerate(makers)]
     alone = [task() for task in tasks]
     assert len({tuple(logits.argmax(-1)[0].tolist()) for logits in alone}) == len(tasks), "they can be told apart"
     assert same(at_once(tasks), alone)
-
-
-def same(found: Iterable[Tensor], expected: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    turns = zip(*(steps(model, make(), prompt(i)) for i, make in enumerate(makers)), strict=True)
+    assert same((torch.cat(found, dim=1) for found in zip(*turns, strict=True)), alone), "in turns"
 
 
 def test_generate_in_threads(model, preset, enabled):
@@ -132,13 +129,6 @@ def test_generate_in_threads(model, preset, enabled):
         return model.generate(prompt(i), past_key_values=cache, max_new_tokens=STEPS, do_sample=False)
 
     assert same(at_once([partial(task, i) for i in range(4)]), [task(i) for i in range(4)])
-
-
-def test_caches_in_turns(model, preset, enabled):
-    makers = list(caches(preset).values())
-    alone = [continued(model, make(), prompt(i)) for i, make in enumerate(makers)]
-    turns = zip(*(steps(model, make(), prompt(i)) for i, make in enumerate(makers)), strict=True)
-    assert same((torch.cat(found, dim=1) for found in zip(*turns, strict=True)), alone)
 
 
 @pytest.mark.parametrize("name", ["direct", "direct, in blocks", "reconstructed"])

@@ -1,20 +1,25 @@
-"""The joint codec: bases in a metric, one for K and V, from calibration to beam search."""
+"""The joint basis: bases in a metric, one for K and V, from calibration to beam search."""
 
 from functools import partial
 
 import pytest
 import torch
-from stores import Reference, assert_same
-from tiny import tiny_loaded, windows, word_text
+from calibrations import OF_HEADS, TEXT, D, H, L
+from multi_head import padded, reads_like_the_reference, vectors
+from tiny import windows
 from torch import Tensor
 
 from gpt2.common.errors import PluginError
-from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.calibration.calibrate import calibrate
-from gpt2.compression.calibration.file import save_calibration
-from gpt2.compression.calibration.fit import Calibration
-from gpt2.compression.calibration.multi_head_fit import MultiHeadFit
-from gpt2.compression.codecs import BASES, QUANTIZERS, Compressor, IdentityCompressor, JointTransform, codec_name
+from gpt2.compression.codecs import (
+    BASES,
+    QUANTIZERS,
+    Compressor,
+    IdentityCompressor,
+    JointTransform,
+    basis_of,
+    codec_name,
+)
 from gpt2.compression.codecs.metric import fit_in_metric
 from gpt2.compression.codecs.mixed import BLOCK
 from gpt2.compression.codecs.moments import Moments
@@ -23,50 +28,19 @@ from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.presets import create_cache_from_preset
 from gpt2.compression.settings import Setting, build, compressors_for, uniform
 from gpt2.models.geometry import Geometry
-from gpt2.text.sources import by_position
-
-TEXT = by_position("words", "words.txt", word_text(3000))
-L, H, D = 3, 2, 12  # of the tiny llama
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return tiny_loaded("llama")
-
-
-@pytest.fixture(scope="module")
-def made(llama) -> Calibration:
-    return calibrate(llama, TEXT, rank=9, codec="joint", samples=4, seq_len=200)
-
-
-@pytest.fixture(scope="module")
-def codec(made) -> MultiHeadFit:
-    return made.fit_of("joint")
 
 
 @pytest.fixture
-def preset(made, tmp_path) -> dict:
-    return preset_of(made, tmp_path / "c.pt")
-
-
-def preset_of(calibration: Calibration, path) -> dict:
-    """A preset of the calibration's own codec, which is saved there."""
-    return {
-        "model": "tiny-llama", "rank": D, "target": "kv", "bits": 3.5, "codec": calibration.meta["codec"],
-        "quantizer": "mixed", "head_dim": D, "num_layers": L,
-        "calibration_file": str(save_calibration(calibration, path)),
-    }  # fmt: skip
-
-
-def vectors(heads: int, tokens: int, d: int = D, seed: int = 0, dtype=torch.float64) -> Tensor:
-    return torch.randn(2, heads, tokens, d, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def compressors(made):
+    """Of every layer's K and of its V, one for both."""
+    return compressors_for("kv", 4, L, made, codec="joint", quantizer="mixed")
 
 
 # --- bases in a metric
 
 
 def moments_of(x: Tensor, metric: Tensor, name: str = "fisher") -> Moments:
-    moments = Moments.zeros(Geometry.uniform(1, x.shape[1], x.shape[3]))
+    moments = Moments.zeros(Geometry(1, x.shape[1], x.shape[3]))
     moments.update(0, x)
     moments.metrics[name] = metric[None]
     return moments
@@ -75,9 +49,9 @@ def moments_of(x: Tensor, metric: Tensor, name: str = "fisher") -> Moments:
 def metric_and_vectors(rank: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
     """M [2, 8, 8] of a rank, and x [1, 2, 500, 8] with another covariance."""
     generator = torch.Generator().manual_seed(seed)
-    felt, mixing = (torch.randn(2, 8, n, generator=generator, dtype=torch.float64) for n in (rank, 8))
+    weights, mixing = (torch.randn(2, 8, n, generator=generator, dtype=torch.float64) for n in (rank, 8))
     x = torch.randn(1, 2, 500, 8, generator=generator, dtype=torch.float64) @ mixing.mT + 3
-    return felt @ felt.mT, x
+    return weights @ weights.mT, x
 
 
 def m_norm(error: Tensor, metric: Tensor) -> Tensor:
@@ -114,22 +88,16 @@ def test_directions_that_nothing_reads_come_back_all_the_same():
     transform, variances = BASES["fisher"].fit(moments_of(x, metric), 0)
     torch.testing.assert_close(transform.inverse(transform.forward(x), 8), x)
     assert (variances[:, 3:].sum(-1) < 1e-3 * variances.sum(-1)).all()
-
-
-def test_where_nothing_was_felt_the_metric_is_none():
-    _, x = metric_and_vectors()
-    nothing, alike = (fit_in_metric(x.mean((0, 2)), torch.eye(8).expand(2, 8, 8), m) for m in
-                      (torch.zeros(2, 8, 8), torch.eye(8).expand(2, 8, 8)))  # fmt: skip
-    torch.testing.assert_close(nothing[1], alike[1])
-    assert torch.isfinite(nothing[0].D).all()
+    alike = torch.eye(8).expand(2, 8, 8)
+    nothing, expected = (fit_in_metric(x.mean((0, 2)), alike, metric) for metric in (0 * alike, alike))
+    torch.testing.assert_close(nothing[1], expected[1])
+    assert torch.isfinite(nothing[0].D).all(), "where nothing reads any of them"
 
 
 @pytest.mark.parametrize("name", ["attention", "fisher"])
 def test_a_basis_without_its_statistics_says_what_to_do(name):
-    _, x = metric_and_vectors()
-    moments = Moments.zeros(Geometry.uniform(1, 2, 8))
     with pytest.raises(PluginError, match=f"codec {name} needs statistics .*--metric {name}"):
-        BASES[name].fit(moments, 0)
+        BASES[name].fit(Moments.zeros(Geometry(1, 2, 8)), 0)
 
 
 # --- the transform
@@ -156,89 +124,33 @@ def test_side_by_side_and_apart_are_inverse(groups):
 @pytest.mark.parametrize("start", [0, 9, 5000])
 @pytest.mark.parametrize("layer", range(L))
 def test_the_round_trip_is_exact_wherever_it_starts(codec, start, layer):
-    transform = codec.transform(layer).to("cpu", torch.float64)
-    exact = transform.E.inverse()
-    transform = JointTransform(transform.E, exact, transform.mean, transform.rotary)
-    x = vectors(2 * H, 70)
-    torch.testing.assert_close(transform.inverse(transform.forward(x, start), D, start), x)
-
-
-def test_float32_is_exact_to_rounding(codec):
-    """As a cache holds it, D beside E."""
-    x = vectors(2 * H, 70, dtype=torch.float32)
-    for layer in range(L):
-        transform = codec.transform(layer)
-        assert transform.D.dtype == torch.float32
-        back = transform.inverse(transform.forward(x, 100), D, 100)
-        assert (back - x).abs().max() < 1e-3 and not torch.equal(back, x)
-
-
-def test_keys_that_differ_by_position_alone_have_the_same_coordinates(codec):
-    """What makes keys of any position compress alike."""
-    transform = codec.transform(1).to("cpu", torch.float64)
-    k, v = vectors(H, 1).expand(-1, -1, 40, -1), vectors(H, 1, seed=1).expand(-1, -1, 40, -1)
-    x = torch.cat((transform.rotary.rotate(k, 300), v), dim=1)
-    z = transform.forward(x, 300)
-    torch.testing.assert_close(z, z[:, :, :1].expand_as(z), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(transform.forward(x, 301), z, rtol=1e-2), "and elsewhere others"
+    transform, x = codec.transform(layer), vectors(2 * H, 70)
+    assert transform.D.dtype == torch.float32
+    back = transform.inverse(transform.forward(x.float(), start), D, start)
+    assert (back - x).abs().max() < 1e-3 and not torch.equal(back, x.float()), "as a cache holds it, D beside E"
+    wide = transform.to("cpu", torch.float64)
+    exact = JointTransform(wide.E, wide.E.inverse(), wide.mean, wide.rotary)
+    torch.testing.assert_close(exact.inverse(exact.forward(x, start), D, start), x)
 
 
 def test_groups_of_heads_have_a_basis_each(llama, monkeypatch):
     monkeypatch.setattr("gpt2.compression.codecs.multi_head.MOST_CHANNELS", 24)
-    made = calibrate(llama, TEXT, rank=9, codec="joint", samples=4, seq_len=200)
-    assert [E.shape for E in made.multi_head["joint"].E] == [(2, 24, 24)] * L
-    for quantizer in ("mixed", "mixed_fixed", "int8", "none"):
-        k, v = compressors_for("kv", 4 if "mixed" in quantizer else {"int8": 8}.get(quantizer, 16), L, made,
-                               codec="joint", quantizer=quantizer, dtype=torch.float64)  # fmt: skip
+    made = calibrate(llama, TEXT, codec="joint", **OF_HEADS)
+    assert made.multi_head["joint"].E.shape == (L, 2, 24, 24)
+    for quantizer, bits in {"mixed": 4, "mixed_fixed": 4, "int8": 8, "none": 16}.items():
+        k, v = compressors_for("kv", bits, L, made, codec="joint", quantizer=quantizer, dtype=torch.float64)
         reads_like_the_reference(llama, CompressedDynamicCache(k, v), windows(2, 150))
 
 
 # --- from calibration to generation
 
 
-def reads_like_the_reference(llama, cache, tokens, tolerance: float = 1e-4, **generation):
-    """Generate; then every store reads as its tokens would, coded block by block. Returns the tokens.
-
-    tolerance: share of the numbers that may differ, by codes that rounding tips over.
-    """
-    chunks, append, crop, map_ = {}, TokenStore.append, TokenStore.crop, TokenStore.map_
-
-    def record(operation, original):
-        def recorded(store, argument):
-            chunks.setdefault(id(store), []).append((operation, argument))
-            return original(store, argument)
-
-        return recorded
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, original in (("append", append), ("crop", crop), ("map_", map_)):
-            patch.setattr(TokenStore, name, record(name, original))
-        out = llama.model.generate(tokens, past_key_values=cache, do_sample=False, **{"max_new_tokens": 5} | generation)
-    for layer in cache.layers:
-        for store in layer.stores.values():
-            reference = Reference(store.compressor, (store.sink_tokens, store.recent_tokens))
-            for operation, argument in chunks[id(store)]:
-                getattr(reference, operation)(argument)
-            assert len(store) == len(reference.tokens)
-            same = torch.isclose(store.read(), reference.read(), rtol=1e-3, atol=1e-3)
-            assert same.float().mean() > 1 - tolerance
-    return out
-
-
-def padded(length: int) -> dict[str, Tensor]:
-    """Two prompts, the second with padding on the left."""
-    tokens = windows(2, length)
-    mask = torch.ones_like(tokens)
-    tokens[1, :3], mask[1, :3] = 0, 0
-    return {"tokens": tokens, "attention_mask": mask}
-
-
 @pytest.mark.parametrize("quantizer", ["mixed", "mixed_fixed"])
-@pytest.mark.parametrize("length", [3, 30, 62, 150])
-def test_from_a_file_to_tokens(llama, preset, quantizer, length):
+@pytest.mark.parametrize(("length", "beams"), [(3, 1), (30, 1), (62, 1), (150, 1), (126, 2)])
+def test_from_a_file_to_tokens(llama, preset, quantizer, length, beams):
     """Prompts shorter than the sinks, than a block, that fill a block while they go on, and of several blocks."""
     cache = create_cache_from_preset(preset | {"quantizer": quantizer}, model=llama, dtype=torch.float64)
-    out = reads_like_the_reference(llama, cache, **padded(length))
+    out = reads_like_the_reference(llama, cache, **padded(length), num_beams=beams)
     assert out.shape == (2, length + 5)
     stores = [store for layer in cache.layers for store in layer.stores.values()]
     assert len(stores) == L and all(store.compressor.joint for store in stores)
@@ -257,26 +169,6 @@ def test_without_quantization_it_is_the_model_itself(llama, preset):
         assert torch.equal(ours, plain)
 
 
-def test_beams_at_few_bits(llama, preset):
-    cache = create_cache_from_preset(preset, dtype=torch.float64)
-    out = reads_like_the_reference(llama, cache, **padded(126), num_beams=2, max_new_tokens=8)
-    assert out.shape == (2, 134) and cache.layers[0].get_seq_length() == 133
-
-
-def test_a_crop_across_blocks(llama, made):
-    k, v = compressors_for("kv", 4, L, made, codec="joint", quantizer="mixed", dtype=torch.float64)
-    store, reference = TokenStore(k[0], 4, 3), Reference(k[0], (4, 3))
-    x = vectors(2 * H, 260, dtype=torch.float32)
-    store.prepare(x, "test")
-    for side in (store, reference):
-        side.append(x[:, :, :200])
-    for n in (5, 20, 64, 1):
-        for operation, argument in (("crop", n), ("append", x[:, :, 200 : 200 + n // 2])):
-            for side in (store, reference):
-                getattr(side, operation)(argument)
-            assert_same(store, reference)
-
-
 def test_layers_with_and_without_a_joint_codec(llama, preset):
     setting = {"codec": "joint", "rank": D, "bits": 3.5, "quantizer": "mixed"}
     int8 = {"codec": "identity", "rank": D, "bits": 8}
@@ -290,64 +182,47 @@ def test_layers_with_and_without_a_joint_codec(llama, preset):
     assert llama.model(windows(1, 3), past_key_values=cache).logits.shape[0] == 1
 
 
-def test_keeping_reconstructions_changes_no_token(llama, preset):
-    one, other = (create_cache_from_preset(preset, dtype=torch.float64) for _ in range(2))
-    prompt, more = windows(2, 100), {"max_new_tokens": 40, "do_sample": False}
-    kept = llama.model.generate(prompt, past_key_values=one.keep_reconstructed(), **more)
-    assert torch.equal(kept, llama.model.generate(prompt, past_key_values=other, **more))
-    assert one.nbytes() > other.nbytes()
+# --- what is rejected
 
 
-# --- what is refused
-
-
-def test_a_joint_codec_is_one_object_for_both_sides(made):
-    k, _ = compressors_for("kv", 4, L, made, codec="joint", quantizer="mixed")
+def test_a_joint_codec_is_one_object_for_both_sides(made, compressors):
+    (k, _), exact = compressors, [IdentityCompressor()] * L
     again, _ = compressors_for("kv", 4, L, made, codec="joint", quantizer="mixed")
-    for pair in ((k, again), (k, [IdentityCompressor()] * L), ([IdentityCompressor()] * L, k)):
+    for pair in ((k, again), (k, exact), (exact, k)):
         with pytest.raises(PluginError, match="layer 0: a joint codec is for K and V together"):
             CompressedDynamicCache(*pair)
+    for side in "kv":
+        with pytest.raises(PluginError, match="layer 0: .* K and V together: give both sides the same"):
+            build(uniform(side, L, Setting("joint", None, 4, "mixed")), D, made)
+    assert k[0].joint and not Compressor(QUANTIZERS["int8"]).joint and repr(k[0]) == "Compressor(mixed, rank=48)"
+    assert k[0].to(torch.device("cpu")) is k[0] and k[0].to(torch.device("meta")).joint
 
 
-@pytest.mark.parametrize("target", ["k", "v"])
-def test_a_joint_codec_of_one_side_is_refused(made, target):
-    with pytest.raises(PluginError, match="layer 0: a joint codec is for K and V together: give both sides the same"):
-        build(uniform(target, L, Setting("joint", None, 4, "mixed")), made.geometry, made)
-
-
-def test_values_of_another_shape_than_keys_are_refused(made):
-    k, v = compressors_for("kv", 4, L, made, codec="joint", quantizer="mixed")
-    cache = CompressedDynamicCache(k, v)
-    with pytest.raises(PluginError, match=r"layer 1: .* K and V of one shape, .*\[2, 2, 5, 12\] and \[2, 2, 5, 6\]"):
-        cache.update(vectors(2, 5), vectors(2, 5, d=6), 1)
-
-
-def test_another_models_heads_are_refused(made):
-    k, v = compressors_for("kv", 4, L, made, codec="joint", quantizer="mixed")
-    with pytest.raises(PluginError, match=r"layer 0, KV: .*1 groups of 48 channels"):
-        CompressedDynamicCache(k, v).update(vectors(4, 5), vectors(4, 5), 0)
+@pytest.mark.parametrize(
+    ("layer", "heads", "d", "message"),
+    [
+        (1, 2, 6, r"layer 1: .* K and V of one shape, .*\[2, 2, 5, 12\] and \[2, 2, 5, 6\]"),
+        (0, 4, D, r"layer 0, KV: .*1 groups of 48 channels"),
+    ],
+)
+def test_values_of_another_shape_and_another_models_heads_are_rejected(compressors, layer, heads, d, message):
+    with pytest.raises(PluginError, match=message):
+        CompressedDynamicCache(*compressors).update(vectors(heads, 5), vectors(heads, 5, d=d), layer)
 
 
 @pytest.mark.parametrize("name", ["joint+pca", "pca+joint", "ln_nullspace+joint", "grouped+pca"])
 def test_a_basis_of_several_heads_combines_with_none(name):
-    from gpt2.compression.codecs import basis_of
-
     with pytest.raises(PluginError, match="a basis that heads share doesn't combine with another"):
         basis_of(codec_name(name))
 
 
 def test_a_calibration_without_gradients_has_none(llama):
     plain = calibrate(llama, TEXT, rank=9, samples=2, seq_len=48)
-    for ask in (
+    calls = (
         lambda: plain.fit_of("joint"),
         lambda: plain.compact("joint"),
         lambda: plain.transform("k", 0, codec="joint"),
-    ):
+    )
+    for call in calls:
         with pytest.raises(PluginError, match="joint is not in this calibration, it has no gradients.*--metric fisher"):
-            ask()
-
-
-def test_a_single_compressor_says_that_it_is_joint(made):
-    k, _ = compressors_for("kv", 4, L, made, codec="joint", quantizer="mixed")
-    assert k[0].joint and not Compressor(QUANTIZERS["int8"]).joint and repr(k[0]) == "Compressor(mixed, rank=48)"
-    assert k[0].to(torch.device("cpu")) is k[0] and k[0].to(torch.device("meta")).joint
+            call()

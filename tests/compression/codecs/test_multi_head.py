@@ -1,29 +1,43 @@
-"""Measured codecs: bytes shared out at one price, their files, the script; and one more that only a test knows."""
+"""Bases that heads share: bytes shared out at one price, their files, the script; and one that only a test knows."""
 
 import pytest
 import torch
+from calibrations import (
+    OF_HEADS,
+    SINKS,
+    TEXT,
+    D,
+    H,
+    L,
+    between_heads,
+    change,
+    close,
+    direct_gradients,
+    preset_of,
+    rejected,
+    scatter,
+    spoiled,
+)
+from multi_head import PRICES, least, reads_like_the_reference, vectors
 from script_runs import run
-from test_fisher import close, direct
-from test_joint import TEXT, D, H, L, preset_of, reads_like_the_reference, vectors
-from test_mixed import PRICES, least
-from tiny import tiny_loaded, tiny_model, windows, word_text, word_tokenizer
+from tiny import windows
 from torch import Tensor
 
 from gpt2.common import files
-from gpt2.common.errors import BadArtefact, PluginError
+from gpt2.common.errors import PluginError
 from gpt2.compression.calibration import calibrate as calibrate_module
 from gpt2.compression.calibration import reuse, stand_in
 from gpt2.compression.calibration.bit_allocation import BitAllocation
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import load_calibration, save_calibration
 from gpt2.compression.calibration.fisher import collect_fisher
-from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.calibration.multi_head_fit import MultiHeadFit, fit_multi_head
 from gpt2.compression.codecs import BASES, QUANTIZERS, JointTransform, MultiHead
-from gpt2.compression.codecs.mixed import BLOCK, PLANE, WIDTHS, Mixed, MixedFixed, errors, width_bytes
+from gpt2.compression.codecs.mixed import BLOCK, PLANE, WIDTHS, Mixed, errors, width_bytes
 from gpt2.compression.codecs.moments import Moments
 from gpt2.compression.codecs.multi_head import side_by_side
 from gpt2.compression.codecs.rope import NONE
+from gpt2.compression.codecs.transform import join_heads
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.presets import create_cache_from_preset
 from gpt2.compression.settings import compressors_for
@@ -31,68 +45,40 @@ from gpt2.models.geometry import Geometry
 from gpt2.tuning import search_space
 from gpt2.tuning.ratio_presets import make_ratio_preset
 
-
-@pytest.fixture(scope="module")
-def llama():
-    return tiny_loaded("llama")
-
-
-@pytest.fixture(scope="module")
-def made(llama) -> Calibration:
-    return calibrate(llama, TEXT, rank=9, codec="joint", samples=4, seq_len=200)
-
-
-@pytest.fixture(scope="module")
-def codec(made) -> MultiHeadFit:
-    return made.fit_of("joint")
-
-
-@pytest.fixture
-def preset(made, tmp_path) -> dict:
-    return preset_of(made, tmp_path / "c.pt")
+W = 2 * H * D  # channels of the joint basis
 
 
 # --- one price
 
 
-def synthetic(demand: Tensor, errors: Tensor | None = None, w: int = 48) -> MultiHeadFit:
-    """A codec with a given demand [N, L], at prices from 1 down."""
+def synthetic(demand: Tensor, w: int = 48) -> MultiHeadFit:
+    """A fit with a given demand [N, L], at prices from 1 down."""
     nothing = torch.zeros(0)
     N, layers = demand.shape
-    E = torch.eye(w).expand(layers, 1, w, w)
-    errors = torch.zeros(layers, 1, w, len(WIDTHS)) if errors is None else errors
-    allocation = BitAllocation(errors, torch.arange(N) + 1.0, demand)
-    return MultiHeadFit(BASES["joint"], nothing, E, nothing, [NONE] * layers, allocation)
+    allocation = BitAllocation(torch.zeros(layers, 1, w, len(WIDTHS)), torch.arange(N) + 1.0, demand)
+    return MultiHeadFit(
+        BASES["joint"], nothing, torch.eye(w).expand(layers, 1, w, w), nothing, [NONE] * layers, allocation
+    )
 
 
 @pytest.mark.parametrize("bits", [1.5, 2, 3.25, 4, 6])
-def test_layers_average_to_the_budget(codec, bits):
-    w = 2 * H * D
-    found = torch.tensor(codec.allocation.bits_of_each(bits), dtype=torch.float64)
-    assert bits - 8 * PLANE / BLOCK / w < found.mean() <= bits + 1e-6, "less than a plane of each layer is left"
+def test_layers_average_to_the_budget_at_one_price(codec, bits):
+    allocation = codec.allocation
+    found = torch.tensor(allocation.bits_of_each(bits), dtype=torch.float64)
+    assert bits - 8 * PLANE / BLOCK / W < found.mean() <= bits + 1e-6, "less than a plane of each layer is left"
     assert found.unique().numel() == L, "not the same for all"
     for own in found.tolist():
-        stored = BLOCK * w * own / 8
-        held = Mixed(own).block_bytes(w) + width_bytes(w)
-        assert held == pytest.approx(stored, abs=1e-3), "what a block really takes"
-
-
-def test_what_a_layer_gets_is_what_it_buys_at_one_price(codec):
-    """Between the same two neighbouring prices for every layer."""
-    w = 2 * H * D
-    for bits in (2, 4):
-        spent = torch.tensor([own * BLOCK * w / 8 - width_bytes(w) for own in codec.allocation.bits_of_each(bits)])
-        inside = (codec.allocation.demand[1:] <= spent + PLANE) & (spent <= codec.allocation.demand[:-1] + 1e-3)
-        assert inside.all(1).any()
+        stored = Mixed(own).block_bytes(W) + width_bytes(W)
+        assert stored == pytest.approx(BLOCK * W * own / 8, abs=1e-3), "what a block really takes"
+    spent = found * BLOCK * W / 8 - width_bytes(W)
+    inside = (allocation.demand[1:] <= spent + PLANE) & (spent <= allocation.demand[:-1] + 1e-3)
+    assert inside.all(1).any(), "between the same two neighbouring prices for every layer"
 
 
 def test_a_layer_whose_errors_weigh_more_gets_more():
     """Four times the error at every width is worth a bit more of each coordinate, as theory has it."""
-    z = (
-        torch.randn(2, 1, 1, 40 * BLOCK, 48, generator=torch.Generator().manual_seed(0))
-        * torch.tensor([1.0, 2.0])[:, None, None, None, None]
-    )
-    allocation = BitAllocation.measured([errors(own)[0] for own in z])
+    z = torch.randn(2, 1, 1, 40 * BLOCK, 48, generator=torch.Generator().manual_seed(0))
+    allocation = BitAllocation.measured([errors(size * own)[0] for size, own in zip((1, 2), z, strict=True)])
     assert (allocation.prices.diff() > 0).all() and (allocation.demand.diff(dim=0) <= 0).all()
     one, other = allocation.bits_of_each(4.0)
     assert other - one == pytest.approx(1, abs=0.15)
@@ -102,8 +88,8 @@ def test_a_layer_that_hardly_matters_may_get_less_than_any_preset():
     """Its budget isn't one that a user could ask for, and the cache is made all the same."""
     demand = torch.tensor([[3000.0, 10.0], [1500.0, 0.0], [0.0, 0.0]])
     codec = synthetic(demand)
-    rich, poor = codec.allocation.bits_of_each(2.0)
-    assert poor < 0.25 < rich
+    _, poor = codec.allocation.bits_of_each(2.0)
+    assert poor < 0.25
     z = torch.randn(1, 1, BLOCK, 48)
     quantizer = codec.quantizer(QUANTIZERS["mixed"].at(2.0), 1)
     assert not quantizer.dequantize(quantizer.quantize(z), 48).any(), "nothing is left but the mean"
@@ -121,11 +107,11 @@ def test_bits_out_of_reach_name_the_range(codec):
 
 @pytest.mark.parametrize("bits", [1, 2.5, 4, 7])
 def test_fixed_widths_meet_the_budget_and_are_the_best(codec, bits):
-    widths = torch.stack(codec.allocation.widths(bits))
+    widths = codec.allocation.widths(bits)
     assert widths.shape == (L, 1, 2 * H * D)
     budget, spent = bits * BLOCK / 8 * widths.numel(), int(PRICES[widths].sum())
     assert budget - max(PRICES) < spent <= budget
-    error = torch.stack(tuple(codec.allocation.errors)).flatten(0, 2)
+    error = codec.allocation.errors.flatten(0, 2)
     total = float(error.double().gather(-1, widths.flatten()[:, None]).sum())
     assert total <= least(error, spent) * (1 + 1e-6) + 1e-12
     assert len(widths.float().mean((1, 2)).unique()) > 1, "layers share one budget"
@@ -146,8 +132,6 @@ def test_the_cache_takes_the_bytes_that_were_asked_for(made, quantizer, bits):
 
 def test_other_quantizers_are_the_same_in_every_layer(codec):
     assert codec.quantizer(QUANTIZERS["int8"], 1) is QUANTIZERS["int8"]
-    fixed = codec.quantizer(QUANTIZERS["mixed_fixed"].at(3), 2)
-    assert isinstance(fixed, MixedFixed) and torch.equal(fixed.widths, codec.allocation.widths(3)[2])
 
 
 def test_errors_are_those_of_the_reservoir(llama):
@@ -155,20 +139,20 @@ def test_errors_are_those_of_the_reservoir(llama):
     gradients = collect_fisher(llama, batches, None, 4, {"joint": BASES["joint"]})["joint"]
     codec = fit_multi_head(gradients)
     for layer in range(L):
-        z = (gradients.blocks[layer].float() - codec.mean[layer][:, None]) @ codec.E[layer]
-        error = codec.allocation.errors[layer][0, :, 0]
+        z = (gradients.blocks[layer].float() - codec.mean[layer, :, None]) @ codec.E[layer]
+        error = codec.allocation.errors[layer, 0, :, 0]
         torch.testing.assert_close(error, z[0].square().mean(0) * BLOCK, rtol=1e-4, atol=1e-5)
-    assert torch.stack(codec.spectrum).mean() == pytest.approx(1, rel=1e-4), "one unit for the whole model"
+    assert codec.spectrum.mean() == pytest.approx(1, rel=1e-4), "one unit for the whole model"
 
 
-def test_the_way_back_of_large_bases_with_several_threads():
+def test_the_inverse_of_large_bases_with_several_threads():
     """Batches of matrices this large fail in PyTorch 2.13 with MKL and more than one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        codec = stand_in.multi_head_stand_in(BASES["joint"], Geometry.uniform(8, 3, 64))
+        codec = stand_in.multi_head_stand_in(BASES["joint"], Geometry(8, 3, 64))
         codec.E = torch.randn(8, 1, 384, 384)
-        assert (codec.E.double() @ torch.stack(codec.D).double() - torch.eye(384)).abs().max() < 1e-2
+        assert (codec.E.double() @ codec.D.double() - torch.eye(384)).abs().max() < 1e-2
     finally:
         torch.set_num_threads(before)
 
@@ -177,29 +161,18 @@ def test_the_way_back_of_large_bases_with_several_threads():
 
 
 def same_codec(a: MultiHeadFit, b: MultiHeadFit) -> bool:
-    geometry = Geometry.uniform(L, H, D)
-    left, right = a.record(geometry), b.record(geometry)
+    left, right = a.record(), b.record()
     lists = all(map(torch.equal, left.pop("frequencies"), right.pop("frequencies")))
     plain = all(left.pop(name) == right.pop(name) for name in ("layouts", "widths"))
     return lists and plain and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_what_is_loaded_is_what_was_saved(made, tmp_path):
-    back = load_calibration(save_calibration(made, tmp_path / "c.pt"))
-    assert same_codec(back.multi_head["joint"], made.multi_head["joint"]) and back.meta == made.meta
-    for side in ("k", "v"):
-        own, read = (getattr(c.statistics, side).metrics for c in (made, back))
-        assert own.keys() == read.keys() == {"attention", "fisher"}
-        assert all(all(map(torch.equal, own[name], read[name])) for name in own)
-    for codec in ("attention", "fisher", "pca", "joint"):
-        assert torch.equal(back.transform("v", 1, codec=codec).E, made.transform("v", 1, codec=codec).E)
-
-
 def test_the_files_own_basis_is_that_of_single_heads(made):
     """What a joint calibration shows as energy, and gives where another codec isn't named."""
-    assert made.bases["k"]["E"][0].shape == (H, D, D) and made.energies()["v"][0].shape == (H, D)
+    assert made.bases["k"]["E"].shape == (L, H, D, D) and made.energies()["v"].shape == (L, H, D)
     assert torch.equal(made.transform("k", 0, 9, "fisher").E, made.bases["k"]["E"][0][..., :9])
     assert made.transform("k", 0).joint
+    assert made.statistics.k.metrics.keys() == made.statistics.v.metrics.keys() == {"attention", "fisher"}
 
 
 def test_a_compact_file_is_small_and_reads_the_same(llama, made, preset, tmp_path):
@@ -208,17 +181,13 @@ def test_a_compact_file_is_small_and_reads_the_same(llama, made, preset, tmp_pat
     assert torch.load(path, weights_only=True)["joint"]["E"].dtype == torch.float16
     back = load_calibration(path)
     assert back.meta == made.compact("joint").meta and back.statistics is None and not back.bases
-    torch.testing.assert_close(back.multi_head["joint"].E, made.multi_head["joint"].E, rtol=2e-3, atol=1e-4)
-    assert back.multi_head["joint"].allocation.bits_of_each(3) == made.multi_head["joint"].allocation.bits_of_each(3)
     for layer in range(L):
         transform = back.transform("k", layer).to("cpu", torch.float64)
         x = vectors(2 * H, 20)
         exact = JointTransform(transform.E, transform.E.inverse(), transform.mean, transform.rotary)
         torch.testing.assert_close(transform.inverse(exact.forward(x), D), x, rtol=1e-3, atol=1e-3)
-    reads_like_the_reference(
-        llama, create_cache_from_preset(preset | {"calibration_file": str(path)}, model=llama, dtype=torch.float64),
-        windows(2, 150),
-    )  # fmt: skip
+    cache = create_cache_from_preset(preset | {"calibration_file": str(path)}, model=llama, dtype=torch.float64)
+    reads_like_the_reference(llama, cache, windows(2, 150))
     x = vectors(2 * H, 128, dtype=torch.float32) * 3
     lost = []
     for source in (made, back):
@@ -227,99 +196,62 @@ def test_a_compact_file_is_small_and_reads_the_same(llama, made, preset, tmp_pat
     assert lost[1] == pytest.approx(lost[0], rel=0.05)
 
 
-def test_a_compact_file_has_no_other_codec(made, tmp_path):
-    back = load_calibration(save_calibration(made.compact("joint"), tmp_path / "small.pt"))
+@pytest.mark.parametrize("name", ["joint", "grouped"])
+def test_a_compact_file_has_no_other_basis(made, tmp_path, name):
+    back = load_calibration(save_calibration(made.compact(name), tmp_path / "small.pt"))
+    assert list(back.multi_head) == [name]
+    own, read = made.multi_head[name], back.multi_head[name]
+    torch.testing.assert_close(read.E, own.E, rtol=2e-3, atol=1e-3)
+    assert read.allocation.bits_of_each(3) == own.allocation.bits_of_each(3)
+    with pytest.raises(PluginError, match=f"is not in this calibration, it has codec {name} alone"):
+        back.fit_of("grouped" if name == "joint" else "joint")
     for codec in ("pca", "fisher", "random"):
         with pytest.raises(PluginError, match=f"codec {codec}: this is a compact calibration of tiny-llama.*--compact"):
             back.transform("k", 0, codec=codec)
 
 
-def refused(path, *words: str) -> None:
-    with pytest.raises(BadArtefact) as error:
-        load_calibration(path)
-    message = str(error.value)
-    assert str(path) in message and "\n" not in message and all(word in message for word in words), message
-
-
-def spoiled(t: Tensor) -> Tensor:
-    t = t.clone()
-    t.view(-1)[3] = float("inf")
-    return t
-
-
-TENSORS = ("mean", "E", "spectrum", "errors", "prices", "demand")
-DAMAGE = {f"{name} gone": (name, lambda t: None) for name in TENSORS}
-DAMAGE |= {f"{name} infinite": (name, spoiled) for name in TENSORS}
-DAMAGE |= {f"{name} of another shape": (name, lambda t: t[..., :-1] if t.ndim > 1 else t[:1]) for name in TENSORS}
-DAMAGE |= {f"{name} a list": (name, lambda t: t[0].tolist()) for name in TENSORS}
-DAMAGE |= {f"{name} gone": (name, lambda x: None) for name in ("layouts", "frequencies", "widths")}
-DAMAGE |= {f"{name} too few": (name, lambda x: x[1:]) for name in ("layouts", "frequencies", "widths")}
-DAMAGE |= {
-    "another layout": ("layouts", lambda x: ["diagonal", *x[1:]]),
-    "a layout that can't be hashed": ("layouts", lambda x: [[], *x[1:]]),
-    "frequencies of too many channels": ("frequencies", lambda x: [torch.ones(D), *x[1:]]),
-    "frequencies infinite": ("frequencies", lambda x: [spoiled(x[0]), *x[1:]]),
-    "frequencies of no tensor": ("frequencies", lambda x: [3, *x[1:]]),
-    "a basis of other channels": ("E", lambda t: t[:, :, :40, :40]),
-    "other widths": ("widths", lambda x: [0, 1, *x[2:]]),
-}
+# What belongs to this part of a file alone; any wrong tensor is in calibration/test_bad_files.py
+DAMAGE = {
+    "layouts": [..., lambda x: x[1:], lambda x: ["diagonal", *x[1:]], lambda x: [[], *x[1:]]],
+    "frequencies": [
+        ..., lambda x: x[1:], lambda x: [torch.ones(D), *x[1:]], lambda x: [3, *x[1:]],
+        lambda x: [spoiled(x[0], float("inf")), *x[1:]],
+    ],
+    "widths": [..., lambda x: x[1:], lambda x: [0, 1, *x[2:]]],
+    "E": [lambda t: t[:, :, :40, :40], lambda t: t[0].tolist()],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("compact", [False, True])
-@pytest.mark.parametrize(("name", "change"), DAMAGE.values(), ids=DAMAGE)
-def test_damage_is_named(made, tmp_path, name, change, compact):
-    path = save_calibration(made.compact("joint") if compact else made, tmp_path / "c.pt")
-    record = torch.load(path, weights_only=True)
-    record["joint"][name] = change(record["joint"][name])
-    torch.save(record, path)
-    place = "'joint'" if (name, change) == DAMAGE["prices of another shape"] else f"'joint.{name}"
-    refused(path, place, "expected", "make the file again")
+def test_damage_is_named(made, tmp_path, compact):
+    for name, value in ((name, value) for name, values in DAMAGE.items() for value in values):
+        path = save_calibration(made.compact("joint") if compact else made, tmp_path / "c.pt")
+        change(path, "joint", name, value=value)
+        rejected(path, f"'joint.{name}", "expected", "make the file again")
 
 
-def test_a_basis_that_has_no_way_back_is_refused(made, tmp_path):
-    path = save_calibration(made, tmp_path / "c.pt")
-    record = torch.load(path, weights_only=True)
-    record["joint"]["E"][1, 0, :, 3] = 0
-    torch.save(record, path)
-    back = load_calibration(path)
-    with pytest.raises(BadArtefact, match="basis .* no inverse: make the calibration again"):
-        back.transform("k", 1)
+PARTS = [
+    *(("joint", value, ["'joint'", "expected a dict"]) for value in (None, 3, [1])),
+    ("joint", ..., ["'joint'", "expected a dict, found nothing"]),
+    ("joint.prices", lambda t: t[:1], ["'joint'", "expected two or more prices"]),
+    ("statistics.metrics", 3, ["'statistics.metrics'", "found 3"]),
+    ("statistics.metrics", {"k": [1]}, ["'statistics.metrics.k'", "found list"]),
+    ("statistics.metrics.k.fisher", torch.zeros(2), ["'statistics.metrics.k.fisher'", "[3, 2, 12, 12]"]),
+]
 
 
-@pytest.mark.parametrize("value", [None, 3, [1]])
-def test_a_joint_part_that_is_none_is_named(made, tmp_path, value):
-    path = save_calibration(made, tmp_path / "c.pt")
-    torch.save(torch.load(path, weights_only=True) | {"joint": value}, path)
-    refused(path, "'joint'", "expected a dict")
-
-
-def test_a_joint_file_without_its_codec_is_named(made, tmp_path):
-    path = save_calibration(made, tmp_path / "c.pt")
-    record = torch.load(path, weights_only=True)
-    del record["joint"]
-    torch.save(record, path)
-    refused(path, "'joint'", "expected a dict, found nothing")
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [(3, ["'statistics.metrics'", "found 3"]), ({"k": [1]}, ["'statistics.metrics.k'", "found list"]),
-     ({"k": {"fisher": torch.zeros(2)}}, ["'statistics.metrics.k.fisher'", "[3, 2, 12, 12]"])],
-)  # fmt: skip
-def test_damaged_metrics_are_named(made, tmp_path, change, words):
-    path = save_calibration(made, tmp_path / "c.pt")
-    record = torch.load(path, weights_only=True)
-    record["statistics"]["metrics"] = change
-    torch.save(record, path)
-    refused(path, *words)
+def test_damaged_parts_are_named(made, tmp_path):
+    for place, value, words in PARTS:
+        path = save_calibration(made, tmp_path / "c.pt")
+        change(path, *place.split("."), value=value)
+        rejected(path, *words)
 
 
 def test_an_older_file_has_neither_metrics_nor_a_joint_codec(llama, tmp_path):
     made = calibrate(llama, TEXT, rank=9, samples=2, seq_len=48)
     path = save_calibration(made, tmp_path / "c.pt")
-    record = torch.load(path, weights_only=True)
-    del record["statistics"]["metrics"], record["meta"]["metric"]
-    torch.save(record, path)
+    change(path, "statistics", "metrics", value=...)
+    change(path, "meta", "metric", value=...)
     back = load_calibration(path)
     assert torch.equal(back.transform("k", 0).E, made.transform("k", 0).E) and "joint" not in back.multi_head
     with pytest.raises(PluginError, match="codec attention needs statistics that this calibration doesn't have"):
@@ -340,41 +272,29 @@ def test_a_calibration_without_gradients_is_not_used_again_for_a_metric(llama, t
 # --- the script
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    tiny_model("llama").save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
+@pytest.fixture
+def common(tiny_flags):
+    return [*tiny_flags, "--samples", 2, "--seq-len", 80]
 
 
 @pytest.mark.parametrize(
     ("flags", "codec", "joint"),
-    [([], "pca", False), (["--metric", "attention"], "attention", False), (["--metric", "fisher"], "fisher", True),
-     (["--codec", "joint"], "joint", True), (["--codec", "joint", "--compact"], "joint", True),
-     (["--codec", "joint", "--gradient-checkpointing"], "joint", True),
-     (["--metric", "fisher", "--codec", "pca"], "pca", True), (["--metric", "fisher", "--compact"], "joint", True)],
+    [
+        ([], "pca", False), (["--metric", "attention"], "attention", False), (["--metric", "fisher"], "fisher", True),
+        (["--codec", "joint", "--gradient-checkpointing"], "joint", True),
+        (["--metric", "fisher", "--codec", "pca"], "pca", True), (["--metric", "fisher", "--compact"], "joint", True),
+    ],
 )  # fmt: skip
-def test_the_script_gathers_what_is_asked_for(flags, codec, joint, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "words.txt").write_text(word_text(3000))
-    common = ["--model", folder, "--text", "words.txt", "--samples", 2, "--seq-len", 80, "--output", "c.pt"]
-    assert run("calibrate_kv_lowrank", *common, *flags) == 0
-    made = load_calibration(tmp_path / "c.pt")
+def test_the_script_gathers_what_is_asked_for(flags, codec, joint, common, tmp_path, capsys):
+    assert run("calibrate_kv_lowrank", *common, "--output", "c.pt", *flags) == 0
+    made = load_calibration("c.pt")
     assert made.meta["codec"] == codec and ("joint" in made.multi_head) == joint
     assert (made.statistics is None) == ("--compact" in flags)
     assert "need no gradients" not in capsys.readouterr().out
-
-
-def test_a_compact_file_needs_gradients(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "words.txt").write_text(word_text(3000))
-    common = ["--model", folder, "--text", "words.txt", "--samples", 2, "--seq-len", 80, "--output", "c.pt"]
-    assert run("calibrate_kv_lowrank", *common, "--compact") == 2
-    assert (
-        "one multi-head codec, which needs gradients: give --codec joint or grouped" in capsys.readouterr().err
-        and not (tmp_path / "c.pt").exists()
-    )
+    if not flags:
+        assert run("calibrate_kv_lowrank", *common, "--output", "other.pt", "--compact") == 2
+        message = "one codec that heads share, which needs gradients: give --codec joint or grouped"
+        assert message in capsys.readouterr().err and not (tmp_path / "other.pt").exists()
 
 
 # --- one more codec: a class and a line in the registry, here for as long as a test runs
@@ -397,8 +317,7 @@ class AsCached(MultiHead):
     joint = True
 
 
-THIRD = {"apart, turned": OneHead(), "together, as cached": AsCached()}
-SMALL = {"rank": 9, "samples": 4, "seq_len": 200}
+THIRD = {"apart, rotated": OneHead(), "together, as cached": AsCached()}
 
 
 @pytest.fixture(params=THIRD.values(), ids=THIRD)
@@ -408,7 +327,7 @@ def third(request, monkeypatch) -> MultiHead:
 
 
 def test_a_whole_calibration_has_every_registered_codec(llama, third, made, tmp_path):
-    whole = calibrate(llama, TEXT, codec="fisher", **SMALL)
+    whole = calibrate(llama, TEXT, codec="fisher", **OF_HEADS)
     assert list(whole.multi_head) == ["joint", "grouped", "third"]
     assert same_codec(whole.multi_head["joint"], made.multi_head["joint"]), "which know nothing of each other"
     back = load_calibration(save_calibration(whole, tmp_path / "c.pt"))
@@ -417,13 +336,13 @@ def test_a_whole_calibration_has_every_registered_codec(llama, third, made, tmp_
 
 
 def test_a_compact_calibration_gathers_and_fits_one_codec(llama, third, monkeypatch, tmp_path):
-    expected = calibrate(llama, TEXT, codec="third", **SMALL).compact("third")
+    expected = calibrate(llama, TEXT, codec="third", **OF_HEADS).compact("third")
     fitted, fit = [], fit_multi_head
     monkeypatch.setattr(calibrate_module, "fit_multi_head", lambda own: (fitted.append(own.basis.name), fit(own))[1])
     monkeypatch.setattr(calibrate_module, "collect", None)  # no first pass
     shapes, zeros = [], Moments.zeros
     monkeypatch.setattr(Moments, "zeros", lambda shape: (shapes.append(shape), zeros(shape))[1])
-    made = calibrate(llama, TEXT, codec="third", compact=True, **SMALL)
+    made = calibrate(llama, TEXT, codec="third", compact=True, **OF_HEADS)
     assert fitted == ["third"] and shapes == [third.shape(llama.geometry)]
     assert made.meta == expected.meta and made.statistics is None and not made.bases
     path = save_calibration(made, tmp_path / "small.pt")
@@ -432,38 +351,51 @@ def test_a_compact_calibration_gathers_and_fits_one_codec(llama, third, monkeypa
     torch.testing.assert_close(load_calibration(path).multi_head["third"].E, made.multi_head["third"].E, rtol=0, atol=0)
 
 
-def test_its_statistics_are_of_what_it_says(llama, third):
-    batches = windows(3, 100)
-    gathered = collect_fisher(llama, batches, None, 4, {"third": third, "joint": BASES["joint"]})
-    own, turns = gathered["third"], gathered["joint"].rotary
-    assert own.rotary == (turns if third.unrotated else [])
-    for layer, (k, v, _, _) in enumerate(direct(llama, batches)):
-        if third.joint:
-            entries = [side_by_side(k[None], v[None], 1)[0]]
-        else:
-            turned = [turns[layer].unrotate(part, 4) for part in k.split(96, dim=1)]
-            entries = [torch.cat(turned, dim=1), v]
-        for place, x in enumerate(entries):
-            centred = x - x.mean(1, keepdim=True)
-            assert close(own.moments.scatter[len(entries) * layer + place], centred.mT @ centred)
+@pytest.mark.parametrize("most", [512, 24], ids=["all heads in a group", "a group for each head"])
+@pytest.mark.parametrize("name", [*THIRD, "joint", "grouped"])
+def test_statistics_are_of_k_and_v_as_a_basis_arranges_them(llama, name, most, monkeypatch):
+    monkeypatch.setattr("gpt2.compression.codecs.multi_head.MOST_CHANNELS", most)
+    basis, batches = THIRD.get(name) or BASES[name], windows(3, 40)
+    gathered = collect_fisher(llama, batches, None, SINKS, {"own": basis, "joint": BASES["joint"]})
+    own, rotary = gathered["own"], gathered["joint"].rotary
+    assert own.rotary == (rotary if basis.unrotated else [])
+    groups = 1 if most == 512 and not isinstance(basis, OneHead) else H
+
+    def arranged(layer: int, k: Tensor, v: Tensor) -> list[Tensor]:
+        if basis.unrotated:
+            k = torch.cat([rotary[layer].unrotate(window, SINKS) for window in k.split(40 - SINKS, dim=1)], dim=1)
+        if basis.joint:
+            return [side_by_side(k[None], v[None], groups)[0]]
+        return [join_heads(side[None], H * D // groups)[0] for side in (k, v)]
+
+    for layer, (k, v, gk, gv) in enumerate(direct_gradients(llama, batches)):
+        entries = list(zip(arranged(layer, k, v), arranged(layer, gk, gv), strict=True))
+        for entry, (x, g) in enumerate(entries, start=len(entries) * layer):
+            assert close(own.moments.mean[entry], x.mean(1)) and close(own.moments.scatter[entry], scatter(x))
+            assert close(own.moments.metrics["fisher"][entry], between_heads(g, D))
+    assert (own.moments.count == 3 * (40 - SINKS)).all()
 
 
-def test_coordinates_follow_positions_where_keys_keep_them(llama, third):
-    codec = calibrate(llama, TEXT, codec="third", compact=True, **SMALL).multi_head["third"]
+@pytest.mark.parametrize("name", [*THIRD, "joint", "grouped"])
+def test_coordinates_follow_positions_where_keys_keep_them(llama, name, made, monkeypatch):
+    """Without positions keys of any place are compressed alike."""
+    basis = THIRD.get(name) or BASES[name]
+    monkeypatch.setitem(BASES, basis.name, basis)
+    codec = calibrate(llama, TEXT, codec=basis.name, compact=True, **OF_HEADS).multi_head[basis.name]
     transform = codec.transform(1, "k").to("cpu", torch.float64)
-    turn = (codec.rotary or collect_fisher(llama, windows(1, 80), None, 4, {"joint": BASES["joint"]})["joint"].rotary)[
-        1
-    ]
+    rotary = made.multi_head["joint"].rotary[1]
     k, v = (vectors(H, 1, seed=seed).expand(-1, -1, 40, -1) for seed in (0, 1))
-    keys = turn.rotate(k, 300)
-    z = transform.forward(torch.cat((keys, v), dim=1) if third.joint else keys, 300)
-    assert torch.allclose(z, z[:, :, :1].expand_as(z), rtol=1e-4, atol=1e-4) == third.unrotated
-    assert codec.transform(1, "v").absorbable != third.joint, "values never turn"
-    torch.testing.assert_close(codec.transform(1, "v").E, codec.E[1 if third.joint else 3])
+    keys = rotary.rotate(k, 300)
+    x = torch.cat((keys, v), dim=1) if basis.joint else keys
+    z = transform.forward(x, 300)
+    assert torch.allclose(z, z[:, :, :1].expand_as(z), rtol=1e-4, atol=1e-4) == basis.unrotated
+    assert torch.allclose(transform.forward(x, 301), z, rtol=1e-2) != basis.unrotated
+    assert codec.transform(1, "v").absorbable != basis.joint, "values never turn"
+    torch.testing.assert_close(codec.transform(1, "v").E, codec.E[1 if basis.joint else 3])
 
 
 def test_a_model_decodes_with_it(llama, third, tmp_path):
-    made = calibrate(llama, TEXT, codec="third", compact=True, **SMALL)
+    made = calibrate(llama, TEXT, codec="third", compact=True, **OF_HEADS)
     found = make_ratio_preset(llama, made, 4.0)
     assert found.name == "third-4x" and found.compression_ratio >= 4
     preset = preset_of(made, tmp_path / "small.pt")
@@ -476,30 +408,24 @@ def test_a_model_decodes_with_it(llama, third, tmp_path):
     assert torch.equal(ours, llama.model.generate(prompt, max_new_tokens=12, do_sample=False))
 
 
-def test_the_search_the_scripts_and_models_without_weights_know_it(llama, third, folder, tmp_path, monkeypatch):
+def test_the_search_the_scripts_and_models_without_weights_know_it(llama, third, common, model_folder, tmp_path):
     assert "third+mixed" in search_space.families()
-    made = calibrate(llama, TEXT, codec="third", **SMALL)
+    made = calibrate(llama, TEXT, codec="third", **OF_HEADS)
     low, high = made.multi_head["third"].allocation.bits_range()
     made.multi_head["third"].allocation.bits_range = lambda: (2.5, high)
     assert low < 2.5 == search_space.bits_range(made)[0]
     made_up = stand_in.stand_in(llama).multi_head["third"]
-    assert (
-        [E.shape for E in made_up.E] == [E.shape for E in made.multi_head["third"].E]
-        and made_up.transform(2, "v").rank == third.shape(llama.geometry).head_dim
-    )
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "words.txt").write_text(word_text(3000))
-    common = ["--model", folder, "--text", "words.txt", "--samples", 2, "--seq-len", 80]
+    assert made_up.E.shape == made.multi_head["third"].E.shape
+    assert made_up.transform(2, "v").rank == third.shape(llama.geometry).head_dim
     assert run("calibrate_kv_lowrank", *common, "--output", "c.pt", "--codec", "third", "--compact") == 0
-    assert list(load_calibration(tmp_path / "c.pt").multi_head) == ["third"]
+    assert list(load_calibration("c.pt").multi_head) == ["third"]
     sizes = ["--eval-tokens", 128, "--eval-seq-len", 64, "--ratios", "3"]
     assert run("make_presets", *common, *sizes, "--codec", "third", "--output", "out") == 0
-    names = {path.name for path in (tmp_path / "out").rglob("*.*")}
-    slug = folder.name
+    names, slug = {path.name for path in (tmp_path / "out").rglob("*.*")}, model_folder.name
     assert {f"{slug}-third-3x.json", f"kv_third_{slug}.pt", f"ratio_presets_third_{slug}.json"} <= names
 
 
 @pytest.mark.parametrize("codec", ["pca", "fisher"])
-def test_a_compact_calibration_of_single_heads_is_refused(llama, codec):
+def test_a_compact_calibration_of_single_heads_is_rejected(llama, codec):
     with pytest.raises(PluginError, match=rf"\(joint, grouped\), and codec {codec} is of single heads"):
-        calibrate(llama, TEXT, codec=codec, compact=True, **SMALL)
+        calibrate(llama, TEXT, codec=codec, compact=True, **OF_HEADS)

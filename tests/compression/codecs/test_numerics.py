@@ -21,169 +21,34 @@ import functools
 
 import pytest
 import torch
-from hostile import CHANNELS, HOSTILE, SHAPES, SIZES, hostile
+from hostile import CHANNELS, HOSTILE, SHAPES, hostile
+from numerics import (
+    BASIS_NAMES,
+    BY_BLOCK,
+    CODED,
+    FITTED_ON,
+    HALF_ULP,
+    SMALL,
+    TOLERANCE,
+    allowed,
+    compressor,
+    given,
+    held,
+    lost,
+    round_trip,
+)
 from sampling import covering
-from torch import Tensor
 
 from gpt2.compression.cache import attention_math, direct_attention
 from gpt2.compression.cache.token_store import TokenStore
-from gpt2.compression.calibration.multi_head_fit import MultiHeadFit, fit_multi_head
-from gpt2.compression.calibration.statistics import MultiHeadStatistics
 from gpt2.compression.codecs import (
-    BASES,
     IDENTITY,
-    QUANTIZERS,
     Compressor,
-    Quantizer,
-    Transform,
     basis_of,
     needs_calibration,
 )
-from gpt2.compression.codecs.mixed import MixedFixed
-from gpt2.compression.codecs.moments import Moments
-from gpt2.compression.codecs.rope import Rotary
 from gpt2.compression.compressed_cache import CompressedDynamicCache
-from gpt2.compression.kernels import cpu
-from gpt2.models.geometry import Geometry
-
-BY_TOKEN, BY_BLOCK = ("int8", "int4"), ("int8_channel", "int4_channel", "mixed")
-CODED = (*BY_TOKEN, *BY_BLOCK)
-BASIS_NAMES = (IDENTITY, "hadamard", "ln_nullspace", "pca", "random", "attention", "fisher", "grouped", "joint")
-EXACT_BASES = [name for name in BASIS_NAMES if name not in (IDENTITY, "ln_nullspace")]
-FITTED_ON = ("the same", "noise")
-HALF_ULP = 2.0**-11  # of float16: what a 16-bit cache loses anyway
-SMALLEST_STEP = 2.0**-17
-TOLERANCE = 1.1
-GATHERED = ("five tokens", "channels of 1e-6 to 1e4", "outlier channels")
-END = "near float16's end"
-TURNED = "biases turned by positions"
-SMALL: tuple[int, int, int, int] = (2, 2, 128, 16)
-
-
-# --- codecs as a user has them
-
-
-@functools.cache
-def metric(groups: int, w: int) -> Tensor:
-    """What loss or queries feel of errors: some directions a hundred times as much as others, [G, w, w] float64."""
-    g = torch.Generator().manual_seed(3)
-    axes = torch.linalg.qr(torch.randn(groups, w, w, generator=g, dtype=torch.float64)).Q
-    return axes * torch.logspace(0, -4, w, dtype=torch.float64) @ axes.mT
-
-
-def moments_of(x: Tensor, codec: str = "pca", weights: Tensor | None = None) -> Moments:
-    """Of x [B, G, T, w], with the metric that a codec needs."""
-    moments = Moments.zeros(Geometry.uniform(1, x.shape[1], x.shape[3]))
-    moments.update(0, x)
-    if basis_of(codec).metric != "pca":
-        moments.metrics[basis_of(codec).metric] = (metric(x.shape[1], x.shape[3]) if weights is None else weights)[None]
-    return moments
-
-
-def rotary(d: int) -> Rotary:
-    return Rotary(1e6 ** (-torch.arange(0, d, 2) / d))
-
-
-def fit_of_measured(codec: str, x: Tensor, case: str, weights: Tensor | None = None) -> MultiHeadFit:
-    """Fitted to keys x [B, H, T, d], and for the joint codec to other values of the same kind."""
-    basis, turn = BASES[codec], rotary(x.shape[3])
-    k, v = halves(x, case) if basis.joint else (x, x)
-    entry = basis.arrange(k, v, turn, 0)[0]
-    sample = entry.transpose(0, 1).flatten(1, 2).clamp(-65504, 65504).half()
-    turns = [turn] if basis.unrotated else []
-    moments = moments_of(entry, codec, weights)
-    if not basis.joint:  # K and V of a layer are two entries: twice the same
-        moments = Moments(moments.count.repeat(2), moments.mean * 2, moments.scatter * 2,
-                          {name: [m[0]] * 2 for name, m in moments.metrics.items()})  # fmt: skip
-        sample = torch.stack((sample, sample))
-    else:
-        sample = sample[None]
-    return fit_multi_head(MultiHeadStatistics(basis, moments, turns, sample))
-
-
-def halves(x: Tensor, case: str) -> tuple[Tensor, Tensor]:
-    """Keys, which positions have turned, and values of the same kind in another order."""
-    return x if case == TURNED else rotary(x.shape[3]).rotate(x, 0), x.flip(2)
-
-
-def given(codec: str, x: Tensor, case: str) -> Tensor:
-    """x as a codec takes it: keys and values side by side where it is joint."""
-    return torch.cat(halves(x, case), dim=1) if basis_of(codec).joint else x
-
-
-def compressor(codec: str, quantizer: str, case: str, shape: tuple, fitted_on: str = "the same") -> Compressor:
-    """Fitted to another sample than seed 0 gives; mixed widths have the bits that int4 takes with its metadata."""
-    sample = case if fitted_on == "the same" else "plain"
-    own = QUANTIZERS[quantizer].at(int4_bits(shape)) if QUANTIZERS[quantizer].adjustable else QUANTIZERS[quantizer]
-    if isinstance(own, MixedFixed):
-        own = MixedFixed(own.bits, measured_codec(codec, sample, shape).allocation.widths(own.bits)[0])
-    return Compressor(own, transform_of(codec, sample, shape))
-
-
-@functools.cache
-def transform_of(codec: str, sample: str, shape: tuple) -> Transform | None:
-    if codec == IDENTITY:
-        return None
-    if basis_of(codec).multi_head:
-        return measured_codec(codec, sample, shape).transform(0)
-    basis = basis_of(codec)
-    if not basis.calibrated:
-        return basis.transform(shape[3]).to("cpu", torch.float32)
-    return basis.fit(moments_of(sampled(sample, shape), codec), 0)[0].to("cpu", torch.float32)
-
-
-@functools.cache
-def measured_codec(codec: str, case: str, shape: tuple) -> MultiHeadFit:
-    return fit_of_measured(codec, sampled(case, shape), case)
-
-
-def sampled(case: str, shape: tuple) -> Tensor:
-    """What is calibrated on: more tokens than a joint basis has channels."""
-    B, H, T, d = shape
-    return hostile(case, (B, H, 3 * T, d), seed=1)
-
-
-def int4_bits(shape: tuple) -> float:
-    return 4 + 32 / shape[3]
-
-
-def stored_bits(quantizer: Quantizer, shape: tuple) -> float:
-    metadata = {"int8": 32 / shape[3], "int4": 32 / shape[3], "int8_channel": 24 / 64, "int4_channel": 24 / 64}
-    return quantizer.bits + metadata.get(quantizer.name, 0)
-
-
-def round_trip(c: Compressor, x: Tensor) -> Tensor:
-    return c.reconstruct(c.compress(x), x.shape[3], x.dtype)
-
-
-def lost(codec: str, back: Tensor, x: Tensor) -> float:
-    """Squared error in total, in the codec's metric; x as `given`, [B, H, T, d]."""
-    error = back.double() - x.double()
-    if basis_of(codec).metric == "pca":
-        return float(error.square().sum())
-    if basis_of(codec).multi_head:
-        k, v = error.chunk(2, dim=1) if basis_of(codec).joint else (error, error)
-        error = BASES[codec].arrange(k, v, rotary(x.shape[3]), 0)[0]
-    return float(torch.einsum("bgti,gij,bgtj->", error, metric(error.shape[1], error.shape[3]), error))
-
-
-def allowed(codec: str, quantizer: Quantizer, x: Tensor) -> float:
-    """What int4 per token loses of x, with the worth of bits that a codec has less, and what 16 bits lose anyway."""
-    int4 = lost(codec, round_trip(Compressor(QUANTIZERS["int4"]), x), x)
-    worth = 4 ** max(int4_bits(x.shape) - stored_bits(quantizer, x.shape), 0)
-    return TOLERANCE * worth * int4 + float(((HALF_ULP * x.double()).square() + SMALLEST_STEP**2).sum())
-
-
-def held(codec: str, quantizer: str, case: str, fitted_on: str) -> bool:
-    """Whether the claim of this module is about them."""
-    if codec == IDENTITY:
-        return case not in SIZES
-    if codec == "ln_nullspace" or case not in CHANNELS or (case == END and fitted_on == "noise"):
-        return False
-    if quantizer in BY_BLOCK or fitted_on == "noise":
-        return quantizer in BY_BLOCK
-    return quantizer == "mixed_fixed" or (codec in ("pca", "random") and case not in GATHERED)
-
+from gpt2.compression.kernels import cpu, dispatch
 
 # --- never NaN, never worse than int4
 
@@ -254,13 +119,13 @@ def test_a_massive_token_outside_the_sinks_costs_its_own_block_alone(codec, quan
     spoiled[:, :, 70, 3] = 2000
     c = compressor(codec, quantizer, "plain", shape)
     z = c.transform.forward(spoiled) if c.transform else spoiled
-    fields, others = c.compress(spoiled), c.compress(x)
-    assert all(torch.equal(fields[name][:, :, 0], others[name][:, :, 0]) for name in fields)
+    encoded, others = c.compress(spoiled), c.compress(x)
+    assert all(torch.equal(encoded[name][:, :, 0], others[name][:, :, 0]) for name in encoded)
     block = z[:, :, 64:].double()
     rest = torch.cat((block[:, :, :6], block[:, :, 7:]), dim=2)
     collapsed = (rest - rest.mean(2, keepdim=True)).square().sum()
     step = (block.amax(2) - block.amin(2)) / 15 * 2 ** (3 / 8)
-    error = (c.reconstruct(fields, shape[3], x.dtype) - spoiled).double()[:, :, 64:].square().sum()
+    error = (c.reconstruct(encoded, shape[3], x.dtype) - spoiled).double()[:, :, 64:].square().sum()
     assert error <= TOLERANCE * collapsed + (step / 2).square().sum()
 
 
@@ -308,34 +173,35 @@ def test_kernels_store_mixed_widths_as_pytorch_does(case, monkeypatch):
     """The same grids and the same budget; only between two that are as good may the order of a sum decide."""
     if not cpu.loaded():
         pytest.skip("no compiler on this machine: PyTorch does it all")
+    by_kernel, quantized = [], cpu.quantized
+    monkeypatch.setattr(cpu, "quantized", lambda *args: by_kernel.append(quantized(*args)) or by_kernel[-1])
+    x = hostile(case, SMALL)
     for codec in (IDENTITY, "pca"):
         c = compressor(codec, "mixed", case, SMALL, "noise")
-        x = hostile(case, SMALL)
-        fields = c.compress(x)
-        with monkeypatch.context() as patch:
-            patch.setattr(cpu, "loaded", lambda: False)
-            expected = c.compress(x)
-            read_by_other = round_trip(c, x)
-        assert all(fields[name].shape == expected[name].shape for name in fields)
-        one, other = (lost(codec, back, x) for back in (round_trip(c, x), read_by_other))
+        found, expected = dispatch.compress(c, x), c.compress(x)
+        assert found is by_kernel.pop() and not by_kernel
+        assert found.keys() == expected.keys()
+        assert all(found[name].shape == expected[name].shape for name in found)
+        one, other = (lost(codec, c.reconstruct(encoded, SMALL[3], x.dtype), x) for encoded in (found, expected))
         assert one == pytest.approx(other, rel=1e-2, abs=1e-6 * float(x.double().square().sum()) * HALF_ULP)
 
 
 @pytest.mark.parametrize("case", ["plain", "biases up to 400 in all", "massive activations", "constant"])
 @pytest.mark.parametrize("codec", [IDENTITY, "pca", "joint"])
 def test_the_same_bytes_whatever_else_is_stored(codec, case):
-    """Twice, alone or in a batch, all at once or in parts, with one thread or two."""
+    """Twice, alone or in a batch, all at once or in parts, with one thread or two; by PyTorch and by kernels."""
     x = given(codec, hostile(case, SMALL), case)
-    for quantizer in CODED:
-        c = compressor(codec, quantizer, case, SMALL)
-        fields = c.compress(x)
+    compressors = [compressor(codec, quantizer, case, SMALL) for quantizer in CODED]
+    by_kernel = functools.partial(dispatch.compress, compressors[CODED.index("mixed")])
+    for compress in (*(c.compress for c in compressors), by_kernel):
+        encoded = compress(x)
         threads = torch.get_num_threads()
         torch.set_num_threads(2)
-        again = c.compress(x)
+        again = compress(x)
         torch.set_num_threads(threads)
-        alone = c.compress(x[1:])
-        parts = [c.compress(part, start) for part, start in zip(x.split(64, dim=2), (0, 64), strict=True)]
-        for name, field in fields.items():
-            assert torch.equal(c.compress(x)[name], field) and torch.equal(again[name], field)
-            assert torch.equal(alone[name], field[1:]), (quantizer, name)
-            assert torch.equal(torch.cat([part[name] for part in parts], dim=2), field), (quantizer, name)
+        alone = compress(x[1:])
+        parts = [compress(part, start) for part, start in zip(x.split(64, dim=2), (0, 64), strict=True)]
+        for name, tensor in encoded.items():
+            assert torch.equal(again[name], tensor)
+            assert torch.equal(alone[name], tensor[1:]), (compress, name)
+            assert torch.equal(torch.cat([part[name] for part in parts], dim=2), tensor), (compress, name)

@@ -5,15 +5,14 @@ import json
 import optuna
 import pytest
 import torch
+from calibrations import TEXT, identical
 from hostile import CHANNELS, HOSTILE, SIZES, hostile
-from script_runs import SMALL as FEW
-from script_runs import SMALL_EVAL, run
-from test_numerics import (
+from numerics import (
     EXACT_BASES,
     SMALL,
     allowed,
     compressor,
-    fit_of_measured,
+    fit_heads,
     given,
     int4_bits,
     lost,
@@ -21,7 +20,9 @@ from test_numerics import (
     moments_of,
     round_trip,
 )
-from tiny import tiny_model, word_text, word_tokenizer
+from script_runs import SMALL as FEW
+from script_runs import SMALL_EVAL, run
+from tiny import tiny_model, word_tokenizer
 
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import load_calibration, save_calibration
@@ -32,44 +33,32 @@ from gpt2.compression.codecs.moments import Moments
 from gpt2.compression.settings import compressors_for
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel, wrap
-from gpt2.text.sources import by_position
 from gpt2.tuning.trial_queue import TrialQueue
 
-TEXT = by_position("words", "words.txt", word_text(3000))
 BIASED = torch.tensor([400.0, -300, 0, 0, 150, 0, 0, 90, 0, 0, 0, 0])  # of a head's 12 channels
 
 
-def biased_model(dtype: torch.dtype = torch.float32, feels: bool = True) -> LoadedModel:
-    """Qwen2.5 in small: a few channels of its keys have biases of hundreds. feels: else nothing reaches its loss."""
+def biased_model(dtype: torch.dtype = torch.float32, with_gradients: bool = True) -> LoadedModel:
+    """Qwen2.5 in small: a few channels of its keys have biases of hundreds. with_gradients: else its loss has none."""
     model = tiny_model("qwen2")
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.k_proj.bias += BIASED.repeat(2)
-            layer.self_attn.q_proj.weight *= 1e-3  # or attention would be one token's, and no key would be felt
-        model.lm_head.weight *= float(feels)
+            layer.self_attn.q_proj.weight *= 1e-3  # or attention would be one token's, and no key would matter
+        model.lm_head.weight *= float(with_gradients)
     return wrap(model.to(dtype), word_tokenizer(), "tiny-biased")
-
-
-@pytest.fixture(scope="module")
-def biased() -> LoadedModel:
-    return biased_model()
-
-
-@pytest.fixture(scope="module")
-def made(biased):
-    return calibrate(biased, TEXT, rank=9, codec="joint", samples=3, seq_len=140)
 
 
 # --- sums
 
 
 @pytest.mark.parametrize("case", [name for name in HOSTILE if name not in SIZES])
-@pytest.mark.parametrize("parts", [1, 7])
+@pytest.mark.parametrize("parts", [[128], [1, 127], [7] * 18 + [2]], ids=len)
 def test_moments_are_those_of_float64(case, parts):
     """Also where a bias is 40,000 times the spread: Σxxᵀ − nμμᵀ would have no digit left in float32."""
     x = hostile(case, SMALL)
-    moments = Moments.zeros(Geometry.uniform(1, *x.shape[1::2]))
-    for part in x.tensor_split(parts, dim=2):
+    moments = Moments.zeros(Geometry(1, *x.shape[1::2]))
+    for part in x.split(parts, dim=2):
         moments.update(0, part)
     exact = x.double().transpose(0, 1).flatten(1, 2)
     mean = exact.mean(1)
@@ -77,6 +66,7 @@ def test_moments_are_those_of_float64(case, parts):
     covariance = centred.mT @ centred / exact.shape[1]
     size = covariance.diagonal(dim1=1, dim2=2).sqrt()
     rounding = 2e-7 * mean.abs()  # of the mean of each part, in float32
+    assert moments.count[0] == exact.shape[1], "of every sequence of the batch"
     torch.testing.assert_close(moments.mean[0], mean, rtol=1e-6, atol=1e-6 * float(size.max()))
     either = size[:, None] + rounding[:, None], size[..., None] + rounding[..., None]
     products = either[0] * either[1] - size[:, None] * size[..., None]
@@ -109,38 +99,36 @@ def test_a_basis_of_any_text_serves_ordinary_text(sample):
             assert torch.isfinite(back).all()
 
 
-@pytest.mark.parametrize("size", [1e-20, 1e-8, 1e8])
 @pytest.mark.parametrize("codec", ["attention", "fisher", *multi_head_bases()])
-def test_the_size_of_gradients_says_nothing(codec, size):
+def test_the_size_of_gradients_says_nothing(codec):
     """Of a long text they may be tiny: what is stored is the same but for a power of two, and loses no more."""
-    x = given(codec, hostile("plain", SMALL), "plain")
-    w = SMALL[3] * (1 if not basis_of(codec).multi_head else 2 * SMALL[1] if basis_of(codec).joint else SMALL[1])
-    groups = 1 if basis_of(codec).multi_head else SMALL[1]
+    x, sample = given(codec, hostile("plain", SMALL), "plain"), hostile("plain", SMALL, seed=1)
+    shared, joint = basis_of(codec).multi_head, basis_of(codec).joint
+    groups, w = (1, SMALL[3] * SMALL[1] * (1 + joint)) if shared else (SMALL[1], SMALL[3])
 
     def error(factor: float) -> float:
-        sample = hostile("plain", SMALL, seed=1)
-        if basis_of(codec).multi_head:
-            transform = fit_of_measured(codec, sample, "plain", factor**2 * metric(groups, w)).transform(0)
+        weights = factor**2 * metric(groups, w)
+        if shared:
+            transform = fit_heads(codec, sample, "plain", weights).transform(0)
         else:
-            transform = basis_of(codec).fit(moments_of(sample, codec, factor**2 * metric(groups, w)), 0)[0]
+            transform = basis_of(codec).fit(moments_of(sample, codec, weights), 0)[0]
         c = Compressor(Mixed(int4_bits(SMALL)), transform.to("cpu", torch.float32))
         return lost(codec, round_trip(c, x), x)
 
-    assert error(size) == pytest.approx(error(1.0), rel=0.1)
+    expected = pytest.approx(error(1.0), rel=0.1)
+    assert [error(size) for size in (1e-20, 1e-8, 1e8)] == [expected] * 3
 
 
 @pytest.mark.parametrize("codec", multi_head_bases())
-def test_a_sample_beyond_float16_is_measured_all_the_same(codec, biased, monkeypatch):
+def test_a_sample_beyond_float16_is_fitted_all_the_same(codec):
     """It is held in float16, where a step beyond the end would be infinite, and no file with it could be read."""
+    loaded = biased_model()
     with torch.no_grad():
-        loaded = biased_model()
         for layer in loaded.model.model.layers:
             layer.self_attn.v_proj.weight *= 1e6
             layer.self_attn.o_proj.weight *= 1e-6
     fitted = calibrate(loaded, TEXT, rank=9, codec=codec, samples=2, seq_len=140).fit_of(codec)
-    allocation = fitted.allocation
-    found = (*allocation.errors, allocation.prices, allocation.demand, *fitted.E, *fitted.D)
-    assert all(torch.isfinite(x).all() for x in found)
+    assert all(torch.isfinite(x).all() for x in (*list(vars(fitted.allocation).values())[:3], fitted.E, fitted.D))
 
 
 # --- calibrations of a model
@@ -157,10 +145,10 @@ def kept(loaded: LoadedModel) -> dict[int, tuple]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("feels", [True, False], ids=["gradients", "no gradients"])
-def test_a_model_with_biased_keys(dtype, feels, tmp_path):
+@pytest.mark.parametrize("with_gradients", [True, False], ids=["gradients", "no gradients"])
+def test_a_model_with_biased_keys(dtype, with_gradients, tmp_path):
     """From its text to its cache: finite, saved and read, and no worse than int4 per token."""
-    loaded = biased_model(dtype, feels)
+    loaded = biased_model(dtype, with_gradients)
     made = calibrate(loaded, TEXT, rank=9, codec="joint", samples=3, seq_len=140)
     made = load_calibration(save_calibration(made, tmp_path / "c.pt"))
     d = loaded.geometry.head_dim
@@ -173,11 +161,9 @@ def test_a_model_with_biased_keys(dtype, feels, tmp_path):
         total = reference = 0.0
         for layer, (keys, values) in kept(loaded).items():
             assert keys.abs().amax() > 100, "or they have no bias"
-            sides = (
-                [(k[layer], torch.cat((keys, values), 1))]
-                if basis_of(codec).joint
-                else [(k[layer], keys), (v[layer], values)]
-            )
+            sides = [(k[layer], keys), (v[layer], values)]
+            if basis_of(codec).joint:
+                sides = [(k[layer], torch.cat((keys, values), 1))]
             for c, x in sides:
                 back = c.reconstruct(c.compress(x, 4), d, x.dtype, 4)
                 assert torch.isfinite(back).all()
@@ -186,44 +172,27 @@ def test_a_model_with_biased_keys(dtype, feels, tmp_path):
         assert total <= reference, (codec, quantizer)
 
 
-def test_calibrating_twice_gives_the_same(biased, made, tmp_path):
+def test_calibrating_twice_gives_the_same(tmp_path):
     """Every tensor to the bit, in memory and read from a file."""
-    again = calibrate(biased, TEXT, rank=9, codec="joint", samples=3, seq_len=140)
+    loaded, how = biased_model(), {"rank": 9, "codec": "joint", "samples": 3, "seq_len": 140}
+    made, again, other = (calibrate(loaded, TEXT, **how, seed=seed) for seed in (0, 0, 1))
     files = [save_calibration(c, tmp_path / name / "c.pt") for name, c in (("one", made), ("other", again))]
     assert identical(*(torch.load(path, weights_only=True) for path in files))
-    other = calibrate(biased, TEXT, rank=9, codec="joint", samples=3, seq_len=140, seed=1)
-    assert not torch.equal(*(torch.stack(one.multi_head["joint"].E) for one in (other, made))), "or nothing was drawn"
+    assert not torch.equal(other.multi_head["joint"].E, made.multi_head["joint"].E), "or nothing was drawn"
 
 
-def identical(one, other) -> bool:
-    """Whether two records of tensors and plain types are the same to the bit."""
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(identical(value, other[key]) for key, value in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(identical, one, other))
-    return one == other
-
-
-def test_presets_by_ratio_and_the_search_twice_are_the_same(tmp_path, monkeypatch):
+def test_presets_by_ratio_and_the_search_twice_are_the_same(tiny_flags, tmp_path):
     """The same seed, the same candidates in the same order, and losses to the last digit."""
-    monkeypatch.chdir(tmp_path)
-    tiny_model("llama").save_pretrained("tiny")
-    word_tokenizer().save_pretrained("tiny")
-    (tmp_path / "words.txt").write_text(word_text(3000))
-    common = ["--model", "tiny", "--text", "words.txt", *FEW[:2], "--seq-len", 100]
+    common, found = [*tiny_flags, *FEW[:2], "--seq-len", 100], []
     scored = ["--eval-tokens", 128, "--eval-seq-len", 64]
-    found = []
     for name in ("one", "other"):
-        calibration = f"{name}/calibrations/kv_joint_tiny.pt"
+        calibration = f"{name}/calibrations/kv_joint_tiny-llama.pt"
         assert run("make_presets", *common, *scored, "--ratios", "2,6.4", "--output", name) == 0
         assert run("calibrate_kv_lowrank", *common, "--codec", "joint", "--rank", 12, "--output", calibration) == 0
         flags = [*common, *SMALL_EVAL, "--target-ppl-delta", 0.5, "--calibration", calibration]
         flags += ["--search", "codec", "--codecs", "joint+mixed,pca", "--num-trials", 5, "--study", f"{name}/s.db"]
         assert run("auto_tune_kv_compression", *flags, "--output", f"{name}/preset.json") == 0
         (study,) = optuna.get_all_study_names(f"sqlite:///{name}/s.db")
-        rows = json.loads((tmp_path / name / "runs/ratio_presets_tiny.json").read_text())["rows"]
+        rows = json.loads((tmp_path / name / "runs/ratio_presets_tiny-llama.json").read_text())["rows"]
         found.append([[(t.params, t.values, t.state) for t in TrialQueue(f"{name}/s.db", study).trials()], rows])
-    assert found[0][0] == found[1][0] and len(found[0][0]) >= 5
-    assert found[0][1] == found[1][1]
+    assert found[0] == found[1] and len(found[0][0]) >= 5

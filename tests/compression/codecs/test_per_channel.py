@@ -29,15 +29,6 @@ def test_a_code_is_off_by_half_a_step_of_its_own_channel(quantizer, r):
 
 
 @pytest.mark.parametrize("quantizer", CHANNEL)
-def test_blocks_stand_for_themselves(quantizer):
-    x = torch.randn(1, 2, 192, 5)
-    far = x.clone()
-    far[:, :, 64:128] *= 1000
-    there, here = round_trip(quantizer, far), round_trip(quantizer, x)
-    assert torch.equal(there[:, :, :64], here[:, :, :64]) and torch.equal(there[:, :, 128:], here[:, :, 128:])
-
-
-@pytest.mark.parametrize("quantizer", CHANNEL)
 @pytest.mark.parametrize("value", [0.0, 3.25, -1000.0, 1e-9, 60000.0])
 def test_a_constant_channel_comes_back(quantizer, value):
     x = torch.full((1, 1, 64, 3), value)
@@ -68,12 +59,12 @@ def test_cutting_extremes_off_pays_at_four_bits():
 @pytest.mark.parametrize(("quantizer", "codes"), [("int8_channel", 64 * 7), ("int4_channel", 32 * 7)])
 def test_bytes_by_hand(quantizer, codes):
     """Codes, a byte of scale and two of offset per channel and block; an odd number of channels wastes nothing."""
-    fields = QUANTIZERS[quantizer].quantize(torch.randn(2, 3, 128, 7))
-    assert sum(field.nbytes for field in fields.values()) == 2 * 3 * 2 * (codes + 7 + 2 * 7)
+    encoded = QUANTIZERS[quantizer].quantize(torch.randn(2, 3, 128, 7))
+    assert sum(part.nbytes for part in encoded.values()) == 2 * 3 * 2 * (codes + 7 + 2 * 7)
 
 
 def test_nibbles_hold_the_early_tokens_low():
     x = torch.arange(64.0).view(1, 1, 64, 1) / 64 * 15
-    fields = QUANTIZERS["int4_channel"].quantize(x)
-    codes = torch.cat((fields["codes"] & 15, fields["codes"] >> 4), dim=3).flatten()
+    encoded = QUANTIZERS["int4_channel"].quantize(x)
+    codes = torch.cat((encoded["codes"] & 15, encoded["codes"] >> 4), dim=3).flatten()
     assert codes.shape == (64,) and (codes.int().diff() >= 0).all() and codes[0] == 0 and codes[-1] == 15

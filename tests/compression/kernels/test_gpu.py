@@ -41,15 +41,11 @@ def layer(k: str, v: str, d: int, dtype: torch.dtype, *, rank: int | None = None
 # --- kernels
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize(("dtype", "rank"), [*((dtype, None) for dtype in TOLERANCES), (torch.bfloat16, 60)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_quantizer(name, dtype, monkeypatch):
-    compare(monkeypatch, *layer(name, name, 64, dtype), tolerance=TOLERANCES[dtype])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_quantizer_in_a_basis(name, monkeypatch):
-    compare(monkeypatch, *layer(name, "int4", 64, torch.bfloat16, rank=60), tolerance=TOLERANCES[torch.bfloat16])
+def test_every_quantizer(name, dtype, rank, monkeypatch):
+    made = layer(name, "int4" if rank else name, 64, dtype, rank=rank)
+    compare(monkeypatch, *made, tolerance=TOLERANCES[dtype])
 
 
 @only_cuda
@@ -69,16 +65,16 @@ def test_left_padding(monkeypatch):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", ENCODED)
 def test_quantizing(name, dtype, monkeypatch):
-    """The same to the bit by token. By channel two steps or shares that are as good may be told apart differently."""
+    """The same to the bit by token. By channel two steps or shares that are as good may be chosen differently."""
     z = (tokens(256, 80, 2) + torch.arange(80) % 7 * 5).to(DEVICE, dtype)
     quantizer = QUANTIZERS[name]
     found = dispatch.quantize(quantizer, z)
     monkeypatch.setattr(dispatch, "usable", lambda x: False)
     expected = quantizer.quantize(z)
     assert found.keys() == expected.keys()
-    same = min(float((found[field] == value).float().mean()) for field, value in expected.items())
+    same = min(float((found[part] == value).float().mean()) for part, value in expected.items())
     assert same == 1.0 if quantizer.block_tokens == 1 else same > 0.99
-    lost = [float((quantizer.dequantize(fields, 80) - z.float()).square().mean()) for fields in (found, expected)]
+    lost = [float((quantizer.dequantize(encoded, 80) - z.float()).square().mean()) for encoded in (found, expected)]
     assert lost[0] == pytest.approx(lost[1], rel=1e-3)
 
 
@@ -99,13 +95,13 @@ def model():
     return tiny_model().to(DEVICE)
 
 
-def fed(model, pieces=(90, 7, 1, 1, 41)):
-    """A function that feeds two sequences to a cache in pieces and gives their logits."""
-    ids = windows(2, sum(pieces)).to(DEVICE)
+def fed(model, chunks=(90, 7, 1, 1, 41)):
+    """A function that feeds two sequences to a cache in chunks and gives their logits."""
+    ids = windows(2, sum(chunks)).to(DEVICE)
 
     @torch.no_grad()
     def run(cache) -> Tensor:
-        return torch.cat([model(x, past_key_values=cache).logits for x in ids.split(pieces, dim=1)], dim=1)
+        return torch.cat([model(x, past_key_values=cache).logits for x in ids.split(chunks, dim=1)], dim=1)
 
     return run
 
