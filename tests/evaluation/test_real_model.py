@@ -68,7 +68,7 @@ def figures(loaded, text, calibration):
 
 
 def test_the_embedded_model_is_a_language_model_and_identity_changes_nothing(loaded, figures):
-    assert loaded.geometry == geometry.Geometry(num_layers=30, num_kv_heads=3, head_dim=64)
+    assert loaded.geometry == geometry.Geometry.uniform(num_layers=30, num_kv_heads=3, head_dim=64)
     assert 2 < figures["identity"]["baseline_ppl"] < 60
     assert figures["identity"]["ppl_delta"] == 0 and figures["identity"]["kl_nats"] == 0
 

@@ -18,7 +18,9 @@ from gpt2.models import random_weights
 from gpt2.models.geometry import Geometry
 
 # 2 layers, 2 KV heads of 4 under 4 query heads
-SMALL = Dimensions(Geometry(2, 2, 4), 4, hidden=16, intermediate=32, vocabulary=100, layer_weights=1000, weights=5200)
+SMALL = Dimensions(
+    Geometry.uniform(2, 2, 4), 4, hidden=16, intermediate=32, vocabulary=100, layer_weights=1000, weights=5200
+)
 
 
 def test_arithmetic_by_hand():
@@ -28,7 +30,7 @@ def test_arithmetic_by_hand():
     assert cost_model.backward_flops(SMALL, 10) == 2 * (20_000 + 5 * 16 * 100) + 32_000
     assert cost_model.moments_flops(SMALL, 10) == 2 * 2 * 16 * 8 * 10
     # Both heads share a basis of 2 · 2 · 4 = 16 channels
-    assert SMALL.multi_head_shapes() == {"joint": Geometry(2, 1, 16), "grouped": Geometry(4, 1, 8)}
+    assert SMALL.multi_head_shapes() == {"joint": Geometry.uniform(2, 1, 16), "grouped": Geometry.uniform(4, 1, 8)}
     assert cost_model.gradient_moments_flops(SMALL, 10) == 2 * 10 * (4 * 2 * 16 + 4 * 256 + 8 * 64)
     assert cost_model.gradient_pass_flops(SMALL, 10) == 78_400 + 88_000 + 33_280
     again = cost_model.gradient_pass_flops(SMALL, 10, checkpointing=True) - cost_model.gradient_pass_flops(SMALL, 10)
@@ -39,7 +41,7 @@ def test_arithmetic_by_hand():
 
 def test_bases_are_at_most_512_wide():
     dims = cost_model.dimensions(random_weights.read_shapes(["llama-3.1-8b.json"])["llama-3.1-8b"], "llama-3.1-8b")
-    assert dims.multi_head_shapes()["joint"] == Geometry(32, 4, 512)
+    assert dims.multi_head_shapes()["joint"] == Geometry.uniform(32, 4, 512)
     assert dims.weights == pytest.approx(8.03e9, rel=1e-3)
     # q and o 4096², k and v 4096 · 1024, three of 4096 · 14336; norms are 8,192 more
     assert dims.layer_weights == pytest.approx(2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336, rel=1e-4)
@@ -82,9 +84,9 @@ def test_bytes_on_paper_are_those_of_a_real_cache(preset):
     plain, row = predictions.cache_rows({"some": config}, [300], [preset])
     whole = random_weights.from_config(config, "some")
     cache = from_preset(preset, whole)
-    assert row["bytes"] == held_bytes(cache.make, Geometry(3, 8, 64), 300)
+    assert row["bytes"] == held_bytes(cache.make, Geometry.uniform(3, 8, 64), 300)
     assert row["bytes_per_token"] == row["bytes"] / 300
-    assert plain["bytes"] == 300 * Geometry(3, 8, 64).bytes_per_token()
+    assert plain["bytes"] == 300 * Geometry.uniform(3, 8, 64).bytes_per_token()
     assert row["compression_ratio"] == plain["bytes"] / row["bytes"] > 1
     if preset in ("kv-4x", "fast-4x"):
         assert row["basis_bytes"] == cache.make().codec_bytes() > 0
@@ -92,7 +94,7 @@ def test_bytes_on_paper_are_those_of_a_real_cache(preset):
 
 def test_narrow_models_keep_the_shape_of_the_cache():
     config = random_weights.read_shapes(["qwen2.5-7b.json"])["qwen2.5-7b"]
-    assert predictions.narrow(config, Geometry(2, 4, 128)).geometry == Geometry(2, 4, 128)
+    assert predictions.narrow(config, Geometry.uniform(2, 4, 128)).geometry == Geometry.uniform(2, 4, 128)
 
 
 def test_calibration_on_paper_adds_up():

@@ -210,7 +210,7 @@ def test_a_spread_model_is_calibrated(seen):
         raise Done
 
     with spread_llama() as model, pytest.raises(Done):
-        statistics.collect(LoadedModel(model, None, "spread", Geometry(3, H, D), ""), one_window(), 4)
+        statistics.collect(LoadedModel(model, None, "spread", Geometry.uniform(3, H, D), ""), one_window(), 4)
     assert seen == [(layer, device) for layer, device in enumerate(DEVICES) for _ in "KV"]
 
 
@@ -222,7 +222,7 @@ def test_gradients_are_taken_through_a_spread_model(seen, monkeypatch, checkpoin
     monkeypatch.setattr(fisher, "drawn_labels", lambda logits, *args: logits.argmax(-1))
     with spread_llama() as model:
         model.requires_grad_(False)
-        loaded = LoadedModel(model, None, "spread", Geometry(3, H, D), "")
+        loaded = LoadedModel(model, None, "spread", Geometry.uniform(3, H, D), "")
         tokens, bases = torch.zeros(1, 80, dtype=torch.long), {"grouped": BASES["grouped"]}
         found = collect_fisher(loaded, tokens, None, 4, bases, checkpointing=checkpointing)["grouped"]
     assert sorted(seen) == [(2 * layer + side, device) for layer, device in enumerate(DEVICES) for side in (0, 1)]
@@ -266,7 +266,7 @@ def test_a_dispatched_model_gives_the_same_tokens(dispatched, kind, how):
 def test_a_dispatched_model_has_the_same_gradients(dispatched, checkpointing):
     tokens, found = windows(2, 100), []
     for model in dispatched:
-        loaded = LoadedModel(model.requires_grad_(False), None, "tiny", Geometry(3, H, D), "")
+        loaded = LoadedModel(model.requires_grad_(False), None, "tiny", Geometry.uniform(3, H, D), "")
         found.append(collect_fisher(loaded, tokens, None, 4, multi_head_bases(), checkpointing=checkpointing))
     for name, own in found[0].items():
         other = found[1][name]

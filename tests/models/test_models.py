@@ -8,7 +8,7 @@ from tiny import FAMILIES, SHAPE, tiny_loaded, tiny_model, word_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpt2.common.errors import PluginError, UnsupportedModel
-from gpt2.models import geometry, loading, random_weights
+from gpt2.models import loading, probe, random_weights
 from gpt2.models.embedded import EMBEDDED
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import load, wrap
@@ -40,7 +40,7 @@ def test_a_local_folder(llama_folder, monkeypatch):
     tokens = loaded.tokenizer("w5 w6 w7", return_tensors="pt").input_ids
     assert tokens.tolist() == [[5, 6, 7]] and torch.equal(loaded.model(tokens).logits, original.model(tokens).logits)
     monkeypatch.chdir(llama_folder.parent)
-    assert load("./Tiny Llama").geometry == load("Tiny Llama/").geometry == Geometry(3, 2, 12)
+    assert load("./Tiny Llama").geometry == load("Tiny Llama/").geometry == Geometry.uniform(3, 2, 12)
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [
@@ -168,7 +168,7 @@ def test_geometry_and_fingerprint_of_a_model_that_was_saved(family, tmp_path):
     model = tiny_model(family)
     back = load(str(saved(tmp_path, model)))
     L, H, d = GEOMETRY[family]
-    assert back.fingerprint == geometry.fingerprint(model) and back.geometry == Geometry(L, H, d)
+    assert back.fingerprint == probe.fingerprint(model) and back.geometry == Geometry.uniform(L, H, d)
     assert back.geometry.bytes_per_token() == 2 * L * H * d * 2
     assert back.geometry.bytes_per_token(4) == 2 * L * H * d * 4
 
@@ -189,7 +189,7 @@ CHANGES = [
 
 def test_another_shape_has_another_fingerprint():
     different = [tiny_model("llama", **change) for change in ({}, *CHANGES)] + [*map(tiny_model, ("qwen2", "mistral"))]
-    assert len({geometry.fingerprint(model) for model in different}) == len(different)
+    assert len({probe.fingerprint(model) for model in different}) == len(different)
 
 
 UNSUPPORTED = {

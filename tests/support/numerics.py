@@ -48,7 +48,7 @@ def metric(groups: int, w: int) -> Tensor:
 
 def moments_of(x: Tensor, codec: str = "pca", weights: Tensor | None = None) -> Moments:
     """Of x [B, G, T, w], with the metric that a codec needs."""
-    moments = Moments.zeros(Geometry(1, x.shape[1], x.shape[3]))
+    moments = Moments.zeros(Geometry.uniform(1, x.shape[1], x.shape[3]))
     moments.update(0, x)
     if basis_of(codec).metric != "pca":
         moments.metrics[basis_of(codec).metric] = (metric(x.shape[1], x.shape[3]) if weights is None else weights)[None]

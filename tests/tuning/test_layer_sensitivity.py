@@ -63,20 +63,21 @@ def rows(losses: dict[int, tuple[float, float]]) -> list[dict]:
 
 def test_sensitive_layers_keep_more():
     losses = rows({0: (0.001, 0.2), 1: (0.001, 0.004), 2: (0.05, 0.4)})
-    chosen = layer_sensitivity.plans(losses, Geometry(3, 2, 12), budget=0.01)
+    chosen = layer_sensitivity.plans(losses, Geometry.uniform(3, 2, 12), budget=0.01)
     bits = [[s.bits if s else 16 for s in plan["v"]] for plan in chosen]
     assert [8, 4, 16] in bits, "8 bits where 4 hurt, 4 where they don't, none where even 8 hurt"
     assert all(plan["k"] == [None] * 3 for plan in chosen)
-    far_inside = layer_sensitivity.plans(rows({0: (1e-6, 2e-6), 1: (1e-6, 3e-6)}), Geometry(2, 2, 12), budget=0.5)
+    small = rows({0: (1e-6, 2e-6), 1: (1e-6, 3e-6)})
+    far_inside = layer_sensitivity.plans(small, Geometry.uniform(2, 2, 12), budget=0.5)
     assert [[s.bits for s in plan["v"]] for plan in far_inside] == [[4, 4]], "the smallest plan"
-    assert layer_sensitivity.plans(rows({0: (1.0, 2.0)}), Geometry(1, 2, 12), budget=0.001) == []
+    assert layer_sensitivity.plans(rows({0: (1.0, 2.0)}), Geometry.uniform(1, 2, 12), budget=0.001) == []
 
 
 def test_plans_are_the_lower_hull_of_all_assignments():
     """Against all 3^4 assignments: no other loses less with no more bytes, for any of the plans."""
     generator = torch.Generator().manual_seed(0)
     losses = {layer: tuple(sorted((torch.rand(2, generator=generator) * 0.02).tolist())) for layer in range(4)}
-    geometry = Geometry(4, 2, 12)
+    geometry = Geometry.uniform(4, 2, 12)
 
     def cost(bits) -> tuple[float, float]:
         kl = sum(0 if b == 16 else losses[i][0 if b == 8 else 1] for i, b in enumerate(bits))

@@ -261,7 +261,7 @@ def test_a_file_has_a_stack_for_each_shape():
     """Its structure doesn't grow with the number of layers: readers reject files of much structure."""
     small, large = Shape(2, 8), Shape(1, 16)
     layers = [LayerGeometry(FULL, large, large), LayerGeometry(LINEAR), *[LayerGeometry(SLIDING, small, small, 8)] * 60]
-    stacks = Stacks(Geometry(tuple(layers)))
+    stacks = Stacks(Geometry.uniform(tuple(layers)))
     parts = [layer.k and torch.randn(layer.k.heads, layer.k.width) for layer in layers]
     stacked = stacks.stacked(parts)
     assert shapes_of(stacked) == [(1, 1, 16), (60, 2, 8)]
@@ -419,7 +419,7 @@ def test_a_rank_that_a_layer_is_too_narrow_for_is_named():
 
 def test_layers_of_one_width_share_a_fixed_transform():
     layers = [LayerGeometry(FULL, Shape(2, width), Shape(2, width)) for width in (8, 16, 8)]
-    k, v = build(uniform("kv", geometry := Geometry(tuple(layers)), Setting("hadamard", None, 8)), geometry)
+    k, v = build(uniform("kv", geometry := Geometry.uniform(tuple(layers)), Setting("hadamard", None, 8)), geometry)
     assert k[0] is k[2] is v[0] and k[1] is v[1] and k[1].transform.rank == 16
 
 
@@ -453,7 +453,7 @@ def test_calibrations_on_noise_for_models_without_weights():
 def test_groups_of_heads_are_chosen_layer_by_layer():
     layers = (LayerGeometry(FULL, Shape(4, 192), Shape(4, 128)), LayerGeometry(LINEAR),
               LayerGeometry(FULL, Shape(1, 512), Shape(1, 64)))  # fmt: skip
-    bases = BASES["grouped"].shape(Geometry(layers)).layers
+    bases = BASES["grouped"].shape(Geometry.uniform(layers)).layers
     assert [base.k for base in bases] == [
         Shape(4, 192), Shape(2, 256), None, None, Shape(1, 512), Shape(1, 64),
     ]  # fmt: skip

@@ -21,7 +21,7 @@ from gpt2.models.geometry import Geometry
 def test_moments_reject_what_is_not_finite(value):
     x = torch.zeros(1, 2, 5, 6)
     x[0, 1, 3, 2] = value
-    moments = Moments.zeros(Geometry(2, 2, 6))
+    moments = Moments.zeros(Geometry.uniform(2, 2, 6))
     with pytest.raises(PluginError, match="layer 1: NaN or infinite"):
         moments.update(1, x)
     assert not moments.count.any() and not moments.scatter.any(), "and are left as they were"

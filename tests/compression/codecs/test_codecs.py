@@ -46,7 +46,7 @@ def vectors(seed: int = 0, heads: int = H, tokens: int = T) -> torch.Tensor:
 
 def moments_of(x: torch.Tensor) -> Moments:
     """Moments of one layer, with a mild metric of each kind, another one in every head."""
-    moments = Moments.zeros(Geometry(1, x.shape[1], x.shape[3]))
+    moments = Moments.zeros(Geometry.uniform(1, x.shape[1], x.shape[3]))
     moments.update(0, x)
     generator = torch.Generator().manual_seed(1)
     for metric in ("attention", "fisher"):

@@ -40,7 +40,7 @@ def compressors(made):
 
 
 def moments_of(x: Tensor, metric: Tensor, name: str = "fisher") -> Moments:
-    moments = Moments.zeros(Geometry(1, x.shape[1], x.shape[3]))
+    moments = Moments.zeros(Geometry.uniform(1, x.shape[1], x.shape[3]))
     moments.update(0, x)
     moments.metrics[name] = metric[None]
     return moments
@@ -97,7 +97,7 @@ def test_directions_that_nothing_reads_come_back_all_the_same():
 @pytest.mark.parametrize("name", ["attention", "fisher"])
 def test_a_basis_without_its_statistics_says_what_to_do(name):
     with pytest.raises(PluginError, match=f"codec {name} needs statistics .*--metric {name}"):
-        BASES[name].fit(Moments.zeros(Geometry(1, 2, 8)), 0)
+        BASES[name].fit(Moments.zeros(Geometry.uniform(1, 2, 8)), 0)
 
 
 # --- the transform

@@ -150,7 +150,7 @@ def test_the_inverse_of_large_bases_with_several_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        codec = stand_in.multi_head_stand_in(BASES["joint"], Geometry(8, 3, 64))
+        codec = stand_in.multi_head_stand_in(BASES["joint"], Geometry.uniform(8, 3, 64))
         codec.E = torch.randn(8, 1, 384, 384)
         assert (codec.E.double() @ codec.D.double() - torch.eye(384)).abs().max() < 1e-2
     finally:

@@ -57,7 +57,7 @@ def biased_model(dtype: torch.dtype = torch.float32, with_gradients: bool = True
 def test_moments_are_those_of_float64(case, parts):
     """Also where a bias is 40,000 times the spread: Σxxᵀ − nμμᵀ would have no digit left in float32."""
     x = hostile(case, SMALL)
-    moments = Moments.zeros(Geometry(1, *x.shape[1::2]))
+    moments = Moments.zeros(Geometry.uniform(1, *x.shape[1::2]))
     for part in x.split(parts, dim=2):
         moments.update(0, part)
     exact = x.double().transpose(0, 1).flatten(1, 2)
