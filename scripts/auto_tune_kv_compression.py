@@ -48,6 +48,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--num-trials", type=cli.positive_int, default=40, help="codec: how many candidates to measure")
     p.add_argument("--recent-grid", type=cli.int_list, help="codec: numbers of exact latest tokens to try, besides 0")
     p.add_argument("--calibration", type=Path, help="calibration file; a matching one is found or made if omitted")
+    p.add_argument("--context-length", type=cli.positive_int, default=2048, help="tokens at which the ratio counts")
     p.add_argument("--study", type=Path, default=files.RESULTS / "studies" / "auto_tune.db", help="SQLite file")
     p.add_argument("--name", help="name of the preset; from target and budget if omitted")
     p.add_argument("--output", type=cli.output_path, help="preset file; results/presets/MODEL-NAME.json if omitted")

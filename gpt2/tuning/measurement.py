@@ -14,6 +14,7 @@ from gpt2.common.errors import LossNotFinite
 from gpt2.compression.cache import size
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.compression.calibration.fit import Calibration
+from gpt2.compression.presets.any_model import RATIO_TOKENS
 from gpt2.compression.settings import Plan, build
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory, Scores, baseline_factory, compare, score
 from gpt2.models.loading import LoadedModel
@@ -29,7 +30,7 @@ class Search(ABC):
 
     calibration: None if no candidate needs one. tuning, evaluation: token segments [n, T] of two texts that don't
     overlap. chunk, batch_size: as for `perplexity.score`. bar: from a label and a unit to a progress bar that wraps an
-    iterable.
+    iterable. context_length: tokens at which ratios are measured, and for which bits are shared out over layers.
     """
 
     loaded: LoadedModel
@@ -40,6 +41,7 @@ class Search(ABC):
     batch_size: int
     seed: int
     bar: Callable[[str, str], Callable[[Iterable], Iterable]]
+    context_length: int = RATIO_TOKENS
 
     @abstractmethod
     def factory(self, candidate: Candidate) -> CacheFactory:
@@ -62,16 +64,24 @@ class Search(ABC):
             "calibration": [meta.get(name) for name in made_from],
             "device": self.loaded.device.type,
             "format": TRIAL_FORMAT,
+            **self.context_keys(),
         }
+
+    def context_keys(self) -> dict:
+        """The context length for results and presets, where it isn't the usual one or bits depend on it."""
+        usual = self.context_length == RATIO_TOKENS and self.loaded.geometry.alike
+        return {} if usual else {"context_length": self.context_length}
 
     def caches(self, plan: Plan, **windows: int) -> CacheFactory:
         """A factory of a plan's caches, which share their compressors. windows: arguments of CompressedDynamicCache."""
-        k, v = build(plan, self.loaded.geometry, self.calibration, device=self.loaded.device)
+        k, v = build(
+            plan, self.loaded.geometry, self.calibration, context_length=self.context_length, device=self.loaded.device
+        )
         return partial(CompressedDynamicCache, k, v, geometry=self.loaded.geometry, **windows)
 
     def ratio(self, candidate: Candidate) -> float:
-        """Whole-KV compression ratio of a candidate's caches. No model runs, as sizes don't depend on values."""
-        return size.compression_ratio(self.factory(candidate), self.loaded.geometry)
+        """Compression ratio of a candidate's whole caches. No model runs, as sizes don't depend on values."""
+        return size.compression_ratio(self.factory(candidate), self.loaded.geometry, self.context_length)
 
     def evaluate(self, candidate: Candidate, ratio: float | None = None) -> Trial:
         """Measure a candidate on tuning text, against a baseline that is scored once.

@@ -63,7 +63,8 @@ class Outputs:
 class RatioPreset:
     """A cache that is compressed by at least `ratio`.
 
-    bits: per coordinate of K and V, metadata included. compression_ratio: the measured one. make: makes fresh caches.
+    ratio: of K and V, at least. bits: per coordinate of K and V, metadata included. compression_ratio, attention_ratio:
+    the measured ones, of the whole cache and of K and V alone. make: makes fresh caches.
     """
 
     codec: str
@@ -72,6 +73,7 @@ class RatioPreset:
     ratio: float
     bits: float
     compression_ratio: float
+    attention_ratio: float
     make: CacheFactory
 
     @property
@@ -88,8 +90,13 @@ class RatioPreset:
         return new_preset(
             loaded, None, calibration_file, compression_ratio=self.compression_ratio, name=self.name, target="kv",
             rank=loaded.geometry.head_dim, bits=self.bits, codec=self.codec, quantizer=self.quantizer,
-            sink_tokens=self.sink_tokens, calibrated_with={key: calibration.meta[key] for key in MADE_FROM}, **more,
+            sink_tokens=self.sink_tokens, calibrated_with={key: calibration.meta[key] for key in MADE_FROM},
+            **self._of_mixed_layers(loaded), **more,
         )  # fmt: skip
+
+    def _of_mixed_layers(self, loaded: LoadedModel) -> dict:
+        """What a preset says where layers differ: K and V's own ratio, and what bits were shared out for."""
+        return {} if loaded.geometry.alike else {"attention_ratio": self.attention_ratio, "context_length": TOKENS}
 
 
 def compact_calibration(
@@ -123,10 +130,11 @@ def make_ratio_preset(
     loaded: LoadedModel, calibration: Calibration, ratio: float, *, quantizer: str | None = None,
     sink_tokens: int = 4,
 ) -> RatioPreset:  # fmt: skip
-    """The preset with the most bits whose cache of `TOKENS` tokens is at most 1 / `ratio` of a 16-bit one.
+    """The preset with the most bits whose K and V of `TOKENS` tokens take at most 1 / `ratio` of 16-bit ones.
 
-    Everything that the cache holds is counted except the shared basis. quantizer: an adjustable one, the first one if
-    None. Raises PluginError for a ratio that the quantizer can't reach.
+    Everything that is held of K and V counts, except the shared basis; recurrent states, which no preset makes smaller,
+    don't. quantizer: an adjustable one, the first one if None. Raises PluginError for a ratio that the quantizer can't
+    reach.
     """
     quantizer = quantizer or adjustable_quantizers()[0]
     exact = 16 * sink_tokens / TOKENS  # bits per coordinate that the exact sinks take
@@ -139,9 +147,10 @@ def make_ratio_preset(
                 f"ratio {ratio:g} is out of range: it means about 16 / {ratio:g} bits, {sink_tokens} exact sinks "
                 f"included; {error}"
             ) from error
-        held = size.compression_ratio(make, loaded.geometry, TOKENS)
+        held = size.attention_ratio(make, loaded.geometry, TOKENS)
         if held >= ratio:
-            return RatioPreset(calibration.meta["codec"], quantizer, sink_tokens, ratio, bits, held, make)
+            whole = held if loaded.geometry.alike else size.compression_ratio(make, loaded.geometry, TOKENS)
+            return RatioPreset(calibration.meta["codec"], quantizer, sink_tokens, ratio, bits, whole, held, make)
         # As many steps at once as if bytes were proportional to bits: with sliding layers the first guess is far off
         bits = round(bits - max(int((1 - held / ratio) * bits / STEP), 1) * STEP, 4)
 
@@ -164,7 +173,9 @@ def factory(
     loaded: LoadedModel, calibration: Calibration, bits: float, quantizer: str, sink_tokens: int
 ) -> CacheFactory:
     """A factory of caches with `bits` per coordinate. All caches share their compressors, and so the basis."""
-    k, v = compressors_for("kv", bits, None, calibration, quantizer=quantizer, device=loaded.device)
+    k, v = compressors_for(
+        "kv", bits, None, calibration, quantizer=quantizer, context_length=TOKENS, device=loaded.device
+    )
     return partial(CompressedDynamicCache, k, v, geometry=loaded.geometry, sink_tokens=sink_tokens)
 
 

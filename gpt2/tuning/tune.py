@@ -47,7 +47,7 @@ class Job:
         for path in (self.output, files.picture_beside(self.output)):
             files.check_writable(path)  # before an hour of work, not after it
         args = self.args
-        given = ("chunk", "batch_size", "seed")
+        given = ("chunk", "batch_size", "seed", "context_length")
         parts = {name: getattr(args, name) for name in given} | {"loaded": self.loaded, "bar": self.bar}
         parts |= {"tuning": self.tuning, "evaluation": self.evaluation, "calibration": None}
         if metric is None:
@@ -138,13 +138,14 @@ def choose(job: Job, found: Found, name: str) -> tuple[dict, Trial]:
         print(f"{trial.candidate} is within the budget on tuning text but not on evaluation text: "
               f"{percent(record['ppl_delta'])}")  # fmt: skip
     low, high = measured["ppl_delta_interval"]
-    print(f"\nchosen: {best.candidate}, {best.compression_ratio:.2f}x over the whole KV cache; on evaluation text "
+    print(f"\nchosen: {best.candidate}, {best.compression_ratio:.2f}x over the whole cache; on evaluation text "
           f"{measured['ppl_delta']:+.2%} perplexity [{low:+.2%}, {high:+.2%}]")  # fmt: skip
     keys = search.preset_keys(best.candidate)
     calibrated = basis_of(keys["codec"]).calibrated
     preset = build.new_preset(
         job.loaded, search.calibration if calibrated else None, found.calibration_file if calibrated else "",
         compression_ratio=best.compression_ratio, measured=measured, name=name, **keys, **found.more,
+        **search.context_keys(),
         trials=found.records,
         refused_on_evaluation_text=[{"label": str(trial.candidate)} | record for trial, record in failed],
         provenance=provenance.provenance(job.args, text=text.name, text_sha256=text.sha256("evaluation")),

@@ -14,6 +14,8 @@ from gpt2.compression.cache.layers import CompressedLayer
 from gpt2.compression.codecs import Compressor
 from gpt2.models.geometry import Geometry
 
+LONGEST_MEASURED = 8192  # tokens
+
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of all storages that a cache keeps alive, including memory that is allocated but unused.
@@ -73,9 +75,18 @@ def held_bytes(
 ) -> int:
     """Bytes that a cache of `make_cache` holds for one sequence of `tokens`, states and indexers among them.
 
-    K and V are measured; arguments as in `filled`.
+    K and V are measured; arguments as in `filled`. Beyond `LONGEST_MEASURED` tokens they are taken to grow as they do
+    up to there, unless a window ends on the way.
     """
-    return cache_bytes(filled(make_cache, geometry, tokens, dtype, chunk=chunk)) + geometry.uncompressed_bytes(tokens)
+    others = geometry.uncompressed_bytes(tokens)
+    ends = [layer.window for layer in geometry.layers if layer.window and layer.window > LONGEST_MEASURED // 2]
+    if tokens <= LONGEST_MEASURED or ends:
+        return cache_bytes(filled(make_cache, geometry, tokens, dtype, chunk=chunk)) + others
+    short, long = (
+        cache_bytes(filled(make_cache, geometry, n, dtype, chunk=chunk))
+        for n in (LONGEST_MEASURED // 2, LONGEST_MEASURED)
+    )
+    return long + round((long - short) / (LONGEST_MEASURED // 2) * (tokens - LONGEST_MEASURED)) + others
 
 
 def filled(

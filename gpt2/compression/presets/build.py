@@ -89,21 +89,27 @@ def compressors_from_preset(
         if model is None or not model.random_weights:
             settings = tuple(preset.plan["k"]), tuple(preset.plan["v"])
             with _BUILDING:
-                k, v = shared_compressors(calibration_of(preset, model), *settings, preset.geometry, dtype, device)
+                k, v = shared_compressors(
+                    calibration_of(preset, model), *settings, preset.geometry, preset.context_length, dtype, device
+                )
             return list(k), list(v)
         calibration = stand_in(model)
-    return build(preset.plan, preset.geometry, calibration, dtype=dtype, device=device)
+    return build(
+        preset.plan, preset.geometry, calibration, context_length=preset.context_length, dtype=dtype, device=device
+    )
 
 
 @lru_cache(maxsize=8)
 def shared_compressors(
-    calibration: Calibration, k: tuple, v: tuple, geometry: Geometry, dtype: torch.dtype, device
-) -> tuple[list, list]:
+    calibration: Calibration, k: tuple, v: tuple, geometry: Geometry, context_length: int | None, dtype: torch.dtype,
+    device,
+) -> tuple[list, list]:  # fmt: skip
     """Compressors of a calibration and settings, made once: caches that are made one after another share them.
 
     A basis may take more memory than a conversation. A calibration is one object as long as its file is unchanged.
     """
-    return build({"k": k, "v": v}, geometry, calibration, dtype=dtype, device=device)
+    plan = {"k": k, "v": v}
+    return build(plan, geometry, calibration, context_length=context_length, dtype=dtype, device=device)
 
 
 def preset_for_shape(preset: Preset, model: LoadedModel) -> Preset:

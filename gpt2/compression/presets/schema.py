@@ -55,6 +55,7 @@ OUR_KEYS = {
     "recent_tokens": Default(Whole(0, MOST_TOKENS), 0),
     "layers": Default(Nullable(Record({side: Default(SIDE) for side in SIDES}))),
     "cache_layers": Default(Nullable(LAYERS)),
+    "context_length": Default(Nullable(Whole(1, MOST_TOKENS))),
     "name": Default(Text(200)),
     "folder": Default(Text()),
     "calibrated_with": Default(Record(others=Anything())),
@@ -72,8 +73,9 @@ class Preset:
 
     geometry: every layer of the cache. says_layers: whether the preset itself has them; if not, as in the guide's own
     form, all are full attention until `for_model` fills them in. folder: of the preset's file, where its calibration
-    may lie too; None for a preset that isn't from a file. plan: the setting of each layer's K and V. record: the JSON
-    object that it was made from, with defaults filled in and unknown keys kept.
+    may lie too; None for a preset that isn't from a file. context_length: tokens for which bits are shared out over
+    layers with and without windows; None: all layers count alike. plan: the setting of each layer's K and V. record:
+    the JSON object that it was made from, with defaults filled in and unknown keys kept.
     """
 
     model: str
@@ -85,6 +87,7 @@ class Preset:
     recent_tokens: int
     calibration_file: str
     folder: str | None
+    context_length: int | None
     plan: Plan
     record: dict
 
@@ -122,7 +125,7 @@ def parse(preset: dict, where: str = "preset") -> Preset:
     same = ("model", "num_layers", "head_dim", "sink_tokens", "recent_tokens", "calibration_file")
     return Preset(
         **{key: record[key] for key in same}, geometry=geometry, says_layers=says_layers, folder=record.get("folder"),
-        plan=plan, record=record,
+        context_length=record.get("context_length"), plan=plan, record=record,
     )  # fmt: skip
 
 
