@@ -196,7 +196,7 @@ def fitting(sizes: Sizes) -> Series:
         x = torch.randn(1, 1, 2 * width, width, generator=generator)
         moments = Moments.zeros(Geometry.uniform(1, 1, width))
         moments.update(0, x)
-        moments.metrics["fisher"] = moments.scatter / (2 * width)
+        moments.metrics["fisher"] = [moments.scatter[0] / (2 * width)]
         return Point(width, width**3, partial(seconds, lambda: None, partial(Fisher().fit, moments, 0)))
 
     return Series(FITTING, "its width", "any model", [point(width) for width in sizes.widths])

@@ -65,7 +65,7 @@ def test_errors_and_widths_are_the_products():
 def test_the_basis_is_the_products(llama, texts, gathered):
     codec = fit_multi_head(collect_fisher(llama, texts[0], None, SINKS, {"joint": BASES["joint"]})["joint"])
     fitted = fit(gathered, PRODUCT)
-    torch.testing.assert_close(fitted.spread.square(), codec.spectrum, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(fitted.spread.square(), torch.stack(codec.spectrum), rtol=1e-3, atol=1e-6)
     for layer, transform in enumerate(fitted.transforms):
         torch.testing.assert_close(transform.mean, codec.mean[layer], rtol=1e-4, atol=1e-6)
         metrics = [E @ E.mT for E in (transform.E, codec.E[layer])]

@@ -53,7 +53,8 @@ def test_the_calibration_is_compact_and_used_again(llama, calibration, tmp_path,
     assert "will be replaced" in capsys.readouterr().out
     assert made.statistics is None and load_calibration(path).statistics is None
     again = ratio_presets.compact_calibration(llama, TEXT, path, codec="joint", **SMALL)
-    assert "using" in capsys.readouterr().out and torch.equal(again.multi_head["joint"].E, made.multi_head["joint"].E)
+    assert "using" in capsys.readouterr().out
+    assert all(map(torch.equal, again.multi_head["joint"].E, made.multi_head["joint"].E))
     ratio_presets.compact_calibration(llama, TEXT, path, codec="joint", **SMALL | {"seed": 1})
     assert "will be replaced" in capsys.readouterr().out and load_calibration(path).meta["seed"] == 1
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class BitAllocation:
 
         0 for a place without a basis. Raises PluginError for more or fewer than the bases take.
         """
-        demand = self._demand_at_one_price()
+        demand = self._demand_at_one_price
         total = (demand * self._shares).mean(1)  # falls with the price
         wanted = bits * BLOCK * self._channels / 8 - self._index_bytes
         if not float(total[-1]) <= wanted <= float(total[0]):
@@ -88,7 +89,7 @@ class BitAllocation:
 
     def bits_range(self) -> tuple[float, float]:
         """Least and most bits per coordinate, on average over the bases, that `bits_of_each` can share out."""
-        total = (self._demand_at_one_price() * self._shares).mean(1)
+        total = (self._demand_at_one_price * self._shares).mean(1)
         low, high = ((float(t) + self._index_bytes) * 8 / BLOCK / self._channels for t in (total[-1], total[0]))
         return low, high
 
@@ -124,6 +125,7 @@ class BitAllocation:
             found[index] = chosen
         return found
 
+    @cached_property
     def _demand_at_one_price(self) -> Tensor:
         """Bytes per block that a group of each basis there is buys at `prices` of a byte held for all tokens, float64.
 
@@ -141,7 +143,7 @@ class BitAllocation:
             columns.append(torch.lerp(demand[after - 1, place], demand[after, place], share))
         return torch.stack(columns, dim=1)
 
-    @property
+    @cached_property
     def _present(self) -> list[int]:
         """Places with a basis."""
         return [index for index, error in enumerate(self.errors) if error is not None]
@@ -149,19 +151,19 @@ class BitAllocation:
     def _weight(self, index: int) -> float:
         return 1.0 if self.weights is None else self.weights[index]
 
-    @property
+    @cached_property
     def _shares(self) -> Tensor:
         """Blocks that each basis holds, one for each of its groups, relative to their mean; 1 where all are alike."""
         blocks = torch.tensor([len(self.errors[i]) * self._weight(i) for i in self._present], dtype=torch.float64)
         return blocks / blocks.mean()
 
-    @property
+    @cached_property
     def _channels(self) -> float:
         """Channels of a group, on average over the blocks that are held."""
         widths = torch.tensor([self.errors[i].shape[1] for i in self._present], dtype=torch.float64)
         return float((self._shares * widths).mean())
 
-    @property
+    @cached_property
     def _index_bytes(self) -> float:
         """Bytes of a block's widths, on average over the blocks that are held."""
         held = torch.tensor([width_bytes(self.errors[i].shape[1]) for i in self._present], dtype=torch.float64)

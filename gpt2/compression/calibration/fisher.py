@@ -25,7 +25,7 @@ from gpt2.compression.codecs.formats import BLOCK
 from gpt2.compression.codecs.moments import Moments, SecondMoments, Seen
 from gpt2.compression.codecs.rope import Rotary
 from gpt2.models.attention_function import wrapped_attention
-from gpt2.models.geometry import Geometry
+from gpt2.models.geometry import NOTHING, Geometry, LayerGeometry
 from gpt2.models.loading import LoadedModel
 
 SAMPLED_BLOCKS = 48  # of 64 tokens, of each layer
@@ -134,7 +134,7 @@ class _Arrivals:
 
     def watch(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Ask for the gradients of one layer's k, v [1, H, T, d]. Raises PluginError where these aren't its own."""
-        own = self.geometry.layers[layer]
+        own = self.geometry.layers[layer] if layer < self.geometry.num_layers else LayerGeometry(NOTHING)
         if any(shape is None or x.shape[1::2] != (shape.heads, shape.width) for shape, x in ((own.k, k), (own.v, v))):
             raise PluginError(
                 f"layer {layer}: its attention doesn't read K and V as the cache has them: leave "

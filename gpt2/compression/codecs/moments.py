@@ -103,6 +103,7 @@ class SecondMoments:
 
     total: list[Tensor | None]
     count: Tensor
+    updated: set[int] = field(default_factory=set)  # layers that got vectors, the same ones in all processes
 
     @classmethod
     def zeros(cls, geometry: Geometry, side: str = "k") -> SecondMoments:
@@ -114,13 +115,14 @@ class SecondMoments:
         check_finite(products, layer)
         self.total[layer] += products
         self.count[layer] += w.shape[1]
+        self.updated.add(layer)
 
     def mean(self, processes: Processes) -> list[Tensor | None]:
         """Over the vectors of all processes, for every layer [H, d, d], None for those that got no vectors."""
-        count = processes.total(self.count)
+        count = processes.total(self.count).clamp_min(1)
         return [
-            processes.total(total) / n if total is not None and n else None
-            for total, n in zip(self.total, count, strict=True)
+            processes.total(total) / count[layer] if layer in self.updated else None
+            for layer, total in enumerate(self.total)
         ]
 
 

@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from gpt2.common import tensor_file
 from gpt2.common.errors import BadArtefact, PluginError
 from gpt2.compression.calibration import fisher
-from gpt2.compression.calibration.bit_allocation import BitAllocation
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import load_calibration, save_calibration
 from gpt2.compression.calibration.fisher import collect_fisher, detect_rotary
@@ -22,8 +21,6 @@ from gpt2.compression.calibration.stacks import Stacks
 from gpt2.compression.calibration.stand_in import stand_in
 from gpt2.compression.calibration.statistics import collect, tapped
 from gpt2.compression.codecs import BASES, QUANTIZERS, Compressor, multi_head_bases
-from gpt2.compression.codecs.formats import PLANE, WIDTHS
-from gpt2.compression.codecs.mixed import COSTS
 from gpt2.compression.settings import Setting, build, compressors_for, uniform
 from gpt2.experiments.miniatures import tiny_family
 from gpt2.models.attention_function import wrapped_attention
@@ -257,6 +254,22 @@ def test_what_is_loaded_is_what_was_saved(family, suffix, tmp_path):
                 assert len(bits) == 1
 
 
+@pytest.mark.parametrize("family", MODELS)
+def test_a_compact_calibration_has_half_the_bytes_of_its_basis(family, tmp_path):
+    whole = made(family)
+    compact = calibrate(model_of(family), TEXT, rank=4, codec="grouped", samples=3, seq_len=150, compact=True)
+    back = load_calibration(save_calibration(compact, tmp_path / "c.pt"))
+    assert back.geometry == whole.geometry and back.statistics is None and list(back.multi_head) == ["grouped"]
+    assert {E.dtype for E in tensor_file.read(tmp_path / "c.pt")["grouped"]["E"]} == {torch.float16}
+    energies = back.energies()
+    for layer, (keys, values) in vectors(family).items():
+        assert close(back.transform("k", layer).E, whole.transform("k", layer, codec="grouped").E, 1e-2)
+        k, v = compressors_for("kv", 8, None, back, quantizer="mixed")
+        assert lost(k[layer], keys) < 0.06 and lost(v[layer], values) < 0.06
+        assert torch.allclose(energies["v"][layer][..., -1], torch.ones(()).double())
+    assert [own is None for own in energies["k"]] == [not layer.attends for layer in back.geometry.layers]
+
+
 def test_a_file_has_a_stack_for_each_shape():
     """Its structure doesn't grow with the number of layers: readers reject files of much structure."""
     small, large = Shape(2, 8), Shape(1, 16)
@@ -461,58 +474,6 @@ def test_groups_of_heads_are_chosen_layer_by_layer():
 
 
 # --- bits where they count
-
-
-def allocation(weights: tuple[float, ...] | None = None) -> BitAllocation:
-    """Three bases and a place without one; two of them alike, the third of another size."""
-    generator = torch.Generator().manual_seed(0)
-    one = torch.rand(2, 40, 48, 1, generator=generator) * 0.3 ** torch.arange(len(WIDTHS))
-    other = torch.rand(1, 40, 96, 1, generator=generator) * 0.3 ** torch.arange(len(WIDTHS))
-    found = BitAllocation.measured([one, None, one.clone(), other])
-    return found if weights is None else found.weighted(weights)
-
-
-def sizes_of(found: BitAllocation) -> list[tuple[int, int]]:
-    return [(0, 0) if errors is None else errors.shape[:2] for errors in found.errors]
-
-
-@pytest.mark.parametrize("weights", [None, (1.0, 1.0, 0.125, 1.0), (0.5, 1.0, 0.02, 1.0)])
-@pytest.mark.parametrize("bits", [1.5, 3.0, 5.0])
-def test_bits_are_meant_on_average_over_what_is_held(weights, bits):
-    found = allocation(weights)
-    each, sizes, weights = found.bits_of_each(bits), sizes_of(found), weights or (1.0,) * 4
-    assert each[1] == 0
-    held = [weight * groups * w for weight, (groups, w) in zip(weights, sizes, strict=True)]
-    average = sum(own * b for own, b in zip(held, each, strict=True)) / sum(held)
-    assert bits - 8 * PLANE / 64 / 48 < average <= bits + 1e-6
-    if weights[2] < weights[0]:
-        assert each[2] > each[0], "the same costs, held for fewer tokens"
-    widths = found.widths(bits)
-    spent = sum(
-        weight * float(torch.tensor(COSTS)[own].sum(-1).amax() * len(own))
-        for weight, own in zip(weights, widths, strict=True)
-        if own is not None
-    )
-    budget = bits * 64 / 8 * sum(held)
-    assert 0.97 * budget < spent <= budget
-    low, high = found.bits_range()
-    assert low < bits < high
-
-
-def test_weights_of_one_change_nothing():
-    found = allocation()
-    assert found.weighted((1.0,) * 4) is found
-    assert found.weighted((1.0, 1.0, 0.5, 1.0)) is found.weighted((1.0, 1.0, 0.5, 1.0))
-
-
-def test_a_basis_of_less_weight_pays_that_share_of_the_price():
-    """Demand at a price is read off between measured ones: with weights on the grid of prices it is exact."""
-    found = allocation()
-    step = float(found.prices[1] / found.prices[0])
-    weighted = found.weighted((1.0, 1.0, 1 / step**4, 1.0))
-    before, after = found._demand_at_one_price(), weighted._demand_at_one_price()
-    torch.testing.assert_close(after[4:, 1], before[:-4, 1], rtol=1e-3, atol=1e-3)
-    assert torch.equal(after[:, 0], before[:, 0])
 
 
 def test_windowed_layers_get_more_bits_at_a_context_length():
