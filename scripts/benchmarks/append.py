@@ -2,6 +2,7 @@
 
     python scripts/benchmarks/append.py
     python scripts/benchmarks/append.py --tokens 1024,16384,65536 --device cuda
+    python scripts/benchmarks/append.py --tokens 1024,16384,65536 --window 512
 
 Needs no weights: layers of the given shape are filled with noise, and then each token is appended to all layers.
 Nothing is read, as reading belongs to the cost of attention, which grows with any cache.
@@ -19,10 +20,13 @@ import torch
 
 from gpt2 import cli
 from gpt2.common import provenance
-from gpt2.compression.cache.size import cache_bytes
+from gpt2.compression.cache.size import cache_bytes, store
 from gpt2.compression.codecs import BITS, Compressor, Transform, quantizer_for_bits
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
+from gpt2.compression.presets.any_model import ANY_MODEL
+from gpt2.compression.settings import build
 from gpt2.models import loading
+from gpt2.models.geometry import FULL, SLIDING, Geometry, LayerGeometry, Shape
 from gpt2.report import plots
 
 
@@ -33,6 +37,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--kv-heads", type=cli.positive_int, default=3)
     p.add_argument("--head-dim", type=cli.positive_int, default=64)
     p.add_argument("--rank", type=cli.positive_int, default=60)
+    p.add_argument("--window", type=cli.positive_int, help="sliding window of all layers, in tokens")
     p.add_argument("--repeats", type=cli.positive_int, default=200, help="appended tokens per figure")
     p.add_argument("--device", default="auto")
     cli.add_output_flag(p)
@@ -41,7 +46,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments().parse_args()
-    paths = cli.output_files(args.output, "benchmark_append")
+    name = f"benchmark_append_window{args.window}" if args.window else "benchmark_append"
+    paths = cli.output_files(args.output, name)
     device = loading.resolve_device(args.device)
 
     rows = [measure(label, make, tokens, args, device) for label, make in codecs(args, device).items()
@@ -55,17 +61,23 @@ def main() -> None:
 
 
 def codecs(args, device: torch.device) -> dict:
-    """Cache factories by name: identity, and a random basis of the given rank with every quantizer."""
+    """Factories: identity, kv4's codecs, and a random rotation cut to the rank with every quantizer."""
+    own = Shape(args.kv_heads, args.head_dim)
+    geometry = Geometry((LayerGeometry(SLIDING if args.window else FULL, own, own, args.window),) * args.layers)
     g = torch.Generator().manual_seed(0)
     E = torch.linalg.qr(torch.randn(args.kv_heads, args.head_dim, args.head_dim, generator=g)).Q
     basis = Transform(E, E.mT.contiguous(), torch.zeros(args.kv_heads, args.head_dim)).truncate(args.rank).to(device)
 
     def make(bits: int):
         codec = [Compressor(quantizer_for_bits(bits), basis)] * args.layers
-        return lambda: CompressedDynamicCache(codec, codec)
+        return lambda: CompressedDynamicCache(codec, codec, geometry=geometry)
 
     low_rank = {f"rank {args.rank}, {bits} bits": make(bits) for bits in sorted(BITS, reverse=True)}
-    return {"identity": lambda: identity_cache(args.layers)} | low_rank
+    settings = {side: [setting] * args.layers for side, setting in zip("kv", ANY_MODEL["kv4"], strict=True)}
+    kv4 = [[each.to(device) for each in side] for side in build(settings, geometry)]
+    fixed = {"identity": lambda: identity_cache(geometry)}
+    fixed |= {"kv4": lambda: CompressedDynamicCache(*kv4, geometry=geometry)}
+    return fixed | low_rank
 
 
 def measure(label: str, make, tokens: int, args, device: torch.device) -> dict:
@@ -74,19 +86,20 @@ def measure(label: str, make, tokens: int, args, device: torch.device) -> dict:
     shape = (1, args.kv_heads, tokens, args.head_dim)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
     for layer in cache.layers:
-        layer.store(x, x)
+        store(layer, x, x)
     token, times = x[:, :, :1], []
     for _ in range(args.repeats):
         start = time.perf_counter()
         for layer in cache.layers:
-            layer.store(token, token)
+            store(layer, token, token)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - start))
     held = tokens + args.repeats
     low, median, high = statistics.quantiles(times, n=4)
     return {"codec": label, "tokens_held": tokens, "append_ms_median": median, "append_ms_quartiles": [low, high],
-            "cache_bytes": cache_bytes(cache), "bytes_per_token": cache_bytes(cache) / held}  # fmt: skip
+            "append_ms_mean": statistics.mean(times), "cache_bytes": cache_bytes(cache),
+            "bytes_per_token": cache_bytes(cache) / held}  # fmt: skip
 
 
 if __name__ == "__main__":

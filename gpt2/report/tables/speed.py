@@ -6,14 +6,21 @@ from gpt2.report.table import Table, select
 
 
 def appending(record: dict, _: list[str]) -> Table:
-    """Time to append one token: a row per codec, a column per number of tokens held."""
+    """Time to append one token: a row per codec, a column per number of tokens held.
+
+    With a sliding window, what is held doesn't grow: columns are of tokens seen, and have the cache's size too.
+    """
+    window = record["args"].get("window")
     held = sorted({row["tokens_held"] for row in record["rows"]})
     lines = []
     for codec in dict.fromkeys(row["codec"] for row in record["rows"]):
         cells = {row["tokens_held"]: row for row in record["rows"] if row["codec"] == codec}
         times = [f"{cells[n]['append_ms_median']:.2f} ms" for n in held]
-        lines.append([codec, *times, f"{cells[held[-1]]['bytes_per_token']:,.0f}"])
-    return Table(["codec", *(f"{n:,} tokens held" for n in held), "bytes per token"], lines)
+        if window:
+            times = [f"{time}, {cells[n]['cache_bytes'] / 2**20:.2f} MiB" for time, n in zip(times, held, strict=True)]
+        lines.append([codec, *times, *([] if window else [f"{cells[held[-1]]['bytes_per_token']:,.0f}"])])
+    columns = [f"{n:,} tokens {'seen' if window else 'held'}" for n in held]
+    return Table(["codec", *columns, *([] if window else ["bytes per token"])], lines)
 
 
 def attention_step(record: dict, words: list[str]) -> Table:
