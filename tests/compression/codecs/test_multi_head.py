@@ -294,7 +294,7 @@ def test_the_script_gathers_what_is_asked_for(flags, codec, joint, common, tmp_p
     assert "need no gradients" not in capsys.readouterr().out
     if not flags:
         assert run("calibrate_kv_lowrank", *common, "--output", "other.pt", "--compact") == 2
-        message = "one codec that heads share, which needs gradients: give --codec joint or grouped"
+        message = "--compact keeps one multi-head codec, which needs gradients: give --codec joint or grouped"
         assert message in capsys.readouterr().err and not (tmp_path / "other.pt").exists()
 
 
