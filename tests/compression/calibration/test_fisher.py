@@ -54,7 +54,7 @@ def test_the_reservoir_is_bounded_and_drawn_from_all_windows(llama, monkeypatch)
     monkeypatch.setattr(fisher, "SAMPLED_BLOCKS", 3)
     batches = windows(2, 64 * 4 + SINKS)
     _, joint = fisher_of(llama, batches, seed=1)
-    assert joint.blocks[0].shape[1] == 3 * 64, "two blocks of each window would be four"
+    assert [blocks.shape[1] for blocks in joint.blocks] == [3 * 64] * 3, "two blocks of each window would be four"
     _, other = fisher_of(llama, batches, seed=2)
     assert not torch.equal(joint.blocks[0], other.blocks[0])
 
