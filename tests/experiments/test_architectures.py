@@ -111,6 +111,7 @@ LAYERS = {
     "jamba": {"linear_attention": 2, "full_attention": 2},
     "gemma4_text": {"sliding_attention": 2, "full_attention": 1, "dummy": 2},  # the last ones read K and V of others
     "inkling_text": {"hybrid_sliding": 2, "hybrid": 1},
+    "inkling2_text": {"hybrid_sliding": 2, "hybrid": 1},  # and sink logits of each query, which ours doesn't know
     "deepseek_v3": {"full_attention": 2},  # a latent and its rotary key
     "deepseek_v32": {"indexed_attention": 3},
     "mimo_v2_flash": {"full_attention": 1, "sliding_attention": 1},  # K and V of several shapes
@@ -130,7 +131,7 @@ KNOWN = {
     "granite smollm3 gpt_oss qwen3_moe mixtral qwen3_next jamba falcon_h1 gemma3n_text gemma4_text inkling_text "
     "mimo_v2_flash mllama",
     RECONSTRUCT: "bloom falcon gptj gpt_neo codegen mpt xglm diffllama doge jetmoe deepseek_v2 deepseek_v3 "
-    "deepseek_v32 kimi_linear longcat_flash",
+    "deepseek_v32 kimi_linear longcat_flash inkling2_text",
     REFUSED: "bart deepseek_v4 mamba openai-gpt rwkv",
 }
 
@@ -140,7 +141,7 @@ def test_the_families_that_were_checked_by_hand(mode):
     found = {name: examined(name) for name in sampled(KNOWN[mode].split(), 4)}
     assert {name: row["mode"] for name, row in found.items()} == dict.fromkeys(found, mode)
     windows = {name for name, row in found.items() if row.get("sliding_layers")}
-    sliding = "mistral gemma2 gemma3_text gpt_oss gemma3n_text gemma4_text inkling_text mimo_v2_flash"
+    sliding = "mistral gemma2 gemma3_text gpt_oss gemma3n_text gemma4_text inkling_text inkling2_text mimo_v2_flash"
     assert windows == set(sliding.split()) & found.keys()
 
 
