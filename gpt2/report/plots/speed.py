@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -126,7 +124,7 @@ def ratios_by_context(rows: list[dict], title: str) -> Figure:
     """Whole-cache compression against context length, a line per cache.
 
     Dashed lines count a calibrated basis as well; dotted ones, in models that cache more than K and V, are of K and V
-    alone. A basis of less than a hundredth of the cache isn't drawn.
+    alone. A basis of less than a tenth of the shortest cache isn't drawn.
     rows: as scripts/benchmarks/cache_bytes.py writes them.
     """
     figure, axis = new_figure(figsize=(8, 4.5))
@@ -135,7 +133,7 @@ def ratios_by_context(rows: list[dict], title: str) -> Figure:
         own, color = [row for row in rows if row["cache"] == cache], color_of(index)
         tokens = [row["context_tokens"] for row in own]
         axis.plot(tokens, [row["compression_ratio"] for row in own], marker="o", color=color, label=cache)
-        if own[0]["codec_bytes"] > own[0]["bytes"] / 100:
+        if own[0]["codec_bytes"] > own[0]["bytes"] / 10:
             basis = True
             axis.plot(tokens, [row["ratio_with_codec"] for row in own], linestyle="--", color=color)
         if others:
@@ -145,7 +143,7 @@ def ratios_by_context(rows: list[dict], title: str) -> Figure:
     if others:
         axis.plot([], [], linestyle=":", color="black", label="K and V alone, without states")
     contexts = sorted({row["context_tokens"] for row in rows})
-    apart = [n for n, following in zip(contexts, [*contexts[1:], math.inf], strict=True) if following > 1.4 * n]
+    apart = [n for n, before in zip(contexts, [0, *contexts], strict=False) if n > 1.4 * before]
     context_axis(axis, apart)  # ticks of lengths that are close would overlap
     axis.set(title=title, xlabel="tokens held", ylabel="bytes of a 16-bit cache / bytes held")
     axis.set_ylim(bottom=0)
