@@ -29,7 +29,7 @@ from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache, identit
 from gpt2.compression.cache.layers import StoredKV
 from gpt2.compression.cache.token_store import without_autocast
 from gpt2.compression.kernels import cpu
-from gpt2.models.geometry import Geometry, layer_kinds
+from gpt2.models.probe import probe_geometry
 
 NAME = "compressed_cache"  # names with "flash", "sdpa" or "flex" mean something to transformers
 MOST_QUERIES = 64  # per KV head; for more, as in a prompt, reconstructing the history once is faster than reading codes
@@ -205,7 +205,7 @@ def _probe(model: PreTrainedModel, cache) -> Tensor:
 
 
 def _check_probe(model: PreTrainedModel, expected: Tensor) -> None:
-    cache = identity_cache(Geometry(tuple(layer_kinds(model.config))))
+    cache = identity_cache(probe_geometry(model, type(model).__name__))
     found = _probe(model, cache)
     change = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     # Sums in another order round differently in float16 and bfloat16
