@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from transformers.cache_utils import Cache
 
 from gpt2.compression.cache import size
-from gpt2.models.geometry import Geometry
+from gpt2.compression.codecs.formats import BLOCK
+from gpt2.models.geometry import Geometry, LayerGeometry
 
 LONGEST = 2**17  # tokens of the longest sequence that is really stored
 SHORT = 256  # tokens that tell which layers are alike
@@ -36,7 +37,8 @@ def measure(make_cache: Callable[[], Cache], geometry: Geometry, tokens: int) ->
     """
     measured, held = min(tokens, LONGEST), Counter()
     for index, count in layers_alike(make_cache, geometry).items():
-        cache, layer = size.filled(make_cache, geometry, measured, layers=[index]), geometry.layers[index]
+        layer = geometry.layers[index]
+        cache = size.filled(make_cache, geometry, _telling(layer, measured), layers=[index])
         exact, unused = size.exact_and_unused_bytes(cache)
         more = layer.held(tokens) / layer.held(measured)
         held += Counter(kv=round(count * more * size.cache_bytes(cache)), exact=count * exact, unused=count * unused)
@@ -49,3 +51,11 @@ def measure(make_cache: Callable[[], Cache], geometry: Geometry, tokens: int) ->
         "compression_ratio": (plain + others) / whole, "attention_ratio": plain / held["kv"],
         "ratio_with_codec": (plain + others) / (whole + codec),
     }  # fmt: skip
+
+
+def _telling(layer: LayerGeometry, tokens: int) -> int:
+    """Tokens after which a layer holds as many bytes as after `tokens`: a window that has moved on repeats itself."""
+    if layer.window is None:
+        return tokens
+    settled = 4 * BLOCK + 2 * -(-layer.window // BLOCK) * BLOCK
+    return settled + tokens % BLOCK if tokens > settled else tokens

@@ -53,7 +53,7 @@ def test_caches_of_real_shapes_are_smaller_than_transformers(shape, tokens):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("tokens", [70, 400])
+@pytest.mark.parametrize("tokens", [70, 400, 1499])
 def test_a_layer_stands_for_all_that_are_like_it(family, tokens):
     loaded = tiny_loaded(family)
     make = from_preset("kv4", loaded).make
