@@ -68,10 +68,11 @@ class Script:
         return "random" if self.loaded.random_weights else "trained"
 
 
-def open_script(args: argparse.Namespace) -> Script:
+def open_script(args: argparse.Namespace, *, runs: bool = True) -> Script:
     """Open what the flags name, the cheapest first, so that mistakes show early: presets, text, then the model.
 
-    With `add_shape_flags` the model may be a shape without weights.
+    With `add_shape_flags` the model may be a shape without weights. runs: whether the script runs the model; if not, a
+    shape gets no random weights either.
     """
     shape = hasattr(args, "layers")
     for preset in [] if shape else _words(getattr(args, "preset", None)):
@@ -80,7 +81,8 @@ def open_script(args: argparse.Namespace) -> Script:
     other = getattr(args, "eval_text", None)
     eval_text = sources.load_text(other, args.model) if other else text
     if shape:
-        return Script(args, random_weights.load(args.model, args.device, args.dtype, args.layers), text, eval_text)
+        load = random_weights.load if runs else random_weights.outline
+        return Script(args, load(args.model, args.device, args.dtype, args.layers), text, eval_text)
     return Script(args, loading.load(args.model, args.device, args.dtype), text, eval_text)
 
 

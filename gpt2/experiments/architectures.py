@@ -28,6 +28,7 @@ from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache, identit
 from gpt2.compression.codecs import Compressor, quantizer_for_bits
 from gpt2.experiments.miniatures import SWITCHES, THE_MODEL, NotTried, one_line, tiny_family
 from gpt2.models.attention_function import wrapped_attention
+from gpt2.models.geometry import config_field
 from gpt2.models.loading import LoadedModel, wrap
 from gpt2.models.support import SUPPORTED
 
@@ -110,10 +111,14 @@ def _prompt(length: int) -> Tensor:
 
 
 def described(loaded: LoadedModel) -> dict:
-    """The miniature's geometry, its kinds of layers, and whether some of them slide."""
+    """The miniature's geometry, its kinds of layers, whether some slide, and whether a latent is cached as K."""
     layers = loaded.geometry.layers
     kinds = dict(Counter(layer.kind for layer in layers))
-    return {"geometry": loaded.geometry.record(), "layers": kinds, "sliding_layers": any(x.window for x in layers)}
+    rank = config_field(loaded.model.config.get_text_config(decoder=True), "kv_lora_rank")
+    return {
+        "geometry": loaded.geometry.record(), "layers": kinds, "sliding_layers": any(x.window for x in layers),
+        "latent": rank is not None and any(layer.k and layer.k.width == rank for layer in layers),
+    }  # fmt: skip
 
 
 def compared(loaded: LoadedModel, logits: Tensor, tokens: Tensor) -> dict:

@@ -50,7 +50,8 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where its caches are made: with the weights, on the CPU where there are none."""
+        return torch.device("cpu") if self.model.device.type == "meta" else self.model.device
 
     @property
     def slug(self) -> str:

@@ -53,6 +53,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     """Hash that tells a model from others, also from a fine-tune of itself; the same from a hub id and a local copy.
 
     Config fields that shape the cache, and the signs of a few weights of every matrix: signs survive a change of dtype.
+    An outline, on the meta device, has no weights: the names of its matrices count alone.
     """
     text = model.config.get_text_config(decoder=True)
     names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -61,7 +62,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, weight in sorted(model.named_parameters()):
         if weight.dim() > 1:
-            digest.update(name.encode() + bytes((weight.flatten()[:64] > 0).tolist()))
+            signs = b"" if weight.is_meta else bytes((weight.flatten()[:64] > 0).tolist())
+            digest.update(name.encode() + signs)
     return digest.hexdigest()[:16]
 
 
@@ -76,11 +78,16 @@ def geometry_of(model_config, model_id: str) -> tuple[Geometry, int]:
     refuse_unsupported(model_config, model_id)
     key = model_config.to_json_string(use_diff=False)
     if key not in _GEOMETRIES:  # a model of 80 layers takes seconds to lay out
-        _GEOMETRIES[key] = _laid_out(model_config, model_id)
+        model, geometry = lay_out(model_config, model_id)
+        _GEOMETRIES[key] = geometry, sum(weights.nbytes for weights in model.parameters())
     return _GEOMETRIES[key]
 
 
-def _laid_out(model_config, model_id: str) -> tuple[Geometry, int]:
+def lay_out(model_config, model_id: str) -> tuple[PreTrainedModel, Geometry]:
+    """A model on the meta device, which has shapes and no weights, and the shape of its cache.
+
+    Raises PluginError where the config alone doesn't tell that shape.
+    """
     dtype = getattr(model_config, "dtype", None)
     dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
     # With a padding token some models look for it among the probe's tokens, which have no values here; others need one
@@ -91,8 +98,7 @@ def _laid_out(model_config, model_id: str) -> tuple[Geometry, int]:
             with torch.device("meta"):
                 # eager: the mask of others may look at values that there are none of
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-            size = sum(weights.numel() for weights in model.parameters()) * dtype.itemsize
-            return probe_geometry(model, model_id), size
+            return model, probe_geometry(model, model_id)
         except PluginError:
             raise
         except Exception as error:  # code that reads values where there are none fails in many ways

@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 from gpt2.common import files
 from gpt2.common.errors import PluginError, brief, first_line, is_out_of_memory
 from gpt2.common.schema import Anything, Default, Record, Text, Whole, parse, read_json
-from gpt2.models import loading, support
+from gpt2.models import loading, probe, support
 from gpt2.models.loading import LoadedModel
 
 FOLDER = files.ROOT / "configs" / "models"
@@ -52,6 +52,20 @@ def load(spec: str, device: str = "auto", dtype: str = "auto", layers: int | Non
         raise PluginError(
             f"{path}: no model can be made of this shape ({type(error).__name__}: {brief(str(error))})"
         ) from error
+
+
+def outline(spec: str, device: str = "auto", dtype: str = "auto", layers: int | None = None) -> LoadedModel:
+    """As `load`, except that a shape becomes a model without weights: for what asks only the layers of its cache.
+
+    It takes as little memory for 671 billion parameters as for one, and can't run. Its name is the file's, such as
+    `deepseek-v3`.
+    """
+    if not spec.endswith(".json"):
+        return load(spec, device, dtype, layers)
+    path = _find(spec)
+    model, geometry = probe.lay_out(read_shape(path, layers), path.name)
+    name = path.stem + (f" ({layers} layer{'s' * (layers > 1)})" if layers else "")
+    return LoadedModel(model.eval(), None, name, geometry, probe.fingerprint(model), random_weights=True)
 
 
 def from_config(

@@ -107,10 +107,10 @@ class Matcher:
         return script_module(self._script(run)).arguments()
 
     def _parse(self, run: Run) -> tuple[argparse.Namespace, list[str]]:
-        """A run's arguments, parsed and as words, with --model where the script has that flag."""
+        """A run's arguments, parsed and as words; --model is added where the script has it and the run names none."""
         parser, words = self._parser(run), run.words()
         try:
-            if hasattr(parser.parse_known_args(words)[0], "model"):
+            if "model" not in run.args and hasattr(parser.parse_known_args(words)[0], "model"):
                 words += ["--model", self.setting.model]
             return parser.parse_args(words), words
         except SystemExit as error:

@@ -4,10 +4,10 @@
     python scripts/benchmarks/architectures.py --families llama,gemma3_text,mamba --output architectures.json
 
 A family is tried as a small random model of its default config, on the CPU, without a download. Results are:
-direct-capable (its attention function can be replaced, which reading compressed K and V directly needs),
-reconstruct-only, refused (with the reason), not tried (transformers itself can't make or run such a model), and failed,
-which is a bug of this toolkit. Working families are run with reconstruction, and with a lossless cache they must
-generate the same tokens as with DynamicCache.
+direct-capable (compressed attention reads its codes), reconstruct-only, refused (with the reason), not tried
+(transformers itself can't make or run such a model), and failed, which is a bug of this toolkit. Each row has the
+layers of the model's cache by kind: full attention, sliding window, recurrent, and more. Working families are run with
+reconstruction, and with a lossless cache they must generate the same tokens as with DynamicCache.
 Writes results/runs/architectures.json, or where --output says.
 """
 

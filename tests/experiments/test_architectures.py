@@ -228,5 +228,29 @@ def test_the_table_groups_by_mode_and_kind_of_reason():
         "| not tried: transformers doesn't | 1 | g |",
         "| failed: TypeError: x \\| y | 1 | c |",
         "",
-        "7 families of transformers 5.0, each tried as a small random model of its default config.",
+        "7 families of transformers 5.0, each tried as a small random model of its default config: 3 work, 2 of them "
+        "by reading codes directly.",
+    ]
+
+
+def test_the_tables_of_layers():
+    kinds = [{"full_attention": 2}, {"full_attention": 1, "sliding_attention": 3}, {"indexed_attention": 2}]
+    rows = [
+        {"model_type": name, "mode": mode, "reason": reason, "layers": layers, "latent": "indexed_attention" in layers}
+        for name, mode, reason, layers in zip("abc", (DIRECT, RECONSTRUCT, RECONSTRUCT), (None, "no: x", "y (z)"),
+                                              kinds, strict=True)
+    ]  # fmt: skip
+    record = {"versions": {"transformers": "5.0"}, "rows": [*rows, {"model_type": "d", "mode": REFUSED, "reason": "e"}]}
+    lines = tables.table("architectures", record, "layers").markdown().splitlines()
+    assert lines[2:-2] == [
+        "| full attention | 1: a | – |",
+        "| full attention + sliding window | – | 1: b |",
+        "| latent, indexer | – | 1: c |",
+    ]
+    lines = tables.table("architectures", record, "families").markdown().splitlines()
+    assert lines[2:-2] == [
+        "| a | 2 full attention | codes read directly | |",
+        "| b | 1 full attention, 3 sliding window | by reconstruction | no |",
+        "| c | 2 latent, indexer | by reconstruction | y |",
+        "| d | – | refused | e |",
     ]

@@ -1,11 +1,20 @@
-"""The script that counts bytes by context length, and its table."""
+"""The script that counts bytes by context length, its table, and one layer that stands for all like it."""
 
 import json
+from functools import partial
 
 import pytest
 from script_runs import run
+from tiny import tiny_loaded
 
-from gpt2.report import tables
+from gpt2.compression.cache import size
+from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
+from gpt2.compression.codecs import Compressor, quantizer_for_bits
+from gpt2.compression.named_caches import from_preset
+from gpt2.evaluation import bytes_by_context
+from gpt2.evaluation.bytes_by_context import layers_alike, measure
+from gpt2.models import random_weights
+from gpt2.report import plots, tables
 
 TOKEN = 2 * 3 * 2 * 12 * 2  # bytes of a token of the tiny model, K and V, in 16 bits
 
@@ -22,3 +31,82 @@ def test_the_script_and_its_table(tmp_path, model_folder):
     assert all(row["compression_ratio"] >= row["ratio_with_codec"] > 0 for row in (short, long))
     assert record["git_commit"] and record["inputs"] == {}
     assert f"| kv4 | 300 | {long['bytes']:,} |" in tables.table("cache_bytes_x", record).markdown()
+    assert "K and V alone" not in tables.table("cache_bytes_x", record).markdown(), "a model that caches nothing else"
+
+
+SHAPES = ["deepseek-v3", "gemma-3-4b", "gpt-oss-20b", "qwen3.5-4b"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tokens", [1024, 1087])
+def test_caches_of_real_shapes_are_smaller_than_transformers(shape, tokens):
+    """Also 63 tokens into a block, where most of them are exact; and what stays as it is counts on both sides."""
+    loaded = random_weights.outline(f"{shape}.json")
+    row = measure(from_preset("kv4", loaded).make, loaded.geometry, tokens)
+    assert row["attention_ratio"] > (3.5 if tokens % 64 == 0 else 2.8)
+    assert row["compression_ratio"] > 1
+    assert (
+        (row["uncompressed_bytes"] > 0)
+        == (shape == "qwen3.5-4b")
+        == (row["compression_ratio"] < row["attention_ratio"])
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("tokens", [70, 400, 1499])
+def test_a_layer_stands_for_all_that_are_like_it(family, tokens):
+    loaded = tiny_loaded(family)
+    make = from_preset("kv4", loaded).make
+    cache, row = size.filled(make, loaded.geometry, tokens), measure(make, loaded.geometry, tokens)
+    assert row["attention_bytes"] == row["bytes"] == size.cache_bytes(cache)
+    assert (row["exact_bytes"], row["unused_bytes"]) == size.exact_and_unused_bytes(cache)
+    assert row["codec_bytes"] == cache.codec_bytes() and row["measured_tokens"] == tokens
+
+
+def test_layers_of_different_bits_are_not_alike():
+    geometry = tiny_loaded().geometry
+    bits = [Compressor(quantizer_for_bits(b)) for b in (8, 4, 8)]
+    make = partial(CompressedDynamicCache, bits, bits, geometry=geometry)
+    assert layers_alike(make, geometry) == {0: 2, 1: 1}
+    assert measure(make, geometry, 300)["bytes"] == size.held_bytes(make, geometry, 300)
+
+
+def test_longer_contexts_are_taken_in_proportion(monkeypatch):
+    monkeypatch.setattr(bytes_by_context, "LONGEST", 1024)
+    loaded = tiny_loaded("gemma3_text", layer_types=["sliding_attention", "full_attention", "full_attention"])
+    make = from_preset("kv4", loaded).make
+    row, exact = measure(make, loaded.geometry, 4096), size.held_bytes(make, loaded.geometry, 4096)
+    assert row["measured_tokens"] == 1024 and row["bytes"] == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["kv4", "kv8"])
+def test_a_batch_has_the_ratio_of_one_sequence(name):
+    loaded = tiny_loaded()
+    make = from_preset(name, loaded).make
+    one, three = (
+        size.fill(make(), [[size.noise(2, n, 12, batch=batch)] * 2 for n in (150, 64, 64)]) for batch in (1, 3)
+    )
+    assert size.cache_bytes(three) == 3 * size.cache_bytes(one)
+
+
+def test_a_shape_needs_no_weights(tmp_path):
+    """671 billion of them would fit nowhere. The table and the picture have a ratio of K and V where it differs."""
+    output = tmp_path / "cache_bytes_x.json"
+    for shape, other in (("deepseek-v3", False), ("qwen3.5-4b", True)):
+        flags = ["--model", f"{shape}.json", "--preset", "kv8", "--context-lengths", "128", "--output", output]
+        assert run("benchmarks/cache_bytes", *flags) == 0
+        record = json.loads(output.read_text())
+        assert record["model"] == shape and len(record["cache_layers"]) == len(random_weights.outline(
+            f"{shape}.json").geometry.layers)  # fmt: skip
+        table = tables.table("cache_bytes_x", record).markdown()
+        assert ("K and V alone" in table) == other and "with the basis" not in table
+        labels = [text.get_text() for text in plots.ratios_by_context(record["rows"], shape).legends[0].get_texts()]
+        assert ("K and V alone, without states" in labels) == other
+
+
+def test_a_basis_that_latents_cant_have_is_refused():
+    loaded = random_weights.outline("deepseek-v3.json", layers=2)
+    with pytest.raises(Exception, match="codec joint needs K and V of one shape, got 1 x 512 and 1 x 64"):
+        from_preset("kv-4x", loaded)
+    measured = measure(from_preset("int4-vonly", loaded).make, loaded.geometry, 256)
+    assert 1 < measured["compression_ratio"] < 1.2, "V is the short rotary key"

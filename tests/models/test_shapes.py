@@ -10,15 +10,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gpt2.common import files
 from gpt2.common.errors import PluginError
 from gpt2.compression.named_caches import from_preset
-from gpt2.models import geometry, loading, random_weights
+from gpt2.models import geometry, loading, probe, random_weights
 
 PARAMETERS = {
+    "deepseek-v3": 671_026_404_352,
     "gemma-2-2b": 2_614_341_888,
+    "gemma-3-4b": 3_880_263_168,
+    "gpt-oss-20b": 20_914_757_184,
     "llama-3.1-8b": 8_030_261_248,
     "mistral-7b-v0.1": 7_241_732_096,
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-7b": 7_615_616_512,
     "qwen2.5-72b": 72_706_203_648,
+    "qwen3.5-4b": 4_205_751_296,
 }
 
 
@@ -32,9 +36,36 @@ def test_a_shape_has_as_many_parameters_as_the_published_model(name):
     config, fields = random_weights.read_shape(path), json.loads(path.read_text())
     with torch.device("meta"):
         assert AutoModelForCausalLM.from_config(config).num_parameters() == PARAMETERS[name]
-    assert config.max_position_embeddings >= 8192 and config.rope_parameters["rope_theta"] >= 10_000
+    rope = config.rope_parameters
+    assert config.max_position_embeddings >= 8192 and rope.get("full_attention", rope)["rope_theta"] >= 10_000
     known = vars(AutoConfig.for_model(**fields)).keys() | {"model_type", "rope_theta", "rope_scaling"}
     assert fields.keys() <= known, "plain config fields"
+
+
+LAYERS = {
+    "deepseek-v3": "61 layers: full_attention, K 1 x 512, V 1 x 64",
+    "gemma-3-4b": "29 layers: sliding_attention, window 1024, K 4 x 256, V 4 x 256; "
+    "5 layers: full_attention, K 4 x 256, V 4 x 256",
+    "gpt-oss-20b": "12 layers: sliding_attention, window 128, K 8 x 64, V 8 x 64; "
+    "12 layers: full_attention, K 8 x 64, V 8 x 64",
+    "qwen3.5-4b": "24 layers: linear_attention; 8 layers: full_attention, K 4 x 256, V 4 x 256",
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_outline_has_the_layers_of_a_model_and_no_weights(name):
+    loaded = random_weights.outline(f"{name}.json")
+    assert str(loaded.geometry) == LAYERS[name]
+    assert loaded.geometry == probe.geometry_of(loaded.model.config, name)[0]
+    assert all(parameter.is_meta for parameter in loaded.model.parameters())
+    assert (loaded.spec, loaded.slug, loaded.device) == (name, name, torch.device("cpu"))
+    assert loaded.random_weights and loaded.fingerprint != random_weights.outline("qwen2.5-7b.json").fingerprint
+
+
+def test_an_outline_of_a_few_layers_says_so():
+    loaded = random_weights.outline("gpt-oss-20b.json", layers=3)
+    assert (loaded.spec, loaded.slug) == ("gpt-oss-20b (3 layers)", "gpt-oss-20b-3-layers")
+    assert [layer.window for layer in loaded.geometry.layers] == [128, None, 128]
 
 
 @pytest.fixture(scope="module")

@@ -163,3 +163,11 @@ def test_a_preset_that_is_made_has_a_record_of_its_own(tmp_path):
     assert matcher.stale("peers_r") is None and matcher.to_make(["peers_p", "peers_r"]) == []
     matcher.record_path("peers_r").unlink()
     assert matcher.to_make(["peers_r"]) == ["peers_p", "peers_r"]
+
+
+def test_a_run_of_a_shape_is_of_that_shape_whatever_the_model():
+    """The tables' --model is for runs that name no model of their own."""
+    runs = load(Setting(model="some/model"))[1]
+    matcher = Matcher(Setting(model="some/model"), runs)
+    own, other = (matcher.parsed(runs[name]).model for name in ("cache_bytes_gemma-3-4b", "cache_bytes_model"))
+    assert (own, other) == ("configs/models/gemma-3-4b.json", "some/model")

@@ -128,7 +128,7 @@ def test_benchmarks_run(tmp_path, monkeypatch, capsys):
     flags = ["--tokens", "16,32", "--layers", 2, "--repeats", 4, "--output", tmp_path / "a.json"]
     assert run("benchmarks/append", *flags) == 0
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
-    assert len(rows) == 8 and all(row["append_ms_median"] > 0 for row in rows)
+    assert len(rows) == 10 and all(row["append_ms_median"] > 0 for row in rows)
 
 
 def test_tune_without_a_basis_and_segments(tiny_flags, tmp_path):

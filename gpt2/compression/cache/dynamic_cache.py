@@ -204,8 +204,12 @@ class CompressedDynamicCache(Cache):
         return sum(store.nbytes() for layer in self.compressed for store in layer.stores.values())
 
     def codec_bytes(self) -> int:
-        """Bytes of the transforms. Caches that are made from the same compressors share them, as they share weights."""
-        return sum(store.compressor.nbytes() for layer in self.compressed for store in layer.stores.values())
+        """Bytes of the transforms. Caches that are made from the same compressors share them, as they share weights.
+
+        A transform that layers share, such as a Hadamard matrix, counts once.
+        """
+        each = {id(x): x for layer in self.compressed for x in (store.compressor for store in layer.stores.values())}
+        return sum(compressor.nbytes() for compressor in each.values())
 
 
 @functools.cache

@@ -96,17 +96,19 @@ def filled(
     dtype: torch.dtype = torch.bfloat16,
     *,
     chunk: int | None = None,
+    layers: Iterable[int] | None = None,
 ) -> Cache:
     """A cache that holds K and V of one sequence of `tokens` of noise: sizes don't depend on the values.
 
     dtype: of the exact tokens. chunk: tokens that are appended at a time, as streamed perplexity does; None appends a
-    prompt of half the length and then chunks of 64.
+    prompt of half the length and then chunks of 64. layers: numbers of those to fill, with the others left empty; None
+    fills all.
     """
     prompt = tokens // 2
     sizes = [chunk] * (tokens // chunk) + [tokens % chunk] if chunk else [prompt, *[64] * ((tokens - prompt) // 64)]
     sizes = [size for size in (*sizes, 0 if chunk else (tokens - prompt) % 64) if size]
     cache = make_cache()
-    for index in geometry.attention:
+    for index in geometry.attention if layers is None else layers:
         layer = geometry.layers[index]
         x = {shape: noise(shape.heads, tokens, shape.width, dtype=dtype) for shape in {layer.k, layer.v}}
         for k, v in zip(x[layer.k].split(sizes, dim=2), x[layer.v].split(sizes, dim=2), strict=True):
@@ -142,7 +144,7 @@ def store(layer, k: Tensor, v: Tensor) -> None:
 
 def exact_and_unused_bytes(cache: CompressedDynamicCache) -> tuple[int, int]:
     """Bytes of exact tokens (sinks and tail) in a CompressedDynamicCache, and bytes that are allocated but unused."""
-    stores = [store for layer in cache.compressed for store in layer.stores.values()]
+    stores = [store for layer in cache.compressed if layer.is_initialized for store in layer.stores.values()]
     exact = sum(tensor.nbytes for store in stores for tensor in (store.sinks, store.tail))
     growing = [stored for store in stores for stored in store.blocks.values() if stored.unused]
     return exact, sum(stored.unused * stored.chunks[-1][:, :, :1].nbytes for stored in growing)

@@ -26,7 +26,7 @@ from gpt2.compression.presets.any_model import shape_keys
 from gpt2.compression.presets.calibration_lookup import calibration_of, made_by
 from gpt2.compression.presets.preset_files import read_preset
 from gpt2.compression.presets.schema import FIGURES, FORMAT, Preset, parse
-from gpt2.compression.settings import build, needs_calibration_file
+from gpt2.compression.settings import TARGETS, build, needs_calibration_file
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel, wrap
 from gpt2.models.probe import geometry_of
@@ -114,26 +114,38 @@ def shared_compressors(
 
 def preset_for_shape(preset: Preset, model: LoadedModel) -> Preset:
     """A preset on a model without weights, which has other layers: settings without figures, for speed and memory."""
-    head_dim, L, record = model.geometry.head_dim, model.geometry.num_layers, preset.record
+    head_dim, L, uneven = model.geometry.head_dim, model.geometry.num_layers, not model.geometry.alike
+    measured = (*FIGURES, "figures", "figures_from", "made_by", "trials", "provenance")
+    record = {key: value for key, value in preset.record.items() if key not in measured}
     layers = record.get("layers")
+    if preset.geometry == model.geometry:
+        return parse(record)
     if preset.num_layers != L and any(isinstance(settings, list) for settings in (layers or {}).values()):
         raise PluginError(f"preset for {preset.model} has a setting for each of {preset.num_layers} layers: "
                           f"it can't be put on {L}")  # fmt: skip
 
-    def scaled(setting: dict) -> dict:
+    def scaled(setting: dict) -> int:
         """A rank that is all coordinates stays so; any other keeps its share of head_dim."""
         old, new = (full_rank(setting["codec"], width) for width in (preset.head_dim, head_dim))
         rank = old if setting["rank"] is None else setting["rank"]
-        return {"rank": new if rank == old else min(max(round(rank * head_dim / preset.head_dim), 1), new)}
+        return new if rank == old else min(max(round(rank * head_dim / preset.head_dim), 1), new)
 
-    shape = {"cache_layers": None, **shape_keys(model.geometry), **scaled(record)}
+    def put(setting: dict) -> dict:
+        """A layer's setting. All coordinates are no number where layers, or K and V, differ in it."""
+        rank = scaled(setting)
+        whole = uneven and rank == full_rank(setting["codec"], head_dim)
+        return setting | {"rank": None if whole else rank}
+
+    shape = {"cache_layers": None, **shape_keys(model.geometry), "rank": scaled(record)}
+    if uneven and not layers:
+        own = {key: record[key] for key in ("codec", "rank", "bits", "quantizer")}
+        layers = dict.fromkeys(TARGETS[record["target"]], own)
     if layers:
         shape["layers"] = {
-            side: settings | scaled(settings) if isinstance(settings, dict) else [s and s | scaled(s) for s in settings]
+            side: put(settings) if isinstance(settings, dict) else [s and put(s) for s in settings]
             for side, settings in layers.items()
         }
-    measured = (*FIGURES, "figures", "figures_from", "made_by", "trials", "provenance")
-    return parse({key: value for key, value in record.items() if key not in measured} | shape)
+    return parse(record | shape)
 
 
 def new_preset(

@@ -121,19 +121,30 @@ def _step_bars(axis: Axes, rows: list[dict]) -> None:
 
 
 def ratios_by_context(rows: list[dict], title: str) -> Figure:
-    """Whole-KV compression against context length, a line per cache; dashed lines count the basis as well.
+    """Whole-cache compression against context length, a line per cache.
 
+    Dashed lines count a calibrated basis as well; dotted ones, in models that cache more than K and V, are of K and V
+    alone. A basis of less than a tenth of the shortest cache isn't drawn.
     rows: as scripts/benchmarks/cache_bytes.py writes them.
     """
     figure, axis = new_figure(figsize=(8, 4.5))
+    others, basis = any(row["uncompressed_bytes"] for row in rows), False
     for index, cache in enumerate(dict.fromkeys(row["cache"] for row in rows)):
         own, color = [row for row in rows if row["cache"] == cache], color_of(index)
         tokens = [row["context_tokens"] for row in own]
         axis.plot(tokens, [row["compression_ratio"] for row in own], marker="o", color=color, label=cache)
-        if own[0]["codec_bytes"]:
+        if own[0]["codec_bytes"] > own[0]["bytes"] / 10:
+            basis = True
             axis.plot(tokens, [row["ratio_with_codec"] for row in own], linestyle="--", color=color)
-    axis.plot([], [], linestyle="--", color="black", label="with the basis, one conversation")
-    axis.set_xscale("log", base=2)
+        if others:
+            axis.plot(tokens, [row["attention_ratio"] for row in own], linestyle=":", color=color)
+    if basis:
+        axis.plot([], [], linestyle="--", color="black", label="with the basis, one conversation")
+    if others:
+        axis.plot([], [], linestyle=":", color="black", label="K and V alone, without states")
+    contexts = sorted({row["context_tokens"] for row in rows})
+    apart = [n for n, before in zip(contexts, [0, *contexts], strict=False) if n > 1.4 * before]
+    context_axis(axis, apart)  # ticks of lengths that are close would overlap
     axis.set(title=title, xlabel="tokens held", ylabel="bytes of a 16-bit cache / bytes held")
     axis.set_ylim(bottom=0)
     figure.legend(loc="outside right upper", fontsize=8)

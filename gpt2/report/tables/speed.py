@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from gpt2.report.table import Table, select
 
 
@@ -83,26 +85,40 @@ def largest_batch(record: dict, _: list[str]) -> Table:
 
 
 def cache_bytes(record: dict, _: list[str]) -> Table:
-    """Bytes of whole caches by context length, and the shares of exact tokens and of unused room."""
-    lines = []
-    for row in record["rows"]:
-        exact, unused = (row[key] / row["bytes"] for key in ("exact_bytes", "unused_bytes"))
-        lines.append([
-            row["cache"],
-            f"{row['context_tokens']:,}",
-            f"{row['bytes']:,}",
-            f"{row['bytes_per_token']:,.0f}",
-            f"{row['compression_ratio']:.2f}x",
-            f"{exact:.1%}",
-            f"{unused:.1%}",
-            f"{row['ratio_with_codec']:.2f}x",
-        ])  # fmt: skip
-    return Table(
-        ["cache", "context", "bytes", "bytes per token", "ratio", "exact", "unused room", "ratio with the basis"],
-        lines,
-        f"{record['model']}, one conversation against transformers' cache in 16 bits. Exact: sinks and tail. The "
-        "last column counts the basis as if this conversation alone had to hold it.",
-    )
+    """Bytes of whole caches by context length, and the shares of exact tokens and of unused room.
+
+    Two more columns where they say something: the ratio of K and V alone, in models that cache something else as well,
+    and the ratio with the basis, of calibrated caches.
+    """
+    rows = record["rows"]
+    others = any(row["uncompressed_bytes"] for row in rows)
+    calibrated = any(cache["calibration_file"] for cache in record["caches"])
+    columns: list[tuple[str, Callable[[dict], str]]] = [
+        ("cache", lambda row: row["cache"]),
+        ("context", lambda row: f"{row['context_tokens']:,}"),
+        ("bytes", lambda row: f"{row['bytes']:,}"),
+        ("bytes per token", lambda row: f"{row['bytes_per_token']:,.0f}"),
+        ("16-bit cache", lambda row: f"{row['plain_bytes']:,}"),
+        ("ratio", lambda row: f"{row['compression_ratio']:.2f}x"),
+    ]
+    if others:
+        columns.append(("K and V alone", lambda row: f"{row['attention_ratio']:.2f}x"))
+    columns += [
+        ("exact", lambda row: f"{row['exact_bytes'] / row['bytes']:.1%}"),
+        ("unused room", lambda row: f"{row['unused_bytes'] / row['bytes']:.1%}"),
+    ]
+    if calibrated:
+        columns.append(("ratio with the basis", lambda row: f"{row['ratio_with_codec']:.2f}x"))
+    notes = [f"{record['model']}, one conversation against transformers' cache in 16 bits."]
+    notes += ["The ratio is of the whole cache, recurrent states and indexer keys among it."] if others else []
+    notes += ["Exact: sinks and tail."]
+    if calibrated:
+        notes.append("The last column counts the basis as if this conversation alone had to hold it.")
+    longest = max(row["measured_tokens"] for row in rows)
+    if any(row["context_tokens"] > longest for row in rows):
+        notes.append(f"Contexts beyond {longest:,} tokens are taken in proportion.")
+    lines = [[cell(row) for _, cell in columns] for row in rows]
+    return Table([name for name, _ in columns], lines, " ".join(notes))
 
 
 def calibrating(record: dict, _: list[str]) -> Table:
