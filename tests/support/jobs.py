@@ -64,7 +64,7 @@ JOBS = {
     "append": Job(
         "benchmarks/append",
         ["--tokens", "16,32", "--layers", 2, "--repeats", 4, *RUN],
-        timed=timed("append_ms_median append_ms_quartiles"),
+        timed=timed("append_ms_median append_ms_quartiles append_ms_mean"),
     ),
     "attention": Job(
         "benchmarks/attention",
