@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLa
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache.layers import CompressedLayer
-from gpt2.compression.cache.mixed_layers import make_layer, map_states
+from gpt2.compression.cache.mixed_layers import check_states_crop, clear_states, has_states, make_layer, map_states
 from gpt2.compression.codecs import Compressor, IdentityCompressor
 from gpt2.models.geometry import Geometry, LayerGeometry
 
@@ -132,11 +132,20 @@ class CompressedDynamicCache(Cache):
         each = [(layer, max(removed, 0) or length - layer.get_seq_length()) for layer in ours]
         for layer, own in each:
             layer.check_crop(own)
-        for layer in self.layers:
-            if not isinstance(layer, CompressedLayer):
+        others = [(i, layer) for i, layer in enumerate(self.layers) if not isinstance(layer, CompressedLayer)]
+        for index, layer in others:
+            check_states_crop(layer, max(-removed, 0), length, index)
+        for _, layer in others:
+            if has_states(layer) or not isinstance(layer, LinearAttentionCacheLayerMixin):
                 layer.crop(removed)
         for layer, own in each:
             layer.crop(own)
+
+    def reset(self) -> None:
+        """Forget everything: the next conversation may have another batch size."""
+        super().reset()
+        for layer in self.layers:
+            clear_states(layer)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`, also of recurrent states, which transformers' own cache can't select."""
@@ -162,6 +171,24 @@ class CompressedDynamicCache(Cache):
         """As `update_conv_state`."""
         self._check_states(layer_idx)
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    def get_conv_state(self, layer_idx: int, *args, **kwargs) -> Tensor | None:
+        """As `update_conv_state`."""
+        self._check_states(layer_idx)
+        return super().get_conv_state(layer_idx, *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, *args, **kwargs) -> Tensor | None:
+        """As `update_conv_state`."""
+        self._check_states(layer_idx)
+        return super().get_recurrent_state(layer_idx, *args, **kwargs)
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        """As `update_conv_state`."""
+        if not hasattr(self.layers[layer_idx], "update_indexer"):
+            raise PluginError(
+                f"the model has an indexer in layer {layer_idx}, for which this cache has no place: {OF_ANOTHER_MODEL}"
+            )
+        return super().update_indexer(indexer_key_states, layer_idx)
 
     def has_previous_state(self, layer_idx: int | None = None, *args, **kwargs) -> bool:
         """As `update_conv_state`."""

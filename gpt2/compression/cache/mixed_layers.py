@@ -44,13 +44,18 @@ class _WithStates:
         self.record_past = True
 
     def reset(self) -> None:
-        LinearAttentionLayer.reset(self)
+        clear_states(self)
         super().reset()
 
+    def check_crop(self, tokens_to_remove: int) -> int:
+        removed = super().check_crop(tokens_to_remove)
+        check_states_crop(self, removed, self.get_seq_length() - removed, self.index)
+        return removed
+
     def crop(self, tokens_to_remove: int) -> None:
-        self.check_crop(tokens_to_remove)
-        LinearAttentionLayer.crop(self, int(tokens_to_remove))
         super().crop(tokens_to_remove)
+        if has_states(self):
+            LinearAttentionLayer.crop(self, int(tokens_to_remove))
 
     def offload(self) -> None:
         LinearAttentionLayer.offload(self)
@@ -88,9 +93,10 @@ class CompressedIndexedLayer(CompressedLayer):
         super().__init__(*args)
         self.indexer = cache_utils.DynamicIndexedLayer()  # its K and V stay empty
 
-    def update_indexer(self, *args, **kwargs) -> Tensor:
+    def update_indexer(self, indexer_key_states: Tensor, *args, **kwargs) -> Tensor:
         """As transformers' layer does it."""
-        return self.indexer.update_indexer(*args, **kwargs)
+        self.indexer.device = indexer_key_states.device  # which it takes from K elsewhere, and asks for in `prefetch`
+        return self.indexer.update_indexer(indexer_key_states, *args, **kwargs)
 
     @property
     def indexer_keys(self) -> Tensor | None:
@@ -164,8 +170,51 @@ def _own_layer(geometry: LayerGeometry):
 
 def map_states(layer, fn: Callable[[Tensor], Tensor]) -> None:
     """Apply `fn` to the recurrent and convolution states of a layer that has any: batch selection."""
-    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+    for states, _ in _states(layer):
+        states.update({index: fn(state) for index, state in states.items() if state is not None})
+
+
+def clear_states(layer) -> None:
+    """Drop the states of a layer that has any, so that the next may be of another batch size.
+
+    transformers only sets them to zero.
+    """
+    for states, initialized in _states(layer):
+        for index in states:
+            states[index], initialized[index], layer.has_previous_state[index] = None, False, False
+
+
+def check_states_crop(layer, removed: int, left: int, index: int) -> None:
+    """Raise RuntimeError, as transformers does, where a layer's past wasn't recorded, so that `left` tokens can't stay.
+
+    Raises PluginError for recurrent states, which transformers leaves as they are after the tokens that it removes.
+    """
+    if not has_states(layer):
         return
-    for states in (layer.conv_states, layer.recurrent_states):
-        if isinstance(states, dict):
-            states.update({index: fn(state) for index, state in states.items() if state is not None})
+    sizes = layer.conv_kernel_size
+    held = [(s.shape[-1], sizes[i]) for i, s in layer.conv_states.items() if s is not None and sizes[i] is not None]
+    if not layer.record_past or (removed and any(length - removed < min(size, left) for length, size in held)):
+        raise RuntimeError(
+            f"crop of layer {index}: it hasn't kept past states; call activate_past_recording on the cache before it "
+            "is filled"
+        )
+    if removed and any(state is not None for state in layer.recurrent_states.values()):
+        raise PluginError(
+            f"crop of layer {index}: its recurrent states can't be put back to what they were {removed} tokens before: "
+            "copy the cache before what may have to be removed, or reset() it"
+        )
+
+
+def has_states(layer) -> bool:
+    """Whether a layer holds recurrent or convolution states."""
+    return any(state is not None for states, _ in _states(layer) for state in states.values())
+
+
+def _states(layer) -> list[tuple[dict[int, Tensor | None], dict[int, bool]]]:
+    """Convolution and recurrent states of a layer by their number, and which of them it has; none of other layers."""
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return []
+    return [
+        (layer.conv_states, layer.is_conv_states_initialized),
+        (layer.recurrent_states, layer.is_recurrent_states_initialized),
+    ]
