@@ -100,8 +100,13 @@ class CompressedDynamicCache(Cache):
             raise PluginError(
                 f"the model has attention in layer {layer_idx}, where this cache keeps no K and V: {OF_ANOTHER_MODEL}"
             )
-        if layer is self.compressed[0]:
+        first = next(layer for layer in self.layers if isinstance(layer, CompressedLayer))
+        if layer is first:
             self._check_layers()
+        elif not first.is_initialized:  # the length of the cache is the first layer's
+            raise PluginError(
+                f"the model has no attention in layer {first.index}, where this cache expects it: {OF_ANOTHER_MODEL}"
+            )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _check_layers(self) -> None:
@@ -114,7 +119,7 @@ class CompressedDynamicCache(Cache):
             raise PluginError(
                 f"the first layer holds {lengths[0]} tokens and the last {lengths[1]}: a run was interrupted between "
                 f"layers, so crop({lengths[1] - lengths[0]}) or reset() the cache; or the model has fewer layers than "
-                "the cache"
+                "the cache, or other ones: give model= or config= to create_cache_from_preset"
             )
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -184,7 +189,7 @@ class CompressedDynamicCache(Cache):
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
         """As `update_conv_state`."""
-        if not hasattr(self.layers[layer_idx], "update_indexer"):
+        if not any(hasattr(layer, "update_indexer") for layer in self.layers[layer_idx : layer_idx + 1]):
             raise PluginError(
                 f"the model has an indexer in layer {layer_idx}, for which this cache has no place: {OF_ANOTHER_MODEL}"
             )

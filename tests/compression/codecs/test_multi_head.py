@@ -483,10 +483,9 @@ def test_the_search_the_scripts_and_models_without_weights_know_it(llama, third,
     made.multi_head["third"].allocation.bits_range = lambda: (2.5, high)
     assert low < 2.5 == search_space.bits_range(made)[0]
     made_up = stand_in.stand_in(llama).multi_head["third"]
-    assert (
-        [E.shape for E in made_up.E] == [E.shape for E in made.multi_head["third"].E]
-        and made_up.transform(2, "v").rank == third.shape(llama.geometry).head_dim
-    )
+    assert [E.shape for E in made_up.E] == [E.shape for E in made.multi_head["third"].E] and made_up.transform(
+        2, "v"
+    ).rank == third.shape(llama.geometry).head_dim
     monkeypatch.chdir(tmp_path)
     (tmp_path / "words.txt").write_text(word_text(3000))
     common = ["--model", folder, "--text", "words.txt", "--samples", 2, "--seq-len", 80]
