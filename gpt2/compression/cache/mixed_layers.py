@@ -93,17 +93,18 @@ class CompressedIndexedLayer(CompressedLayer):
         super().__init__(*args)
         self.indexer = cache_utils.DynamicIndexedLayer()  # its K and V stay empty
 
-    def update_indexer(self, indexer_key_states: Tensor, *args, **kwargs) -> Tensor:
+    def update_indexer(self, *args, **kwargs) -> Tensor:
         """As transformers' layer does it."""
-        self.indexer.device = indexer_key_states.device  # which it takes from K elsewhere, and asks for in `prefetch`
-        return self.indexer.update_indexer(indexer_key_states, *args, **kwargs)
+        return self.indexer.update_indexer(*args, **kwargs)
 
     @property
     def indexer_keys(self) -> Tensor | None:
+        """[B, T, width]"""
         return self.indexer.indexer_keys
 
     @property
     def indexer_position_ids(self) -> Tensor | None:
+        """[dimensions, B, T] where a model's indexer keeps positions."""
         return self.indexer.indexer_position_ids
 
     @indexer_position_ids.setter
@@ -112,31 +113,26 @@ class CompressedIndexedLayer(CompressedLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.indexer.reset()
+        self.indexer = cache_utils.DynamicIndexedLayer()
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        self.indexer.crop(int(tokens_to_remove))
+        if removed := -int(tokens_to_remove):
+            self._set_indexer(*[None if x is None else x[..., :-removed, :] for x in self._indexer()])
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.indexer.reorder_cache(beam_idx)
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        super()._map(fn)
+        self._set_indexer(*[None if x is None else fn(x) for x in self._indexer()])
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.indexer.batch_select_indices(indices)
+    def _indexer(self) -> tuple[Tensor | None, Tensor | None]:
+        """Keys [B, T, width] and positions, rows first: [B, T, dimensions]."""
+        positions = getattr(self.indexer, "indexer_position_ids", None)  # older transformers have none
+        return self.indexer.indexer_keys, None if positions is None else positions.permute(1, 2, 0)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.indexer.batch_repeat_interleave(repeats)
-
-    def offload(self) -> None:
-        super().offload()
-        self.indexer.offload()
-
-    def prefetch(self) -> None:
-        super().prefetch()
-        self.indexer.prefetch()
+    def _set_indexer(self, keys: Tensor | None, positions: Tensor | None) -> None:
+        self.indexer.indexer_keys = keys
+        if positions is not None:
+            self.indexer.indexer_position_ids = positions.permute(2, 0, 1)
 
 
 def make_layer(

@@ -104,12 +104,15 @@ def test_an_exact_cache_gives_the_same_tokens_or_the_same_refusal(family, mode):
 def test_transformers_does_what_is_compared():
     """Otherwise the same refusal would be all that is seen."""
     refused = {(f, m) for f in KINDS for m in ("assisted", "prompt-lookup") if isinstance(expected(f, m), Exception)}
-    assert {family for family, _ in refused} == set(RECURRENT), "recurrent states can't be put back"
+    families = {family for family, _ in refused}  # older versions can't take tokens back behind a window either
+    assert set(RECURRENT) <= families < set(KINDS), "recurrent states can't be put back"
     assert not any(isinstance(expected(family, "greedy"), Exception) for family in KINDS)
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "llama4_text", "lfm2", "inkling_text", "gemma3n_text"])
 def test_assisted_decoding_takes_tokens_back_behind_the_window(family, monkeypatch):
+    if isinstance(expected(family, "assisted"), Exception):
+        pytest.skip(f"transformers itself can't: {expected(family, 'assisted')}")
     cache, removed = ours(family), []
     crop = cache.crop
     monkeypatch.setattr(cache, "crop", lambda n: (removed.append(int(-n)), crop(n)))

@@ -126,7 +126,7 @@ def test_offload_and_prefetch(family):
     assert torch.equal(feed(model_of(family), cache, more), feed(model_of(family), own, more))
 
 
-@pytest.mark.parametrize(("family", "removed"), covering(KINDS, [0, 1, 30], times=2))
+@pytest.mark.parametrize(("family", "removed"), covering(KINDS, [0, 1, 60], times=2))
 def test_crop_of_a_recorded_past(family, removed):
     """Fed in parts, cropped after each, as assisted decoding does it."""
     cache, own = ours(family), theirs(family)
@@ -138,13 +138,17 @@ def test_crop_of_a_recorded_past(family, removed):
             with pytest.raises(PluginError, match="recurrent states can't be put back"):
                 cache.crop(-removed)
         return
-    for n, seed in ((100, 0), (60, 1), (40, 2), (64, 3), (1, 4)):
+    for n, seed in ((100, 0), (160, 1), (40, 2), (64, 3), (1, 4)):
         found, wanted = (feed(model_of(family), each, ids_of(n, batch=2, seed=seed)) for each in (cache, own))
         assert torch.equal(found, wanted)
         for each in (cache, own):
             each.crop(-min(removed, n))
         assert cache.get_seq_length() == own.get_seq_length()
         assert_same(cache, own)
+        for layer in cache.layers:
+            if getattr(layer, "is_sliding", False):
+                held = {len(store) for store in layer.stores.values()}
+                assert max(held) < layer.sliding_window - 1 + 64, "what was recorded is forgotten"
 
 
 @pytest.mark.parametrize("length", [100, 140])

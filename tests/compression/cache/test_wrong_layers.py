@@ -55,7 +55,7 @@ def test_a_bare_cache_with_a_model_whose_last_layers_keep_nothing(family):
 
 
 @pytest.mark.parametrize("kind", [NOTHING, LINEAR])
-@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_next", "deepseek_v3", "glm_moe_dsa"])
+@pytest.mark.parametrize("family", ["mistral", "qwen3_next", "deepseek_v3", "glm_moe_dsa"])
 def test_a_layer_that_attends_where_the_cache_keeps_nothing(family, kind):
     geometry = geometry_of(family)
     for index in geometry.attention:
