@@ -6,7 +6,7 @@ import functools
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, cache_utils
 
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.experiments.miniatures import tiny_family
@@ -31,7 +31,12 @@ KINDS = {
     "qwen4_exp_text": "an indexer beside attention, and linear attention",
     "glm_moe_dsa": "an indexer beside latent attention",
 }
-RECURRENT = ("qwen3_next", "falcon_h1", "qwen4_exp_text")  # whose states can't be put back
+if not hasattr(cache_utils.DynamicIndexedLayer(), "indexer_position_ids"):
+    del KINDS[
+        "qwen4_exp_text"
+    ]  # older transformers keep its positions beside the layers, where no operation finds them
+# Their states can't be put back
+RECURRENT = tuple(family for family in ("qwen3_next", "falcon_h1", "qwen4_exp_text") if family in KINDS)
 WINDOWED = ("gemma3_text", "mistral", "llama4_text", "inkling_text", "gemma4_text", "gemma3n_text", "mimo_v2_flash")
 
 model_of = functools.cache(tiny_family)
