@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLa
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache.layers import CompressedLayer
-from gpt2.compression.cache.mixed_layers import make_layer, map_states
+from gpt2.compression.cache.mixed_layers import check_states_crop, clear_states, has_states, make_layer, map_states
 from gpt2.compression.codecs import Compressor, IdentityCompressor
 from gpt2.models.geometry import Geometry, LayerGeometry
 
@@ -100,8 +100,13 @@ class CompressedDynamicCache(Cache):
             raise PluginError(
                 f"the model has attention in layer {layer_idx}, where this cache keeps no K and V: {OF_ANOTHER_MODEL}"
             )
-        if layer is self.compressed[0]:
+        first = next(layer for layer in self.layers if isinstance(layer, CompressedLayer))
+        if layer is first:
             self._check_layers()
+        elif not first.is_initialized:  # the length of the cache is the first layer's
+            raise PluginError(
+                f"the model has no attention in layer {first.index}, where this cache expects it: {OF_ANOTHER_MODEL}"
+            )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _check_layers(self) -> None:
@@ -114,7 +119,7 @@ class CompressedDynamicCache(Cache):
             raise PluginError(
                 f"the first layer holds {lengths[0]} tokens and the last {lengths[1]}: a run was interrupted between "
                 f"layers, so crop({lengths[1] - lengths[0]}) or reset() the cache; or the model has fewer layers than "
-                "the cache"
+                "the cache, or other ones: give model= or config= to create_cache_from_preset"
             )
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -132,11 +137,20 @@ class CompressedDynamicCache(Cache):
         each = [(layer, max(removed, 0) or length - layer.get_seq_length()) for layer in ours]
         for layer, own in each:
             layer.check_crop(own)
-        for layer in self.layers:
-            if not isinstance(layer, CompressedLayer):
+        others = [(i, layer) for i, layer in enumerate(self.layers) if not isinstance(layer, CompressedLayer)]
+        for index, layer in others:
+            check_states_crop(layer, max(-removed, 0), length, index)
+        for _, layer in others:
+            if has_states(layer) or not isinstance(layer, LinearAttentionCacheLayerMixin):
                 layer.crop(removed)
         for layer, own in each:
             layer.crop(own)
+
+    def reset(self) -> None:
+        """Forget everything: the next conversation may have another batch size."""
+        super().reset()
+        for layer in self.layers:
+            clear_states(layer)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`, also of recurrent states, which transformers' own cache can't select."""
@@ -162,6 +176,24 @@ class CompressedDynamicCache(Cache):
         """As `update_conv_state`."""
         self._check_states(layer_idx)
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    def get_conv_state(self, layer_idx: int, *args, **kwargs) -> Tensor | None:
+        """As `update_conv_state`."""
+        self._check_states(layer_idx)
+        return super().get_conv_state(layer_idx, *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, *args, **kwargs) -> Tensor | None:
+        """As `update_conv_state`."""
+        self._check_states(layer_idx)
+        return super().get_recurrent_state(layer_idx, *args, **kwargs)
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        """As `update_conv_state`."""
+        if not any(hasattr(layer, "update_indexer") for layer in self.layers[layer_idx : layer_idx + 1]):
+            raise PluginError(
+                f"the model has an indexer in layer {layer_idx}, for which this cache has no place: {OF_ANOTHER_MODEL}"
+            )
+        return super().update_indexer(indexer_key_states, layer_idx)
 
     def has_previous_state(self, layer_idx: int | None = None, *args, **kwargs) -> bool:
         """As `update_conv_state`."""

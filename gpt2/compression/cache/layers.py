@@ -245,9 +245,7 @@ class CompressedSlidingLayer(CompressedLayer):
 
     is_sliding = True
 
-    def __init__(
-        self, k: Compressor, v: Compressor, sink_tokens: int, recent_tokens: int, index: int, *, window: int
-    ):
+    def __init__(self, k: Compressor, v: Compressor, sink_tokens: int, recent_tokens: int, index: int, *, window: int):
         reach = window - 1  # a query sees itself and the tokens before it
         super().__init__(k, v, sink_tokens, min(recent_tokens, reach), index, reach)
         self.sliding_window = window
@@ -301,7 +299,14 @@ class CompressedSlidingLayer(CompressedLayer):
                 f"crop of layer {self.index}: its sliding window of {self.sliding_window} tokens has forgotten what a "
                 "shorter cache would need; call activate_past_recording on the cache before it is filled"
             )
-        return super().check_crop(tokens_to_remove)
+        removed = super().check_crop(tokens_to_remove)
+        left = self.get_seq_length() - removed
+        if removed and len(self._first) - removed < min(left, self.sliding_window - 1):
+            raise RuntimeError(
+                f"crop of layer {self.index}: its sliding window of {self.sliding_window} tokens has forgotten what "
+                f"the {left} tokens that stay would see; call activate_past_recording on the cache before it is filled"
+            )
+        return removed
 
     def crop(self, tokens_to_remove: int) -> None:
         """As CompressedLayer.crop; where the past is recorded, it is forgotten now, also with 0."""

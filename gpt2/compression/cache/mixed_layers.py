@@ -44,13 +44,18 @@ class _WithStates:
         self.record_past = True
 
     def reset(self) -> None:
-        LinearAttentionLayer.reset(self)
+        clear_states(self)
         super().reset()
 
+    def check_crop(self, tokens_to_remove: int) -> int:
+        removed = super().check_crop(tokens_to_remove)
+        check_states_crop(self, removed, self.get_seq_length() - removed, self.index)
+        return removed
+
     def crop(self, tokens_to_remove: int) -> None:
-        self.check_crop(tokens_to_remove)
-        LinearAttentionLayer.crop(self, int(tokens_to_remove))
         super().crop(tokens_to_remove)
+        if has_states(self):
+            LinearAttentionLayer.crop(self, int(tokens_to_remove))
 
     def offload(self) -> None:
         LinearAttentionLayer.offload(self)
@@ -94,10 +99,12 @@ class CompressedIndexedLayer(CompressedLayer):
 
     @property
     def indexer_keys(self) -> Tensor | None:
+        """[B, T, width]"""
         return self.indexer.indexer_keys
 
     @property
     def indexer_position_ids(self) -> Tensor | None:
+        """[dimensions, B, T] where a model's indexer keeps positions."""
         return self.indexer.indexer_position_ids
 
     @indexer_position_ids.setter
@@ -106,31 +113,26 @@ class CompressedIndexedLayer(CompressedLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.indexer.reset()
+        self.indexer = cache_utils.DynamicIndexedLayer()
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        self.indexer.crop(int(tokens_to_remove))
+        if removed := -int(tokens_to_remove):
+            self._set_indexer(*[None if x is None else x[..., :-removed, :] for x in self._indexer()])
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.indexer.reorder_cache(beam_idx)
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        super()._map(fn)
+        self._set_indexer(*[None if x is None else fn(x) for x in self._indexer()])
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.indexer.batch_select_indices(indices)
+    def _indexer(self) -> tuple[Tensor | None, Tensor | None]:
+        """Keys [B, T, width] and positions, rows first: [B, T, dimensions]."""
+        positions = getattr(self.indexer, "indexer_position_ids", None)  # older transformers have none
+        return self.indexer.indexer_keys, None if positions is None else positions.permute(1, 2, 0)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.indexer.batch_repeat_interleave(repeats)
-
-    def offload(self) -> None:
-        super().offload()
-        self.indexer.offload()
-
-    def prefetch(self) -> None:
-        super().prefetch()
-        self.indexer.prefetch()
+    def _set_indexer(self, keys: Tensor | None, positions: Tensor | None) -> None:
+        self.indexer.indexer_keys = keys
+        if positions is not None:
+            self.indexer.indexer_position_ids = positions.permute(2, 0, 1)
 
 
 def make_layer(
@@ -164,8 +166,51 @@ def _own_layer(geometry: LayerGeometry):
 
 def map_states(layer, fn: Callable[[Tensor], Tensor]) -> None:
     """Apply `fn` to the recurrent and convolution states of a layer that has any: batch selection."""
-    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+    for states, _ in _states(layer):
+        states.update({index: fn(state) for index, state in states.items() if state is not None})
+
+
+def clear_states(layer) -> None:
+    """Drop the states of a layer that has any, so that the next may be of another batch size.
+
+    transformers only sets them to zero.
+    """
+    for states, initialized in _states(layer):
+        for index in states:
+            states[index], initialized[index], layer.has_previous_state[index] = None, False, False
+
+
+def check_states_crop(layer, removed: int, left: int, index: int) -> None:
+    """Raise RuntimeError, as transformers does, where a layer's past wasn't recorded, so that `left` tokens can't stay.
+
+    Raises PluginError for recurrent states, which transformers leaves as they are after the tokens that it removes.
+    """
+    if not has_states(layer):
         return
-    for states in (layer.conv_states, layer.recurrent_states):
-        if isinstance(states, dict):
-            states.update({index: fn(state) for index, state in states.items() if state is not None})
+    sizes = layer.conv_kernel_size
+    held = [(s.shape[-1], sizes[i]) for i, s in layer.conv_states.items() if s is not None and sizes[i] is not None]
+    if not layer.record_past or (removed and any(length - removed < min(size, left) for length, size in held)):
+        raise RuntimeError(
+            f"crop of layer {index}: it hasn't kept past states; call activate_past_recording on the cache before it "
+            "is filled"
+        )
+    if removed and any(state is not None for state in layer.recurrent_states.values()):
+        raise PluginError(
+            f"crop of layer {index}: its recurrent states can't be put back to what they were {removed} tokens before: "
+            "copy the cache before what may have to be removed, or reset() it"
+        )
+
+
+def has_states(layer) -> bool:
+    """Whether a layer holds recurrent or convolution states."""
+    return any(state is not None for states, _ in _states(layer) for state in states.values())
+
+
+def _states(layer) -> list[tuple[dict[int, Tensor | None], dict[int, bool]]]:
+    """Convolution and recurrent states of a layer by their number, and which of them it has; none of other layers."""
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return []
+    return [
+        (layer.conv_states, layer.is_conv_states_initialized),
+        (layer.recurrent_states, layer.is_recurrent_states_initialized),
+    ]

@@ -52,13 +52,15 @@ def create_cache_from_preset(
     """
     preset = as_preset(preset)
     windows = preset.windows(**overrides)
+    spec = getattr(model, "spec", None)
     if isinstance(model, PreTrainedModel):
+        spec = model.config.name_or_path or model.config.model_type
         model = wrap(model, None, model.config.name_or_path or preset.model)
     if model is None and config is not None:
         spec = config.name_or_path or config.model_type
         preset = preset.for_model(geometry_of(config, spec)[0], spec)
     elif model is not None:
-        preset = preset.for_model(model.geometry, model.spec)
+        preset = preset.for_model(model.geometry, spec)
     k, v = compressors_from_preset(preset, device, model=model, dtype=dtype)
     return CompressedDynamicCache(k, v, geometry=preset.geometry, **windows)
 

@@ -1,7 +1,8 @@
 """Anything that can happen to a cache, in any order, against a plain model of it: what is read is what was stored.
 
-The plain model is one tensor of what should be read; every block that becomes full goes through the codec once, by
-itself. `make test` tries a hundred histories, `make fuzz` thousands; what fails is cut down to the shortest that does.
+The plain model is one tensor of all tokens; every block that becomes full goes through the codec once, by itself. What
+is read are the last of them, as many as a window lets the newest queries see. `make test` tries some histories, `make
+fuzz` thousands; what fails is cut down to the shortest that does.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor
 from gpt2.compression.codecs.mixed import Mixed
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.kernels import cpu
+from gpt2.models.geometry import FULL, LINEAR, NOTHING, SLIDING, Geometry, LayerGeometry, Shape
 
 HISTORIES = int(os.environ.get("FUZZ_HISTORIES", 40))
 H, D = 2, 16
@@ -37,6 +39,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 LOADED = cpu.loaded  # whether there are kernels
 LENGTHS = st.one_of(st.integers(0, 4), st.integers(1, 300))
 ORDERS = [torch.preserve_format, torch.contiguous_format, torch.channels_last]
+# Layers of a cache: windows by their size, of which the first is stored exactly; those behind nothing keep no K and V
+LISTS = [(FULL,), (FULL,), (20,), (128,), (150,), (NOTHING, 130), (150, FULL), (LINEAR, FULL, 200, NOTHING)]
 SMALLEST = [token_store.SMALLEST_CHUNK, 3]  # with the second, short histories make many pieces and join them
 COMPRESSORS = {
     "identity": lambda: IdentityCompressor(),
@@ -88,6 +92,59 @@ class Plain:
         self.seen = self.seen[rows]
 
 
+class Watched:
+    """One layer that keeps K and V, the plain models of its stores, and what of them it has to hold."""
+
+    def __init__(self, index: int, window: int | None, compressors: tuple[Compressor, ...], layout: tuple[int, int]):
+        self.index, self.reach = index, None if window is None else window - 1
+        self.recording = False
+        exact = window is not None and window < 128
+        self.compressors = [IdentityCompressor() if exact else side for side in compressors]
+        self.layout = layout if window is None else (layout[0], min(layout[1], self.reach))
+
+    def begin(self) -> None:
+        sides = 1 if self.compressors[0].joint or len(self.compressors) == 1 else 2
+        self.plain = [Plain(side, *self.layout) for side in self.compressors[:sides]]
+        self.kept = 0  # tokens that it holds at least
+        self.shown: int | None = 0  # tokens that are read: all held, where None
+
+    @property
+    def seen(self) -> int:
+        return 0 if self.plain[0].seen is None else self.plain[0].seen.shape[2]
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        n, before = k.shape[2], self.seen
+        for plain, x in zip(self.plain, (torch.cat((k, v), dim=1),) if len(self.plain) == 1 else (k, v), strict=True):
+            plain.append(x)
+        if self.reach is not None:
+            self.shown = min(before, self.reach) + n
+            self.kept = self.kept + n if self.recording else min(self.seen, self.reach)
+
+    def crop(self, tokens: int) -> None:
+        for plain in self.plain if tokens else ():
+            plain.crop(tokens)
+        if self.reach is not None:
+            self.kept, self.shown = min(self.seen, self.reach), None
+
+    def croppable(self, tokens: int) -> bool | None:
+        """None where it depends on how much more than `kept` it holds."""
+        if self.reach is None or self.seen <= self.reach:
+            return True
+        if not self.recording:
+            return False
+        return True if not tokens or self.kept - tokens >= min(self.seen - tokens, self.reach) else None
+
+    def readable(self, store) -> int:
+        """How many of the last tokens are read, checked against what the store holds."""
+        if self.reach is None:
+            assert len(store) == self.seen
+            return self.seen
+        assert store.seen == self.seen and len(store) >= self.kept
+        if not self.recording:
+            assert len(store) <= self.reach + 63 + self.layout[0] // 64 * 64, "no more than an unfinished block"
+        return len(store) if self.shown is None else min(self.shown, len(store))
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap, sinks) -> Tensor:
     """From the definition, in float64: mask is added to scores, sinks are logits of heads that give nothing."""
     group = q.shape[1] // k.shape[1]
@@ -108,16 +165,17 @@ def causal(queries: int, padding: Tensor, held: int) -> Tensor:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """One layer of a cache and the plain models of its K and V, or of both together."""
+    """The layers of a cache and the plain models of K and V of each, or of both together."""
 
     @initialize(
         k=st.sampled_from(sorted(COMPRESSORS)), v=st.sampled_from(sorted(COMPRESSORS)), kernels=st.booleans(),
         layout=st.sampled_from(LAYOUTS), batch=st.integers(1, 4), dtype=st.sampled_from(DTYPES),
-        smallest=st.sampled_from(SMALLEST), n=LENGTHS, order=st.sampled_from(ORDERS),
+        smallest=st.sampled_from(SMALLEST), n=LENGTHS, order=st.sampled_from(ORDERS), layers=st.sampled_from(LISTS),
     )  # fmt: skip
     def start(
-        self, k: str, v: str, kernels: bool, layout: tuple[int, int], batch: int, dtype, smallest: int, n: int, order
-    ) -> None:
+        self, k: str, v: str, kernels: bool, layout: tuple[int, int], batch: int, dtype, smallest: int, n: int, order,
+        layers: tuple,
+    ) -> None:  # fmt: skip
         k, v = COMPRESSORS[k](), COMPRESSORS[v]()
         if k.joint or v.joint:
             k = v = k if k.joint else v
@@ -125,19 +183,37 @@ class CacheMachine(RuleBasedStateMachine):
         self.patches.enter_context(mock.patch.object(cpu, "loaded", LOADED if kernels else lambda: False))
         self.patches.enter_context(mock.patch.object(token_store, "SMALLEST_CHUNK", smallest))
         self.compressors, self.layout, self.dtype, self.order = (k, v), layout, dtype, order
-        self.cache = CompressedDynamicCache([k], [v], sink_tokens=layout[0], recent_tokens=layout[1])
-        self.layer = self.cache.layers[0]
+        shape = Shape(H, D)
+        kinds = [
+            LayerGeometry(SLIDING, shape, shape, window=kind) if isinstance(kind, int)
+            else LayerGeometry(kind, *[shape if kind == FULL else None] * 2)
+            for kind in layers
+        ]  # fmt: skip
+        self.cache = CompressedDynamicCache(
+            [k if kind.attends else None for kind in kinds], [v if kind.attends else None for kind in kinds],
+            geometry=Geometry(tuple(kinds)), sink_tokens=layout[0], recent_tokens=layout[1],
+        )  # fmt: skip
+        sides = (k,) if k.joint else (k, v)
+        self.watched = [Watched(i, kind.window, sides, layout) for i, kind in enumerate(kinds) if kind.attends]
         self._begin(batch, n)
 
     def _begin(self, batch: int, n: int) -> None:
         """With a prompt: rules are left out by chance, and a history without tokens would prove nothing."""
-        sides = self.compressors[:1] if self.compressors[0].joint else self.compressors
-        self.batch, self.plain = batch, [Plain(side, *self.layout) for side in sides]
+        self.batch = batch
+        for own in self.watched:
+            own.begin()
         self.append(n, seed=12, scale=1)
 
     @property
     def held(self) -> int:
-        return 0 if self.plain[0].seen is None else self.plain[0].seen.shape[2]
+        return self.watched[0].seen
+
+    @property
+    def windowed(self) -> bool:
+        return any(own.reach is not None for own in self.watched)
+
+    def _stores(self, own: Watched) -> list:
+        return list(self.cache.layers[own.index].stores.values())
 
     def _tokens(self, n: int, seed: int, scale: int = 1) -> tuple[Tensor, Tensor]:
         """K and V as attention makes them, heads and tokens transposed; or in another order in memory."""
@@ -150,17 +226,41 @@ class CacheMachine(RuleBasedStateMachine):
         k, v = self._tokens(n, seed, scale)
         if self.held + 1 == n and self.held:  # looks like a prompt fed again, which the cache compares with its own
             k = k + 1
-        self.cache.update(k, v, 0)
-        for plain, x in zip(self.plain, (torch.cat((k, v), dim=1),) if len(self.plain) == 1 else (k, v), strict=True):
-            plain.append(x)
+        for own in self.watched:
+            read = self.cache.update(k, v, own.index)
+            own.append(k, v)
+            if own.reach is not None:  # a long prompt is read before most of it is forgotten
+                self._compare(own, read, own.shown)
+
+    @rule()
+    def record(self) -> None:
+        """As assisted decoding does, before it takes tokens back."""
+        self.cache.activate_past_recording()
+        for own in self.watched:
+            own.recording = True
 
     @rule(left=st.one_of(st.integers(-9, -1), st.integers(0, 9), st.integers(10, 400)))
     def crop(self, left: int) -> None:
         """To so many tokens behind the sinks, often few, for there blocks are special; or into the sinks."""
         tokens = max(self.held - max(self.layout[0] + left, 0), 0)
-        self.cache.crop(-tokens)
-        for plain in self.plain if tokens else ():
-            plain.crop(tokens)
+        self._crop(tokens)
+
+    @precondition(lambda self: self.windowed)
+    @rule(tokens=st.integers(0, 70))
+    def crop_a_few(self, tokens: int) -> None:
+        """As many as a window that was recorded may have."""
+        self._crop(min(tokens, self.held))
+
+    def _crop(self, tokens: int) -> None:
+        each = [own.croppable(tokens) for own in self.watched]
+        try:
+            self.cache.crop(-tokens)
+        except RuntimeError:
+            assert not all(each), "it holds all that is needed"
+            return
+        assert False not in each, "it has forgotten what is needed"
+        for own in self.watched:
+            own.crop(tokens)
 
     @rule(data=st.data(), operation=st.sampled_from(["reorder", "select", "repeat"]))
     def change_rows(self, data: st.DataObject, operation: str) -> None:
@@ -175,7 +275,7 @@ class CacheMachine(RuleBasedStateMachine):
             change = self.cache.reorder_cache if operation == "reorder" else self.cache.batch_select_indices
             change(rows)
         self.batch = len(rows)
-        for plain in self.plain:
+        for plain in (plain for own in self.watched for plain in own.plain):
             plain.rows(rows)
 
     @rule(batch=st.integers(1, 4), n=LENGTHS)
@@ -192,17 +292,17 @@ class CacheMachine(RuleBasedStateMachine):
     def go_on_with_a_copy(self, how) -> None:
         """What happens to the original afterwards isn't the copy's matter."""
         original, self.cache = self.cache, how(self.cache)
-        self.layer = self.cache.layers[0]
-        original.update(*self._tokens(70, seed=10), 0)
+        for own in self.watched:
+            original.update(*self._tokens(70, seed=10), own.index)
         original.batch_select_indices(torch.zeros(1, dtype=torch.long))
-        original.crop(-original.get_seq_length())
+        original.reset() if self.windowed else original.crop(-original.get_seq_length())
 
     @rule(what=st.sampled_from(["all but more", "a positive number", "another batch"]))
     def refused(self, what: str) -> None:
         k, v = self._tokens(2, seed=11)
-        with pytest.raises(PluginError):
+        with pytest.raises((PluginError, RuntimeError) if self.windowed else PluginError):
             if what == "another batch":
-                self.cache.update(torch.cat((k, k)), torch.cat((v, v)), 0)
+                self.cache.update(torch.cat((k, k)), torch.cat((v, v)), self.watched[0].index)
             else:
                 self.cache.crop(1 if what == "a positive number" else -self.held - 1)
 
@@ -217,43 +317,55 @@ class CacheMachine(RuleBasedStateMachine):
         generator = torch.Generator().manual_seed(seed)
         sinks = torch.randn(H * group, generator=generator) if sinks else None
         padding = torch.tensor(padding[: self.batch]) * (masked != "no")
-        queries = min(queries, self.held)
-        allowed = causal(queries, padding, self.held)
+        own = self.watched[seed % len(self.watched)]
+        held = own.readable(self._stores(own)[0])
+        queries = min(queries, held)
+        allowed = causal(queries, padding, held)
         added = torch.zeros(allowed.shape, dtype=self.dtype).masked_fill(~allowed, torch.finfo(self.dtype).min)
         mask = {"no": None, "bool": pad(allowed, (0, 5), value=True), "added": pad(added, (0, 5))}[masked]
-        self._attend(queries, group, generator, mask, added, scaling, softcap=softcap, sinks=sinks)
+        self._attend(own, queries, group, generator, mask, added, scaling, softcap=softcap, sinks=sinks)
 
-    def _attend(self, queries: int, group: int, generator, mask: Tensor | None, added: Tensor, scaling: float, **how):
+    def _attend(
+        self, own: Watched, queries: int, group: int, generator, mask: Tensor | None, added: Tensor, scaling: float,
+        **how,
+    ) -> None:  # fmt: skip
         """Queries of the last tokens find in the codes what they would find in the plain model."""
-        k, v = (plain.seen for plain in self.plain)
+        stores = self._stores(own)
+        k, v = (plain.seen[:, :, own.seen - own.readable(stores[0]) :] for plain in own.plain)
         q = torch.randn(self.batch, queries, H * group, D, generator=generator).to(self.dtype).transpose(1, 2)
         q = 3 / scaling * q / (q @ k.repeat_interleave(group, dim=1).mT).abs().amax().clamp_min(1e-3)
         expected = attention(q, k, v, added.double(), scaling, **how)
         eps = torch.finfo(torch.float32 if self.dtype == torch.float64 else self.dtype).eps
         for kernels in (LOADED, lambda: False):
             with mock.patch.object(cpu, "loaded", kernels):
-                found = direct_attention.attend(*self.layer.stores.values(), q, mask, scaling, **how)
+                found = direct_attention.attend(*stores, q, mask, scaling, **how)
             assert found.dtype == self.dtype
             tolerance = max(1e-4, 8 * eps) * float(v.abs().amax())
             torch.testing.assert_close(found.double(), expected, rtol=max(1e-3, 8 * eps), atol=tolerance)
 
     @invariant()
     def attention_finds_what_was_stored(self) -> None:
-        if hasattr(self, "plain") and self.held and all(c.readable for c in self.compressors):
+        if hasattr(self, "watched") and self.held and all(c.readable for c in self.compressors):
             generator = torch.Generator().manual_seed(self.held)
-            self._attend(1, 1, generator, None, torch.zeros(()), 1.0, softcap=None, sinks=None)
+            for own in self.watched if self.batch < 3 else self.watched[:1]:
+                if own.readable(self._stores(own)[0]):
+                    self._attend(own, 1, 1, generator, None, torch.zeros(()), 1.0, softcap=None, sinks=None)
 
     @invariant()
     def reads_what_was_stored(self) -> None:
-        if not hasattr(self, "plain"):
+        if not hasattr(self, "watched"):
             return
         assert self.cache.get_seq_length() == self.held
         assert self.cache.nbytes() == cache_bytes(self.cache), "the account is of all that is kept alive"
-        if self.held:
-            read = self.layer.read()
-            expected = self.plain[0].seen.chunk(2, dim=1) if len(self.plain) == 1 else [p.seen for p in self.plain]
-            for found, wanted in zip(read, expected, strict=True):
-                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        for own in self.watched if self.held else ():
+            self._compare(own, self.cache.layers[own.index].read(), own.readable(self._stores(own)[0]))
+
+    def _compare(self, own: Watched, read: tuple[Tensor, Tensor], tokens: int) -> None:
+        """K and V that were read are the last `tokens` of the plain model."""
+        expected = [plain.seen[:, :, own.seen - tokens :] for plain in own.plain]
+        expected = expected[0].chunk(2, dim=1) if len(expected) == 1 else expected
+        for found, wanted in zip(read, expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
     def teardown(self) -> None:
         if hasattr(self, "patches"):

@@ -1,0 +1,137 @@
+"""Models whose layers differ in kind: an exact cache gives the tokens of transformers' own in every way to generate."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from generation import assistant_of, generate, sample
+from kinds import KINDS, LENGTH, RECURRENT, feed, geometry_of, ids_of, model_of, ours, theirs
+from sampling import covering
+from torch import Tensor
+
+from gpt2.common.errors import PluginError
+from gpt2.compression.codecs import QUANTIZERS, Compressor
+from gpt2.compression.compressed_cache import CompressedDynamicCache
+
+NEW = 10  # generated tokens
+every_family = pytest.mark.parametrize("family", KINDS)
+
+
+def answer(model, cache, ids: Tensor | None = None, **how) -> Tensor:
+    return generate(model, cache, ids_of() if ids is None else ids, **{"max_new_tokens": NEW} | how)
+
+
+def left_padded(model, cache) -> Tensor:
+    ids = ids_of(batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :17] = 0
+    return answer(model, cache, ids.masked_fill(mask == 0, 0), attention_mask=mask)
+
+
+def second_turn(model, cache) -> Tensor:
+    """A short answer in the window, then a turn that is longer than what the window dropped at once."""
+    first = answer(model, cache, ids_of(120))
+    return answer(model, cache, torch.cat((first, ids_of(70, seed=1)), dim=1))
+
+
+def assisted_turns(model, cache) -> Tensor:
+    """Past the window while the past is recorded, and on from there."""
+    first = answer(model, cache, ids_of(125), assistant_model=assistant_of(model))
+    return answer(model, cache, torch.cat((first, ids_of(9, seed=1)), dim=1))
+
+
+def warm_beams(model, cache) -> Tensor:
+    ids = ids_of()
+    feed(model, cache, ids[:, :-1])
+    cache.batch_repeat_interleave(2)
+    return answer(model, cache, ids, num_beams=2)
+
+
+MODES = {
+    "greedy": answer,
+    "sampling": lambda model, cache: sample(model, cache, ids_of(), max_new_tokens=NEW),
+    "beams": lambda model, cache: answer(model, cache, num_beams=3, num_return_sequences=2),
+    "beams-batch": lambda model, cache: answer(model, cache, ids_of(batch=2), num_beams=2),
+    "prompt-lookup": lambda model, cache: answer(model, cache, ids_of(70).repeat(1, 2), prompt_lookup_num_tokens=4),
+    "assisted": lambda model, cache: answer(model, cache, assistant_model=assistant_of(model)),
+    "assisted-turns": assisted_turns,
+    "left-padded": left_padded,
+    "chunked-prefill": lambda model, cache: answer(model, cache, prefill_chunk_size=33),
+    "second-turn": second_turn,
+    "warm-beams": warm_beams,
+}
+
+
+@functools.cache
+def expected(family: str, mode: str) -> Tensor | Exception:
+    """The tokens with transformers' own cache, or its error."""
+    try:
+        return MODES[mode](model_of(family), theirs(family))
+    except Exception as error:  # of any kind
+        return error
+
+
+@every_family
+def test_logits_are_those_of_transformers(family):
+    """In prompts, chunks and steps; and a lossy cache changes them, so it is what attention reads."""
+    geometry = geometry_of(family)
+    coarse = [Compressor(QUANTIZERS["int4"])] * geometry.num_layers
+    lossy = CompressedDynamicCache(coarse, coarse, geometry=geometry, sink_tokens=0)
+    parts = ids_of(233).split([100, 60, 1, 1, 7, 64], dim=1)
+    caches = (theirs(family), ours(family), lossy)
+    wanted, exact, changed = (torch.cat([feed(model_of(family), each, x) for x in parts], dim=1) for each in caches)
+    assert torch.equal(exact, wanted)
+    assert (changed - wanted).abs().max() > 1e-3 * wanted.abs().max()
+    assert caches[1].get_seq_length() == caches[0].get_seq_length() == 233
+    assert len(expected(family, "greedy")[0, LENGTH:].unique()) >= 4, "a model that repeats itself would prove nothing"
+
+
+@pytest.mark.parametrize(("family", "mode"), covering(KINDS, MODES, times=3))
+def test_an_exact_cache_gives_the_same_tokens_or_the_same_refusal(family, mode):
+    model, wanted = model_of(family), expected(family, mode)
+    if not isinstance(wanted, Exception):
+        assert torch.equal(MODES[mode](model, ours(family)), wanted)
+    elif mode == "warm-beams":  # transformers' own cache can't repeat the states of linear layers, ours can
+        assert any(layer.kind != "full_attention" for layer in geometry_of(family).layers)
+        assert torch.equal(MODES[mode](model, ours(family)), answer(model, theirs(family), num_beams=2))
+    else:
+        with pytest.raises((type(wanted), PluginError)):
+            MODES[mode](model, ours(family))
+
+
+def test_transformers_does_what_is_compared():
+    """Otherwise the same refusal would be all that is seen."""
+    refused = {(f, m) for f in KINDS for m in ("assisted", "prompt-lookup") if isinstance(expected(f, m), Exception)}
+    families = {family for family, _ in refused}  # older versions can't take tokens back behind a window either
+    assert set(RECURRENT) <= families < set(KINDS), "recurrent states can't be put back"
+    assert not any(isinstance(expected(family, "greedy"), Exception) for family in KINDS)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "llama4_text", "lfm2", "inkling_text", "gemma3n_text"])
+def test_assisted_decoding_takes_tokens_back_behind_the_window(family, monkeypatch):
+    if isinstance(expected(family, "assisted"), Exception):
+        pytest.skip(f"transformers itself can't: {expected(family, 'assisted')}")
+    cache, removed = ours(family), []
+    crop = cache.crop
+    monkeypatch.setattr(cache, "crop", lambda n: (removed.append(int(-n)), crop(n)))
+    MODES["assisted"](model_of(family), cache)
+    assert max(removed) > 0 and len(removed) < NEW and cache.get_seq_length() >= LENGTH + NEW - 1
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_next", "falcon_h1", "inkling_text", "glm_moe_dsa"])
+def test_the_memory_is_that_of_the_kinds(family):
+    """Windows hold no more than a block more than transformers; states are as many."""
+    cache, own = ours(family), theirs(family)
+    for each in (cache, own):
+        answer(model_of(family), each, ids_of(300))
+    for layer, other in zip(cache.layers, own.layers, strict=True):
+        for name in ("conv_states", "recurrent_states"):
+            found, wanted = (getattr(x, name, {}) for x in (layer, other))
+            assert {i: None if s is None else s.shape for i, s in found.items()} == {
+                i: None if s is None else s.shape for i, s in wanted.items()
+            }
+        if getattr(layer, "is_sliding", False):
+            held = {len(store) for store in layer.stores.values()}
+            assert len(held) == 1 and layer.sliding_window - 1 <= held.pop() < layer.sliding_window - 1 + 64

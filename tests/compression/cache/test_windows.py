@@ -1,0 +1,240 @@
+"""Layers with a sliding window: what they forget is what no query sees, at any codec, and their size stays the same."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from direct import close
+from sampling import ALL, covering
+from stores import COMPRESSORS, D, H
+from tiny import tiny_model, windows
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
+from gpt2.compression.cache import direct_attention
+from gpt2.compression.cache.layers import CompressedLayer
+from gpt2.compression.cache.size import cache_bytes, noise
+from gpt2.compression.codecs import QUANTIZERS, Compressor
+from gpt2.compression.compressed_cache import CompressedDynamicCache
+from gpt2.compression.presets.any_model import ANY_MODEL
+from gpt2.compression.settings import build
+from gpt2.models.geometry import SLIDING, Geometry, LayerGeometry, Shape
+
+BLOCK = 64  # tokens that a store forgets together
+
+
+def any_model(name: str) -> tuple[Compressor, Compressor]:
+    k, v = ANY_MODEL[name]
+    return tuple(side[0] for side in build({"k": [k], "v": [v]}, Geometry.uniform(1, H, D)))
+
+
+def alike(name: str) -> tuple[Compressor, Compressor]:
+    return (COMPRESSORS[name],) * 2
+
+
+# K and V: coded by channel in blocks of 64, by token, in blocks of 4, each side otherwise, both sides together
+CODECS = {
+    "kv4": any_model("kv4"),
+    "kv8": any_model("kv8"),
+    "int4": alike("int4"),
+    "blocks-of-4": alike("low-rank-block"),
+    "heads-together": alike("joint-int8"),
+    "k-exact": (COMPRESSORS["identity"], any_model("kv4")[1]),
+    "k-blocks-of-4": (COMPRESSORS["block"], Compressor(QUANTIZERS["int8_channel"])),
+    "joint": alike("kv-int8"),
+    "joint-blocks": alike("kv-block"),
+}
+WINDOWS = [128, 130, 200, 500]
+LAYOUTS = [(0, 0), (4, 0), (70, 0), (0, 100), (4, 100), (70, 100)]  # exact sinks, exact latest tokens
+PARTS = [90, 64, 1, 1, 1, 200, 7, 63, 1, 130, 2, 1, 65, 1, 1]
+
+
+@functools.cache
+def model_of(window: int, heads: int):
+    return tiny_model("mistral", head_dim=D, num_key_value_heads=heads, sliding_window=window, num_hidden_layers=2)
+
+
+def geometry_of(window: int | None, heads: int, layers: int = 1) -> Geometry:
+    shape = Shape(heads, D)
+    kind = {} if window is None else {"kind": SLIDING, "window": window}
+    return Geometry((LayerGeometry(k=shape, v=shape, **kind),) * layers)
+
+
+def cache_of(codec: str, window: int | None, layout: tuple[int, int], layers: int = 1) -> CompressedDynamicCache:
+    k, v = CODECS[codec]
+    how = {"sink_tokens": layout[0], "recent_tokens": layout[1], "geometry": geometry_of(window, heads(codec), layers)}
+    return CompressedDynamicCache([k] * layers, [v] * layers, **how)
+
+
+def heads(codec: str) -> int:
+    return H // 2 if CODECS[codec][0].joint else H
+
+
+@torch.no_grad()
+def streamed(model, cache, parts=PARTS) -> Tensor:
+    ids = windows(2, sum(parts))
+    return torch.cat([model(x, past_key_values=cache).logits for x in ids.split(parts, dim=1)], dim=1)
+
+
+# --- the same as a cache that keeps everything
+
+
+@pytest.mark.parametrize(("codec", "window", "layout"), covering(CODECS, WINDOWS, LAYOUTS, times=2))
+def test_logits_are_those_of_a_cache_that_keeps_everything(codec, window, layout):
+    model = model_of(window, heads(codec))
+    everything = streamed(model, cache_of(codec, None, layout, layers=2))
+    assert close(everything, streamed(model, cache_of(codec, window, layout, layers=2)))
+
+
+@pytest.mark.parametrize(
+    ("codec", "window", "layout"), covering(["kv4", "kv8", "int4", "k-exact", "blocks-of-4"], WINDOWS, LAYOUTS, times=2)
+)
+def test_compressed_attention_gives_them_too(codec, window, layout, kernels, monkeypatch):
+    model, attended = model_of(window, heads(codec)), []
+    attend = direct_attention.attend
+    monkeypatch.setattr(
+        direct_attention, "attend", lambda *args, **how: attended.append(args[2].shape[2]) or attend(*args, **how)
+    )
+    everything = streamed(model, cache_of(codec, None, layout, layers=2))
+    enable_compressed_attention(model)
+    try:
+        attended.clear()
+        assert close(everything, streamed(model, cache_of(codec, window, layout, layers=2)))
+    finally:
+        disable_compressed_attention(model)
+    assert attended.count(1) == 2 * PARTS.count(1) and max(attended) == 7, "it is what read the stores"
+
+
+@pytest.mark.parametrize("codec", ["kv4", "joint", "joint-blocks"])
+def test_compressed_attention_of_a_window_that_is_stored_exactly(codec):
+    """Of a joint codec, too, whose exact store holds K and V in one tensor."""
+    model = model_of(100, heads(codec))
+    everything = streamed(model, cache_of(codec, None, (10**6, 0), layers=2))
+    enable_compressed_attention(model)
+    try:
+        assert close(everything, streamed(model, cache_of(codec, 100, (4, 0), layers=2)))
+    finally:
+        disable_compressed_attention(model)
+
+
+# --- tokens and bytes held
+
+
+@pytest.mark.parametrize(
+    ("codec", "window", "case"),
+    [
+        (codec, window, 4 * i + j)
+        for i, codec in enumerate(CODECS)
+        for j, window in enumerate(WINDOWS)
+        if ALL or i % 4 == j
+    ]
+    + [("kv4", 200, 11), ("kv4", 128, 7), ("k-exact", 130, 9)],
+)
+def test_a_window_holds_what_it_needs_and_a_block(codec, window, case):
+    """Read at each step, or only stored, as while attention reads the stores. What is read is checked now and then."""
+    layout, n, reads = LAYOUTS[case % len(LAYOUTS)], [7, 64, 200, 1][case % 4], case // 8 % 2 == 0
+    cache, everything = cache_of(codec, window, layout), cache_of(codec, None, layout)
+    layer, other, theirs = cache.layers[0], everything.layers[0], DynamicSlidingWindowLayer(window)
+    layer.reader = None if reads else SimpleNamespace(active=True)  # as set while such a model runs
+    k, v = (noise(heads(codec), 2000, D, generator=torch.Generator().manual_seed(seed)).float() for seed in (0, 1))
+    held_bytes = []
+    for step, (x, y) in enumerate(zip(k.split(n, dim=2), v.split(n, dim=2), strict=True)):
+        sizes = layer.get_mask_sizes(x.shape[2])
+        assert sizes == theirs.get_mask_sizes(x.shape[2])
+        found, shown = layer.update(x, y), theirs.update(x, y)
+        other.store(x, y)
+        assert layer.get_seq_length() == theirs.get_seq_length() == min(n * (step + 1), 2000)
+        if isinstance(found[0], Tensor):
+            assert found[0].shape == shown[0].shape == (1, heads(codec), sizes[0], D)
+        if step % max(400 // n, 1) == 0:
+            read = found if isinstance(found[0], Tensor) else layer.read()
+            for ours, kept in zip(read, other.read(), strict=True):
+                torch.testing.assert_close(ours, kept[:, :, -sizes[0] :])
+        held = {len(store) for store in layer.stores.values()}
+        later = 0 if reads or n > BLOCK else n  # are forgotten when the next are stored
+        sinks = layout[0] // BLOCK * BLOCK if layer.get_seq_length() < window + 3 * BLOCK + n else 0
+        assert len(held) == 1 and window - 1 <= max(held.pop(), window - 1) <= window - 1 + BLOCK - 1 + later + sinks
+        held_bytes.append(cache_bytes(cache))
+    first, second = (max(held_bytes[len(held_bytes) * a // 8 : len(held_bytes) * b // 8]) for a, b in ((2, 5), (5, 8)))
+    assert second <= first + BLOCK * 2 * k[:, :, 0].nbytes, "a block more or less waits to be compressed"
+
+
+@pytest.mark.parametrize(("codec", "n"), covering(CODECS, [1, 7, 64, 200]))
+@pytest.mark.parametrize("window", [2, 64, 127])
+def test_a_small_window_is_stored_exactly_and_holds_no_token_more(codec, window, n):
+    cache, theirs = cache_of(codec, window, (4, 100)), DynamicSlidingWindowLayer(window)
+    for step in range(6):
+        x = noise(heads(codec), n, D, generator=torch.Generator().manual_seed(step)).float()
+        y = noise(heads(codec), n, D, generator=torch.Generator().manual_seed(10 + step)).float()
+        found, shown = cache.update(x, y, 0), theirs.update(x, y)
+        for side, expected, held, kept in zip(
+            found, shown, (cache.layers[0].keys, cache.layers[0].values), (theirs.keys, theirs.values), strict=True
+        ):
+            assert torch.equal(side, expected) and torch.equal(held[:, :, -(window - 1) :], kept)
+        assert {len(store) for store in cache.layers[0].stores.values()} <= {theirs.keys.shape[2], 2 * window}
+        assert cache_bytes(cache) == cache.nbytes() == 2 * theirs.keys.nbytes
+
+
+def test_a_window_of_one_token_holds_none():
+    cache = cache_of("kv4", 1, (4, 0))
+    for n in (5, 1, 3):
+        assert cache.get_mask_sizes(n, 0) == (n, cache.get_seq_length())
+        assert cache.update(*[torch.ones(1, H, n, D)] * 2, 0)[0].shape[2] == n
+        assert cache.nbytes() == 0
+    assert cache.get_seq_length() == 9
+
+
+@pytest.mark.parametrize("codec", ["kv4", "int4", "joint"])
+def test_a_long_prompt_leaves_no_more_than_its_window(codec):
+    at_once, slowly = cache_of(codec, 500, (4, 0)), cache_of(codec, 500, (4, 0))
+    x = noise(heads(codec), 8000, D)
+    at_once.update(x, x, 0)
+    for part in x.split(100, dim=2):
+        slowly.update(part, part, 0)
+    assert cache_bytes(at_once) <= 1.1 * cache_bytes(slowly)
+    assert all(torch.equal(a, b) for a, b in zip(at_once.layers[0].read(), slowly.layers[0].read(), strict=True))
+
+
+# --- work per token
+
+
+class Written(TorchDispatchMode):
+    """Counts the numbers that operations write, views apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        views = any(r.alias_info and not r.alias_info.is_write for r in function._schema.returns)
+        self.numbers += 0 if views else sum(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))
+        return out
+
+
+def written(layer: CompressedLayer, n: int, steps: int) -> float:
+    """Numbers written per number of new K and V while tokens are stored, `n` at a time."""
+    x = noise(H, n * steps, D).float()
+    with Written() as count:
+        for part in x.split(n, dim=2):
+            layer.store(part, part)
+    return count.numbers / (2 * x.numel())
+
+
+@pytest.mark.parametrize(("codec", "n"), [("kv4", 1), ("int4", 1), ("int4", 64), ("k-exact", 1)])
+def test_work_per_token_does_not_grow_with_what_was_seen(codec, n):
+    cache = cache_of(codec, 1000, (4, 0))
+    layer, work = cache.layers[0], []
+    for seen in (4096, 16384, 65536):
+        while layer.get_seq_length() < seen:
+            x = noise(H, 2048, D).float() + layer.get_seq_length()  # else it looks like a prompt that is fed again
+            layer.store(x, x)
+        work.append(written(layer, n, 192 if n == 1 else 8))
+    assert max(work) <= 1.01 * min(work)
+    assert max(work) < 100, "what is copied of a window when it forgets a block is shared by the block's tokens"

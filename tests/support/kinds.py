@@ -1,0 +1,66 @@
+"""Miniatures of families with a layer of each kind, with caches of transformers and of ours for them."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, cache_utils
+
+from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
+from gpt2.experiments.miniatures import tiny_family
+from gpt2.models.geometry import Geometry
+from gpt2.models.probe import probe_geometry
+
+WINDOW = 130  # of the miniatures' sliding layers; smaller ones are stored exactly
+LENGTH = 140  # tokens of a prompt: the window has forgotten its first
+# Family to the kinds of layers that it is here for
+KINDS = {
+    "gemma3_text": "sliding and full attention",
+    "mistral": "sliding attention in all layers",
+    "llama4_text": "chunked attention",
+    "qwen3_next": "linear attention with recurrent states, full attention",
+    "lfm2": "convolution states alone, full attention",
+    "falcon_h1": "full and linear attention in one layer",
+    "inkling_text": "sliding and linear attention in one layer, several states",
+    "gemma4_text": "layers that read K and V of others, and layers of different shapes",
+    "gemma3n_text": "layers that read K and V of others",
+    "deepseek_v3": "latent attention",
+    "mimo_v2_flash": "K wider than V, and layers of different shapes",
+    "qwen4_exp_text": "an indexer beside attention, and linear attention",
+    "glm_moe_dsa": "an indexer beside latent attention",
+}
+if not hasattr(cache_utils.DynamicIndexedLayer(), "indexer_position_ids"):
+    del KINDS[
+        "qwen4_exp_text"
+    ]  # older transformers keep its positions beside the layers, where no operation finds them
+# Their states can't be put back
+RECURRENT = tuple(family for family in ("qwen3_next", "falcon_h1", "qwen4_exp_text") if family in KINDS)
+WINDOWED = ("gemma3_text", "mistral", "llama4_text", "inkling_text", "gemma4_text", "gemma3n_text", "mimo_v2_flash")
+
+model_of = functools.cache(tiny_family)
+
+
+@functools.cache
+def geometry_of(family: str) -> Geometry:
+    return probe_geometry(model_of(family), family)
+
+
+def ours(family: str) -> CompressedDynamicCache:
+    """A cache of ours that loses nothing."""
+    return identity_cache(geometry_of(family))
+
+
+def theirs(family: str) -> DynamicCache:
+    return DynamicCache(config=model_of(family).config)
+
+
+def ids_of(length: int = LENGTH, batch: int = 1, seed: int = 0) -> Tensor:
+    return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def feed(model: PreTrainedModel, cache, ids: Tensor) -> Tensor:
+    """Logits of more tokens."""
+    return model(ids, past_key_values=cache, use_cache=True).logits
