@@ -8,11 +8,11 @@ import json
 from dataclasses import replace
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from gpt2.common.errors import PluginError, UnsupportedModel
 from gpt2.models.geometry import HYBRID, HYBRID_SLIDING, LINEAR, UNUSED, Geometry, Shape, config_field, layer_kinds
-from gpt2.models.support import SUPPORTED, refuse_unsupported
+from gpt2.models.support import SUPPORTED, auto_class, refuse_unsupported
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def _laid_out(model_config, model_id: str) -> tuple[Geometry, int]:
             config.pad_token_id = config.pad_token_id if padded else None
             with torch.device("meta"):
                 # eager: the mask of others may look at values that there are none of
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+                model = auto_class(config).from_config(config, dtype=dtype, attn_implementation="eager")
             size = sum(weights.numel() for weights in model.parameters()) * dtype.itemsize
             return probe_geometry(model, model_id), size
         except PluginError:

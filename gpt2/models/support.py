@@ -12,13 +12,25 @@ MOST_LAYERS = 1024  # beyond any model's: a config of a few bytes can't keep a m
 SUPPORTED = "supported: decoder-only models with layers that keep K and V of tokens"
 
 
+def auto_class(config) -> type | None:
+    """The class of transformers that makes a model of a config which generates text: images may be part of its prompts.
+
+    None where there is none.
+    """
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    return None
+
+
 def refuse_unsupported(config, spec: str, model: PreTrainedModel | None = None) -> None:
     """Raise UnsupportedModel, with the reason, for models that have no cache of K and V, by their config alone.
 
     model: where there is one already; the text part of a larger model has a config that no list names.
     """
     text = config.get_text_config(decoder=True)
-    causal = model.can_generate() if model is not None else type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    causal = model.can_generate() if model is not None else auto_class(config) is not None
     reason = None
     if config.is_encoder_decoder:
         reason = "it is an encoder-decoder"

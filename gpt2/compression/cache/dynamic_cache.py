@@ -114,7 +114,7 @@ class CompressedDynamicCache(Cache):
             raise PluginError(
                 f"the first layer holds {lengths[0]} tokens and the last {lengths[1]}: a run was interrupted between "
                 f"layers, so crop({lengths[1] - lengths[0]}) or reset() the cache; or the model has fewer layers than "
-                "the cache"
+                "the cache; or it is an encoder-decoder, which needs EncoderDecoderCache(this cache, DynamicCache())"
             )
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -204,8 +204,10 @@ class CompressedDynamicCache(Cache):
         return sum(store.nbytes() for layer in self.compressed for store in layer.stores.values())
 
     def codec_bytes(self) -> int:
-        """Bytes of the transforms. Caches that are made from the same compressors share them, as they share weights."""
-        return sum(store.compressor.nbytes() for layer in self.compressed for store in layer.stores.values())
+        """Bytes of the transforms, each once. Caches of the same compressors share them, as they share weights."""
+        compressors = [store.compressor for layer in self.compressed for store in layer.stores.values()]
+        tensors = [tensor for compressor in compressors for tensor in compressor.tensors()]
+        return sum({(t.device, t.data_ptr(), t.shape): t.nbytes for t in tensors}.values())
 
 
 @functools.cache
