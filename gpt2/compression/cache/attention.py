@@ -145,7 +145,7 @@ def compressed_attention(
     module: torch.nn.Module, query: Tensor, key, value, attention_mask: Tensor | None, scaling: float | None = None,
     dropout: float = 0.0, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The attention function that transformers calls, [B, H, Q, d] → [B, Q, H, d], and weights where they are asked for.
+    """The attention function that transformers calls, [B, H, Q, d] → [B, Q, H, d]; with weights if they are asked for.
 
     key, value: what the cache's `update` returned: a StoredKV of compressed caches, tensors of other caches.
     """

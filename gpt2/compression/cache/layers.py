@@ -190,8 +190,8 @@ class CompressedLayer(CacheLayerMixin):
             else "as generate(use_cache=False) does: use use_cache=True with this cache, or pass no past_key_values"
         )
         raise PluginError(
-            f"the whole prompt was fed again to a cache that holds it, {advice}. Where it is meant, in a model whose keys "
-            "have no positions (ALiBi, as Bloom's), give both in one call"
+            f"the whole prompt was fed again to a cache that holds it, {advice}. Where it is meant, in a model whose "
+            "keys have no positions (ALiBi, as Bloom's), give both in one call"
         )
 
     def get_seq_length(self) -> int:
