@@ -58,6 +58,8 @@ class Reader:
 def enable_compressed_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Let a model's attention read compressed caches as they are stored; returns the model.
 
+    Wrappers are seen through: torch.compile's, DataParallel, DistributedDataParallel and PEFT's.
+
     Logits are those of the same cache by reconstruction, up to rounding. For other caches the model uses PyTorch's
     attention. Raises UnsupportedModel, and leaves the model as it was, where its attention can't be replaced or a trial
     run with an exact cache gives other logits.
@@ -66,7 +68,21 @@ def enable_compressed_attention(model: PreTrainedModel) -> PreTrainedModel:
     threads: don't do it while one of them runs the model.
     """
     with _SWITCHING:
-        return model if is_enabled(model) else _enable(model)
+        if not is_enabled(model):
+            _enable(unwrapped(model))
+    return model
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The transformers model inside the wrappers of torch and PEFT."""
+    while not isinstance(model, PreTrainedModel):
+        if hasattr(model, "get_base_model"):  # PEFT
+            model = model.get_base_model()
+        elif isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), torch.nn.Module):
+            model = inner
+        else:
+            break
+    return model
 
 
 def _enable(model: PreTrainedModel) -> PreTrainedModel:
@@ -96,15 +112,16 @@ def _enable(model: PreTrainedModel) -> PreTrainedModel:
 
 def disable_compressed_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Restore a model's own attention; returns the model. Compressed caches then return reconstructions again."""
+    own = unwrapped(model)
     with _SWITCHING:
-        if is_enabled(model):
-            reader = getattr(model, _STATE)
+        if is_enabled(own):
+            reader = getattr(own, _STATE)
             reader.enabled = False
             for hook in reader.hooks:
                 hook.remove()
-            for module in _watched(model):
+            for module in _watched(own):
                 vars(module).pop(_STATE, None)
-            model.set_attn_implementation(reader.previous)
+            own.set_attn_implementation(reader.previous)
     return model
 
 
@@ -138,7 +155,7 @@ def _hooked(model: PreTrainedModel) -> list:
 
 def is_enabled(model: PreTrainedModel) -> bool:
     """Whether compressed attention is enabled for a model."""
-    return hasattr(model, _STATE)
+    return _STATE in vars(unwrapped(model))
 
 
 def compressed_attention(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
-from gpt2.common.errors import PluginError
+from gpt2.common.errors import NotInThisCache, PluginError
 from gpt2.compression.cache.layers import CompressedLayer
 from gpt2.compression.cache.mixed_layers import make_layer, map_states
 from gpt2.compression.codecs import Compressor, IdentityCompressor
@@ -193,6 +193,14 @@ class CompressedDynamicCache(Cache):
     def readable(self) -> bool:
         """Whether compressed attention can read all layers; it can't read K of a joint codec."""
         return all(c.readable for layer in self.compressed for c in (s.compressor for s in layer.stores.values()))
+
+    @property
+    def max_cache_len(self) -> int:
+        """Asked for by PEFT's prefix tuning alone, before it replaces the cache. Raises NotInThisCache."""
+        raise NotInThisCache(
+            "a compressed cache has no max_cache_len. If PEFT's prefix tuning asks: it gives the model an uncompressed "
+            "cache of its own in the place of this one, so leave past_key_values out"
+        )
 
     @property
     def is_exact(self) -> bool:
