@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from gpt2.common.errors import PluginError, UnsupportedModel
 from gpt2.models.geometry import HYBRID, HYBRID_SLIDING, LINEAR, UNUSED, Geometry, Shape, config_field, layer_kinds
-from gpt2.models.support import SUPPORTED, auto_class, refuse_unsupported
+from gpt2.models.support import SUPPORTED, auto_class, refuse_unsupported, rotary_types
 
 
 @torch.no_grad()
@@ -50,12 +50,15 @@ def _uncompressed(layer) -> dict[str, int]:
 def fingerprint(model: PreTrainedModel) -> str:
     """Hash that tells a model from others, also from a fine-tune of itself; the same from a hub id and a local copy.
 
-    Config fields that shape the cache, and the signs of a few weights of every matrix: signs survive a change of dtype.
+    Config fields that shape the cache, scaled rotary positions (YaRN and the like), and the signs of a few weights of
+    every matrix: signs survive a change of dtype.
     """
     text = model.config.get_text_config(decoder=True)
     names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     names += ("num_attention_heads", "num_key_value_heads", "head_dim")
     fields = {name: config_field(text, name) for name in names}
+    if rotary_types(model.config) != {"default"}:  # scaled positions: keys of other directions and sizes
+        fields["rope_parameters"] = config_field(text, "rope_parameters")
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, weight in sorted(model.named_parameters()):
         if weight.dim() > 1:

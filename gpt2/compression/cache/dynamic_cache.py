@@ -194,6 +194,10 @@ class CompressedDynamicCache(Cache):
         """Whether compressed attention can read all layers; it can't read K of a joint codec."""
         return all(c.readable for layer in self.compressed for c in (s.compressor for s in layer.stores.values()))
 
+    def __bool__(self) -> bool:
+        """Whether it holds tokens, as of transformers' own growing cache: Phi-3 drops one that is true, empty or not."""
+        return self.is_initialized and self.get_seq_length() > 0
+
     @property
     def max_cache_len(self) -> int:
         """Asked for by PEFT's prefix tuning alone, before it replaces the cache. Raises NotInThisCache."""
