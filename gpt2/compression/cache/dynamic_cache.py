@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLa
 from gpt2.common.errors import NotInThisCache, PluginError
 from gpt2.compression.cache.layers import CompressedLayer
 from gpt2.compression.cache.mixed_layers import make_layer, map_states
+from gpt2.compression.cache.padding import PaddingFinder
 from gpt2.compression.codecs import Compressor, IdentityCompressor
 from gpt2.models.geometry import Geometry, LayerGeometry
 
@@ -39,7 +40,7 @@ class CompressedDynamicCache(Cache):
     when given. geometry: the model's layers; without it, all are full attention. A cache for full attention works with
     models whose layers slide too, but keeps what they forget.
     sink_tokens: number of first tokens kept exact, because attention sinks have activations far from all others; with
-    left padding, add the length of the longest. recent_tokens: number of latest tokens kept exact, besides those of an
+    left padding, of each row its own. recent_tokens: number of latest tokens kept exact, besides those of an
     unfinished block. Raises PluginError for lists of different lengths and negative numbers.
 
     direct: whether compressed attention, where it is enabled, reads this cache; with False it gets reconstructions.
@@ -70,6 +71,8 @@ class CompressedDynamicCache(Cache):
         super().__init__(
             layers=[make_layer(own, i, k, v, sink_tokens, recent_tokens) for i, (own, k, v) in enumerate(each)]
         )
+        self._first = next((i for i, layer in enumerate(self.layers) if isinstance(layer, CompressedLayer)), None)
+        self._padding = PaddingFinder()
 
     @property
     def compressed(self) -> list[CompressedLayer]:
@@ -100,8 +103,12 @@ class CompressedDynamicCache(Cache):
             raise PluginError(
                 f"the model has attention in layer {layer_idx}, where this cache keeps no K and V: {OF_ANOTHER_MODEL}"
             )
-        if layer is self.compressed[0]:
+        if layer_idx == self._first:
             self._check_layers()
+        if layer_idx == 0:  # deeper, keys of padding differ
+            self._padding.see(key_states)
+        if self._padding.changing:
+            layer.set_padding(self._padding.rows)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _check_layers(self) -> None:
@@ -116,6 +123,11 @@ class CompressedDynamicCache(Cache):
                 f"layers, so crop({lengths[1] - lengths[0]}) or reset() the cache; or the model has fewer layers than "
                 "the cache; or it is an encoder-decoder, which needs EncoderDecoderCache(this cache, DynamicCache())"
             )
+
+    def reset(self) -> None:
+        """Forget all tokens, and the padding of the rows."""
+        super().reset()
+        self._padding = PaddingFinder()
 
     def crop(self, tokens_to_remove: int) -> None:
         """As `CompressedLayer.crop`, counted from the first layer's length: also after an interrupted run all agree.
@@ -195,7 +207,7 @@ class CompressedDynamicCache(Cache):
         return all(c.readable for layer in self.compressed for c in (s.compressor for s in layer.stores.values()))
 
     def __bool__(self) -> bool:
-        """Whether it holds tokens, as of transformers' own growing cache: Phi-3 drops one that is true, empty or not."""
+        """Whether it holds tokens, as of transformers' growing cache: Phi-3 drops one that is true, empty or not."""
         return self.is_initialized and self.get_seq_length() > 0
 
     @property

@@ -194,6 +194,12 @@ class CompressedLayer(CacheLayerMixin):
             "keys have no positions (ALiBi, as Bloom's), give both in one call"
         )
 
+    def set_padding(self, padding: Tensor | None) -> None:
+        """Left padding of each row in slots, [B]: known with the first tokens, before they are stored."""
+        for store in self.stores.values():
+            there = padding is None or store.sinks is None  # `prepare` moves it to where the first tokens are
+            store.own_sinks.padding = padding if there else padding.to(store.sinks.device)
+
     def get_seq_length(self) -> int:
         return self._first.seen
 

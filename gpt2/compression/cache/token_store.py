@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gpt2.common.errors import PluginError
+from gpt2.compression.cache.padding import OwnSinks
 from gpt2.compression.codecs import Compressor, IdentityCompressor
 from gpt2.compression.codecs.base import HALF_MAX, Encoded
 from gpt2.compression.kernels import dispatch
@@ -140,12 +141,15 @@ class TokenStore:
         self.reconstructed: Tensor | None = None  # of whole blocks, the lead included
         self.forgotten = 0  # tokens dropped from the front
         self.dropped_blocks = 0
+        self.own_sinks = OwnSinks(self.sink_tokens)  # of rows with left padding
         self.visible: int | None = None  # latest tokens that the newest queries see; None: all that are held
 
     def prepare(self, x: Tensor, where: str) -> None:
         """Take device, dtype and shape from the first tokens x [B, H, T, d]. where: names the store in errors."""
         self.compressor.check_shape(x.shape[1], x.shape[3], where)
         self.where, self.warned = where, False
+        if self.own_sinks.padding is not None:
+            self.own_sinks.padding = self.own_sinks.padding.to(x.device)
         self.compressor = self.compressor.to(x.device)
         self.sinks = self.tail = x.new_empty((*x.shape[:2], 0, x.shape[3]))
 
@@ -183,6 +187,7 @@ class TokenStore:
         if x.dtype != self.sinks.dtype:
             self._widen(torch.promote_types(x.dtype, self.sinks.dtype))
             x = x.to(self.sinks.dtype)
+        self.own_sinks.see(x, self.seen)
         missing = self.sink_tokens - self.sinks.shape[2]
         if missing > 0 and not self.dropped_blocks:
             self.sinks = torch.cat((self.sinks, x[:, :, :missing]), dim=2)
@@ -210,6 +215,8 @@ class TokenStore:
         if lead:
             x = torch.cat((x[:, :, :1].expand(-1, -1, lead, -1), x), dim=2)
         block = self.compressor.block_tokens
+        if self.own_sinks.padding is not None and not self.compressor.exact:
+            x = self.own_sinks.without_padding(x, self._slot(self.compressed_blocks))
         self._warn_of_large(x)
         encoded = dispatch.compress(self.compressor, x, self._position(self.compressed_blocks))
         for name, field in encoded.items():
@@ -227,8 +234,13 @@ class TokenStore:
                 "uncompressed", self.where, largest, HALF_MAX,
             )  # fmt: skip
 
-    def _position(self, block: int) -> int:
-        """Position in the sequence of a block's first slot."""
+    def _position(self, block: int) -> int | Tensor:
+        """Position in the sequence of a block's first slot: with left padding of each row, [B]."""
+        padding = self.own_sinks.padding
+        return self._slot(block) if padding is None else self._slot(block) - padding
+
+    def _slot(self, block: int) -> int:
+        """Number of a block's first slot among all that were seen."""
         size = self.compressor.block_tokens
         return self.sink_tokens - self.sink_tokens % size + (self.dropped_blocks + block) * size
 
@@ -262,7 +274,8 @@ class TokenStore:
         parts = [x for x in (self.sinks, self._reconstructed_from(0), self.tail) if x is not None and x.shape[2]]
         if not parts:
             return self.sinks
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))[:, :, self.hidden :]
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return (self.own_sinks.over(x, self.forgotten) if self.own_sinks else x)[:, :, self.hidden :]
 
     def chunks(self) -> Iterator[tuple[int, Encoded]]:
         """The blocks as they are stored, without a copy: of each chunk the number of its first slot, and its tensors.
@@ -358,13 +371,15 @@ class TokenStore:
     def nbytes(self) -> int:
         """Bytes held: sinks, tail, all chunks with what is unused in them, and kept reconstructions."""
         chunks = [chunk for stored in self.blocks.values() for chunk in stored.chunks]
-        return sum(t.nbytes for t in (self.sinks, self.tail, self.reconstructed, *chunks) if t is not None)
+        held = (self.sinks, self.tail, self.reconstructed, *chunks)
+        return sum(t.nbytes for t in held if t is not None) + self.own_sinks.nbytes()
 
     def map_(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn` to every stored tensor: batch selection, or a move between devices."""
         if self.sinks is None:
             return
         self.sinks, self.tail = fn(self.sinks), fn(self.tail)
+        self.own_sinks.map_(fn)
         self.reconstructed = None if self.reconstructed is None else fn(self.reconstructed)
         for stored in self.blocks.values():
             stored.map_(fn)
