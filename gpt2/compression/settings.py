@@ -130,11 +130,15 @@ def build(
     return [k for k, _ in pairs], [v for _, v in pairs]
 
 
+def kept_whole(codec: str) -> bool:
+    """Whether a codec stores all coordinates of any vectors, whatever the rank of its setting."""
+    return codec == IDENTITY or basis_of(codec).multi_head
+
+
 def _check_rank(setting: Setting, width: int, where: str) -> None:
     """Raise PluginError for a rank that a layer's K or V, of `width` channels, is too narrow for."""
     most = full_rank(setting.codec, width)
-    cut = setting.codec != IDENTITY and not basis_of(setting.codec).multi_head  # the others are kept whole
-    if cut and setting.rank is not None and setting.rank > most:
+    if not kept_whole(setting.codec) and setting.rank is not None and setting.rank > most:
         raise PluginError(f"{where}: rank {setting.rank} is out of range: codec {setting.codec} has {most} coordinates "
                           f"there, use 1 to {most}")  # fmt: skip
 

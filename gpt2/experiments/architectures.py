@@ -23,6 +23,7 @@ from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gpt2.common.errors import UnsupportedModel
+from gpt2.compression.cache.attention import disable_compressed_attention, enable_compressed_attention
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.codecs import Compressor, quantizer_for_bits
 from gpt2.experiments.miniatures import SWITCHES, THE_MODEL, NotTried, one_line, tiny_family
@@ -58,7 +59,7 @@ def examine(family: str) -> dict:
             loaded = _wrapped(model)
             logits, tokens = reference(model)
             row |= described(loaded) | compared(loaded, logits, tokens)
-            reason = why_attention_stays(model, logits)
+            reason = why_attention_stays(model, logits) or why_codes_are_not_read(model)
         mode = RECONSTRUCT if reason else DIRECT
     except NotTried as error:
         mode, reason = NOT_TRIED, str(error)
@@ -169,6 +170,19 @@ def why_attention_stays(model: PreTrainedModel, logits: Tensor) -> str | None:
     if not opened:
         return "it has attention of its own beside the one that can be replaced"
     return None if _change(found, logits) <= SAME else "another attention function changes its logits"
+
+
+def why_codes_are_not_read(model: PreTrainedModel) -> str | None:
+    """Why compressed attention rejects a model whose attention can be replaced; None if it doesn't.
+
+    Such attention may be given more than ours knows, as sink logits of each query.
+    """
+    try:
+        enable_compressed_attention(model)
+    except UnsupportedModel as error:
+        return str(error).partition("can't use compressed attention: ")[2].partition(". ")[0]
+    disable_compressed_attention(model)
+    return None
 
 
 class _Sealed:

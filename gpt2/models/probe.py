@@ -21,8 +21,10 @@ def probe_geometry(model: PreTrainedModel, spec: str) -> Geometry:
     kinds = layer_kinds(model.config)
     cache = DynamicCache(config=model.config)
     output = model(torch.zeros(1, 2, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
-    filled = any(getattr(layer, "keys", None) is not None for layer in cache.layers)  # some fill it and don't return it
-    if getattr(output, "past_key_values", None) is None and not filled:
+    # Some fill it and don't return it; so do encoders, whose tokens see later ones
+    filled = any(getattr(layer, "keys", None) is not None for layer in cache.layers)
+    encoder = config_field(model.config.get_text_config(decoder=True), "is_decoder") is False
+    if getattr(output, "past_key_values", None) is None and (encoder or not filled):
         raise UnsupportedModel(f"Model doesn't have past_key_values: {spec} returned no cache; {SUPPORTED}")
     layers = []
     for kind, layer in zip(kinds, [*cache.layers, *[None] * len(kinds)], strict=False):

@@ -96,7 +96,7 @@ def test_one_that_fails_takes_the_others_down_and_says_why(launched):
     """While the first waits for its sums."""
     _, made, done = launched
     assert done.returncode != 0
-    assert done.stderr.count("error: layer 2 is of no use") == 1 and "another one stopped" not in done.stderr
+    assert done.stderr.count("error: layer 2 is of no use") == 1 and "another process stopped" not in done.stderr
     assert made == {"two.pt", "two.png"} and done.stdout.count("wrote") == 1, "nothing of the second script"
 
 

@@ -72,7 +72,7 @@ BAD_CELLS = [
     ({"depth": 1.1}, "needle position 1.1 is out of range"),
     ({"depth": -0.1}, "needle position -0.1 is out of range"),
     ({"max_new_tokens": 6}, r"the answer '\d{5}' has 6 tokens: use --max-new-tokens 7 or more"),
-    ({"distractors": 16}, "has no 17 subjects and answers that the text hasn't"),
+    ({"distractors": 16}, "has fewer than 17 subjects or answers that don't occur in the text"),
 ]
 
 
@@ -99,7 +99,7 @@ def test_a_prompt_without_its_needle_is_rejected(builder, haystack, monkeypatch,
     monkeypatch.setattr(needle_prompts, "Prompt", lambda *parts: damage(Prompt(*parts)))
     with pytest.raises(PluginError, match=message):
         builder.build(LENGTH, 0.5, 0)
-    with pytest.raises(PluginError, match="doesn't give the answer '.*' back"):
+    with pytest.raises(PluginError, match="doesn't encode the answer '.*' in separate tokens"):
         Needles(word_tokenizer(), haystack).build(LENGTH, 0.5, 0)
 
 

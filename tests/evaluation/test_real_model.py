@@ -47,7 +47,7 @@ def figures(loaded, text, calibration):
     """Change of perplexity of a few caches on 128 tokens that calibration didn't see."""
 
     def cache(bits, rank, codec, sinks=4):
-        k, v = compressors_for("v", bits, 30, calibration, rank=rank, codec=codec)
+        k, v = compressors_for("v", bits, loaded.geometry, calibration, rank=rank, codec=codec)
         return partial(CompressedDynamicCache, k, v, sink_tokens=sinks)
 
     caches = {
@@ -151,7 +151,7 @@ def test_a_needle_is_found_by_the_baseline_and_by_four_bit_values(loaded, text):
     haystack = text.tokens("evaluation", loaded)
     caches = {BASELINE: baseline_factory(loaded), "int4": from_preset("int4-vonly", loaded).make}
     many = "+".join(["ln_nullspace"] * 40)  # a cache that loses most of what it was given
-    lossy = compressors_for("kv", 16, 30, None, codec=many, head_dim=64)
+    lossy = compressors_for("kv", 16, loaded.geometry, codec=many)
     caches["lossy"] = partial(CompressedDynamicCache, *lossy)
     found = needle.accuracy(loaded, haystack, caches, lengths=[128], depths=[0.5], trials=1, max_new_tokens=8)
     assert found[BASELINE] >= needle.works_from(1) and found["int4"] >= found[BASELINE] > found["lossy"]

@@ -50,7 +50,7 @@ def test_a_question_is_put_as_the_chat_template_says(document):
     parts = (asked.start.tolist(), asked.document.tolist(), asked.question.tolist())
     assert parts == ([2, 3], document.tolist(), [9, 8, 4, 5]) and len(asked) == 2 + len(document) + 4
     llama.tokenizer.chat_template = "w2"
-    with pytest.raises(PluginError, match="doesn't show a user's message once"):
+    with pytest.raises(PluginError, match="doesn't show the user's message exactly once"):
         about_document(llama, document, "w9")
 
 

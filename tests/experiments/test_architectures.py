@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from gpt2.common import files
 from gpt2.common.errors import UnsupportedModel
 from gpt2.compression.attention import enable_compressed_attention
+from gpt2.compression.cache.token_store import SHORTEST_REACH
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import save_calibration
 from gpt2.compression.codecs import Compressor, quantizer_for_bits
@@ -25,6 +26,7 @@ from gpt2.compression.presets.build import new_preset
 from gpt2.experiments import architectures
 from gpt2.experiments.architectures import DIRECT, FAILED, NEW, NOT_TRIED, PROMPT, RECONSTRUCT, REFUSED, WORKING
 from gpt2.experiments.miniatures import tiny_family
+from gpt2.models.geometry import Geometry
 from gpt2.models.loading import wrap
 from gpt2.report import tables
 from gpt2.text.sources import by_position
@@ -65,7 +67,8 @@ def runs_start_to_end(family: str, row: dict, folder) -> None:
     """Calibrate, save, make a preset, make a cache of it, generate."""
     loaded = wrap(tiny_family(family), word_tokenizer(), f"tiny-{family}")
     assert loaded.geometry.record() == row["geometry"]
-    calibration = calibrate(loaded, text(), rank=9, samples=2, seq_len=32)
+    rank = min(9, *(shape.width for _, _, shape in loaded.geometry.sides()))
+    calibration = calibrate(loaded, text(), rank=rank, samples=2, seq_len=32)
     assert (calibration.statistics.k.count[loaded.geometry.attention] == 2 * (32 - 4)).all()
     assert all(own.isfinite().all() for own in calibration.energies()["v"] if own is not None)
     if row["mode"] == DIRECT:
@@ -74,15 +77,18 @@ def runs_start_to_end(family: str, row: dict, folder) -> None:
         assert all(own.all() for own in seen), "queries of every layer and KV head"
     file = save_calibration(calibration, folder / "c.pt")
     nothing_measured = {"baseline_ppl": 1.0, "ppl": 1.0, "ppl_delta": 0.0}
-    setting = {"target": "kv", "rank": 9, "bits": 8, "codec": "pca", "sink_tokens": 2, "recent_tokens": 3}
+    setting = {"target": "kv", "rank": rank, "bits": 8, "codec": "pca", "sink_tokens": 2, "recent_tokens": 3}
     preset = new_preset(loaded, calibration, str(file), compression_ratio=1.0, measured=nothing_measured, **setting)
     cache = create_cache_from_preset(preset, model=loaded)
     tokens = architectures.generated(loaded.model, cache)
     fed = PROMPT + NEW - 1  # the last token is returned and was never fed
     assert tokens.shape == (1, PROMPT + NEW)
-    assert {layer.get_seq_length() for layer in cache.layers} == {fed}
-    for store in (store for layer in cache.layers for store in layer.stores.values()):
-        assert store.compressed_tokens == fed - 2 - 3 and store.read().isfinite().all()
+    attending = [cache.layers[index] for index in loaded.geometry.attention]
+    assert attending == cache.compressed and {layer.get_seq_length() for layer in attending} == {fed}
+    for index, layer in zip(loaded.geometry.attention, attending, strict=True):
+        short = (loaded.geometry.layers[index].window or fed) - 1 < SHORTEST_REACH  # kept as it is
+        for store in layer.stores.values():
+            assert store.compressed_tokens == (0 if short else fed - 2 - 3) and store.read().isfinite().all()
     reads_what_is_stored(row["mode"], loaded.model, lambda: create_cache_from_preset(preset, model=loaded))
 
 
@@ -99,10 +105,33 @@ def reads_what_is_stored(mode: str, model, make) -> None:
     assert change < 1e-3, "a code may tip over here and there; whatever is wrong moves all logits"
 
 
+# One family for each kind of layer and for each way in which layers differ
+LAYERS = {
+    "falcon_h1": {"hybrid": 2},
+    "jamba": {"linear_attention": 2, "full_attention": 2},
+    "gemma4_text": {"sliding_attention": 2, "full_attention": 1, "dummy": 2},  # the last ones read K and V of others
+    "inkling_text": {"hybrid_sliding": 2, "hybrid": 1},
+    "inkling2_text": {"hybrid_sliding": 2, "hybrid": 1},  # and sink logits of each query, which ours doesn't know
+    "deepseek_v3": {"full_attention": 2},  # a latent and its rotary key
+    "deepseek_v32": {"indexed_attention": 3},
+    "mimo_v2_flash": {"full_attention": 1, "sliding_attention": 1},  # K and V of several shapes
+    "mllama": {"full_attention": 2, "unused": 1},
+}
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_every_kind_of_layer(family, tmp_path):
+    row = examined(family)
+    assert row["mode"] in WORKING and row["layers"] == LAYERS[family]
+    runs_start_to_end(family, row, tmp_path)
+
+
 KNOWN = {
     DIRECT: "llama qwen2 qwen3 mistral gemma2 gemma3_text gpt2 phi phi3 opt gpt_neox stablelm starcoder2 olmo2 cohere "
-    "granite smollm3 gpt_oss qwen3_moe mixtral",
-    RECONSTRUCT: "bloom falcon gptj gpt_neo codegen mpt xglm diffllama doge jetmoe",
+    "granite smollm3 gpt_oss qwen3_moe mixtral qwen3_next jamba falcon_h1 gemma3n_text gemma4_text inkling_text "
+    "mimo_v2_flash mllama",
+    RECONSTRUCT: "bloom falcon gptj gpt_neo codegen mpt xglm diffllama doge jetmoe deepseek_v2 deepseek_v3 "
+    "deepseek_v32 kimi_linear longcat_flash inkling2_text",
     REFUSED: "bart deepseek_v4 mamba openai-gpt rwkv",
 }
 
@@ -112,11 +141,16 @@ def test_the_families_that_were_checked_by_hand(mode):
     found = {name: examined(name) for name in sampled(KNOWN[mode].split(), 4)}
     assert {name: row["mode"] for name, row in found.items()} == dict.fromkeys(found, mode)
     windows = {name for name, row in found.items() if row.get("sliding_layers")}
-    assert windows == {"mistral", "gemma2", "gemma3_text", "gpt_oss"} & found.keys()
+    sliding = "mistral gemma2 gemma3_text gpt_oss gemma3n_text gemma4_text inkling_text inkling2_text mimo_v2_flash"
+    assert windows == set(sliding.split()) & found.keys()
 
 
-def int4(layers: int) -> CompressedDynamicCache:
-    return CompressedDynamicCache(*[[Compressor(quantizer_for_bits(4))] * layers] * 2)
+def int4(geometry: Geometry) -> CompressedDynamicCache:
+    return CompressedDynamicCache(*[[Compressor(quantizer_for_bits(4))] * geometry.num_layers] * 2, geometry=geometry)
+
+
+def lossless(k, v, geometry: Geometry) -> CompressedDynamicCache:
+    return identity_cache(geometry)
 
 
 def other_tokens(model, cache, generated=architectures.generated):
@@ -125,7 +159,7 @@ def other_tokens(model, cache, generated=architectures.generated):
 
 FAULTS = [
     ("identity_cache", int4, "loses nothing changes logits"),
-    ("CompressedDynamicCache", lambda k, v: identity_cache(len(k)), "4 bits change logits by 0.0 of the largest"),
+    ("CompressedDynamicCache", lossless, "4 bits change logits by 0.0 of the largest"),
     ("generated", lambda model, cache: torch.zeros(1, PROMPT + NEW), "holds 0 tokens"),
     ("generated", other_tokens, "RuntimeError: a cache that loses nothing changes tokens"),
 ]

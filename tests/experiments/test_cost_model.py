@@ -60,7 +60,7 @@ def test_counted_statistics_are_those_that_passes_leave(loaded):
     statistics = Statistics(*sides)
     found = collect_fisher(loaded, windows(1, 4 + 48 * 64 // 8), statistics, 4, multi_head_bases())
     counted = cost_model.gradient_statistics_bytes(dims)
-    assert sum(side.metrics["fisher"].nbytes for side in sides) == counted["heads"]
+    assert sum(own.nbytes for side in sides for own in side.metrics["fisher"]) == counted["heads"]
     moments = {name: moments_bytes(own.moments) for name, own in found.items()}
     assert moments == {name: counted[name] for name in moments} and len(moments) >= 2
     # One window of 6 blocks, of the 48 that are kept

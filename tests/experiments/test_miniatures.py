@@ -58,7 +58,7 @@ LAYERS = {
     "gemma4_text": [*["sliding_attention, window 130, K 2 x 16, V 2 x 16"] * 2, "full_attention, K 2 x 32, V 2 x 32",
                     "dummy", "dummy"],
     "jamba": ["linear_attention", "full_attention, K 2 x 16, V 2 x 16"] * 2,
-    "mimo_v2_flash": ["full_attention, K 2 x 24, V 2 x 16", "sliding_attention, window 130, K 4 x 24, V 4 x 16"],
+    "mimo_v2_flash": ["full_attention, K 2 x 24, V 2 x 16", "sliding_attention, window 129, K 4 x 24, V 4 x 16"],
     "recurrent_gemma": [*["linear_attention"] * 2, "sliding_attention, window 130, K 2 x 16, V 2 x 16"] * 2,
     "zamba2": ["linear_attention", "linear_attention", *["hybrid, K 2 x 32, V 2 x 32"] * 2],
 }  # fmt: skip

@@ -298,10 +298,10 @@ def test_all_devices_are_left_to_the_device_map(device, expected, model_folder, 
 
 
 def test_layers_that_found_no_room_are_rejected(dispatched):
-    with pytest.raises(PluginError, match="spread: device_map found no room for some layers"):
+    with pytest.raises(PluginError, match="spread: some layers don't fit on the devices of its device_map and"):
         wrap(dispatched[1], None, "spread")
     model = tiny_model()
-    loading.refuse_offloaded(model, "x", torch.device("cpu"))
+    loading.reject_offloaded(model, "x", torch.device("cpu"))
     model.model.layers[1].to("meta")
     with pytest.raises(PluginError, match="model 'x' doesn't fit on all GPUs together"):
-        loading.refuse_offloaded(model, "x", torch.device("cpu"))
+        loading.reject_offloaded(model, "x", torch.device("cpu"))

@@ -10,14 +10,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gpt2.common.errors import PluginError, UnsupportedModel
 from gpt2.models import loading, probe, random_weights
 from gpt2.models.embedded import EMBEDDED
-from gpt2.models.geometry import Geometry
+from gpt2.models.geometry import FULL, LINEAR, NOTHING, SLIDING, Geometry, LayerGeometry, Shape, layer_kinds
 from gpt2.models.loading import load, wrap
+from gpt2.models.support import refuse_unsupported
 
 # Family to layers, KV heads, head_dim
 GEOMETRY = {
     "llama": (3, 2, 12), "qwen2": (3, 2, 12), "qwen3": (3, 2, 16), "mistral": (3, 2, 12), "gemma3_text": (3, 2, 20),
     "gpt2": (3, 4, 12), "phi": (3, 2, 12), "opt": (3, 4, 12), "gpt_neox": (3, 4, 12),
 }  # fmt: skip
+WINDOWS = {"mistral": 8, "gemma3_text": 8}  # of all layers; full attention in those of the other families
 
 
 def saved(folder, model=None):
@@ -164,11 +166,14 @@ def test_a_context_longer_than_trained_is_rejected():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_geometry_and_fingerprint_of_a_model_that_was_saved(family, tmp_path):
-    """The geometry is read off the cache: grouped queries, and a head_dim that isn't hidden / heads."""
+    """The geometry is read off the cache: grouped queries, windows, and a head_dim that isn't hidden / heads."""
     model = tiny_model(family)
     back = load(str(saved(tmp_path, model)))
     L, H, d = GEOMETRY[family]
-    assert back.fingerprint == probe.fingerprint(model) and back.geometry == Geometry.uniform(L, H, d)
+    expected = Geometry.uniform(L, H, d)
+    if window := WINDOWS.get(family):
+        expected = Geometry((LayerGeometry(SLIDING, Shape(H, d), Shape(H, d), window),) * L)
+    assert back.fingerprint == probe.fingerprint(model) and back.geometry == expected
     assert back.geometry.bytes_per_token() == 2 * L * H * d * 2
     assert back.geometry.bytes_per_token(4) == 2 * L * H * d * 4
 
@@ -193,15 +198,13 @@ def test_another_shape_has_another_fingerprint():
 
 
 UNSUPPORTED = {
-    "t5": ({"d_model": 48, "d_kv": 12, "num_heads": 4}, "encoder-decoder"),
-    "deepseek_v3": (SHAPE | {"kv_lora_rank": 8, "qk_rope_head_dim": 8}, "multi-head latent attention"),
-    "minicpm3": (SHAPE, "multi-head latent attention"),
-    "mamba": ({"hidden_size": 48, "num_hidden_layers": 2}, "without a plain KV cache"),
-    "qwen3_next": (SHAPE, r"without a plain KV cache \(linear_attention\)"),
-    "lfm2": (SHAPE | {"layer_types": ["conv", "full_attention", "conv"]}, r"without a plain KV cache \(conv\)"),
-    "gemma3n_text": (SHAPE, "layers share one another's KV cache"),
+    "t5": ({"d_model": 48, "d_kv": 12, "num_heads": 4}, "it is an encoder-decoder"),
+    "bart": ({"d_model": 48}, "it is an encoder-decoder"),
+    "mamba": ({"hidden_size": 48, "num_hidden_layers": 2}, "none of its layers keeps K and V"),
+    "qwen3_next": (SHAPE, "none of its layers keeps K and V"),  # all three of its layers are linear attention
     "vit": ({}, "no causal language model"),
     "llama": (SHAPE | {"use_cache": False}, "Model doesn't have past_key_values"),
+    "qwen2": (SHAPE | {"num_hidden_layers": 1025}, "it has more than 1024 layers"),
 }
 
 
@@ -213,6 +216,33 @@ def test_unsupported_models_are_rejected_before_any_weight(family, tmp_path):
     message = rf"\({family}\) can't be compressed: .*{reason}.*; supported: decoder-only"
     with pytest.raises(UnsupportedModel, match=message):
         load(str(tmp_path))
+
+
+def test_layers_of_unknown_kinds_are_rejected_before_any_weight(tmp_path):
+    AutoConfig.for_model("deepseek_v4", **SHAPE).save_pretrained(tmp_path)
+    kind = "heavily_compressed_attention"
+    with pytest.raises(UnsupportedModel, match=f"deepseek_v4 can't be compressed: its layers of type '{kind}'"):
+        load(str(tmp_path))
+
+
+# Family to config and kinds of its layers
+SUPPORTED = {
+    "deepseek_v3": (SHAPE | {"kv_lora_rank": 8, "qk_rope_head_dim": 8}, [FULL] * 3),
+    "minicpm3": (SHAPE, [FULL] * 3),
+    "qwen3_next": (SHAPE | {"num_hidden_layers": 4}, [LINEAR] * 3 + [FULL]),
+    "lfm2": (SHAPE | {"layer_types": ["conv", "full_attention", "conv"]}, [LINEAR, FULL, LINEAR]),
+    "gemma3n_text": (SHAPE | {"num_hidden_layers": 4, "num_kv_shared_layers": 2,
+                              "layer_types": ["sliding_attention", "full_attention"] * 2},
+                     [SLIDING, FULL, NOTHING, NOTHING]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_latent_attention_hybrid_layers_and_shared_kv_are_supported(family):
+    settings, kinds = SUPPORTED[family]
+    config = AutoConfig.for_model(family, **settings)
+    refuse_unsupported(config, family)
+    assert [layer.kind for layer in layer_kinds(config)] == kinds
 
 
 @pytest.mark.parametrize(("family", "settings", "reason"), [

@@ -68,9 +68,9 @@ def fit_heads(codec: str, x: Tensor, case: str, weights: Tensor | None = None) -
     rotations = [rotation] if basis.unrotated else []
     moments = moments_of(entry, codec, weights)
     count = 1 if basis.joint else 2  # K and V of a layer are two entries: twice the same
-    metrics = {name: torch.cat([m] * count) for name, m in moments.metrics.items()}
-    moments = Moments(*(torch.cat([t] * count) for t in (moments.count, moments.mean, moments.scatter)), metrics)
-    return fit_multi_head(MultiHeadStatistics(basis, moments, rotations, torch.stack([sample] * count)))
+    metrics = {name: list(m) * count for name, m in moments.metrics.items()}
+    moments = Moments(moments.count.repeat(count), moments.mean * count, moments.scatter * count, metrics)
+    return fit_multi_head(MultiHeadStatistics(basis, moments, rotations, [sample] * count))
 
 
 def halves(x: Tensor, case: str) -> tuple[Tensor, Tensor]:

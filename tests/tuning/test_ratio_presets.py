@@ -2,17 +2,20 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from script_runs import listing, run
-from tiny import tiny_loaded, tiny_model, word_text
+from tiny import tiny_loaded, tiny_model, word_text, word_tokenizer
 
 from gpt2.common.errors import BadArtefact, PluginError
-from gpt2.compression.cache.size import held_bytes, plain_bytes
+from gpt2.compression.cache.size import cache_bytes, filled, held_bytes, plain_bytes
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import load_calibration, save_calibration
 from gpt2.compression.presets import create_cache_from_preset, load_preset
+from gpt2.experiments.miniatures import tiny_family
+from gpt2.models.loading import wrap
 from gpt2.text.sources import by_position
 from gpt2.tuning import ratio_presets
 
@@ -87,3 +90,96 @@ def test_the_script_makes_presets_that_work(tiny_flags, tmp_path, capsys):
     assert listing(tmp_path) - before == {f"out/{name}" for name in names}, "a tag measures only"
     assert run("make_presets", *flags, "--ratios", "0.5") == 2
     assert "lies between 1 and 64" in capsys.readouterr().err
+
+
+WINDOW = {"sliding_window": 130, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+# Codecs: joint needs K and V of one shape
+MIXED = {
+    "windowed": (lambda: tiny_loaded("gemma3_text", **WINDOW), ("joint", "grouped")),
+    "hybrid": (lambda: wrap(tiny_family("qwen3_next"), word_tokenizer(), "tiny-hybrid"), ("joint", "grouped")),
+    "shapes": (lambda: wrap(tiny_family("mimo_v2_flash"), word_tokenizer(), "tiny-shapes"), ("grouped",)),
+}
+
+
+@pytest.fixture(scope="module", params=[(name, codec) for name, (_, codecs) in MIXED.items() for codec in codecs],
+                ids="-".join)  # fmt: skip
+def mixed(request):
+    """A model whose layers differ, and a compact calibration of it."""
+    name, codec = request.param
+    loaded = MIXED[name][0]()
+    return loaded, calibrate(loaded, TEXT, rank=loaded.geometry.head_dim, codec=codec, compact=True, **SMALL)
+
+
+def held_bits(loaded, make, tokens: int) -> list[float]:
+    """Bits per coordinate of every layer with K and V, by the bytes that it holds and the numbers it stands for."""
+    cache, bits = filled(make, loaded.geometry, tokens), []
+    for index in loaded.geometry.attention:
+        layer = loaded.geometry.layers[index]
+        numbers = layer.held(tokens) * (layer.k.size + layer.v.size)
+        bits.append(8 * cache_bytes(SimpleNamespace(layers=[cache.layers[index]])) / numbers)
+    return bits
+
+
+@pytest.mark.parametrize(("ratio", "quantizer"), [(2.0, "mixed"), (4.0, "mixed"), (4.0, "mixed_fixed"), (8.0, "mixed")])
+def test_layers_that_differ_have_the_ratio_over_k_and_v(mixed, ratio, quantizer):
+    loaded, calibration = mixed
+    geometry, tokens = loaded.geometry, ratio_presets.TOKENS
+    preset = ratio_presets.make_ratio_preset(loaded, calibration, ratio, quantizer=quantizer)
+    assert preset.name == f"{'kv' if preset.codec == 'joint' else 'fast'}-{ratio:g}x"
+    held, states = held_bytes(preset.make, geometry, tokens), geometry.uncompressed_bytes(tokens)
+    assert preset.attention_ratio == pytest.approx(geometry.attention_bytes(tokens) / (held - states))
+    assert preset.compression_ratio == pytest.approx(plain_bytes(geometry, tokens) / held)
+    assert ratio <= preset.attention_ratio < 1.05 * ratio
+    # States that no preset makes smaller count for the whole cache only
+    assert (preset.compression_ratio < preset.attention_ratio) == bool(states)
+    each, sliding = held_bits(loaded, preset.make, tokens), [geometry.layers[i].window for i in geometry.attention]
+    numbers = [geometry.layers[i].held(tokens) * geometry.layers[i].bytes_per_token() for i in geometry.attention]
+    average = sum(n * b for n, b in zip(numbers, each, strict=True)) / sum(numbers)
+    assert 0.95 * 16 / ratio < average <= 16 / ratio + 1e-6
+    assert 0.8 * 16 / ratio - 0.25 < preset.bits < 16 / ratio
+    # Every layer that keeps K and V is compressed. One that holds all tokens can't be far from the average, and has the
+    # fewer bits for those of sliding layers, which are held for few tokens
+    for bits, window in zip(each, sliding, strict=True):
+        assert bits < 15.5 and (window or 0.6 * 16 / ratio < bits < 1.2 * 16 / ratio)
+    cache = preset.make()
+    assert [index for index, layer in enumerate(cache.layers) if layer in cache.compressed] == geometry.attention
+
+
+def test_a_preset_of_layers_that_differ_says_what_its_bits_are_for(mixed, tmp_path):
+    loaded, calibration = mixed
+    path = save_calibration(calibration, tmp_path / "c.pt")
+    made = ratio_presets.make_ratio_preset(loaded, calibration, 4.0)
+    measured = {"baseline_ppl": 1.0, "ppl": 1.0, "ppl_delta": 0.0}
+    record = made.preset(loaded, calibration, str(path), measured=measured)
+    assert record["context_length"] == ratio_presets.TOKENS == 2048
+    assert record["attention_ratio"] == pytest.approx(made.attention_ratio) and record["attention_ratio"] >= 4
+    assert record["compression_ratio"] == pytest.approx(made.compression_ratio, abs=1e-4)
+    (tmp_path / "p.json").write_text(json.dumps(record))
+    preset = load_preset(tmp_path / "p.json")
+    assert preset["attention_ratio"] == record["attention_ratio"] and preset["context_length"] == 2048
+
+    def make(**changes):
+        return create_cache_from_preset(preset | changes, model=loaded)
+
+    def bits(cache) -> list[float]:
+        return [store.compressor.quantizer.bits for layer in cache.compressed for store in layer.stores.values()]
+
+    assert bits(make()) == bits(made.make()), "shared out as when it was measured"
+    assert held_bits(loaded, make, 2048) == held_bits(loaded, made.make, 2048)
+    windowed = any(layer.window for layer in loaded.geometry.layers)
+    assert (bits(make(context_length=128)) != bits(make())) == windowed, "or it wouldn't have to say so"
+    prompt = (torch.arange(140) % 20 + 2)[None]
+    assert loaded.model.generate(prompt, past_key_values=make(), max_new_tokens=4, pad_token_id=0).shape == (1, 144)
+
+
+def test_where_all_layers_are_alike_a_preset_says_one_ratio(llama, calibration):
+    made = ratio_presets.make_ratio_preset(llama, calibration, 4.0)
+    record = made.preset(llama, calibration, "c.pt", measured={"baseline_ppl": 1.0, "ppl": 1.0, "ppl_delta": 0.0})
+    assert made.attention_ratio == made.compression_ratio
+    assert record.get("attention_ratio") is record.get("context_length") is None
+
+
+def test_joint_on_layers_whose_k_and_v_differ_names_the_codec_that_can():
+    loaded = MIXED["shapes"][0]()
+    with pytest.raises(PluginError, match="layer 0: codec joint needs K and V of one shape.*: use grouped"):
+        calibrate(loaded, TEXT, rank=loaded.geometry.head_dim, codec="joint", compact=True, **SMALL)

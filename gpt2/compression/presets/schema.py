@@ -21,7 +21,7 @@ from gpt2.common.schema import (
 from gpt2.common.schema import parse as parse_record
 from gpt2.compression.codecs import bases_in, basis_of, full_rank, needs_calibration, quantizer_of
 from gpt2.compression.codecs.base import SIDES
-from gpt2.compression.settings import TARGETS, Plan, Setting
+from gpt2.compression.settings import TARGETS, Plan, Setting, kept_whole
 from gpt2.models.geometry import ATTENTION_KINDS, HYBRID_SLIDING, LAYERS, SLIDING, Geometry
 
 WINDOWED = (SLIDING, HYBRID_SLIDING)
@@ -156,12 +156,14 @@ def _plan(preset: dict, geometry: Geometry, where: str) -> Plan:
     else:
         sides = {side: _side(settings, side, geometry, where) for side, settings in layers.items()}
     plan = {side: [None] * geometry.num_layers for side in SIDES}
+    widest = max((shape.width for _, _, shape in geometry.sides()), default=0)
     for index, side, shape in geometry.sides():
         settings = sides.get(side)
         plan[side][index] = settings[index] if isinstance(settings, list) else settings
         if plan[side][index]:
             at = f": layers.{side}[{index}]" if isinstance(settings, list) else f": layers.{side}" if layers else ""
-            _check_rank(plan[side][index], shape.width, where + at)
+            whole = kept_whole(plan[side][index].codec)  # its rank cuts nothing, also not where a layer is narrower
+            _check_rank(plan[side][index], widest if whole else shape.width, where + at)
     return plan
 
 

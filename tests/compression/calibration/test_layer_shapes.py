@@ -212,7 +212,7 @@ def test_rotary_positions_are_those_of_each_layers_width():
     assert [2 * len(own.frequencies) for own in rotary[:2]] == [8, 16]
     assert [own.layout for own in rotary[2:]] == ["none"] * 2
     assert [own.layout for own in detect_rotary(model_of("qwen3_next"), windows(1, 100)[0], SINKS)] == [
-        "none", "none", "half",
+        "none", "none", "half", "half",
     ]  # fmt: skip
 
 
@@ -274,7 +274,7 @@ def test_a_file_has_a_stack_for_each_shape():
     """Its structure doesn't grow with the number of layers: readers reject files of much structure."""
     small, large = Shape(2, 8), Shape(1, 16)
     layers = [LayerGeometry(FULL, large, large), LayerGeometry(LINEAR), *[LayerGeometry(SLIDING, small, small, 8)] * 60]
-    stacks = Stacks(Geometry.uniform(tuple(layers)))
+    stacks = Stacks(Geometry(tuple(layers)))
     parts = [layer.k and torch.randn(layer.k.heads, layer.k.width) for layer in layers]
     stacked = stacks.stacked(parts)
     assert shapes_of(stacked) == [(1, 1, 16), (60, 2, 8)]
@@ -410,13 +410,13 @@ def test_compressors_of_every_layer(family, name, tmp_path):
 def test_only_layers_with_k_and_v_have_settings():
     geometry = model_of("qwen3_next").geometry
     setting = Setting(bits=8)
-    assert uniform("kv", geometry, setting) == {"k": [None, None, setting], "v": [None, None, setting]}
+    assert uniform("kv", geometry, setting) == {side: [None, None, setting, setting] for side in "kv"}
     assert uniform("v", 2, setting) == {"k": [None, None], "v": [setting, setting]}
-    k, v = build({"k": [None] * 3, "v": [None] * 3}, geometry)
-    assert k[:2] == v[:2] == [None, None] and k[2].exact
+    k, v = build({"k": [None] * 4, "v": [None] * 4}, geometry)
+    assert k[:2] == v[:2] == [None, None] and all(c.exact for c in (*k[2:], *v[2:]))
     with pytest.raises(PluginError, match=r"layer 1: it keeps no K and V \(linear_attention\)"):
-        build({"k": [None] * 3, "v": [None, setting, None]}, geometry)
-    with pytest.raises(PluginError, match="the plan has 2 and 2 settings of K and V, but the cache has 3 layers"):
+        build({"k": [None] * 4, "v": [None, setting, None, None]}, geometry)
+    with pytest.raises(PluginError, match="the plan has 2 and 2 settings of K and V, but the cache has 4 layers"):
         build({"k": [None] * 2, "v": [None] * 2}, geometry)
 
 
@@ -432,7 +432,7 @@ def test_a_rank_that_a_layer_is_too_narrow_for_is_named():
 
 def test_layers_of_one_width_share_a_fixed_transform():
     layers = [LayerGeometry(FULL, Shape(2, width), Shape(2, width)) for width in (8, 16, 8)]
-    k, v = build(uniform("kv", geometry := Geometry.uniform(tuple(layers)), Setting("hadamard", None, 8)), geometry)
+    k, v = build(uniform("kv", geometry := Geometry(tuple(layers)), Setting("hadamard", None, 8)), geometry)
     assert k[0] is k[2] is v[0] and k[1] is v[1] and k[1].transform.rank == 16
 
 
@@ -466,7 +466,7 @@ def test_calibrations_on_noise_for_models_without_weights():
 def test_groups_of_heads_are_chosen_layer_by_layer():
     layers = (LayerGeometry(FULL, Shape(4, 192), Shape(4, 128)), LayerGeometry(LINEAR),
               LayerGeometry(FULL, Shape(1, 512), Shape(1, 64)))  # fmt: skip
-    bases = BASES["grouped"].shape(Geometry.uniform(layers)).layers
+    bases = BASES["grouped"].shape(Geometry(layers)).layers
     assert [base.k for base in bases] == [
         Shape(4, 192), Shape(2, 256), None, None, Shape(1, 512), Shape(1, 64),
     ]  # fmt: skip

@@ -33,7 +33,7 @@ from gpt2.models.geometry import Geometry
 @pytest.fixture
 def compressors(made):
     """Of every layer's K and of its V, one for both."""
-    return compressors_for("kv", 4, L, made, codec="joint", quantizer="mixed")
+    return compressors_for("kv", 4, None, made, codec="joint", quantizer="mixed")
 
 
 # --- bases in a metric
@@ -136,9 +136,9 @@ def test_the_round_trip_is_exact_wherever_it_starts(codec, start, layer):
 def test_groups_of_heads_have_a_basis_each(llama, monkeypatch):
     monkeypatch.setattr("gpt2.compression.codecs.multi_head.MOST_CHANNELS", 24)
     made = calibrate(llama, TEXT, codec="joint", **OF_HEADS)
-    assert made.multi_head["joint"].E.shape == (L, 2, 24, 24)
+    assert [E.shape for E in made.multi_head["joint"].E] == [(2, 24, 24)] * L
     for quantizer, bits in {"mixed": 4, "mixed_fixed": 4, "int8": 8, "none": 16}.items():
-        k, v = compressors_for("kv", bits, L, made, codec="joint", quantizer=quantizer, dtype=torch.float64)
+        k, v = compressors_for("kv", bits, None, made, codec="joint", quantizer=quantizer, dtype=torch.float64)
         reads_like_the_reference(llama, CompressedDynamicCache(k, v), windows(2, 150))
 
 
@@ -187,13 +187,13 @@ def test_layers_with_and_without_a_joint_codec(llama, preset):
 
 def test_a_joint_codec_is_one_object_for_both_sides(made, compressors):
     (k, _), exact = compressors, [IdentityCompressor()] * L
-    again, _ = compressors_for("kv", 4, L, made, codec="joint", quantizer="mixed")
+    again, _ = compressors_for("kv", 4, None, made, codec="joint", quantizer="mixed")
     for pair in ((k, again), (k, exact), (exact, k)):
         with pytest.raises(PluginError, match="layer 0: a joint codec is for K and V together"):
             CompressedDynamicCache(*pair)
     for side in "kv":
         with pytest.raises(PluginError, match="layer 0: .* K and V together: give both sides the same"):
-            build(uniform(side, L, Setting("joint", None, 4, "mixed")), D, made)
+            build(uniform(side, L, Setting("joint", None, 4, "mixed")), made.geometry, made)
     assert k[0].joint and not Compressor(QUANTIZERS["int8"]).joint and repr(k[0]) == "Compressor(mixed, rank=48)"
     assert k[0].to(torch.device("cpu")) is k[0] and k[0].to(torch.device("meta")).joint
 

@@ -128,7 +128,9 @@ def test_a_sample_beyond_float16_is_fitted_all_the_same(codec):
             layer.self_attn.v_proj.weight *= 1e6
             layer.self_attn.o_proj.weight *= 1e-6
     fitted = calibrate(loaded, TEXT, rank=9, codec=codec, samples=2, seq_len=140).fit_of(codec)
-    assert all(torch.isfinite(x).all() for x in (*list(vars(fitted.allocation).values())[:3], fitted.E, fitted.D))
+    allocation = fitted.allocation
+    found = (*allocation.errors, allocation.prices, allocation.demand, *fitted.E, *fitted.D)
+    assert all(torch.isfinite(x).all() for x in found)
 
 
 # --- calibrations of a model
@@ -157,7 +159,7 @@ def test_a_model_with_biased_keys(dtype, with_gradients, tmp_path):
         ("attention", "mixed"), ("pca", "int4_channel"), ("pca", "int4"),
     ]:  # fmt: skip
         bits = int4_bits((1, 1, 1, d)) if quantizer.startswith("mixed") else 4
-        k, v = compressors_for("kv", bits, 3, made, codec=codec, quantizer=quantizer, rank=d)
+        k, v = compressors_for("kv", bits, None, made, codec=codec, quantizer=quantizer, rank=d)
         total = reference = 0.0
         for layer, (keys, values) in kept(loaded).items():
             assert keys.abs().amax() > 100, "or they have no bias"
@@ -178,7 +180,7 @@ def test_calibrating_twice_gives_the_same(tmp_path):
     made, again, other = (calibrate(loaded, TEXT, **how, seed=seed) for seed in (0, 0, 1))
     files = [save_calibration(c, tmp_path / name / "c.pt") for name, c in (("one", made), ("other", again))]
     assert identical(*(torch.load(path, weights_only=True) for path in files))
-    assert not torch.equal(other.multi_head["joint"].E, made.multi_head["joint"].E), "or nothing was drawn"
+    assert not torch.equal(*(torch.stack(one.multi_head["joint"].E) for one in (other, made))), "or nothing was drawn"
 
 
 def test_presets_by_ratio_and_the_search_twice_are_the_same(tiny_flags, tmp_path):

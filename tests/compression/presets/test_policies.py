@@ -82,9 +82,7 @@ def test_a_cache_in_one_call_for_every_family(family, name):
     assert out.shape == (1, 44) and cache.get_seq_length() == 43
     config = build_compressor_config_for_policy(model.config, family, name)
     assert config["compression_ratio"] == pytest.approx(
-        compression_ratio(
-            lambda: create_cache_from_policy(model.config, name), geometry_of(model.config, family)[0]
-        ),
+        compression_ratio(lambda: create_cache_from_policy(model.config, name), geometry_of(model.config, family)[0]),
         rel=0.01,
     ), "one layer is measured for all, against what transformers keeps"
 
