@@ -316,7 +316,7 @@ class TokenStore:
         """Tokens held number `first` to `last`, of which only the blocks that have them are reconstructed."""
         S, end = self.sinks.shape[2], self.sinks.shape[2] + self.compressed_tokens
         parts = [self.sinks[:, :, first:last]]
-        if first < end and last > S:
+        if first < end and last > S and self.compressed_tokens:
             size = self.compressor.block_tokens
             slots = max(first - S, 0) + self.lead, min(last, end) - S + self.lead
             low, high = slots[0] // size, -(-slots[1] // size)
