@@ -89,14 +89,16 @@ class OwnSinks:
         self.complete, self._found, self._end = bool(self.kept.all()), None, int(self.padding.max()) + self.count
 
     def without_padding(self, x: Tensor, start: int) -> Tensor:
-        """Tokens x [B, H, n, d] with copies of each row's next token in place of padding, which would widen scales.
+        """Tokens x [B, H, n, d] with copies of each row's next token in place of padding and sinks.
 
-        start: slot of the first. Attention's mask hides what stands in place of padding.
+        Both would widen the scales of blocks; attention's mask hides the one, and the others are kept exact. start:
+        slot of the first.
         """
-        if start >= int(self.padding.max()):
+        first = self.padding + self.count
+        if start >= int(first.max()):
             return x
         slot = torch.arange(start, start + x.shape[2], device=x.device)
-        place = (slot.maximum(self.padding[:, None]) - start).clamp_max(x.shape[2] - 1)
+        place = (slot.maximum(first[:, None]) - start).clamp_max(x.shape[2] - 1)
         return self._gather(x, place)
 
     def over(self, x: Tensor, start: int) -> Tensor:
