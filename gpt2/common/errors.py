@@ -15,6 +15,10 @@ class PluginError(ValueError):
     exit_code = 2
 
 
+class NotInThisCache(PluginError, AttributeError):
+    """An attribute that other caches have and this one can't: `hasattr` says False."""
+
+
 class UnsupportedModel(PluginError):
     """This toolkit can't compress the model's cache; the message gives the reason."""
 

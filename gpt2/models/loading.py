@@ -22,7 +22,7 @@ from gpt2.common.processes import launched, local_rank
 from gpt2.models.embedded import EMBEDDED, embedded_folder
 from gpt2.models.geometry import Geometry
 from gpt2.models.probe import fingerprint, probe_geometry
-from gpt2.models.support import SUPPORTED, refuse_unsupported
+from gpt2.models.support import SUPPORTED, refuse_unsupported, warn_of_positions
 
 SPREAD = {"all": "auto"}  # a --device value to the device_map that spreads layers over GPUs
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -127,6 +127,7 @@ def reject_offloaded(model: PreTrainedModel, spec: str, target: torch.device) ->
 def wrap(model: PreTrainedModel, tokenizer, spec: str) -> LoadedModel:
     """Check a model that is already in memory and measure its cache's shape. Raises as `load` does."""
     refuse_unsupported(model.config, spec, model)
+    warn_of_positions(model.config)
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModel(f"Model doesn't have past_key_values: {spec}'s forward takes none; {SUPPORTED}")
     if any(parameter.is_meta for parameter in model.parameters()):

@@ -8,11 +8,11 @@ import json
 from dataclasses import replace
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from gpt2.common.errors import PluginError, UnsupportedModel
 from gpt2.models.geometry import HYBRID, HYBRID_SLIDING, LINEAR, UNUSED, Geometry, Shape, config_field, layer_kinds
-from gpt2.models.support import SUPPORTED, refuse_unsupported
+from gpt2.models.support import SUPPORTED, auto_class, refuse_unsupported, rotary_types
 
 
 @torch.no_grad()
@@ -52,13 +52,16 @@ def _uncompressed(layer) -> dict[str, int]:
 def fingerprint(model: PreTrainedModel) -> str:
     """Hash that tells a model from others, also from a fine-tune of itself; the same from a hub id and a local copy.
 
-    Config fields that shape the cache, and the signs of a few weights of every matrix: signs survive a change of dtype.
-    An outline, on the meta device, has no weights: the names of its matrices count alone.
+    Config fields that shape the cache, scaled rotary positions (YaRN and the like), and the signs of a few weights of
+    every matrix: signs survive a change of dtype. An outline, on the meta device, has no weights: the names of its
+    matrices count alone.
     """
     text = model.config.get_text_config(decoder=True)
     names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     names += ("num_attention_heads", "num_key_value_heads", "head_dim")
     fields = {name: config_field(text, name) for name in names}
+    if rotary_types(model.config) != {"default"}:  # scaled positions: keys of other directions and sizes
+        fields["rope_parameters"] = config_field(text, "rope_parameters")
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, weight in sorted(model.named_parameters()):
         if weight.dim() > 1:
@@ -97,7 +100,7 @@ def lay_out(model_config, model_id: str) -> tuple[PreTrainedModel, Geometry]:
             config.pad_token_id = config.pad_token_id if padded else None
             with torch.device("meta"):
                 # eager: the mask of others may look at values that there are none of
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+                model = auto_class(config).from_config(config, dtype=dtype, attn_implementation="eager")
             return model, probe_geometry(model, model_id)
         except PluginError:
             raise

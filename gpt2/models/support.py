@@ -2,14 +2,59 @@
 
 from __future__ import annotations
 
+import logging
+
 import transformers
 from transformers import PreTrainedModel
 
 from gpt2.common.errors import UnsupportedModel
 from gpt2.models.geometry import config_field, layer_kinds
 
+log = logging.getLogger(__name__)
 MOST_LAYERS = 1024  # beyond any model's: a config of a few bytes can't keep a machine busy with laying out millions
 SUPPORTED = "supported: decoder-only models with layers that keep K and V of tokens"
+
+
+def auto_class(config) -> type | None:
+    """The class of transformers that makes a model of a config which generates text: images may be part of its prompts.
+
+    None where there is none.
+    """
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    return None
+
+
+def rotary_types(config) -> set[str]:
+    """Ways in which a model scales its rotary positions, of all layers; "default" for none."""
+    rotary = config_field(config.get_text_config(decoder=True), "rope_parameters") or {}
+    own = [part for part in rotary.values() if isinstance(part, dict)] or [rotary]  # some have one per kind of layer
+    return {str(part.get("rope_type", "default")) for part in own}
+
+
+def warn_of_positions(config) -> None:
+    """Log where a model's positions change with the length of a text, which no stored key can follow.
+
+    longrope (Phi-3, Phi-3.5-MoE): transformers computes all keys again at the length where factors switch, with an
+    uncompressed cache of its own. dynamic: frequencies change from the trained length on, so older keys were rotated by
+    others than a codec un-rotates them by.
+    """
+    text = config.get_text_config(decoder=True)
+    kinds, trained = rotary_types(config), config_field(text, "original_max_position_embeddings")
+    if "longrope" in kinds and trained:
+        log.warning(
+            "%s: where a text grows past %s tokens, transformers drops the cache that it is given and goes on with an "
+            "uncompressed one: keep prompt and answer below that, or begin with a longer prompt",
+            config.model_type, trained,
+        )  # fmt: skip
+    if "dynamic" in kinds:
+        longest = config_field(text, "max_position_embeddings")
+        log.warning(
+            "%s: dynamic NTK changes the rotation of keys past %s tokens, so codecs that un-rotate keys (kv-*, joint) "
+            "lose more there: use fast-* or kv4 for longer texts", config.model_type, longest,
+        )  # fmt: skip
 
 
 def refuse_unsupported(config, spec: str, model: PreTrainedModel | None = None) -> None:
@@ -18,7 +63,7 @@ def refuse_unsupported(config, spec: str, model: PreTrainedModel | None = None) 
     model: where there is one already; the text part of a larger model has a config that no list names.
     """
     text = config.get_text_config(decoder=True)
-    causal = model.can_generate() if model is not None else type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    causal = model.can_generate() if model is not None else auto_class(config) is not None
     reason = None
     if config.is_encoder_decoder:
         reason = "it is an encoder-decoder"

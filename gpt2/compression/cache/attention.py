@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-import weakref
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -56,12 +54,11 @@ class Reader:
         name = self.config._attn_implementation
         return self.enabled and (name == NAME or _wraps_ours(name))
 
-    def __deepcopy__(self, memo: dict) -> Reader:
-        return self
-
 
 def enable_compressed_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Let a model's attention read compressed caches as they are stored; returns the model.
+
+    Wrappers are seen through: torch.compile's, DataParallel, DistributedDataParallel and PEFT's.
 
     Logits are those of the same cache by reconstruction, up to rounding. For other caches the model uses PyTorch's
     attention. Raises UnsupportedModel, and leaves the model as it was, where its attention can't be replaced or a trial
@@ -71,21 +68,35 @@ def enable_compressed_attention(model: PreTrainedModel) -> PreTrainedModel:
     threads: don't do it while one of them runs the model.
     """
     with _SWITCHING:
-        return model if is_enabled(model) else _enable(model)
+        if not is_enabled(model):
+            _enable(unwrapped(model))
+    return model
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The transformers model inside the wrappers of torch and PEFT."""
+    while not isinstance(model, PreTrainedModel):
+        if hasattr(model, "get_base_model"):  # PEFT
+            model = model.get_base_model()
+        elif isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), torch.nn.Module):
+            model = inner
+        else:
+            break
+    return model
 
 
 def _enable(model: PreTrainedModel) -> PreTrainedModel:
     if not getattr(type(model), "_can_set_attn_implementation", lambda: False)():
         raise _unsupported(model, "transformers can't set its attention")
-    AttentionInterface.register(NAME, torch.compiler.disable(compressed_attention))
-    AttentionMaskInterface.register(NAME, sdpa_mask)
     if model.device.type == "cpu":
         cpu.loaded()  # compile kernels now, so that the first token doesn't wait for them
     training = model.training
     model.eval()  # dropout would change the logits of the trial run
     try:
         expected = _probe(model, DynamicCache(config=model.config))
-        setattr(model, _STATE, Reader(model.config, _implementations(model), _hooked(model)))
+        reader = Reader(model.config, _implementations(model), _hooked(model))
+        for module in _watched(model):
+            setattr(module, _STATE, reader)
         model.set_attn_implementation(NAME)
         _check_probe(model, expected)
     except UnsupportedModel:
@@ -101,14 +112,16 @@ def _enable(model: PreTrainedModel) -> PreTrainedModel:
 
 def disable_compressed_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Restore a model's own attention; returns the model. Compressed caches then return reconstructions again."""
+    own = unwrapped(model)
     with _SWITCHING:
-        if is_enabled(model):
-            reader = getattr(model, _STATE)
+        if is_enabled(own):
+            reader = getattr(own, _STATE)
             reader.enabled = False
             for hook in reader.hooks:
                 hook.remove()
-            delattr(model, _STATE)
-            model.set_attn_implementation(reader.previous)
+            for module in _watched(own):
+                vars(module).pop(_STATE, None)
+            own.set_attn_implementation(reader.previous)
     return model
 
 
@@ -123,28 +136,38 @@ def _wraps_ours(name: str) -> bool:
     return inspect.unwrap(ALL_ATTENTION_FUNCTIONS.get(name, object)) is compressed_attention
 
 
+def _watched(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The model, and its decoder, which evaluations call alone."""
+    return list({id(module): module for module in (model, model.base_model)}.values())
+
+
 def _hooked(model: PreTrainedModel) -> list:
-    """Hooks that tell compressed caches while the model runs, or its decoder alone, as evaluations call it."""
+    """Hooks that tell compressed caches while the model runs, or its decoder alone.
+
+    They find the reader on the module that runs: a copied or pickled model has hooks and a reader of its own.
+    """
     hooks = []
-    for module in {id(m): m for m in (model, model.base_model)}.values():
-        hooks.append(module.register_forward_pre_hook(partial(_begin_reading, weakref.ref(model)), with_kwargs=True))
+    for module in _watched(model):
+        hooks.append(module.register_forward_pre_hook(_begin_reading, with_kwargs=True))
         hooks.append(module.register_forward_hook(_end_reading, with_kwargs=True, always_call=True))
     return hooks
 
 
 def is_enabled(model: PreTrainedModel) -> bool:
     """Whether compressed attention is enabled for a model."""
-    return hasattr(model, _STATE)
+    return _STATE in vars(unwrapped(model))
 
 
 def compressed_attention(
     module: torch.nn.Module, query: Tensor, key, value, attention_mask: Tensor | None, scaling: float | None = None,
     dropout: float = 0.0, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """The attention function that transformers calls, [B, H, Q, d] → [B, Q, H, d].
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The attention function that transformers calls, [B, H, Q, d] → [B, Q, H, d]; with weights if they are asked for.
 
     key, value: what the cache's `update` returned: a StoredKV of compressed caches, tensors of other caches.
     """
+    if kwargs.get("output_attentions"):
+        return _with_weights(query, key, value, attention_mask, scaling, softcap, s_aux)
     plain = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux, **kwargs}
     if not isinstance(key, StoredKV):
         return _plain(module, query, key, value, attention_mask, **plain), None
@@ -165,6 +188,16 @@ def compressed_attention(
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
+def _with_weights(
+    query: Tensor, key, value, mask: Tensor | None, scaling: float | None, softcap: float | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention over K and V as they are stored, and its weights [B, H, Q, T] in the query's dtype."""
+    key, value = key.read() if isinstance(key, StoredKV) else (key, value)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    p = attention_math.weights(key, query, mask, scaling, softcap=softcap, sinks=sinks).to(query.dtype)
+    return attention_math.weighted_values(p, value).transpose(1, 2).contiguous(), p
+
+
 def _plain(
     module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, softcap: float | None,
     s_aux: Tensor | None, scaling: float | None, **kwargs,
@@ -180,8 +213,8 @@ def _plain(
     return out.transpose(1, 2).contiguous()
 
 
-def _begin_reading(owner: weakref.ref, module, args, kwargs) -> None:
-    _set_reader(kwargs, getattr(owner(), _STATE, None))
+def _begin_reading(module, args, kwargs) -> None:
+    _set_reader(kwargs, getattr(module, _STATE, None))
 
 
 def _end_reading(module, args, kwargs, output) -> None:
@@ -222,3 +255,8 @@ def _unsupported(model: PreTrainedModel, reason: str) -> UnsupportedModel:
         f"{type(model).__name__} can't use compressed attention: {reason}. Compressed caches work with it by "
         "reconstruction: don't call enable_compressed_attention"
     )
+
+
+# At import, so that a pickled model finds its attention in another process
+AttentionInterface.register(NAME, torch.compiler.disable(compressed_attention))
+AttentionMaskInterface.register(NAME, sdpa_mask)

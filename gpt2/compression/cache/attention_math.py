@@ -11,11 +11,24 @@ def attend_reconstructed(
     softcap: float | None = None, sinks: Tensor | None = None, dropout: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """As `direct_attention.attend`, over key and value [B, H, T, d]. dropout: of attention weights, in training."""
+    p = torch.nn.functional.dropout(weights(key, query, mask, scaling, softcap=softcap, sinks=sinks), dropout)
+    return weighted_values(p, value)
+
+
+def weights(
+    key: Tensor, query: Tensor, mask: Tensor | None, scaling: float, *, softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention weights [B, Hq, Q, T] over key [B, H, T, d]; arguments as of `attend_reconstructed`."""
     B, heads, Q, d = query.shape
-    H = key.shape[1]
-    x = ((query * scaling).reshape(B, H, -1, d) @ key.mT).float().view(B, heads, Q, -1)
-    p = torch.nn.functional.dropout(probabilities(x, mask, softcap, sinks), dropout)
-    return (p.view(B, H, -1, p.shape[-1]).to(value.dtype) @ value).view(B, heads, Q, -1)
+    x = ((query * scaling).reshape(B, key.shape[1], -1, d) @ key.mT).float().view(B, heads, Q, -1)
+    return probabilities(x, mask, softcap, sinks)
+
+
+def weighted_values(p: Tensor, value: Tensor) -> Tensor:
+    """Sums of value [B, H, T, d] by weights p [B, Hq, Q, T], [B, Hq, Q, d]."""
+    B, heads, Q, T = p.shape
+    return (p.view(B, value.shape[1], -1, T).to(value.dtype) @ value).view(B, heads, Q, -1)
 
 
 def probabilities(x: Tensor, mask: Tensor | None, softcap: float | None, sinks: Tensor | None) -> Tensor:

@@ -53,11 +53,14 @@ def scores(store: TokenStore, q: Tensor) -> Tensor:
         cpu.scores(exact + blocks, [q] * len(exact) + [absorbed] * len(blocks), out)
     else:
         _scores(store, q, absorbed, out)
+    if store.own_sinks:
+        store.own_sinks.scores(q, out, store.forgotten)
     return out
 
 
 def weighted_sum(store: TokenStore, p: Tensor) -> Tensor:
     """Σ p v̂ over the tokens of V's store, [B, H, M, d] float32; p [B, H, M, T] float32, which it may overwrite."""
+    own = store.own_sinks.take(p, store.forgotten) if store.own_sinks else None
     exact, blocks = _parts(store)
     if cpu.usable(p) and blocks is not None:
         sums = cpu.weighted_sums(exact + blocks, p, [0] * len(exact) + [int(bool(exact))] * len(blocks))
@@ -67,7 +70,7 @@ def weighted_sum(store: TokenStore, p: Tensor) -> Tensor:
     if store.compressed_tokens:
         y = store.compressor.reconstruct_sum(y, store.sinks.shape[3])
         total = y if total is None else total + y
-    return total
+    return total if own is None else total + own
 
 
 # --- with CPU kernels

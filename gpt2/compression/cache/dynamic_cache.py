@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
-from gpt2.common.errors import PluginError
+from gpt2.common.errors import NotInThisCache, PluginError
 from gpt2.compression.cache.layers import CompressedLayer
 from gpt2.compression.cache.mixed_layers import check_states_crop, clear_states, has_states, make_layer, map_states
+from gpt2.compression.cache.padding import PaddingFinder
 from gpt2.compression.codecs import Compressor, IdentityCompressor
 from gpt2.models.geometry import Geometry, LayerGeometry
 
@@ -39,7 +40,7 @@ class CompressedDynamicCache(Cache):
     when given. geometry: the model's layers; without it, all are full attention. A cache for full attention works with
     models whose layers slide too, but keeps what they forget.
     sink_tokens: number of first tokens kept exact, because attention sinks have activations far from all others; with
-    left padding, add the length of the longest. recent_tokens: number of latest tokens kept exact, besides those of an
+    left padding, of each row its own. recent_tokens: number of latest tokens kept exact, besides those of an
     unfinished block. Raises PluginError for lists of different lengths and negative numbers.
 
     direct: whether compressed attention, where it is enabled, reads this cache; with False it gets reconstructions.
@@ -70,6 +71,8 @@ class CompressedDynamicCache(Cache):
         super().__init__(
             layers=[make_layer(own, i, k, v, sink_tokens, recent_tokens) for i, (own, k, v) in enumerate(each)]
         )
+        self._first = next((i for i, layer in enumerate(self.layers) if isinstance(layer, CompressedLayer)), None)
+        self._padding = PaddingFinder()
 
     @property
     def compressed(self) -> list[CompressedLayer]:
@@ -100,13 +103,16 @@ class CompressedDynamicCache(Cache):
             raise PluginError(
                 f"the model has attention in layer {layer_idx}, where this cache keeps no K and V: {OF_ANOTHER_MODEL}"
             )
-        first = next(layer for layer in self.layers if isinstance(layer, CompressedLayer))
-        if layer is first:
+        if layer_idx == self._first:
             self._check_layers()
-        elif not first.is_initialized:  # the length of the cache is the first layer's
+        elif not self.layers[self._first].is_initialized:  # the length of the cache is the first layer's
             raise PluginError(
-                f"the model has no attention in layer {first.index}, where this cache expects it: {OF_ANOTHER_MODEL}"
+                f"the model has no attention in layer {self._first}, where this cache expects it: {OF_ANOTHER_MODEL}"
             )
+        if layer_idx == 0:  # deeper, keys of padding differ
+            self._padding.see(key_states)
+        if self._padding.changing:
+            layer.set_padding(self._padding.rows)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _check_layers(self) -> None:
@@ -119,7 +125,8 @@ class CompressedDynamicCache(Cache):
             raise PluginError(
                 f"the first layer holds {lengths[0]} tokens and the last {lengths[1]}: a run was interrupted between "
                 f"layers, so crop({lengths[1] - lengths[0]}) or reset() the cache; or the model has fewer layers than "
-                "the cache, or other ones: give model= or config= to create_cache_from_preset"
+                "the cache, or other ones: give model= or config= to create_cache_from_preset; or it is an "
+                "encoder-decoder, which needs EncoderDecoderCache(this cache, DynamicCache())"
             )
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -147,8 +154,9 @@ class CompressedDynamicCache(Cache):
             layer.crop(own)
 
     def reset(self) -> None:
-        """Forget everything: the next conversation may have another batch size."""
+        """Forget everything: the next conversation may have another batch size and padding."""
         super().reset()
+        self._padding = PaddingFinder()
         for layer in self.layers:
             clear_states(layer)
 
@@ -226,6 +234,18 @@ class CompressedDynamicCache(Cache):
         """Whether compressed attention can read all layers; it can't read K of a joint codec."""
         return all(c.readable for layer in self.compressed for c in (s.compressor for s in layer.stores.values()))
 
+    def __bool__(self) -> bool:
+        """Whether it holds tokens, as of transformers' growing cache: Phi-3 drops one that is true, empty or not."""
+        return self.is_initialized and self.get_seq_length() > 0
+
+    @property
+    def max_cache_len(self) -> int:
+        """Asked for by PEFT's prefix tuning alone, before it replaces the cache. Raises NotInThisCache."""
+        raise NotInThisCache(
+            "a compressed cache has no max_cache_len. If PEFT's prefix tuning asks: it gives the model an uncompressed "
+            "cache of its own in the place of this one, so leave past_key_values out"
+        )
+
     @property
     def is_exact(self) -> bool:
         """Whether all layers store K and V as the model made them."""
@@ -236,12 +256,10 @@ class CompressedDynamicCache(Cache):
         return sum(store.nbytes() for layer in self.compressed for store in layer.stores.values())
 
     def codec_bytes(self) -> int:
-        """Bytes of the transforms. Caches that are made from the same compressors share them, as they share weights.
-
-        A transform that layers share, such as a Hadamard matrix, counts once.
-        """
-        each = {id(x): x for layer in self.compressed for x in (store.compressor for store in layer.stores.values())}
-        return sum(compressor.nbytes() for compressor in each.values())
+        """Bytes of the transforms, each once. Caches of the same compressors share them, as they share weights."""
+        compressors = [store.compressor for layer in self.compressed for store in layer.stores.values()]
+        tensors = [tensor for compressor in compressors for tensor in compressor.tensors()]
+        return sum({(t.device, t.data_ptr(), t.shape): t.nbytes for t in tensors}.values())
 
 
 @functools.cache

@@ -12,6 +12,9 @@ from gpt2.common.errors import PluginError
 from gpt2.compression.cache.token_store import DROPPED, TokenStore, without_autocast
 from gpt2.compression.codecs import Compressor
 
+# Tokens that must repeat before a prompt counts as held: fewer may do so by chance
+FEWEST_ALIKE = 8
+
 
 class StoredKV:
     """What `update` returns in place of K and V while the model's attention reads the stores.
@@ -97,10 +100,14 @@ class CompressedLayer(CacheLayerMixin):
         While the model's attention reads the stores themselves, both are a StoredKV instead.
         """
         self.store(key_states, value_states)
-        if self.reader is not None and self.reader.active:
+        if self.reads_stored(key_states, value_states):
             stored = StoredKV(self)
             return stored, stored
-        return self.read()
+        return straight_through(self.read(), (key_states, value_states))
+
+    def reads_stored(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """Whether the attention that asks reads the stores themselves. Where it learns, it needs tensors."""
+        return self.reader is not None and self.reader.active and not _learning(key_states, value_states)
 
     def read(self) -> tuple[Tensor, Tensor]:
         """K and V of all tokens, [B, H, T, d] each, as they are stored."""
@@ -164,7 +171,17 @@ class CompressedLayer(CacheLayerMixin):
         # more at each step, and where generate is given a prompt that the cache holds to its end. In models whose K has
         # no positions (ALiBi), a text that is fed twice in a row is rejected by mistake
         held, n = store.seen, keys.shape[2]
-        if self.index or not held or n not in (held, held + 1) or _alike(keys) or not store.holds(keys[:, :, :held]):
+        if self.index or not held or _alike(keys):
+            return
+        # Of a prompt that is a part of what is held, generate feeds the last tokens: as many as 2 · prompt - held
+        start = (held - n) // 2
+        if n >= FEWEST_ALIKE and start > 0 and (held - n) % 2 == 0 and store.holds_at(keys, start):
+            raise PluginError(
+                f"a prompt of {n + start} tokens was given to a cache that holds it and {held - n - start} tokens "
+                "more, so its last tokens would count twice: reset() the cache or make a new one, or give generate the "
+                "whole conversation and what follows it"
+            )
+        if n not in (held, held + 1) or not store.holds(keys[:, :, :held]):
             return
         advice = (
             "as generate does with a prompt that it holds to its end: crop(-1) the cache first, because generate needs "
@@ -172,13 +189,31 @@ class CompressedLayer(CacheLayerMixin):
             if n == held
             else "as generate(use_cache=False) does: use use_cache=True with this cache, or pass no past_key_values"
         )
-        raise PluginError(f"the whole prompt was fed again to a cache that holds it, {advice}")
+        raise PluginError(
+            f"the whole prompt was fed again to a cache that holds it, {advice}. Where it is meant, in a model whose "
+            "keys have no positions (ALiBi, as Bloom's), give both in one call"
+        )
+
+    def set_padding(self, padding: Tensor | None) -> None:
+        """Left padding of each row in slots, [B]: known with the first tokens, before they are stored."""
+        for store in self.stores.values():
+            there = padding is None or store.sinks is None  # `prepare` moves it to where the first tokens are
+            store.own_sinks.padding = padding if there else padding.to(store.sinks.device)
 
     def get_seq_length(self) -> int:
         return self._first.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        self._check_query(query_length)
         return self.get_seq_length() + query_length, 0
+
+    def _check_query(self, query_length: int) -> None:
+        """Raise PluginError for no tokens: what generate feeds of a prompt much shorter than what a cache holds."""
+        if query_length == 0:
+            raise PluginError(
+                f"the cache holds {self.get_seq_length()} tokens and the model is fed none: the prompt is shorter than "
+                "the conversation that the cache holds, so reset() the cache or make a new one for another prompt"
+            )
 
     def get_max_length(self) -> int:
         return -1
@@ -265,10 +300,10 @@ class CompressedSlidingLayer(CompressedLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """As CompressedLayer.update; returns the tokens in reach of the first of the new ones."""
         self.store(key_states, value_states)
-        if self.reader is not None and self.reader.active and key_states.shape[2] <= DROPPED:
+        if key_states.shape[2] <= DROPPED and self.reads_stored(key_states, value_states):
             stored = StoredKV(self)
             return stored, stored
-        read = self.read()
+        read = straight_through(self.read(), (key_states, value_states))
         self.forget()  # at once: of a long prompt, most is out of reach
         return read
 
@@ -287,6 +322,7 @@ class CompressedSlidingLayer(CompressedLayer):
             self.inconsistent = False
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        self._check_query(query_length)
         length, reach = self.get_seq_length(), self.sliding_window - 1
         return min(length, reach) + query_length, max(length - reach, 0)
 
@@ -314,6 +350,27 @@ class CompressedSlidingLayer(CompressedLayer):
         recording, self.record_past = self.record_past, False
         self.forget()
         self.record_past = recording
+
+
+def _learning(*states: Tensor) -> bool:
+    """Whether gradients are asked for with respect to K or V."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in states)
+
+
+def straight_through(read: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """K and V as read, with gradients that reach the newest tokens as if these had been stored exactly.
+
+    Straight-through (Bengio, Léonard and Courville 2013): what rounding does to a gradient is left out. Tokens of
+    earlier calls get none.
+    """
+    if not _learning(*new):
+        return read
+
+    def through(x: Tensor, own: Tensor) -> Tensor:
+        n = own.shape[2]
+        return torch.cat((x[:, :, :-n], x[:, :, -n:] + (own - own.detach()).to(x.dtype)), dim=2)
+
+    return through(read[0], new[0]), through(read[1], new[1])
 
 
 def _alike(x: Tensor) -> bool:

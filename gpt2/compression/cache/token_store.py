@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,14 +10,18 @@ import torch
 from torch import Tensor
 
 from gpt2.common.errors import PluginError
+from gpt2.compression.cache.padding import OwnSinks
 from gpt2.compression.codecs import Compressor, IdentityCompressor
-from gpt2.compression.codecs.base import Encoded
+from gpt2.compression.codecs.base import HALF_MAX, Encoded
 from gpt2.compression.kernels import dispatch
 
+log = logging.getLogger(__name__)
 SMALLEST_CHUNK = 64  # tokens; together with GROWTH, less than 5 % is unused from 2,048 tokens on
 GROWTH = 32
 # Tokens that a store forgets together where its blocks are smaller: what is left of a chunk is copied
 DROPPED = 64
+# Error of codes against the spread of tokens up to which tokens count as the same: other tokens have about 2
+SAME_SHARE = 0.3
 SHORTEST_REACH = 2 * DROPPED - 1  # of windows that are compressed
 MERGED = 4  # a chunk made by merging holds at most 1/MERGED of all entries, so that the largest are never copied
 
@@ -136,11 +141,15 @@ class TokenStore:
         self.reconstructed: Tensor | None = None  # of whole blocks, the lead included
         self.forgotten = 0  # tokens dropped from the front
         self.dropped_blocks = 0
+        self.own_sinks = OwnSinks(self.sink_tokens)  # of rows with left padding
         self.visible: int | None = None  # latest tokens that the newest queries see; None: all that are held
 
     def prepare(self, x: Tensor, where: str) -> None:
         """Take device, dtype and shape from the first tokens x [B, H, T, d]. where: names the store in errors."""
         self.compressor.check_shape(x.shape[1], x.shape[3], where)
+        self.where, self.warned = where, False
+        if self.own_sinks.padding is not None:
+            self.own_sinks.padding = self.own_sinks.padding.to(x.device)
         self.compressor = self.compressor.to(x.device)
         self.sinks = self.tail = x.new_empty((*x.shape[:2], 0, x.shape[3]))
 
@@ -178,6 +187,7 @@ class TokenStore:
         if x.dtype != self.sinks.dtype:
             self._widen(torch.promote_types(x.dtype, self.sinks.dtype))
             x = x.to(self.sinks.dtype)
+        self.own_sinks.see(x, self.seen)
         missing = self.sink_tokens - self.sinks.shape[2]
         if missing > 0 and not self.dropped_blocks:
             self.sinks = torch.cat((self.sinks, x[:, :, :missing]), dim=2)
@@ -205,12 +215,32 @@ class TokenStore:
         if lead:
             x = torch.cat((x[:, :, :1].expand(-1, -1, lead, -1), x), dim=2)
         block = self.compressor.block_tokens
+        if self.own_sinks.padding is not None and not self.compressor.exact:
+            x = self.own_sinks.without_padding(x, self._slot(self.compressed_blocks))
+        self._warn_of_large(x)
         encoded = dispatch.compress(self.compressor, x, self._position(self.compressed_blocks))
         for name, field in encoded.items():
             self.blocks.setdefault(name, GrowingTensor(max(SMALLEST_CHUNK // block, 1))).append(field)
 
-    def _position(self, block: int) -> int:
-        """Position in the sequence of a block's first slot."""
+    def _warn_of_large(self, x: Tensor) -> None:
+        """Say once of a store that values are beyond what 16-bit scales and offsets can say."""
+        often = x.is_cuda and x.shape[2] < DROPPED  # asking a GPU for every token would cost more than storing it
+        if self.warned or often or x.dtype == torch.float16 or self.compressor.exact:
+            return
+        if (largest := float(x.detach().abs().amax())) > HALF_MAX:
+            self.warned = True
+            log.warning(
+                "%s: values up to %.3g are beyond %g, what codecs can store, and may be read as that: leave this layer "
+                "uncompressed", self.where, largest, HALF_MAX,
+            )  # fmt: skip
+
+    def _position(self, block: int) -> int | Tensor:
+        """Position in the sequence of a block's first slot: with left padding of each row, [B]."""
+        padding = self.own_sinks.padding
+        return self._slot(block) if padding is None else self._slot(block) - padding
+
+    def _slot(self, block: int) -> int:
+        """Number of a block's first slot among all that were seen."""
         size = self.compressor.block_tokens
         return self.sink_tokens - self.sink_tokens % size + (self.dropped_blocks + block) * size
 
@@ -244,7 +274,8 @@ class TokenStore:
         parts = [x for x in (self.sinks, self._reconstructed_from(0), self.tail) if x is not None and x.shape[2]]
         if not parts:
             return self.sinks
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))[:, :, self.hidden :]
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return (self.own_sinks.over(x, self.forgotten) if self.own_sinks else x)[:, :, self.hidden :]
 
     def chunks(self) -> Iterator[tuple[int, Encoded]]:
         """The blocks as they are stored, without a copy: of each chunk the number of its first slot, and its tensors.
@@ -267,6 +298,32 @@ class TokenStore:
         # Not exactly: matrix products of another number of rows round differently, which changes a code here and there
         close = torch.isclose(again.read()[:, :, -held.shape[2] :], held, rtol=1e-3, atol=1e-6)
         return bool((close.float().mean(dim=(1, 2, 3)) > 0.9).all())
+
+    def holds_at(self, x: Tensor, position: int) -> bool:
+        """Whether x [B, H, n, d] are the tokens from `position` on, as far as their codes tell.
+
+        Compared are the first 64 at most, about their mean: keys may be far from zero, all of them alike.
+        """
+        x = x[:, :, :DROPPED].to(self.sinks.dtype)
+        first = position - self.forgotten
+        if first < 0 or first + x.shape[2] > len(self):
+            return False
+        held, x = self._between(first, first + x.shape[2]).float(), x.float()
+        spread = (held - held.mean(2, keepdim=True)).square().sum((1, 2, 3))
+        return bool(((x - held).square().sum((1, 2, 3)) < SAME_SHARE * spread).all())
+
+    def _between(self, first: int, last: int) -> Tensor:
+        """Tokens held number `first` to `last`, of which only the blocks that have them are reconstructed."""
+        S, end = self.sinks.shape[2], self.sinks.shape[2] + self.compressed_tokens
+        parts = [self.sinks[:, :, first:last]]
+        if first < end and last > S and self.compressed_tokens:
+            size = self.compressor.block_tokens
+            slots = max(first - S, 0) + self.lead, min(last, end) - S + self.lead
+            low, high = slots[0] // size, -(-slots[1] // size)
+            encoded = {name: _joined(stored.views())[:, :, low:high] for name, stored in self.blocks.items()}
+            parts.append(self.reconstruct(encoded, low)[:, :, slots[0] - low * size : slots[1] - low * size])
+        parts.append(self.tail[:, :, max(first - end, 0) : max(last - end, 0)])
+        return torch.cat(parts, dim=2)
 
     def _reconstructed_from(self, start_block: int) -> Tensor | None:
         """Reconstruction of the tokens in blocks from `start_block` on, without the lead."""
@@ -314,13 +371,15 @@ class TokenStore:
     def nbytes(self) -> int:
         """Bytes held: sinks, tail, all chunks with what is unused in them, and kept reconstructions."""
         chunks = [chunk for stored in self.blocks.values() for chunk in stored.chunks]
-        return sum(t.nbytes for t in (self.sinks, self.tail, self.reconstructed, *chunks) if t is not None)
+        held = (self.sinks, self.tail, self.reconstructed, *chunks)
+        return sum(t.nbytes for t in held if t is not None) + self.own_sinks.nbytes()
 
     def map_(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn` to every stored tensor: batch selection, or a move between devices."""
         if self.sinks is None:
             return
         self.sinks, self.tail = fn(self.sinks), fn(self.tail)
+        self.own_sinks.map_(fn)
         self.reconstructed = None if self.reconstructed is None else fn(self.reconstructed)
         for stored in self.blocks.values():
             stored.map_(fn)

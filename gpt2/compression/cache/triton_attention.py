@@ -54,7 +54,7 @@ def attend(
 ) -> Tensor | None:  # fmt: skip
     """As `direct_attention.attend`; None where there is no kernel for it."""
     first, end = _shared_range(k, v)
-    if v.sinks.shape[3] != query.shape[-1]:  # K and V differ in head_dim
+    if v.sinks.shape[3] != query.shape[-1] or k.own_sinks or v.own_sinks:  # K and V differ in head_dim, rows in padding
         return None
     if end <= first or not supported(k.compressor, v.compressor, query, k.sinks.shape[1]):
         return None

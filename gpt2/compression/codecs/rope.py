@@ -22,13 +22,14 @@ class Rotary:
     frequencies: Tensor
     layout: str = "half"
 
-    def rotate(self, x: Tensor, start: int, sign: int = 1) -> Tensor:
-        """x [..., T, d] rotated by sign · position; the first token is at position `start`."""
+    def rotate(self, x: Tensor, start: int | Tensor, sign: int = 1) -> Tensor:
+        """x [..., T, d] rotated by sign · position; the first token is at position `start`, [B] of each row's own."""
         n = 2 * len(self.frequencies)
         if self.layout == "none" or not n:
             return x
-        positions = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float32)
-        angle = positions[:, None] * self.frequencies.to(x.device, torch.float32)
+        positions = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
+        positions = positions + (start[:, None, None] if isinstance(start, Tensor) else start)  # [T], or [B, 1, T]
+        angle = positions[..., None] * self.frequencies.to(x.device, torch.float32)
         cos, sin = angle.cos().to(x.dtype), sign * angle.sin().to(x.dtype)
         head = x[..., :n]
         a, b = head.chunk(2, dim=-1) if self.layout == "half" else (head[..., 0::2], head[..., 1::2])
@@ -36,7 +37,7 @@ class Rotary:
         rotated = torch.cat(pair, dim=-1) if self.layout == "half" else torch.stack(pair, dim=-1).flatten(-2)
         return torch.cat((rotated, x[..., n:]), dim=-1)
 
-    def unrotate(self, x: Tensor, start: int) -> Tensor:
+    def unrotate(self, x: Tensor, start: int | Tensor) -> Tensor:
         """The inverse of `rotate`: pre-RoPE keys."""
         return self.rotate(x, start, -1)
 

@@ -30,6 +30,7 @@ from gpt2.compression.settings import TARGETS, build, needs_calibration_file
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel, wrap
 from gpt2.models.probe import geometry_of
+from gpt2.models.support import warn_of_positions
 
 _BUILDING = threading.Lock()  # so that threads that ask for the same compressors at the same time share them
 
@@ -58,6 +59,7 @@ def create_cache_from_preset(
         model = wrap(model, None, model.config.name_or_path or preset.model)
     if model is None and config is not None:
         spec = config.name_or_path or config.model_type
+        warn_of_positions(config)
         preset = preset.for_model(geometry_of(config, spec)[0], spec)
     elif model is not None:
         preset = preset.for_model(model.geometry, spec)

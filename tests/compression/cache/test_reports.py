@@ -1,0 +1,228 @@
+"""What users of such caches report, each tried once: used caches, copies, training, wrappers, weights, sizes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from generation import generate, model_of, prompt
+from tiny import tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, EncoderDecoderCache
+
+from gpt2.common.errors import PluginError
+from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
+from gpt2.compression.cache import direct_attention
+from gpt2.compression.cache.attention import is_enabled
+from gpt2.compression.codecs import Compressor, quantizer_of
+from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
+from gpt2.compression.presets import create_cache_from_preset
+from gpt2.compression.presets.any_model import preset_for_any_model
+from gpt2.models import support
+from gpt2.models.probe import fingerprint, probe_geometry
+
+PROMPT = prompt(60)
+
+
+def cache_of(name: str, model):
+    geometry = probe_geometry(model, "tiny")
+    return identity_cache(geometry) if name == "identity" else create_cache_from_preset(
+        preset_for_any_model(name, "tiny", geometry)
+    )  # fmt: skip
+
+
+# --- a used cache
+
+
+@pytest.mark.parametrize("name", ["identity", "kv8", "kv4"])
+@pytest.mark.parametrize("steps", [1, 20])
+def test_the_same_prompt_again(name, steps):
+    """Also after a run that Ctrl-C ended between steps: some tokens of an answer are held."""
+    model = model_of("llama")
+    cache = cache_of(name, model)
+    generate(model, cache, PROMPT, max_new_tokens=steps + 1)
+    with pytest.raises(PluginError, match="a prompt of 60 tokens was given to a cache that holds it and"):
+        generate(model, cache, PROMPT)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gpt_neox"])
+def test_what_follows_a_conversation_is_not_taken_for_it(family):
+    """Texts whose lengths are those of a prompt that is given again."""
+    model = model_of(family)
+    cache = identity_cache(3)
+    answer = generate(model, cache, PROMPT)
+    for extra in (PROMPT[:, :40], PROMPT[:, 20:]):
+        longer = torch.cat((answer, extra), dim=1)
+        expected = generate(model, DynamicCache(config=model.config), longer)
+        assert torch.equal(generate(model, copy.deepcopy(cache), longer), expected)
+
+
+def test_a_shorter_prompt():
+    model, cache = model_of("llama"), identity_cache(3)
+    generate(model, cache, PROMPT)
+    with pytest.raises(PluginError, match="the cache holds 79 tokens and the model is fed none"):
+        generate(model, cache, PROMPT[:, :30])
+
+
+def test_a_text_said_twice_where_keys_have_no_positions():
+    config = AutoConfig.for_model("bloom", vocab_size=97, hidden_size=48, n_layer=2, n_head=4)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    cache = identity_cache(2)
+    model(PROMPT, past_key_values=cache)
+    with pytest.raises(PluginError, match="keys have no positions .*give both in one call"):
+        model(PROMPT, past_key_values=cache)
+
+
+def test_encoder_decoders_need_two_caches():
+    config = AutoConfig.for_model("t5", vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+                                  decoder_start_token_id=0, pad_token_id=0)  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    with pytest.raises(PluginError, match="EncoderDecoderCache"):
+        model.generate(PROMPT, past_key_values=identity_cache(2), max_new_tokens=4)
+    both = EncoderDecoderCache(identity_cache(2), DynamicCache())
+    how = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(PROMPT, past_key_values=both, **how), model.generate(PROMPT, **how))
+
+
+# --- copies and wrappers of a model with compressed attention
+
+
+def reads_codes(model) -> bool:
+    """Whether a decode step of the model attends over what its cache stores."""
+    calls, attend = [], direct_attention.attend
+    cache = identity_cache(3)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(direct_attention, "attend", lambda *args, **how: calls.append(1) or attend(*args, **how))
+        model(PROMPT, past_key_values=cache)
+        calls.clear()
+        model(PROMPT[:, :1], past_key_values=cache)
+    return len(calls) == 3
+
+
+@pytest.mark.parametrize("copied", [
+    copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)),
+], ids=["copy", "pickle"])  # fmt: skip
+def test_a_copy_is_enabled_by_itself(copied):
+    model = enable_compressed_attention(tiny_model("llama"))
+    other = copied(model)
+    disable_compressed_attention(model)
+    assert is_enabled(other) and reads_codes(other) and not is_enabled(model) and not reads_codes(model)
+    disable_compressed_attention(other)
+    assert not is_enabled(other) and not other._forward_hooks and not reads_codes(other)
+
+
+@pytest.mark.parametrize("wrap", [
+    torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager"),
+    lambda model: type("Adapted", (torch.nn.Module,), {"get_base_model": lambda self: model})(),
+], ids=["DataParallel", "compile", "adapters"])  # fmt: skip
+def test_wrappers_are_seen_through(wrap):
+    model = tiny_model("llama")
+    wrapped = wrap(model)
+    assert enable_compressed_attention(wrapped) is wrapped
+    assert is_enabled(wrapped) and is_enabled(model) and reads_codes(model)
+    disable_compressed_attention(wrapped)
+    assert not is_enabled(model)
+
+
+def test_prefix_tuning_is_told_that_the_cache_would_not_be_used():
+    """PEFT asks caches that it doesn't know for this, and then gives the model one of its own."""
+    cache = identity_cache(2)
+    assert not hasattr(cache, "max_cache_len")
+    with pytest.raises(PluginError, match="prefix tuning"):
+        cache.max_cache_len  # noqa: B018
+
+
+# --- gradients, weights, sizes
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_gradients_reach_keys_and_values(family, direct):
+    """Those of DynamicCache, from a cache that loses nothing; the same direction, from one that rounds."""
+    gradients = {}
+    for name in ("plain", "identity", "kv8"):
+        model = tiny_model(family).train().requires_grad_(True)
+        cache = DynamicCache(config=model.config) if name == "plain" else cache_of(name, model)
+        if direct:
+            enable_compressed_attention(model)
+        model(PROMPT, past_key_values=cache, labels=PROMPT).loss.backward()
+        attention = model.model.layers[0].self_attn
+        gradients[name] = torch.cat([part.weight.grad.flatten() for part in (attention.k_proj, attention.v_proj)])
+    torch.testing.assert_close(gradients["identity"], gradients["plain"], rtol=1e-3, atol=1e-5)
+    assert torch.cosine_similarity(gradients["kv8"], gradients["plain"], dim=0) > 0.9
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_attention_weights_are_given_where_they_are_asked_for(family):
+    model = tiny_model(family)
+    cache, plain = cache_of("identity", model), DynamicCache(config=model.config)
+    enable_compressed_attention(model)
+    found = [model(x, past_key_values=cache, output_attentions=True) for x in (PROMPT[:, :40], PROMPT[:, 40:41])]
+    disable_compressed_attention(model)
+    model.set_attn_implementation("eager")
+    for x, out in zip((PROMPT[:, :40], PROMPT[:, 40:41]), found, strict=True):
+        expected = model(x, past_key_values=plain, output_attentions=True)
+        torch.testing.assert_close(out.logits, expected.logits, rtol=1e-3, atol=1e-3)
+        for own, its in zip(out.attentions, expected.attentions, strict=True):
+            torch.testing.assert_close(own, its, rtol=1e-3, atol=1e-5)
+
+
+def test_shared_transforms_count_once():
+    model = model_of("llama")
+    one, several = (create_cache_from_preset(preset_for_any_model("kv4", "tiny", probe_geometry(model, "tiny")))
+                    for _ in range(2))  # fmt: skip
+    for cache in (one, several):
+        generate(model, cache, PROMPT, max_new_tokens=2)
+    compressors = [store.compressor for layer in one.compressed for store in layer.stores.values()]
+    transforms = {id(compressor.transform): compressor.nbytes() for compressor in compressors}
+    assert one.codec_bytes() == sum(transforms.values()) < 3 * one.codec_bytes()
+    assert len({k for k, size in transforms.items() if size}) == 1
+
+
+@pytest.mark.parametrize(("dtype", "said"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, False)])
+def test_values_beyond_what_codecs_can_say_are_warned_of_once(caplog, dtype, said):
+    cache = CompressedDynamicCache([Compressor(quantizer_of(None, 8))], [Compressor(quantizer_of(None, 8))])
+    x = torch.full((1, 2, 70, 12), -6e4 if dtype == torch.float16 else -1e5, dtype=dtype)
+    for part in x.split(35, dim=2):
+        cache.update(x.new_ones(part.shape), part, 0)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == said and all(text.startswith("layer 0, V: values up to") for text in warnings)
+
+
+# --- positions that change
+
+
+ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6,
+        "original_max_position_embeddings": 40}  # fmt: skip
+
+
+def phi3():
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "phi3", vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=None, original_max_position_embeddings=40,
+        max_position_embeddings=512, rope_parameters=ROPE,
+    )).eval()  # fmt: skip
+
+
+def test_a_long_prompt_of_phi3_keeps_the_cache_it_is_given():
+    model, cache = phi3(), identity_cache(2)
+    out = generate(model, cache, PROMPT, max_new_tokens=5, return_dict_in_generate=True)
+    assert out.past_key_values is cache and cache.get_seq_length() == 64
+    assert bool(cache) and not identity_cache(2)
+
+
+@pytest.mark.parametrize(("family", "rope", "said"), [
+    ("phi3", ROPE, "drops the cache"), ("llama", {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "fast-"),
+    ("llama", {"rope_type": "default", "rope_theta": 1e4}, None), ("gemma3_text", None, None),
+])  # fmt: skip
+def test_positions_that_change_with_length_are_warned_of(caplog, family, rope, said):
+    model = phi3() if family == "phi3" else tiny_model(family, **({"rope_parameters": rope} if rope else {}))
+    support.warn_of_positions(model.config)
+    assert [said in record.getMessage() for record in caplog.records] == [True] * (said is not None)
+
+
+def test_scaled_positions_are_another_model():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 512}
+    plain, scaled = tiny_model("llama"), tiny_model("llama", rope_parameters=yarn)
+    assert fingerprint(plain) != fingerprint(scaled)
+    assert fingerprint(plain) == fingerprint(tiny_model("llama", max_position_embeddings=1024))
