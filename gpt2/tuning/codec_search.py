@@ -22,6 +22,7 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from gpt2.common.errors import PluginError
+from gpt2.compression.settings import plan_record
 from gpt2.evaluation.perplexity import CacheFactory
 from gpt2.tuning.measurement import Search
 from gpt2.tuning.search_space import LOWEST_BITS, Choice, Space, families
@@ -49,7 +50,10 @@ class CodecSearch(Search):
         return self.caches(candidate.plan(self.loaded.geometry), **candidate.windows)
 
     def preset_keys(self, candidate: Choice) -> dict:
-        return {key: value for key, value in candidate.record().items() if key != "family"}
+        keys = {key: value for key, value in candidate.record().items() if key != "family"}
+        if keys["rank"] is None:  # a preset's own rank is one number: its layers say that each has all of its own
+            keys |= {"rank": self.space.head_dim, "layers": plan_record(candidate.plan(self.loaded.geometry))}
+        return keys
 
     def key(self, text_sha256: str) -> dict:
         return super().key(text_sha256) | {"search": "codec", "space": self.space.key(), "budget": self.budget}

@@ -101,8 +101,9 @@ class Choice:
 class Space:
     """The possible choices.
 
-    families: names of `families()`. ranks: for codecs that have ranks. bits: range for adjustable quantizers. sinks,
-    recent: numbers of exact first and latest tokens.
+    families: names of `families()`. head_dim: the narrowest, where layers or sides differ in it, as `mixed` says.
+    ranks: for codecs that have ranks. bits: range for adjustable quantizers. sinks, recent: numbers of exact first and
+    latest tokens.
     """
 
     families: tuple[str, ...]
@@ -111,6 +112,7 @@ class Space:
     bits: tuple[float, float] = (LOWEST_BITS, HIGHEST_BITS)
     sinks: tuple[int, ...] = SINKS
     recent: tuple[int, ...] = (0,)
+    mixed: bool = False
 
     def suggest(self, trial: optuna.Trial) -> Choice:
         """Let the trial's sampler choose a family and then only the parameters of that family."""
@@ -128,6 +130,7 @@ class Space:
             rank = min(rank, trial.suggest_categorical("rank", self.ranks))
             quantizer = trial.suggest_categorical("width", by_bits())
         else:
+            rank = None if self.mixed else rank  # all coordinates, of each layer its own number
             quantizer = trial.suggest_categorical("quantizer", lossy())
         named = None if QUANTIZERS[quantizer].by_bits else quantizer
         setting = Setting(family.codec, rank, QUANTIZERS[quantizer].bits, named)
@@ -151,7 +154,8 @@ class Space:
 
     def key(self) -> dict:
         """Everything that the choices depend on. Searches with different keys have different studies."""
-        return asdict(self) | {"quantizers": [by_bits(), lossy()], "format": SPACE_FORMAT}
+        own = {name: value for name, value in asdict(self).items() if name != "mixed" or value}
+        return own | {"quantizers": [by_bits(), lossy()], "format": SPACE_FORMAT}
 
 
 def _first_quantizer(family: Family) -> str:
@@ -209,18 +213,20 @@ def space_for(
     wanted: Sequence[str] | None = None,
     ranks: Sequence[int] | None = None,
     recent: Sequence[int] = (0,),
+    mixed: bool = False,
 ) -> tuple[Space, dict[str, str]]:
     """The space that a calibration allows, and the reasons why families are left out.
 
-    calibration, head_dim, wanted: as for `usable`. ranks, recent: as for `Space`. Raises PluginError for a rank above
-    head_dim.
+    calibration, head_dim, wanted: as for `usable`. ranks, recent, mixed: as for `Space`. Raises PluginError for a rank
+    above head_dim.
     """
     names, reasons = usable(wanted, calibration, head_dim)
     ranks = tuple(ranks or default_rank_grid(head_dim))
     for rank in ranks:
         if rank > head_dim:
             raise PluginError(f"--rank-grid: rank {rank} is out of range, this model has head_dim {head_dim}")
-    return Space(names, head_dim, ranks, bits_range(calibration), recent=tuple(dict.fromkeys(recent))), reasons
+    recent, bits = tuple(dict.fromkeys(recent)), bits_range(calibration)
+    return Space(names, head_dim, ranks, bits, recent=recent, mixed=mixed), reasons
 
 
 def bits_range(calibration: Calibration | None) -> tuple[float, float]:

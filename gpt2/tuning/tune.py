@@ -110,11 +110,13 @@ def search_grid(job: Job, show_layers: Callable[[list[dict], Path, str], None]) 
 
 def search_codecs(job: Job) -> Found:
     """Search all codecs, or those of --codecs."""
-    args, head_dim = job.args, job.loaded.geometry.head_dim
+    args, widths = job.args, {shape.width for _, _, shape in job.loaded.geometry.sides()}
+    head_dim = min(widths)
     metric = search_space.metric_for(args.codecs or search_space.default_families())
     parts, calibration_file = job.measured_with(metric, head_dim)
     recent = (0, *(args.recent_grid or ()))
-    space, left_out = search_space.space_for(parts["calibration"], head_dim, args.codecs, args.rank_grid, recent)
+    space, left_out = search_space.space_for(parts["calibration"], head_dim, args.codecs, args.rank_grid, recent,
+                                             mixed=len(widths) > 1)  # fmt: skip
     for family, reason in left_out.items():
         print(f"note: {family} is left out: {reason}")
     search = codec_search.CodecSearch(**parts, space=space, budget=args.target_ppl_delta)

@@ -1,10 +1,17 @@
 """What the codec search may choose: families of the registry, as far as a calibration has their statistics."""
 
+import optuna
 import pytest
+import torch
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.codecs import CODECS, needs_calibration
+from gpt2.compression.presets import create_cache_from_preset
+from gpt2.compression.presets.build import new_preset
 from gpt2.compression.settings import Setting
+from gpt2.experiments.miniatures import tiny_family
+from gpt2.models.loading import wrap
+from gpt2.tuning.codec_search import CodecSearch
 from gpt2.tuning.search_space import Choice, Space, default_families, families, lossy, metric_for, space_for
 
 
@@ -31,3 +38,27 @@ def test_without_statistics_a_family_is_left_out_or_rejected_when_asked_for():
 def test_a_choice_comes_back_from_its_record():
     choice = Choice("joint+mixed", Setting("joint", 64, 3.5, "mixed"), "kv", 4, 8)
     assert Choice.of(choice.record()) == choice and str(choice) == "KV joint, 3.5 bits mixed, 4 sinks, 8 recent"
+
+
+def test_where_layers_differ_in_width_codecs_that_need_no_calibration_keep_all_of_each():
+    space, uniform = (Space(("hadamard", "pca"), 16, (16, 8), mixed=mixed) for mixed in (True, False))
+    trials = [optuna.trial.FixedTrial(point | {"target": "kv", "rank": 8}) for point in space.starts()]
+    assert [space.suggest(trial).setting.rank for trial in trials] == [None, 8]
+    trials = [optuna.trial.FixedTrial(point | {"target": "kv", "rank": 8}) for point in space.starts()]
+    assert [uniform.suggest(trial).setting.rank for trial in trials] == [16, 8]
+    assert space.key() != uniform.key() and "mixed" not in uniform.key()
+
+
+def test_a_preset_of_such_a_choice_has_the_whole_width_in_every_layer():
+    loaded = wrap(tiny_family("mimo_v2_flash"), None, "mimo")
+    space = Space(("hadamard",), 16, (16,), mixed=True)
+    parts = {"loaded": loaded, "calibration": None, "tuning": None, "evaluation": None, "chunk": 1, "batch_size": 1}
+    search = CodecSearch(**parts, seed=0, bar=None, space=space, budget=0.1)
+    choice = Choice("hadamard", Setting("hadamard", None, 4, "int4_channel"), "kv", 4)
+    measured = {"baseline_ppl": 1.0, "ppl": 1.0, "ppl_delta": 0.0}
+    preset = new_preset(loaded, None, "", compression_ratio=2.0, measured=measured, **search.preset_keys(choice))
+    cache = create_cache_from_preset(preset)
+    with torch.no_grad():
+        loaded.model(torch.arange(2, 90)[None], past_key_values=cache)
+    ranks = [[store.compressor.transform.rank for store in layer.stores.values()] for layer in cache.compressed]
+    assert ranks == [[24, 16], [24, 16]]
