@@ -14,7 +14,8 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from gpt2.compression.attention import enable_compressed_attention
-from gpt2.compression.cache import direct_attention, triton_attention
+from gpt2.compression.cache import attention_math, direct_attention, triton_attention
+from gpt2.compression.cache.layers import CompressedSlidingLayer
 from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.codecs import QUANTIZERS, Compressor, JointTransform, Quantizer, Transform
 from gpt2.compression.codecs.mixed import WIDTHS, Mixed, MixedFixed
@@ -282,3 +283,20 @@ def test_quantizing_what_is_hard(name, case, monkeypatch):
     assert min(alike) > (0.99 if QUANTIZERS[name].block_tokens > 1 else 1 - 1e-9), alike
     one, other = ((QUANTIZERS[name].dequantize(f, 16) - z).double().square().sum() for f in (found, expected))
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-12)
+
+
+@pytest.mark.parametrize("sinks", sampled([0, 4, 70], 2))
+@pytest.mark.parametrize("names", [("int4_channel", "int8")])
+def test_windows_that_have_forgotten(names, sinks):
+    """Tokens that are held behind the window are hidden by the mask, of the K that forgot in blocks and of V."""
+    layer = CompressedSlidingLayer(*(Compressor(QUANTIZERS[name]) for name in names), sinks, 0, 0, window=200)
+    g = torch.Generator().manual_seed(sinks)
+    for n in (300, 1, 64, 130, 1):
+        layer.store(*torch.randn(2, 1, H, n, 32, generator=g))
+        q = torch.randn(1, 2 * H, 1, 32, generator=g)
+        k, v = layer.stores["K"], layer.stores["V"]
+        mask = attention_math.behind_hidden(None, k.hidden, 1, len(k), q.device) if k.hidden else None
+        found = triton_attention.attend(k, v, q, mask, 0.2)
+        expected = attention_math.attend_reconstructed(*layer.read(), q, None, 0.2)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert k.hidden
