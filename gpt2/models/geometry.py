@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import DynamicCache
 from transformers.cache_utils import (
@@ -145,6 +145,11 @@ class Geometry:
     def bytes_per_token(self, element_bytes: int = 2) -> int:
         """Bytes of K and V of one token over all layers, uncompressed, as long as no window forgets it."""
         return sum(layer.bytes_per_token(element_bytes) for layer in self.layers)
+
+    def without_windows(self) -> Geometry:
+        """The same layers if none forgot anything."""
+        kinds = {SLIDING: FULL, HYBRID_SLIDING: HYBRID}
+        return Geometry(tuple(replace(own, kind=kinds.get(own.kind, own.kind), window=None) for own in self.layers))
 
     def attention_bytes(self, tokens: int) -> int:
         """Bytes of K and V that transformers' own cache holds of one sequence of `tokens` in 16 bits."""

@@ -63,8 +63,9 @@ class Outputs:
 class RatioPreset:
     """A cache that is compressed by at least `ratio`.
 
-    ratio: of K and V, at least. bits: per coordinate of K and V, metadata included. compression_ratio, attention_ratio:
-    the measured ones, of the whole cache and of K and V alone. make: makes fresh caches.
+    ratio: of K and V in layers that hold all tokens, at least. bits: per coordinate of K and V, metadata included.
+    compression_ratio, attention_ratio: the measured ones, of the whole cache and of K and V alone. make: makes fresh
+    caches.
     """
 
     codec: str
@@ -95,8 +96,8 @@ class RatioPreset:
         )  # fmt: skip
 
     def _of_mixed_layers(self, loaded: LoadedModel) -> dict:
-        """What a preset says where layers differ: K and V's own ratio, and what bits were shared out for."""
-        return {} if loaded.geometry.alike else {"attention_ratio": self.attention_ratio, "context_length": TOKENS}
+        """What a preset says where layers differ: K and V's own ratio."""
+        return {} if loaded.geometry.alike else {"attention_ratio": self.attention_ratio}
 
 
 def compact_calibration(
@@ -132,10 +133,12 @@ def make_ratio_preset(
 ) -> RatioPreset:  # fmt: skip
     """The preset with the most bits whose K and V of `TOKENS` tokens take at most 1 / `ratio` of 16-bit ones.
 
-    Everything that is held of K and V counts, except the shared basis; recurrent states, which no preset makes smaller,
-    don't. quantizer: an adjustable one, the first one if None. Raises PluginError for a ratio that the quantizer can't
-    reach.
+    Of layers that hold all of them: so a ratio means the same bits in every model, also where windows hold few tokens
+    and an exact tail beside them. Everything that is held of K and V counts, except the shared basis; recurrent states,
+    which no preset makes smaller, don't. quantizer: an adjustable one, the first one if None. Raises PluginError for a
+    ratio that the quantizer can't reach.
     """
+    geometry, unwindowed = loaded.geometry, loaded.geometry.without_windows()
     quantizer = quantizer or adjustable_quantizers()[0]
     exact = 16 * sink_tokens / TOKENS  # bits per coordinate that the exact sinks take
     bits = round(16 / ratio - exact, 4)  # rounded as in preset files, so that their caches are those measured here
@@ -147,11 +150,12 @@ def make_ratio_preset(
                 f"ratio {ratio:g} is out of range: it means about 16 / {ratio:g} bits, {sink_tokens} exact sinks "
                 f"included; {error}"
             ) from error
-        held = size.attention_ratio(make, loaded.geometry, TOKENS)
+        held = size.attention_ratio(partial(make, geometry=unwindowed), unwindowed, TOKENS)
         if held >= ratio:
-            whole = held if loaded.geometry.alike else size.compression_ratio(make, loaded.geometry, TOKENS)
+            whole = held if geometry.alike else size.compression_ratio(make, geometry, TOKENS)
+            held = held if geometry == unwindowed else size.attention_ratio(make, geometry, TOKENS)
             return RatioPreset(calibration.meta["codec"], quantizer, sink_tokens, ratio, bits, whole, held, make)
-        # As many steps at once as if bytes were proportional to bits: with sliding layers the first guess is far off
+        # As many steps at once as if bytes were proportional to bits
         bits = round(bits - max(int((1 - held / ratio) * bits / STEP), 1) * STEP, 4)
 
 
@@ -172,10 +176,12 @@ def write_presets(
 def factory(
     loaded: LoadedModel, calibration: Calibration, bits: float, quantizer: str, sink_tokens: int
 ) -> CacheFactory:
-    """A factory of caches with `bits` per coordinate. All caches share their compressors, and so the basis."""
-    k, v = compressors_for(
-        "kv", bits, None, calibration, quantizer=quantizer, context_length=TOKENS, device=loaded.device
-    )
+    """A factory of caches with `bits` per coordinate. All caches share their compressors, and so the basis.
+
+    All layers count alike, those with a window too: for a context length, bits would go to windows, which hold few
+    tokens, and away from the layers that remember what is far.
+    """
+    k, v = compressors_for("kv", bits, None, calibration, quantizer=quantizer, device=loaded.device)
     return partial(CompressedDynamicCache, k, v, geometry=loaded.geometry, sink_tokens=sink_tokens)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 # Largest difference of padding's keys, relative to the largest number: rows of a product may round differently
 ALIKE = 2**-6
@@ -25,38 +26,37 @@ class PaddingFinder:
 
     def __init__(self):
         self.rows: Tensor | None = None
-        self.open: Tensor | None = None  # [B], rows that were padding to their end so far
-        self.first: Tensor | None = None  # [B, H, 1, d], keys of the first slot
         self.changing = False  # whether the newest keys could tell
+        self._runs: Tensor | None = None  # [B], slots at the beginning of each row that are as its first
+        self._open: Tensor | None = None  # [B], rows that were so to their end
+        self._first: Tensor | None = None  # [B, H, 1, d], keys of the first slot
 
     def see(self, keys: Tensor) -> None:
         """Take in the first layer's new keys [B, H, n, d], from the first call on."""
-        self.changing = self.open is None or bool(self.open.any())
+        begins = self._first is None
+        self.changing = (begins or bool(self._open.any())) and not isinstance(keys, FakeTensor)
         if not self.changing:
             return
-        if self.first is None or self.first.shape[0] != keys.shape[0]:
-            if self.first is not None:  # another batch before any row had a token that tells
-                self.open = torch.zeros(keys.shape[0], dtype=torch.bool, device=keys.device)
-                return
-            self.first, self.open = keys[:, :, :1].detach().clone(), torch.ones(len(keys), dtype=torch.bool)
-            self.rows = torch.zeros(len(keys), dtype=torch.long)
-        first = self.first
-        near = (keys.detach() - first).abs().amax((1, 3)) <= ALIKE * first.abs().amax((1, 2, 3))[:, None]
+        if begins:
+            self._first, self._open = keys[:, :, :1].detach().clone(), torch.ones(len(keys), dtype=torch.bool)
+            self._runs = torch.zeros(len(keys), dtype=torch.long)
+        elif len(self._first) != len(keys):  # rows were selected before all of them had a token that tells
+            self._open = torch.zeros(len(keys), dtype=torch.bool)
+            return
+        near = (keys.detach() - self._first).abs().amax((1, 3)) <= ALIKE * self._first.abs().amax((1, 2, 3))[:, None]
         run = near.long().cumprod(1).sum(1).cpu()
-        self.rows += run * self.open
-        self.open &= run == keys.shape[2]
-        self.rows[~self.open & (self.rows < 2) & ~self._like_padding()] = 0  # one slot that is like itself
-        if not self.open.any() and not self.rows.any():
-            self.rows = None
-
+        self._runs += run * self._open
+        self._open &= run == keys.shape[2]
+        padding = torch.where((self._runs >= 2) | self._like_padding(), self._runs, 0)
+        self.rows = padding if padding.any() else None
 
     def _like_padding(self) -> Tensor:
         """Rows whose first slot is as that of a row with padding, [B]."""
-        padded = (self.rows >= 2).nonzero()[:1]
-        if not len(padded):
-            return torch.zeros_like(self.open)
-        reference = self.first[padded[0]]
-        near = (self.first - reference).abs().amax((1, 2, 3)) <= ALIKE * reference.abs().amax()
+        padded = int(self._runs.argmax())
+        if self._runs[padded] < 2:
+            return torch.zeros_like(self._open)
+        reference = self._first[padded]
+        near = (self._first - reference).abs().amax((1, 2, 3)) <= ALIKE * reference.abs().amax()
         return near.cpu()
 
 
