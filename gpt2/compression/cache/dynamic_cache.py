@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -105,8 +105,8 @@ class CompressedDynamicCache(Cache):
             )
         if layer_idx == self._first:
             self._check_layers()
-        if layer_idx == 0:  # deeper, keys of padding differ
-            self._padding.see(key_states)
+        if layer_idx == 0:  # deeper, K and V of padding differ
+            self._padding.see(key_states, value_states)
         if self._padding.changing:
             layer.set_padding(self._padding.rows)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -149,9 +149,16 @@ class CompressedDynamicCache(Cache):
                 layer.crop(removed)
         for layer, own in each:
             layer.crop(own)
+        self._padding.crop(self.get_seq_length())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the rows `beam_idx` in the place of all."""
+        super().reorder_cache(beam_idx)
+        self._padding.map_(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`, also of recurrent states, which transformers' own cache can't select."""
+        indices = torch.as_tensor(indices)
         self._map_rows("batch_select_indices", indices, lambda t: t[indices.to(t.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -164,6 +171,7 @@ class CompressedDynamicCache(Cache):
                 getattr(layer, operation)(argument)
             else:
                 map_states(layer, on_states)
+        self._padding.map_(on_states)
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args, **kwargs) -> Tensor:
         """As transformers' own; raises PluginError where this cache was made for other layers."""
@@ -185,6 +193,12 @@ class CompressedDynamicCache(Cache):
         if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
             where = "linear attention" if layer_idx is None else f"linear attention in layer {layer_idx}"
             raise PluginError(f"the model has {where}, but this cache was made for attention alone: {OF_ANOTHER_MODEL}")
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """K, V and the window of each layer as DynamicCache gives them, K and V reconstructed."""
+        for layer in self.layers:
+            window = getattr(layer, "sliding_window", None)
+            yield layer.keys, layer.values, None if window is None else torch.tensor(window)
 
     @property
     def is_initialized(self) -> bool:
