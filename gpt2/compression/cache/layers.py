@@ -204,8 +204,9 @@ class CompressedLayer(CacheLayerMixin):
     def set_padding(self, padding: Tensor | None) -> None:
         """Left padding of each row in slots, [B]: known with the first tokens, before they are stored."""
         for store in self.stores.values():
-            there = padding is None or store.sinks is None  # `prepare` moves it to where the first tokens are
-            store.own_sinks.set_padding(padding if there else padding.to(store.sinks.device))
+            # A copy for each store; `prepare` moves it to where the first tokens are
+            where = None if store.sinks is None else store.sinks.device
+            store.own_sinks.set_padding(None if padding is None else padding.to(where, copy=True))
 
     def get_seq_length(self) -> int:
         return self._first.seen

@@ -32,7 +32,7 @@ class PaddingFinder:
 
     def see(self, *states: Tensor) -> None:
         """Take in the first layer's new K and V [B, H, n, d], from the first call on."""
-        self.changing = self.open is None or bool(self.open.any())
+        self.changing = states[0].shape[2] > 0 and (self.open is None or bool(self.open.any()))
         if not self.changing:
             return
         states, count = tuple(x.detach() for x in states), len(states[0])
@@ -182,7 +182,8 @@ class OwnSinks:
         self._found = None
 
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.tokens, self.kept, self.padding) if tensor is not None)
+        found = [tensor for each in (self._found[1] if self._found else ()) for tensor in each]
+        return sum(x.nbytes for x in (self.tokens, self.kept, self.padding, *found) if x is not None)
 
     def _slots(self) -> Tensor:
         return self.padding[:, None] + torch.arange(self.count, device=self.padding.device)
