@@ -105,6 +105,9 @@ class OwnSinks:
     def __bool__(self) -> bool:
         return self.kept is not None
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_found": None}  # views of one tensor would become tensors of their own
+
     def set_padding(self, padding: Tensor | None) -> None:
         """Padding of each row in slots; None where there turned out to be none."""
         self.padding, self.complete, self._found = padding, False, None
