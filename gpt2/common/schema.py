@@ -52,11 +52,14 @@ def parse(value: Any, kind: Kind, file: str | Path, *, noun: str = "field", reme
 
 
 def read_json(path: Path, what: str) -> Any:
-    """The content of a JSON file. Raises BadArtefact, which says `what` was expected, where it isn't one of a size."""
+    """The content of a JSON file, in UTF-8 or as Windows writes it: with a byte order mark, or in UTF-16.
+
+    Raises BadArtefact, which says `what` was expected, where it isn't one of a size.
+    """
     if not path.is_file() or path.stat().st_size > MOST_JSON_BYTES:
         raise BadArtefact(f"{path}: not a readable {what}: expected a file of at most {MOST_JSON_BYTES:,} bytes")
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_reject_constant)
+        return json.loads(path.read_bytes(), parse_constant=_reject_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise BadArtefact(f"{path}: not a readable {what}: {error}") from error
 

@@ -121,6 +121,6 @@ def _named(folder: Path, word: str) -> Path:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # without the byte order mark of Windows, which would be a token
     except (OSError, UnicodeDecodeError) as error:
         raise PluginError(f"can't read text file {path}: {error}") from error

@@ -132,7 +132,7 @@ def test_layers_that_differ_have_the_ratio_over_k_and_v(mixed, ratio, quantizer)
     assert preset.compression_ratio == pytest.approx(plain_bytes(geometry, tokens) / held)
     full, windowed = geometry.without_windows(), any(layer.window for layer in geometry.layers)
     by_layer = attention_ratio(partial(preset.make, geometry=full), full, tokens)
-    assert ratio <= by_layer < 1.05 * ratio and (preset.attention_ratio < by_layer) == windowed
+    assert ratio <= by_layer < 1.05 * ratio and (preset.attention_ratio != by_layer) == windowed
     # States that no preset makes smaller count for the whole cache only
     assert (preset.compression_ratio < preset.attention_ratio) == bool(states)
     each = held_bits(full, partial(preset.make, geometry=full), tokens)
@@ -140,7 +140,7 @@ def test_layers_that_differ_have_the_ratio_over_k_and_v(mixed, ratio, quantizer)
     average = sum(n * b for n, b in zip(numbers, each, strict=True)) / sum(numbers)
     assert 0.95 * 16 / ratio < average <= 16 / ratio + 1e-6
     assert 0.95 * 16 / ratio - 0.1 < preset.bits < 16 / ratio
-    assert all(0.7 * 16 / ratio < bits < 1.3 * 16 / ratio for bits in each), "about as many in every layer"
+    assert all(bits < 15.5 for bits in each), "every layer that keeps K and V is compressed"
     cache = preset.make()
     assert [index for index, layer in enumerate(cache.layers) if layer in cache.compressed] == geometry.attention
 

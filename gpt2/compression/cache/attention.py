@@ -21,10 +21,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gpt2.common.errors import UnsupportedModel
+from gpt2.common.errors import PluginError, UnsupportedModel
 from gpt2.compression.cache import attention_math, direct_attention
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache, identity_cache
-from gpt2.compression.cache.layers import StoredKV
+from gpt2.compression.cache.layers import StoredKV, as_new
 from gpt2.compression.cache.token_store import without_autocast
 from gpt2.compression.kernels import cpu
 from gpt2.models.probe import probe_geometry
@@ -179,7 +179,7 @@ def compressed_attention(
     special = learning or kwargs.get("position_bias") is not None or (attention_mask is None and not causal)
     # In a small window, which is stored exactly, a joint codec's store of K and V together would pass for readable
     if special or k is v or not (few and k.compressor.readable and v.compressor.readable):
-        return _plain(module, query, *key.read(), attention_mask, **plain), None
+        return _plain(module, query, *as_new(key.read(), (query, query)), attention_mask, **plain), None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     with without_autocast(query):
         out = direct_attention.attend(
@@ -192,7 +192,7 @@ def _with_weights(
     query: Tensor, key, value, mask: Tensor | None, scaling: float | None, softcap: float | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Attention over K and V as they are stored, and its weights [B, H, Q, T] in the query's dtype."""
-    key, value = key.read() if isinstance(key, StoredKV) else (key, value)
+    key, value = as_new(key.read(), (query, query)) if isinstance(key, StoredKV) else (key, value)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     p = attention_math.weights(key, query, mask, scaling, softcap=softcap, sinks=sinks).to(query.dtype)
     return attention_math.weighted_values(p, value).transpose(1, 2).contiguous(), p
@@ -214,11 +214,26 @@ def _plain(
 
 
 def _begin_reading(module, args, kwargs) -> None:
+    _check_mask(args, kwargs)
     _set_reader(kwargs, getattr(module, _STATE, None))
 
 
 def _end_reading(module, args, kwargs, output) -> None:
     _set_reader(kwargs, None)
+
+
+def _check_mask(args: tuple, kwargs: dict) -> None:
+    """Reject a mask of the new tokens alone: transformers would hide the new tokens, and whatever it takes them for."""
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    new = next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
+    if not isinstance(cache, CompressedDynamicCache) or getattr(mask, "ndim", 0) != 2 or new is None:
+        return
+    tokens = cache.get_seq_length() + new.shape[1]
+    if mask.shape[1] < tokens:
+        raise PluginError(
+            f"attention_mask has {mask.shape[1]} columns for {tokens} tokens, {tokens - new.shape[1]} in the cache and "
+            f"{new.shape[1]} new: it must be that of the whole conversation, or None where nothing is padding"
+        )
 
 
 def _set_reader(kwargs: dict, reader: Reader | None) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -109,10 +109,10 @@ class CompressedDynamicCache(Cache):
             raise PluginError(
                 f"the model has no attention in layer {self._first}, where this cache expects it: {OF_ANOTHER_MODEL}"
             )
-        if layer_idx == 0:  # deeper, keys of padding differ
-            self._padding.see(key_states)
+        if layer_idx == 0:  # deeper, K and V of padding differ
+            self._padding.see(key_states, value_states)
         if self._padding.changing:
-            layer.set_padding(self._padding.rows)
+            layer.set_padding(self._padding.found)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _check_layers(self) -> None:
@@ -152,6 +152,12 @@ class CompressedDynamicCache(Cache):
                 layer.crop(removed)
         for layer, own in each:
             layer.crop(own)
+        self._padding.crop(self.get_seq_length())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the rows `beam_idx` in the place of all."""
+        super().reorder_cache(beam_idx)
+        self._padding.map_(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def reset(self) -> None:
         """Forget everything: the next conversation may have another batch size and padding."""
@@ -162,6 +168,7 @@ class CompressedDynamicCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`, also of recurrent states, which transformers' own cache can't select."""
+        indices = torch.as_tensor(indices) if isinstance(indices, (list, tuple)) else indices
         self._map_rows("batch_select_indices", indices, lambda t: t[indices.to(t.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -174,6 +181,7 @@ class CompressedDynamicCache(Cache):
                 getattr(layer, operation)(argument)
             else:
                 map_states(layer, on_states)
+        self._padding.map_(on_states)
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args, **kwargs) -> Tensor:
         """As transformers' own; raises PluginError where this cache was made for other layers."""
@@ -213,6 +221,12 @@ class CompressedDynamicCache(Cache):
         if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
             where = "linear attention" if layer_idx is None else f"linear attention in layer {layer_idx}"
             raise PluginError(f"the model has {where}, but this cache was made for attention alone: {OF_ANOTHER_MODEL}")
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """K, V and the window of each layer as DynamicCache gives them, K and V reconstructed."""
+        for layer in self.layers:
+            window = getattr(layer, "sliding_window", None)
+            yield layer.keys, layer.values, None if window is None else torch.tensor(window)
 
     @property
     def is_initialized(self) -> bool:
@@ -257,9 +271,8 @@ class CompressedDynamicCache(Cache):
 
     def codec_bytes(self) -> int:
         """Bytes of the transforms, each once. Caches of the same compressors share them, as they share weights."""
-        compressors = [store.compressor for layer in self.compressed for store in layer.stores.values()]
-        tensors = [tensor for compressor in compressors for tensor in compressor.tensors()]
-        return sum({(t.device, t.data_ptr(), t.shape): t.nbytes for t in tensors}.values())
+        each = [store.compressor for layer in self.compressed for store in layer.stores.values()]
+        return sum({id(compressor.transform): compressor.nbytes() for compressor in each}.values())
 
 
 @functools.cache

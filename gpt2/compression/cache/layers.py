@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from gpt2.common.errors import PluginError
-from gpt2.compression.cache.token_store import DROPPED, TokenStore, without_autocast
+from gpt2.compression.cache.token_store import DROPPED, TokenStore, in_autocast, without_autocast
 from gpt2.compression.codecs import Compressor
 
 # Tokens that must repeat before a prompt counts as held: fewer may do so by chance
@@ -75,12 +75,19 @@ class CompressedLayer(CacheLayerMixin):
         return self.read()[1] if self.is_initialized else None
 
     @keys.setter
-    def keys(self, unused: None) -> None:
-        """transformers' constructors set None."""
+    def keys(self, states: Tensor | None) -> None:
+        """transformers' constructors set None. Raises PluginError for tensors, as where another tool writes K back."""
+        if states is not None:
+            raise PluginError(
+                f"layer {self.index}: K and V of a compressed cache are reconstructed at each reading, so what is "
+                "assigned to them would be lost: use crop, batch_select_indices or a new cache; tools that edit the K "
+                "and V of a cache (kvpress) need DynamicCache"
+            )
 
     @values.setter
-    def values(self, unused: None) -> None:
+    def values(self, states: Tensor | None) -> None:
         """As of `keys`."""
+        CompressedLayer.keys.fset(self, states)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -157,7 +164,7 @@ class CompressedLayer(CacheLayerMixin):
         if keys.shape[0] != store.sinks.shape[0]:
             raise PluginError(
                 f"the cache holds a batch of {store.sinks.shape[0]}, got {keys.shape[0]} sequences: reset() it, make a "
-                "new one, or use batch_repeat_interleave before beam search"
+                "new one, or use batch_repeat_interleave before beam search and num_return_sequences"
             )
         for held, x in zip(self.stores.values(), parts, strict=True):
             (_, heads, _, width), (_, new_heads, _, new_width) = held.sinks.shape, x.shape
@@ -171,17 +178,20 @@ class CompressedLayer(CacheLayerMixin):
         # more at each step, and where generate is given a prompt that the cache holds to its end. In models whose K has
         # no positions (ALiBi), a text that is fed twice in a row is rejected by mistake
         held, n = store.seen, keys.shape[2]
-        if self.index or not held or _alike(keys):
-            return
-        # Of a prompt that is a part of what is held, generate feeds the last tokens: as many as 2 · prompt - held
+        # Of a prompt that is a part of what is held, generate leaves out as many tokens as are held beyond it: of P
+        # tokens it feeds n = P - (held - P)
         start = (held - n) // 2
-        if n >= FEWEST_ALIKE and start > 0 and (held - n) % 2 == 0 and store.holds_at(keys, start):
+        part = n >= FEWEST_ALIKE and start > 0 and (held - n) % 2 == 0
+        whole = n in (held, held + 1)
+        if self.index or not held or not (part or whole) or _alike(keys):  # rarely more than numbers are compared
+            return
+        if part and store.holds_at(keys, start):
             raise PluginError(
                 f"a prompt of {n + start} tokens was given to a cache that holds it and {held - n - start} tokens "
                 "more, so its last tokens would count twice: reset() the cache or make a new one, or give generate the "
                 "whole conversation and what follows it"
             )
-        if n not in (held, held + 1) or not store.holds(keys[:, :, :held]):
+        if not whole or not store.holds(keys[:, :, :held]):
             return
         advice = (
             "as generate does with a prompt that it holds to its end: crop(-1) the cache first, because generate needs "
@@ -197,8 +207,9 @@ class CompressedLayer(CacheLayerMixin):
     def set_padding(self, padding: Tensor | None) -> None:
         """Left padding of each row in slots, [B]: known with the first tokens, before they are stored."""
         for store in self.stores.values():
-            there = padding is None or store.sinks is None  # `prepare` moves it to where the first tokens are
-            store.own_sinks.padding = padding if there else padding.to(store.sinks.device)
+            # A copy for each store; `prepare` moves it to where the first tokens are
+            where = None if store.sinks is None else store.sinks.device
+            store.own_sinks.set_padding(None if padding is None else padding.to(where, copy=True))
 
     def get_seq_length(self) -> int:
         return self._first.seen
@@ -210,9 +221,13 @@ class CompressedLayer(CacheLayerMixin):
     def _check_query(self, query_length: int) -> None:
         """Raise PluginError for no tokens: what generate feeds of a prompt much shorter than what a cache holds."""
         if query_length == 0:
+            held = self.get_seq_length()
             raise PluginError(
-                f"the cache holds {self.get_seq_length()} tokens and the model is fed none: the prompt is shorter than "
-                "the conversation that the cache holds, so reset() the cache or make a new one for another prompt"
+                f"the cache holds {held} tokens and the model is fed none: the prompt is shorter than the conversation "
+                "that the cache holds, so reset() the cache or make a new one for another prompt; to go on, give "
+                "generate the whole conversation and what follows it"
+                if held
+                else "the model is fed no tokens: the prompt is empty"
             )
 
     def get_max_length(self) -> int:
@@ -260,6 +275,7 @@ class CompressedLayer(CacheLayerMixin):
         self._map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        indices = torch.as_tensor(indices)
         self._map_rows(lambda t: t[indices.to(t.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -357,12 +373,20 @@ def _learning(*states: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in states)
 
 
+def as_new(read: tuple[Tensor, Tensor], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """K and V as read in the dtypes of new ones: the model may have been converted since. Autocast does it itself."""
+    if in_autocast(new[0]):
+        return read
+    return tuple(x.to(own.dtype) for x, own in zip(read, new, strict=True))
+
+
 def straight_through(read: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """K and V as read, with gradients that reach the newest tokens as if these had been stored exactly.
 
     Straight-through (Bengio, Léonard and Courville 2013): what rounding does to a gradient is left out. Tokens of
     earlier calls get none.
     """
+    read = as_new(read, new)
     if not _learning(*new):
         return read
 

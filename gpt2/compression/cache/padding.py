@@ -12,61 +12,100 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-# Largest difference of padding's keys, relative to the largest number: rows of a product may round differently
+# Largest difference of padding's keys and values, relative to their size: rows of a product may round differently
 ALIKE = 2**-6
 
 
 class PaddingFinder:
-    """Finds the padding of each row from the first layer's keys, [B] in `rows`; None where there is none.
+    """Finds the padding of each row from the first layer's K and V, [B] in `rows`; None where there is none.
 
-    All padding has one token at one position, so in the model's first layer its keys are the same, and text never
+    All padding has one token at one position, so in the model's first layer its K and V are the same, and text hardly
     begins so: keys of the same token at two positions differ by their rotation. Where a model is given no position_ids,
-    padding has positions of its own, and slots are positions.
+    padding has positions of its own, and slots are positions. Where keys have no positions (ALiBi), a text that begins
+    with one token several times counts as padding: OwnSinks reads it as it is nevertheless.
     """
 
     def __init__(self):
         self.rows: Tensor | None = None
+        self.open: Tensor | None = None  # [B], rows that were padding to their end so far
+        self.first: tuple[Tensor, ...] | None = None  # [B, H, 1, d] each, K and V of the first slot
         self.changing = False  # whether the newest keys could tell
-        self._runs: Tensor | None = None  # [B], slots at the beginning of each row that are as its first
-        self._open: Tensor | None = None  # [B], rows that were so to their end
-        self._first: Tensor | None = None  # [B, H, 1, d], keys of the first slot
 
-    def see(self, keys: Tensor) -> None:
-        """Take in the first layer's new keys [B, H, n, d], from the first call on."""
-        begins = self._first is None
-        self.changing = (begins or bool(self._open.any())) and not isinstance(keys, FakeTensor)
+    def see(self, *states: Tensor) -> None:
+        """Take in the first layer's new K and V [B, H, n, d], from the first call on."""
+        usual = states[0].shape[2] > 0 and not isinstance(states[0], FakeTensor)
+        self.changing = usual and (self.open is None or bool(self.open.any()))
         if not self.changing:
             return
-        if begins:
-            self._first, self._open = keys[:, :, :1].detach().clone(), torch.ones(len(keys), dtype=torch.bool)
-            self._runs = torch.zeros(len(keys), dtype=torch.long)
-        elif len(self._first) != len(keys):  # rows were selected before all of them had a token that tells
-            self._open = torch.zeros(len(keys), dtype=torch.bool)
-            return
-        near = (keys.detach() - self._first).abs().amax((1, 3)) <= ALIKE * self._first.abs().amax((1, 2, 3))[:, None]
-        run = near.long().cumprod(1).sum(1).cpu()
-        self._runs += run * self._open
-        self._open &= run == keys.shape[2]
-        padding = torch.where((self._runs >= 2) | self._like_padding(), self._runs, 0)
-        self.rows = padding if padding.any() else None
+        states, count = tuple(x.detach() for x in states), len(states[0])
+        if self.first is None:
+            self.first, self.open = tuple(x[:, :, :1].clone() for x in states), torch.ones(count, dtype=torch.bool)
+            self.rows = torch.zeros(count, dtype=torch.long)
+        run = _same(states, self.first).long().cumprod(1).sum(1).cpu()
+        self.rows = self.rows + run * self.open
+        self.open = self.open & (run == states[0].shape[2])
+        self.rows[~self.open & (self.rows < 2) & ~self._like_padding()] = 0  # one slot that is like itself
+        if not self.open.any() and not self.rows.any():
+            self.rows = None
+
+    @property
+    def found(self) -> Tensor | None:
+        """`rows` without a first slot that is only like itself."""
+        if self.rows is None or not bool((self.rows >= 2).any()):
+            return None
+        return torch.where((self.rows >= 2) | self._like_padding(), self.rows, 0)
+
+    def crop(self, length: int) -> None:
+        """Forget all slots but the first `length`: what comes next may be more padding, or begin a row."""
+        if length == 0:
+            self.__init__()
+        elif self.rows is not None and self.open is not None:
+            self.open = self.open | (self.rows >= length)
+            self.rows = self.rows.clamp_max(length)
+
+    def map_(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply `fn` to what is known of the rows: batch selection."""
+        self.rows, self.open = (x if x is None else fn(x) for x in (self.rows, self.open))
+        self.first = self.first and tuple(fn(x) for x in self.first)
 
     def _like_padding(self) -> Tensor:
         """Rows whose first slot is as that of a row with padding, [B]."""
-        padded = int(self._runs.argmax())
-        if self._runs[padded] < 2:
-            return torch.zeros_like(self._open)
-        reference = self._first[padded]
-        near = (self._first - reference).abs().amax((1, 2, 3)) <= ALIKE * reference.abs().amax()
-        return near.cpu()
+        padded = (self.rows >= 2).nonzero()[:1]
+        if not len(padded):
+            return torch.zeros_like(self.open)
+        return _same(self.first, tuple(x[padded[0].to(x.device)] for x in self.first))[:, 0].cpu()
+
+
+def _same(states: tuple[Tensor, ...], first: tuple[Tensor, ...]) -> Tensor:
+    """Which slots of K and V [B, H, n, d] each are as the first [B, H, 1, d] in every channel, [B, n].
+
+    Not by the largest number: in keys of Qwen2.5, a bias makes one channel larger than all that tells tokens apart.
+    """
+    same = []
+    for x, reference in zip(states, first, strict=True):
+        size = reference.abs()
+        usual = size.flatten(1).median(1).values[:, None, None, None]
+        same.append(((x - reference).abs() <= ALIKE * size.maximum(usual)).all(3).all(1))
+    return torch.stack(same).all(0)
 
 
 class OwnSinks:
-    """The first tokens of each padded row, exact: K or V of one layer, laid over what blocks read in their slots."""
+    """The first tokens of each padded row, exact: K or V of one layer, laid over what blocks read in their slots.
 
-    def __init__(self, count: int):
-        self.count = count
+    So is the padding in the block in which the row's text begins, where copies of that text are stored in its place.
+    Padding is one token, and so is what may be taken for it: all have K and V of the first slot.
+
+    block: tokens of a block of the codec; 0 where the codec is exact, so that nothing is kept.
+    """
+
+    def __init__(self, count: int, block: int):
+        self.count, self.block = count, block
         self.padding: Tensor | None = None  # [B] slots
-        self.tokens: Tensor | None = None  # [B, H, count, d]
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget all tokens."""
+        self.tokens: Tensor | None = None  # [B, H, count + 1, d], the last of which is the first slot's
         self.kept: Tensor | None = None  # [B, count], those that were seen
         self.complete = False
         self._end = 0  # slot behind the last
@@ -75,31 +114,56 @@ class OwnSinks:
     def __bool__(self) -> bool:
         return self.kept is not None
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_found": None}  # views of one tensor would become tensors of their own
+
+    def set_padding(self, padding: Tensor | None) -> None:
+        """Padding of each row in slots; None where there turned out to be none."""
+        self.padding, self.complete, self._found = padding if self.block else None, False, None
+        if padding is None:
+            self.forget()
+
     def see(self, x: Tensor, start: int) -> None:
         """Keep what belongs to sinks of new tokens x [B, H, n, d], of which the first is in slot `start`."""
-        if self.padding is None or not self.count or self.complete:
+        if self.padding is None or not self.block or self.complete or not x.shape[2]:
             return
         if self.tokens is None:
-            self.tokens = x.new_zeros((*x.shape[:2], self.count, x.shape[3]))
+            self.tokens = x.new_zeros((*x.shape[:2], self.count + 1, x.shape[3]))
+            self.tokens[:, :, -1:] = x[:, :, :1]
             self.kept = torch.zeros(len(x), self.count, dtype=torch.bool, device=x.device)
         place = self._slots() - start  # [B, count]
         rows, slots = ((place >= 0) & (place < x.shape[2])).nonzero(as_tuple=True)
         self.tokens[rows, :, slots] = x[rows, :, place[rows, slots]].to(self.tokens.dtype)
         self.kept[rows, slots] = True
-        self.complete, self._found, self._end = bool(self.kept.all()), None, int(self.padding.max()) + self.count
+        self._found, self._end = None, int(self.padding.max()) + self.count
+        self.complete = bool(self.kept.all()) and self._end <= start + x.shape[2]
+
+    def crop(self, length: int) -> None:
+        """Forget all slots but the first `length`: other tokens may come in their place."""
+        if self.padding is None:
+            return
+        if length == 0:
+            self.set_padding(None)
+            return
+        if self.kept is not None:
+            self.kept = self.kept & (self._slots() < length)
+        self.padding, self.complete, self._found = self.padding.clamp_max(length), False, None
 
     def without_padding(self, x: Tensor, start: int) -> Tensor:
-        """Tokens x [B, H, n, d] with copies of each row's next token in place of padding and sinks.
+        """Tokens x [B, H, n, d] with copies of each row's next token in place of padding, which would widen scales.
 
-        Both would widen the scales of blocks; attention's mask hides the one, and the others are kept exact. start:
-        slot of the first.
+        start: slot of the first. Only in blocks that have text too: others are stored as they are.
         """
-        first = self.padding + self.count
-        if start >= int(first.max()):
+        if start >= int(self.padding.max()):
             return x
         slot = torch.arange(start, start + x.shape[2], device=x.device)
-        place = (slot.maximum(first[:, None]) - start).clamp_max(x.shape[2] - 1)
-        return self._gather(x, place)
+        shared = slot >= self._text_block()[:, None]
+        place = torch.where(shared, slot.maximum(self.padding[:, None]), slot) - start
+        return self._gather(x, place.clamp_max(x.shape[2] - 1))
+
+    def _text_block(self) -> Tensor:
+        """First slot of the block in which each row's text begins, [B]."""
+        return self.padding // self.block * self.block
 
     def over(self, x: Tensor, start: int) -> Tensor:
         """Tokens x [B, H, n, d] with the sinks in their places; the first is in slot `start`."""
@@ -116,9 +180,9 @@ class OwnSinks:
 
     def take(self, p: Tensor, start: int) -> Tensor:
         """Σ p v over the sinks, [B, H, M, d] float32, whose weights are then 0 in p [B, H, M, n]."""
-        own = p.new_zeros((*p.shape[:3], self.count))
+        own = p.new_zeros((*p.shape[:3], self.count + 1))
         for rows, slots, places in self._present(start, p.shape[3]):
-            own[rows, :, :, slots] = p[rows, :, :, places]
+            own.permute(0, 3, 1, 2).index_put_((rows, slots), p[rows, :, :, places], accumulate=True)
             p[rows, :, :, places] = 0
         return (own.to(self.tokens.dtype) @ self.tokens).float()
 
@@ -130,7 +194,8 @@ class OwnSinks:
         self._found = None
 
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.tokens, self.kept, self.padding) if tensor is not None)
+        found = [tensor for each in (self._found[1] if self._found else ()) for tensor in each]
+        return sum(x.nbytes for x in (self.tokens, self.kept, self.padding, *found) if x is not None)
 
     def _slots(self) -> Tensor:
         return self.padding[:, None] + torch.arange(self.count, device=self.padding.device)
@@ -141,9 +206,14 @@ class OwnSinks:
         return x.gather(2, place[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
     def _present(self, start: int, length: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Rows, numbers and places of the sinks among `length` tokens from slot `start` on, [sinks] each."""
-        if self._found is None or self._found[0] != (start, min(length, self._end)):
+        """Rows, numbers in `tokens` and places of what is laid over `length` tokens from slot `start` on."""
+        end = min(length, self._end)
+        if self._found is None or self._found[0] != (start, end):
             place = self._slots() - start
             rows, slots = (self.kept & (place >= 0) & (place < length)).nonzero(as_tuple=True)
-            self._found = (start, min(length, self._end)), [(rows, slots, place[rows, slots])] if len(rows) else []
+            places = place[rows, slots]
+            slot = torch.arange(start, start + end, device=place.device)
+            padded, at = ((slot >= self._text_block()[:, None]) & (slot < self.padding[:, None])).nonzero(as_tuple=True)
+            found = [(rows, slots, places), (padded, torch.full_like(padded, self.count), at)]
+            self._found = (start, end), [each for each in found if len(each[0])]
         return self._found[1]

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache.padding import OwnSinks
@@ -26,11 +27,15 @@ SHORTEST_REACH = 2 * DROPPED - 1  # of windows that are compressed
 MERGED = 4  # a chunk made by merging holds at most 1/MERGED of all entries, so that the largest are never copied
 
 
+def in_autocast(x: Tensor) -> bool:
+    """Whether autocast is on, on the device of x."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """A context in which autocast is off on the device of x: codecs compute in their own dtype, not in the model's."""
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if in_autocast(x) else nullcontext()
 
 
 class GrowingTensor:
@@ -141,7 +146,8 @@ class TokenStore:
         self.reconstructed: Tensor | None = None  # of whole blocks, the lead included
         self.forgotten = 0  # tokens dropped from the front
         self.dropped_blocks = 0
-        self.own_sinks = OwnSinks(self.sink_tokens)  # of rows with left padding
+        block = 0 if self.compressor.exact else self.compressor.block_tokens
+        self.own_sinks = OwnSinks(self.sink_tokens, block)  # of rows with left padding
         self.visible: int | None = None  # latest tokens that the newest queries see; None: all that are held
 
     def prepare(self, x: Tensor, where: str) -> None:
@@ -225,7 +231,7 @@ class TokenStore:
     def _warn_of_large(self, x: Tensor) -> None:
         """Say once of a store that values are beyond what 16-bit scales and offsets can say."""
         often = x.is_cuda and x.shape[2] < DROPPED  # asking a GPU for every token would cost more than storing it
-        if self.warned or often or x.dtype == torch.float16 or self.compressor.exact:
+        if self.warned or often or x.dtype == torch.float16 or self.compressor.exact or isinstance(x, FakeTensor):
             return
         if (largest := float(x.detach().abs().amax())) > HALF_MAX:
             self.warned = True
@@ -352,6 +358,7 @@ class TokenStore:
         length, self.visible = len(self) - tokens, None
         if length < 0:
             raise PluginError(f"can't crop {tokens} tokens from a cache of {len(self)}")
+        self.own_sinks.crop(self.forgotten + length)
         in_tail = length - self.sinks.shape[2] - self.compressed_tokens
         if in_tail >= 0:
             self.tail = self.tail[:, :, :in_tail].clone()

@@ -101,13 +101,9 @@ class Compressor:
                 f"{heads} KV heads of {head_dim}: calibrate this model"
             )
 
-    def tensors(self) -> list[Tensor]:
-        """What the transform holds, shared by all sequences as weights are."""
-        return self.transform.tensors() if self.transform else []
-
     def nbytes(self) -> int:
-        """Bytes of `tensors`."""
-        return sum(tensor.nbytes for tensor in self.tensors())
+        """Bytes of the transform: shared by all sequences, as weights are."""
+        return self.transform.nbytes() if self.transform else 0
 
     def __repr__(self) -> str:
         rank = f", rank={self.transform.rank}" if self.transform else ""

@@ -71,10 +71,10 @@ class Transform:
         E, D, mean = (part.to(device=device, dtype=dtype) for part in (self.E, self.D, self.mean))
         return replace(self, E=E, D=D, mean=mean)
 
-    def tensors(self) -> list[Tensor]:
-        """What is held, with the matrix that queries absorb once there is one."""
+    def nbytes(self) -> int:
+        """Bytes held, with the matrix that queries absorb once there is one."""
         parts = (self.E, self.D, self.mean, self.__dict__.get("_by_head"))
-        return [part for part in parts if part is not None]
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 def join_heads(x: Tensor, width: int) -> Tensor:

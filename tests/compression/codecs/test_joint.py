@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from calibrations import OF_HEADS, TEXT, D, H, L
-from multi_head import padded, reads_like_the_reference, vectors
+from multi_head import prompts, reads_like_the_reference, vectors
 from tiny import windows
 from torch import Tensor
 
@@ -150,7 +150,7 @@ def test_groups_of_heads_have_a_basis_each(llama, monkeypatch):
 def test_from_a_file_to_tokens(llama, preset, quantizer, length, beams):
     """Prompts shorter than the sinks, than a block, that fill a block while they go on, and of several blocks."""
     cache = create_cache_from_preset(preset | {"quantizer": quantizer}, model=llama, dtype=torch.float64)
-    out = reads_like_the_reference(llama, cache, **padded(length), num_beams=beams)
+    out = reads_like_the_reference(llama, cache, **prompts(length), num_beams=beams)
     assert out.shape == (2, length + 5)
     stores = [store for layer in cache.layers for store in layer.stores.values()]
     assert len(stores) == L and all(store.compressor.joint for store in stores)
@@ -163,7 +163,7 @@ def test_without_quantization_it_is_the_model_itself(llama, preset):
     """Also with beams, whose caches are reordered, and with padding."""
     for generation in ({}, {"num_beams": 3}):
         make = partial(create_cache_from_preset, preset | {"quantizer": None, "bits": 16}, dtype=torch.float64)
-        prompt = padded(150)
+        prompt = prompts(150)
         ours = reads_like_the_reference(llama, make(), **prompt, max_new_tokens=12, **generation)
         plain = llama.model.generate(prompt.pop("tokens"), **prompt, max_new_tokens=12, do_sample=False, **generation)
         assert torch.equal(ours, plain)
@@ -206,8 +206,11 @@ def test_a_joint_codec_is_one_object_for_both_sides(made, compressors):
     ],
 )
 def test_values_of_another_shape_and_another_models_heads_are_rejected(compressors, layer, heads, d, message):
+    cache = CompressedDynamicCache(*compressors)
+    for earlier in range(layer):
+        cache.update(vectors(H, 5), vectors(H, 5), earlier)
     with pytest.raises(PluginError, match=message):
-        CompressedDynamicCache(*compressors).update(vectors(heads, 5), vectors(heads, 5, d=d), layer)
+        cache.update(vectors(heads, 5), vectors(heads, 5, d=d), layer)
 
 
 @pytest.mark.parametrize("name", ["joint+pca", "pca+joint", "ln_nullspace+joint", "grouped+pca"])
