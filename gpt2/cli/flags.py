@@ -145,7 +145,8 @@ def add_cache_flags(p: argparse.ArgumentParser, *, several: bool = False) -> Non
     how = {"nargs": "+", "default": []} if several else {}
     group = p if several else p.add_mutually_exclusive_group()
     group.add_argument("--preset", help="preset file, built-in name, or the calibration-free kv8 or kv4", **how)
-    group.add_argument("--policy", choices=list(KVPolicyName), help="a policy instead of a preset", **how)
+    policies = [str(name) for name in KVPolicyName]
+    group.add_argument("--policy", choices=policies, help="a policy instead of a preset", **how)
 
 
 def add_evaluation_flags(p: argparse.ArgumentParser, tokens: int) -> None:

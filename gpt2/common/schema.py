@@ -56,6 +56,8 @@ def read_json(path: Path, what: str) -> Any:
 
     Raises BadArtefact, which says `what` was expected, where it isn't one of a size.
     """
+    if path.is_dir():
+        raise BadArtefact(f"{path}: not a readable {what}: it is a folder, expected a file")
     if not path.is_file() or path.stat().st_size > MOST_JSON_BYTES:
         raise BadArtefact(f"{path}: not a readable {what}: expected a file of at most {MOST_JSON_BYTES:,} bytes")
     try:

@@ -1,1 +1,1 @@
-"""Capture, calibration, codecs, the cache itself, presets and the tuner."""
+"""Codecs and their kernels, calibration, the settings of layers, the cache itself, and presets."""

@@ -131,5 +131,4 @@ class KiviLayer(CacheLayerMixin):
 
 def kivi_cache(num_layers: int, bits: int, sink_tokens: int = 4) -> Cache:
     """An empty KIVI cache of 2, 3 or 4 bits that keeps the first `sink_tokens` tokens exact."""
-    """An empty KIVI cache of 2, 3 or 4 bits that keeps the first `sink_tokens` tokens exact."""
     return Cache(layers=[KiviLayer(bits, sink_tokens) for _ in range(num_layers)])

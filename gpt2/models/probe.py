@@ -82,7 +82,9 @@ def geometry_of(model_config, model_id: str) -> tuple[Geometry, int]:
     key = model_config.to_json_string(use_diff=False)
     if key not in _GEOMETRIES:  # a model of 80 layers takes seconds to lay out
         model, geometry = lay_out(model_config, model_id)
-        _GEOMETRIES[key] = geometry, sum(weights.nbytes for weights in model.parameters())
+        dtype = getattr(model_config, "dtype", None)
+        size = dtype.itemsize if isinstance(dtype, torch.dtype) else 2
+        _GEOMETRIES[key] = geometry, sum(weights.numel() for weights in model.parameters()) * size
     return _GEOMETRIES[key]
 
 
@@ -91,16 +93,15 @@ def lay_out(model_config, model_id: str) -> tuple[PreTrainedModel, Geometry]:
 
     Raises PluginError where the config alone doesn't tell that shape.
     """
-    dtype = getattr(model_config, "dtype", None)
-    dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
     # With a padding token some models look for it among the probe's tokens, which have no values here; others need one
     for padded in (False, True):
         try:
             config = copy.deepcopy(model_config)
             config.pad_token_id = config.pad_token_id if padded else None
             with torch.device("meta"):
-                # eager: the mask of others may look at values that there are none of
-                model = auto_class(config).from_config(config, dtype=dtype, attn_implementation="eager")
+                # eager: the mask of others may look at values that there are none of. bfloat16: shapes don't depend on
+                # it, and products of experts have no other without values
+                model = auto_class(config).from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
             return model, probe_geometry(model, model_id)
         except PluginError:
             raise

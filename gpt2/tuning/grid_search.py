@@ -19,7 +19,7 @@ from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.settings import TARGETS, Plan, Setting, plan_record, uniform
 from gpt2.evaluation.perplexity import CacheFactory
 from gpt2.models.geometry import Geometry
-from gpt2.tuning.layer_sensitivity import ablate, plans
+from gpt2.tuning.layer_sensitivity import ablate, plans, setting_of
 from gpt2.tuning.measurement import Search
 from gpt2.tuning.trial_queue import TrialQueue, key_of
 from gpt2.tuning.trials import Trial
@@ -154,7 +154,7 @@ class GridSearch(Search):
             sink_tokens=self.sink_tokens, provenance=provenance, progress=self.bar("layer by layer", "layer"),
             chunk=self.chunk, batch_size=self.batch_size,
         )  # fmt: skip
-        return [row for row in rows if Setting(row["codec"], row["rank"], row["bits"]) in settings]
+        return [row for row in rows if setting_of(row) in settings]
 
     def per_layer(self, rows: Sequence[dict], budget: float) -> list[Cell]:
         """Cells with a setting per layer whose loss, predicted from the rows of `ablate`, is near the budget."""

@@ -55,7 +55,7 @@ def ablate(
     exists and isn't a layer ablation.
     """
     rows = _known(path, key)
-    done = {(row["side"], row["layer"], _setting(row)) for row in rows}
+    done = {(row["side"], row["layer"], setting_of(row)) for row in rows}
     geometry = loaded.geometry
     for layer in progress(geometry.attention):
         todo = [(side, s) for side in TARGETS[target] for s in settings if (side, layer, s) not in done]
@@ -101,8 +101,9 @@ class Option(NamedTuple):
     size: float
 
 
-def _setting(row: dict) -> Setting:
-    return Setting(row["codec"], row["rank"], row["bits"])
+def setting_of(row: dict) -> Setting:
+    """The setting of a row of results."""
+    return Setting(row["codec"], row["rank"], row["bits"], row.get("quantizer"))
 
 
 def plans(rows: Sequence[dict], geometry: Geometry, budget: float, count: int = 6) -> list[Plan]:
@@ -132,7 +133,7 @@ def _choices(rows: Sequence[dict], geometry: Geometry) -> dict[tuple[str, int], 
         plain = geometry.layers[row["layer"]].side(row["side"]).size * 2.0
         options = items.setdefault((row["side"], row["layer"]), [Option(None, 0.0, plain)])
         # A slightly negative KL is noise, not a gain
-        options.append(Option(_setting(row), max(row["kl_nats"], 0.0), row["bytes_per_token"]))
+        options.append(Option(setting_of(row), max(row["kl_nats"], 0.0), row["bytes_per_token"]))
     return items
 
 

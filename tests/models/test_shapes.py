@@ -155,3 +155,14 @@ def test_what_is_no_shape_is_rejected(content, tmp_path):
     with pytest.raises(PluginError, match=BAD_SHAPES[content]) as error:
         random_weights.load(str(path), "cpu")
     assert "bad.json" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, None])
+def test_experts_are_laid_out_whatever_the_dtype(dtype):
+    """Without values, products of experts are there in bfloat16 alone."""
+    config = AutoConfig.for_model("mixtral", hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=99,
+                                  num_attention_heads=4, num_key_value_heads=2, dtype=dtype)  # fmt: skip
+    found, size = probe.geometry_of(config, "experts")
+    assert found == geometry.Geometry.uniform(2, 2, 16)
+    with torch.device("meta"):
+        assert size == AutoModelForCausalLM.from_config(config).num_parameters() * (4 if dtype is torch.float32 else 2)

@@ -275,7 +275,7 @@ class CompressedLayer(CacheLayerMixin):
         self._map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        indices = torch.as_tensor(indices)
+        indices = torch.as_tensor(indices) if isinstance(indices, (list, tuple)) else indices
         self._map_rows(lambda t: t[indices.to(t.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -33,8 +33,8 @@ def get_preset_info(model: str, name: str) -> dict:
     known = built_in_presets()
     if model not in known:
         raise PluginError(
-            f"no built-in presets for model {model!r}{_near(model, known)} (there are some for: {', '.join(known)}), "
-            f"only those of any: {', '.join(ANY_MODEL)}; make one with scripts/auto_tune_kv_compression.py"
+            f"no built-in presets for model {model!r}{_near(model, known)} (there are some for: {', '.join(known)}): "
+            f"{' and '.join(ANY_MODEL)} work with any model, and scripts/make_presets.py --model {model} makes others"
         )
     raise PluginError(_no_preset(name, f" for {model}", [*known[model], *ANY_MODEL]))
 
@@ -94,7 +94,10 @@ def load_preset(path: str | Path) -> dict:
     """
     path = Path(path)
     if not os.path.exists(path):  # which takes any name, a pathlib.Path no long one
-        raise PluginError(f"no preset file {path}: make one with scripts/auto_tune_kv_compression.py")
+        raise PluginError(
+            f"no preset file {path}: make one with scripts/auto_tune_kv_compression.py; a built-in preset comes from "
+            f"get_preset_info(model, {path.name!r})"
+        )
     preset = parse_record(read_json(path, "preset"), Record(others=Anything()), path)
     return DEFAULTS | preset | {"folder": str(path.parent)}
 

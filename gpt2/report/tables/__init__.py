@@ -86,8 +86,8 @@ def table(name: str, record: dict, words: str | None = None, kind: str | None = 
 
 
 def kind_of(name: str) -> str | None:
-    """The key of TABLES that the name of a results file starts with; None where there is none."""
-    return next((kind for kind in TABLES if name.startswith(kind)), None)
+    """The longest key of TABLES that the name of a results file starts with; None where there is none."""
+    return max((kind for kind in TABLES if name.startswith(kind)), key=len, default=None)
 
 
 def read(path: Path) -> dict:
