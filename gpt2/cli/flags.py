@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if not processes.launched().first:  # all processes have the same arguments: the first one prints the error
             fail_after_the_first()
-        super().error(message)
+        self.exit(2, f"error: {message} (--help shows all flags)\n")  # one line, as every other error
 
     def parse_args(self, *args, **kwargs):
         parsed = Parser.parsed = super().parse_args(*args, **kwargs)
@@ -52,10 +52,11 @@ def fail_after_the_first() -> NoReturn:
 
 
 def parser(manual: str) -> Parser:
-    """A parser whose --help is the script's docstring followed by its flags with their defaults."""
+    """A parser whose --help is the script's docstring followed by its flags, with their defaults if they have any."""
 
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        pass
+        def _get_help_string(self, action: argparse.Action) -> str | None:
+            return action.help if action.default in (None, [], False) else super()._get_help_string(action)
 
     return Parser(description=manual, formatter_class=Formatter, allow_abbrev=False)
 

@@ -26,7 +26,7 @@ def test_help_is_a_manual_and_unknown_flags_are_rejected(script, capsys):
     assert run(script, "--help") == 0
     text = capsys.readouterr().out
     assert f"python scripts/{script}.py" in text, "an example that can be pasted"
-    assert "(default: " in text
+    assert "(default:" in text and "(default: None)" not in text
     assert run(script, "--preset", "x", "--no-such-flag") == 2
     assert "--no-such-flag" in capsys.readouterr().err
 
