@@ -136,8 +136,8 @@ def test_numbers_of_another_kind_or_beyond_the_bounds_are_rejected(value, kind):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", '{"rank": NaN}', "[" * 10**5, "9" * 10**5, "\ufeff{}", " " * (MOST_JSON_BYTES + 1), b"\xff\xfe{}"],
-    ids=["empty", "open", "NaN", "deep", "long number", "BOM", "large", "UTF-16"],
+    ["", "{", '{"rank": NaN}', "[" * 10**5, "9" * 10**5, " " * (MOST_JSON_BYTES + 1), b"\xff\xfe{"],
+    ids=["empty", "open", "NaN", "deep", "long number", "large", "cut UTF-16"],
 )
 def test_a_file_that_is_not_json_is_rejected_in_one_line(content, tmp_path):
     path = tmp_path / "p.json"
@@ -147,5 +147,5 @@ def test_a_file_that_is_not_json_is_rejected_in_one_line(content, tmp_path):
     assert str(error.value).startswith(f"{path}: not a readable preset: ") and "\n" not in str(error.value)
     with pytest.raises(BadArtefact, match="expected a file"):
         read_json(tmp_path, "preset")
-    path.write_text(json.dumps({"a": [1]}))
-    assert read_json(path, "preset") == {"a": [1]}
+    path.write_text("\ufeff" + json.dumps({"a": [1]}))
+    assert read_json(path, "preset") == {"a": [1]}, "with the mark that Windows writes"
