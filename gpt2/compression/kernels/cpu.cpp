@@ -29,6 +29,7 @@
 #include <cstring>
 #include <memory>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -40,6 +41,40 @@ constexpr int kBlock = 64;    // tokens coded together
 constexpr int kOctave = 8, kScaleZero = 17 * kOctave;  // a scale's byte: step = 2^(byte / 8 − 17)
 constexpr int kGrain = 2;     // least number of tiles that is worth a thread
 constexpr int kWidths[] = {0, 2, 3, 4, 5, 6, 8, 10};
+
+// The vectors of an instruction set, and tiles of sums that fit its registers beside their operands. A tile that doesn't
+// fit spills in the innermost loop, which costs a multiple of the time: so a new set needs figures of its own.
+// Vectors wider than the registers compile too, but to code that goes through memory
+struct InstructionSet {
+  int bytes;            // of a vector
+  int rows, sums;       // `along`: most queries at a time, and sums for that: vectors per query ≈ sums / queries
+  int widest;           // `along`: most vectors per query
+  int together;         // `across`: queries at a time
+};
+
+#if defined(__AVX512F__)
+constexpr InstructionSet kSet = {64, 6, 24, 4, 1};  // 32 registers
+#elif defined(__AVX2__)
+constexpr InstructionSet kSet = {32, 6, 12, 8, 1};  // 16 registers
+#elif defined(__ARM_NEON)
+constexpr InstructionSet kSet = {16, 6, 24, 8, 4};  // 32 registers
+#else
+constexpr InstructionSet kSet = {16, 6, 12, 8, 2};  // 16 registers; no fused multiply-add, so products need one too
+#endif
+
+constexpr int kLanes = kSet.bytes / sizeof(float);
+using Lanes = float __attribute__((vector_size(kSet.bytes)));
+
+inline Lanes load(const float* from) {
+  Lanes x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline void add(float* to, Lanes x) {
+  x += load(to);
+  std::memcpy(to, &x, sizeof x);
+}
 
 // Address of a field's entry for one batch row, group and block
 struct Field {
@@ -261,53 +296,74 @@ struct Planes final : Codec {
 #else
     uint8_t lower[kBlock], upper[kBlock];
     codes(plane, low, lower);
+    if (bits <= 8) {
+      for (int t = 0; t < kBlock; t++) row[t] = lower[t] * step + zero;
+      return;
+    }
     codes(plane + 64, bits - low, upper);
     for (int t = 0; t < kBlock; t++) row[t] = (lower[t] + 256 * upper[t]) * step + zero;
   }
 
-  // Codes of eight tokens at a time: each byte of a plane is spread to eight bytes of 0 or 1
+  using Bytes = uint8_t __attribute__((vector_size(kSet.bytes)));
+
   static void codes(const uint8_t* plane, int bits, uint8_t* out) {
-    for (int i = 0; i < 8; i++) {
-      uint64_t eight = 0;
-      for (int j = 0; j < bits; j++) eight |= kSpread[plane[8 * j + i]] << j;
-      std::memcpy(out + 8 * i, &eight, 8);
+    for (int first = 0; first < kBlock; first += kSet.bytes) {
+      Bytes all = {};
+      for (int j = bits - 1; j >= 0; j--) all = all + all + ones(plane + 8 * j + first / 8);
+      std::memcpy(out + first, &all, sizeof all);
     }
   }
+
+  // The bits of a plane for one vector of tokens, as bytes of 0 or 1
+#if defined(__AVX2__) || defined(__ARM_NEON)
+  static Bytes ones(const uint8_t* plane) {
+    return ones(plane, std::make_integer_sequence<int, kSet.bytes>());
+  }
+
+  // Each byte goes to eight lanes, of which each looks at a bit of its own. Shuffles move bytes within 16 lanes, so
+  // all bytes are first in each 16 of them
+  template <int... lane>
+  static Bytes ones(const uint8_t* plane, std::integer_sequence<int, lane...>) {
+    using Word = std::conditional_t<kSet.bytes == 32, uint32_t, uint16_t>;
+    typedef Word Words __attribute__((vector_size(kSet.bytes)));
+    constexpr Bytes own = {uint8_t(1 << lane % 8)...};
+    Word word;
+    std::memcpy(&word, plane, sizeof word);
+    const Bytes all = Bytes(Words{} + word);
+    return -Bytes((__builtin_shufflevector(all, all, (lane / 16 * 16 + lane / 8)...) & own) == own);
+  }
+#else
+  static Bytes ones(const uint8_t* plane) {
+    using Words = uint64_t __attribute__((vector_size(16)));
+    return Bytes(Words{kSpread[plane[0]], kSpread[plane[1]]});
+  }
+#endif
 #endif
 };
 
-using Lanes = float __attribute__((vector_size(64)));
-
-inline Lanes load(const float* from) {
-  Lanes x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-
-inline void add(float* to, Lanes x) {
-  x += load(to);
-  std::memcpy(to, &x, sizeof x);
-}
-
-// out[m][j] += Σ_i a[m][i] tile[i][j] for R queries and 16 N columns; the sums stay in registers
+// out[m][j] += Σ_i a[m][i] tile[i][j] for R queries and N vectors of columns; the sums stay in registers
 template <int R, int N>
 inline void along_few(const float* a, int64_t a_row, const float* tile, int I, int J, float* out, int64_t out_row) {
   Lanes sums[R][N] = {};
   for (int i = 0; i < I; i++) {
     Lanes line[N];
-    for (int n = 0; n < N; n++) line[n] = load(tile + i * J + 16 * n);
+    for (int n = 0; n < N; n++) line[n] = load(tile + i * J + kLanes * n);
     for (int m = 0; m < R; m++)
       for (int n = 0; n < N; n++) sums[m][n] += a[m * a_row + i] * line[n];
   }
   for (int m = 0; m < R; m++)
-    for (int n = 0; n < N; n++) add(out + m * out_row + 16 * n, sums[m][n]);
+    for (int n = 0; n < N; n++) add(out + m * out_row + kLanes * n, sums[m][n]);
 }
+
+// The largest power of two up to n: the columns of most tiles are a multiple of such widths
+constexpr int power_up_to(int n) { return n < 2 ? 1 : 2 * power_up_to(n / 2); }
 
 template <int R>
 void along_rows(const float* a, int64_t a_row, const float* tile, int I, int J, float* out, int64_t out_row) {
+  constexpr int N = power_up_to(std::min(kSet.widest, kSet.sums / R));
   int j = 0;
-  for (; j + 64 <= J; j += 64) along_few<R, 4>(a, a_row, tile + j, I, J, out + j, out_row);
-  for (; j + 16 <= J; j += 16) along_few<R, 1>(a, a_row, tile + j, I, J, out + j, out_row);
+  for (; j + N * kLanes <= J; j += N * kLanes) along_few<R, N>(a, a_row, tile + j, I, J, out + j, out_row);
+  for (; j + kLanes <= J; j += kLanes) along_few<R, 1>(a, a_row, tile + j, I, J, out + j, out_row);
   for (; j < J; j++)
     for (int m = 0; m < R; m++)
       for (int i = 0; i < I; i++) out[m * out_row + j] += a[m * a_row + i] * tile[i * J + j];
@@ -315,6 +371,7 @@ void along_rows(const float* a, int64_t a_row, const float* tile, int I, int J, 
 
 // As many queries at a time as fit into registers, in passes of about equal size
 void along(const float* a, int64_t a_row, const float* tile, int I, int J, int M, float* out, int64_t out_row) {
+  static_assert(kSet.rows == 6);
   for (int passes = (M + 5) / 6; passes > 0; passes--) {
     const int rows = (M + passes - 1) / passes;
     const auto run = rows == 6   ? along_rows<6>
@@ -331,37 +388,52 @@ void along(const float* a, int64_t a_row, const float* tile, int I, int J, int M
 // Add lanes that are h apart, and combine two vectors into one: every 2h lanes have h sums of x, then h sums of y
 template <int h, int... l>
 inline Lanes halved(Lanes x, Lanes y, std::integer_sequence<int, l...>) {
-  return __builtin_shufflevector(x, y, (l / (2 * h) * 2 * h + l % h + (l % (2 * h) < h ? 0 : 16))...) +
-         __builtin_shufflevector(x, y, (l / (2 * h) * 2 * h + l % h + (l % (2 * h) < h ? 0 : 16) + h)...);
+  return __builtin_shufflevector(x, y, (l / (2 * h) * 2 * h + l % h + (l % (2 * h) < h ? 0 : kLanes))...) +
+         __builtin_shufflevector(x, y, (l / (2 * h) * 2 * h + l % h + (l % (2 * h) < h ? 0 : kLanes) + h)...);
 }
 
-// One vector whose 16 lanes are the sums of 16 vectors, by a tree of pairwise sums
+// One vector whose lanes are the sums of as many vectors, by a tree of pairwise sums
 template <int h = 1>
 inline Lanes totals(const Lanes* x) {
-  if constexpr (h == 16)
+  if constexpr (h == kLanes)
     return x[0];
   else {
-    Lanes half[8 / h];
-    for (int i = 0; i < 8 / h; i++) half[i] = halved<h>(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, 16>());
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+    Lanes half[kLanes / 2 / h];
+    for (int i = 0; i < kLanes / 2 / h; i++) half[i] = halved<h>(x[2 * i], x[2 * i + 1], lanes);
     return totals<2 * h>(half);
   }
 }
 
-// out[m][i] += Σ_j a[m][j] tile[i][j], 16 rows of the tile at a time. fixed: J as a compile-time constant, so that the
-// compiler knows the address of each row; 0 if it isn't known
+// out[m][i] += Σ_j a[m][j] tile[i][j] for R queries and as many rows of the tile as a vector has lanes
+template <int R>
+inline void across_few(
+    const float* a, int64_t a_row, const float* tile, int J, int whole_j, float* out, int64_t out_row) {
+  Lanes sums[R][kLanes] = {};
+  for (int j = 0; j < whole_j; j += kLanes) {
+    Lanes weights[R];
+    for (int m = 0; m < R; m++) weights[m] = load(a + m * a_row + j);
+    for (int k = 0; k < kLanes; k++) {
+      const Lanes line = load(tile + k * J + j);
+      for (int m = 0; m < R; m++) sums[m][k] += weights[m] * line;
+    }
+  }
+  for (int m = 0; m < R; m++) add(out + m * out_row, totals(sums[m]));
+}
+
+// out[m][i] += Σ_j a[m][j] tile[i][j]. fixed: J as a compile-time constant, so that the compiler knows the address of
+// each row; 0 if it isn't known
 template <int fixed>
 void across_rows(const float* a, int64_t a_row, const float* tile, int I, int J, int M, float* out, int64_t out_row) {
   if (fixed) J = fixed;
-  const int whole_i = I / 16 * 16, whole_j = J / 16 * 16;
-  for (int i = 0; i < whole_i; i += 16)
-    for (int m = 0; m < M; m++) {
-      Lanes sums[16] = {};
-      for (int j = 0; j < whole_j; j += 16) {
-        const Lanes weights = load(a + m * a_row + j);
-        for (int k = 0; k < 16; k++) sums[k] += weights * load(tile + (i + k) * J + j);
-      }
-      add(out + m * out_row + i, totals(sums));
-    }
+  constexpr int R = kSet.together;
+  const int whole_i = I / kLanes * kLanes, whole_j = J / kLanes * kLanes;
+  for (int i = 0; i < whole_i; i += kLanes) {
+    int m = 0;
+    for (; m + R <= M; m += R)
+      across_few<R>(a + m * a_row, a_row, tile + i * J, J, whole_j, out + m * out_row + i, out_row);
+    for (; m < M; m++) across_few<1>(a + m * a_row, a_row, tile + i * J, J, whole_j, out + m * out_row + i, out_row);
+  }
   for (int m = 0; m < M; m++)
     for (int i = 0; i < I; i++)
       for (int j = i < whole_i ? whole_j : 0; j < J; j++) out[m * out_row + i] += a[m * a_row + j] * tile[i * J + j];
