@@ -510,19 +510,31 @@ int64_t widest(const std::vector<Part>& parts) {
   return r;
 }
 
+// A tile of rank r. At an address where no vector crosses cache lines, which halves the rate of loads and stores
+struct TileBuffer {
+  std::vector<float> memory;
+  float* tile;
+
+  explicit TileBuffer(int64_t r) : memory(kBlock * r + 64 / sizeof(float)) {
+    tile = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+  }
+  TileBuffer(const TileBuffer&) = delete;
+};
+
 void scores(at::TensorList qs, at::TensorList fields, at::IntArrayRef layout, Tensor out) {
   const auto parts = parts_of(fields, layout);
   const auto tiles = tiles_of(parts, out.size(0));
   const int64_t T = out.size(3);
   float* to = out.mutable_data_ptr<float>();
   at::parallel_for(0, tiles.size(), kGrain, [&](int64_t begin, int64_t end) {
-    std::vector<float> buffer(kBlock * widest(parts)), sums;
+    std::vector<float> sums;
+    const TileBuffer buffer(widest(parts));
     for (int64_t i = begin; i < end; i++) {
       const Tile& tile = tiles[i];
       const Codec& codec = *tile.part->codec;
       const Tensor& q = qs[tile.part - parts.data()];
       const int64_t M = q.size(2), row = (tile.b * q.size(1) + tile.g) * M;
-      codec.decode(tile.b, tile.g, tile.first, tile.tokens, buffer.data());
+      codec.decode(tile.b, tile.g, tile.first, tile.tokens, buffer.tile);
       const int64_t columns = tile.part->columns();
       const float* from = q.const_data_ptr<float>() + row * columns;
       float* own = to + row * T + tile.part->start + tile.first;
@@ -530,9 +542,9 @@ void scores(at::TensorList qs, at::TensorList fields, at::IntArrayRef layout, Te
       for (int64_t m = 0; m < M; m++)
         std::fill_n(&sums[m * kBlock], kBlock, tile.part->affine ? from[m * columns + codec.r] : 0.f);
       if (codec.by_channel)
-        along(from, columns, buffer.data(), codec.r, kBlock, M, sums.data(), kBlock);
+        along(from, columns, buffer.tile, codec.r, kBlock, M, sums.data(), kBlock);
       else
-        across(from, columns, buffer.data(), tile.tokens, codec.r, M, sums.data(), kBlock);
+        across(from, columns, buffer.tile, tile.tokens, codec.r, M, sums.data(), kBlock);
       for (int64_t m = 0; m < M; m++)
         std::copy_n(&sums[m * kBlock + tile.skip], tile.tokens - tile.skip, own + m * T + tile.skip);
     }
@@ -555,7 +567,7 @@ std::vector<Tensor> weighted_sums(
   }
   const float* weights = p.const_data_ptr<float>();
   at::parallel_for(0, tiles.size(), kGrain, [&](int64_t begin, int64_t end) {
-    std::vector<float> buffer(kBlock * widest(parts));
+    const TileBuffer buffer(widest(parts));
     for (int64_t i = begin; i < end; i++) {
       const Tile& tile = tiles[i];
       const Codec& codec = *tile.part->codec;
@@ -563,14 +575,14 @@ std::vector<Tensor> weighted_sums(
       const Tensor& sum = sums[which];
       const int64_t columns = tile.part->columns();
       const int64_t M = sum.size(2), row = (tile.b * tile.part->groups + tile.g) * M;
-      codec.decode(tile.b, tile.g, tile.first, tile.tokens, buffer.data());
-      clear_padding(buffer.data(), codec, tile.skip);
+      codec.decode(tile.b, tile.g, tile.first, tile.tokens, buffer.tile);
+      clear_padding(buffer.tile, codec, tile.skip);
       const float* from = weights + row * T + tile.part->start + tile.first;
       float* own = apart[which].data() + at::get_thread_num() * sum.numel() + row * columns;
       if (codec.by_channel)
-        across(from, T, buffer.data(), codec.r, kBlock, M, own, columns);
+        across(from, T, buffer.tile, codec.r, kBlock, M, own, columns);
       else
-        along(from, T, buffer.data(), tile.tokens, codec.r, M, own, columns);
+        along(from, T, buffer.tile, tile.tokens, codec.r, M, own, columns);
       for (int64_t m = 0; tile.part->affine && m < M; m++)
         for (int t = tile.skip; t < tile.tokens; t++) own[m * columns + codec.r] += from[m * T + t];
     }
