@@ -90,12 +90,13 @@ struct Field {
   const T* at(int64_t b, int64_t g, int64_t n) const {
     return reinterpret_cast<const T*>(data + b * batch + g * group + n * block);
   }
-  // Prefetch `count` entries from n on, which are needed soon; prefetching past the end is harmless
-  void prefetch(int64_t b, int64_t g, int64_t n, int64_t count = 1) const {
-    const char* from = data + b * batch + g * group + n * block;
-    for (int64_t i = 0; i < count * block; i += 64) __builtin_prefetch(from + i);
-  }
 };
+
+// Prefetch what is needed soon; prefetching past the end is harmless. A processor has few dozens of lines on their way,
+// and waits if it shall prefetch more: so each step of a loop prefetches what the same step needs for the next tile
+inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
 
 const std::array<float, 256> kSteps = [] {
   std::array<float, 256> steps{};
@@ -110,17 +111,6 @@ const std::array<uint64_t, 256> kSpread = [] {
     for (int bit = 0; bit < 8; bit++) spread[i] |= uint64_t(i >> bit & 1) << (8 * bit);
   return spread;
 }();
-
-// Unpack `count` codes. With four bits the first half is in the low nibbles, the second half in the high nibbles
-inline void unpack(const uint8_t* codes, int count, int bits, float* out) {
-  if (bits == 8) {
-    for (int i = 0; i < count; i++) out[i] = codes[i];
-    return;
-  }
-  const int half = (count + 1) / 2;
-  for (int i = 0; i < half; i++) out[i] = codes[i] & 15;
-  for (int i = half; i < count; i++) out[i] = codes[i - half] >> 4;
-}
 
 // How one part of the tokens is stored
 struct Codec {
@@ -157,12 +147,19 @@ struct Token final : Codec {
       : Codec(r, false), codes(fields[0]), scale(fields[1]), offset(fields[2]), bits(bits) {}
 
   void decode(int64_t b, int64_t g, int64_t first, int tokens, float* tile) const override {
-    codes.prefetch(b, g, first + kBlock, kBlock);
+    // With four bits the first half of the coordinates is in the low nibbles, the second half in the high nibbles
+    const int low = (r + 1) / 2, high = r - low;
     for (int t = 0; t < tokens; t++) {
       const float s = *scale.at<at::Half>(b, g, first + t), o = *offset.at<at::Half>(b, g, first + t);
+      const uint8_t* code = codes.at(b, g, first + t);
+      prefetch(code + kBlock * codes.block, codes.block);
       float* row = tile + t * r;
-      unpack(codes.at(b, g, first + t), r, bits, row);
-      for (int c = 0; c < r; c++) row[c] = row[c] * s + o;
+      if (bits == 8) {
+        for (int c = 0; c < r; c++) row[c] = code[c] * s + o;
+      } else {
+        for (int c = 0; c < low; c++) row[c] = (code[c] & 15) * s + o;
+        for (int c = 0; c < high; c++) row[low + c] = (code[c] >> 4) * s + o;
+      }
     }
   }
 };
@@ -177,15 +174,15 @@ struct Channel final : Codec {
 
   void decode(int64_t b, int64_t g, int64_t first, int, float* tile) const override {
     const int64_t n = first / kBlock;
-    codes.prefetch(b, g, n + 1);
-    scale.prefetch(b, g, n + 1), offset.prefetch(b, g, n + 1);
     const uint8_t* code = codes.at(b, g, n);
     const uint8_t* exponent = scale.at(b, g, n);
     const at::Half* origin = offset.at<at::Half>(b, g, n);
-    float step[r], zero[r];
+    prefetch(exponent + scale.block, r), prefetch(origin + offset.block / sizeof *origin, r * sizeof *origin);
+    alignas(64) float step[r], zero[r];
     for (int c = 0; c < r; c++) step[c] = kSteps[exponent[c]], zero[c] = origin[c];
     const int rows = kBlock * bits / 8;
     for (int t = 0; t < rows; t++, code += r) {
+      prefetch(code + codes.block, r);
       float* row = tile + t * r;
       if (bits == 8) {
         for (int c = 0; c < r; c++) row[c] = code[c] * step[c] + zero[c];
@@ -206,7 +203,6 @@ struct Planes final : Codec {
 
   void decode(int64_t b, int64_t g, int64_t first, int, float* tile) const override {
     const int64_t n = first / kBlock;
-    block.prefetch(b, g, n + 1);
     uint8_t index[r + 8];
     indices(widths.at(b, g, n), index);
     int count[8] = {}, place[8];
@@ -228,6 +224,7 @@ struct Planes final : Codec {
       float* row = tile + order[i] * kBlock;
       if (bits) channel(plane, bits, kSteps[*metadata], far ? offset[order[i]] : metadata[1] - 128, row);
       else std::memset(row, 0, kBlock * sizeof(float));
+      prefetch(plane + block.block, 8 * bits);
       plane += 8 * bits, metadata += 2;
     }
   }
