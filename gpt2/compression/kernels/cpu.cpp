@@ -431,9 +431,14 @@ void across_rows(const float* a, int64_t a_row, const float* tile, int I, int J,
       across_few<R>(a + m * a_row, a_row, tile + i * J, J, whole_j, out + m * out_row + i, out_row);
     for (; m < M; m++) across_few<1>(a + m * a_row, a_row, tile + i * J, J, whole_j, out + m * out_row + i, out_row);
   }
-  for (int m = 0; m < M; m++)
-    for (int i = 0; i < I; i++)
-      for (int j = i < whole_i ? whole_j : 0; j < J; j++) out[m * out_row + i] += a[m * a_row + j] * tile[i * J + j];
+  // What is left: the last columns of these rows, and the last rows
+  const auto rest = [=](int from_i, int to_i, int from_j) {
+    for (int m = 0; m < M; m++)
+      for (int i = from_i; i < to_i; i++)
+        for (int j = from_j; j < J; j++) out[m * out_row + i] += a[m * a_row + j] * tile[i * J + j];
+  };
+  if (whole_j < J) rest(0, whole_i, whole_j);
+  if (whole_i < I) rest(whole_i, I, 0);
 }
 
 void across(const float* a, int64_t a_row, const float* tile, int I, int J, int M, float* out, int64_t out_row) {
