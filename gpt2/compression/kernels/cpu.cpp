@@ -206,7 +206,10 @@ struct Planes final : Codec {
     uint8_t index[r + 8];
     indices(widths.at(b, g, n), index);
     int count[8] = {}, place[8];
-    for (int c = 0; c < r; c++) count[index[c]]++;
+    for (int c = 0; c < r; c += kBlock) {
+      const uint64_t some = counts(index + c, std::min(kBlock, r - c));
+      for (int k = 0; k < 8; k++) count[k] += some >> 8 * k & 255;
+    }
     const uint8_t* plane = block.at(b, g, n);
     const uint8_t* metadata = plane;
     for (int k = 7, next = 0; k >= 0; k--) {
@@ -214,20 +217,55 @@ struct Planes final : Codec {
       next += count[k], metadata += 8 * kWidths[k] * count[k];
     }
     int order[r];
-    for (int c = 0; c < r; c++) order[place[index[c]]++] = c;
+    for (int first = 0; first < r; first += kBlock) {
+      const int end = std::min(first + kBlock, r);
+      uint64_t before = 0;
+      for (int c = first; c < end; c++) {
+        order[place[index[c]] + (before >> 8 * index[c] & 255)] = c;
+        before += uint64_t(1) << 8 * index[c];
+      }
+      for (int k = 0; k < 8; k++) place[k] += before >> 8 * k & 255;
+    }
     const int coded = r - count[0];
     float offset[r];
     const bool far = any_far(metadata, coded);
     if (far) offsets(metadata, index, order, coded, offset);
-    for (int i = 0; i < r; i++) {
-      const int bits = kWidths[index[order[i]]];
-      float* row = tile + order[i] * kBlock;
-      if (bits) channel(plane, bits, kSteps[*metadata], far ? offset[order[i]] : metadata[1] - 128, row);
-      else std::memset(row, 0, kBlock * sizeof(float));
-      prefetch(plane + block.block, 8 * bits);
-      plane += 8 * bits, metadata += 2;
-    }
+    Run run{plane, metadata, order, far ? offset : nullptr, block.block, tile};
+    run.channels<7>(count), run.channels<6>(count), run.channels<5>(count), run.channels<4>(count);
+    run.channels<3>(count), run.channels<2>(count), run.channels<1>(count), run.channels<0>(count);
   }
+
+  // How many of up to 64 channels have each width index, a byte for each. In a register, as counting in memory would
+  // wait for the last channel's count to be written before it is read
+  static uint64_t counts(const uint8_t* index, int channels) {
+    uint64_t all = 0;
+    for (int c = 0; c < channels; c++) all += uint64_t(1) << 8 * index[c];
+    return all;
+  }
+
+  // Where decoding has arrived. Channels of one width follow each other, so each width has code of its own
+  struct Run {
+    const uint8_t *plane, *metadata;
+    const int* order;
+    const float* offset;  // if any is far
+    int64_t next;         // bytes to the next block
+    float* tile;
+
+    template <int k>
+    void channels(const int* count) {
+      constexpr int bits = kWidths[k];
+      for (int i = 0; i < count[k]; i++, order++) {
+        float* row = tile + *order * kBlock;
+        if constexpr (bits == 0) {
+          std::memset(row, 0, kBlock * sizeof(float));
+        } else {
+          prefetch(plane + next, 8 * bits);
+          channel<bits>(plane, kSteps[*metadata], offset ? offset[*order] : metadata[1] - 128, row);
+          plane += 8 * bits, metadata += 2;
+        }
+      }
+    }
+  };
 
   // Width index of every channel, from three bit planes of r bits
   void indices(const uint8_t* packed, uint8_t* index) const {
@@ -257,20 +295,22 @@ struct Planes final : Codec {
     }
   }
 
-  static void channel(const uint8_t* plane, int bits, float step, float offset, float* row) {
-    const float unit = std::max((1 << bits) / 64.f, 0.25f);
+  template <int bits>
+  static void channel(const uint8_t* plane, float step, float offset, float* row) {
+    constexpr float unit = std::max((1 << bits) / 64.f, 0.25f);
+    constexpr int low = std::min(bits, 8);
     const float zero = step * (unit * offset - ((1 << bits) - 1) / 2.f);
-    const int low = std::min(bits, 8);
 #ifdef __AVX512BW__
     // A plane is used as a mask over the 64 codes
-    const __m512i lower = codes(plane, low), upper = codes(plane + 64, bits - low);
-    spread<0>(lower, upper, bits, step, zero, row);
-    spread<1>(lower, upper, bits, step, zero, row);
-    spread<2>(lower, upper, bits, step, zero, row);
-    spread<3>(lower, upper, bits, step, zero, row);
+    const __m512i lower = codes<low>(plane), upper = codes<bits - low>(plane + 64);
+    spread<0, bits>(lower, upper, step, zero, row);
+    spread<1, bits>(lower, upper, step, zero, row);
+    spread<2, bits>(lower, upper, step, zero, row);
+    spread<3, bits>(lower, upper, step, zero, row);
   }
 
-  static __m512i codes(const uint8_t* plane, int bits) {
+  template <int bits>
+  static __m512i codes(const uint8_t* plane) {
     __m512i all = _mm512_setzero_si512();
     for (int j = 0; j < bits; j++) {
       uint64_t mask;
@@ -281,8 +321,8 @@ struct Planes final : Codec {
   }
 
   // The i-th 16 of the 64 codes as coordinates
-  template <int i>
-  static void spread(__m512i lower, __m512i upper, int bits, float step, float zero, float* row) {
+  template <int i, int bits>
+  static void spread(__m512i lower, __m512i upper, float step, float zero, float* row) {
     __m512i code = _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(lower, i));
     if (bits > 8)
       code = _mm512_or_si512(
@@ -292,18 +332,19 @@ struct Planes final : Codec {
   }
 #else
     uint8_t lower[kBlock], upper[kBlock];
-    codes(plane, low, lower);
-    if (bits <= 8) {
+    codes<low>(plane, lower);
+    if constexpr (bits <= 8) {
       for (int t = 0; t < kBlock; t++) row[t] = lower[t] * step + zero;
-      return;
+    } else {
+      codes<bits - low>(plane + 64, upper);
+      for (int t = 0; t < kBlock; t++) row[t] = (lower[t] + 256 * upper[t]) * step + zero;
     }
-    codes(plane + 64, bits - low, upper);
-    for (int t = 0; t < kBlock; t++) row[t] = (lower[t] + 256 * upper[t]) * step + zero;
   }
 
   using Bytes = uint8_t __attribute__((vector_size(kSet.bytes)));
 
-  static void codes(const uint8_t* plane, int bits, uint8_t* out) {
+  template <int bits>
+  static void codes(const uint8_t* plane, uint8_t* out) {
     for (int first = 0; first < kBlock; first += kSet.bytes) {
       Bytes all = {};
       for (int j = bits - 1; j >= 0; j--) all = all + all + ones(plane + 8 * j + first / 8);
