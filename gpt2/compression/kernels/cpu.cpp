@@ -299,7 +299,9 @@ struct Planes final : Codec {
   static void channel(const uint8_t* plane, float step, float offset, float* row) {
     constexpr float unit = std::max((1 << bits) / 64.f, 0.25f);
     constexpr int low = std::min(bits, 8);
-    const float zero = step * (unit * offset - ((1 << bits) - 1) / 2.f);
+    float zero = step * (unit * offset - ((1 << bits) - 1) / 2.f);
+    // The compiler shall not know how zero was made: it would turn code · step + zero into (code + …) · step
+    asm("" : "+m"(zero));
 #ifdef __AVX512BW__
     // A plane is used as a mask over the 64 codes
     const __m512i lower = codes<low>(plane), upper = codes<bits - low>(plane + 64);
