@@ -18,7 +18,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#ifdef __AVX512BW__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -29,7 +29,6 @@
 #include <cstring>
 #include <memory>
 #include <tuple>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -298,10 +297,8 @@ struct Planes final : Codec {
   template <int bits>
   static void channel(const uint8_t* plane, float step, float offset, float* row) {
     constexpr float unit = std::max((1 << bits) / 64.f, 0.25f);
-    constexpr int low = std::min(bits, 8);
-    float zero = step * (unit * offset - ((1 << bits) - 1) / 2.f);
-    // The compiler shall not know how zero was made: it would turn code · step + zero into (code + …) · step
-    asm("" : "+m"(zero));
+    [[maybe_unused]] constexpr int low = std::min(bits, 8);  // planes of the lower byte
+    const float zero = step * (unit * offset - ((1 << bits) - 1) / 2.f);
 #ifdef __AVX512BW__
     // A plane is used as a mask over the 64 codes
     const __m512i lower = codes<low>(plane), upper = codes<bits - low>(plane + 64);
@@ -332,6 +329,45 @@ struct Planes final : Codec {
     const __m512 x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(step), _mm512_set1_ps(zero));
     _mm512_storeu_ps(row + 16 * i, x);
   }
+#elif defined(__AVX2__)
+    // Eight tokens in lanes of 32 bits, each with a byte of four planes, of which a lane keeps its own token's bits.
+    // Multiply-adds of bytes and of pairs make one number of them, token t's times 2^t, which its step undoes
+    constexpr int groups = (bits + 3) / 4;
+    const __m256i own = _mm256_setr_epi32(
+        0x01010101, 0x02020202, 0x04040404, 0x08080808, 0x10101010, 0x20202020, 0x40404040, int(0x80808080));
+    const __m256i weights = _mm256_set1_epi32(0x08040201);
+    const __m256 steps = step * __m256{1, 1 / 2.f, 1 / 4.f, 1 / 8.f, 1 / 16.f, 1 / 32.f, 1 / 64.f, 1 / 128.f};
+    uint32_t fours[3][8];
+    interleave<std::min(bits, 4)>(plane, fours[0]);
+    if constexpr (bits > 4) interleave<std::min(bits - 4, 4)>(plane + 32, fours[1]);
+    if constexpr (bits > 8) interleave<bits - 8>(plane + 64, fours[2]);
+    for (int i = 0; i < 8; i++) {
+      __m256i code = _mm256_setzero_si256();
+      for (int group = 0; group < groups; group++) {
+        const __m256i set = _mm256_and_si256(_mm256_set1_epi32(fours[group][i]), own);
+        const __m256i part = _mm256_madd_epi16(
+            _mm256_maddubs_epi16(set, weights), _mm256_set1_epi16(1 << 4 * group));
+        code = _mm256_add_epi32(code, part);
+      }
+      _mm256_storeu_ps(row + 8 * i, _mm256_cvtepi32_ps(code) * steps + zero);
+    }
+  }
+
+  // The i-th bytes of up to four planes as number i
+  template <int planes>
+  static void interleave(const uint8_t* plane, uint32_t* out) {
+    const __m128i pairs = _mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+    const auto two = [&](int from) {
+      const auto* address = reinterpret_cast<const __m128i*>(plane + 8 * from);
+      const __m128i both = from + 1 < planes ? _mm_loadu_si128(address)
+                           : from < planes   ? _mm_loadl_epi64(address)
+                                             : _mm_setzero_si128();
+      return _mm_shuffle_epi8(both, pairs);
+    };
+    const __m128i lower = two(0), upper = two(2);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi16(lower, upper));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 4), _mm_unpackhi_epi16(lower, upper));
+  }
 #else
     uint8_t lower[kBlock], upper[kBlock];
     codes<low>(plane, lower);
@@ -343,41 +379,18 @@ struct Planes final : Codec {
     }
   }
 
-  using Bytes = uint8_t __attribute__((vector_size(kSet.bytes)));
-
+  // Codes of 16 tokens at a time: each byte of a plane is spread to eight bytes of 0 or 1
   template <int bits>
   static void codes(const uint8_t* plane, uint8_t* out) {
-    for (int first = 0; first < kBlock; first += kSet.bytes) {
+    using Bytes = uint8_t __attribute__((vector_size(16)));
+    using Words = uint64_t __attribute__((vector_size(16)));
+    for (int i = 0; i < kBlock / 8; i += 2) {
       Bytes all = {};
-      for (int j = bits - 1; j >= 0; j--) all = all + all + ones(plane + 8 * j + first / 8);
-      std::memcpy(out + first, &all, sizeof all);
+      for (int j = bits - 1; j >= 0; j--)
+        all = all + all + Bytes(Words{kSpread[plane[8 * j + i]], kSpread[plane[8 * j + i + 1]]});
+      std::memcpy(out + 8 * i, &all, sizeof all);
     }
   }
-
-  // The bits of a plane for one vector of tokens, as bytes of 0 or 1
-#if defined(__AVX2__) || defined(__ARM_NEON)
-  static Bytes ones(const uint8_t* plane) {
-    return ones(plane, std::make_integer_sequence<int, kSet.bytes>());
-  }
-
-  // Each byte goes to eight lanes, of which each looks at a bit of its own. Shuffles move bytes within 16 lanes, so
-  // all bytes are first in each 16 of them
-  template <int... lane>
-  static Bytes ones(const uint8_t* plane, std::integer_sequence<int, lane...>) {
-    using Word = std::conditional_t<kSet.bytes == 32, uint32_t, uint16_t>;
-    typedef Word Words __attribute__((vector_size(kSet.bytes)));
-    constexpr Bytes own = {uint8_t(1 << lane % 8)...};
-    Word word;
-    std::memcpy(&word, plane, sizeof word);
-    const Bytes all = Bytes(Words{} + word);
-    return -Bytes((__builtin_shufflevector(all, all, (lane / 16 * 16 + lane / 8)...) & own) == own);
-  }
-#else
-  static Bytes ones(const uint8_t* plane) {
-    using Words = uint64_t __attribute__((vector_size(16)));
-    return Bytes(Words{kSpread[plane[0]], kSpread[plane[1]]});
-  }
-#endif
 #endif
 };
 
@@ -398,15 +411,16 @@ inline void along_few(const float* a, int64_t a_row, const float* tile, int I, i
 // The largest power of two up to n: the columns of most tiles are a multiple of such widths
 constexpr int power_up_to(int n) { return n < 2 ? 1 : 2 * power_up_to(n / 2); }
 
-template <int R>
-void along_rows(const float* a, int64_t a_row, const float* tile, int I, int J, float* out, int64_t out_row) {
-  constexpr int N = power_up_to(std::min(kSet.widest, kSet.sums / R));
-  int j = 0;
+template <int R, int N = power_up_to(std::min(kSet.widest, kSet.sums / R))>
+void along_rows(
+    const float* a, int64_t a_row, const float* tile, int I, int J, float* out, int64_t out_row, int j = 0) {
   for (; j + N * kLanes <= J; j += N * kLanes) along_few<R, N>(a, a_row, tile + j, I, J, out + j, out_row);
-  for (; j + kLanes <= J; j += kLanes) along_few<R, 1>(a, a_row, tile + j, I, J, out + j, out_row);
-  for (; j < J; j++)
-    for (int m = 0; m < R; m++)
-      for (int i = 0; i < I; i++) out[m * out_row + j] += a[m * a_row + i] * tile[i * J + j];
+  if constexpr (N > 1)
+    along_rows<R, N / 2>(a, a_row, tile, I, J, out, out_row, j);
+  else
+    for (; j < J; j++)
+      for (int m = 0; m < R; m++)
+        for (int i = 0; i < I; i++) out[m * out_row + j] += a[m * a_row + i] * tile[i * J + j];
 }
 
 // As many queries at a time as fit into registers, in passes of about equal size
@@ -420,7 +434,7 @@ void along(const float* a, int64_t a_row, const float* tile, int I, int J, int M
                      : rows == 3 ? along_rows<3>
                      : rows == 2 ? along_rows<2>
                                  : along_rows<1>;
-    run(a, a_row, tile, I, J, out, out_row);
+    run(a, a_row, tile, I, J, out, out_row, 0);
     M -= rows, a += rows * a_row, out += rows * out_row;
   }
 }
