@@ -45,20 +45,20 @@ constexpr int kWidths[] = {0, 2, 3, 4, 5, 6, 8, 10};
 // fit spills in the innermost loop, which costs a multiple of the time: so a new set needs figures of its own.
 // Vectors wider than the registers compile too, but to code that goes through memory
 struct InstructionSet {
-  int bytes;            // of a vector
-  int rows, sums;       // `along`: most queries at a time, and sums for that: vectors per query ≈ sums / queries
-  int widest;           // `along`: most vectors per query
-  int together;         // `across`: queries at a time
+  int bytes;     // of a vector
+  int sums;      // `along`: vectors of sums of all queries, of which there are up to six
+  int widest;    // `along`: most vectors of sums per query
+  int together;  // `across`: queries at a time
 };
 
 #if defined(__AVX512F__)
-constexpr InstructionSet kSet = {64, 6, 24, 4, 1};  // 32 registers
+constexpr InstructionSet kSet = {64, 24, 4, 1};  // 32 registers
 #elif defined(__AVX2__)
-constexpr InstructionSet kSet = {32, 6, 12, 8, 1};  // 16 registers
+constexpr InstructionSet kSet = {32, 12, 8, 1};  // 16 registers
 #elif defined(__ARM_NEON)
-constexpr InstructionSet kSet = {16, 6, 24, 8, 4};  // 32 registers
+constexpr InstructionSet kSet = {16, 24, 8, 4};  // 32 registers
 #else
-constexpr InstructionSet kSet = {16, 6, 12, 8, 2};  // 16 registers; no fused multiply-add, so products need one too
+constexpr InstructionSet kSet = {16, 12, 8, 2};  // 16 registers; without a fused multiply-add, products need one too
 #endif
 
 constexpr int kLanes = kSet.bytes / sizeof(float);
@@ -425,7 +425,6 @@ void along_rows(
 
 // As many queries at a time as fit into registers, in passes of about equal size
 void along(const float* a, int64_t a_row, const float* tile, int I, int J, int M, float* out, int64_t out_row) {
-  static_assert(kSet.rows == 6);
   for (int passes = (M + 5) / 6; passes > 0; passes--) {
     const int rows = (M + passes - 1) / passes;
     const auto run = rows == 6   ? along_rows<6>
