@@ -18,7 +18,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#ifdef __AVX512BW__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -41,6 +41,40 @@ constexpr int kOctave = 8, kScaleZero = 17 * kOctave;  // a scale's byte: step =
 constexpr int kGrain = 2;     // least number of tiles that is worth a thread
 constexpr int kWidths[] = {0, 2, 3, 4, 5, 6, 8, 10};
 
+// The vectors of an instruction set, and tiles of sums that fit its registers beside their operands. A tile that doesn't
+// fit spills in the innermost loop, which costs a multiple of the time: so a new set needs figures of its own.
+// Vectors wider than the registers compile too, but to code that goes through memory
+struct InstructionSet {
+  int bytes;     // of a vector
+  int sums;      // `along`: vectors of sums of all queries, of which there are up to six
+  int widest;    // `along`: most vectors of sums per query
+  int together;  // `across`: queries at a time
+};
+
+#if defined(__AVX512F__)
+constexpr InstructionSet kSet = {64, 24, 4, 1};  // 32 registers
+#elif defined(__AVX2__)
+constexpr InstructionSet kSet = {32, 12, 8, 1};  // 16 registers
+#elif defined(__ARM_NEON)
+constexpr InstructionSet kSet = {16, 24, 8, 4};  // 32 registers
+#else
+constexpr InstructionSet kSet = {16, 12, 8, 2};  // 16 registers; without a fused multiply-add, products need one too
+#endif
+
+constexpr int kLanes = kSet.bytes / sizeof(float);
+using Lanes = float __attribute__((vector_size(kSet.bytes)));
+
+inline Lanes load(const float* from) {
+  Lanes x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline void add(float* to, Lanes x) {
+  x += load(to);
+  std::memcpy(to, &x, sizeof x);
+}
+
 // Address of a field's entry for one batch row, group and block
 struct Field {
   const char* data;
@@ -55,12 +89,13 @@ struct Field {
   const T* at(int64_t b, int64_t g, int64_t n) const {
     return reinterpret_cast<const T*>(data + b * batch + g * group + n * block);
   }
-  // Prefetch `count` entries from n on, which are needed soon; prefetching past the end is harmless
-  void prefetch(int64_t b, int64_t g, int64_t n, int64_t count = 1) const {
-    const char* from = data + b * batch + g * group + n * block;
-    for (int64_t i = 0; i < count * block; i += 64) __builtin_prefetch(from + i);
-  }
 };
+
+// Prefetch what is needed soon; prefetching past the end is harmless. A processor has few dozens of lines on their way,
+// and waits if it shall prefetch more: so each step of a loop prefetches what the same step needs for the next tile
+inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
 
 const std::array<float, 256> kSteps = [] {
   std::array<float, 256> steps{};
@@ -75,17 +110,6 @@ const std::array<uint64_t, 256> kSpread = [] {
     for (int bit = 0; bit < 8; bit++) spread[i] |= uint64_t(i >> bit & 1) << (8 * bit);
   return spread;
 }();
-
-// Unpack `count` codes. With four bits the first half is in the low nibbles, the second half in the high nibbles
-inline void unpack(const uint8_t* codes, int count, int bits, float* out) {
-  if (bits == 8) {
-    for (int i = 0; i < count; i++) out[i] = codes[i];
-    return;
-  }
-  const int half = (count + 1) / 2;
-  for (int i = 0; i < half; i++) out[i] = codes[i] & 15;
-  for (int i = half; i < count; i++) out[i] = codes[i - half] >> 4;
-}
 
 // How one part of the tokens is stored
 struct Codec {
@@ -122,12 +146,19 @@ struct Token final : Codec {
       : Codec(r, false), codes(fields[0]), scale(fields[1]), offset(fields[2]), bits(bits) {}
 
   void decode(int64_t b, int64_t g, int64_t first, int tokens, float* tile) const override {
-    codes.prefetch(b, g, first + kBlock, kBlock);
+    // With four bits the first half of the coordinates is in the low nibbles, the second half in the high nibbles
+    const int low = (r + 1) / 2, high = r - low;
     for (int t = 0; t < tokens; t++) {
       const float s = *scale.at<at::Half>(b, g, first + t), o = *offset.at<at::Half>(b, g, first + t);
+      const uint8_t* code = codes.at(b, g, first + t);
+      prefetch(code + kBlock * codes.block, codes.block);
       float* row = tile + t * r;
-      unpack(codes.at(b, g, first + t), r, bits, row);
-      for (int c = 0; c < r; c++) row[c] = row[c] * s + o;
+      if (bits == 8) {
+        for (int c = 0; c < r; c++) row[c] = code[c] * s + o;
+      } else {
+        for (int c = 0; c < low; c++) row[c] = (code[c] & 15) * s + o;
+        for (int c = 0; c < high; c++) row[low + c] = (code[c] >> 4) * s + o;
+      }
     }
   }
 };
@@ -142,15 +173,15 @@ struct Channel final : Codec {
 
   void decode(int64_t b, int64_t g, int64_t first, int, float* tile) const override {
     const int64_t n = first / kBlock;
-    codes.prefetch(b, g, n + 1);
-    scale.prefetch(b, g, n + 1), offset.prefetch(b, g, n + 1);
     const uint8_t* code = codes.at(b, g, n);
     const uint8_t* exponent = scale.at(b, g, n);
     const at::Half* origin = offset.at<at::Half>(b, g, n);
-    float step[r], zero[r];
+    prefetch(exponent + scale.block, r), prefetch(origin + offset.block / sizeof *origin, r * sizeof *origin);
+    alignas(64) float step[r], zero[r];
     for (int c = 0; c < r; c++) step[c] = kSteps[exponent[c]], zero[c] = origin[c];
     const int rows = kBlock * bits / 8;
     for (int t = 0; t < rows; t++, code += r) {
+      prefetch(code + codes.block, r);
       float* row = tile + t * r;
       if (bits == 8) {
         for (int c = 0; c < r; c++) row[c] = code[c] * step[c] + zero[c];
@@ -171,11 +202,13 @@ struct Planes final : Codec {
 
   void decode(int64_t b, int64_t g, int64_t first, int, float* tile) const override {
     const int64_t n = first / kBlock;
-    block.prefetch(b, g, n + 1);
     uint8_t index[r + 8];
     indices(widths.at(b, g, n), index);
     int count[8] = {}, place[8];
-    for (int c = 0; c < r; c++) count[index[c]]++;
+    for (int c = 0; c < r; c += kBlock) {
+      const uint64_t some = counts(index + c, std::min(kBlock, r - c));
+      for (int k = 0; k < 8; k++) count[k] += some >> 8 * k & 255;
+    }
     const uint8_t* plane = block.at(b, g, n);
     const uint8_t* metadata = plane;
     for (int k = 7, next = 0; k >= 0; k--) {
@@ -183,19 +216,55 @@ struct Planes final : Codec {
       next += count[k], metadata += 8 * kWidths[k] * count[k];
     }
     int order[r];
-    for (int c = 0; c < r; c++) order[place[index[c]]++] = c;
+    for (int first = 0; first < r; first += kBlock) {
+      const int end = std::min(first + kBlock, r);
+      uint64_t before = 0;
+      for (int c = first; c < end; c++) {
+        order[place[index[c]] + (before >> 8 * index[c] & 255)] = c;
+        before += uint64_t(1) << 8 * index[c];
+      }
+      for (int k = 0; k < 8; k++) place[k] += before >> 8 * k & 255;
+    }
     const int coded = r - count[0];
     float offset[r];
     const bool far = any_far(metadata, coded);
     if (far) offsets(metadata, index, order, coded, offset);
-    for (int i = 0; i < r; i++) {
-      const int bits = kWidths[index[order[i]]];
-      float* row = tile + order[i] * kBlock;
-      if (bits) channel(plane, bits, kSteps[*metadata], far ? offset[order[i]] : metadata[1] - 128, row);
-      else std::memset(row, 0, kBlock * sizeof(float));
-      plane += 8 * bits, metadata += 2;
-    }
+    Run run{plane, metadata, order, far ? offset : nullptr, block.block, tile};
+    run.channels<7>(count), run.channels<6>(count), run.channels<5>(count), run.channels<4>(count);
+    run.channels<3>(count), run.channels<2>(count), run.channels<1>(count), run.channels<0>(count);
   }
+
+  // How many of up to 64 channels have each width index, a byte for each. In a register, as counting in memory would
+  // wait for the last channel's count to be written before it is read
+  static uint64_t counts(const uint8_t* index, int channels) {
+    uint64_t all = 0;
+    for (int c = 0; c < channels; c++) all += uint64_t(1) << 8 * index[c];
+    return all;
+  }
+
+  // Where decoding has arrived. Channels of one width follow each other, so each width has code of its own
+  struct Run {
+    const uint8_t *plane, *metadata;
+    const int* order;
+    const float* offset;  // if any is far
+    int64_t next;         // bytes to the next block
+    float* tile;
+
+    template <int k>
+    void channels(const int* count) {
+      constexpr int bits = kWidths[k];
+      for (int i = 0; i < count[k]; i++, order++) {
+        float* row = tile + *order * kBlock;
+        if constexpr (bits == 0) {
+          std::memset(row, 0, kBlock * sizeof(float));
+        } else {
+          prefetch(plane + next, 8 * bits);
+          channel<bits>(plane, kSteps[*metadata], offset ? offset[*order] : metadata[1] - 128, row);
+          plane += 8 * bits, metadata += 2;
+        }
+      }
+    }
+  };
 
   // Width index of every channel, from three bit planes of r bits
   void indices(const uint8_t* packed, uint8_t* index) const {
@@ -225,20 +294,22 @@ struct Planes final : Codec {
     }
   }
 
-  static void channel(const uint8_t* plane, int bits, float step, float offset, float* row) {
-    const float unit = std::max((1 << bits) / 64.f, 0.25f);
+  template <int bits>
+  static void channel(const uint8_t* plane, float step, float offset, float* row) {
+    constexpr float unit = std::max((1 << bits) / 64.f, 0.25f);
+    [[maybe_unused]] constexpr int low = std::min(bits, 8);  // planes of the lower byte
     const float zero = step * (unit * offset - ((1 << bits) - 1) / 2.f);
-    const int low = std::min(bits, 8);
 #ifdef __AVX512BW__
     // A plane is used as a mask over the 64 codes
-    const __m512i lower = codes(plane, low), upper = codes(plane + 64, bits - low);
-    spread<0>(lower, upper, bits, step, zero, row);
-    spread<1>(lower, upper, bits, step, zero, row);
-    spread<2>(lower, upper, bits, step, zero, row);
-    spread<3>(lower, upper, bits, step, zero, row);
+    const __m512i lower = codes<low>(plane), upper = codes<bits - low>(plane + 64);
+    spread<0, bits>(lower, upper, step, zero, row);
+    spread<1, bits>(lower, upper, step, zero, row);
+    spread<2, bits>(lower, upper, step, zero, row);
+    spread<3, bits>(lower, upper, step, zero, row);
   }
 
-  static __m512i codes(const uint8_t* plane, int bits) {
+  template <int bits>
+  static __m512i codes(const uint8_t* plane) {
     __m512i all = _mm512_setzero_si512();
     for (int j = 0; j < bits; j++) {
       uint64_t mask;
@@ -249,8 +320,8 @@ struct Planes final : Codec {
   }
 
   // The i-th 16 of the 64 codes as coordinates
-  template <int i>
-  static void spread(__m512i lower, __m512i upper, int bits, float step, float zero, float* row) {
+  template <int i, int bits>
+  static void spread(__m512i lower, __m512i upper, float step, float zero, float* row) {
     __m512i code = _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(lower, i));
     if (bits > 8)
       code = _mm512_or_si512(
@@ -258,59 +329,98 @@ struct Planes final : Codec {
     const __m512 x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(step), _mm512_set1_ps(zero));
     _mm512_storeu_ps(row + 16 * i, x);
   }
-#else
-    uint8_t lower[kBlock], upper[kBlock];
-    codes(plane, low, lower);
-    codes(plane + 64, bits - low, upper);
-    for (int t = 0; t < kBlock; t++) row[t] = (lower[t] + 256 * upper[t]) * step + zero;
+#elif defined(__AVX2__)
+    // Eight tokens in lanes of 32 bits, each with a byte of four planes, of which a lane keeps its own token's bits.
+    // Multiply-adds of bytes and of pairs make one number of them, token t's times 2^t, which its step undoes
+    constexpr int groups = (bits + 3) / 4;
+    const __m256i own = _mm256_setr_epi32(
+        0x01010101, 0x02020202, 0x04040404, 0x08080808, 0x10101010, 0x20202020, 0x40404040, int(0x80808080));
+    const __m256i weights = _mm256_set1_epi32(0x08040201);
+    const __m256 steps = step * __m256{1, 1 / 2.f, 1 / 4.f, 1 / 8.f, 1 / 16.f, 1 / 32.f, 1 / 64.f, 1 / 128.f};
+    uint32_t fours[3][8];
+    interleave<std::min(bits, 4)>(plane, fours[0]);
+    if constexpr (bits > 4) interleave<std::min(bits - 4, 4)>(plane + 32, fours[1]);
+    if constexpr (bits > 8) interleave<bits - 8>(plane + 64, fours[2]);
+    for (int i = 0; i < 8; i++) {
+      __m256i code = _mm256_setzero_si256();
+      for (int group = 0; group < groups; group++) {
+        const __m256i set = _mm256_and_si256(_mm256_set1_epi32(fours[group][i]), own);
+        const __m256i part = _mm256_madd_epi16(
+            _mm256_maddubs_epi16(set, weights), _mm256_set1_epi16(1 << 4 * group));
+        code = _mm256_add_epi32(code, part);
+      }
+      _mm256_storeu_ps(row + 8 * i, _mm256_cvtepi32_ps(code) * steps + zero);
+    }
   }
 
-  // Codes of eight tokens at a time: each byte of a plane is spread to eight bytes of 0 or 1
-  static void codes(const uint8_t* plane, int bits, uint8_t* out) {
-    for (int i = 0; i < 8; i++) {
-      uint64_t eight = 0;
-      for (int j = 0; j < bits; j++) eight |= kSpread[plane[8 * j + i]] << j;
-      std::memcpy(out + 8 * i, &eight, 8);
+  // The i-th bytes of up to four planes as number i
+  template <int planes>
+  static void interleave(const uint8_t* plane, uint32_t* out) {
+    const __m128i pairs = _mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+    const auto two = [&](int from) {
+      const auto* address = reinterpret_cast<const __m128i*>(plane + 8 * from);
+      const __m128i both = from + 1 < planes ? _mm_loadu_si128(address)
+                           : from < planes   ? _mm_loadl_epi64(address)
+                                             : _mm_setzero_si128();
+      return _mm_shuffle_epi8(both, pairs);
+    };
+    const __m128i lower = two(0), upper = two(2);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi16(lower, upper));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 4), _mm_unpackhi_epi16(lower, upper));
+  }
+#else
+    uint8_t lower[kBlock], upper[kBlock];
+    codes<low>(plane, lower);
+    if constexpr (bits <= 8) {
+      for (int t = 0; t < kBlock; t++) row[t] = lower[t] * step + zero;
+    } else {
+      codes<bits - low>(plane + 64, upper);
+      for (int t = 0; t < kBlock; t++) row[t] = (lower[t] + 256 * upper[t]) * step + zero;
+    }
+  }
+
+  // Codes of 16 tokens at a time: each byte of a plane is spread to eight bytes of 0 or 1
+  template <int bits>
+  static void codes(const uint8_t* plane, uint8_t* out) {
+    using Bytes = uint8_t __attribute__((vector_size(16)));
+    using Words = uint64_t __attribute__((vector_size(16)));
+    for (int i = 0; i < kBlock / 8; i += 2) {
+      Bytes all = {};
+      for (int j = bits - 1; j >= 0; j--)
+        all = all + all + Bytes(Words{kSpread[plane[8 * j + i]], kSpread[plane[8 * j + i + 1]]});
+      std::memcpy(out + 8 * i, &all, sizeof all);
     }
   }
 #endif
 };
 
-using Lanes = float __attribute__((vector_size(64)));
-
-inline Lanes load(const float* from) {
-  Lanes x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-
-inline void add(float* to, Lanes x) {
-  x += load(to);
-  std::memcpy(to, &x, sizeof x);
-}
-
-// out[m][j] += Σ_i a[m][i] tile[i][j] for R queries and 16 N columns; the sums stay in registers
+// out[m][j] += Σ_i a[m][i] tile[i][j] for R queries and N vectors of columns; the sums stay in registers
 template <int R, int N>
 inline void along_few(const float* a, int64_t a_row, const float* tile, int I, int J, float* out, int64_t out_row) {
   Lanes sums[R][N] = {};
   for (int i = 0; i < I; i++) {
     Lanes line[N];
-    for (int n = 0; n < N; n++) line[n] = load(tile + i * J + 16 * n);
+    for (int n = 0; n < N; n++) line[n] = load(tile + i * J + kLanes * n);
     for (int m = 0; m < R; m++)
       for (int n = 0; n < N; n++) sums[m][n] += a[m * a_row + i] * line[n];
   }
   for (int m = 0; m < R; m++)
-    for (int n = 0; n < N; n++) add(out + m * out_row + 16 * n, sums[m][n]);
+    for (int n = 0; n < N; n++) add(out + m * out_row + kLanes * n, sums[m][n]);
 }
 
-template <int R>
-void along_rows(const float* a, int64_t a_row, const float* tile, int I, int J, float* out, int64_t out_row) {
-  int j = 0;
-  for (; j + 64 <= J; j += 64) along_few<R, 4>(a, a_row, tile + j, I, J, out + j, out_row);
-  for (; j + 16 <= J; j += 16) along_few<R, 1>(a, a_row, tile + j, I, J, out + j, out_row);
-  for (; j < J; j++)
-    for (int m = 0; m < R; m++)
-      for (int i = 0; i < I; i++) out[m * out_row + j] += a[m * a_row + i] * tile[i * J + j];
+// The largest power of two up to n: the columns of most tiles are a multiple of such widths
+constexpr int power_up_to(int n) { return n < 2 ? 1 : 2 * power_up_to(n / 2); }
+
+template <int R, int N = power_up_to(std::min(kSet.widest, kSet.sums / R))>
+void along_rows(
+    const float* a, int64_t a_row, const float* tile, int I, int J, float* out, int64_t out_row, int j = 0) {
+  for (; j + N * kLanes <= J; j += N * kLanes) along_few<R, N>(a, a_row, tile + j, I, J, out + j, out_row);
+  if constexpr (N > 1)
+    along_rows<R, N / 2>(a, a_row, tile, I, J, out, out_row, j);
+  else
+    for (; j < J; j++)
+      for (int m = 0; m < R; m++)
+        for (int i = 0; i < I; i++) out[m * out_row + j] += a[m * a_row + i] * tile[i * J + j];
 }
 
 // As many queries at a time as fit into registers, in passes of about equal size
@@ -323,7 +433,7 @@ void along(const float* a, int64_t a_row, const float* tile, int I, int J, int M
                      : rows == 3 ? along_rows<3>
                      : rows == 2 ? along_rows<2>
                                  : along_rows<1>;
-    run(a, a_row, tile, I, J, out, out_row);
+    run(a, a_row, tile, I, J, out, out_row, 0);
     M -= rows, a += rows * a_row, out += rows * out_row;
   }
 }
@@ -331,40 +441,60 @@ void along(const float* a, int64_t a_row, const float* tile, int I, int J, int M
 // Add lanes that are h apart, and combine two vectors into one: every 2h lanes have h sums of x, then h sums of y
 template <int h, int... l>
 inline Lanes halved(Lanes x, Lanes y, std::integer_sequence<int, l...>) {
-  return __builtin_shufflevector(x, y, (l / (2 * h) * 2 * h + l % h + (l % (2 * h) < h ? 0 : 16))...) +
-         __builtin_shufflevector(x, y, (l / (2 * h) * 2 * h + l % h + (l % (2 * h) < h ? 0 : 16) + h)...);
+  return __builtin_shufflevector(x, y, (l / (2 * h) * 2 * h + l % h + (l % (2 * h) < h ? 0 : kLanes))...) +
+         __builtin_shufflevector(x, y, (l / (2 * h) * 2 * h + l % h + (l % (2 * h) < h ? 0 : kLanes) + h)...);
 }
 
-// One vector whose 16 lanes are the sums of 16 vectors, by a tree of pairwise sums
+// One vector whose lanes are the sums of as many vectors, by a tree of pairwise sums
 template <int h = 1>
 inline Lanes totals(const Lanes* x) {
-  if constexpr (h == 16)
+  if constexpr (h == kLanes)
     return x[0];
   else {
-    Lanes half[8 / h];
-    for (int i = 0; i < 8 / h; i++) half[i] = halved<h>(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, 16>());
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+    Lanes half[kLanes / 2 / h];
+    for (int i = 0; i < kLanes / 2 / h; i++) half[i] = halved<h>(x[2 * i], x[2 * i + 1], lanes);
     return totals<2 * h>(half);
   }
 }
 
-// out[m][i] += Σ_j a[m][j] tile[i][j], 16 rows of the tile at a time. fixed: J as a compile-time constant, so that the
-// compiler knows the address of each row; 0 if it isn't known
+// out[m][i] += Σ_j a[m][j] tile[i][j] for R queries and as many rows of the tile as a vector has lanes
+template <int R>
+inline void across_few(
+    const float* a, int64_t a_row, const float* tile, int J, int whole_j, float* out, int64_t out_row) {
+  Lanes sums[R][kLanes] = {};
+  for (int j = 0; j < whole_j; j += kLanes) {
+    Lanes weights[R];
+    for (int m = 0; m < R; m++) weights[m] = load(a + m * a_row + j);
+    for (int k = 0; k < kLanes; k++) {
+      const Lanes line = load(tile + k * J + j);
+      for (int m = 0; m < R; m++) sums[m][k] += weights[m] * line;
+    }
+  }
+  for (int m = 0; m < R; m++) add(out + m * out_row, totals(sums[m]));
+}
+
+// out[m][i] += Σ_j a[m][j] tile[i][j]. fixed: J as a compile-time constant, so that the compiler knows the address of
+// each row; 0 if it isn't known
 template <int fixed>
 void across_rows(const float* a, int64_t a_row, const float* tile, int I, int J, int M, float* out, int64_t out_row) {
   if (fixed) J = fixed;
-  const int whole_i = I / 16 * 16, whole_j = J / 16 * 16;
-  for (int i = 0; i < whole_i; i += 16)
-    for (int m = 0; m < M; m++) {
-      Lanes sums[16] = {};
-      for (int j = 0; j < whole_j; j += 16) {
-        const Lanes weights = load(a + m * a_row + j);
-        for (int k = 0; k < 16; k++) sums[k] += weights * load(tile + (i + k) * J + j);
-      }
-      add(out + m * out_row + i, totals(sums));
-    }
-  for (int m = 0; m < M; m++)
-    for (int i = 0; i < I; i++)
-      for (int j = i < whole_i ? whole_j : 0; j < J; j++) out[m * out_row + i] += a[m * a_row + j] * tile[i * J + j];
+  constexpr int R = kSet.together;
+  const int whole_i = I / kLanes * kLanes, whole_j = J / kLanes * kLanes;
+  for (int i = 0; i < whole_i; i += kLanes) {
+    int m = 0;
+    for (; m + R <= M; m += R)
+      across_few<R>(a + m * a_row, a_row, tile + i * J, J, whole_j, out + m * out_row + i, out_row);
+    for (; m < M; m++) across_few<1>(a + m * a_row, a_row, tile + i * J, J, whole_j, out + m * out_row + i, out_row);
+  }
+  // What is left: the last columns of these rows, and the last rows
+  const auto rest = [=](int from_i, int to_i, int from_j) {
+    for (int m = 0; m < M; m++)
+      for (int i = from_i; i < to_i; i++)
+        for (int j = from_j; j < J; j++) out[m * out_row + i] += a[m * a_row + j] * tile[i * J + j];
+  };
+  if (whole_j < J) rest(0, whole_i, whole_j);
+  if (whole_i < I) rest(whole_i, I, 0);
 }
 
 void across(const float* a, int64_t a_row, const float* tile, int I, int J, int M, float* out, int64_t out_row) {
@@ -438,19 +568,31 @@ int64_t widest(const std::vector<Part>& parts) {
   return r;
 }
 
+// A tile of rank r. At an address where no vector crosses cache lines, which halves the rate of loads and stores
+struct TileBuffer {
+  std::vector<float> memory;
+  float* tile;
+
+  explicit TileBuffer(int64_t r) : memory(kBlock * r + 64 / sizeof(float)) {
+    tile = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+  }
+  TileBuffer(const TileBuffer&) = delete;
+};
+
 void scores(at::TensorList qs, at::TensorList fields, at::IntArrayRef layout, Tensor out) {
   const auto parts = parts_of(fields, layout);
   const auto tiles = tiles_of(parts, out.size(0));
   const int64_t T = out.size(3);
   float* to = out.mutable_data_ptr<float>();
   at::parallel_for(0, tiles.size(), kGrain, [&](int64_t begin, int64_t end) {
-    std::vector<float> buffer(kBlock * widest(parts)), sums;
+    std::vector<float> sums;
+    const TileBuffer buffer(widest(parts));
     for (int64_t i = begin; i < end; i++) {
       const Tile& tile = tiles[i];
       const Codec& codec = *tile.part->codec;
       const Tensor& q = qs[tile.part - parts.data()];
       const int64_t M = q.size(2), row = (tile.b * q.size(1) + tile.g) * M;
-      codec.decode(tile.b, tile.g, tile.first, tile.tokens, buffer.data());
+      codec.decode(tile.b, tile.g, tile.first, tile.tokens, buffer.tile);
       const int64_t columns = tile.part->columns();
       const float* from = q.const_data_ptr<float>() + row * columns;
       float* own = to + row * T + tile.part->start + tile.first;
@@ -458,9 +600,9 @@ void scores(at::TensorList qs, at::TensorList fields, at::IntArrayRef layout, Te
       for (int64_t m = 0; m < M; m++)
         std::fill_n(&sums[m * kBlock], kBlock, tile.part->affine ? from[m * columns + codec.r] : 0.f);
       if (codec.by_channel)
-        along(from, columns, buffer.data(), codec.r, kBlock, M, sums.data(), kBlock);
+        along(from, columns, buffer.tile, codec.r, kBlock, M, sums.data(), kBlock);
       else
-        across(from, columns, buffer.data(), tile.tokens, codec.r, M, sums.data(), kBlock);
+        across(from, columns, buffer.tile, tile.tokens, codec.r, M, sums.data(), kBlock);
       for (int64_t m = 0; m < M; m++)
         std::copy_n(&sums[m * kBlock + tile.skip], tile.tokens - tile.skip, own + m * T + tile.skip);
     }
@@ -483,7 +625,7 @@ std::vector<Tensor> weighted_sums(
   }
   const float* weights = p.const_data_ptr<float>();
   at::parallel_for(0, tiles.size(), kGrain, [&](int64_t begin, int64_t end) {
-    std::vector<float> buffer(kBlock * widest(parts));
+    const TileBuffer buffer(widest(parts));
     for (int64_t i = begin; i < end; i++) {
       const Tile& tile = tiles[i];
       const Codec& codec = *tile.part->codec;
@@ -491,14 +633,14 @@ std::vector<Tensor> weighted_sums(
       const Tensor& sum = sums[which];
       const int64_t columns = tile.part->columns();
       const int64_t M = sum.size(2), row = (tile.b * tile.part->groups + tile.g) * M;
-      codec.decode(tile.b, tile.g, tile.first, tile.tokens, buffer.data());
-      clear_padding(buffer.data(), codec, tile.skip);
+      codec.decode(tile.b, tile.g, tile.first, tile.tokens, buffer.tile);
+      clear_padding(buffer.tile, codec, tile.skip);
       const float* from = weights + row * T + tile.part->start + tile.first;
       float* own = apart[which].data() + at::get_thread_num() * sum.numel() + row * columns;
       if (codec.by_channel)
-        across(from, T, buffer.data(), codec.r, kBlock, M, own, columns);
+        across(from, T, buffer.tile, codec.r, kBlock, M, own, columns);
       else
-        along(from, T, buffer.data(), tile.tokens, codec.r, M, own, columns);
+        along(from, T, buffer.tile, tile.tokens, codec.r, M, own, columns);
       for (int64_t m = 0; tile.part->affine && m < M; m++)
         for (int t = tile.skip; t < tile.tokens; t++) own[m * columns + codec.r] += from[m * T + t];
     }

@@ -2,6 +2,9 @@
 
 C++ was chosen by measurement: torch.compile is nearly as fast on plain integers, but it reads no bit planes, takes
 longer to build, and compiles again for every shape. Without a compiler, PyTorch computes the same numbers.
+
+KV_CPU_ISA=avx512, avx2 or generic builds for an instruction set below the processor's own (`native`), to test and
+measure what other processors run.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import os
 import platform
 import sys
 from pathlib import Path
@@ -18,6 +22,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from gpt2.common.errors import PluginError, brief
 from gpt2.compression.codecs.base import Encoded, Quantizer
 from gpt2.compression.codecs.formats import (
     CHANNEL,
@@ -35,8 +40,11 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_suffix(".cpp")
 # Sums may be reordered, so that they can be vectorised, but infinities and NaN are respected (so not -ffast-math).
 # OpenMP uses the threads of the library that PyTorch has loaded
-FLAGS = ["-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
+FLAGS = ["-O3", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
 FLAGS += ["-fopenmp"] * (sys.platform == "linux")
+# What GCC and Clang call levels of x86-64, and the features by which Linux says that a processor has them
+AVX2 = ("-march=x86-64-v3", {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
+AVX512 = ("-march=x86-64-v4", AVX2[1] | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
 EXACT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CODED = (TOKEN, CHANNEL, PLANES, FIXED_PLANES)  # kinds of formats of codes that the kernels read
 
@@ -125,8 +133,12 @@ def _arguments(parts: list[Part]) -> tuple[list[Tensor], list[int]]:
 
 @functools.cache
 def loaded() -> bool:
-    """Build the kernels unless that is done, and load them. Returns False, with one line in the log, if that fails."""
-    name = f"kv_compression_{_built_for()}"
+    """Build the kernels unless that is done, and load them. Returns False, with one line in the log, if that fails.
+
+    An instruction set in KV_CPU_ISA that this processor lacks is an error.
+    """
+    flags = FLAGS + _instruction_set()
+    name = f"kv_compression_{_built_for(flags)}"
     try:
         from torch.utils import cpp_extension
 
@@ -135,7 +147,7 @@ def loaded() -> bool:
         with FileLock(folder / "building"):
             (folder / "lock").unlink(missing_ok=True)
             cpp_extension.load(
-                name, [str(SOURCE)], extra_cflags=FLAGS, build_directory=str(folder), is_python_module=False
+                name, [str(SOURCE)], extra_cflags=flags, build_directory=str(folder), is_python_module=False
             )
     except (RuntimeError, OSError, ImportError) as error:
         log.warning(
@@ -146,18 +158,39 @@ def loaded() -> bool:
     return True
 
 
-def _built_for() -> str:
+def instruction_sets() -> dict[str, list[str]]:
+    """The values of KV_CPU_ISA that this machine can run, with the compiler's flags for each."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return {"native": ["-march=native"], "generic": []}
+    features = set(_processor().split())
+    named = {name: [flag] for name, (flag, needed) in {"avx512": AVX512, "avx2": AVX2}.items() if needed <= features}
+    return {"native": ["-march=native"], **named, "generic": ["-march=x86-64"]}
+
+
+def _instruction_set() -> list[str]:
+    """The compiler's flags for the instruction set that KV_CPU_ISA asks for."""
+    there, wanted = instruction_sets(), os.environ.get("KV_CPU_ISA") or "native"
+    if wanted not in there:
+        raise PluginError(f"KV_CPU_ISA={brief(wanted)}: this machine has {', '.join(there)}")
+    return there[wanted]
+
+
+def _processor() -> str:
+    """The processor's features as Linux lists them, elsewhere its name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        return next(line for line in text.splitlines() if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _built_for(flags: list[str]) -> str:
     """A hash of the source and of everything that a build depends on, for the name of the build.
 
     It includes the processor, as different machines may share a home folder, and the path of the source, as two
     checkouts would otherwise overwrite each other's build.
     """
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        processor = next(line for line in text.splitlines() if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        processor = platform.processor()
-    what = f"{SOURCE} {platform.machine()} {processor} {torch.__version__} {FLAGS}".encode() + SOURCE.read_bytes()
+    what = f"{SOURCE} {platform.machine()} {_processor()} {torch.__version__} {flags}".encode() + SOURCE.read_bytes()
     return hashlib.sha256(what).hexdigest()[:12]
 
 

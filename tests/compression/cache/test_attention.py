@@ -173,19 +173,20 @@ def test_many_chunks(llama, kernels):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "quantizer", "heads"),
+    ("head_dim", "quantizer", "heads", "M"),
     covering(
-        [20, 64, 80, 96, 128, 256], ["int8", "int4", "int8_channel", "int4_channel", "mixed", "none"], [1, 2], times=2
+        [20, 64, 80, 96, 128, 256], ["int8", "int4", "int8_channel", "int4_channel", "mixed", "none"], [1, 2],
+        range(1, 8), times=2,
     ),
-)
-def test_scores_and_sums(quantizer, head_dim, heads, kernels):
-    """Ranks of odd length, heads that share a basis, a mean, sinks that a block shares, many queries."""
+)  # fmt: skip
+def test_scores_and_sums(quantizer, head_dim, heads, M, kernels):
+    """Ranks of odd length, heads that share a basis, a mean, sinks that a block shares, few and many queries."""
     generator = torch.Generator().manual_seed(head_dim)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator)
 
-    B, H, M, T, w = 2, 4, 5, 64 * 3 + 9, head_dim * heads
+    B, H, T, w = 2, 4, 64 * 3 + 9, head_dim * heads
     q = QUANTIZERS[quantizer]
     rank = min(w - 3, 200)
     transform = Transform(draw(H // heads, w, rank), draw(H // heads, rank, w) / w, draw(H // heads, w))

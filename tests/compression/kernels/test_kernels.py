@@ -1,4 +1,5 @@
-"""Kernels without a GPU: right in Triton's interpreter, and compiled for real ones; and all is well without Triton."""
+"""Kernels without a GPU: Triton's, right in its interpreter and compiled for real ones; and the CPU's, built for every
+instruction set that this processor has."""
 
 from __future__ import annotations
 
@@ -15,9 +16,10 @@ import torch
 from sampling import ALL, covering
 from stores import filled
 
+from gpt2.common.errors import PluginError
 from gpt2.compression.codecs import QUANTIZERS, Compressor
 from gpt2.compression.codecs.mixed import MixedFixed
-from gpt2.compression.kernels import dispatch
+from gpt2.compression.kernels import cpu, dispatch
 
 ROOT = Path(__file__).parents[3]
 SHARED_MEMORY = 99 * 1024  # bytes that a program may have on every NVIDIA card since Ampere
@@ -102,3 +104,34 @@ def test_quantizing_compiles(name, dtype, compiled):
     rank = 80 if ALL else 30  # three times as long to compile
     triton_quantize.quantized(QUANTIZERS[name].encoding(rank), torch.randn(1, 2, 128, rank).to(dtype))
     assert len(compiled) == 1 and compiled[0].asm["cubin"]
+
+
+# --- of the CPU
+
+
+@pytest.mark.parametrize("name", [name for name in cpu.instruction_sets() if name != "native"])
+def test_every_instruction_set(name):
+    """As the other tests compare the processor's own with PyTorch. In a process of its own, which loads one build."""
+    if not cpu.loaded():
+        pytest.skip("no compiler on this machine")
+    attention = "tests/compression/cache/test_attention.py"
+    tests = [f"{attention}::{test}" for test in ("test_scores_and_sums", "test_every_width", "test_sixteen_bit_models")]
+    tests += ["tests/compression/codecs/test_numerics.py::test_kernels_store_mixed_widths_as_pytorch_does"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not PyTorch", *tests]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"KV_CPU_ISA": name}, capture_output=True, text=True)
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("wanted", ["avx2", "AVX2", "native,avx2"])
+def test_an_instruction_set_that_isnt_there(wanted, monkeypatch):
+    monkeypatch.setattr(cpu, "_processor", lambda: "flags : fpu sse2")
+    monkeypatch.setenv("KV_CPU_ISA", wanted)
+    with pytest.raises(PluginError, match=f"^KV_CPU_ISA='{wanted}': this machine has native, generic$"):
+        cpu.loaded.__wrapped__()
+
+
+def test_every_instruction_set_has_its_build(monkeypatch):
+    named = [cpu._built_for(flags) for flags in cpu.instruction_sets().values()]
+    assert len(set(named)) == len(named) > 1
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "aarch64")
+    assert cpu.instruction_sets() == {"native": ["-march=native"], "generic": []}
