@@ -23,6 +23,7 @@ GROWTH = 32
 DROPPED = 64
 # Error of codes against the spread of tokens up to which tokens count as the same: other tokens have about 2
 SAME_SHARE = 0.3
+FEWEST_CHECKED = 16  # tokens whose size is looked at
 SHORTEST_REACH = 2 * DROPPED - 1  # of windows that are compressed
 MERGED = 4  # a chunk made by merging holds at most 1/MERGED of all entries, so that the largest are never copied
 
@@ -230,8 +231,8 @@ class TokenStore:
 
     def _warn_of_large(self, x: Tensor) -> None:
         """Say once of a store that values are beyond what 16-bit scales and offsets can say."""
-        often = x.is_cuda and x.shape[2] < DROPPED  # asking a GPU for every token would cost more than storing it
-        if self.warned or often or x.dtype == torch.float16 or self.compressor.exact or isinstance(x, FakeTensor):
+        few = x.shape[2] < FEWEST_CHECKED  # to ask for every token of an answer would cost a part of storing it
+        if self.warned or few or x.dtype == torch.float16 or self.compressor.exact or isinstance(x, FakeTensor):
             return
         if (largest := float(x.detach().abs().amax())) > HALF_MAX:
             self.warned = True
