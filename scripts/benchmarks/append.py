@@ -55,7 +55,8 @@ def main() -> None:
     lines = {}
     for row in rows:
         lines.setdefault(row["codec"], []).append(row["append_ms_median"])
-    title = f"{args.layers} layers, {args.kv_heads} KV heads of {args.head_dim}"
+    window = f", window of {args.window}" if args.window else ""
+    title = f"{args.layers} layers, {args.kv_heads} KV heads of {args.head_dim}{window}"
     record = provenance.provenance(args, dtype="bfloat16", rows=rows)
     cli.write(paths, record, lambda: plots.append_times(args.tokens, lines, title), ["benchmark_append"])
 
