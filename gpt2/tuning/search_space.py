@@ -10,6 +10,7 @@ import optuna
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.fit import Calibration
+from gpt2.compression.calibration.stacks import Stacks
 from gpt2.compression.codecs import (
     BASES,
     BITS,
@@ -196,7 +197,8 @@ def usable(
             if family.calibrated and calibration is None:
                 raise PluginError(f"codec {family.codec} needs a calibration")
             if family.calibrated:
-                calibration.transform("v", calibration.geometry.attention[0], None, family.codec)
+                for layers in Stacks(calibration.geometry, "v").groups.values():  # those of one shape have the same
+                    calibration.transform("v", layers[0], None, family.codec)
             full_rank(family.codec, head_dim)  # raises for a codec that would leave no coordinate of this head_dim
             found.append(name)
         except PluginError as error:

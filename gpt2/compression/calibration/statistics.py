@@ -162,6 +162,7 @@ class _Readers:
         self._newest: tuple[int, Tensor, Tensor] | None = None
         self._keys: dict[int, weakref.ref[Tensor]] = {}  # of this window; those that no later layer reads are gone
         self._as_cached: set[int] = set()
+        self._changed: set[int] = set()  # of which attention was seen to read other keys
 
     def taken(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Note that the cache took K and V of a layer."""
@@ -181,14 +182,15 @@ class _Readers:
             return layer, key, value, True
         if self._newest is None or getattr(module, "is_kv_shared_layer", False):
             return None
-        return *self._newest, self._of_one_shape(self._newest[0])
+        layer, keys, values = self._newest
+        if key.shape[-1] != keys.shape[-1] or value.shape[-1] != values.shape[-1]:
+            self._changed.add(layer)
+        return layer, keys, values, self.reads(layer)
 
     def reads(self, layer: int) -> bool:
-        """Whether attention reads a layer's K and V as they are cached."""
-        return layer in self._as_cached or self._of_one_shape(layer)
-
-    def _of_one_shape(self, layer: int) -> bool:
-        return self._geometry.layers[layer].k == self._geometry.layers[layer].v
+        """Whether attention reads a layer's K and V as they are cached; where it wasn't seen, their shapes tell."""
+        own = self._geometry.layers[layer]
+        return layer in self._as_cached or (own.k == own.v and layer not in self._changed)
 
     def forget(self) -> None:
         """A window has ended."""

@@ -91,9 +91,8 @@ class MultiHead(Fisher):
     def arrange(self, k: Tensor, v: Tensor, rotary: Rotary, start: int) -> list[Tensor]:
         """A layer's k, v [B, H, T, d] from position `start` on, as its bases take them: [B, G, T, w] each.
 
-        H and d are the same for k and v where the basis is joint.
-
-        Un-rotating and arranging are orthogonal, so that gradients are arranged in the same way.
+        Un-rotating and arranging are orthogonal, so that gradients are arranged in the same way. k and v may differ in
+        H and d unless the basis is joint.
         """
         k = rotary.unrotate(k, start) if self.unrotated else k
         shapes = [(x.shape[1], x.shape[3]) for x in (k, v)]
