@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.fisher import SAMPLED_BLOCKS
 from gpt2.compression.codecs import multi_head_bases
 from gpt2.compression.codecs.mixed import BLOCK
@@ -40,9 +41,18 @@ class Dimensions:
         return {name: basis.shape(self.geometry) for name, basis in multi_head_bases().items()}
 
 
+def uniform_geometry(config: PretrainedConfig, name: str) -> Geometry:
+    """The layers of a model in which they are alike but for windows. Raises PluginError for others."""
+    geometry, _ = geometry_of(config, name)
+    if not geometry.without_windows().alike:
+        raise PluginError(f"{name}: costs on paper are for models whose layers are all attention of one shape, "
+                          f"and this one has {geometry}: use scripts/benchmarks/cache_bytes.py")  # fmt: skip
+    return geometry
+
+
 def dimensions(config: PretrainedConfig, name: str) -> Dimensions:
     """Dimensions of a model from its config, without loading weights. Norms and biases count as weights of layers."""
-    geometry, _ = geometry_of(config, name)
+    geometry = uniform_geometry(config, name)
     weights = weights_of(config, name)
     text = config.get_text_config(decoder=True)
     embeddings = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)

@@ -14,7 +14,6 @@ from gpt2.experiments import cost_model
 from gpt2.models import random_weights
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel
-from gpt2.models.probe import geometry_of
 
 NARROW = {"intermediate_size": 32, "vocab_size": 128, "pad_token_id": None}
 SIXTEEN = "16-bit"
@@ -41,7 +40,7 @@ def cache_rows(
     """
     rows = []
     for name, config in progress(configs.items()):
-        geometry, _ = geometry_of(config, name)
+        geometry = cost_model.uniform_geometry(config, name)
         heads = heads_per_group(geometry.num_kv_heads, geometry.head_dim)
         part = narrow(config, Geometry.uniform(1, heads, geometry.head_dim))
         parts = geometry.num_layers * geometry.num_kv_heads // heads

@@ -5,6 +5,7 @@ import torch
 from tiny import tiny_loaded, tiny_model, windows
 from transformers import AutoConfig
 
+from gpt2.common.errors import PluginError
 from gpt2.compression.cache.size import held_bytes
 from gpt2.compression.calibration.fisher import collect_fisher
 from gpt2.compression.calibration.statistics import Statistics, collect
@@ -112,3 +113,13 @@ def test_changed_configs_are_cut():
     cut = random_weights.changed(config, 2, vocab_size=50)
     assert (cut.num_hidden_layers, cut.vocab_size, config.num_hidden_layers) == (2, 50, 3)
     assert torch.is_tensor(random_weights.from_config(cut, "cut").model.lm_head.weight)
+
+
+@pytest.mark.parametrize("shape", ["qwen3.5-4b", "deepseek-v3"])
+def test_layers_that_differ_are_rejected(shape):
+    """A hybrid, and latents whose K and V differ in width."""
+    configs = random_weights.read_shapes([f"{shape}.json"])
+    with pytest.raises(PluginError, match=f"{shape}: costs on paper are for models whose layers"):
+        cost_model.dimensions(configs[shape], shape)
+    with pytest.raises(PluginError, match="cache_bytes.py"):
+        predictions.cache_rows(configs, [100], ["kv4"])
