@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-EXACT, TOKEN, CHANNEL, PLANES, FIXED_PLANES = range(5)  # the first four as kernels/cpu.cpp numbers them
+EXACT, TOKEN, CHANNEL, PLANES, FIXED_PLANES = range(5)  # the first four as kernels/cpp/codecs.h numbers them
 BLOCK = 64  # tokens of CHANNEL, PLANES and FIXED_PLANES that are coded together
 OCTAVE = 8  # scales in a byte lie on a grid of so many steps per doubling
 SCALE_ZERO = 17 * OCTAVE  # byte of scale 1: scales go from 2^-17, the least of TOKEN's as well, to 30,000
