@@ -8,13 +8,14 @@ import torch
 import transformers
 from generation import generate, model_of, prompt
 from tiny import tiny_model
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, EncoderDecoderCache
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
-from gpt2.compression.cache import direct_attention
+from gpt2.compression.cache import direct_attention, token_store
 from gpt2.compression.cache.attention import is_enabled
-from gpt2.compression.codecs import Compressor, quantizer_of
+from gpt2.compression.codecs import QUANTIZERS, Compressor, integer
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.presets import create_cache_from_preset
 from gpt2.compression.presets.any_model import preset_for_any_model
@@ -179,14 +180,51 @@ def test_shared_transforms_count_once():
     assert len({k for k, size in transforms.items() if size}) == 1
 
 
-@pytest.mark.parametrize(("dtype", "said"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, False)])
-def test_values_beyond_what_codecs_can_say_are_warned_of_once(caplog, dtype, said):
-    cache = CompressedDynamicCache([Compressor(quantizer_of(None, 8))], [Compressor(quantizer_of(None, 8))])
-    x = torch.full((1, 2, 70, 12), -6e4 if dtype == torch.float16 else -1e5, dtype=dtype)
-    for part in x.split(35, dim=2):
-        cache.update(x.new_ones(part.shape), part, 0)
-    warnings = [record.getMessage() for record in caplog.records]
-    assert len(warnings) == said and all(text.startswith("layer 0, V: values up to") for text in warnings)
+def stored_singly(quantizer: str, x: torch.Tensor) -> CompressedDynamicCache:
+    """A cache of one layer with K and V as x [1, H, n, d], a token at a time from the 60th on."""
+    compressor = Compressor(QUANTIZERS[quantizer])
+    cache = CompressedDynamicCache([compressor], [compressor], sink_tokens=0)
+    for part in x.split([60, *[1] * (x.shape[2] - 60)], dim=2):
+        cache.update(part, part, 0)
+    return cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["int8", "int4", "int8_channel", "int4_channel"])
+@pytest.mark.parametrize("first", [0, 100], ids=["from the first", "later"])
+def test_values_beyond_float16_are_stored_and_read_directly(name, dtype, first, caplog):
+    x = torch.randn(1, 2, 192, 12, generator=torch.Generator().manual_seed(0))
+    x[:, :, first:, 3:5] -= 1e5
+    x[:, :, first:, 7] += 1.5e5
+    x = x.to(dtype)
+    cache = stored_singly(name, x)
+    k, v = cache.layers[0].read()
+    steps = 2 ** QUANTIZERS[name].bits - 1
+    spread = x.float().amax((2, 3)) - x.float().amin((2, 3))
+    assert ((v - x).float().abs().amax((2, 3)) <= spread * (0.6 / steps + torch.finfo(dtype).eps)).all()
+    query = torch.randn(1, 2, 1, 12, generator=torch.Generator().manual_seed(1)).to(dtype) * 1e-5
+    found = direct_attention.attend(*cache.layers[0].stores.values(), query, None, 0.3).float()
+    expected = scaled_dot_product_attention(query.float(), k.float(), v.float(), scale=0.3)
+    assert (found - expected).abs().max() <= 4e-3 * expected.abs().max()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("name", "size", "dtype"), [
+    ("mixed", 1e5, torch.float32), ("int4_channel", 1e6, torch.bfloat16), ("int8", 1e3, torch.float32),
+    ("int4_channel", 6e4, torch.float16),
+])  # fmt: skip
+def test_values_beyond_what_a_codec_can_say_are_warned_of_once(name, size, dtype, caplog):
+    stored_singly(name, torch.full((1, 2, 192, 12), -size, dtype=dtype))
+    said = [record.getMessage() for record in caplog.records]
+    assert [text[:11] for text in said] == (["layer 0, K:", "layer 0, V:"] if size >= 1e5 else [])
+
+
+def test_single_tokens_on_a_gpu_are_looked_at_later(monkeypatch, caplog):
+    """There, looking at each would have every layer wait; what was cut off is told by what it reads as."""
+    monkeypatch.setattr(integer, "beyond_half", lambda z: False)
+    monkeypatch.setattr(token_store, "waits", lambda z: True)
+    stored_singly("int8", torch.cat((torch.ones(1, 1, 62, 12), torch.full((1, 1, 2, 12), -1e5)), dim=2))
+    assert [record.getMessage()[:11] for record in caplog.records] == ["layer 0, K:", "layer 0, V:"]
 
 
 # --- positions that change
