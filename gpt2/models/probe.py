@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from gpt2.common.errors import PluginError, UnsupportedModel
 from gpt2.models.geometry import HYBRID, HYBRID_SLIDING, LINEAR, UNUSED, Geometry, Shape, config_field, layer_kinds
-from gpt2.models.support import SUPPORTED, auto_class, refuse_unsupported, rotary_types
+from gpt2.models.support import SUPPORTED, auto_class, drops_at, refuse_unsupported, rotary_types
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def probe_geometry(model: PreTrainedModel, spec: str) -> Geometry:
         layers.append(replace(kind, k=shapes[0], v=shapes[1], **_uncompressed(layer)))
     if not any(layer.attends for layer in layers):
         raise UnsupportedModel(f"{spec} can't be compressed: none of its layers keeps K and V of tokens; {SUPPORTED}")
-    return Geometry(tuple(layers))
+    return Geometry(tuple(layers), drops_at(model.config))
 
 
 def _uncompressed(layer) -> dict[str, int]:

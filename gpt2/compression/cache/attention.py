@@ -28,6 +28,7 @@ from gpt2.compression.cache.layers import StoredKV, as_new
 from gpt2.compression.cache.token_store import without_autocast
 from gpt2.compression.kernels import cpu
 from gpt2.models.probe import probe_geometry
+from gpt2.models.support import warn_of_positions
 
 NAME = "compressed_cache"  # names with "flash", "sdpa" or "flex" mean something to transformers
 MOST_QUERIES = 64  # per KV head; for more, as in a prompt, reconstructing the history once is faster than reading codes
@@ -88,6 +89,7 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 def _enable(model: PreTrainedModel) -> PreTrainedModel:
     if not getattr(type(model), "_can_set_attn_implementation", lambda: False)():
         raise _unsupported(model, "transformers can't set its attention")
+    warn_of_positions(model.config)
     if model.device.type == "cpu":
         cpu.loaded()  # compile kernels now, so that the first token doesn't wait for them
     training = model.training

@@ -17,7 +17,8 @@ from gpt2.compression.cache import direct_attention, token_store
 from gpt2.compression.cache.attention import is_enabled
 from gpt2.compression.codecs import QUANTIZERS, Compressor, integer
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
-from gpt2.compression.presets import create_cache_from_preset
+from gpt2.compression.kv_policies import create_cache_from_policy
+from gpt2.compression.presets import create_cache_from_preset, get_preset_info
 from gpt2.compression.presets.any_model import preset_for_any_model
 from gpt2.models import support
 from gpt2.models.probe import fingerprint, probe_geometry
@@ -257,6 +258,28 @@ def test_positions_that_change_with_length_are_warned_of(caplog, family, rope, s
     model = phi3() if family == "phi3" else tiny_model(family, **({"rope_parameters": rope} if rope else {}))
     support.warn_of_positions(model.config)
     assert [said in record.getMessage() for record in caplog.records] == [True] * (said is not None)
+
+
+@pytest.mark.parametrize("way", [
+    lambda folder, model: create_cache_from_preset(get_preset_info(folder, "kv8")),
+    lambda folder, model: create_cache_from_policy(model.config, "default"),
+    lambda folder, model: enable_compressed_attention(model),
+], ids=["preset", "policy", "enabling"])  # fmt: skip
+def test_each_way_in_warns_that_a_cache_will_be_dropped(way, tmp_path, caplog):
+    model = phi3()
+    model.config.save_pretrained(tmp_path)
+    way(str(tmp_path), model)
+    assert ["past 40 tokens, transformers drops the cache" in text for text in caplog.messages] == [True]
+
+
+def test_a_cache_near_the_length_at_which_it_is_dropped_says_so_once(tmp_path, caplog):
+    model = phi3()
+    cache = identity_cache(probe_geometry(model, "tiny"))
+    generate(model, cache, PROMPT[:, :20], max_new_tokens=4)
+    assert not caplog.messages
+    out = generate(model, cache, PROMPT[:, :30], max_new_tokens=30, return_dict_in_generate=True)
+    assert out.past_key_values is not cache and cache.get_seq_length() == 40
+    assert [text[:27] for text in caplog.messages] == ["this cache holds 30 tokens,"]
 
 
 def test_scaled_positions_are_another_model():
