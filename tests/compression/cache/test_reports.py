@@ -20,6 +20,7 @@ from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_c
 from gpt2.compression.kv_policies import create_cache_from_policy
 from gpt2.compression.presets import create_cache_from_preset, get_preset_info
 from gpt2.compression.presets.any_model import preset_for_any_model
+from gpt2.experiments.miniatures import tiny_family
 from gpt2.models import support
 from gpt2.models.probe import fingerprint, geometry_of, probe_geometry
 
@@ -154,9 +155,10 @@ def test_gradients_reach_keys_and_values(family, direct):
     assert torch.cosine_similarity(gradients["kv8"], gradients["plain"], dim=0) > 0.9
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "inkling_text"])
 def test_attention_weights_are_given_where_they_are_asked_for(family):
-    model = tiny_model(family)
+    """Inkling adds a bias of positions to its scores."""
+    model = tiny_family(family) if family == "inkling_text" else tiny_model(family)
     cache, plain = cache_of("identity", model), DynamicCache(config=model.config)
     enable_compressed_attention(model)
     found = [model(x, past_key_values=cache, output_attentions=True) for x in (PROMPT[:, :40], PROMPT[:, 40:41])]
