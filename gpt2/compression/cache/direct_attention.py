@@ -125,7 +125,7 @@ def _parts(store: TokenStore) -> tuple[list[cpu.Part], list[cpu.Part] | None]:
         return [], None
     rest, compressor = store.tail.shape[2], store.compressor
     exact = [cpu.exact(start, x) for start, x in ((0, store.sinks), (len(store) - rest, store.tail)) if x.shape[2]]
-    if not cpu.reads(compressor.quantizer.memory_format):
+    if not cpu.reads(store.memory_format):
         return exact, [] if not store.compressed_tokens else None
     rank, blocks = _rank(store), []
     for start, encoded in store.chunks():

@@ -9,6 +9,8 @@ TOKEN          codes [B, G, T, bytes], scale and offset [B, G, T, 1] float16 (`i
 CHANNEL        codes [B, G, n, bytes, r], scale [B, G, n, 1, r] uint8, offset [B, G, n, 1, r] float16 (`per_channel`)
 PLANES         bit planes with metadata [B, G, n, bytes], packed width indices [B, G, n, bytes] (`mixed`)
 FIXED_PLANES   the same planes, without far offsets; width indices [G, r] uint8, the same in every block
+
+Where coordinates exceed float16, TOKEN and CHANNEL have float32 in its place, which PyTorch reads and kernels don't.
 """
 
 from __future__ import annotations
