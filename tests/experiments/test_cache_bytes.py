@@ -11,8 +11,7 @@ from gpt2.compression.cache import size
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.compression.codecs import Compressor, quantizer_for_bits
 from gpt2.compression.named_caches import from_preset
-from gpt2.evaluation import bytes_by_context
-from gpt2.evaluation.bytes_by_context import layers_alike, measure
+from gpt2.evaluation.bytes_by_context import measure
 from gpt2.models import random_weights
 from gpt2.report import plots, tables
 
@@ -60,23 +59,24 @@ def test_a_layer_stands_for_all_that_are_like_it(family, tokens):
     cache, row = size.filled(make, loaded.geometry, tokens), measure(make, loaded.geometry, tokens)
     assert row["attention_bytes"] == row["bytes"] == size.cache_bytes(cache)
     assert (row["exact_bytes"], row["unused_bytes"]) == size.exact_and_unused_bytes(cache)
-    assert row["codec_bytes"] == cache.codec_bytes() and row["measured_tokens"] == tokens
+    assert row["codec_bytes"] == cache.codec_bytes()
 
 
 def test_layers_of_different_bits_are_not_alike():
     geometry = tiny_loaded().geometry
     bits = [Compressor(quantizer_for_bits(b)) for b in (8, 4, 8)]
     make = partial(CompressedDynamicCache, bits, bits, geometry=geometry)
-    assert layers_alike(make, geometry) == {0: 2, 1: 1}
+    assert size.layers_alike(make, geometry) == {0: 2, 1: 1}
     assert measure(make, geometry, 300)["bytes"] == size.held_bytes(make, geometry, 300)
 
 
-def test_longer_contexts_are_taken_in_proportion(monkeypatch):
-    monkeypatch.setattr(bytes_by_context, "LONGEST", 1024)
+def test_longer_contexts_are_counted_without_values(monkeypatch):
     loaded = tiny_loaded("gemma3_text", layer_types=["sliding_attention", "full_attention", "full_attention"])
     make = from_preset("kv4", loaded).make
-    row, exact = measure(make, loaded.geometry, 4096), size.held_bytes(make, loaded.geometry, 4096)
-    assert row["measured_tokens"] == 1024 and row["bytes"] == pytest.approx(exact, rel=0.02)
+    stored = measure(make, loaded.geometry, 1499)
+    monkeypatch.setattr(size, "LONGEST_MEASURED", 1024)
+    monkeypatch.delattr(size, "noise")
+    assert measure(make, loaded.geometry, 1499) == stored
 
 
 @pytest.mark.parametrize("name", ["kv4", "kv8"])
