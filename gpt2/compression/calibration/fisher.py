@@ -211,6 +211,7 @@ def without_parameter_gradients(model: nn.Module):
     Afterwards the parameters require gradients as they did before.
     """
     wanted = [p for p in model.parameters() if p.requires_grad]
+    between = model.register_forward_pre_hook(lambda *_: _cut_states(model))
     # A copy, because some models (CTRL, GIT) go on to change the embedded tokens in place, which no leaf allows
     hook = model.get_input_embeddings().register_forward_hook(
         lambda module, args, out: out.detach().requires_grad_().clone()
@@ -220,8 +221,18 @@ def without_parameter_gradients(model: nn.Module):
         yield
     finally:
         hook.remove()
+        between.remove()
+        _cut_states(model)
         for p in wanted:
             p.requires_grad_(True)
+
+
+def _cut_states(model: nn.Module) -> None:
+    """Cut the states that modules keep themselves (RecurrentGemma's) off the graph of the window that left them."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                setattr(module, name, value.detach())
 
 
 class gradients_throughout(TorchFunctionMode):

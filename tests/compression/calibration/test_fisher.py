@@ -50,6 +50,15 @@ def test_models_may_change_embedded_tokens_in_place(family):
     is_second_moment(fisher_of(loaded, batches)[0], direct_gradients(loaded, batches))
 
 
+def test_states_that_modules_keep_themselves_belong_to_one_window():
+    loaded, batches = wrap(miniatures.tiny_family("recurrent_gemma"), None, "recurrent_gemma"), windows(2, 40)
+    found, _ = fisher_of(loaded, batches)
+    layers = loaded.geometry.attention
+    assert layers and all(found.k.metrics["fisher"][layer].norm() > 0 for layer in layers)
+    kept = [value for module in loaded.model.modules() for value in vars(module).values() if torch.is_tensor(value)]
+    assert kept and all(value.grad_fn is None for value in kept)
+
+
 def test_loops_that_a_model_runs_without_gradients_have_them():
     """HRM runs its layers several times, and leaves out the gradients of all loops but the last."""
     loaded, batches = wrap(miniatures.tiny_family("hrm_text"), None, "hrm_text"), windows(2, 40)
