@@ -4,15 +4,19 @@ import json
 from functools import partial
 
 import pytest
+import torch
 from script_runs import run
 from tiny import tiny_loaded
 
-from gpt2.compression.cache import size
+from gpt2.compression.cache import size, size_only
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.compression.codecs import Compressor, quantizer_for_bits
 from gpt2.compression.named_caches import from_preset
+from gpt2.compression.presets.any_model import ANY_MODEL
+from gpt2.compression.settings import build
 from gpt2.evaluation.bytes_by_context import measure
 from gpt2.models import random_weights
+from gpt2.models.geometry import FULL, SLIDING, Geometry, LayerGeometry, Shape
 from gpt2.report import plots, tables
 
 TOKEN = 2 * 3 * 2 * 12 * 2  # bytes of a token of the tiny model, K and V, in 16 bits
@@ -49,6 +53,23 @@ def test_caches_of_real_shapes_are_smaller_than_transformers(shape, tokens):
         == (shape == "qwen3.5-4b")
         == (row["compression_ratio"] < row["attention_ratio"])
     )
+
+
+@pytest.mark.parametrize("window", [None, 128, 200])
+def test_kv4_is_never_larger_than_transformers(window):
+    """At every length, token by token; least just before a second block is full, or a window's waiting block."""
+    shape = Shape(2, 64)
+    geometry = Geometry((LayerGeometry(SLIDING if window else FULL, shape, shape, window=window),))
+    settings = ANY_MODEL["kv4"]
+    cache = CompressedDynamicCache(*build({"k": [settings[0]], "v": [settings[1]]}, geometry), geometry=geometry)
+    size_only.without_values(cache, geometry, torch.bfloat16)
+    x, ratios = torch.empty(1, 2, 1, 64, dtype=torch.bfloat16, device="meta"), {}
+    for tokens in range(1, 400):
+        size.store(cache.layers[0], x, x)
+        ratios[tokens] = geometry.attention_bytes(tokens) / size.cache_bytes(cache)
+    assert {ratios[tokens] for tokens in range(1, 64)} == {1}
+    least = min(range(64, 400), key=ratios.get)
+    assert (least, round(ratios[least], 2)) == ((190, 1.26) if window == 128 else (127, 1.5))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

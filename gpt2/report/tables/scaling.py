@@ -34,7 +34,8 @@ def _bytes(record: dict, _: list[str]) -> Table:
         )
     note = (
         f"One sequence; bytes per token and ratio at {contexts[-1]:,} tokens, against transformers' own cache in 16 "
-        "bits. Counted layer by layer. The basis is float32, held once for all sequences, and not in the ratio."
+        "bits. One layer of each sort is filled and counted, and stands for all like it. The basis is float32, held "
+        "once for all sequences, and not in the ratio."
     )
     note += "".join(f" {row['shape']} has no {row['cache']}: {row['reason']}." for row in left_out)
     return Table(columns, rows, note)
