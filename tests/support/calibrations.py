@@ -58,7 +58,7 @@ def direct_gradients(loaded: LoadedModel, batches: Tensor, seed: int = 0) -> lis
     for number, tokens in enumerate(batches):
         generator = torch.Generator().manual_seed(seed + fisher.SEED_STEP * number)
         cache = Retaining()
-        embedded = loaded.model.get_input_embeddings()(tokens[None]).requires_grad_()
+        embedded = loaded.model.get_input_embeddings()(tokens[None]).requires_grad_().clone()
         logits = loaded.model(inputs_embeds=embedded, past_key_values=cache, use_cache=True).logits[0]
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         (-logits.log_softmax(-1)[torch.arange(len(labels)), labels].sum()).backward()

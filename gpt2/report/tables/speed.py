@@ -114,9 +114,6 @@ def cache_bytes(record: dict, _: list[str]) -> Table:
     notes += ["Exact: sinks and tail."]
     if calibrated:
         notes.append("The last column counts the basis as if this conversation alone had to hold it.")
-    longest = max(row["measured_tokens"] for row in rows)
-    if any(row["context_tokens"] > longest for row in rows):
-        notes.append(f"Contexts beyond {longest:,} tokens are taken in proportion.")
     lines = [[cell(row) for _, cell in columns] for row in rows]
     return Table([name for name, _ in columns], lines, " ".join(notes))
 
