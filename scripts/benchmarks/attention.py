@@ -9,7 +9,8 @@ each run, and the output of each row is first compared with float32 attention. B
 that a step reads, their rate, and this rate as a share of the device's copy speed. Ratios, paired by repeat, are to
 PyTorch's attention as transformers calls it, and to the fastest 16-bit row. On a GPU times are measured on the GPU; the
 host's time to launch a step is in the file.
-Writes results/runs/attention_step_DEVICE_SHAPE.json and results/plots/attention_step_DEVICE_SHAPE.png.
+Writes results/runs/attention_step_DEVICE_SHAPE.json and results/plots/attention_step_DEVICE_SHAPE.png, with the kind of
+a CPU after the name unless it has AVX-512: attention_step_cpu_SHAPE_avx2.
 """
 
 import gpt2  # noqa: F401  first, so that Ctrl-C during the import of PyTorch prints one line
@@ -20,7 +21,7 @@ import argparse
 import torch
 
 from gpt2 import cli
-from gpt2.common import provenance
+from gpt2.common import machine, provenance
 from gpt2.experiments import attention_speed
 from gpt2.models import loading
 from gpt2.report import plots, tables
@@ -66,12 +67,15 @@ def main() -> None:
     args = parse()
     device = loading.resolve_device(args.device)
     shape = attention_speed.Shape(args.heads, args.kv_heads, args.head_dim, args.batch_size)
-    paths = cli.output_files(args.output, f"attention_step_{provenance.device_slug(device)}_{shape}")
+    name = f"attention_step_{provenance.device_slug(device)}_{shape}"
+    paths = cli.output_files(args.output, cli.of_this_machine(name, device))
+    own = machine.before_timing(str(device))
     timer = attention_speed.Timer(device, args.flush_mib << 20)
     bandwidth = attention_speed.copy_bandwidth(timer, args.copy_mib << 20)
     rows = []
+    reads = attention_speed.kernels(device)
     record = provenance.provenance(
-        args, copy_bytes_per_s=bandwidth, kernels=attention_speed.kernels(device), dtype=args.dtype, rows=rows
+        args, machine=own, copy_bytes_per_s=bandwidth, kernels=reads, dtype=args.dtype, rows=rows
     )
     for context in args.context_lengths:
         rows += attention_speed.measure(

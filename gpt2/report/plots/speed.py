@@ -7,6 +7,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gpt2.common import machine
 from gpt2.report.plots.figure import bar_lengths, color_of, context_axis, new_figure
 
 LINE_STYLES = {"16-bit": "--", "float32": ":", "compressed": "-", "torch.compile": "-."}
@@ -47,7 +48,7 @@ def attention_times(record: dict) -> Figure:
     axis.set_ylabel("ms of attention, one layer, one token per sequence")
     axis.set_title(
         f"{args['heads']} query heads, {args['kv_heads']} KV heads of {args['head_dim']}, batch {args['batch_size']}\n"
-        f"{record['device']}, medians of {args['repeats']} with quartiles"
+        f"{machine.short(record)}, medians of {args['repeats']} with quartiles"
     )
     figure.legend(loc="outside right upper", fontsize=8)
     return figure

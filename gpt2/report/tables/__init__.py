@@ -29,11 +29,13 @@ from gpt2.report.tables.scaling import scaling
 from gpt2.report.tables.side_by_side import side_by_side
 from gpt2.report.tables.speed import (
     appending,
+    attention_of_machines,
     attention_step,
     cache_bytes,
     calibrating,
     largest_batch,
     profile,
+    profile_of_machines,
     profile_steps,
 )
 
@@ -62,6 +64,12 @@ TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
     "validate_ppl": validation,
 }
 
+# The same for tables that show several machines side by side
+OF_MACHINES: dict[str, Callable[[list[dict], list[str]], Table]] = {
+    "attention_step": attention_of_machines,
+    "profile": profile_of_machines,
+}
+
 
 def show(kind: str, record: dict, *words: str, note: bool = True) -> None:
     """Print a table of TABLES for a terminal, after an empty line. words: as its function takes them."""
@@ -83,6 +91,17 @@ def table(name: str, record: dict, words: str | None = None, kind: str | None = 
         made = make(record, words.split(",") if words else [])
         made.markdown()  # fails on cells that aren't strings
         return made
+
+
+def of_machines(names: list[str], records: list[dict], words: str | None = None) -> Table:
+    """One table of the same results on several machines, side by side; as `table` where only one has measured them."""
+    if len(records) == 1:
+        return table(names[0], records[0], words)
+    make = OF_MACHINES.get(kind_of(names[0]))
+    if make is None:
+        raise PluginError(f"no table shows {names[0]} of several machines side by side: take `each`")
+    with shown_of(" and ".join(names)):
+        return make(records, words.split(",") if words else [])
 
 
 def kind_of(name: str) -> str | None:
