@@ -14,6 +14,7 @@ from pathlib import Path
 from gpt2.common.errors import PluginError, brief
 from gpt2.report.table import Table
 from gpt2.report.tables.architectures import architectures
+from gpt2.report.tables.gpu_roofline import attention_bound, gpu_roofline
 from gpt2.report.tables.guide import beside_guide
 from gpt2.report.tables.needle import needle, needle_cells, needle_pairs
 from gpt2.report.tables.quality import (
@@ -42,6 +43,7 @@ from gpt2.report.tables.speed import (
 # Start of a results file's name to its table; a kind that no file name starts with is shown by `as` or by a script
 TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
     "architectures": architectures,
+    "attention_bound": attention_bound,
     "attention_step": attention_step,
     "auto_tune": tuned,
     "benchmark_append": appending,
@@ -49,6 +51,7 @@ TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
     "beside_guide": beside_guide,
     "cache_bytes": cache_bytes,
     "explore_codecs": codec_variations,
+    "gpu_roofline": gpu_roofline,
     "largest_batch": largest_batch,
     "layer_ablation": layer_ablation,
     "needle_cells": needle_cells,
