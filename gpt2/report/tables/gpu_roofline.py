@@ -47,7 +47,7 @@ def _note(record: dict) -> str:
         for gpu in record["gpus"]
     )
     return (
-        f"Computed, not measured: one layer, one token for each of {args['batch_size']} sequences, {args['heads']} "
+        f"Computed, not measured: one layer, one token per sequence, batch of {args['batch_size']}, {args['heads']} "
         f"query heads, {args['kv_heads']} KV heads of {args['head_dim']}; in brackets what takes longest. Data sheets: "
         f"{'; '.join(sheets)}. The kernels multiply in 16 bits."
     )
