@@ -35,6 +35,7 @@ def arguments() -> argparse.ArgumentParser:
     cli.add_cache_flags(p, several=True)
     p.add_argument("--identity", action="store_true", help="add our cache without compression, as a control")
     p.add_argument("--direct", action="store_true", help="also attend over the stored codes of our caches")
+    p.add_argument("--direct-only", action="store_true", help="--direct without the rows that reconstruct")
     p.add_argument("--peers", type=cli.word_list(list(PACKAGES)), default=[], help="quanto, hqq, or both")
     p.add_argument("--context-lengths", type=cli.int_list, default=[512, 1024, 2048], help="tokens before decoding")
     p.add_argument("--batch-sizes", type=cli.int_list, default=[1, 4], help="sequences in a batch")
@@ -52,8 +53,11 @@ def main() -> None:
     paths = cli.output_files(args.output, cli.of_this_machine(f"profile_{loaded.slug}", loaded.device))
     loaded.require_context(max(args.context_lengths), "--context-lengths", after=args.decode_tokens)
     choices = cli.chosen_caches(args, loaded)
-    caches = lineup.for_speed(loaded, choices, identity=args.identity, direct=args.direct, packages=args.peers)
-    if args.direct:
+    direct, reconstruct = args.direct or args.direct_only, not args.direct_only
+    caches = lineup.for_speed(
+        loaded, choices, identity=args.identity, direct=direct, reconstruct=reconstruct, packages=args.peers
+    )
+    if direct:
         enable_compressed_attention(loaded.model)
 
     if loaded.random_weights:

@@ -164,6 +164,8 @@ def select(names: list[str], tables: dict[str, Table], runs: dict[str, Run]) -> 
 
     Without names all tables are chosen. Raises PluginError for a name that is neither a table's nor a run's.
     """
+    of_base = {run.base: name for name, run in runs.items()}  # without this machine's tag
+    names = [name if name in tables else of_base.get(name, name) for name in names]
     if unknown := [name for name in names if name not in tables.keys() | runs.keys()]:
         raise PluginError(f"no table {', '.join(unknown)} in configs/tables: there are {', '.join(tables)}")
     chosen = [tables[name] for name in names or tables if name in tables]

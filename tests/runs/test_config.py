@@ -63,6 +63,7 @@ def test_what_measures_time_has_a_name_for_each_kind_of_machine(tmp_path):
         assert runs.keys() == {wanted, "peers_y"} and known["t"].results == [wanted, "peers_y"]
         assert [item["results"] for item in known["t"].show] == ["peers_m", "peers_y"], "what is shown doesn't depend"
         assert runs[wanted].output == f"runs/{wanted}.json"
+        assert select(["peers_m"], known, runs)[1] == select([wanted], known, runs)[1] == [wanted]
     _, runs = load(Setting("m", machine=THIS, checkout=checkout))
     assert machine.named("peers_m", machine.tag()) in runs
     for bad in ("laptop", "avx2_x", "../avx2", "avx2-X"):
