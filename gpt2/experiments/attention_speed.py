@@ -146,7 +146,7 @@ def measure(
     k, v, q = _noise(shape, context + GENERATED, dtype, device, seed)
     rows = [*_plain_rows(q, k, v)]
     for name in codecs:
-        rows += [_stored_row(label, pair, q, k, v) for label, pair in _compressors(name, bits, shape)]
+        rows += [_stored_row(label, pair, q, k, v) for label, pair in compressors(name, bits, shape)]
     if compiled:
         rows.append(_compiled_row(q, k, v))
     for row in rows:
@@ -223,7 +223,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention_math.attend_reconstructed(k.float(), v.float(), q.float(), None, q.shape[-1] ** -0.5)
 
 
-def _compressors(name: str, bits: Sequence[float], shape: Shape) -> Iterator[tuple[str, tuple[Compressor, Compressor]]]:
+def compressors(name: str, bits: Sequence[float], shape: Shape) -> Iterator[tuple[str, tuple[Compressor, Compressor]]]:
     """Labels and compressors of K and V, for a name of CODECS."""
     layer = Geometry.uniform(1, shape.kv_heads, shape.head_dim)
     if name in ANY_MODEL:

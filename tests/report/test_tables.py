@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from gpt2.common import files
+from gpt2.common import files, machine
 from gpt2.common.errors import PluginError
 from gpt2.report import regions, tables
 
@@ -21,7 +21,7 @@ def test_pages_are_made_of_results():
     found = {page.name: regions.REGION.findall(page.read_text(encoding="utf-8")) for page in regions.pages(files.ROOT)}
     assert len(found["README.md"]) == 2 and len(found["quality.md"]) >= 10 and len(found["speed.md"]) >= 5
     shown = {name for regions in found.values() for _, name, _, _ in regions}
-    committed = {path.stem for path in (files.RESULTS / "runs").glob("*.json")}
+    committed = {machine.untagged(path.stem) for path in (files.RESULTS / "runs").glob("*.json")}
     # The first is a calibration, which other results name; the second is a table of results/tables only
     assert committed - shown == {"kv_calib_smollm2-135m", "validate_ppl_targets_smollm2-135m"}
 
@@ -39,6 +39,35 @@ def test_rows_of_a_speed_table_are_chosen_by_batch_size_and_context():
     assert {(row[0], row[1]) for row in rows} == {("1", "1,024")}
     with pytest.raises(PluginError, match="no rows of context tokens 77"):
         tables.table("profile_smollm2-135m", record, "context=77")
+
+
+def test_machines_stand_side_by_side_or_one_below_the_other_and_never_in_one_table(tmp_path):
+    name = "profile_direct_smollm2-135m"
+    text = (files.RESULTS / "runs" / f"{name}.json").read_text()
+    (tmp_path / f"{name}.json").write_text(text)
+
+    def region(words: str) -> str:
+        return regions.fill(f"<!-- results: {name} {words} -->\n<!-- end -->", tmp_path)
+
+    alone = region("context=256")
+    assert region("each,context=256").splitlines()[1:] == region("machines,context=256").splitlines()[1:]
+    other = json.loads(text) | {"machine": {"processor": "Other", "instruction_sets": ["avx2"], "cores": 4}}
+    other["rows"] = [row | {"token_ms_median": 987.0} for row in other["rows"] if row["cache"] != "kv4"]
+    (tmp_path / f"{name}_avx2.json").write_text(json.dumps(other))
+    assert region("context=256") == alone and "987" not in alone
+    each = region("each,context=256")
+    assert each.count("Machine: ") == 2 and each.count("| batch |") == 2 and "Machine: Other, AVX2, 4 cores" in each
+    beside = region("machines,context=256")
+    assert (
+        beside.count("| batch |") == 1
+        and "| per token, AVX-512 | against baseline, AVX-512 | per token, AVX2 |" in beside
+    )
+    assert "AVX2: Machine: Other" in beside and "987.0 ms" in beside and "kv4, direct" in beside
+    assert "| kv4 |" not in beside, "only rows that both have measured"
+    (tmp_path / "benchmark_append.json").write_text(json.dumps({"rows": [], "args": {}}))
+    (tmp_path / "benchmark_append_avx2.json").write_text(json.dumps({"rows": [], "args": {}}))
+    with pytest.raises(PluginError, match="no table shows benchmark_append of several machines"):
+        regions.fill("<!-- results: benchmark_append machines -->\n<!-- end -->", tmp_path)
 
 
 def test_missing_results_are_named(tmp_path):
