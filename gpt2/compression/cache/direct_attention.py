@@ -9,6 +9,8 @@ The first block may begin with `lead` padding slots, at the positions of the las
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -65,13 +67,9 @@ def weighted_sum(store: TokenStore, p: Tensor) -> Tensor:
     own = store.own_sinks.take(p, store.forgotten) if store.own_sinks else None
     exact, blocks = _parts(store)
     if cpu.usable(p) and blocks is not None:
-        sums = cpu.weighted_sums(exact + blocks, p, [0] * len(exact) + [int(bool(exact))] * len(blocks))
-        total, y = sums[0] if exact else None, sums[-1]
+        total = _total(store, cpu.weighted_sums(exact + blocks, p, _outs(exact, blocks)), bool(exact))
     else:
-        total, y = _weighted_sum(store, p)
-    if store.compressed_tokens:
-        y = store.compressor.reconstruct_sum(y, store.sinks.shape[3])
-        total = y if total is None else total + y
+        total = _total(store, _weighted_sum(store, p), True)
     return total if own is None else total + own
 
 
@@ -95,7 +93,7 @@ def _in_one_pass(
     absorbed = k.compressor.absorb_query(q) if k_blocks else q
     sums = cpu.attend(
         k_exact + k_blocks, [q] * len(k_exact) + [absorbed] * len(k_blocks), v_exact + v_blocks,
-        [0] * len(v_exact) + [int(bool(v_exact))] * len(v_blocks), len(k),
+        _outs(v_exact, v_blocks), len(k),
         bias=None if mask is None else _bias(mask, B, len(k)), sinks=None if sinks is None else sinks.float(),
     )  # fmt: skip
     return None if sums is None else _total(v, sums, bool(v_exact)).view(B, heads, Q, -1).to(query.dtype)
@@ -110,8 +108,13 @@ def _bias(mask: Tensor, batch: int, tokens: int) -> Tensor:
     return mask.float().expand(batch, -1).contiguous()
 
 
-def _total(store: TokenStore, sums: list[Tensor], exact: bool) -> Tensor:
-    """Σ p v̂ [B, H, M, d], of a kernel's sums: over exact tokens, if any, and then over compressed ones, if any."""
+def _outs(exact: list[cpu.Part], blocks: list[cpu.Part]) -> list[int]:
+    """For each part the index of the sum to which it is added: exact parts have one, and compressed parts have one."""
+    return [0] * len(exact) + [int(bool(exact))] * len(blocks)
+
+
+def _total(store: TokenStore, sums: Sequence[Tensor], exact: bool) -> Tensor:
+    """Σ p v̂ [B, H, M, d], of sums over exact tokens, if there are any, and then over compressed ones, if any."""
     total = sums[0] if exact else None
     if not store.compressed_tokens:
         return total

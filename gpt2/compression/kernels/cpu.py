@@ -38,8 +38,8 @@ from gpt2.compression.codecs.mixed import in_blocks, pack_indices
 
 log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "cpp"
-# Sums may be reordered, so that they can be vectorised, but infinities and NaN are respected (so not -ffast-math).
-# OpenMP uses the threads of the library that PyTorch has loaded
+# Infinities and NaN are respected, and sums aren't reordered (so not -ffast-math): GCC would split the chains of
+# multiply-adds that the kernels arrange by hand, and spill. OpenMP uses the threads of the library that PyTorch has loaded
 FLAGS = ["-O3", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
 FLAGS += ["-fopenmp"] * (sys.platform == "linux")
 # What GCC and Clang call levels of x86-64, and the features by which Linux says that a processor has them
@@ -160,9 +160,8 @@ def loaded() -> bool:
         # A killed build leaves PyTorch's own lock file behind, for which the next process would wait forever
         with FileLock(folder / "building"):
             (folder / "lock").unlink(missing_ok=True)
-            cpp_extension.load(
-                name, [str(SOURCES / "kernels.cpp")], extra_cflags=flags, build_directory=str(folder), is_python_module=False
-            )
+            source, where = str(SOURCES / "kernels.cpp"), str(folder)
+            cpp_extension.load(name, [source], extra_cflags=flags, build_directory=where, is_python_module=False)
     except (RuntimeError, OSError, ImportError) as error:
         log.warning(
             "no CPU kernels (building them needs ninja, and GCC 12 or Clang), so attention over codes is slower: %s",
