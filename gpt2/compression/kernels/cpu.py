@@ -39,7 +39,7 @@ from gpt2.compression.codecs.mixed import in_blocks, pack_indices
 log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "cpp"
 # Infinities and NaN are respected, and sums aren't reordered (so not -ffast-math): GCC would split the chains of
-# multiply-adds that the kernels arrange by hand, and spill. OpenMP uses the threads of the library that PyTorch has loaded
+# multiply-adds that the kernels arrange by hand, and spill. OpenMP uses the threads of the library that PyTorch loaded
 FLAGS = ["-O3", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
 FLAGS += ["-fopenmp"] * (sys.platform == "linux")
 # What GCC and Clang call levels of x86-64, and the features by which Linux says that a processor has them

@@ -205,7 +205,8 @@ STORED = ["int8", "int4", "int8_channel", "int4_channel", "mixed"]
 @pytest.mark.parametrize(
     ("k", "v", "shape", "mask"),
     covering(
-        STORED, STORED, [(64, 1), (128, 4), (80, 3), (256, 7), (64, 11)], [None, "bool", "float", "sink logits"], times=2
+        STORED, STORED, [(64, 1), (128, 4), (80, 3), (256, 7), (64, 11)], [None, "bool", "float", "sink logits"],
+        times=2,
     ),
 )  # fmt: skip
 def test_a_decode_step_in_one_pass(k, v, shape, mask, monkeypatch):
