@@ -90,7 +90,8 @@ struct Codes {
     const int all = Codes::rows(rows), half = (all + 1) / 2;
     for (int i = 0; i < half; i += kLanes) {
       const int here = std::min(kLanes, half - i);
-      Lanes each[2][R][kLanes] = {};
+      Lanes each[2][R][kLanes];
+      if (here < kLanes) std::fill_n(&each[0][0][0], 2 * R * kLanes, Lanes{});
       for (int k = 0; k < here; k++) {
         const uint8_t *one = rows[i + k], *two = rows[paired ? i + k : std::min(half + i + k, all - 1)];
         Lanes sums[2][R] = {};
@@ -132,16 +133,21 @@ struct Codes {
     if constexpr (part + N < parts) combine_few<R, N, part + N>(rows, j, w, w_row, out, out_row);
   }
 
-  template <int R, int N, int part, int n = 0>
+  // Codes are decoded before any weight is loaded, so that sums, codes and one weight at a time fill the registers
+  template <int R, int N, int part>
   static void add_parts(Words one, Words two, const float* w1, const float* w2, int64_t w_row, Lanes (&sums)[N][R]) {
+    Lanes first[N], second[N];
+    decode_all<N, part>(one, two, first, second);
+    for (int m = 0; m < R; m++) {
+      for (int n = 0; n < N; n++) sums[n][m] += w1[m * w_row] * first[n];
+      for (int n = 0; n < N; n++) sums[n][m] += w2[m * w_row] * second[n];
+    }
+  }
+  template <int N, int part, int n = 0>
+  static void decode_all(Words one, Words two, Lanes (&first)[N], Lanes (&second)[N]) {
     if constexpr (n < N) {
-      Lanes first, second;
-      decode<part + n>(one, two, first, second);
-      for (int m = 0; m < R; m++) {
-        sums[n][m] += w1[m * w_row] * first;
-        sums[n][m] += w2[m * w_row] * second;
-      }
-      add_parts<R, N, part, n + 1>(one, two, w1, w2, w_row, sums);
+      decode<part + n>(one, two, first[n], second[n]);
+      decode_all<N, part, n + 1>(one, two, first, second);
     }
   }
 
