@@ -123,30 +123,12 @@ def test_validate_fails_when_its_controls_fail(tiny_flags, capsys, monkeypatch):
     assert "the controls failed" in capsys.readouterr().err
 
 
-def test_benchmarks_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(files, "RESULTS", tmp_path)
-    flags = ["--tokens", "16,32", "--layers", 2, "--repeats", 4, "--output", tmp_path / "a.json"]
-    assert run("benchmarks/append", *flags) == 0
-    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
-    assert len(rows) == 10 and all(row["append_ms_median"] > 0 for row in rows)
-
-
 def test_tune_without_a_basis_and_segments(tiny_flags, tmp_path):
     """No calibration is made; segments are as long as the tiny model's 512; no folder of the machine is recorded."""
-    flags = [
-        "--codec",
-        "identity",
-        "--bits",
-        "8",
-        "--target",
-        "kv",
-        "--eval-tokens",
-        "512",
-        "--target-ppl-delta",
-        "0.9",
-    ]
+    flags = [*tiny_flags, "--codec", "identity", "--bits", "8", "--target", "kv", "--eval-tokens", "512"]
+    flags += ["--target-ppl-delta", "0.9"]
     study = files.ROOT / "results/demo/test.db"
-    assert run(TUNE, *tiny_flags, *flags, "--study", study, "--output", "p.json") == 0
+    assert run(TUNE, *flags, "--study", study, "--output", "p.json") == 0
     assert not list(tmp_path.rglob("*.pt")) and create_cache_from_preset(tmp_path / "p.json").codec_bytes() == 0
     preset = json.loads((tmp_path / "p.json").read_text())
     args = preset["provenance"]["args"]
