@@ -1,7 +1,5 @@
 """Records against schemas: what is returned, and what a message says where a record doesn't fit."""
 
-import json
-
 import pytest
 import torch
 
@@ -147,5 +145,6 @@ def test_a_file_that_is_not_json_is_rejected_in_one_line(content, tmp_path):
     assert str(error.value).startswith(f"{path}: not a readable preset: ") and "\n" not in str(error.value)
     with pytest.raises(BadArtefact, match="expected a file"):
         read_json(tmp_path, "preset")
-    path.write_text("\ufeff" + json.dumps({"a": [1]}))
-    assert read_json(path, "preset") == {"a": [1]}, "with the mark that Windows writes"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_bytes('{"a":\r\n ["模型"]}'.encode(encoding))
+        assert read_json(path, "preset") == {"a": ["模型"]}, "with the mark that Windows writes"

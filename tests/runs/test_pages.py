@@ -1,6 +1,5 @@
 """Pages of results: what they show, and that one which was edited or left over is noticed."""
 
-import json
 import re
 import shutil
 
@@ -9,7 +8,6 @@ from checkouts import fake, make_checkout, write_table
 
 from gpt2.common import files
 from gpt2.common.errors import PluginError
-from gpt2.report import tables
 from gpt2.runs import pages
 from gpt2.runs.config import Setting, load
 
@@ -64,13 +62,3 @@ def test_regions_are_made_anew_also_where_one_cant_be(checkout):
         pages.write_regions(checkout)
     text = (checkout / "docs" / "a.md").read_text()
     assert "| kv-4x |" in text and "old" not in text and text.endswith("<!-- end -->\nProse.\n")
-
-
-def test_the_guides_figures_stand_beside_ours():
-    """The same share of head_dim, the same bits; marked as the guide's."""
-    record = json.loads((RUNS / "validate_ppl_smollm2-135m.json").read_text())
-    table = tables.table("validate_ppl_smollm2-135m", record, "rank,bits,target", "beside_guide")
-    cell = {row[0]: row[-1] for row in table.rows}
-    assert "rank 120: +6% at 1.03x (Qwen2.5-7B)" in cell["V rank 60"] and "rank 112: +14%" in cell["V rank 56"]
-    assert "+6%" in cell["V rank 60, 8 bits"] and "ruins quality" in cell["K rank 60"]
-    assert cell["V rank 48"] == cell["V rank 64, 8 bits"] == cell["V rank 60, 4 bits"] == "–"

@@ -180,9 +180,3 @@ def test_where_all_layers_are_alike_a_preset_says_one_ratio(llama, calibration):
     record = made.preset(llama, calibration, "c.pt", measured={"baseline_ppl": 1.0, "ppl": 1.0, "ppl_delta": 0.0})
     assert made.attention_ratio == made.compression_ratio
     assert record.get("attention_ratio") is record.get("context_length") is None
-
-
-def test_joint_on_layers_whose_k_and_v_differ_names_the_codec_that_can():
-    loaded = MIXED["shapes"][0]()
-    with pytest.raises(PluginError, match="layer 0: codec joint needs K and V of one shape.*: use grouped"):
-        calibrate(loaded, TEXT, rank=loaded.geometry.head_dim, codec="joint", compact=True, **SMALL)

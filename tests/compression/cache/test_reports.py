@@ -167,18 +167,6 @@ def test_attention_weights_are_given_where_they_are_asked_for(family):
             torch.testing.assert_close(own, its, rtol=1e-3, atol=1e-5)
 
 
-def test_shared_transforms_count_once():
-    model = model_of("llama")
-    one, several = (create_cache_from_preset(preset_for_any_model("kv4", "tiny", probe_geometry(model, "tiny")))
-                    for _ in range(2))  # fmt: skip
-    for cache in (one, several):
-        generate(model, cache, PROMPT, max_new_tokens=2)
-    compressors = [store.compressor for layer in one.compressed for store in layer.stores.values()]
-    transforms = {id(compressor.transform): compressor.nbytes() for compressor in compressors}
-    assert one.codec_bytes() == sum(transforms.values()) < 3 * one.codec_bytes()
-    assert len({k for k, size in transforms.items() if size}) == 1
-
-
 @pytest.mark.parametrize(("dtype", "said"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, False)])
 def test_values_beyond_what_codecs_can_say_are_warned_of_once(caplog, dtype, said):
     cache = CompressedDynamicCache([Compressor(quantizer_of(None, 8))], [Compressor(quantizer_of(None, 8))])
