@@ -24,10 +24,10 @@ import argparse
 from pathlib import Path
 
 from gpt2 import cli
-from gpt2.common import files
+from gpt2.common import files, trial_queue
 from gpt2.compression.settings import TARGETS
 from gpt2.report import plots, tables
-from gpt2.tuning import grid_search, search_space, trial_queue, tune
+from gpt2.tuning import grid_search, search_space, tune
 
 ONLY = {"grid": ("target", "bits", "codec", "per_layer", "layer_ablation"),
         "codec": ("codecs", "num_trials", "recent_grid")}  # fmt: skip

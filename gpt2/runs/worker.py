@@ -17,10 +17,10 @@ import optuna
 
 from gpt2.common import files
 from gpt2.common.errors import PluginError
+from gpt2.common.trial_queue import Pace, TrialFailed, TrialQueue
 from gpt2.models import loading
 from gpt2.runs.record import write_record
 from gpt2.runs.up_to_date import Matcher
-from gpt2.tuning.trial_queue import Pace, TrialFailed, TrialQueue
 
 PACE = Pace(heartbeat=10, silence=60, look=3.0)  # slow, as runs take minutes and databases may be on a network
 INTERRUPTED = 130  # exit code of a script at Ctrl-C

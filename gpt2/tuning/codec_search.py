@@ -22,11 +22,11 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from gpt2.common.errors import PluginError
+from gpt2.common.trial_queue import TrialQueue, key_of
 from gpt2.compression.settings import plan_record
 from gpt2.evaluation.perplexity import CacheFactory
 from gpt2.tuning.measurement import Search
 from gpt2.tuning.search_space import LOWEST_BITS, Choice, Space, families
-from gpt2.tuning.trial_queue import TrialQueue, key_of
 from gpt2.tuning.trials import Trial, within_budget
 
 LEAST_GAP = 1.02  # smallest ratio of the best choice's bits to bits that failed at which bisection is worth a trial

@@ -11,10 +11,10 @@ import pytest
 from checkouts import fake, make_checkout, started
 from databases import wait_for
 
+from gpt2.common.trial_queue import Pace
 from gpt2.runs import worker
 from gpt2.runs.config import Setting, load
 from gpt2.runs.up_to_date import Matcher
-from gpt2.tuning.trial_queue import Pace
 
 FORK = multiprocessing.get_context("fork")  # nothing to import again
 

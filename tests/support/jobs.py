@@ -12,9 +12,8 @@ from checkouts import fake, make_checkout
 from script_runs import FREE_PRESET, SMALL, SMALL_EVAL
 from tiny import char_tokenizer, tiny_model, word_text
 
-from gpt2.common import files
+from gpt2.common import files, trial_queue
 from gpt2.runs import worker
-from gpt2.tuning import trial_queue
 
 TEXT = ["--model", "tiny", "--text", "words.txt"]
 PRESET = ["--preset", "free.json"]
