@@ -41,7 +41,7 @@ TABLE = Record({"title": Text(), "about": Text(), "runs": Record(others=RUN), "s
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunOptions:
     """The model, text and other settings for which tables are made.
 
     model: embedded model's name, local folder or hub id. text: --text of every run; None for the model's default text.
@@ -94,7 +94,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Table:
+class TableDefinition:
     """The definition of a table, with placeholders replaced in names. show: dicts as in SHOW."""
 
     name: str
@@ -109,26 +109,30 @@ class Table:
         return list(dict.fromkeys(item["results"] for item in self.show))
 
 
-def load(setting: Setting) -> tuple[dict[str, Table], dict[str, Run]]:
+def load(options: RunOptions) -> tuple[dict[str, TableDefinition], dict[str, Run]]:
     """All tables and all runs of a checkout, by name. Raises PluginError for an invalid file."""
     tables, runs = {}, {}
-    for path in sorted((setting.checkout / "configs" / "tables").glob("*.json")):
+    for path in sorted((options.checkout / "configs" / "tables").glob("*.json")):
         record = parse(read_json(path, "table"), TABLE, path.name, noun="key")
         for name, defined in record["runs"].items():
-            run = _run(setting, name, defined, path)
+            run = _run(options, name, defined, path)
             if runs.setdefault(run.name, run) != run:
                 raise PluginError(
                     f"{path.name}: run {name} is defined differently in another table: give it another name"
                 )
-        show = [{key: setting.fill(value) for key, value in item.items()} for item in record["show"]]
-        tables[path.stem] = Table(path.stem, record["title"], record["about"], show, setting.fill(record["plots"]))
+        show = [{key: options.fill(value) for key, value in item.items()} for item in record["show"]]
+        tables[path.stem] = TableDefinition(
+            path.stem, record["title"], record["about"], show, options.fill(record["plots"])
+        )
     for wanted, where in _references(tables, runs):
         if wanted not in runs:
             raise PluginError(f"{where}: no table defines a run {wanted}: define it under `runs`, or correct the name")
     return tables, runs
 
 
-def select(names: list[str], tables: dict[str, Table], runs: dict[str, Run]) -> tuple[list[Table], list[str]]:
+def select(
+    names: list[str], tables: dict[str, TableDefinition], runs: dict[str, Run]
+) -> tuple[list[TableDefinition], list[str]]:
     """The tables with these names, and the wanted runs: those that the tables show, and those that are named.
 
     Without names all tables are chosen. Raises PluginError for a name that is neither a table's nor a run's.
@@ -140,19 +144,19 @@ def select(names: list[str], tables: dict[str, Table], runs: dict[str, Run]) -> 
     return chosen, list(dict.fromkeys([*single, *(name for table in chosen for name in table.results)]))
 
 
-def _references(tables: dict[str, Table], runs: dict[str, Run]):
+def _references(tables: dict[str, TableDefinition], runs: dict[str, Run]):
     for table in tables.values():
         yield from ((name, f"{table.name}.json") for name in table.results)
     for run in runs.values():
         yield from ((name, f"run {run.name}") for name in run.needs)
 
 
-def _run(setting: Setting, name: str, defined: dict, path: Path) -> Run:
-    if not (setting.checkout / "scripts" / f"{defined['script']}.py").is_file():
+def _run(options: RunOptions, name: str, defined: dict, path: Path) -> Run:
+    if not (options.checkout / "scripts" / f"{defined['script']}.py").is_file():
         raise PluginError(f"{path.name}: run {name}: no script {defined['script']}.py in scripts")
-    args = defined["args"] | (defined["quick"] if setting.quick else {})
-    name = setting.fill(name)
+    args = defined["args"] | (defined["quick"] if options.quick else {})
+    name = options.fill(name)
     return Run(
-        name, defined["script"], {flag: setting.fill(value) for flag, value in args.items()},
-        tuple(setting.fill(defined["needs"])), setting.fill(defined.get("output", f"runs/{name}.json")),
+        name, defined["script"], {flag: options.fill(value) for flag, value in args.items()},
+        tuple(options.fill(defined["needs"])), options.fill(defined.get("output", f"runs/{name}.json")),
     )  # fmt: skip

@@ -9,7 +9,7 @@ from checkouts import fake, make_checkout, write_table
 from gpt2.common import files
 from gpt2.common.errors import PluginError
 from gpt2.runs import pages
-from gpt2.runs.config import Setting, load
+from gpt2.runs.config import RunOptions, load
 
 RUNS = files.RESULTS / "runs"
 RESULT = "ratio_presets_smollm2-135m"
@@ -25,8 +25,8 @@ def checkout(tmp_path):
 
 
 def write(checkout, model: str = "smollm2-135m"):
-    setting = Setting(model, checkout=checkout)
-    return pages.write(setting, load(setting)[0]["t"])
+    options = RunOptions(model, checkout=checkout)
+    return pages.write(options, load(options)[0]["t"])
 
 
 def with_results(checkout) -> None:

@@ -13,17 +13,17 @@ from databases import wait_for
 
 from gpt2.common.trial_queue import Pace
 from gpt2.runs import worker
-from gpt2.runs.config import Setting, load
+from gpt2.runs.config import RunOptions, load
 from gpt2.runs.up_to_date import Matcher
 
 FORK = multiprocessing.get_context("fork")  # nothing to import again
 
 
 def work(checkout: Path, storage: Path) -> dict[str, str]:
-    setting = Setting(checkout=checkout)
-    tables, runs = load(setting)
+    options = RunOptions(checkout=checkout)
+    tables, runs = load(options)
     wanted = [name for table in tables.values() for name in table.results]
-    return worker.Worker(storage, Matcher(setting, runs), Pace(1, 2, 0.1), lambda line: None).work(wanted)
+    return worker.Worker(storage, Matcher(options, runs), Pace(1, 2, 0.1), lambda line: None).work(wanted)
 
 
 @pytest.fixture
