@@ -22,22 +22,22 @@ from pathlib import Path
 
 from gpt2.common import files
 from gpt2.common.errors import PluginError
-from gpt2.common.schema import Default, ListOf, Plain, Record, Text, parse, read_json
+from gpt2.common.schema import Default, ListOf, Plain, Record, String, parse, read_json
 from gpt2.models import embedded, loading
 from gpt2.text import sources
 
-NAMES = ListOf(Text())
+NAMES = ListOf(String())
 RUN = Record(
     {
-        "script": Text(),
+        "script": String(),
         "args": Record(others=Plain()),
         "quick": Default(Record(others=Plain()), {}),
         "needs": Default(NAMES, []),
-        "output": Default(Text()),
+        "output": Default(String()),
     }
 )
-SHOW = Record({"results": Text(), "rows": Default(Plain()), "as": Default(Text()), "heading": Default(Text())})
-TABLE = Record({"title": Text(), "about": Text(), "runs": Record(others=RUN), "show": ListOf(SHOW), "plots": NAMES})
+SHOW = Record({"results": String(), "rows": Default(Plain()), "as": Default(String()), "heading": Default(String())})
+TABLE = Record({"title": String(), "about": String(), "runs": Record(others=RUN), "show": ListOf(SHOW), "plots": NAMES})
 
 
 @dataclass(frozen=True)
