@@ -65,7 +65,7 @@ def bits_list(word: str) -> list[float]:
 def main() -> None:
     args = parse()
     device = loading.resolve_device(args.device)
-    shape = attention_speed.Shape(args.heads, args.kv_heads, args.head_dim, args.batch_size)
+    shape = attention_speed.AttentionShape(args.heads, args.kv_heads, args.head_dim, args.batch_size)
     paths = cli.output_files(args.output, f"attention_step_{provenance.device_slug(device)}_{shape}")
     timer = attention_speed.Timer(device, args.flush_mib << 20)
     bandwidth = attention_speed.copy_bandwidth(timer, args.copy_mib << 20)
