@@ -33,7 +33,7 @@ class Calibration:
     @property
     def geometry(self) -> Geometry:
         """The layers of the calibrated model's cache."""
-        return geometry_of(self.meta)
+        return described_geometry(self.meta)
 
     @property
     def basis_codec(self) -> str:
@@ -127,7 +127,7 @@ class Calibration:
             )
 
 
-def geometry_of(meta: dict) -> Geometry:
+def described_geometry(meta: dict) -> Geometry:
     """The geometry that a calibration's metadata describe: `layers`, or where all are alike three numbers."""
     if "layers" in meta:
         return Geometry.from_record(meta["layers"])
@@ -135,7 +135,7 @@ def geometry_of(meta: dict) -> Geometry:
 
 
 def geometry_record(geometry: Geometry) -> dict:
-    """The inverse of `geometry_of`. The three numbers are of the first layer with K and V where layers differ."""
+    """The inverse of `described_geometry`. The three numbers are of the first layer with K and V where layers differ."""
     record = {name: getattr(geometry, name) for name in ("num_layers", "head_dim", "num_kv_heads")}
     return record if geometry.alike else record | {"layers": LAYERS.parse(geometry.record(), ())}
 
