@@ -134,8 +134,8 @@ def copy_bandwidth(timer: Timer, nbytes: int) -> float:
 
 @torch.no_grad()
 def measure(
-    shape: AttentionShape, context: int, codecs: Sequence[str], bits: Sequence[float], timer: Timer, bandwidth: float, *,
-    dtype: torch.dtype = torch.bfloat16, repeats: int = 20, compiled: bool = False, seed: int = 0, progress=iter,
+    shape: AttentionShape, context: int, codecs: Sequence[str], bits: Sequence[float], timer: Timer, bandwidth: float,
+    *, dtype: torch.dtype = torch.bfloat16, repeats: int = 20, compiled: bool = False, seed: int = 0, progress=iter,
 ) -> list[dict]:  # fmt: skip
     """One results record per row, at one context length in tokens. Raises PluginError if a row's output is wrong.
 

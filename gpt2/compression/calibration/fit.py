@@ -135,7 +135,7 @@ def described_geometry(meta: dict) -> Geometry:
 
 
 def geometry_record(geometry: Geometry) -> dict:
-    """The inverse of `described_geometry`. The three numbers are of the first layer with K and V where layers differ."""
+    """The inverse of `described_geometry`. Where layers differ the three numbers are of the first with K and V."""
     record = {name: getattr(geometry, name) for name in ("num_layers", "head_dim", "num_kv_heads")}
     return record if geometry.alike else record | {"layers": LAYERS.parse(geometry.record(), ())}
 
