@@ -2,7 +2,7 @@
 
 A schema is built from the kinds below, for example
 
-    Record({"rank": Whole(1, 64), "codec": Default(String(), "pca"), "widths": Default(Nullable(ListOf(Whole())), None)})
+    Record({"rank": Whole(1, 64), "codec": Default(String(), "pca"), "widths": Default(Nullable(ListOf(Whole())))})
 
 `parse(value, schema, file)` returns the record with defaults filled in and tensors in the precision to work with. It
 raises BadArtefact where the record doesn't fit; the message names the file, the field, what was expected and what was

@@ -108,12 +108,12 @@ class Preset:
                                   f"found {found}: this preset is of another model")  # fmt: skip
         return replace(self, geometry=geometry, plan=_plan(self.record, geometry, f"preset for {self.model}"))
 
-    def windows(self, **overrides: int) -> dict[str, int]:
+    def exact_tokens(self, **overrides: int) -> dict[str, int]:
         """Numbers of exact tokens, as a cache takes them. Raises PluginError for an override of another name."""
-        windows = {"sink_tokens": self.sink_tokens, "recent_tokens": self.recent_tokens}
-        if unknown := sorted(set(overrides) - set(windows)):
-            raise PluginError(f"unknown {', '.join(unknown)}: a cache takes {' and '.join(windows)}")
-        return windows | overrides
+        exact = {"sink_tokens": self.sink_tokens, "recent_tokens": self.recent_tokens}
+        if unknown := sorted(set(overrides) - set(exact)):
+            raise PluginError(f"unknown {', '.join(unknown)}: a cache takes {' and '.join(exact)}")
+        return exact | overrides
 
 
 def parse(preset: dict, where: str = "preset") -> Preset:
