@@ -112,7 +112,7 @@ def add_text_flags(p: argparse.ArgumentParser) -> None:
         help="embedded, wikitext2, a file, a folder with *valid*.txt and *test*.txt, self (sampled from the model), "
         "or several of these joined by +, in equal shares; embedded if omitted for the embedded model, else wikitext2",
     )
-    p.add_argument("--seed", type=int, default=0, help="of calibration windows, needle prompts and the bootstrap")
+    p.add_argument("--seed", type=int, default=0, help="of calibration segments, needle prompts and the bootstrap")
 
 
 def add_eval_text_flag(p: argparse.ArgumentParser) -> None:

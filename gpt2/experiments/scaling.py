@@ -101,15 +101,15 @@ def seconds(wait: Callable[[], None], work: Callable[[], object]) -> float:
 # --- calibration
 
 
-def first_pass(loaded: LoadedModel, windows: Tensor) -> object:
+def first_pass(loaded: LoadedModel, segments: Tensor) -> object:
     """Statistics of K and V, as calibration collects them."""
-    return collect(loaded, windows, SINK_TOKENS)
+    return collect(loaded, segments, SINK_TOKENS)
 
 
-def gradient_pass(loaded: LoadedModel, windows: Tensor) -> object:
+def gradient_pass(loaded: LoadedModel, segments: Tensor) -> object:
     """The Fisher statistics of calibration, which need a backward pass."""
     moments = [Moments.zeros(loaded.geometry) for _ in range(2)]
-    return collect_fisher(loaded, windows, Statistics(*moments), SINK_TOKENS, multi_head_bases())
+    return collect_fisher(loaded, segments, Statistics(*moments), SINK_TOKENS, multi_head_bases())
 
 
 def first_flops(dims: Dimensions, samples: int, tokens: int) -> float:
@@ -129,18 +129,18 @@ def pass_ratios(loaded: LoadedModel, sizes: Sizes, repeats: int) -> list[dict]:
     """Ratio of each calibration pass to forward passes over the same samples, measured in pairs, and as counted."""
     dims = cost_model.dimensions(loaded.model.config, loaded.spec)
     samples, tokens, wait = sizes.samples[1], max(sizes.segment_lengths) // 4, synchronizer(loaded.model)
-    windows = random_tokens(loaded, samples, tokens, seed=0)
+    segments = random_tokens(loaded, samples, tokens, seed=0)
 
     def forward() -> None:
-        for window in windows:
-            loaded.model.base_model(input_ids=window[None], use_cache=True)
+        for segment in segments:
+            loaded.model.base_model(input_ids=segment[None], use_cache=True)
 
     forward()
     found = []
     for step, (work, flops) in PASSES.items():
         ratios = []
         for _ in range(repeats):
-            own = seconds(wait, partial(work, loaded, windows))
+            own = seconds(wait, partial(work, loaded, segments))
             ratios.append(own / seconds(wait, forward))
         counted = flops(dims, samples, tokens) / (samples * cost_model.forward_flops(dims, tokens))
         found.append(
@@ -153,8 +153,8 @@ def _pass_point(step: str, loaded: LoadedModel, samples: int, tokens: int, x: fl
     """One calibration pass over random samples. x: None stands for the predicted FLOPs."""
     work, flops = PASSES[step]
     predicted = flops(cost_model.dimensions(loaded.model.config, loaded.spec), samples, tokens)
-    windows = random_tokens(loaded, samples, tokens, seed=0)
-    run = partial(seconds, synchronizer(loaded.model), partial(work, loaded, windows))
+    segments = random_tokens(loaded, samples, tokens, seed=0)
+    run = partial(seconds, synchronizer(loaded.model), partial(work, loaded, segments))
     return Point(predicted if x is None else x, predicted, run)
 
 
@@ -215,7 +215,7 @@ def memory(loaded: LoadedModel, configs: Configs, sizes: Sizes) -> Iterator[Seri
         one.append(Point(g.num_layers * g.num_kv_heads * g.head_dim**2, cost_model.statistics_bytes(dims), heads))
         groups = sum(e.num_layers * e.num_kv_heads * e.head_dim**2 for e in dims.multi_head_shapes().values())
         added = cost_model.gradient_statistics_bytes(dims)
-        added["blocks"] //= cost_model.SAMPLED_BLOCKS  # the measured window has only one block
+        added["blocks"] //= cost_model.SAMPLED_BLOCKS  # the measured segment has only one block
         other.append(Point(groups, sum(added.values()), partial(_gradient_bytes, config, g)))
     names = f"caches of {len(configs)} shapes"
     yield Series("calibrate: statistics of heads", "layers · heads · d²", names, one, BYTES)
@@ -239,8 +239,8 @@ def _gradient_bytes(config: PretrainedConfig, geometry: Geometry) -> float:
     """Bytes of the statistics that the gradient pass adds, after one sample of one block."""
     loaded = narrow(config, geometry)
     moments = [Moments.zeros(geometry) for _ in range(2)]
-    windows = random_tokens(loaded, 1, SINK_TOKENS + cost_model.BLOCK, seed=0)
-    found = collect_fisher(loaded, windows, Statistics(*moments), SINK_TOKENS, multi_head_bases())
+    segments = random_tokens(loaded, 1, SINK_TOKENS + cost_model.BLOCK, seed=0)
+    found = collect_fisher(loaded, segments, Statistics(*moments), SINK_TOKENS, multi_head_bases())
     return float(sum(_nbytes(m.metrics["fisher"]) for m in moments) + sum(map(measured_bytes, found.values())))
 
 

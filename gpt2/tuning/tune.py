@@ -16,7 +16,7 @@ from gpt2.compression.calibration.reuse import obtain_calibration
 from gpt2.compression.codecs import basis_of
 from gpt2.compression.presets import build, calibration_lookup
 from gpt2.models.loading import LoadedModel
-from gpt2.text.windows import Text
+from gpt2.text.texts import Text
 from gpt2.tuning import codec_search, grid_search, search_space
 from gpt2.tuning.measurement import Search
 from gpt2.tuning.trials import Trial, confirm_best, percent

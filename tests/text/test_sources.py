@@ -101,7 +101,7 @@ def test_segments_are_drawn_by_seed(text):
     assert drawn[0].shape == (5, 16) and not torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], text.segments("calibration", reader(), 16, 5, seed=0))
     more = text.segments("calibration", reader(), 16, 9, seed=0)
-    assert torch.equal(more[:5], drawn[0]), "more samples add windows and keep those before"
+    assert torch.equal(more[:5], drawn[0]), "more samples add segments and keep those before"
 
 
 def test_segments_are_fewer_where_the_text_is_short_but_not_none(text):

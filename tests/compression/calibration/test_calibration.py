@@ -67,7 +67,7 @@ def test_only_the_calibration_part_is_read(llama, made):
     assert same(calibrate(llama, other, rank=9, **SMALL), made)
 
 
-def test_fewer_windows_than_samples_use_all_and_say_so(llama):
+def test_fewer_segments_than_samples_use_all_and_say_so(llama):
     available = len(TEXT.tokens("calibration", llama)) // 300
     meta = calibrate(llama, TEXT, rank=9, samples=100, seq_len=300).meta
     assert 0 < available < 100 and meta["samples"] == 100 and meta["tokens"] == available * 300

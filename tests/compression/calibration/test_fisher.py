@@ -146,7 +146,7 @@ def test_the_model_is_left_as_it_was(implementation, checkpointing, interrupted)
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_nothing_is_kept_beyond_the_reservoir(llama, checkpointing, monkeypatch):
-    """Live bytes don't grow with the windows once the reservoir is full; also without the cycle collector."""
+    """Live bytes don't grow with the segments once the reservoir is full; also without the cycle collector."""
     monkeypatch.setattr(fisher, "SAMPLED_BLOCKS", 2)
     batches, alive = windows(7, 80), []
     statistics = collect(llama, batches, SINKS)
@@ -197,7 +197,7 @@ def test_a_model_that_gradients_do_not_reach_is_rejected(llama, monkeypatch):
         collect_fisher(llama, windows(1, 20), statistics, SINKS, {})
 
 
-def test_windows_shorter_than_a_block_have_a_metric_but_no_joint_codec(llama):
+def test_segments_shorter_than_a_block_have_a_metric_but_no_joint_codec(llama):
     short = {"rank": 9, "samples": 2, "seq_len": 64 + SINKS - 1, "sink_tokens": SINKS}
     made = calibrate(llama, TEXT, codec="fisher", **short)
     assert not made.multi_head and made.transform("k", 0).rank == 9 and made.meta["metric"] == "fisher"
