@@ -70,7 +70,7 @@ def runs_start_to_end(family: str, row: dict, folder) -> None:
     rank = min(9, *(shape.width for _, _, shape in loaded.geometry.sides()))
     calibration = calibrate(loaded, text(), rank=rank, samples=2, seq_len=32)
     assert (calibration.statistics.k.count[loaded.geometry.attention] == 2 * (32 - 4)).all()
-    assert all(own.isfinite().all() for own in calibration.energies()["v"] if own is not None)
+    assert all(own.isfinite().all() for own in calibration.kept_variance()["v"] if own is not None)
     if row["mode"] == DIRECT:
         metric = calibration.statistics.k.metrics["attention"]
         seen = [metric[layer].diagonal(dim1=-2, dim2=-1).sum(-1) > 0 for layer in loaded.geometry.attention]

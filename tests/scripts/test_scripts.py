@@ -48,7 +48,7 @@ def test_calibrate_writes_where_it_is_asked_to(tiny_flags, tmp_path, capsys):
     meta = load_calibration(tmp_path / "out/c.pt").meta
     assert (meta["rank"], meta["samples"], meta["seq_len"], meta["tokens"]) == (9, 3, 64, 192)
     said = capsys.readouterr().out
-    assert "energy kept at rank 9 of 12" in said and "need no gradients" in said
+    assert "variance kept at rank 9 of 12" in said and "need no gradients" in said
     assert run(CALIBRATE, *tiny_flags, *SMALL) == 0
     (written,) = {name for name in listing(tmp_path) if name.endswith(".pt")} - {"out/c.pt"}
     assert written.startswith("results/calibrations/kv_lowrank_calib_tiny-llama"), "without --output"

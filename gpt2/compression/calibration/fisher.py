@@ -32,6 +32,7 @@ SAMPLED_BLOCKS = 48  # of 64 tokens, of each layer
 # Share of the metric between different heads that is kept, where a few thousand tokens estimate it with much noise. No
 # measurement tells shares from 0 to 1 apart (results/runs/explore_codecs_*), and half of it bounds the noise
 CROSS_HEAD_SHARE = 0.5
+WITHOUT_CHECKPOINTING = "calibrate with checkpointing=False (in scripts, leave --gradient-checkpointing out)"
 SEED_STEP = 1_000_003  # from segment to segment, so that neighbouring seeds share no labels
 
 
@@ -70,7 +71,7 @@ def drawn_labels(logits: Tensor, seed: int, segment: int) -> Tensor:
     probabilities = logits.detach().float().softmax(-1)
     generator = torch.Generator(logits.device).manual_seed(seed + SEED_STEP * segment)
     if not torch.isfinite(probabilities).all():
-        raise PluginError("NaN or infinite logits, nothing was written. Try --dtype float32 or bfloat16")
+        raise PluginError("NaN or infinite logits: load the model in float32 or bfloat16 (scripts: --dtype float32)")
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
@@ -129,7 +130,7 @@ class _Arrivals:
         if self.missing:
             raise PluginError(
                 "no gradients reached K and V of every layer, so there is no Fisher metric for this model: "
-                "use --metric pca or attention"
+                "take metric pca or attention (scripts: --metric pca or attention)"
             )
 
     def watch(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -137,8 +138,7 @@ class _Arrivals:
         own = self.geometry.layers[layer] if layer < self.geometry.num_layers else LayerGeometry(NOTHING)
         if any(shape is None or x.shape[1::2] != (shape.heads, shape.width) for shape, x in ((own.k, k), (own.v, v))):
             raise PluginError(
-                f"layer {layer}: its attention doesn't read K and V as the cache has them: leave "
-                "--gradient-checkpointing out"
+                f"layer {layer}: its attention doesn't read K and V as the cache has them: {WITHOUT_CHECKPOINTING}"
             )
         kept = k.detach(), v.detach()  # a hook that held k or v itself would be held by it: never freed
         for side, x in (("k", k), ("v", v)):
@@ -246,12 +246,10 @@ def _checkpointed(model: nn.Module, watch: Callable[[int, Tensor, Tensor], None]
 
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers or not model.supports_gradient_checkpointing:
-        raise PluginError(f"{type(model).__name__} has no gradient checkpointing: leave --gradient-checkpointing out")
+        raise PluginError(f"{type(model).__name__} has no gradient checkpointing: {WITHOUT_CHECKPOINTING}")
     with ExitStack() as stack:
         if not stack.enter_context(wrapped_attention(model, tap)):
-            raise PluginError(
-                f"{type(model).__name__} has its attention hard-wired: leave --gradient-checkpointing out"
-            )
+            raise PluginError(f"{type(model).__name__} has its attention hard-wired: {WITHOUT_CHECKPOINTING}")
         for layer in layers:
             stack.enter_context(_recomputing(layer))
         yield lambda tokens: model(tokens, use_cache=False).logits

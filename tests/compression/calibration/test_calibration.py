@@ -73,10 +73,10 @@ def test_fewer_segments_than_samples_use_all_and_say_so(llama):
     assert 0 < available < 100 and meta["samples"] == 100 and meta["tokens"] == available * 300
 
 
-def test_energy_is_cumulative_and_ends_at_one(made):
+def test_kept_variance_is_cumulative_and_ends_at_one(made):
     for side in ("k", "v"):
-        energy = torch.stack(made.energies()[side])
-        assert (energy.diff(dim=-1) >= 0).all() and torch.allclose(energy[..., -1], torch.ones(()).double())
+        kept = torch.stack(made.kept_variance()[side])
+        assert (kept.diff(dim=-1) >= 0).all() and torch.allclose(kept[..., -1], torch.ones(()).double())
 
 
 @pytest.mark.parametrize(

@@ -147,13 +147,13 @@ def test_a_compact_calibration_has_half_the_bytes_of_its_basis(family, tmp_path)
     back = load_calibration(save_calibration(compact, tmp_path / "c.pt"))
     assert back.geometry == whole.geometry and back.statistics is None and list(back.multi_head) == ["grouped"]
     assert {E.dtype for E in tensor_file.read(tmp_path / "c.pt")["grouped"]["E"]} == {torch.float16}
-    energies = back.energies()
+    variance = back.kept_variance()
     for layer, (keys, values) in vectors(family).items():
         assert close(back.transform("k", layer).E, whole.transform("k", layer, codec="grouped").E, 1e-2)
         k, v = compressors_for("kv", 8, None, back, quantizer="mixed")
         assert lost(k[layer], keys) < 0.06 and lost(v[layer], values) < 0.06
-        assert torch.allclose(energies["v"][layer][..., -1], torch.ones(()).double())
-    assert [own is None for own in energies["k"]] == [not layer.attends for layer in back.geometry.layers]
+        assert torch.allclose(variance["v"][layer][..., -1], torch.ones(()).double())
+    assert [own is None for own in variance["k"]] == [not layer.attends for layer in back.geometry.layers]
 
 
 def test_a_file_has_a_stack_for_each_shape():

@@ -169,9 +169,9 @@ def same_codec(a: MultiHeadFit, b: MultiHeadFit) -> bool:
 
 
 def test_the_files_own_basis_is_that_of_single_heads(made):
-    """What a joint calibration shows as energy, and gives where another codec isn't named."""
+    """What a joint calibration shows as kept variance, and gives where another codec isn't named."""
     assert [E.shape for E in made.bases["k"]["E"]] == [(H, D, D)] * L
-    assert [energy.shape for energy in made.energies()["v"]] == [(H, D)] * L
+    assert [kept.shape for kept in made.kept_variance()["v"]] == [(H, D)] * L
     assert torch.equal(made.transform("k", 0, 9, "fisher").E, made.bases["k"]["E"][0][..., :9])
     assert made.transform("k", 0).joint
     assert made.statistics.k.metrics.keys() == made.statistics.v.metrics.keys() == {"attention", "fisher"}
