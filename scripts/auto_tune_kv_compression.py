@@ -51,7 +51,9 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--context-length", type=cli.positive_int, default=2048, help="tokens at which the ratio counts")
     p.add_argument("--study", type=Path, default=files.RESULTS / "studies" / "auto_tune.db", help="SQLite file")
     p.add_argument("--name", help="name of the preset; from target and budget if omitted")
-    p.add_argument("--output", type=cli.output_path, help="preset file; results/presets/MODEL-NAME.json if omitted")
+    p.add_argument(
+        "--output", type=cli.output_file(".json"), help="preset file; results/presets/MODEL-NAME.json if omitted"
+    )
     return p
 
 

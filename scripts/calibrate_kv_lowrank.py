@@ -19,7 +19,7 @@ Several GPUs, each with a copy of the model, can share the sequences; the result
 import argparse
 
 from gpt2 import cli
-from gpt2.common import files
+from gpt2.common import files, tensor_file
 from gpt2.common.processes import Processes
 from gpt2.compression.calibration.calibrate import calibrate, chosen_codec, suggested_rank
 from gpt2.compression.calibration.file import calibration_folders, save_calibration
@@ -51,7 +51,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--output",
-        type=cli.output_path,
+        type=cli.output_file(*tensor_file.SUFFIXES),
         help="calibration file, .pt or .safetensors; a .pt under results/calibrations if omitted",
     )
     p.add_argument(

@@ -153,9 +153,12 @@ BAD = [
     ([TUNE, "--study", "short.txt"], "can't use short.txt as a study (file is not a database)"),
     ([TUNE, "--study", "bank.db"], "it isn't an Optuna database"),
     ([TUNE, "--study", "pipe"], "it is no regular file"),
-    ([TUNE, "--calibration", "words.txt", "--output", "words.txt"], "--output and --text name the same file"),
-    ([CALIBRATE, "--output", "link.txt"], "--output and --text name the same file"),
-    ([CALIBRATE, "--output", "x" * 300], "File name too long"),
+    ([TUNE, "--calibration", "words.txt", "--output", "link.json"], "--output and --text name the same file"),
+    ([CALIBRATE, "--output", "link.pt"], "--output and --text name the same file"),
+    ([CALIBRATE, "--output", "x" * 300 + ".pt"], "File name too long"),
+    ([CALIBRATE, "--output", "c.json"], "expected a name that ends in .pt or .safetensors, got c.json"),
+    ([TUNE, "--output", "p.txt"], "expected a name that ends in .json, got p.txt"),
+    (["eval_stability", "--preset", "kv4", "--output", "s"], "expected a name that ends in .json, got s"),
     (["generate_with_preset", "--preset", "x" * 300 + ".json"], "no preset file"),
     ([TUNE, "--study", "half.db"], "can't use half.db as a study"),
     ([TUNE, "--calibration", "words.txt", *SMALL_EVAL], "not a readable calibration file"),
@@ -170,7 +173,8 @@ BAD = [
 def test_bad_input_is_one_clear_line(command, message, tiny_flags, tmp_path, capsys):
     (tmp_path / "short.txt").write_text(word_text(300))
     (tmp_path / "half.db").write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
-    (tmp_path / "link.txt").symlink_to("words.txt")
+    for link in ("link.pt", "link.json"):
+        (tmp_path / link).symlink_to("words.txt")
     os.mkfifo(tmp_path / "pipe")
     with contextlib.closing(sqlite3.connect(tmp_path / "bank.db")) as bank:
         bank.execute("CREATE TABLE accounts (money)")

@@ -42,6 +42,9 @@ FLAGS = {
 }
 
 
+OUTPUT = {CALIBRATE: "o.pt"}  # a JSON file of the others
+
+
 def saved(folder, family="llama", change=lambda model: None):
     model = tiny_model(family)
     change(model)
@@ -114,7 +117,7 @@ def test_out_of_memory_during_calibration(script, error, space, capsys, monkeypa
         raise error
 
     monkeypatch.setattr(module, "collect", explode)
-    err = fails(capsys, space, script, "--output", "o.json", code=4, model=model_folder)
+    err = fails(capsys, space, script, "--output", OUTPUT.get(script, "o.json"), code=4, model=model_folder)
     assert "--samples" in err and "--seq-len 512" in err
     assert ("--gradient-checkpointing" in err) == (script == CALIBRATE), "only flags that the script has"
 
@@ -122,7 +125,8 @@ def test_out_of_memory_during_calibration(script, error, space, capsys, monkeypa
 @pytest.mark.parametrize("script", EVERY)
 def test_model_without_a_cache(script, space, capsys):
     saved(space / "no-cache", change=lambda model: setattr(model.config, "use_cache", False))
-    err = fails(capsys, space, script, "--output" if script != GENERATE else "--prompt", "o.json", model="no-cache")
+    flag = "--output" if script != GENERATE else "--prompt"
+    err = fails(capsys, space, script, flag, OUTPUT.get(script, "o.json"), model="no-cache")
     assert "Model doesn't have past_key_values" in err and "use_cache is False" in err and "supported: " in err
 
 
@@ -134,7 +138,7 @@ def test_activations_that_are_not_numbers(script, value, space, capsys):
         model.model.layers[1].self_attn.v_proj.weight[0, 0] = value
 
     saved(space / "poisoned", change=poison)
-    err = fails(capsys, space, script, "--output", "o.json", model="poisoned")
+    err = fails(capsys, space, script, "--output", OUTPUT.get(script, "o.json"), model="poisoned")
     assert re.search("NaN or infinit", err) and "--dtype float32" in err
 
 
@@ -152,8 +156,12 @@ def test_a_calibration_of_another_model(script, space, capsys, calibration):
 def test_an_output_that_can_not_be_written_stops_before_the_work(script, space, capsys, monkeypatch):
     for module in (loading, random_weights):
         monkeypatch.setattr(module, "load", lambda *args: pytest.fail("the work began"))
-    messages = {"words.txt/o.json": "can't make the folder", ".": "it is a folder", "o.png": "the picture goes there"}
-    for output, message in messages.items():
+    name = OUTPUT.get(script, "o.json")
+    for output, message in {
+        f"words.txt/{name}": "can't make the folder",
+        ".": "it is a folder",
+        "o.png": "ends in",
+    }.items():
         assert message in fails(capsys, space, script, "--output", output)
 
 

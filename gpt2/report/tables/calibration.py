@@ -10,8 +10,8 @@ from gpt2.report.table import Table
 def kept_variance(kept: dict[str, list[Tensor | None]], rank: int) -> Table:
     """Share of the variance that the first `rank` coordinates keep, for each side of each layer that has K and V.
 
-    kept: side to cumulative shares, [H, d] per layer, as `Calibration.kept_variance` gives them. A rank is cut to what a
-    layer has.
+    kept: side to cumulative shares, [H, d] per layer, as `Calibration.kept_variance` gives them. A rank is cut to what
+    a layer has.
     """
     lines, widths = [], set()
     for layer, sides in enumerate(zip(*kept.values(), strict=True)):
