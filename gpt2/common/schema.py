@@ -264,6 +264,9 @@ class Record(Kind):
         if type(value) is not dict:
             raise Mismatch(at, self.expected, _found(value))
         parsed = {}
+        missing = [key for key, kind in self.fields.items() if key not in value and not isinstance(kind, Default)]
+        if len(missing) > 1:
+            raise Mismatch(at, f"missing: {', '.join(missing)}", None)
         for key, kind in self.fields.items():
             if key in value:
                 parsed[key] = kind.parse(value[key], (*at, key))

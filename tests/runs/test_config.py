@@ -46,7 +46,7 @@ def test_invalid_tables_are_named(tmp_path):
         with pytest.raises(PluginError, match=message):
             load(RunOptions(checkout=checkout))
 
-    rejected("t.json: key 'about': expected text.*found nothing", t={"title": "x"})
+    rejected("t.json: missing: about, runs, show, plots", t={"title": "x"})
     runs = {"peers_a": fake() | {"argz": {}}}
     rejected("t.json: key 'runs.peers_a.argz': unknown: the keys are args, needs", t=rest | {"runs": runs})
     rejected("t.json: run r: no script no.py", t=rest | {"runs": {"r": {"script": "no", "args": {}}}})

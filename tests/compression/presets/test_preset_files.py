@@ -18,6 +18,9 @@ def test_a_binary_file_a_folder_and_no_file(space):
         load_preset(space / "p.json")
     with pytest.raises(BadArtefact, match="not a readable preset"):
         load_preset(space)
+    (space / "c.pt").touch()
+    with pytest.raises(BadArtefact, match=r"c\.pt: a calibration, not a preset: give the preset's \.json file"):
+        resolve_preset(space / "c.pt", "tiny-llama")
     with pytest.raises(PluginError, match=r"no preset file .*none\.json: make one with scripts/auto_tune"):
         load_preset(space / "none.json")
 
