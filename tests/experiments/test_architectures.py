@@ -8,9 +8,10 @@ import json
 import pytest
 import torch
 import transformers
+from calibrations import TEXT
 from sampling import sampled
 from script_runs import run
-from tiny import word_text, word_tokenizer
+from tiny import word_tokenizer
 from transformers import DynamicCache
 
 from gpt2.common import files
@@ -29,7 +30,6 @@ from gpt2.experiments.miniatures import tiny_family
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import wrap
 from gpt2.report import tables
-from gpt2.text.sources import by_position
 
 COMMITTED = files.RESULTS / "runs" / "architectures.json"
 
@@ -43,11 +43,6 @@ def committed() -> dict[str, dict]:
 
 
 examined = functools.cache(architectures.examine)
-
-
-@functools.cache
-def text():
-    return by_position("words", "words.txt", word_text(3000))
 
 
 @pytest.mark.parametrize("family", sampled(architectures.families(), 14))
@@ -68,7 +63,7 @@ def runs_start_to_end(family: str, row: dict, folder) -> None:
     loaded = wrap(tiny_family(family), word_tokenizer(), f"tiny-{family}")
     assert loaded.geometry.record() == row["geometry"]
     rank = min(9, *(shape.width for _, _, shape in loaded.geometry.sides()))
-    calibration = calibrate(loaded, text(), rank=rank, samples=2, seq_len=32)
+    calibration = calibrate(loaded, TEXT, rank=rank, samples=2, seq_len=32)
     assert (calibration.statistics.k.count[loaded.geometry.attention] == 2 * (32 - 4)).all()
     assert all(own.isfinite().all() for own in calibration.kept_variance()["v"] if own is not None)
     if row["mode"] == DIRECT:

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from calibrations import TEXT
 from sampling import sampled
 from script_runs import listing, run
-from tiny import tiny_loaded, tiny_model, word_text, word_tokenizer
+from tiny import tiny_loaded, tiny_model, word_tokenizer
 
 from gpt2.common.errors import BadArtefact, PluginError
 from gpt2.compression.cache.size import attention_ratio, cache_bytes, filled, held_bytes, plain_bytes
@@ -18,16 +19,9 @@ from gpt2.compression.calibration.file import load_calibration, save_calibration
 from gpt2.compression.presets import create_cache_from_preset, load_preset
 from gpt2.experiments.miniatures import tiny_family
 from gpt2.models.loading import wrap
-from gpt2.text.sources import by_position
 from gpt2.tuning import ratio_presets
 
-TEXT = by_position("words", "words.txt", word_text(3000))
 SMALL = {"samples": 3, "seq_len": 100, "seed": 0, "sink_tokens": 4}
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return tiny_loaded("llama")
 
 
 @pytest.fixture(scope="module")
