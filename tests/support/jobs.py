@@ -83,12 +83,10 @@ JOBS = {
     ),
     "calibrate": Job("calibrate_kv_lowrank", [*TEXT, *SMALL, "--output", "out/c.pt"], record=None),
     "peers": Job(
-        "compare_peers",
-        [*TEXT, *SMALL_EVAL, "--peers", "kivi", *PRESET, "--needle-context-lengths", "none", *RUN],
+        "compare_peers", [*TEXT, *SMALL_EVAL, "--peers", "kivi", *PRESET, "--needle-context-lengths", "none", *RUN]
     ),
     "needle": Job(
-        "eval_long_context_needle",
-        [*TEXT, *PRESET, "--context-lengths", 256, *NEEDLE, "--needle-positions", 0.5, *RUN],
+        "eval_long_context_needle", [*TEXT, *PRESET, "--context-lengths", 256, *NEEDLE, "--needle-positions", 0.5, *RUN]
     ),
     "stability": Job(
         "eval_stability",
