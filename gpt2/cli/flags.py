@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -90,7 +91,7 @@ def output_file(*endings: str) -> Callable[[str], Path]:
     def checked(word: str) -> Path:
         path = Path(word)
         try:
-            if not path.is_dir() and path.suffix not in endings:
+            if path.suffix not in endings and not os.path.isdir(path):  # takes any name, a Path no long one
                 raise PluginError(f"expected a name that ends in {' or '.join(endings)}, got {word}")
             files.check_writable(path)
             files.check_writable(files.picture_beside(path))
