@@ -6,11 +6,13 @@ codes without reconstructing K and V. Any multi-head basis can be given.
     python scripts/make_presets.py --model Qwen/Qwen2.5-0.5B
     python scripts/make_presets.py --text ../wikitext+embedded+self --eval-text ../wikitext
     python scripts/make_presets.py --codec grouped --ratios 4,5.3
+    python scripts/make_presets.py --ratios 4 --whole-cache 8192
 
 Calibrates the basis once (one pass over the text, with gradients), writes it in compact form, finds for every ratio the
-bits at which a cache of 2,048 tokens is that much smaller than a 16-bit one, and measures the loss of each preset on
-evaluation text that the calibration didn't use. Under torchrun or accelerate launch, several GPUs share the
-calibration, and the first one measures. Afterwards
+bits at which K and V of 2,048 tokens are that much smaller than in 16 bits, and measures the loss of each preset on
+evaluation text that the calibration didn't use. With --whole-cache 8192 the ratio is that of all a cache of 8,192
+tokens holds, as windows and states leave it, and presets are called kv-4x-whole. Under torchrun or accelerate launch,
+several GPUs share the calibration, and the first one measures. Afterwards
 
     create_cache_from_preset(get_preset_info("MODEL", "kv-4x"))
 
@@ -43,6 +45,8 @@ def arguments() -> argparse.ArgumentParser:
     prefixes = ", ".join(f"{basis.preset_prefix}-* ({name})" for name, basis in bases.items())
     p.add_argument("--codec", choices=list(bases), default=DEFAULT_CODEC, help=f"basis; it names presets {prefixes}")
     p.add_argument("--quantizer", choices=quantizers, default=quantizers[0], help="widths per block (mixed) or fixed")
+    whole = "ratios of the whole cache of so many tokens, with windows and states, not of K and V in every layer"
+    p.add_argument("--whole-cache", type=cli.positive_int, metavar="TOKENS", help=whole)
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time for gradients")
     p.add_argument("--calibration-file", type=Path, help="results/calibrations/kv_CODEC_MODEL[_TAG].pt if omitted")
     p.add_argument("--tag", help="only measure, and write ratio_presets_MODEL_TAG.json")
@@ -55,7 +59,8 @@ def main(processes: Processes) -> None:
     script = cli.open_script(args)
     loaded, text, eval_text = script.loaded, script.text, script.eval_text
     slug = loaded.slug + (f"_{args.tag}" if args.tag else "")
-    record_name = f"ratio_presets_{'' if args.codec == DEFAULT_CODEC else args.codec + '_'}{slug}"
+    kinds = [args.codec] * (args.codec != DEFAULT_CODEC) + ["whole"] * bool(args.whole_cache)
+    record_name = "_".join(["ratio_presets", *kinds, slug])
     # Read before calibrating, so that a text that is too short shows early; only the first process measures
     segments = script.evaluation_segments() if processes.first else None
     calibrations = args.output / "calibrations" if args.output else calibration_folders()[0]
@@ -68,7 +73,7 @@ def main(processes: Processes) -> None:
     )  # fmt: skip
     if not processes.first:
         return
-    options = {"quantizer": args.quantizer, "sink_tokens": args.sink_tokens}
+    options = {"quantizer": args.quantizer, "sink_tokens": args.sink_tokens, "whole_at": args.whole_cache}
     sizing = cli.bar("sizing", "preset")
     presets = [make_ratio_preset(loaded, calibration, ratio, **options) for ratio in sizing(args.ratios)]
     scoring = {"chunk": args.chunk, "batch_size": args.batch_size, "progress": cli.bar("measuring", "batch")}
@@ -77,6 +82,7 @@ def main(processes: Processes) -> None:
     rows = [preset.row(measured[preset.name]) for preset in presets]
     record = script.record(calibration=calibration.meta, codec_bytes=codec_bytes, rows=rows)
     tables.show("ratio_presets", record)
+    print(*presets, sep="\n")
     print(f"not in the ratio: {codec_bytes:,} bytes of the basis, held once by all caches that share their compressors")
     if not args.tag:
         made = provenance.provenance(args, text=eval_text.name, text_sha256=eval_text.sha256("evaluation"))
@@ -90,7 +96,7 @@ def main(processes: Processes) -> None:
 def command(args: argparse.Namespace, text: str) -> str:
     """The command that makes the same presets again. text: spec of the calibration's text."""
     names = ("samples", "seq_len", "seed", "sink_tokens", "eval_text", "codec", "quantizer", "calibration_file")
-    flags = {name.replace("_", "-"): getattr(args, name) for name in names}
+    flags = {name.replace("_", "-"): getattr(args, name) for name in (*names, "whole_cache")}
     ratios = ",".join(f"{ratio:g}" for ratio in args.ratios)
     return cli.command_line("make_presets", {"model": args.model, "text": text, **flags, "ratios": ratios})
 

@@ -12,12 +12,14 @@ Caches take turns in one process, in alternating order, each time with a fresh c
 medians with quartiles, ratios are paired by repeat. Tokens per second are of the whole batch. The parts of a step's
 time and the peak of memory are measured in a separate pass, as the instruments take time. A model's shape from
 configs/models gets random weights, as speed and memory don't depend on them.
-Writes results/runs/profile_MODEL.json and results/plots/profile_MODEL.png, or where --output says.
+Writes results/runs/profile_MODEL.json and results/plots/profile_MODEL.png, or where --output says; the kind of machine
+follows the name unless it is a CPU with AVX-512: profile_MODEL_avx2.
 """
 
 import argparse
 
 from gpt2 import cli
+from gpt2.common import machine
 from gpt2.compression.attention import enable_compressed_attention
 from gpt2.evaluation import lineup
 from gpt2.evaluation.instruments import cuda_devices, memory_method
@@ -33,6 +35,7 @@ def arguments() -> argparse.ArgumentParser:
     cli.add_cache_flags(p, several=True)
     p.add_argument("--identity", action="store_true", help="add our cache without compression, as a control")
     p.add_argument("--direct", action="store_true", help="also attend over the stored codes of our caches")
+    p.add_argument("--direct-only", action="store_true", help="--direct without the rows that reconstruct")
     p.add_argument("--peers", type=cli.word_list(list(PACKAGES)), default=[], help="quanto, hqq, or both")
     p.add_argument("--context-lengths", type=cli.int_list, default=[512, 1024, 2048], help="tokens before decoding")
     p.add_argument("--batch-sizes", type=cli.int_list, default=[1, 4], help="sequences in a batch")
@@ -46,19 +49,23 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     args = arguments().parse_args()
     script = cli.open_script(args)
-    loaded, paths = script.loaded, script.output_files("profile")
+    loaded = script.loaded
+    paths = cli.output_files(args.output, cli.of_this_machine(f"profile_{loaded.slug}", loaded.device))
     loaded.require_context(max(args.context_lengths), "--context-lengths", after=args.decode_tokens)
     choices = cli.chosen_caches(args, loaded)
-    caches = lineup.for_speed(loaded, choices, identity=args.identity, direct=args.direct, packages=args.peers)
-    if args.direct:
+    direct, reconstruct = args.direct or args.direct_only, not args.direct_only
+    caches = lineup.for_speed(
+        loaded, choices, identity=args.identity, direct=direct, reconstruct=reconstruct, packages=args.peers
+    )
+    if direct:
         enable_compressed_attention(loaded.model)
 
     if loaded.random_weights:
         print("note: the weights are random; speed and memory don't depend on them")
-    rows = []
+    rows, own = [], machine.before_timing(args.device)
     record = script.record(
-        rows=rows, weights=script.weights, dtype=script.dtype, peak_memory=memory_method(cuda_devices(loaded.model)),
-        caches=[choice.record() for choice in choices],
+        machine=own, rows=rows, weights=script.weights, dtype=script.dtype,
+        peak_memory=memory_method(cuda_devices(loaded.model)), caches=[choice.record() for choice in choices],
     )  # fmt: skip
     for batch in args.batch_sizes:
         for context in args.context_lengths:
@@ -77,7 +84,7 @@ def main() -> None:
 def title(record: dict, loaded: LoadedModel) -> str:
     args = record["args"]
     made = f"{args['decode_tokens']} tokens decoded, medians of {args['repeats']} repeats with quartiles"
-    return f"{loaded.spec}, {record['dtype']} on {record['device']}: {made}"
+    return f"{loaded.spec}, {record['dtype']} on {record['device']}: {made}\n{machine.short(record)}"
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ calibration with the same contents, at a commit that is known. Without names all
 
 Runs are trials of an Optuna study: start the command again to resume it after an interruption; start it several times,
 each with another --device, to share the work. A dead worker's run is taken over after a minute. On several machines,
-use a database's URL as --study for all and a shared folder of results. A table measured on several devices names the
-device of each part.
+use a database's URL as --study for all and a shared folder of results. What measures time is of one machine: a CPU with
+AVX-512 makes results/runs/NAME.json, others make NAME_avx2.json and the like, and tables show each with its machine.
+A machine never adds to the results of another.
 
 These flags start no runs: --status prints for each run whether it is up to date; --pages writes results/tables and the
 tables within README and docs/*.md from existing results; --check fails if any of these, or a figure in the prose of
@@ -40,6 +41,8 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--model", default=embedded.EMBEDDED, help="embedded model's name, local folder, or hub id")
     p.add_argument("--text", help="--text of every run, such as ../wikitext")
     p.add_argument("--device", help="--device of this worker's runs, such as cuda:1; each script's default if omitted")
+    p.add_argument("--machine", default=config.THIS, metavar="TAG",
+                   help="tag of results that measure time: by default this machine's kind, else KIND-NAME")  # fmt: skip
     p.add_argument("--study", help="SQLite file or database URL; results/tables/study.db if omitted")
     p.add_argument("--any-code", action="store_true", help="also reuse results of code that was never committed")
     how = p.add_mutually_exclusive_group()
@@ -63,7 +66,7 @@ def main() -> None:
         return
     if args.model == embedded.EMBEDDED and not (args.text or args.quick or args.status or args.pages):
         raise PluginError("the committed tables are of WikiText-2 and would be replaced by another text's: give --text")
-    options = config.RunOptions(args.model, args.text, args.quick, args.device)
+    options = config.RunOptions(args.model, args.text, args.quick, args.device, args.machine)
     tables, runs = config.load(options)
     chosen, wanted = config.select(args.tables, tables, runs)
     matcher = Matcher(options, runs, args.any_code)

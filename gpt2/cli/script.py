@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gpt2.common import files, processes, provenance
+from gpt2.common import files, machine, processes, provenance
 from gpt2.common.errors import PluginError
 from gpt2.compression.codecs import IDENTITY
 from gpt2.compression.named_caches import CacheChoice, from_policy, from_preset
@@ -95,6 +96,11 @@ def output_files(given: Path | None, stem: str) -> tuple[Path, Path]:
         return given, files.picture_beside(given)
     record, picture = files.RESULTS / "runs" / f"{stem}.json", files.RESULTS / "plots" / f"{stem}.png"
     return files.check_writable(record), files.check_writable(picture)
+
+
+def of_this_machine(stem: str, device: torch.device) -> str:
+    """The name of results that measure time on a device, so that they don't replace another kind of machine's."""
+    return machine.named(stem, provenance.machine_tag(device))
 
 
 def write(paths: tuple[Path, Path], record: dict, draw: Callable[[], Figure], show: Sequence[str] = ()) -> None:

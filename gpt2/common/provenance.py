@@ -1,4 +1,4 @@
-"""What a result was made from: arguments, input files, commit, versions, device and time."""
+"""What a result was made from: arguments, input files, commit, versions, machine and time."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from typing import Any
 
 import torch
 
-from gpt2.common import files
+from gpt2.common import files, machine
 
 NOT_INPUTS = ("output", "study")  # arguments that name files to write
 
 
 def provenance(args: Any = None, **more) -> dict:
-    """A results record's keys on its origin: arguments, hashes of files they name, commit, versions, device and time.
+    """A results record's keys on its origin: arguments, hashes of files they name, commit, versions, machine and time.
 
-    args: the parsed arguments of the script, if any. more: further keys, which may replace these.
+    args: the parsed arguments of the script, if any. more: further keys, which may replace these: scripts that
+    measure time give `machine` as `machine.before_timing` found it.
     """
     packages = ("torch", "transformers", "numpy", "optuna", "triton")
-    given = vars(args) if args else {}
+    given, device = vars(args) if args else {}, more.get("device") or getattr(args, "device", "auto")
     return {
         "args": {key: _recorded(value) for key, value in given.items()},
         "inputs": inputs(given),
         "git_commit": git_commit(),
         "versions": {name: version for name in packages if (version := _version(name))},
-        "device": device_name(getattr(args, "device", "auto")),
+        "device": device_name(device),
+        **({} if "machine" in more else {"machine": machine.describe(device)}),
         "threads": torch.get_num_threads(),
         "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **more,
@@ -76,6 +78,12 @@ def device_slug(device: torch.device | str) -> str:
     # The first word with a digit: H100 of "NVIDIA H100 80GB HBM3", 4090 of "NVIDIA GeForce RTX 4090"
     short = next((word for word in name.split() if any(c.isdigit() for c in word)), name)
     return f"cuda-{re.sub('[^a-z0-9]+', '-', short.lower())}"
+
+
+def machine_tag(device: torch.device | str = "auto") -> str:
+    """The tag of results that are measured here on a device: the kind of processor, or the GPU's slug."""
+    slug = device_slug(device)
+    return machine.tag(gpu=None if slug == "cpu" else slug)
 
 
 def _version(package: str) -> str | None:

@@ -15,25 +15,36 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from gpt2.compression.cache.token_store import TokenStore
+from gpt2.compression.codecs import Compressor
+from gpt2.compression.kernels import cpu
 from gpt2.models.attention_function import wrapped_attention
 
 # Part of a step, and the method that does it in a class and its subclasses. `copies` is the rest of a cache's update:
-# joining the tokens held with the new ones. The last two lines are for transformers' quantized caches.
+# joining the tokens held with the new ones. `folding` takes queries through a basis and sums out of it, once per step.
+# `kernels` reads codes on a CPU; `attention` is then its softmax and its Python. `matmuls` are the model's own layers,
+# and what is left, `rest`, is Python per layer, norms, positions and hooks. `_quantize` and `_dequantize` are of
+# transformers' quantized caches.
 WATCHED = (
     ("copies", Cache, "update"),
     ("compress", TokenStore, "compress"),
     ("expand", TokenStore, "reconstruct"),
     ("compress", CacheLayerMixin, "_quantize"),
     ("expand", CacheLayerMixin, "_dequantize"),
+    ("folding", Compressor, "absorb_query"),
+    ("folding", Compressor, "reconstruct_sum"),
+    ("kernels", cpu, "scores"),
+    ("kernels", cpu, "weighted_sums"),
+    ("matmuls", torch.nn.Linear, "forward"),
 )
-ATTENTION, REST = "attention", "rest"
-PARTS = ("compress", "expand", "copies", ATTENTION, REST)
+ATTENTION, SAMPLING, REST = "attention", "sampling", "rest"
+PARTS = ("compress", "expand", "copies", "folding", "kernels", ATTENTION, "matmuls", SAMPLING, REST)
 SAMPLE_S = 0.002
 
 
@@ -119,8 +130,10 @@ def watched(model: PreTrainedModel, watch: Stopwatch) -> Iterator[None]:
             yield
 
 
-def _owners(base: type, method: str) -> list[type]:
-    """The class and its subclasses that define the method themselves."""
+def _owners(base: type | ModuleType, method: str) -> list[type | ModuleType]:
+    """The class and its subclasses that define the method themselves; a module itself."""
+    if isinstance(base, ModuleType):
+        return [base]
     found, waiting = [], [base]
     while waiting:
         owner = waiting.pop()
@@ -131,7 +144,7 @@ def _owners(base: type, method: str) -> list[type]:
 
 
 @contextmanager
-def _decorated(owner: type, method: str, decorate: Callable[[Callable], Callable]) -> Iterator[None]:
+def _decorated(owner: type | ModuleType, method: str, decorate: Callable[[Callable], Callable]) -> Iterator[None]:
     original = vars(owner)[method]
     setattr(owner, method, decorate(original))
     try:

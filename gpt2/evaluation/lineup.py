@@ -26,18 +26,20 @@ SPEED_SETTING = "4 bits, residual 128"
 
 def for_speed(
     loaded: LoadedModel, choices: Sequence[CacheChoice], *, identity: bool = False, direct: bool = False,
-    packages: Sequence[str] = (),
+    reconstruct: bool = True, packages: Sequence[str] = (),
 ) -> dict[str, CacheFactory]:  # fmt: skip
     """Cache factories by name, the baseline first.
 
     identity: add our cache without compression. direct: list each of our caches twice if attention can read its codes,
-    once with reconstruction and once without. packages: add caches of quanto or hqq; raises PluginError if one of these
-    isn't installed.
+    once with reconstruction and once without; only without it if `reconstruct` is False. packages: add caches of quanto
+    or hqq; raises PluginError if one of these isn't installed.
     """
     ours: dict[str, CacheFactory] = {"identity": lambda: identity_cache(loaded.geometry)} if identity else {}
     ours |= {choice.label: choice.make for choice in choices}
     if direct:
-        ours = {label: made for name, make in ours.items() for label, made in _both_ways(name, make).items()}
+        ours = {
+            label: made for name, make in ours.items() for label, made in _both_ways(name, make, reconstruct).items()
+        }
     others = [entry for family in packages for entry in _of_family(family, loaded) if SPEED_SETTING in entry.label]
     for entry in others:
         if entry.error:
@@ -45,9 +47,9 @@ def for_speed(
     return {BASELINE: baseline_factory(loaded)} | ours | {entry.label: entry.make for entry in others}
 
 
-def _both_ways(name: str, make: CacheFactory) -> dict[str, CacheFactory]:
+def _both_ways(name: str, make: CacheFactory, reconstruct: bool) -> dict[str, CacheFactory]:
     direct = {f"{name}, direct": make} if make().readable else {}
-    return {name: _reconstructing(make)} | direct
+    return ({name: _reconstructing(make)} if reconstruct or not direct else {}) | direct
 
 
 def _reconstructing(make: CacheFactory) -> CacheFactory:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import inspect
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 
 from gpt2.common.errors import is_out_of_memory
 from gpt2.compression.cache.size import cache_bytes
-from gpt2.evaluation.instruments import Memory, Stopwatch, cuda_devices, peak_memory, synchronizer, watched
+from gpt2.evaluation.instruments import SAMPLING, Memory, Stopwatch, cuda_devices, peak_memory, synchronizer, watched
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory
 from gpt2.evaluation.statistics import spread
 from gpt2.models.loading import LoadedModel
@@ -148,7 +148,7 @@ def look_inside(model: PreTrainedModel, cache: Cache, prompt: Tensor, steps: int
         token = _decode(model, cache, token, WARM_STEPS)[-1]
     watch = Stopwatch(synchronizer(model))
     with watched(model, watch):
-        _decode(model, cache, token, steps)
+        _decode(model, cache, token, steps, watch.timed(SAMPLING)(_most_likely))
     return Inside(memory, watch.shares(), 1000 * sum(watch.seconds.values()) / steps)
 
 
@@ -169,16 +169,23 @@ def _last_logits_only(model: PreTrainedModel) -> dict:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
-def _next(model: PreTrainedModel, cache: Cache, tokens: Tensor, **settings) -> Tensor:
-    """One forward pass over tokens [B, n]; returns the most likely next token, [B, 1]."""
-    return model(tokens, past_key_values=cache, use_cache=True, **settings).logits[:, -1:].argmax(-1)
+def _most_likely(logits: Tensor) -> Tensor:
+    """The most likely next token, [B, 1], of logits [B, n, vocabulary]."""
+    return logits[:, -1:].argmax(-1)
 
 
-def _decode(model: PreTrainedModel, cache: Cache, token: Tensor, steps: int) -> list[Tensor]:
+def _next(model: PreTrainedModel, cache: Cache, tokens: Tensor, pick: Callable = _most_likely, **settings) -> Tensor:
+    """One forward pass over tokens [B, n]; returns the next token, [B, 1]."""
+    return pick(model(tokens, past_key_values=cache, use_cache=True, **settings).logits)
+
+
+def _decode(
+    model: PreTrainedModel, cache: Cache, token: Tensor, steps: int, pick: Callable = _most_likely
+) -> list[Tensor]:
     """Greedy steps from a token [B, 1], without waiting for a GPU in between; returns the tokens."""
     tokens = []
     for _ in range(steps):
-        token = _next(model, cache, token)
+        token = _next(model, cache, token, pick)
         tokens.append(token)
     return tokens
 

@@ -146,7 +146,7 @@ def measure(
     k, v, q = _noise(shape, context + GENERATED, dtype, device, seed)
     rows = [*_plain_rows(q, k, v)]
     for name in codecs:
-        rows += [_stored_row(label, pair, q, k, v) for label, pair in _compressors(name, bits, shape)]
+        rows += [_stored_row(label, pair, q, k, v) for label, pair in compressors(name, bits, shape)]
     if compiled:
         rows.append(_compiled_row(q, k, v))
     for row in rows:
@@ -225,7 +225,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention_math.attend_reconstructed(k.float(), v.float(), q.float(), None, q.shape[-1] ** -0.5)
 
 
-def _compressors(
+def compressors(
     name: str, bits: Sequence[float], shape: AttentionShape
 ) -> Iterator[tuple[str, tuple[Compressor, Compressor]]]:
     """Labels and compressors of K and V, for a name of CODECS."""

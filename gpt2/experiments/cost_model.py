@@ -1,105 +1,226 @@
-"""The cost of calibrating a dense model of a given shape, counted from its config: nothing is measured.
+"""The cost of calibrating a model of a given shape, counted from its config, layer by layer: nothing is measured.
 
-A multiplication and an addition count one FLOP each. L layers, H KV heads of d channels, Q query heads, sequences of T
-tokens; a multi-head codec has N bases, each for G groups of w channels. Attention is causal, so half of its T² scores
-count. Each function's docstring has its formula.
+A multiplication and an addition count one FLOP each. Sequences of T tokens; a layer has Q query heads, and caches H
+heads of d channels on each of its sides, K and V. A multi-head codec has bases, each for G groups of w channels. Sums
+are over layers, each with its own sizes. Each function's docstring has its formula.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
+from torch import nn
 from transformers import PretrainedConfig
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.fisher import SAMPLED_BLOCKS
-from gpt2.compression.codecs import multi_head_bases
+from gpt2.compression.codecs import MultiHead, multi_head_bases
 from gpt2.compression.codecs.mixed import BLOCK
-from gpt2.models.geometry import Geometry
-from gpt2.models.probe import geometry_of
+from gpt2.models.geometry import (
+    FULL,
+    HYBRID,
+    HYBRID_SLIDING,
+    LINEAR,
+    NOTHING,
+    SLIDING,
+    Geometry,
+    LayerGeometry,
+    config_field,
+)
+from gpt2.models.probe import lay_out
 
 FLOAT64, HALF = 8, 2  # bytes
+COUNTED = (FULL, SLIDING, HYBRID, HYBRID_SLIDING, LINEAR, NOTHING)  # kinds of layers
+EXPERTS, CHOSEN = ("n_routed_experts", "num_local_experts", "num_experts"), "num_experts_per_tok"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The sizes that a layer's costs are counted from.
+
+    cached: what it caches. weights: those that a token meets: of a mixture of experts, the chosen ones. query_heads,
+    key_width, value_width: of the heads that attention multiplies, 0 where there is no attention. latent: whether these
+    aren't the heads that are cached.
+    """
+
+    cached: LayerGeometry
+    weights: float
+    query_heads: int = 0
+    key_width: int = 0
+    value_width: int = 0
+    latent: bool = False
+
+    def pairs(self, tokens: int) -> float:
+        """Pairs of a query and a token that it reads: T² / 2, and W T − W² / 2 where a window of W ends before."""
+        seen = min(self.cached.window or tokens, tokens)
+        return seen * tokens - seen**2 / 2
+
+    def product_flops(self, tokens: int) -> float:
+        """A product of queries with keys and one of weights with values: 2 Q (d of K + d of V) pairs."""
+        return 2 * self.query_heads * (self.key_width + self.value_width) * self.pairs(tokens)
+
+    def state_flops(self, tokens: int) -> float:
+        """Three products with a recurrent state of S numbers for each token: 6 S T."""
+        return 6 * (self.cached.state_bytes // HALF) * tokens
+
+    def own_queries(self) -> int:
+        """Query heads that read K as it is cached."""
+        return 0 if self.latent else self.query_heads
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The sizes that costs are counted from.
+    """The sizes that a model's costs are counted from.
 
-    layer_weights: number of weights of one layer. weights: number of all weights, with embeddings.
+    weights: number of all weights, with embeddings. llama_like: whether layers are full or sliding attention and a
+    gated MLP with a norm before each, of which activations are counted.
     """
 
-    geometry: Geometry
-    query_heads: int
+    layers: tuple[Layer, ...]
     hidden: int
     intermediate: int
     vocabulary: int
-    layer_weights: int
     weights: int
+    llama_like: bool = True
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(tuple(layer.cached for layer in self.layers))
 
     def multi_head_shapes(self) -> dict[str, Geometry]:
-        """Name of each multi-head codec to N, G and w, as num_layers, num_kv_heads and head_dim of a Geometry."""
-        return {name: basis.shape(self.geometry) for name, basis in multi_head_bases().items()}
+        """Name of each multi-head codec that the layers can have to its bases, as `MultiHead.shape` gives them."""
+        return {name: basis.shape(self.geometry) for name, basis in fitting_bases(self.geometry).items()}
+
+    def squares(self) -> int:
+        """Numbers of a matrix for every head that is cached: Σ H d²."""
+        return _numbers(self.geometry, 2)
+
+    def base_squares(self) -> int:
+        """Numbers of a matrix for every multi-head basis: Σ G w²."""
+        return sum(_base_numbers(shape, 2) for shape in self.multi_head_shapes().values())
 
 
-def uniform_geometry(config: PretrainedConfig, name: str) -> Geometry:
-    """The layers of a model in which they are alike but for windows. Raises PluginError for others."""
-    geometry, _ = geometry_of(config, name)
-    if not geometry.without_windows().alike:
-        raise PluginError(f"{name}: costs on paper are for models whose layers are all attention of one shape, "
-                          f"and this one has {geometry}: use scripts/benchmarks/cache_bytes.py")  # fmt: skip
-    return geometry
+def fitting_bases(geometry: Geometry) -> dict[str, MultiHead]:
+    """The multi-head bases that layers can have, by name."""
+    return {name: basis for name, basis in multi_head_bases().items() if not basis.misfit(geometry)}
+
+
+def _numbers(geometry: Geometry, power: int) -> int:
+    """Σ H d^power over K and V of all layers."""
+    return sum(shape.heads * shape.width**power for _, _, shape in geometry.sides())
+
+
+def _base_numbers(shape: Geometry, power: int) -> int:
+    """Σ G w^power over the bases of a multi-head codec."""
+    return sum(layer.k.heads * layer.k.width**power for layer in shape.layers if layer.k)
+
+
+_DIMENSIONS: dict[str, Dimensions] = {}
 
 
 def dimensions(config: PretrainedConfig, name: str) -> Dimensions:
-    """Dimensions of a model from its config, without loading weights. Norms and biases count as weights of layers."""
-    geometry = uniform_geometry(config, name)
-    weights = weights_of(config, name)
+    """Dimensions of a model from its config, without loading weights. Norms and biases count as weights of layers.
+
+    Raises PluginError for layers whose costs aren't counted.
+    """
+    key = config.to_json_string(use_diff=False)
+    if key not in _DIMENSIONS:  # a model of 80 layers takes seconds to lay out
+        _DIMENSIONS[key] = _counted(config, name)
+    return _DIMENSIONS[key]
+
+
+def _counted(config: PretrainedConfig, name: str) -> Dimensions:
+    model, geometry = lay_out(config, name)
     text = config.get_text_config(decoder=True)
-    embeddings = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)
-    return Dimensions(
-        geometry, text.num_attention_heads, text.hidden_size, getattr(text, "intermediate_size", 4 * text.hidden_size),
-        text.vocab_size, (weights - embeddings) // geometry.num_layers, weights,
-    )  # fmt: skip
+    unknown = next((layer.kind for layer in geometry.layers if layer.kind not in COUNTED), None)
+    if unknown or config_field(text, "num_kv_shared_layers"):
+        what = f"layers of kind {unknown}" if unknown else "attention over an earlier layer's K and V"
+        raise PluginError(f"{name}: costs on paper don't count {what}: leave it out, or use "
+                          "scripts/benchmarks/cache_bytes.py for its bytes")  # fmt: skip
+    modules = _layers_of(model, geometry.num_layers, name)
+    latent = config_field(text, "kv_lora_rank")
+    layers = tuple(
+        _layer(text, own, _met(module, text, name), bool(latent and own.k and own.k.width == latent))
+        for own, module in zip(geometry.layers, modules, strict=True)
+    )
+    like = all(_llama_like(own, module) for own, module in zip(layers, modules, strict=True))
+    intermediate = getattr(text, "intermediate_size", 4 * text.hidden_size)
+    return Dimensions(layers, text.hidden_size, intermediate, text.vocab_size, _all_weights(model), like)
 
 
-def weights_of(config: PretrainedConfig, name: str) -> int:
-    """Number of a model's weights."""
-    _, nbytes = geometry_of(config, name)
-    dtype = getattr(config, "dtype", None)
-    return nbytes // getattr(dtype, "itemsize", HALF)
+def _llama_like(own: Layer, module: nn.Module) -> bool:
+    norms = [field for field, _ in module.named_parameters() if "norm" in field and field.endswith("weight")]
+    dense = own.weights == _all_weights(module)
+    return own.cached.kind in (FULL, SLIDING) and not own.latent and dense and len(norms) == 2
+
+
+def _layers_of(model: nn.Module, count: int, name: str) -> nn.ModuleList:
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise PluginError(f"{name}: costs on paper need a model with a list of {count} layers, and it has none: leave it "
+                      "out")  # fmt: skip
+
+
+def _layer(text: PretrainedConfig, own: LayerGeometry, weights: float, latent: bool) -> Layer:
+    if not own.attends:
+        return Layer(own, weights)
+    widths = own.k.width, own.v.width
+    if latent:
+        widths = text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim
+    return Layer(own, weights, config_field(text, "num_attention_heads"), *widths, latent)
+
+
+def _all_weights(module: nn.Module) -> int:
+    return sum(weights.numel() for weights in module.parameters())
+
+
+def _met(layer: nn.Module, text: PretrainedConfig, name: str) -> float:
+    """Weights of a layer that a token meets: of routed experts, as many as are chosen for it."""
+    routed = sum(w.numel() for field, w in layer.named_parameters() if re.search(r"(^|\.)experts\.", field))
+    if not routed:
+        return _all_weights(layer)
+    count, chosen = next(filter(None, (config_field(text, field) for field in EXPERTS)), 0), config_field(text, CHOSEN)
+    if not count or not chosen:
+        raise PluginError(f"{name}: costs on paper need the numbers of experts and of those chosen, as config fields "
+                          f"{EXPERTS[0]} and {CHOSEN}: leave it out")  # fmt: skip
+    return _all_weights(layer) - routed + routed * chosen / count
 
 
 # --- arithmetic
 
 
 def forward_flops(dims: Dimensions, tokens: int, *, logits: bool = False) -> float:
-    """One sequence of T tokens: L (2 · layer_weights · T + 2 Q d T²), and 2 · vocabulary · hidden · T for logits."""
-    scores = 2 * dims.query_heads * dims.geometry.head_dim * tokens**2
-    body = dims.geometry.num_layers * (2 * dims.layer_weights * tokens + scores)
+    """One sequence of T tokens: Σ (2 · weights met · T + 2 Q (d of K + d of V) pairs + 6 S T), and for logits
+    2 · vocabulary · hidden · T. Pairs are T² / 2 without windows.
+    """
+    body = sum(2 * own.weights * tokens + own.product_flops(tokens) + own.state_flops(tokens) for own in dims.layers)
     return float(body + logits * 2 * dims.vocabulary * dims.hidden * tokens)
 
 
 def backward_flops(dims: Dimensions, tokens: int) -> float:
-    """The backward pass of one sequence: L (2 · layer_weights · T + 5 Q d T²) + 2 · vocabulary · hidden · T.
+    """The backward pass of one sequence: as `forward_flops` with logits, but 5/2 times the products of attention.
 
-    Weights get no gradients, so it costs one forward pass instead of two; attention takes five products instead of two.
+    Weights get no gradients, so it costs one forward pass instead of two; attention takes five products instead of two,
+    and a state twice as many.
     """
-    scores = 5 * dims.query_heads * dims.geometry.head_dim * tokens**2
-    body = dims.geometry.num_layers * (2 * dims.layer_weights * tokens + scores)
-    return float(body + 2 * dims.vocabulary * dims.hidden * tokens)
+    more = sum(1.5 * own.product_flops(tokens) + own.state_flops(tokens) for own in dims.layers)
+    return forward_flops(dims, tokens, logits=True) + more
 
 
 def moments_flops(dims: Dimensions, tokens: int) -> float:
-    """Second moments of the first pass, products of K, V and queries with themselves: 2 L d² (2 H + Q) T."""
-    g = dims.geometry
-    return 2.0 * g.num_layers * g.head_dim**2 * (2 * g.num_kv_heads + dims.query_heads) * tokens
+    """Second moments of the first pass, products of K, V and queries with themselves: 2 T Σ (H d² + Q d²).
+
+    Queries count where they read K as it is cached.
+    """
+    queries = sum(own.own_queries() * own.key_width**2 for own in dims.layers)
+    return 2.0 * tokens * (dims.squares() + queries)
 
 
 def gradient_moments_flops(dims: Dimensions, tokens: int) -> float:
-    """Second moments of the gradient pass: 4 L H d² T for heads, and 4 N G w² T for every multi-head codec."""
-    g = dims.geometry
-    products = [e.num_layers * e.num_kv_heads * e.head_dim**2 for e in dims.multi_head_shapes().values()]
-    return 4.0 * tokens * (g.num_layers * g.num_kv_heads * g.head_dim**2 + sum(products))
+    """Second moments of the gradient pass: 2 T Σ H d² for heads, and 4 T Σ G w² for every multi-head codec."""
+    return 2.0 * tokens * (dims.squares() + 2 * dims.base_squares())
 
 
 def first_pass_flops(dims: Dimensions, tokens: int) -> float:
@@ -119,11 +240,10 @@ def gradient_pass_flops(dims: Dimensions, tokens: int, *, checkpointing: bool = 
 
 def bases(dims: Dimensions) -> dict[int, int]:
     """Width of a basis to the number of bases of that width that a Fisher calibration fits, multi-head or per head."""
-    g = dims.geometry
-    fitted = [(e.head_dim, e.num_layers * e.num_kv_heads) for e in dims.multi_head_shapes().values()]
+    shapes = [layer.k for bases in dims.multi_head_shapes().values() for layer in bases.layers if layer.k]
     counts: dict[int, int] = {}
-    for width, count in [*fitted, (g.head_dim, 2 * g.num_layers * g.num_kv_heads)]:
-        counts[width] = counts.get(width, 0) + count
+    for shape in [*shapes, *(shape for _, _, shape in dims.geometry.sides())]:
+        counts[shape.width] = counts.get(shape.width, 0) + shape.heads
     return counts
 
 
@@ -131,29 +251,27 @@ def bases(dims: Dimensions) -> dict[int, int]:
 
 
 def statistics_bytes(dims: Dimensions) -> int:
-    """Bytes of the result of `collect` in float64: moments and a metric of K and V, 8 (2 L + 2 L H d + 4 L H d²)."""
-    g = dims.geometry
-    heads = g.num_layers * g.num_kv_heads
-    return FLOAT64 * (2 * g.num_layers + heads * (2 * g.head_dim + 4 * g.head_dim**2))
+    """Bytes of the result of `collect` in float64: counts, 8 · 2 L, and moments and a metric of K and V, 8 Σ (H d + 2 H
+    d²). Layers whose K and V attention doesn't read as they are cached have no metric.
+    """
+    seen = Geometry(tuple(own.cached for own in dims.layers if not own.latent))
+    numbers = _numbers(dims.geometry, 1) + dims.squares() + _numbers(seen, 2)
+    return FLOAT64 * (2 * len(dims.layers) + numbers)
 
 
 def gradient_statistics_bytes(dims: Dimensions) -> dict[str, int]:
     """Bytes that `collect_fisher` adds, by part.
 
-    heads: 16 L H d². Each multi-head codec, by its name: scatter and metric, 16 N G w², with mean and count. blocks:
-    the sample that quantization is measured on, 2 · 48 · 64 · N G w for each codec.
+    heads: 8 Σ H d². Each multi-head codec, by its name: scatter and metric, 16 Σ G w², with mean and count. blocks: the
+    sample that quantization is measured on, 2 · 48 · 64 · Σ G w for each codec.
     """
-    g, entries = dims.geometry, dims.multi_head_shapes()
+    entries = dims.multi_head_shapes()
     moments = {
-        name: FLOAT64 * e.num_layers * (1 + e.num_kv_heads * (e.head_dim + 2 * e.head_dim**2))
-        for name, e in entries.items()
+        name: FLOAT64 * (shape.num_layers + _base_numbers(shape, 1) + 2 * _base_numbers(shape, 2))
+        for name, shape in entries.items()
     }
-    vectors = sum(e.num_layers * e.num_kv_heads * e.head_dim for e in entries.values())
-    return {
-        "heads": FLOAT64 * 2 * g.num_layers * g.num_kv_heads * g.head_dim**2,
-        **moments,
-        "blocks": HALF * SAMPLED_BLOCKS * BLOCK * vectors,
-    }
+    vectors = sum(_base_numbers(shape, 1) for shape in entries.values())
+    return {"heads": FLOAT64 * dims.squares(), **moments, "blocks": HALF * SAMPLED_BLOCKS * BLOCK * vectors}
 
 
 def logits_bytes(dims: Dimensions, tokens: int) -> int:
@@ -161,17 +279,23 @@ def logits_bytes(dims: Dimensions, tokens: int) -> int:
     return 4 * tokens * dims.vocabulary
 
 
-def activation_bytes(dims: Dimensions, tokens: int, *, checkpointing: bool = False, element: int = HALF) -> int:
-    """Bytes that a Llama-like model's layers keep for the backward pass, with `element` bytes per number.
+def activation_bytes(dims: Dimensions, tokens: int, *, checkpointing: bool = False, element: int = HALF) -> int | None:
+    """Bytes that a Llama-like model's layers keep for the backward pass, `element` to a number; None of other models.
 
     For each token and layer: inputs of both norms in float32, 8 (hidden + 1); queries, attention output, K and V,
     2 (Q + H) d · element; a float32 sum per query head, 4 Q; three activations of the MLP, 3 · intermediate · element.
     For each token once: the last norm's input, 4 (hidden + 1), and the cosines and sines of RoPE, 2 d · element.
     checkpointing: only the inputs of all layers, and everything of one layer at a time.
     """
-    g = dims.geometry
-    attention = 2 * (dims.query_heads + g.num_kv_heads) * g.head_dim * element + 4 * dims.query_heads
-    layer = 8 * (dims.hidden + 1) + attention + 3 * dims.intermediate * element
-    once = 4 * (dims.hidden + 1) + 2 * g.head_dim * element
-    layers = g.num_layers * dims.hidden * element + layer if checkpointing else g.num_layers * layer
+    if not dims.llama_like:
+        return None
+
+    def kept(own: Layer) -> int:
+        attention = own.query_heads * (own.key_width + own.value_width) + own.cached.k.size + own.cached.v.size
+        mlp = 3 * dims.intermediate
+        return 8 * (dims.hidden + 1) + (attention + mlp) * element + 4 * own.query_heads
+
+    each = [kept(own) for own in dims.layers]
+    once = 4 * (dims.hidden + 1) + 2 * dims.layers[0].key_width * element
+    layers = len(each) * dims.hidden * element + max(each) if checkpointing else sum(each)
     return tokens * (layers + once)

@@ -6,25 +6,31 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from transformers import PretrainedConfig
 
-from gpt2.compression.cache.size import held_bytes, plain_bytes
-from gpt2.compression.codecs import needs_calibration
-from gpt2.compression.codecs.multi_head import heads_per_group
+from gpt2.common.errors import PluginError
+from gpt2.compression.cache.size import plain_bytes
+from gpt2.compression.codecs import basis_of
 from gpt2.compression.named_caches import from_preset
+from gpt2.compression.presets.preset_files import resolve_preset
+from gpt2.evaluation.bytes_by_context import measure
 from gpt2.experiments import cost_model
 from gpt2.models import random_weights
-from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel
 
-NARROW = {"intermediate_size": 32, "vocab_size": 128, "pad_token_id": None}
+NARROW = {"intermediate_size": 32, "moe_intermediate_size": 32, "vocab_size": 128, "pad_token_id": None}
 SIXTEEN = "16-bit"
 
 
-def narrow(config: PretrainedConfig, geometry: Geometry) -> LoadedModel:
-    """A model of the same family with few random weights and a cache of the given shape."""
+def narrow(config: PretrainedConfig, name: str) -> LoadedModel:
+    """A model of the same family with few random weights, whose cache has the layers and shapes of the config's."""
+    geometry = cost_model.dimensions(config, name).geometry
     heads = geometry.num_kv_heads
-    fields = {"hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": heads}
-    fields |= NARROW | {"head_dim": geometry.head_dim}
-    return random_weights.from_config(random_weights.changed(config, geometry.num_layers, **fields), config.model_type)
+    fields = {"hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": heads, **NARROW}
+    if geometry.alike:
+        fields["head_dim"] = geometry.head_dim
+    found = random_weights.from_config(random_weights.changed(config, **fields), config.model_type)
+    if difference := geometry.difference(found.geometry):
+        raise PluginError(f"{name}: no small model has its cache: {difference}: leave it out of --timed-shapes")
+    return found
 
 
 def cache_rows(
@@ -35,30 +41,38 @@ def cache_rows(
 ) -> list[dict]:
     """Bytes of one sequence: a record per model, context length in tokens, and cache; the 16-bit cache first.
 
-    One layer of the real class, with as many KV heads as share a basis, is filled with noise and multiplied, as all
-    layers and groups have the same size.
+    Every layer counts in its own shape, and windows have forgotten what they forget. A preset that the layers can't
+    have is one record with the `reason`.
     """
     rows = []
     for name, config in progress(configs.items()):
-        geometry = cost_model.uniform_geometry(config, name)
-        heads = heads_per_group(geometry.num_kv_heads, geometry.head_dim)
-        part = narrow(config, Geometry.uniform(1, heads, geometry.head_dim))
-        parts = geometry.num_layers * geometry.num_kv_heads // heads
-        chosen = [from_preset(preset, part) for preset in presets]
+        model = random_weights.outline_of(config, name)
         for tokens in contexts:
-            plain = plain_bytes(geometry, tokens)
-            found = [(SIXTEEN, plain, 0)]
-            for choice in chosen:
-                # A codec without calibration is shared by all layers
-                copies = parts if needs_calibration(choice.preset.record["codec"]) else 1
-                held = held_bytes(choice.make, part.geometry, tokens) * parts
-                found.append((choice.label, held, choice.make().codec_bytes() * copies))
-            rows += [
-                {"shape": name, "context_tokens": tokens, "cache": cache, "bytes": held, "basis_bytes": basis,
-                 "bytes_per_token": held / tokens, "compression_ratio": plain / held}
-                for cache, held, basis in found
-            ]  # fmt: skip
+            plain = plain_bytes(model.geometry, tokens)
+            rows.append(_cache_row(name, SIXTEEN, tokens, plain, plain, 0))
+        for preset in presets:
+            if reason := _misfit(preset, model):
+                rows.append({"shape": name, "cache": preset, "reason": reason})
+                continue
+            choice = from_preset(preset, model)
+            for tokens in contexts:
+                own = measure(choice.make, model.geometry, tokens)
+                found = tokens, own["bytes"], own["plain_bytes"], own["codec_bytes"]
+                rows.append(_cache_row(name, choice.label, *found))
     return rows
+
+
+def _cache_row(shape: str, cache: str, tokens: int, held: int, plain: int, basis: int) -> dict:
+    return {"shape": shape, "context_tokens": tokens, "cache": cache, "bytes": held, "basis_bytes": basis,
+            "bytes_per_token": held / tokens, "compression_ratio": plain / held}  # fmt: skip
+
+
+def _misfit(preset: str, model: LoadedModel) -> str | None:
+    """Why the layers of a model can't have the codecs of a preset, None where they can."""
+    plan = resolve_preset(preset, model).plan
+    codecs = dict.fromkeys(setting.codec for settings in plan.values() for setting in settings if setting)
+    shared = [basis for basis in map(basis_of, codecs) if basis.multi_head]
+    return next(filter(None, (basis.misfit(model.geometry) for basis in shared)), None)
 
 
 def calibration_rows(
@@ -66,12 +80,12 @@ def calibration_rows(
     samples: int,
     seq_len: int,
     flops_per_s: float,
-    fit_s: Callable[[int], float],
+    fit_s: Callable[[int], float] | None = None,
 ) -> list[dict]:
     """Predicted time and memory of a calibration, a record per model.
 
     flops_per_s: assumed speed of forward and backward passes. fit_s: from the width of a basis to the seconds of
-    fitting it.
+    fitting it, None where these aren't known.
     """
     rows = []
     for name, config in configs.items():
@@ -91,7 +105,7 @@ def calibration_rows(
             "in_forward_passes": {key: flops / forward for key, flops in passes.items()},
             "seconds": {key: samples * flops / flops_per_s for key, flops in passes.items()},
             "bases": {str(width): count for width, count in bases.items()},
-            "fitting_s": sum(count * fit_s(width) for width, count in bases.items()),
+            "fitting_s": fit_s and sum(count * fit_s(width) for width, count in bases.items()),
             "statistics_bytes": cost_model.statistics_bytes(dims),
             "gradient_statistics_bytes": cost_model.gradient_statistics_bytes(dims),
             "activation_bytes": cost_model.activation_bytes(dims, seq_len),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -22,7 +22,7 @@ from gpt2.compression.cache import direct_attention
 from gpt2.compression.cache.size import fill, noise
 from gpt2.compression.calibration.fisher import collect_fisher
 from gpt2.compression.calibration.statistics import MultiHeadStatistics, Statistics, Tap, collect
-from gpt2.compression.codecs import multi_head_bases
+from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.codecs.metric import Fisher
 from gpt2.compression.codecs.moments import Moments
 from gpt2.compression.named_caches import CacheChoice, from_preset
@@ -108,8 +108,13 @@ def first_pass(loaded: LoadedModel, segments: Tensor) -> object:
 
 def gradient_pass(loaded: LoadedModel, segments: Tensor) -> object:
     """The Fisher statistics of calibration, which need a backward pass."""
-    moments = [Moments.zeros(loaded.geometry) for _ in range(2)]
-    return collect_fisher(loaded, segments, Statistics(*moments), SINK_TOKENS, multi_head_bases())
+    return _with_gradients(loaded, segments)[1]
+
+
+def _with_gradients(loaded: LoadedModel, segments: Tensor) -> tuple[list[Moments], dict[str, MultiHeadStatistics]]:
+    """What the gradient pass leaves: metrics of single heads, and statistics of the bases that the layers can have."""
+    moments, bases = [Moments.zeros(loaded.geometry, side) for side in SIDES], cost_model.fitting_bases(loaded.geometry)
+    return moments, collect_fisher(loaded, segments, Statistics(*moments), SINK_TOKENS, bases)
 
 
 def first_flops(dims: Dimensions, samples: int, tokens: int) -> float:
@@ -179,11 +184,12 @@ def _cuts(loaded: LoadedModel, count: int) -> Iterator[LoadedModel]:
 
 
 def over_models(configs: Configs, device: torch.device, sizes: Sizes) -> Series:
-    """The gradient pass of one layer of each shape against its counted FLOPs."""
+    """The gradient pass of each shape's layers up to the first that attends, against its counted FLOPs."""
     step = "calibrate: gradients"
     points = []
     for name, config in configs.items():
-        config = random_weights.changed(config, 1, vocab_size=CUT_VOCABULARY, pad_token_id=None)
+        first = cost_model.dimensions(config, name).geometry.attention[0]
+        config = random_weights.changed(config, first + 1, vocab_size=CUT_VOCABULARY, pad_token_id=None)
         points.append(_pass_point(step, random_weights.from_config(config, name, device), 1, sizes.sample_tokens))
     return Series(step, "FLOPs counted", f"one layer each of {len(configs)} models", points)
 
@@ -207,20 +213,20 @@ def fitting(sizes: Sizes) -> Series:
 
 def memory(loaded: LoadedModel, configs: Configs, sizes: Sizes) -> Iterator[Series]:
     """Bytes of the statistics of both passes over shapes, and of activations over the length of a sample."""
-    geometries = {name: (cost_model.dimensions(config, name), config) for name, config in configs.items()}
     one, other = [], []
-    for dims, config in geometries.values():
-        g = dims.geometry
-        heads = partial(_first_bytes, config, g)
-        one.append(Point(g.num_layers * g.num_kv_heads * g.head_dim**2, cost_model.statistics_bytes(dims), heads))
-        groups = sum(e.num_layers * e.num_kv_heads * e.head_dim**2 for e in dims.multi_head_shapes().values())
+    for name, config in configs.items():
+        dims = cost_model.dimensions(config, name)
+        first, second = (partial(measured, config, name) for measured in (_first_bytes, _gradient_bytes))
+        one.append(Point(dims.squares() / 2, cost_model.statistics_bytes(dims), first))
         added = cost_model.gradient_statistics_bytes(dims)
         added["blocks"] //= cost_model.SAMPLED_BLOCKS  # the measured segment has only one block
-        other.append(Point(groups, sum(added.values()), partial(_gradient_bytes, config, g)))
+        other.append(Point(dims.base_squares(), sum(added.values()), second))
     names = f"caches of {len(configs)} shapes"
     yield Series("calibrate: statistics of heads", "layers · heads · d²", names, one, BYTES)
     yield Series("calibrate: statistics of bases", "layers · groups · w²", names, other, BYTES)
     dims, element = cost_model.dimensions(loaded.model.config, loaded.spec), loaded.model.dtype.itemsize
+    if not dims.llama_like:
+        return
     points = [
         Point(n, cost_model.activation_bytes(dims, n, element=element), partial(saved_bytes, loaded, n))
         for n in sizes.seq_lens
@@ -228,19 +234,17 @@ def memory(loaded: LoadedModel, configs: Configs, sizes: Sizes) -> Iterator[Seri
     yield Series("calibrate: activations kept", "tokens of a sample", loaded.slug, points, BYTES)
 
 
-def _first_bytes(config: PretrainedConfig, geometry: Geometry) -> float:
+def _first_bytes(config: PretrainedConfig, name: str) -> float:
     """Bytes of the statistics of the first pass, for a cache of this shape."""
-    loaded = narrow(config, geometry)
+    loaded = narrow(config, name)
     found = first_pass(loaded, random_tokens(loaded, 1, SINK_TOKENS + 1, seed=0))
     return float(sum(moments_bytes(side) for side in (found.k, found.v)))
 
 
-def _gradient_bytes(config: PretrainedConfig, geometry: Geometry) -> float:
+def _gradient_bytes(config: PretrainedConfig, name: str) -> float:
     """Bytes of the statistics that the gradient pass adds, after one sample of one block."""
-    loaded = narrow(config, geometry)
-    moments = [Moments.zeros(geometry) for _ in range(2)]
-    segments = random_tokens(loaded, 1, SINK_TOKENS + cost_model.BLOCK, seed=0)
-    found = collect_fisher(loaded, segments, Statistics(*moments), SINK_TOKENS, multi_head_bases())
+    loaded = narrow(config, name)
+    moments, found = _with_gradients(loaded, random_tokens(loaded, 1, SINK_TOKENS + cost_model.BLOCK, seed=0))
     return float(sum(_nbytes(m.metrics["fisher"]) for m in moments) + sum(map(measured_bytes, found.values())))
 
 
@@ -281,12 +285,14 @@ def saved_bytes(loaded: LoadedModel, tokens: int) -> float:
 
 def caches(name: str, config: PretrainedConfig, presets: Sequence[str], sizes: Sizes) -> Iterator[Series]:
     """One layer's cache of a shape: compressing a prompt, appending tokens, and a decode step's attention."""
-    dims = cost_model.dimensions(config, name)
-    geometry = Geometry.uniform(1, dims.geometry.num_kv_heads, dims.geometry.head_dim)
-    loaded, on = narrow(config, geometry), f"one layer of {name}"
+    own = _one_of(cost_model.dimensions(config, name))
+    k, v = own.cached.k, own.cached.v
+    loaded = replace(random_weights.outline_of(config, name), geometry=Geometry((own.cached,)))
+    on = f"one layer of {name}"
     choices = [from_preset(preset, loaded) for preset in presets]
-    prompts = {n: noise(geometry.num_kv_heads, n, geometry.head_dim) for n in sizes.contexts}
-    query = noise(dims.query_heads, 1, geometry.head_dim)
+    prompts = {n: (noise(k.heads, n, k.width), noise(v.heads, n, v.width)) for n in sizes.contexts}
+    read = {n: max(own.cached.held(n), 1) for n in prompts}  # tokens that a decode step reads
+    query = noise(max(own.own_queries(), k.heads), 1, k.width)
     timer = partial(seconds, lambda: None)
     for choice in choices:
         points = [Point(n, n, partial(timer, partial(_filled, choice, x))) for n, x in prompts.items()]
@@ -295,27 +301,34 @@ def caches(name: str, config: PretrainedConfig, presets: Sequence[str], sizes: S
         points = [Point(n, 1, partial(_append_s, layer, prompts[n])) for n, layer in held.items()]
         yield Series(f"append {APPENDED} tokens, {choice.label}", "tokens held", on, points)
         ways = {"attention by reconstruction": _reconstructed}
-        if choice.make().readable:
+        if choice.make().readable and not own.latent:
             ways["attention over codes"] = _direct
         for way, step in ways.items():
-            points = [Point(n, n, partial(timer, partial(step, layer, query))) for n, layer in held.items()]
+            points = [Point(n, read[n], partial(timer, partial(step, layer, query))) for n, layer in held.items()]
             yield Series(f"decode: {way}, {choice.label}", "tokens held", on, points)
-    points = [Point(n, n, partial(timer, partial(_attend, query, x, x))) for n, x in prompts.items()]
+    points = [Point(n, n, partial(timer, partial(_attend, query, *x))) for n, x in prompts.items()]
     yield Series(f"decode: attention, {SIXTEEN}", "tokens held", on, points)
 
 
-def _filled(choice: CacheChoice, x: Tensor):
-    """The layer of a cache of one layer, with K and V [1, H, T, d] of a prompt."""
-    return fill(choice.make(), [(x, x)]).layers[0]
+def _one_of(dims: Dimensions) -> cost_model.Layer:
+    """The layer that stands for a model: the first of full attention, else the first that attends."""
+    attending = [own for own in dims.layers if own.cached.attends]
+    return next((own for own in attending if own.cached.segment is None), attending[0])
 
 
-def _append_s(layer, x: Tensor) -> float:
+def _filled(choice: CacheChoice, kv: tuple[Tensor, Tensor]):
+    """The layer of a cache of one layer, with K and V [1, H, T, d] each of a prompt."""
+    return fill(choice.make(), [kv]).layers[0]
+
+
+def _append_s(layer, kv: tuple[Tensor, Tensor]) -> float:
     """Seconds to append APPENDED tokens one by one, as generation does, to a copy of the layer."""
-    layer, new = copy.deepcopy(layer), x[:, :, :APPENDED].split(1, dim=2)
+    layer = copy.deepcopy(layer)
+    new = list(zip(*(x[:, :, :APPENDED].split(1, dim=2) for x in kv), strict=True))
 
     def append() -> None:
-        for token in new:
-            layer.store(token, token)
+        for k, v in new:
+            layer.store(k, v)
 
     return seconds(lambda: None, append)
 

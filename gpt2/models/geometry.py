@@ -99,9 +99,14 @@ class LayerGeometry:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Every layer of a model's cache, in the model's order."""
+    """Every layer of a model's cache, in the model's order.
+
+    drops_at: tokens past which transformers drops the cache that it is given, None where it never does: a fact of the
+    model's positions, which doesn't tell layers apart.
+    """
 
     layers: tuple[LayerGeometry, ...]
+    drops_at: int | None = field(default=None, compare=False)
 
     @classmethod
     def uniform(cls, num_layers: int, num_kv_heads: int, head_dim: int) -> Geometry:
@@ -149,7 +154,8 @@ class Geometry:
     def without_windows(self) -> Geometry:
         """The same layers if none forgot anything."""
         kinds = {SLIDING: FULL, HYBRID_SLIDING: HYBRID}
-        return Geometry(tuple(replace(own, kind=kinds.get(own.kind, own.kind), window=None) for own in self.layers))
+        layers = tuple(replace(own, kind=kinds.get(own.kind, own.kind), window=None) for own in self.layers)
+        return replace(self, layers=layers)
 
     def attention_bytes(self, tokens: int) -> int:
         """Bytes of K and V that transformers' own cache holds of one sequence of `tokens` in 16 bits."""

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from gpt2.common.errors import PluginError, UnsupportedModel
 from gpt2.models.geometry import HYBRID, HYBRID_SLIDING, LINEAR, UNUSED, Geometry, Shape, config_field, layer_kinds
-from gpt2.models.support import SUPPORTED, auto_class, refuse_unsupported, rotary_types
+from gpt2.models.support import SUPPORTED, auto_class, drops_at, refuse_unsupported, rotary_types
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def probe_geometry(model: PreTrainedModel, spec: str) -> Geometry:
         layers.append(replace(kind, k=shapes[0], v=shapes[1], **_uncompressed(layer)))
     if not any(layer.attends for layer in layers):
         raise UnsupportedModel(f"{spec} can't be compressed: none of its layers keeps K and V of tokens; {SUPPORTED}")
-    return Geometry(tuple(layers))
+    return Geometry(tuple(layers), drops_at(model.config))
 
 
 def _uncompressed(layer) -> dict[str, int]:
@@ -88,6 +88,14 @@ def geometry_of(model_config, model_id: str) -> tuple[Geometry, int]:
     return _GEOMETRIES[key]
 
 
+def _fix_frequencies(config) -> None:
+    """Let dynamic NTK be plain rotation in a config: it reads positions, which have no values on the meta device."""
+    rotary = config_field(config.get_text_config(decoder=True), "rope_parameters") or {}
+    for part in (rotary, *rotary.values()):
+        if isinstance(part, dict) and part.get("rope_type") == "dynamic":
+            part["rope_type"] = "default"
+
+
 def lay_out(model_config, model_id: str) -> tuple[PreTrainedModel, Geometry]:
     """A model on the meta device, which has shapes and no weights, and the shape of its cache.
 
@@ -97,7 +105,8 @@ def lay_out(model_config, model_id: str) -> tuple[PreTrainedModel, Geometry]:
     for padded in (False, True):
         try:
             config = copy.deepcopy(model_config)
-            config.pad_token_id = config.pad_token_id if padded else None
+            config.pad_token_id = getattr(config, "pad_token_id", None) if padded else None
+            _fix_frequencies(config)
             with torch.device("meta"):
                 # eager: the mask of others may look at values that there are none of. bfloat16: shapes don't depend on
                 # it, and products of experts have no other without values

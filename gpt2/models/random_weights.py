@@ -63,8 +63,13 @@ def outline(spec: str, device: str = "auto", dtype: str = "auto", layers: int | 
     if not spec.endswith(".json"):
         return load(spec, device, dtype, layers)
     path = _find(spec)
-    model, geometry = probe.lay_out(read_shape(path, layers), path.name)
     name = path.stem + (f" ({layers} layer{'s' * (layers > 1)})" if layers else "")
+    return outline_of(read_shape(path, layers), name)
+
+
+def outline_of(config: PretrainedConfig, name: str) -> LoadedModel:
+    """As `outline`, of a config. Raises PluginError where it alone doesn't tell the layers of the cache."""
+    model, geometry = probe.lay_out(config, name)
     return LoadedModel(model.eval(), None, name, geometry, probe.fingerprint(model), random_weights=True)
 
 

@@ -34,6 +34,21 @@ def rotary_types(config) -> set[str]:
     return {str(part.get("rope_type", "default")) for part in own}
 
 
+def drops_at(config) -> int | None:
+    """Tokens past which transformers drops the cache that it is given: longrope's; None where it never does."""
+    trained = config_field(config.get_text_config(decoder=True), "original_max_position_embeddings")
+    return trained if "longrope" in rotary_types(config) else None
+
+
+def warn_of_drop(name: str, tokens: int | None) -> None:
+    """Log that transformers drops the cache of a model past so many tokens; None: it doesn't."""
+    if tokens:
+        log.warning(
+            "%s: where a text grows past %s tokens, transformers drops the cache that it is given and goes on with an "
+            "uncompressed one: keep prompt and answer below that, or begin with a longer prompt", name, tokens,
+        )  # fmt: skip
+
+
 def warn_of_positions(config) -> None:
     """Log where a model's positions change with the length of a text, which no stored key can follow.
 
@@ -42,14 +57,8 @@ def warn_of_positions(config) -> None:
     others than a codec un-rotates them by.
     """
     text = config.get_text_config(decoder=True)
-    kinds, trained = rotary_types(config), config_field(text, "original_max_position_embeddings")
-    if "longrope" in kinds and trained:
-        log.warning(
-            "%s: where a text grows past %s tokens, transformers drops the cache that it is given and goes on with an "
-            "uncompressed one: keep prompt and answer below that, or begin with a longer prompt",
-            config.model_type, trained,
-        )  # fmt: skip
-    if "dynamic" in kinds:
+    warn_of_drop(config.model_type, drops_at(config))
+    if "dynamic" in rotary_types(config):
         longest = config_field(text, "max_position_embeddings")
         log.warning(
             "%s: dynamic NTK changes the rotation of keys past %s tokens, so codecs that un-rotate keys (kv-*, joint) "

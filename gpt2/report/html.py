@@ -14,7 +14,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup, escape
 
-from gpt2.common import files, provenance
+from gpt2.common import files, machine, provenance
 from gpt2.common.errors import PluginError
 from gpt2.models import loading
 from gpt2.report import chart, tables
@@ -85,17 +85,23 @@ def _place(name: str, order: list[str]) -> tuple[int, str]:
 def _undeclared(declared: list[dict], runs: Path) -> list[dict]:
     """A section for each results file that no declared section shows, so that nothing measured is left out."""
     shown = {show["results"] for section in declared for show in section["show"]}
-    names = sorted(path.stem for path in runs.glob("*.json") if path.stem not in shown and tables.kind_of(path.stem))
+    stems = [path.stem for path in runs.glob("*.json") if machine.untagged(path.stem) not in shown]
+    names = sorted(stem for stem in stems if stem not in shown and tables.kind_of(stem))
     return [{"name": name, "title": name, "about": "", "show": [{"results": name}], "plots": [name]} for name in names]
 
 
 def _section(section: dict, folder: Path) -> dict:
-    plots = [folder / "plots" / f"{name}.png" for name in section["plots"]]
+    pictures = [name for plot in section["plots"] for name in machine.siblings(folder / "plots", plot, ".png")]
+    plots = [folder / "plots" / f"{name}.png" for name in pictures]
     return {
         "id": re.sub("[^a-z0-9]+", "-", section["title"].lower()).strip("-"),
         "title": section["title"],
         "about": section["about"],
-        "blocks": [_block(show, section["name"], folder / "runs") for show in section["show"]],
+        "blocks": [
+            _block(show | {"results": name}, section["name"], folder / "runs")
+            for show in section["show"]
+            for name in machine.siblings(folder / "runs", show["results"]) or [show["results"]]
+        ],
         "plots": [path for path in plots if path.is_file() and _is_png(path)],
     }
 

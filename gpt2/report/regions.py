@@ -5,6 +5,9 @@ A region names a results file and, if it shows only some of its rows, the words 
     <!-- results: validate_ppl_smollm2-135m rank,bits -->
     …table…
     <!-- end -->
+
+Of results that were measured on several machines, the first word is `each` to show a table for every machine, or
+`machines` for one table with the machines side by side.
 """
 
 from __future__ import annotations
@@ -12,9 +15,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from gpt2.common import machine
 from gpt2.report import tables
 
 REGION = re.compile(r"(<!-- results: (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+EACH, BESIDE = "each", "machines"
 
 
 def pages(root: Path) -> list[Path]:
@@ -27,7 +33,15 @@ def fill(text: str, runs: Path) -> str:
 
     def region(match: re.Match) -> str:
         start, name, words, end = match.groups()
-        table = tables.table(name, tables.read(runs / f"{name}.json"), words)
-        return f"{start}{table.markdown()}\n{end}"
+        how, _, rest = (words or "").partition(",")
+        names = machine.siblings(runs, name) if how in (EACH, BESIDE) else []
+        if not names:  # one file, which is missed where it isn't there
+            names, how, rest = [name], EACH, rest if how in (EACH, BESIDE) else words
+        records = [tables.read(runs / f"{each}.json") for each in names]
+        made = [tables.of_machines(names, records, rest)] if how == BESIDE else [
+            tables.table(each, record, rest) for each, record in zip(names, records, strict=True)
+        ]  # fmt: skip
+        text = "\n\n".join(table.markdown() for table in made)
+        return f"{start}{text}\n{end}"
 
     return REGION.sub(region, text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gpt2.common import files
+from gpt2.common import files, machine
 from gpt2.common.errors import PluginError
 from gpt2.models import embedded, loading
 from gpt2.report import html, regions, tables
@@ -23,23 +23,30 @@ def page_path(options: RunOptions, name: str) -> Path:
 
 def page(options: RunOptions, table: TableDefinition) -> str:
     """A page in Markdown: the table's text, its parts with their sources, and its pictures."""
-    parts = [f"# {table.title}", table.about, *(_part(options, table, item) for item in table.show)]
-    pictures = [name for name in table.plots if (options.results / "plots" / f"{name}.png").is_file()]
+    parts = [f"# {table.title}", table.about]
+    parts += [part for item in table.show for part in _parts(options, table, item)]
+    pictures = [name for plot in table.plots for name in machine.siblings(options.results / "plots", plot, ".png")]
     parts += [f"![{name}](../plots/{name}.png)" for name in pictures]
     return "\n\n".join([MADE_BY, *parts]) + "\n"
 
 
-def _part(options: RunOptions, table: TableDefinition, item: dict) -> str:
-    name, heading = item["results"], f"## {item['heading']}\n\n" if "heading" in item else ""
-    path = options.results / "runs" / f"{name}.json"
-    if not path.is_file():
-        model = "" if options.model == embedded.EMBEDDED else f" --model {options.model}"
-        return f"{heading}Not measured yet: `python scripts/reproduce_tables.py {table.name}{model}` makes `{name}`."
-    record = tables.read(path)
+def _parts(options: RunOptions, table: TableDefinition, item: dict) -> list[str]:
+    """A heading, and a table for each machine that has measured these results: one never has rows of two machines."""
+    heading = [f"## {item['heading']}"] if "heading" in item else []
+    names = machine.siblings(options.results / "runs", item["results"])
+    if names:
+        return heading + [_part(options, name, item) for name in names]
+    model = "" if options.model == embedded.EMBEDDED else f" --model {options.model}"
+    command = f"python scripts/reproduce_tables.py {table.name}{model}"
+    return [*heading, f"Not measured yet: `{command}` makes `{item['results']}`."]
+
+
+def _part(options: RunOptions, name: str, item: dict) -> str:
+    record = tables.read(options.results / "runs" / f"{name}.json")
     made = tables.table(name, record, item.get("rows"), item.get("as"))
     with tables.shown_of(name):
         made_with = f"commit {record['git_commit']}, {record['device']}, {record['created_utc'][:10]}"
-    return f"{heading}{made.markdown()}\n\nSource: `{name}.json`, {made_with}."
+    return f"{made.markdown()}\n\nSource: `{name}.json`, {made_with}."
 
 
 def write(options: RunOptions, table: TableDefinition) -> Path:

@@ -13,7 +13,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from gpt2.common import files, provenance
+from gpt2.common import files, machine, provenance
 from gpt2.common.errors import PluginError
 from gpt2.models import loading
 from gpt2.runs.config import Run, RunOptions
@@ -57,6 +57,24 @@ class Matcher:
             if reason := self.stale(need):
                 return f"needs {need}, which is {reason}" if reason == "missing" else f"needs {need}: {reason}"
         return self._args_differ(run, record) or self._text_differs(run, record) or self._commit_unknown(record)
+
+    def check_machine(self, run: Run) -> None:
+        """Raise PluginError if a run per machine would mix machines: its tag is not this machine's kind, or has results
+        of another machine, of which one without a record on the machine counts as one.
+        """
+        if run.tag is None:
+            return
+        own = machine.describe(run.args.get("device") or self.options.device or "auto")
+        kind = self.options.own_tag(run.args)
+        if run.tag != kind and not run.tag.startswith(f"{kind}-"):
+            raise PluginError(f"this machine is {kind}: it makes no results of {run.tag}; give --machine {kind}")
+        for other in self.runs.values():
+            record = self.record(other.name) if other.tag == run.tag else None
+            if record and not machine.same(record.get("machine"), own):
+                raise PluginError(
+                    f"{other.name}.json is of another machine ({machine.short(record)}), and no table mixes machines: "
+                    f"give this one a tag of its own, such as --machine {kind}-2"
+                )
 
     def complete(self, name: str) -> bool:
         """Whether a run's results are up to date and its product has the sha256 that they record."""

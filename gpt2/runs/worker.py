@@ -75,6 +75,7 @@ class Worker:
     def _make(self, name: str) -> None:
         run = self.matcher.runs[name]
         try:
+            self.matcher.check_machine(run)
             command = self.matcher.command(run)
         except PluginError as error:
             raise TrialFailed(str(error)) from error

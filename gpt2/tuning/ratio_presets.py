@@ -9,7 +9,8 @@ whose codes attention reads without reconstructing K and V. Presets of one basis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from gpt2.compression.presets import calibration_lookup
 from gpt2.compression.presets.build import new_preset
 from gpt2.compression.settings import compressors_for
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory, compare, score
+from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel
 from gpt2.text.texts import Text
 
@@ -63,9 +65,10 @@ class Outputs:
 class RatioPreset:
     """A cache that is compressed by at least `ratio`.
 
-    ratio: of K and V in layers that hold all tokens, at least. bits: per coordinate of K and V, metadata included.
-    compression_ratio, attention_ratio: the measured ones, of the whole cache and of K and V alone. make: makes fresh
-    caches.
+    ratio: of K and V in layers that hold all tokens, at least; with whole_at, of the whole cache at so many tokens.
+    bits: per coordinate of K and V, metadata included. compression_ratio, attention_ratio: the measured ones at
+    `TOKENS`, of the whole cache and of K and V alone. make: makes fresh caches. reached: the measured ratio that
+    `ratio` asks for.
     """
 
     codec: str
@@ -76,10 +79,16 @@ class RatioPreset:
     compression_ratio: float
     attention_ratio: float
     make: CacheFactory
+    reached: float
+    whole_at: int | None = None
 
     @property
     def name(self) -> str:
-        return f"{BASES[self.codec].preset_prefix}-{self.ratio:g}x"
+        return f"{BASES[self.codec].preset_prefix}-{self.ratio:g}x{'-whole' if self.whole_at else ''}"
+
+    def __str__(self) -> str:
+        what = f"the whole cache at {self.whole_at:,} tokens" if self.whole_at else "K and V"
+        return f"{self.name}: {self.bits:g} bits per coordinate, {self.reached:.2f}x of {what}"
 
     def row(self, measured: dict) -> dict:
         """Its row of a results file. measured: as `perplexity.compare` returns it."""
@@ -96,8 +105,10 @@ class RatioPreset:
         )  # fmt: skip
 
     def _of_mixed_layers(self, loaded: LoadedModel) -> dict:
-        """What a preset says where layers differ: K and V's own ratio."""
-        return {} if loaded.geometry.alike else {"attention_ratio": self.attention_ratio}
+        """What a preset says where layers differ: K and V's own ratio, and that of the whole cache it was made for."""
+        whole = {"whole_cache": {"ratio": round(self.reached, 4), "context_length": self.whole_at}}
+        own = {} if loaded.geometry.alike else {"attention_ratio": self.attention_ratio}
+        return own | (whole if self.whole_at else {})
 
 
 def compact_calibration(
@@ -129,34 +140,73 @@ def compact_calibration(
 
 def make_ratio_preset(
     loaded: LoadedModel, calibration: Calibration, ratio: float, *, quantizer: str | None = None,
-    sink_tokens: int = 4,
+    sink_tokens: int = 4, whole_at: int | None = None,
 ) -> RatioPreset:  # fmt: skip
     """The preset with the most bits whose K and V of `TOKENS` tokens take at most 1 / `ratio` of 16-bit ones.
 
     Of layers that hold all of them: so a ratio means the same bits in every model, also where windows hold few tokens
     and an exact tail beside them. Everything that is held of K and V counts, except the shared basis; recurrent states,
-    which no preset makes smaller, don't. quantizer: an adjustable one, the first one if None. Raises PluginError for a
-    ratio that the quantizer can't reach.
+    which no preset makes smaller, don't. quantizer: an adjustable one, the first one if None. whole_at: a number of
+    tokens at which the ratio is that of the whole cache instead, as windows and states leave it. Raises PluginError for
+    a ratio that the quantizer can't reach; of the whole cache, it names the highest.
     """
-    geometry, unwindowed = loaded.geometry, loaded.geometry.without_windows()
+    geometry = loaded.geometry
+    counted, tokens = (geometry, whole_at) if whole_at else (geometry.without_windows(), TOKENS)
     quantizer = quantizer or adjustable_quantizers()[0]
-    exact = 16 * sink_tokens / TOKENS  # bits per coordinate that the exact sinks take
-    bits = round(16 / ratio - exact, 4)  # rounded as in preset files, so that their caches are those measured here
+
+    def at(bits: float) -> tuple[CacheFactory, float]:
+        make = factory(loaded, calibration, bits, quantizer, sink_tokens)
+        return make, size.attention_ratio(partial(make, geometry=counted), counted, tokens)
+
+    wanted = _of_attention(ratio, geometry, whole_at) if whole_at else ratio
+    exact = 16 * sink_tokens / tokens  # bits per coordinate that the exact sinks take
+    bits = round(16 / wanted - exact, 4)  # rounded as in preset files, so that their caches are those measured here
     while True:
         try:
-            make = factory(loaded, calibration, bits, quantizer, sink_tokens)
+            make, held = at(bits)
         except PluginError as error:
+            if whole_at:
+                raise PluginError(
+                    f"ratio {ratio:g} of the whole cache at {tokens:,} tokens is out of range: with states and exact "
+                    f"tokens counted, this codec reaches {_highest_whole(at, geometry, tokens):.2f} at most; {error}"
+                ) from error
             raise PluginError(
                 f"ratio {ratio:g} is out of range: it means about 16 / {ratio:g} bits, {sink_tokens} exact sinks "
                 f"included; {error}"
             ) from error
-        held = size.attention_ratio(partial(make, geometry=unwindowed), unwindowed, TOKENS)
-        if held >= ratio:
-            whole = held if geometry.alike else size.compression_ratio(make, geometry, TOKENS)
-            held = held if geometry == unwindowed else size.attention_ratio(make, geometry, TOKENS)
-            return RatioPreset(calibration.meta["codec"], quantizer, sink_tokens, ratio, bits, whole, held, make)
+        if held >= wanted:
+            whole = held if geometry.alike and not whole_at else size.compression_ratio(make, geometry, TOKENS)
+            own = held if geometry == counted and not whole_at else size.attention_ratio(make, geometry, TOKENS)
+            reached = _of_whole(held, geometry, whole_at) if whole_at else held
+            return RatioPreset(
+                calibration.meta["codec"], quantizer, sink_tokens, ratio, bits, whole, own, make, reached, whole_at
+            )
         # As many steps at once as if bytes were proportional to bits
-        bits = round(bits - max(int((1 - held / ratio) * bits / STEP), 1) * STEP, 4)
+        bits = round(bits - max(int((1 - held / wanted) * bits / STEP), 1) * STEP, 4)
+
+
+def _of_attention(ratio: float, geometry: Geometry, tokens: int) -> float:
+    """The ratio of K and V alone that gives the whole cache `ratio`; infinite where other bytes are too many."""
+    left = size.plain_bytes(geometry, tokens) / ratio - geometry.uncompressed_bytes(tokens)
+    return geometry.attention_bytes(tokens) / left if left > 0 else math.inf
+
+
+def _of_whole(ratio: float, geometry: Geometry, tokens: int) -> float:
+    """The ratio of the whole cache where K and V alone have `ratio`: the inverse of `_of_attention`."""
+    held = geometry.attention_bytes(tokens) / ratio + geometry.uncompressed_bytes(tokens)
+    return size.plain_bytes(geometry, tokens) / held
+
+
+def _highest_whole(at: Callable[[float], tuple[CacheFactory, float]], geometry: Geometry, tokens: int) -> float:
+    """The ratio of the whole cache with the fewest bits that the codec takes, found by halving; rounded down."""
+    few, enough, highest = 0.0, 4.0, 0.0
+    while enough - few > STEP:
+        bits = round((few + enough) / 2, 4)
+        try:
+            highest, enough = at(bits)[1], bits
+        except PluginError:
+            few = bits
+    return math.floor(100 * _of_whole(highest, geometry, tokens)) / 100 if highest else 0.0
 
 
 def write_presets(

@@ -6,7 +6,8 @@
 
 Needs no weights: layers of the given shape are filled with noise, and then each token is appended to all layers.
 Nothing is read, as reading belongs to the cost of attention, which grows with any cache.
-Writes results/runs/benchmark_append.json and results/plots/benchmark_append.png.
+Writes results/runs/benchmark_append.json and results/plots/benchmark_append.png, with the kind of machine after the
+name unless it is a CPU with AVX-512: benchmark_append_avx2.
 """
 
 import gpt2  # noqa: F401  first, so that Ctrl-C during the import of PyTorch prints one line
@@ -17,7 +18,7 @@ import argparse
 import torch
 
 from gpt2 import cli
-from gpt2.common import provenance
+from gpt2.common import machine, provenance
 from gpt2.compression.codecs import BITS, Compressor, Transform, quantizer_for_bits
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.presets.any_model import ANY_MODEL
@@ -45,8 +46,9 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     args = arguments().parse_args()
     name = f"benchmark_append_window{args.window}" if args.window else "benchmark_append"
-    paths = cli.output_files(args.output, name)
     device = loading.resolve_device(args.device)
+    paths = cli.output_files(args.output, cli.of_this_machine(name, device))
+    own = machine.before_timing(str(device))
 
     shape = Shape(args.kv_heads, args.head_dim)
     rows = [
@@ -57,8 +59,8 @@ def main() -> None:
     for row in rows:
         lines.setdefault(row["codec"], []).append(row["append_ms_median"])
     window = f", window of {args.window}" if args.window else ""
-    title = f"{args.layers} layers, {args.kv_heads} KV heads of {args.head_dim}{window}"
-    record = provenance.provenance(args, dtype="bfloat16", rows=rows)
+    record = provenance.provenance(args, machine=own, dtype="bfloat16", rows=rows)
+    title = f"{args.layers} layers, {args.kv_heads} KV heads of {args.head_dim}{window}\n{machine.short(record)}"
     cli.write(paths, record, lambda: plots.append_times(args.tokens, lines, title), ["benchmark_append"])
 
 

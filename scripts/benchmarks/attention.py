@@ -3,13 +3,18 @@
     python scripts/benchmarks/attention.py
     python scripts/benchmarks/attention.py --device cuda --context-lengths 4096,16384,65536,131072 --repeats 50
     python scripts/benchmarks/attention.py --context-lengths 4096 --quantizers int4_channel,mixed --bits 3,4 --compiled
+    python scripts/benchmarks/attention.py --on-paper
 
 Needs no weights: keys and values are noise. Rows take turns in one process; the processor's caches are flushed before
 each run, and the output of each row is first compared with float32 attention. Beside the time, the table has the bytes
 that a step reads, their rate, and this rate as a share of the device's copy speed. Ratios, paired by repeat, are to
 PyTorch's attention as transformers calls it, and to the fastest 16-bit row. On a GPU times are measured on the GPU; the
 host's time to launch a step is in the file.
-Writes results/runs/attention_step_DEVICE_SHAPE.json and results/plots/attention_step_DEVICE_SHAPE.png.
+--bound adds the least time that a step can take by its bytes and operations, on GPUs whose data sheet is known, else by
+its bytes at the measured copy speed. --on-paper measures nothing and computes this for H100, H200, L40S and A100; it
+writes results/runs/gpu_roofline_SHAPE.json.
+Writes results/runs/attention_step_DEVICE_SHAPE.json and results/plots/attention_step_DEVICE_SHAPE.png, with the kind of
+a CPU after the name unless it has AVX-512: attention_step_cpu_SHAPE_avx2.
 """
 
 import gpt2  # noqa: F401  first, so that Ctrl-C during the import of PyTorch prints one line
@@ -20,8 +25,8 @@ import argparse
 import torch
 
 from gpt2 import cli
-from gpt2.common import provenance
-from gpt2.experiments import attention_speed
+from gpt2.common import files, machine, provenance
+from gpt2.experiments import attention_speed, gpu_roofline
 from gpt2.models import loading
 from gpt2.report import plots, tables
 
@@ -41,6 +46,8 @@ def arguments() -> argparse.ArgumentParser:
                    help="for both K and V; kv4 and kv8 are the calibration-free presets")  # fmt: skip
     p.add_argument("--bits", type=bits_list, default=[4.0], help="bits per coordinate of adjustable quantizers (mixed)")
     p.add_argument("--compiled", action="store_true", help="add int4_channel by torch.compile; only on a CPU")
+    p.add_argument("--bound", action="store_true", help="also print the least time by bytes and operations")
+    p.add_argument("--on-paper", action="store_true", help="only compute this time for known GPUs")
     p.add_argument("--repeats", type=cli.positive_int, default=20, help="timed steps per row and context")
     p.add_argument("--flush-mib", type=cli.positive_int, default=256, help="written before a step to flush caches")
     p.add_argument("--copy-mib", type=cli.positive_int, default=512, help="copied to measure the device's copy speed")
@@ -64,14 +71,19 @@ def bits_list(word: str) -> list[float]:
 
 def main() -> None:
     args = parse()
-    device = loading.resolve_device(args.device)
     shape = attention_speed.AttentionShape(args.heads, args.kv_heads, args.head_dim, args.batch_size)
-    paths = cli.output_files(args.output, f"attention_step_{provenance.device_slug(device)}_{shape}")
+    if args.on_paper:
+        return on_paper(args, shape)
+    device = loading.resolve_device(args.device)
+    name = f"attention_step_{provenance.device_slug(device)}_{shape}"
+    paths = cli.output_files(args.output, cli.of_this_machine(name, device))
+    own = machine.before_timing(str(device))
     timer = attention_speed.Timer(device, args.flush_mib << 20)
     bandwidth = attention_speed.copy_bandwidth(timer, args.copy_mib << 20)
     rows = []
+    reads = attention_speed.kernels(device)
     record = provenance.provenance(
-        args, copy_bytes_per_s=bandwidth, kernels=attention_speed.kernels(device), dtype=args.dtype, rows=rows
+        args, machine=own, copy_bytes_per_s=bandwidth, kernels=reads, dtype=args.dtype, rows=rows
     )
     for context in args.context_lengths:
         rows += attention_speed.measure(
@@ -79,7 +91,21 @@ def main() -> None:
             repeats=args.repeats, compiled=args.compiled, seed=args.seed, progress=cli.bar(f"{context} tokens", "turn"),
         )  # fmt: skip
         tables.show("attention_step", record, str(context), note=context == args.context_lengths[-1])
+    if args.bound:
+        gpu = gpu_roofline.device_of(record["device"], bandwidth)
+        gpu_roofline.add_bounds(rows, gpu, shape, args.quantizers, args.bits)
+        tables.show("attention_bound", record | {"bound": gpu.record()})
     cli.write(paths, record, lambda: plots.attention_times(record))
+
+
+def on_paper(args: argparse.Namespace, shape: attention_speed.AttentionShape) -> None:
+    output = args.output or files.check_writable(files.RESULTS / "runs" / f"gpu_roofline_{shape}.json")
+    known = list(gpu_roofline.DEVICES.values())
+    rows = list(gpu_roofline.rows(known, shape, args.context_lengths, args.quantizers, args.bits))
+    record = provenance.provenance(args, device="none", gpus=[gpu.record() for gpu in known], rows=rows)
+    files.write_json(output, record)
+    tables.show("gpu_roofline", record)
+    print(f"\nwrote {files.shown(output)}")
 
 
 if __name__ == "__main__":

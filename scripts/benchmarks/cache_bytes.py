@@ -7,7 +7,8 @@
 Real caches are filled with noise, as sizes don't depend on values: half of the tokens as a prompt, the rest 64 at a
 time. One layer stands for all that are like it. Counted are codes with their scales, exact sinks, the exact tail of
 less than a block, and allocated room that is not yet used; and separately the codec's basis, which all conversations
-share. A context of more than 131,072 tokens is taken in proportion to that.
+share. In contexts of more than 8,192 tokens the caches grow in the same way, with tensors that have shapes and no
+values.
 
 The 16-bit cache is transformers' own for this model: layers with a sliding window forget, and recurrent states and the
 keys of indexers, which stay as they are, count on both sides. `attention_ratio` is of K and V alone. Ratios are of one

@@ -6,7 +6,9 @@
 #     scripts/benchmarks/gpu_check.sh --only attention,profile-32k
 #     scripts/benchmarks/gpu_check.sh --cpu                        the same steps without a GPU, tiny, to try this script
 #
-# Steps: tests, attention, attention-b8, largest, profile-4k, profile-32k. Each step has its own time limit, and all
+# Steps: tests, attention, attention-b8, largest, profile-4k, profile-32k. The attention steps print measured times
+# beside the least that bytes and operations take: by the data sheet of a GPU known to gpt2/experiments/gpu_roofline.py,
+# else by the measured speed of copies. Each step has its own time limit, and all
 # together have GPU_CHECK_SECONDS. If a step fails or runs out of time, the others still run, and the exit code is 1.
 # Nothing is installed. With --cpu results go to OUT or a temporary folder, never to results/, and tests run in Triton's
 # interpreter. Environment:
@@ -86,9 +88,9 @@ on_gpu() {
     # Each process compiles its kernels one after the other, which takes most of the tests' time
     "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 6)
     step tests 120 "$PYTHON" -m pytest -q --disable-warnings -p no:cacheprovider "${workers[@]}" tests/compression/kernels/test_gpu.py
-    measure attention 90 "attention_step_$slug" benchmarks/attention.py --repeats 50 \
+    measure attention 90 "attention_step_$slug" benchmarks/attention.py --bound --repeats 50 \
         --context-lengths 4096,16384,65536,131072
-    measure attention-b8 50 "attention_step_${slug}_b8" benchmarks/attention.py --repeats 50 \
+    measure attention-b8 50 "attention_step_${slug}_b8" benchmarks/attention.py --bound --repeats 50 \
         --context-lengths 16384 --batch-size 8
     measure largest 120 "largest_batch_${slug}_qwen2.5-7b" benchmarks/largest_batch.py --model "$shape" "${own[@]}" \
         --context-length 32768 --decode-tokens 4
@@ -106,8 +108,8 @@ on_cpu() {
     local tiny=(--heads 4 --kv-heads 2 --head-dim 32 --flush-mib 1 --copy-mib 1 --repeats 2 --quantizers int4_channel)
     step tests 60 env TRITON_INTERPRET=1 "$PYTHON" -m pytest -q --disable-warnings -p no:cacheprovider tests/compression/kernels/test_gpu.py \
         -k 'test_every_quantizer and int4_channel and bfloat16'
-    measure attention 60 attention_step_cpu benchmarks/attention.py "${tiny[@]}" --context-lengths 64,128
-    measure attention-b8 60 attention_step_cpu_b8 benchmarks/attention.py "${tiny[@]}" --context-lengths 64 --batch-size 8
+    measure attention 60 attention_step_cpu benchmarks/attention.py --bound "${tiny[@]}" --context-lengths 64,128
+    measure attention-b8 60 attention_step_cpu_b8 benchmarks/attention.py --bound "${tiny[@]}" --context-lengths 64 --batch-size 8
     measure largest 60 largest_batch_cpu_tiny benchmarks/largest_batch.py "${own[@]}" --context-length 128 --most 2
     measure profile-4k 60 profile_cpu_tiny_4k profile_kv_performance.py "${own[@]}" \
         --direct --context-lengths 64 --batch-sizes 1,2 --decode-tokens 2 --repeats 1

@@ -13,7 +13,7 @@ Writes results/runs/largest_batch_DEVICE_MODEL.json, or where --output says.
 import argparse
 
 from gpt2 import cli
-from gpt2.common import files, provenance
+from gpt2.common import files, machine, provenance
 from gpt2.common.errors import PluginError
 from gpt2.evaluation import largest_batch
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
@@ -44,7 +44,8 @@ def main() -> None:
     most = args.most or (1024 if loaded.device.type == "cuda" else 4)
     rows = []
     caches = [choice.record() for choice in choices]
-    record = script.record(rows=rows, weights=script.weights, dtype=script.dtype, caches=caches)
+    own = machine.before_timing(args.device)
+    record = script.record(machine=own, rows=rows, weights=script.weights, dtype=script.dtype, caches=caches)
     caches = {BASELINE: baseline_factory(loaded)} | {choice.label: choice.make for choice in choices}
     for name, make in cli.bar("largest batches", "cache")(caches.items()):
         rows.append(

@@ -3,21 +3,24 @@
     python scripts/benchmarks/scaling.py
     python scripts/benchmarks/scaling.py --quick --output quick.json
     python scripts/benchmarks/scaling.py --shapes llama-3.1-8b.json,qwen2.5-72b.json --context-lengths 32768,131072
+    python scripts/benchmarks/scaling.py --counted-only --shapes gemma-3-4b.json,gpt-oss-20b.json --output paper.json
 
-Predicted: bytes of caches, by filling the cache of one layer; time and memory of calibration, by counting. Measured:
+Predicted: bytes of caches, and time and memory of calibration, by counting layer by layer. Measured:
 calibration and evaluation on the model, with fewer samples, tokens and layers; caches on one layer of the model's shape
 and of shapes without weights. A power law is fitted to each series; its exponent, with a bootstrap interval, is
 compared with that of the counted costs at the same sizes. Times are only valid on a machine that is otherwise idle.
-Writes results/runs/scaling_MODEL.json and results/plots/scaling_MODEL.png.
+Writes results/runs/scaling_MODEL.json and results/plots/scaling_MODEL.png; with --counted-only, which is valid on any
+machine, no picture.
 """
 
 from functools import partial
 
 from gpt2 import cli
+from gpt2.common import files
 from gpt2.experiments import power_law, predictions
 from gpt2.experiments.scaling import FITTING, QUICK, Sizes, all_series, pass_ratios
 from gpt2.models import random_weights
-from gpt2.report import plots
+from gpt2.report import plots, tables
 
 SHAPES = "qwen2.5-7b.json,llama-3.1-8b.json,qwen2.5-72b.json"
 TIMED = "qwen2.5-0.5b.json,gemma-2-2b.json,llama-3.1-8b.json,qwen2.5-72b.json"
@@ -36,6 +39,7 @@ def arguments():
     p.add_argument("--cache-shapes", type=names, default="llama-3.1-8b.json", help="shapes of measured caches")
     p.add_argument("--timed-presets", type=names, default="kv4,kv-4x,fast-4x", help="caches to measure")
     p.add_argument("--repeats", type=cli.positive_int, default=4, help="timings of every point; 3 or more for verdicts")
+    p.add_argument("--counted-only", action="store_true", help="leave out all that is timed")
     p.add_argument("--quick", action="store_true", help="the smallest sizes, only to try the script")
     cli.add_output_flag(p)
     return p
@@ -53,15 +57,21 @@ def main() -> None:
     own, read = {loaded.slug: loaded.model.config}, random_weights.read_shapes
     paper = own | read(args.shapes)
     caches = predictions.cache_rows(paper, args.context_lengths, args.presets, cli.bar("caches", "model"))
+    count = partial(predictions.calibration_rows, paper, args.samples, args.seq_len, args.flops_per_s)
+    if args.counted_only:
+        record = script.record(caches=caches, calibrations=count())
+        files.write_json(paths[0], record)
+        for rows in ("bytes", "time", "memory"):
+            tables.show("scaling", record, rows)
+        print(f"\nwrote {files.shown(paths[0])}")
+        return
     slopes, sizes = [], QUICK if args.quick else Sizes()
     found = all_series(loaded, own | read(args.timed_shapes), own | read(args.cache_shapes), args.timed_presets, sizes)
     for series in cli.bar("measured", "series")(found):
         slopes.append(power_law.measure(series, args.repeats))
     fitting = next(slope for slope in slopes if slope["step"] == FITTING)
-    calibrations = predictions.calibration_rows(
-        paper, args.samples, args.seq_len, args.flops_per_s, partial(power_law.at, fitting)
-    )
     passes = pass_ratios(loaded, sizes, args.repeats)
+    calibrations = count(partial(power_law.at, fitting))
     record = script.record(caches=caches, calibrations=calibrations, passes=passes, slopes=slopes)
     shown = [f"scaling {rows}" for rows in ("bytes", "time", "memory", "passes", "slopes")]
     cli.write(paths, record, lambda: plots.growth(record), shown)

@@ -6,8 +6,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
 from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.compressed_cache import CompressedDynamicCache
+from gpt2.compression.kernels import cpu
+from gpt2.compression.named_caches import from_preset
 from gpt2.evaluation import instruments, timing
 from gpt2.evaluation.instruments import PARTS, Stopwatch, peak_memory, watched
 from gpt2.evaluation.perplexity import BASELINE
@@ -46,7 +49,7 @@ def test_a_stopwatch_gives_each_second_to_one_part():
         update()
         clock.work(16)
     clock.work(100)
-    assert watch.seconds == {"compress": 0, "expand": 8, "copies": 6, "attention": 0, "rest": 24}
+    assert watch.seconds == dict.fromkeys(PARTS, 0.0) | {"expand": 8, "copies": 6, "rest": 24}
     assert watch.shares()["rest"] == 24 / 38 and sum(watch.shares().values()) == pytest.approx(1)
     assert len(waits) == 10, "the devices are waited for whenever the clock is read"
 
@@ -65,7 +68,10 @@ def test_a_stopwatch_gives_each_second_to_one_part():
 def test_every_part_of_a_step_is_seen(llama, caches, monkeypatch):
     prompt = timing.random_tokens(llama, 2, 40, 0)
     baseline, int4 = (timing.look_inside(llama.model, caches[name](), prompt, 8) for name in (BASELINE, "int4"))
-    assert set(int4.share) == set(PARTS) and all(share > 0 for share in int4.share.values())
+    direct = {"folding", "kernels"}  # of caches whose codes are read
+    assert set(int4.share) == set(PARTS)
+    assert {part for part, share in int4.share.items() if share > 0} - direct == set(PARTS) - direct
+    assert int4.share["kernels"] == 0
     assert baseline.share["compress"] == baseline.share["expand"] == 0
     assert baseline.share["attention"] > 0 and baseline.share["copies"] > 0
     # Of a model whose attention can't be replaced it stays in the rest
@@ -90,7 +96,20 @@ def test_a_part_is_counted_as_often_as_it_runs(llama, caches):
         llama.model(token, past_key_values=cache, use_cache=True)
     layers = llama.geometry.num_layers
     assert calls.count("attention") == layers and calls.count("compress") == calls.count("expand") == 2 * layers
+    linear = sum(isinstance(module, torch.nn.Linear) for module in llama.model.modules())
+    assert calls.count("matmuls") == linear and "kernels" not in calls
     assert calls.count("copies") == 2 * layers, "our update calls the one it overrides; the inner one takes no second"
+
+
+def test_a_step_over_codes_shows_its_kernels_and_what_goes_through_the_basis(llama, kernels):
+    enable_compressed_attention(llama.model)
+    try:
+        prompt = timing.random_tokens(llama, 1, 90, 0)
+        share = timing.look_inside(llama.model, from_preset("kv4", llama).make(), prompt, 4).share
+    finally:
+        disable_compressed_attention(llama.model)
+    assert share["folding"] > 0 and share["matmuls"] > 0 and share["sampling"] > 0 and share["attention"] > 0
+    assert (share["kernels"] > 0) == cpu.loaded() and share["expand"] == 0
 
 
 def test_instruments_change_no_token_and_are_gone_afterwards_also_after_an_error(llama, caches):

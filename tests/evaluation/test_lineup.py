@@ -141,3 +141,5 @@ def test_caches_for_speed_come_by_name_with_the_baseline_first(llama):
     caches = lineup.for_speed(llama, choices, identity=True, direct=True)
     assert list(caches) == [BASELINE, "identity", "identity, direct", "kv4", "kv4, direct"]
     assert [caches[name]().direct for name in ("kv4", "kv4, direct")] == [False, True]
+    alone = lineup.for_speed(llama, choices, direct=True, reconstruct=False)
+    assert list(alone) == [BASELINE, "kv4, direct"], "what can be read is not reconstructed as well"

@@ -7,7 +7,7 @@ import torch
 from pictures import is_drawn
 from script_runs import run
 
-from gpt2.common import files, provenance
+from gpt2.common import files, machine, provenance
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache import direct_attention
 from gpt2.compression.codecs import Compressor
@@ -162,7 +162,7 @@ SMALL += ["--device", "cpu"]
 def test_the_script_writes_figures_a_plot_and_a_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(files, "RESULTS", tmp_path)
     assert run(SCRIPT, *SMALL, "--context-lengths", "64,130", "--quantizers", "int4,kv4", "--batch-size", 3) == 0
-    stem = "attention_step_cpu_b3_h4-2x16"
+    stem = machine.named("attention_step_cpu_b3_h4-2x16", machine.tag())
     assert is_drawn(tmp_path / "plots" / f"{stem}.png")
     record = json.loads((tmp_path / "runs" / f"{stem}.json").read_text())
     said = " ".join(capsys.readouterr().out.split())  # notes are wrapped
@@ -172,6 +172,7 @@ def test_the_script_writes_figures_a_plot_and_a_table(tmp_path, capsys, monkeypa
     assert table.count("\n| 64 |") == table.count("\n| 130 |") == 8 and table.count("**") == 4
     assert {line.count("|") for line in table.splitlines()[:18]} == {9}
     assert "each of 3 sequences, 4 query heads, 2 KV heads of 16, bfloat16, on cpu" in table
+    assert record["machine"]["copy_bytes_per_s"] > 0 and f"Machine: {machine.short(record)}" in table
     assert "| 64 |" not in tables.attention_step(record, ["130"]).markdown()
     with pytest.raises(PluginError, match=r"no rows of context tokens 131"):
         tables.attention_step(record, ["131"])

@@ -8,6 +8,7 @@ from tiny import tiny_model, word_tokenizer
 
 from gpt2.common.errors import PluginError
 from gpt2.experiments import power_law
+from gpt2.models import random_weights
 from gpt2.report import tables
 
 
@@ -39,6 +40,23 @@ def test_script_measures_every_step(record):
         else:  # one timing
             assert row["verdict"] == power_law.UNKNOWN
     assert {row["shape"] for row in record["caches"]} == {"m", "h64"}
+
+
+def test_what_is_counted_alone_has_no_times(tmp_path):
+    """Also of models whose layers differ; what one can't have is said below the table."""
+    shape, output = tmp_path / "latent.json", tmp_path / "paper.json"
+    shape.write_text(json.dumps(random_weights.changed(random_weights.read_shapes(["deepseek-v3.json"])["deepseek-v3"],
+                                                       1).to_dict()))  # fmt: skip
+    tiny_model("gemma3_text").save_pretrained(tmp_path / "m")
+    word_tokenizer().save_pretrained(tmp_path / "m")
+    flags = ["--model", tmp_path / "m", "--shapes", shape, "--context-lengths", "300", "--presets", "kv4,kv-4x"]
+    assert run("benchmarks/scaling", *flags, "--counted-only", "--output", output) == 0
+    record = json.loads(output.read_text())
+    assert "slopes" not in record and {row["fitting_s"] for row in record["calibrations"]} == {None}
+    table = tables.TABLES["scaling"](record, ["bytes"]).markdown()
+    assert "| latent | kv4 |" in table and "latent has no kv-4x: layer 0: codec joint needs K and V" in table
+    assert "| latent |" in tables.TABLES["scaling"](record, ["time"]).markdown()
+    assert " – | – |" in tables.TABLES["scaling"](record, ["memory"]).markdown()
 
 
 def test_tables(record):

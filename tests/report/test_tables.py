@@ -37,6 +37,35 @@ def test_rows_of_a_speed_table_are_chosen_by_batch_size_and_context():
         tables.table("profile_smollm2-135m", record, "context=77")
 
 
+def test_machines_stand_side_by_side_or_one_below_the_other_and_never_in_one_table(tmp_path):
+    name = "profile_direct_smollm2-135m"
+    text = (files.RESULTS / "runs" / f"{name}.json").read_text()
+    (tmp_path / f"{name}.json").write_text(text)
+
+    def region(words: str) -> str:
+        return regions.fill(f"<!-- results: {name} {words} -->\n<!-- end -->", tmp_path)
+
+    alone = region("context=256")
+    assert region("each,context=256").splitlines()[1:] == region("machines,context=256").splitlines()[1:]
+    other = json.loads(text) | {"machine": {"processor": "Other", "instruction_sets": ["avx2"], "cores": 4}}
+    other["rows"] = [row | {"token_ms_median": 987.0} for row in other["rows"] if row["cache"] != "kv4"]
+    (tmp_path / f"{name}_avx2.json").write_text(json.dumps(other))
+    assert region("context=256") == alone and "987" not in alone
+    each = region("each,context=256")
+    assert each.count("Machine: ") == 2 and each.count("| batch |") == 2 and "Machine: Other, AVX2, 4 cores" in each
+    beside = region("machines,context=256")
+    assert (
+        beside.count("| batch |") == 1
+        and "| per token, AVX-512 | against baseline, AVX-512 | per token, AVX2 |" in beside
+    )
+    assert "AVX2: Machine: Other" in beside and "987.0 ms" in beside and "kv4, direct" in beside
+    assert "| kv4 |" not in beside, "only rows that both have measured"
+    (tmp_path / "benchmark_append.json").write_text(json.dumps({"rows": [], "args": {}}))
+    (tmp_path / "benchmark_append_avx2.json").write_text(json.dumps({"rows": [], "args": {}}))
+    with pytest.raises(PluginError, match="no table shows benchmark_append of several machines"):
+        regions.fill("<!-- results: benchmark_append machines -->\n<!-- end -->", tmp_path)
+
+
 def test_missing_results_are_named(tmp_path):
     region = "<!-- results: validate_ppl_x sinks -->\n<!-- end -->"
     with pytest.raises(PluginError, match="validate_ppl_x.json"):

@@ -3,10 +3,10 @@
 import pytest
 from checkouts import fake, make_checkout, write_table
 
-from gpt2.common import files
+from gpt2.common import files, machine
 from gpt2.common.errors import PluginError
 from gpt2.report import tables
-from gpt2.runs.config import RunOptions, load, select
+from gpt2.runs.config import THIS, RunOptions, load, select
 from gpt2.runs.up_to_date import Matcher
 
 
@@ -29,7 +29,7 @@ def test_every_table_can_be_made_from_its_runs(quick):
 
 def test_every_committed_result_is_of_a_run_and_on_a_page():
     known, runs = load(RunOptions())
-    committed = {path.stem for path in (files.RESULTS / "runs").glob("*.json")}
+    committed = {machine.untagged(path.stem) for path in (files.RESULTS / "runs").glob("*.json")}
     assert committed <= runs.keys()
     shown = {name for table in known.values() for name in table.results}
     assert committed <= shown | {name for run in runs.values() for name in run.needs}
@@ -54,6 +54,21 @@ def test_invalid_tables_are_named(tmp_path):
     rejected("run peers_x: no table defines a run peers_y", t=rest | {"runs": needing})
     one, other = (rest | {"runs": {"peers_x": fake({"size": size})}} for size in (1, 2))
     rejected("u.json: run peers_x is defined differently in another table", t=one, u=other)
+
+
+def test_what_measures_time_has_a_name_for_each_kind_of_machine(tmp_path):
+    checkout = make_checkout(tmp_path, t={"peers_{model}": fake(per_machine=True), "peers_y": fake()})
+    for options, wanted in {"avx512": "peers_m", "avx2": "peers_m_avx2", "avx2-two": "peers_m_avx2-two"}.items():
+        known, runs = load(RunOptions("m", machine=options, checkout=checkout))
+        assert runs.keys() == {wanted, "peers_y"} and known["t"].results == [wanted, "peers_y"]
+        assert [item["results"] for item in known["t"].show] == ["peers_m", "peers_y"], "what is shown doesn't depend"
+        assert runs[wanted].output == f"runs/{wanted}.json"
+        assert select(["peers_m"], known, runs)[1] == select([wanted], known, runs)[1] == [wanted]
+    _, runs = load(RunOptions("m", machine=THIS, checkout=checkout))
+    assert machine.named("peers_m", machine.tag()) in runs
+    for bad in ("laptop", "avx2_x", "../avx2", "avx2-X"):
+        with pytest.raises(PluginError, match="a tag is one of avx512, avx2"):
+            RunOptions(machine=bad)
 
 
 def test_names_are_filled_in_and_selected(tmp_path):

@@ -1,5 +1,6 @@
 """Pages of results: what they show, and that one which was edited or left over is noticed."""
 
+import json
 import re
 import shutil
 
@@ -50,6 +51,22 @@ def test_a_page_that_was_edited_is_noticed(checkout):
     ]
     page.rename(page.with_name("gone.md"))
     assert pages.differing(checkout) == ["results/tables/gone.md has no table in configs/tables: remove it"]
+
+
+def test_each_machine_has_a_table_of_its_own(checkout):
+    with_results(checkout)
+    runs = checkout / "results" / "runs"
+    for tag, processor in {"": "First", "_avx2": "Second"}.items():
+        record = json.loads((RUNS / "benchmark_append.json").read_text())
+        record["machine"] |= {"processor": processor}
+        (runs / f"benchmark_append{tag}.json").write_text(json.dumps(record))
+    show = [{"results": "benchmark_append", "heading": "Appending"}]
+    defined = {"benchmark_append": fake(per_machine=True)}
+    write_table(checkout, "t", {"title": "T", "about": "A.", "runs": defined, "show": show, "plots": []})
+    text = write(checkout).read_text()
+    assert text.count("## Appending") == 1 and text.count("| codec |") == 2
+    first, second = (text.index(f"Machine: {name}") for name in ("First", "Second"))
+    assert first < text.index("Source: `benchmark_append.json`") < second < text.index("`benchmark_append_avx2.json`")
 
 
 def test_regions_are_made_anew_also_where_one_cant_be(checkout):

@@ -1,6 +1,7 @@
 """Runs as trials of a queue: made once, shared, taken over, and reported where they fail."""
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,7 @@ import pytest
 from checkouts import fake, make_checkout, started
 from databases import wait_for
 
+from gpt2.common import machine
 from gpt2.common.trial_queue import Pace
 from gpt2.runs import worker
 from gpt2.runs.config import RunOptions, load
@@ -78,6 +80,31 @@ def test_a_failed_run_is_reported_with_what_needs_it_and_tried_again_next_time(t
     assert sorted(started(checkout)) == ["peers_bad", "peers_good"]
     work(checkout, storage)
     assert started(checkout)[2:] == ["peers_bad"]
+
+
+def test_a_machine_adds_nothing_to_the_results_of_another(tmp_path, storage, monkeypatch):
+    runs = {name: fake(per_machine=True) for name in ("peers_one", "peers_two")} | {"peers_any": fake()}
+    checkout = make_checkout(tmp_path / "c", t=runs)
+    here = {"processor": "Here", "instruction_sets": ["avx2"], "cores": 2, "kernels_for": "native"}
+    monkeypatch.setattr(machine, "describe", lambda device: here)
+
+    def made(tag: str, wanted: list[str]) -> dict[str, str]:
+        options = RunOptions(machine=tag, checkout=checkout)
+        return worker.Worker(storage, Matcher(options, load(options)[1]), Pace(1, 2, 0.1), lambda line: None).work(
+            wanted
+        )
+
+    others = checkout / "results" / "runs" / "peers_one_avx2.json"
+    others.parent.mkdir(parents=True)
+    for other, shown in (({"machine": here | {"processor": "There"}}, "There, AVX2"), ({}, "machine not recorded")):
+        others.write_text(json.dumps({"args": {}} | other))
+        failed = made("avx2", ["peers_two_avx2", "peers_any"])
+        assert failed.keys() == {"peers_two_avx2"}
+        assert f"peers_one_avx2.json is of another machine ({shown})" in failed["peers_two_avx2"]
+    assert "this machine is avx2: it makes no results of avx512" in made("avx512", ["peers_two"])["peers_two"]
+    others.write_text(json.dumps({"args": {}, "machine": here}))
+    assert made("avx2", ["peers_two_avx2"]) == made("avx2-second", ["peers_two_avx2-second"]) == {}
+    assert started(checkout) == ["peers_any", "peers_two_avx2", "peers_two_avx2-second"]
 
 
 def test_a_script_that_writes_something_else_has_failed(checkout, storage, monkeypatch):

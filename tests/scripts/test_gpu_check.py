@@ -141,4 +141,6 @@ def test_on_the_cpu_from_end_to_end(tmp_path):
     records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert records.keys() >= {"attention_step_cpu", *["largest_batch_cpu_tiny"] * ALL}
     assert all(record["rows"] and record["device"] == "cpu" for record in records.values())
+    assert all(row["share_of_bound"] > 0 for row in records["attention_step_cpu"]["rows"])
+    assert "measured by copying" in " ".join((tmp_path / "gpu_check.log").read_text().split())
     assert (tmp_path / "attention_step_cpu.png").exists() and (tmp_path / "gpu_check.log").exists()

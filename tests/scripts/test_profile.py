@@ -8,7 +8,7 @@ from pictures import is_drawn
 from script_runs import PROFILE, run
 from tiny import write_shape
 
-from gpt2.common import files
+from gpt2.common import files, machine
 from gpt2.common.errors import PluginError
 from gpt2.evaluation import timing
 from gpt2.evaluation.instruments import PARTS
@@ -46,8 +46,10 @@ def test_the_script_writes_figures_a_plot_and_a_table(shape, tmp_path, capsys):
 def test_the_script_measures_a_model_with_weights(shape, script, tmp_path):
     flags = ["--preset", "p.json", "--device", "cpu", "--context-lengths", 16, "--batch-sizes", 1, "--repeats", 1]
     assert script(PROFILE, *flags) == 0
-    record = json.loads((tmp_path / "results/runs/profile_tiny.json").read_text())
-    assert record["weights"] == "trained" and (tmp_path / "results/plots/profile_tiny.png").exists()
+    name = machine.named("profile_tiny", machine.tag())
+    record = json.loads((tmp_path / f"results/runs/{name}.json").read_text())
+    assert record["weights"] == "trained" and (tmp_path / f"results/plots/{name}.png").exists()
+    assert record["machine"]["processor"] and "busy_cores_before" in record["machine"]
     assert "Weights" not in tables.profile(record, []).note
 
 

@@ -56,7 +56,7 @@ def direct_gradients(loaded: LoadedModel, batches: Tensor, seed: int = 0) -> dic
     """
     found: dict[int, list[list[Tensor]]] = {}
     embeddings = loaded.model.get_input_embeddings()
-    hook = embeddings.register_forward_hook(lambda module, args, out: out.detach().requires_grad_())
+    hook = embeddings.register_forward_hook(lambda module, args, out: out.detach().requires_grad_().clone())
     for number, tokens in enumerate(batches):
         generator = torch.Generator().manual_seed(seed + fisher.SEED_STEP * number)
         cache = Retaining(config=loaded.model.config)

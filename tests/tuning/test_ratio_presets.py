@@ -1,6 +1,7 @@
 """Presets by ratio, on a tiny model: bytes, files, and the caches that come out of them."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,8 +81,10 @@ def test_the_script_makes_presets_that_work(tiny_flags, tmp_path, capsys):
     with pytest.raises(BadArtefact, match="'meta.seed': the preset was measured with 5, found 0"):
         create_cache_from_preset(preset | {"calibrated_with": {"seed": 5}})
     before = listing(tmp_path)
-    assert run("make_presets", *flags, "--tag", "b") == 0
-    names = {f"runs/ratio_presets_{slug}_b.json", f"plots/ratio_presets_{slug}_b.png"}
+    capsys.readouterr()
+    assert run("make_presets", *flags, "--tag", "b", "--whole-cache", 512) == 0
+    assert "bits per coordinate, 2.0" in (out := capsys.readouterr().out) and "the whole cache at 512 tokens" in out
+    names = {f"runs/ratio_presets_whole_{slug}_b.json", f"plots/ratio_presets_whole_{slug}_b.png"}
     names |= {f"calibrations/kv_joint_{slug}_b.pt"}
     assert listing(tmp_path) - before == {f"out/{name}" for name in names}, "a tag measures only"
     assert run("make_presets", *flags, "--ratios", "0.5") == 2
@@ -140,6 +143,30 @@ def test_layers_that_differ_have_the_ratio_over_k_and_v(mixed, ratio, quantizer)
     assert all(bits < 15.5 for bits in each), "every layer that keeps K and V is compressed"
     cache = preset.make()
     assert [index for index, layer in enumerate(cache.layers) if layer in cache.compressed] == geometry.attention
+
+
+def test_a_ratio_of_the_whole_cache(mixed, tmp_path):
+    """With windows and states as they are at a context length; out of reach, the highest is named and is in reach."""
+    loaded, calibration = mixed
+    geometry, tokens = loaded.geometry, 512
+
+    def made(ratio: float):
+        return ratio_presets.make_ratio_preset(loaded, calibration, ratio, whole_at=tokens)
+
+    with pytest.raises(PluginError, match=f"ratio 60 of the whole cache at {tokens} tokens is out of range") as error:
+        made(60.0)
+    highest = float(re.search(r"reaches ([\d.]+) at most", str(error.value))[1])
+    states = geometry.uncompressed_bytes(tokens)
+    assert 1 < highest < (plain_bytes(geometry, tokens) / states if states else 60)
+    ratio = min(highest, 3.0)
+    preset = made(ratio)
+    held = held_bytes(preset.make, geometry, tokens)
+    assert preset.reached == pytest.approx(plain_bytes(geometry, tokens) / held) and preset.reached >= ratio - 1e-9
+    assert preset.reached < 1.1 * ratio and preset.name.endswith("-whole")
+    path = save_calibration(calibration, tmp_path / "c.pt")
+    record = preset.preset(loaded, calibration, str(path), measured={"baseline_ppl": 1.0, "ppl": 1.0, "ppl_delta": 0.0})
+    assert record["whole_cache"] == {"ratio": pytest.approx(preset.reached, abs=1e-4), "context_length": tokens}
+    assert str(preset).startswith(f"{preset.name}: {preset.bits:g} bits per coordinate")
 
 
 def test_a_preset_of_layers_that_differ_says_both_ratios(mixed, tmp_path):

@@ -28,6 +28,7 @@ from gpt2.compression.cache.layers import StoredKV, as_new
 from gpt2.compression.cache.token_store import without_autocast
 from gpt2.compression.kernels import cpu
 from gpt2.models.probe import probe_geometry
+from gpt2.models.support import warn_of_positions
 
 NAME = "compressed_cache"  # names with "flash", "sdpa" or "flex" mean something to transformers
 MOST_QUERIES = 64  # per KV head; for more, as in a prompt, reconstructing the history once is faster than reading codes
@@ -88,6 +89,7 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 def _enable(model: PreTrainedModel) -> PreTrainedModel:
     if not getattr(type(model), "_can_set_attn_implementation", lambda: False)():
         raise _unsupported(model, "transformers can't set its attention")
+    warn_of_positions(model.config)
     if model.device.type == "cpu":
         cpu.loaded()  # compile kernels now, so that the first token doesn't wait for them
     training = model.training
@@ -166,16 +168,18 @@ def compressed_attention(
 
     key, value: what the cache's `update` returned: a StoredKV of compressed caches, tensors of other caches.
     """
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
     if kwargs.get("output_attentions"):
-        return _with_weights(query, key, value, attention_mask, scaling, softcap, s_aux)
+        key, value = as_new(key.read(), (query, query)) if isinstance(key, StoredKV) else (key, value)
+        mask = _whole_mask(attention_mask, kwargs.get("position_bias"), causal, query, key.shape[2])
+        return _with_weights(query, key, value, mask, scaling, softcap, s_aux)
     plain = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux, **kwargs}
     if not isinstance(key, StoredKV):
         return _plain(module, query, key, value, attention_mask, **plain), None
     k, v = key.stores()
     few = query.shape[1] * query.shape[2] <= MOST_QUERIES * k.sinks.shape[1]
     learning = query.requires_grad and torch.is_grad_enabled()  # kernels have no backward pass
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
     special = learning or kwargs.get("position_bias") is not None or (attention_mask is None and not causal)
     # In a small window, which is stored exactly, a joint codec's store of K and V together would pass for readable
     if special or k is v or not (few and k.compressor.readable and v.compressor.readable):
@@ -189,13 +193,25 @@ def compressed_attention(
 
 
 def _with_weights(
-    query: Tensor, key, value, mask: Tensor | None, scaling: float | None, softcap: float | None, sinks: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention over K and V as they are stored, and its weights [B, H, Q, T] in the query's dtype."""
-    key, value = as_new(key.read(), (query, query)) if isinstance(key, StoredKV) else (key, value)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     p = attention_math.weights(key, query, mask, scaling, softcap=softcap, sinks=sinks).to(query.dtype)
     return attention_math.weighted_values(p, value).transpose(1, 2).contiguous(), p
+
+
+def _whole_mask(mask: Tensor | None, bias: Tensor | None, causal: bool, query: Tensor, tokens: int) -> Tensor | None:
+    """A mask with the model's position bias [B, H, Q, T] in it (Inkling), as `attention_math.weights` takes it."""
+    if mask is None and causal:
+        mask = attention_math.causal(query.shape[2], tokens, query.device)
+    elif mask is None:
+        mask = torch.ones(query.shape[2], tokens, dtype=torch.bool, device=query.device)
+    if bias is None or mask is None:
+        return mask if bias is None else bias
+    mask = mask[..., :tokens]
+    return torch.where(mask, bias, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
 
 
 def _plain(

@@ -9,6 +9,8 @@ The first block may begin with `lead` padding slots, at the positions of the las
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,8 @@ def attend(
         out = triton_attention.attend(k, v, query, mask, scaling, softcap=softcap, sinks=sinks)
         if out is not None:
             return out
+    if (out := _in_one_pass(k, v, query, mask, scaling, softcap=softcap, sinks=sinks)) is not None:
+        return out
     B, heads, Q, d = query.shape
     H = k.sinks.shape[1]
     x = scores(k, (query * scaling).reshape(B, H, -1, d)).view(B, heads, Q, -1)
@@ -63,17 +67,59 @@ def weighted_sum(store: TokenStore, p: Tensor) -> Tensor:
     own = store.own_sinks.take(p, store.forgotten) if store.own_sinks else None
     exact, blocks = _parts(store)
     if cpu.usable(p) and blocks is not None:
-        sums = cpu.weighted_sums(exact + blocks, p, [0] * len(exact) + [int(bool(exact))] * len(blocks))
-        total, y = sums[0] if exact else None, sums[-1]
+        total = _total(store, cpu.weighted_sums(exact + blocks, p, _outs(exact, blocks)), bool(exact))
     else:
-        total, y = _weighted_sum(store, p)
-    if store.compressed_tokens:
-        y = store.compressor.reconstruct_sum(y, store.sinks.shape[3])
-        total = y if total is None else total + y
+        total = _total(store, _weighted_sum(store, p), True)
     return total if own is None else total + own
 
 
 # --- with CPU kernels
+
+
+def _in_one_pass(
+    k: TokenStore, v: TokenStore, query: Tensor, mask: Tensor | None, scaling: float, *,
+    softcap: float | None, sinks: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """As `attend`, for a decode step that one kernel can compute without storing scores; else None."""
+    B, heads, Q, d = query.shape
+    if Q != 1 or softcap is not None or k.own_sinks or v.own_sinks or not cpu.usable(query):
+        return None
+    if mask is not None and mask.shape[:-1] not in ((1, 1, 1), (B, 1, 1)):
+        return None
+    (k_exact, k_blocks), (v_exact, v_blocks) = _parts(k), _parts(v)
+    if k_blocks is None or v_blocks is None:
+        return None
+    q = (query * scaling).reshape(B, k.sinks.shape[1], -1, d)
+    absorbed = k.compressor.absorb_query(q) if k_blocks else q
+    sums = cpu.attend(
+        k_exact + k_blocks, [q] * len(k_exact) + [absorbed] * len(k_blocks), v_exact + v_blocks,
+        _outs(v_exact, v_blocks), len(k),
+        bias=None if mask is None else _bias(mask, B, len(k)), sinks=None if sinks is None else sinks.float(),
+    )  # fmt: skip
+    return None if sums is None else _total(v, sums, bool(v_exact)).view(B, heads, Q, -1).to(query.dtype)
+
+
+def _bias(mask: Tensor, batch: int, tokens: int) -> Tensor:
+    """A mask of one query, [B or 1, 1, 1, T], as numbers that are added to scores, [B, T] float32."""
+    mask = mask[:, 0, 0, :tokens]
+    if mask.dtype == torch.bool:
+        lowest = torch.finfo(torch.float32).min
+        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, lowest)
+    return mask.float().expand(batch, -1).contiguous()
+
+
+def _outs(exact: list[cpu.Part], blocks: list[cpu.Part]) -> list[int]:
+    """For each part the index of the sum to which it is added: exact parts have one, and compressed parts have one."""
+    return [0] * len(exact) + [int(bool(exact))] * len(blocks)
+
+
+def _total(store: TokenStore, sums: Sequence[Tensor], exact: bool) -> Tensor:
+    """Σ p v̂ [B, H, M, d], of sums over exact tokens, if there are any, and then over compressed ones, if any."""
+    total = sums[0] if exact else None
+    if not store.compressed_tokens:
+        return total
+    y = store.compressor.reconstruct_sum(sums[-1], store.sinks.shape[3])
+    return y if total is None else total + y
 
 
 def _parts(store: TokenStore) -> tuple[list[cpu.Part], list[cpu.Part] | None]:
@@ -82,7 +128,7 @@ def _parts(store: TokenStore) -> tuple[list[cpu.Part], list[cpu.Part] | None]:
         return [], None
     rest, compressor = store.tail.shape[2], store.compressor
     exact = [cpu.exact(start, x) for start, x in ((0, store.sinks), (len(store) - rest, store.tail)) if x.shape[2]]
-    if not cpu.reads(compressor.quantizer.memory_format):
+    if not cpu.reads(store.memory_format):
         return exact, [] if not store.compressed_tokens else None
     rank, blocks = _rank(store), []
     for start, encoded in store.chunks():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from gpt2.compression.cache.padding import PaddingFinder
 from gpt2.compression.codecs import Compressor, IdentityCompressor
 from gpt2.models.geometry import Geometry, LayerGeometry
 
+log = logging.getLogger(__name__)
+NEAR = 16  # tokens before transformers drops a cache, from which on that is said
 OF_ANOTHER_MODEL = (
     "its preset or calibration is of another model, or says nothing of the layers: give model= or config= to "
     "create_cache_from_preset"
@@ -73,6 +76,7 @@ class CompressedDynamicCache(Cache):
         )
         self._first = next((i for i, layer in enumerate(self.layers) if isinstance(layer, CompressedLayer)), None)
         self._padding = PaddingFinder()
+        self._drops_at = geometry.drops_at if geometry else None  # None also after it was said
 
     @property
     def compressed(self) -> list[CompressedLayer]:
@@ -113,7 +117,18 @@ class CompressedDynamicCache(Cache):
             self._padding.see(key_states, value_states)
         if self._padding.changing:
             layer.set_padding(self._padding.found)
+        if self._drops_at and layer_idx == self._first:
+            self._warn_near_drop(layer.get_seq_length() + key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _warn_near_drop(self, length: int) -> None:
+        """Say once, before it happens, that transformers drops this cache; a prompt beyond the length keeps it."""
+        if self._drops_at - NEAR <= length <= self._drops_at:
+            log.warning(
+                "this cache holds %d tokens, and transformers drops it for an uncompressed one where the text grows "
+                "past %d: end the answer there, or give the longer text to a new cache", length, self._drops_at,
+            )  # fmt: skip
+            self._drops_at = None
 
     def _check_layers(self) -> None:
         """Reject a cache whose first layers hold tokens that the last don't, as after Ctrl-C or an error in a run."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.compression.cache.layers import CompressedLayer
+from gpt2.compression.cache.size_only import without_values
 from gpt2.compression.codecs import Compressor
 from gpt2.models.geometry import Geometry
 
@@ -75,10 +78,15 @@ def held_bytes(
 ) -> int:
     """Bytes that a cache of `make_cache` holds for one sequence of `tokens`, states and indexers among them.
 
-    K and V are measured; arguments as in `filled`. Beyond `LONGEST_MEASURED` tokens they are taken to grow as they do
-    up to there, unless a window ends on the way.
+    K and V are measured; arguments as in `filled`. Beyond `LONGEST_MEASURED` tokens nothing is stored: our own caches
+    are filled without values, so that the result is the same, and others are taken to grow as they do up to there,
+    unless a window ends on the way.
     """
     others = geometry.uncompressed_bytes(tokens)
+    if tokens > LONGEST_MEASURED and isinstance(make_cache(), CompressedDynamicCache):
+        each = layers_alike(make_cache, geometry, dtype).items()
+        one = partial(filled, make_cache, geometry, tokens, dtype, chunk=chunk, values=False)
+        return sum(count * cache_bytes(one(layers=[index])) for index, count in each) + others
     ends = [layer.window for layer in geometry.layers if layer.window and layer.window > LONGEST_MEASURED // 2]
     if tokens <= LONGEST_MEASURED or ends:
         return cache_bytes(filled(make_cache, geometry, tokens, dtype, chunk=chunk)) + others
@@ -89,6 +97,17 @@ def held_bytes(
     return long + round((long - short) / (LONGEST_MEASURED // 2) * (tokens - LONGEST_MEASURED)) + others
 
 
+def layers_alike(
+    make_cache: Callable[[], CompressedDynamicCache], geometry: Geometry, dtype: torch.dtype = torch.bfloat16
+) -> dict[int, int]:
+    """Number of one layer of each sort to how many there are: layers of one shape whose codecs store as many bytes.
+
+    A codec may have other bits in every layer.
+    """
+    signatures, first = without_values(make_cache(), geometry, dtype), {}
+    return dict(Counter(first.setdefault(own, index) for index, own in signatures.items()))
+
+
 def filled(
     make_cache: Callable[[], Cache],
     geometry: Geometry,
@@ -97,20 +116,25 @@ def filled(
     *,
     chunk: int | None = None,
     layers: Iterable[int] | None = None,
+    values: bool = True,
 ) -> Cache:
     """A cache that holds K and V of one sequence of `tokens` of noise: sizes don't depend on the values.
 
     dtype: of the exact tokens. chunk: tokens that are appended at a time, as streamed perplexity does; None appends a
     prompt of half the length and then chunks of 64. layers: numbers of those to fill, with the others left empty; None
-    fills all.
+    fills all. values: whether anything is stored; without, a CompressedDynamicCache grows as it would, on the meta
+    device, and can't be read.
     """
     prompt = tokens // 2
     sizes = [chunk] * (tokens // chunk) + [tokens % chunk] if chunk else [prompt, *[64] * ((tokens - prompt) // 64)]
     sizes = [size for size in (*sizes, 0 if chunk else (tokens - prompt) % 64) if size]
     cache = make_cache()
+    if not values:
+        without_values(cache, geometry, dtype)
+    vectors = noise if values else _nothing
     for index in geometry.attention if layers is None else layers:
         layer = geometry.layers[index]
-        x = {shape: noise(shape.heads, tokens, shape.width, dtype=dtype) for shape in {layer.k, layer.v}}
+        x = {shape: vectors(shape.heads, tokens, shape.width, dtype=dtype) for shape in {layer.k, layer.v}}
         for k, v in zip(x[layer.k].split(sizes, dim=2), x[layer.v].split(sizes, dim=2), strict=True):
             store(cache.layers[index], k, v) if index < len(cache.layers) else cache.update(k, v, index)
     return cache
@@ -123,6 +147,11 @@ def noise(
     """Gaussian noise [B, H, T, d] on the generator's device, the same at each call where no generator is given."""
     generator = generator or torch.Generator().manual_seed(0)
     return torch.randn(batch, heads, tokens, head_dim, generator=generator, device=generator.device).to(dtype)
+
+
+def _nothing(heads: int, tokens: int, width: int, *, dtype: torch.dtype) -> Tensor:
+    """As `noise`, with a shape alone."""
+    return torch.empty(1, heads, tokens, width, dtype=dtype, device="meta")
 
 
 def fill(cache: Cache, chunks: Iterable[tuple[Tensor, Tensor]]) -> Cache:

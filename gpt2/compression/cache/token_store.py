@@ -1,4 +1,4 @@
-"""Storage of cached tokens: a tensor that grows without being copied, and K or V of a layer stored in such tensors."""
+"""Storage of cached tokens: K or V of a layer, in tensors that grow without being copied."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from gpt2.common.errors import PluginError
+from gpt2.compression.cache.growing_tensor import SMALLEST_CHUNK, GrowingTensor
 from gpt2.compression.cache.padding import OwnSinks
 from gpt2.compression.codecs import Compressor, IdentityCompressor
-from gpt2.compression.codecs.base import HALF_MAX, Encoded
+from gpt2.compression.codecs.base import HALF_MAX, Encoded, waits
+from gpt2.compression.codecs.formats import Format
 from gpt2.compression.kernels import dispatch
 
 log = logging.getLogger(__name__)
-SMALLEST_CHUNK = 64  # tokens; together with GROWTH, less than 5 % is unused from 2,048 tokens on
-GROWTH = 32
 # Tokens that a store forgets together where its blocks are smaller: what is left of a chunk is copied
 DROPPED = 64
 # Error of codes against the spread of tokens up to which tokens count as the same: other tokens have about 2
 SAME_SHARE = 0.3
-FEWEST_CHECKED = 16  # tokens whose size is looked at
 SHORTEST_REACH = 2 * DROPPED - 1  # of windows that are compressed
-MERGED = 4  # a chunk made by merging holds at most 1/MERGED of all entries, so that the largest are never copied
 
 
 def in_autocast(x: Tensor) -> bool:
@@ -37,79 +35,6 @@ def in_autocast(x: Tensor) -> bool:
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """A context in which autocast is off on the device of x: codecs compute in their own dtype, not in the model's."""
     return torch.autocast(x.device.type, enabled=False) if in_autocast(x) else nullcontext()
-
-
-class GrowingTensor:
-    """A tensor [B, G, n, …] that grows along its third dimension, stored in chunks.
-
-    A new chunk has room for what is appended, for at least `smallest` entries and at least 1/GROWTH of what is held.
-    Full chunks of equal size are merged, like digits that carry in a binary counter. So there are O(log n) chunks,
-    which bounds what readers pay for them, and each entry is copied O(log n) times at most.
-    """
-
-    def __init__(self, smallest: int = SMALLEST_CHUNK):
-        self.smallest = smallest
-        self.chunks: list[Tensor] = []
-        self.length = 0
-        self.unused = 0  # entries at the end of the last chunk
-
-    def append(self, x: Tensor) -> None:
-        while x.shape[2]:
-            if not self.unused:
-                self._merge()
-                self.unused = max(x.shape[2], self.smallest, self.length // GROWTH)
-                with torch.inference_mode(False):  # else later appends outside inference mode couldn't write to it
-                    self.chunks.append(x.new_empty((*x.shape[:2], self.unused, *x.shape[3:])))
-            last, taken = self.chunks[-1], x[:, :, : self.unused]
-            start = last.shape[2] - self.unused
-            last[:, :, start : start + taken.shape[2]] = taken
-            x = x[:, :, self.unused :]
-            self.unused -= taken.shape[2]
-            self.length += taken.shape[2]
-
-    def _merge(self) -> None:
-        """Merge neighbours, all of them full, where the older one isn't larger than the newer."""
-        i = 0
-        while i + 1 < len(self.chunks):
-            older, newer = (chunk.shape[2] for chunk in self.chunks[i : i + 2])
-            if older > newer or MERGED * (older + newer) > self.length:
-                i += 1
-                continue
-            with torch.inference_mode(False):
-                self.chunks[i : i + 2] = [torch.cat(self.chunks[i : i + 2], dim=2)]
-            i = max(i - 1, 0)
-
-    def views(self) -> list[Tensor]:
-        """The used part of each chunk, without a copy."""
-        return [*self.chunks[:-1], *(last[:, :, : last.shape[2] - self.unused] for last in self.chunks[-1:])]
-
-    def truncate(self, length: int) -> None:
-        """Remove all entries from `length` on."""
-        drop, self.length = self.length - length, length
-        while drop:
-            used = self.chunks[-1].shape[2] - self.unused
-            if drop < used:
-                self.unused += drop
-                return
-            self.chunks.pop()
-            drop, self.unused = drop - used, 0
-
-    def drop_front(self, entries: int) -> None:
-        """Remove the first `entries`. What is left of a chunk that is cut is copied, so that its memory is freed."""
-        self.length -= entries
-        while entries:
-            last = len(self.chunks) == 1
-            used = self.chunks[0].shape[2] - (self.unused if last else 0)
-            if entries < used:
-                with torch.inference_mode(False):  # as in `append`
-                    self.chunks[0] = self.chunks[0][:, :, entries:].clone(memory_format=torch.contiguous_format)
-                return
-            self.chunks.pop(0)
-            entries, self.unused = entries - used, 0 if last else self.unused
-
-    def map_(self, fn: Callable[[Tensor], Tensor]) -> None:
-        with torch.inference_mode(False):  # as in `append`
-            self.chunks = [fn(chunk) for chunk in self.chunks]
 
 
 class TokenStore:
@@ -159,6 +84,13 @@ class TokenStore:
             self.own_sinks.padding = self.own_sinks.padding.to(x.device)
         self.compressor = self.compressor.to(x.device)
         self.sinks = self.tail = x.new_empty((*x.shape[:2], 0, x.shape[3]))
+
+    @property
+    def memory_format(self) -> Format | None:
+        """How blocks lie in memory, for kernels; None where PyTorch alone reads them, as with metadata in float32."""
+        quantizer = self.compressor.quantizer
+        wide = any(stored.chunks and stored.chunks[0].dtype == torch.float32 for stored in self.blocks.values())
+        return None if wide and not quantizer.lossless else quantizer.memory_format
 
     @property
     def lead(self) -> int:
@@ -224,21 +156,25 @@ class TokenStore:
         block = self.compressor.block_tokens
         if self.own_sinks.padding is not None and not self.compressor.exact:
             x = self.own_sinks.without_padding(x, self._slot(self.compressed_blocks))
-        self._warn_of_large(x)
-        encoded = dispatch.compress(self.compressor, x, self._position(self.compressed_blocks))
-        for name, field in encoded.items():
+        quantizer, before = self.compressor.quantizer, self.compressed_blocks
+        z = self.compressor.coordinates(x, self._position(before))
+        if block > 1:
+            self._warn_beyond(quantizer.largest, z)
+        for name, field in dispatch.quantize(quantizer, z).items():
             self.blocks.setdefault(name, GrowingTensor(max(SMALLEST_CHUNK // block, 1))).append(field)
+        if block == 1 and waits(z) and not quantizer.lossless and self.compressed_blocks // DROPPED > before // DROPPED:
+            latest = {name: _joined(stored.views())[:, :, -DROPPED:] for name, stored in self.blocks.items()}
+            self._warn_beyond(HALF_MAX, quantizer.dequantize(latest, z.shape[3]))  # cut off, they read as this
 
-    def _warn_of_large(self, x: Tensor) -> None:
-        """Say once of a store that values are beyond what 16-bit scales and offsets can say."""
-        few = x.shape[2] < FEWEST_CHECKED  # to ask for every token of an answer would cost a part of storing it
-        if self.warned or few or x.dtype == torch.float16 or self.compressor.exact or isinstance(x, FakeTensor):
+    def _warn_beyond(self, largest: float, z: Tensor) -> None:
+        """Say once of a store that coordinates z [B, G, n, r] may be cut off, as they reach what can be stored."""
+        if self.warned or self.compressor.exact or z.dtype == torch.float16 or isinstance(z, FakeTensor):
             return
-        if (largest := float(x.detach().abs().amax())) > HALF_MAX:
+        if (found := float(z.abs().amax())) >= largest:
             self.warned = True
             log.warning(
-                "%s: values up to %.3g are beyond %g, what codecs can store, and may be read as that: leave this layer "
-                "uncompressed", self.where, largest, HALF_MAX,
+                "%s: numbers up to %.3g, where the codec can store %.3g, and may read larger ones as that: leave this "
+                "layer uncompressed", self.where, found, largest,
             )  # fmt: skip
 
     def _position(self, block: int) -> int | Tensor:

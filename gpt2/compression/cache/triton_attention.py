@@ -56,6 +56,8 @@ def attend(
     first, end = _shared_range(k, v)
     if v.sinks.shape[3] != query.shape[-1] or k.own_sinks or v.own_sinks:  # K and V differ in head_dim, rows in padding
         return None
+    if k.memory_format is None or v.memory_format is None:
+        return None
     if end <= first or not supported(k.compressor, v.compressor, query, k.sinks.shape[1]):
         return None
     B, heads, Q, d = query.shape

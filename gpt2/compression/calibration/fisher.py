@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -58,7 +59,8 @@ def collect_fisher(
     with torch.enable_grad(), without_parameter_gradients(loaded.model), tap(loaded.model, arrivals.watch) as run:
         for number in progress(processes.share(len(segments))):
             with arrivals.of_segment(number):
-                logits = run(segments[number][None].to(loaded.device))[0]
+                with gradients_throughout():
+                    logits = run(segments[number][None].to(loaded.device))[0]
                 labels = drawn_labels(logits, seed, number)
                 nn.functional.cross_entropy(logits.float(), labels, reduction="sum").backward()
     if heads:
@@ -209,14 +211,38 @@ def without_parameter_gradients(model: nn.Module):
     Afterwards the parameters require gradients as they did before.
     """
     wanted = [p for p in model.parameters() if p.requires_grad]
-    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.detach().requires_grad_())
+    between = model.register_forward_pre_hook(lambda *_: _cut_states(model))
+    # A copy, because some models (CTRL, GIT) go on to change the embedded tokens in place, which no leaf allows
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: out.detach().requires_grad_().clone()
+    )
     model.requires_grad_(False)
     try:
         yield
     finally:
         hook.remove()
+        between.remove()
+        _cut_states(model)
         for p in wanted:
             p.requires_grad_(True)
+
+
+def _cut_states(model: nn.Module) -> None:
+    """Cut the states that modules keep themselves (RecurrentGemma's) off the graph of the segment that left them."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                setattr(module, name, value.detach())
+
+
+class gradients_throughout(TorchFunctionMode):
+    """While the block runs, `torch.no_grad` has no effect: a model that loops over its layers (HRM) trains the last
+    loops only and runs the others without gradients, but every loop has K and V of its own that the loss feels."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch._C._set_grad_enabled and not args[0]:
+            return None
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.codecs.formats import Encoding, Format
@@ -39,6 +40,8 @@ from gpt2.models.geometry import Geometry
 
 Encoded = dict[str, Tensor]
 HALF_MAX = torch.finfo(torch.float16).max
+WIDE_MAX = 2.0**100  # of metadata in float32, so that no product of it with a code is infinite
+FEWEST_CHECKED = 16  # tokens that are worth waiting for a GPU to look at their size
 SIDES = ("k", "v")
 UNWEIGHTED = "pca"  # the metric of bases that weigh every error alike
 
@@ -68,6 +71,7 @@ class Quantizer(ABC):
     bits_range: tuple[float, float] | None = None  # for a quantizer that takes any number of bits in a range
     calibrated = False  # works only as `allocated` returns it
     memory_format: Format | None = None  # how codes lie in memory, for kernels that read them; None: PyTorch reads them
+    largest = HALF_MAX  # size up to which any coordinates can be stored; larger ones may be cut off at some size
 
     @property
     def adjustable(self) -> bool:
@@ -114,6 +118,25 @@ class Quantizer(ABC):
         """Σ p ẑ over tokens, [B, G, M, r]; p [B, G, M, T] float32."""
         z = self.dequantize(encoded, rank)
         return p.to(z.dtype) @ z
+
+
+def waits(z: Tensor) -> bool:
+    """Whether to look at the size of coordinates z [B, G, T, r] isn't worth it: of few tokens on a GPU.
+
+    It would wait for the GPU in every layer of every step.
+    """
+    return z.device.type != "cpu" and z.shape[2] < FEWEST_CHECKED
+
+
+def beyond_half(z: Tensor) -> bool:
+    """Whether coordinates z [B, G, T, r] exceed float16, so that metadata must be stored in float32.
+
+    Where it `waits`, they are taken not to.
+    """
+    if waits(z) or z.dtype == torch.float16 or not z.numel() or isinstance(z, FakeTensor):
+        return False
+    low, high = torch.aminmax(z.detach())
+    return max(-float(low), float(high)) > HALF_MAX
 
 
 class Basis(ABC):

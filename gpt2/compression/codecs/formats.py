@@ -9,13 +9,15 @@ TOKEN          codes [B, G, T, bytes], scale and offset [B, G, T, 1] float16 (`i
 CHANNEL        codes [B, G, n, bytes, r], scale [B, G, n, 1, r] uint8, offset [B, G, n, 1, r] float16 (`per_channel`)
 PLANES         bit planes with metadata [B, G, n, bytes], packed width indices [B, G, n, bytes] (`mixed`)
 FIXED_PLANES   the same planes, without far offsets; width indices [G, r] uint8, the same in every block
+
+Where coordinates exceed float16, TOKEN and CHANNEL have float32 in its place, which PyTorch reads and kernels don't.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-EXACT, TOKEN, CHANNEL, PLANES, FIXED_PLANES = range(5)  # the first four as kernels/cpu.cpp numbers them
+EXACT, TOKEN, CHANNEL, PLANES, FIXED_PLANES = range(5)  # the first four as kernels/cpp/codecs.h numbers them
 BLOCK = 64  # tokens of CHANNEL, PLANES and FIXED_PLANES that are coded together
 OCTAVE = 8  # scales in a byte lie on a grid of so many steps per doubling
 SCALE_ZERO = 17 * OCTAVE  # byte of scale 1: scales go from 2^-17, the least of TOKEN's as well, to 30,000

@@ -2,14 +2,14 @@
 
 ẑ = code · scale + offset, both in float16: 32 bits of metadata over r coordinates. The offset, which is the value of
 code 0, is rounded down and the codes are taken against the rounded values: a large common bias widens the range by one
-float16 step, no more.
+float16 step, no more. Both are in float32 where coordinates exceed float16.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gpt2.compression.codecs.base import Encoded, Quantizer
+from gpt2.compression.codecs.base import WIDE_MAX, Encoded, Quantizer, beyond_half
 from gpt2.compression.codecs.formats import TOKEN, Format, TokenRange
 
 HALF = torch.finfo(torch.float16)
@@ -24,16 +24,18 @@ class Int8(Quantizer):
     bits = 8
     by_bits = True
     memory_format = Format(TOKEN, 8)
+    largest = WIDE_MAX
 
     def encoding(self, rank: int) -> TokenRange:
         return TokenRange(self.bits)
 
     def quantize(self, z: Tensor) -> Encoded:
-        levels = 2**self.bits - 1
+        levels, wide = 2**self.bits - 1, beyond_half(z)
         z = z.float()
-        low, high = z.amin(-1, keepdim=True), z.amax(-1, keepdim=True)
-        offset = _half_not_above(low.clamp(HALF.min, HALF.max))
-        scale = ((high - offset.float()) / levels).clamp(SMALLEST, HALF.max).half()
+        low, high = z.aminmax(dim=-1, keepdim=True)
+        offset = low.clamp(-WIDE_MAX, WIDE_MAX) if wide else _half_not_above(low.clamp(HALF.min, HALF.max))
+        scale = (high - offset.float()) / levels
+        scale = scale.clamp(SMALLEST, WIDE_MAX) if wide else scale.clamp(SMALLEST, HALF.max).half()
         codes = ((z - offset.float()) / scale.float()).round_().clamp_(0, levels).to(torch.uint8)
         return {"codes": self.pack(codes), "scale": scale, "offset": offset}
 

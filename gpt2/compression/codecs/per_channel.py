@@ -7,17 +7,21 @@ Coded by token, those set the step of all others; by channel each has a step and
     scale   uint8 [B, G, n, 1, r]: step = 2^(byte / 8 − 17)
     offset  float16 [B, G, n, 1, r], the value of code 0
 
-ẑ = code · step + offset: 24 bits of metadata over 64 codes.
+ẑ = code · step + offset: 24 bits of metadata over 64 codes. Offsets are in float32 where coordinates exceed float16.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from gpt2.compression.codecs.base import HALF_MAX, Encoded, Quantizer
+from gpt2.compression.codecs.base import HALF_MAX, WIDE_MAX, Encoded, Quantizer, beyond_half
 from gpt2.compression.codecs.formats import BLOCK, CHANNEL, OCTAVE, SCALE_ZERO, ChannelGrid, Format
 from gpt2.compression.codecs.mixed import NARROW
+
+Stored = Callable[[Tensor], Tensor]  # offsets in the dtype in which they are stored
 
 
 class Int8Channel(Quantizer):
@@ -32,16 +36,22 @@ class Int8Channel(Quantizer):
     # Steps of the scales' grid to try where one outlier takes the range of a block. With 8 bits it costs too little
     wider = 0
 
+    @property
+    def largest(self) -> float:
+        """A range of twice this is what the widest step reaches."""
+        return (2**self.bits - 1) * 2 ** ((255 - SCALE_ZERO) / OCTAVE) / 2
+
     def encoding(self, rank: int) -> ChannelGrid:
         return ChannelGrid(self.bits, self.shares, self.wider)
 
     def quantize(self, z: Tensor) -> Encoded:
+        stored = _in_float32 if beyond_half(z) else _in_half
         y = z.float().unflatten(2, (-1, BLOCK))
         low, high = y.amin(-2, keepdim=True), y.amax(-2, keepdim=True)
-        scale, offset = self._grid(low, high, self.shares[0])
+        scale, offset = self._grid(low, high, self.shares[0], stored)
         least = self._error(y, scale, offset)
         for share in self.shares[1:]:
-            narrower = self._grid(low, high, share)
+            narrower = self._grid(low, high, share, stored)
             error = self._error(y, *narrower)
             better = error < least
             least = torch.where(better, error, least)
@@ -51,7 +61,7 @@ class Int8Channel(Quantizer):
             own = (step_of(scale) > away)[..., 0, :]
             if own.any():
                 few = (x.mT[own][..., None] for x in (y, scale, offset, least))  # [N, 64 or 1, 1]
-                for x, moved in zip((scale, offset), self._on_the_bulk(*few), strict=True):
+                for x, moved in zip((scale, offset), self._on_the_bulk(*few, stored), strict=True):
                     x.mT[own] = moved[..., 0]
         codes = self._codes(y, scale, offset).to(torch.uint8)
         return {"codes": self.pack(codes), "scale": scale, "offset": offset}
@@ -60,7 +70,7 @@ class Int8Channel(Quantizer):
         codes = self.unpack(encoded["codes"]).float()
         return torch.addcmul(encoded["offset"].float(), codes, step_of(encoded["scale"])).flatten(2, 3)
 
-    def _grid(self, low: Tensor, high: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    def _grid(self, low: Tensor, high: Tensor, share: float, stored: Stored) -> tuple[Tensor, Tensor]:
         """Scale and offset, as they are stored, of codes over the middle share `share` of a range."""
         levels = 2**self.bits - 1
         # An offset far from zero is rounded to a thousandth of itself, which may be more than a step
@@ -68,9 +78,11 @@ class Int8Channel(Quantizer):
         exponent = (spread * (share / levels)).clamp_min(1e-30).log2() * OCTAVE
         scale = (exponent.round() + SCALE_ZERO).clamp(0, 255).to(torch.uint8)
         offset = (low + high) / 2 - step_of(scale) * (levels / 2)
-        return scale, offset.clamp(-HALF_MAX, HALF_MAX).half()
+        return scale, stored(offset)
 
-    def _on_the_bulk(self, y: Tensor, scale: Tensor, offset: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    def _on_the_bulk(
+        self, y: Tensor, scale: Tensor, offset: Tensor, least: Tensor, stored: Stored
+    ) -> tuple[Tensor, Tensor]:
         """Scale and offset that put a code on the mean of most tokens, where that halves the error `least`.
 
         One outlier may take the range of a whole block: all other tokens then lie between two codes. Moved, the grid
@@ -86,7 +98,7 @@ class Int8Channel(Quantizer):
             own = (first.int() + wider).clamp(max=255).to(torch.uint8)
             step = step_of(own)
             code = ((mean - origin) / step).round().clamp(0, 2**self.bits - 1)
-            moved = (mean - code * step).clamp(-HALF_MAX, HALF_MAX).half()
+            moved = stored(mean - code * step)
             error = self._error(y, own, moved)
             better = error < least
             least = torch.where(better, error, least)
@@ -125,6 +137,14 @@ class Int4Channel(Int8Channel):
 
     def unpack(self, packed: Tensor) -> Tensor:
         return torch.cat((packed & 15, packed >> 4), dim=-2)
+
+
+def _in_half(offset: Tensor) -> Tensor:
+    return offset.clamp(-HALF_MAX, HALF_MAX).half()
+
+
+def _in_float32(offset: Tensor) -> Tensor:
+    return offset.clamp(-WIDE_MAX, WIDE_MAX)
 
 
 def step_of(scale: Tensor) -> Tensor:

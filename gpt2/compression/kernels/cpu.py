@@ -37,10 +37,10 @@ from gpt2.compression.codecs.formats import (
 from gpt2.compression.codecs.mixed import in_blocks, pack_indices
 
 log = logging.getLogger(__name__)
-SOURCE = Path(__file__).with_suffix(".cpp")
-# Sums may be reordered, so that they can be vectorised, but infinities and NaN are respected (so not -ffast-math).
-# OpenMP uses the threads of the library that PyTorch has loaded
-FLAGS = ["-O3", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
+SOURCES = Path(__file__).parent / "cpp"
+# Infinities and NaN are respected, and sums aren't reordered (so not -ffast-math): GCC would split the chains of
+# multiply-adds that the kernels arrange by hand, and spill. OpenMP uses the threads of the library that PyTorch loaded
+FLAGS = ["-O3", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
 FLAGS += ["-fopenmp"] * (sys.platform == "linux")
 # What GCC and Clang call levels of x86-64, and the features by which Linux says that a processor has them
 AVX2 = ("-march=x86-64-v3", {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
@@ -117,6 +117,20 @@ def weighted_sums(parts: list[Part], p: Tensor, outs: list[int]) -> list[Tensor]
     return torch.ops.kv_compression.weighted_sums(p.contiguous(), *_arguments(parts), outs)
 
 
+def attend(
+    ks: list[Part], qs: list[Tensor], vs: list[Part], outs: list[int], tokens: int, *,
+    bias: Tensor | None = None, sinks: Tensor | None = None,
+) -> list[Tensor] | None:  # fmt: skip
+    """Sums Σ p ẑ as of `weighted_sums` over the parts of V, p the softmax of `scores` over the parts of K, in one pass.
+
+    For one query per head. bias [B, tokens] float32 is added to scores. sinks: logits of query heads, [Hq] float32,
+    which take weight without a token of their own. None where blocks of K and of V overlap so that it takes two passes.
+    """
+    qs = [q.float().contiguous() for q in qs]
+    arguments = (*_arguments(ks), *_arguments(vs), outs, tokens, bias, sinks)
+    return torch.ops.kv_compression.attend(qs, *arguments) or None
+
+
 def quantized(encoding: WidthSearch, z: Tensor) -> Encoded:
     """As `codecs.mixed` quantizes z [B, G, T, r], by the same search.
 
@@ -146,9 +160,8 @@ def loaded() -> bool:
         # A killed build leaves PyTorch's own lock file behind, for which the next process would wait forever
         with FileLock(folder / "building"):
             (folder / "lock").unlink(missing_ok=True)
-            cpp_extension.load(
-                name, [str(SOURCE)], extra_cflags=flags, build_directory=str(folder), is_python_module=False
-            )
+            source, where = str(SOURCES / "kernels.cpp"), str(folder)
+            cpp_extension.load(name, [source], extra_cflags=flags, build_directory=where, is_python_module=False)
     except (RuntimeError, OSError, ImportError) as error:
         log.warning(
             "no CPU kernels (building them needs ninja, and GCC 12 or Clang), so attention over codes is slower: %s",
@@ -190,8 +203,9 @@ def _built_for(flags: list[str]) -> str:
     It includes the processor, as different machines may share a home folder, and the path of the source, as two
     checkouts would otherwise overwrite each other's build.
     """
-    what = f"{SOURCE} {platform.machine()} {_processor()} {torch.__version__} {flags}".encode() + SOURCE.read_bytes()
-    return hashlib.sha256(what).hexdigest()[:12]
+    what = f"{SOURCES} {platform.machine()} {_processor()} {torch.__version__} {flags}".encode()
+    text = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
+    return hashlib.sha256(what + text).hexdigest()[:12]
 
 
 def _first_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gpt2.compression.codecs.base import Encoded, Quantizer
+from gpt2.compression.codecs.base import Encoded, Quantizer, beyond_half
 from gpt2.compression.codecs.compressor import Compressor
 from gpt2.compression.kernels import cpu
 
@@ -42,7 +42,7 @@ def quantize(quantizer: Quantizer, z: Tensor) -> Encoded:
     encoding = quantizer.encoding(z.shape[-1])
     if encoding is None:
         return quantizer.quantize(z)
-    if usable(z):
+    if usable(z) and not beyond_half(z):  # which Triton's kernels would cut off
         from gpt2.compression.kernels import triton_quantize  # imports Triton
 
         if (encoded := triton_quantize.quantized(encoding, z)) is not None:

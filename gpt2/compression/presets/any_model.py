@@ -60,7 +60,8 @@ def rank_of(setting: Setting, geometry: Geometry) -> int | None:
 def shape_keys(geometry: Geometry) -> dict:
     """Keys of a preset that say the shape of its cache; the guide's two are enough where all layers are alike."""
     guide = {"num_layers": geometry.num_layers, "head_dim": geometry.head_dim}
-    return guide | ({} if geometry.alike else {"cache_layers": geometry.record()})
+    drop = {"drops_at": geometry.drops_at} if geometry.drops_at else {}
+    return guide | ({} if geometry.alike else {"cache_layers": geometry.record()}) | drop
 
 
 def ratios(geometry: Geometry, held: float, tokens: int) -> dict:

@@ -30,7 +30,7 @@ from gpt2.compression.settings import TARGETS, build, needs_calibration_file
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel, wrap
 from gpt2.models.probe import geometry_of
-from gpt2.models.support import warn_of_positions
+from gpt2.models.support import warn_of_drop, warn_of_positions
 
 _BUILDING = threading.Lock()  # so that threads that ask for the same compressors at the same time share them
 
@@ -63,6 +63,8 @@ def create_cache_from_preset(
         preset = preset.for_model(geometry_of(config, spec)[0], spec)
     elif model is not None:
         preset = preset.for_model(model.geometry, spec)
+    else:
+        warn_of_drop(preset.model, preset.geometry.drops_at)
     k, v = compressors_from_preset(preset, device, model=model, dtype=dtype)
     return CompressedDynamicCache(k, v, geometry=preset.geometry, **exact)
 
@@ -140,7 +142,7 @@ def preset_for_shape(preset: Preset, model: LoadedModel) -> Preset:
         whole = uneven and rank == full_rank(setting["codec"], head_dim)
         return setting | {"rank": None if whole else rank}
 
-    shape = {"cache_layers": None, **shape_keys(model.geometry), "rank": scaled(record)}
+    shape = {"cache_layers": None, "drops_at": None, **shape_keys(model.geometry), "rank": scaled(record)}
     if uneven and not layers:
         own = {key: record[key] for key in ("codec", "rank", "bits", "quantizer")}
         layers = dict.fromkeys(TARGETS[record["target"]], own)

@@ -168,8 +168,8 @@ def preset_for_policy(
     config = build_compressor_config_for_policy(model_config, model_id, policy_name, geometry=geometry)
     coded = {side: config[side] for side in SIDES if config[side]}
     own = coded.get("v", coded.get("k"))
-    taken = ("model", "num_layers", "head_dim", "cache_layers", "sink_tokens", "recent_tokens", "compression_ratio",
-             "attention_ratio")  # fmt: skip
+    taken = ("model", "num_layers", "head_dim", "cache_layers", "drops_at", "sink_tokens", "recent_tokens",
+             "compression_ratio", "attention_ratio")  # fmt: skip
     return parse(
         {key: config[key] for key in taken if key in config}
         | {

@@ -55,6 +55,7 @@ OUR_KEYS = {
     "recent_tokens": Default(Whole(0, MOST_TOKENS), 0),
     "layers": Default(Nullable(Record({side: Default(SIDE) for side in SIDES}))),
     "cache_layers": Default(Nullable(LAYERS)),
+    "drops_at": Default(Nullable(Whole(1))),
     "context_length": Default(Nullable(Whole(1, MOST_TOKENS))),
     "name": Default(String(200)),
     "folder": Default(String()),
@@ -100,7 +101,7 @@ class Preset:
             if difference := geometry.difference(self.geometry):
                 raise BadArtefact(f"preset for {self.model}: {difference}, in the cache of {spec}: this preset is of "
                                   "another model")  # fmt: skip
-            return self
+            return replace(self, geometry=replace(self.geometry, drops_at=geometry.drops_at))
         for key in ("num_layers", "head_dim"):
             expected, found = getattr(geometry, key), getattr(self, key)
             if found != expected:
@@ -120,6 +121,7 @@ def parse(preset: dict, where: str = "preset") -> Preset:
     """A JSON object as a preset. Raises BadArtefact with `where` and the key for a missing key or an invalid value."""
     record = parse_record(preset, PRESET, where, noun="key")
     geometry, says_layers = _geometry(record, where)
+    geometry = replace(geometry, drops_at=record.get("drops_at"))
     plan = _plan(record, geometry, where)
     _check_work(plan, geometry, where)
     same = ("model", "num_layers", "head_dim", "sink_tokens", "recent_tokens", "calibration_file")

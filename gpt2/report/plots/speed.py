@@ -7,10 +7,12 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gpt2.common import machine
 from gpt2.report.plots.figure import bar_lengths, color_of, context_axis, new_figure
 
 LINE_STYLES = {"16-bit": "--", "float32": ":", "compressed": "-", "torch.compile": "-."}
-STEP_COLORS = {"compress": "tab:red", "expand": "tab:orange", "copies": "tab:olive", "attention": "tab:blue"}
+STEP_COLORS = {"compress": "tab:red", "expand": "tab:orange", "copies": "tab:olive", "folding": "tab:purple"}
+STEP_COLORS |= {"kernels": "tab:cyan", "attention": "tab:blue", "matmuls": "tab:green", "sampling": "tab:pink"}
 STEP_COLORS |= {"rest": "lightgray"}
 
 
@@ -47,7 +49,7 @@ def attention_times(record: dict) -> Figure:
     axis.set_ylabel("ms of attention, one layer, one token per sequence")
     axis.set_title(
         f"{args['heads']} query heads, {args['kv_heads']} KV heads of {args['head_dim']}, batch {args['batch_size']}\n"
-        f"{record['device']}, medians of {args['repeats']} with quartiles"
+        f"{machine.short(record)}, medians of {args['repeats']} with quartiles"
     )
     figure.legend(loc="outside right upper", fontsize=8)
     return figure
@@ -106,7 +108,8 @@ def _step_bars(axis: Axes, rows: list[dict]) -> None:
     left = np.zeros(len(rows))
     for part, color in STEP_COLORS.items():
         widths = np.array([100 * row["share_of_step"].get(part, 0) for row in rows])
-        axis.barh(places, widths, left=left, color=color, label=part, height=0.75)
+        measured = any(part in row["share_of_step"] for row in rows)  # older results have fewer parts
+        axis.barh(places, widths, left=left, color=color, label=part if measured else "_", height=0.75)
         left += widths
     for y, row in zip(places, rows, strict=True):
         ms = row["token_ms_median"]

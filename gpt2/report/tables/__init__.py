@@ -14,6 +14,7 @@ from pathlib import Path
 from gpt2.common.errors import PluginError, brief
 from gpt2.report.table import Table
 from gpt2.report.tables.architectures import architectures
+from gpt2.report.tables.gpu_roofline import attention_bound, gpu_roofline
 from gpt2.report.tables.guide import beside_guide
 from gpt2.report.tables.needle import needle, needle_cells, needle_pairs
 from gpt2.report.tables.quality import (
@@ -29,17 +30,20 @@ from gpt2.report.tables.scaling import scaling
 from gpt2.report.tables.side_by_side import side_by_side
 from gpt2.report.tables.speed import (
     appending,
+    attention_of_machines,
     attention_step,
     cache_bytes,
     calibrating,
     largest_batch,
     profile,
+    profile_of_machines,
     profile_steps,
 )
 
 # Start of a results file's name to its table; a kind that no file name starts with is shown by `as` or by a script
 TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
     "architectures": architectures,
+    "attention_bound": attention_bound,
     "attention_step": attention_step,
     "auto_tune": tuned,
     "benchmark_append": appending,
@@ -47,6 +51,7 @@ TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
     "beside_guide": beside_guide,
     "cache_bytes": cache_bytes,
     "explore_codecs": codec_variations,
+    "gpu_roofline": gpu_roofline,
     "largest_batch": largest_batch,
     "layer_ablation": layer_ablation,
     "needle_cells": needle_cells,
@@ -60,6 +65,12 @@ TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
     "side_by_side": side_by_side,
     "stability": stability,
     "validate_ppl": validation,
+}
+
+# The same for tables that show several machines side by side
+OF_MACHINES: dict[str, Callable[[list[dict], list[str]], Table]] = {
+    "attention_step": attention_of_machines,
+    "profile": profile_of_machines,
 }
 
 
@@ -83,6 +94,17 @@ def table(name: str, record: dict, words: str | None = None, kind: str | None = 
         made = make(record, words.split(",") if words else [])
         made.markdown()  # fails on cells that aren't strings
         return made
+
+
+def of_machines(names: list[str], records: list[dict], words: str | None = None) -> Table:
+    """One table of the same results on several machines, side by side; as `table` where only one has measured them."""
+    if len(records) == 1:
+        return table(names[0], records[0], words)
+    make = OF_MACHINES.get(kind_of(names[0]))
+    if make is None:
+        raise PluginError(f"no table shows {names[0]} of several machines side by side: take `each`")
+    with shown_of(" and ".join(names)):
+        return make(records, words.split(",") if words else [])
 
 
 def kind_of(name: str) -> str | None:

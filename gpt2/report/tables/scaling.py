@@ -20,11 +20,12 @@ def scaling(record: dict, words: list[str]) -> Table:
 
 
 def _bytes(record: dict, _: list[str]) -> Table:
-    contexts = sorted({row["context_tokens"] for row in record["caches"]})
+    caches, left_out = ([row for row in record["caches"] if ("reason" in row) == wanted] for wanted in (False, True))
+    contexts = sorted({row["context_tokens"] for row in caches})
     columns = ["model", "cache", "bytes per token", *(f"{n:,} tokens" for n in contexts), "ratio", "basis"]
     rows = []
-    for shape, cache in dict.fromkeys((row["shape"], row["cache"]) for row in record["caches"]):
-        own = {r["context_tokens"]: r for r in record["caches"] if (r["shape"], r["cache"]) == (shape, cache)}
+    for shape, cache in dict.fromkeys((row["shape"], row["cache"]) for row in caches):
+        own = {r["context_tokens"]: r for r in caches if (r["shape"], r["cache"]) == (shape, cache)}
         last = own[contexts[-1]]
         sizes = [f"{own[n]['bytes'] / GIB:,.2f} GiB" for n in contexts]
         basis = f"{last['basis_bytes'] / MIB:.3g} MiB" if last["basis_bytes"] else "–"
@@ -32,10 +33,11 @@ def _bytes(record: dict, _: list[str]) -> Table:
             [shape, cache, f"{last['bytes_per_token']:,.0f}", *sizes, f"{last['compression_ratio']:.2f}x", basis]
         )
     note = (
-        f"One sequence; bytes per token and ratio at {contexts[-1]:,} tokens, against 16 bits. Caches filled with "
-        "noise in one layer of the real class and counted, times the layers. The basis is float32, held once for all "
-        "sequences, and not in the ratio."
+        f"One sequence; bytes per token and ratio at {contexts[-1]:,} tokens, against transformers' own cache in 16 "
+        "bits. One layer of each sort is filled and counted, and stands for all like it. The basis is float32, held "
+        "once for all sequences, and not in the ratio."
     )
+    note += "".join(f" {row['shape']} has no {row['cache']}: {row['reason']}." for row in left_out)
     return Table(columns, rows, note)
 
 
@@ -45,16 +47,19 @@ def _time(record: dict, _: list[str]) -> Table:
     for row in record["calibrations"]:
         passes, together = row["in_forward_passes"], row["seconds"]["first_pass"] + row["seconds"]["gradient_pass"]
         fits = ", ".join(f"{count:,} of {width}" for width, count in row["bases"].items())
+        fitting = fits if row["fitting_s"] is None else f"{row['fitting_s']:,.0f} s ({fits})"
         counted = (passes[key] for key in ("first_pass", "gradient_pass", "gradient_pass_checkpointing"))
         rows.append(
             [row["shape"], f"{row['forward_flops'] / 1e15:,.2f} PFLOP", *(f"{n:.2f}x" for n in counted)]
-            + [f"{together:,.1f} s", f"{row['fitting_s']:,.0f} s ({fits})"]
+            + [f"{together:,.1f} s", fitting]
         )
     args, threads = record["args"], record["threads"]
+    timed = any(row["fitting_s"] is not None for row in record["calibrations"])
+    took = f", each at what one took with {threads} thread{'s' * (threads > 1)}" if timed else ""
     note = (
         f"{args['samples']} samples of {args['seq_len']:,} tokens. Passes are counted, in forward passes without "
         f"logits; together: at an assumed {args['flops_per_s'] / 1e12:,.0f} TFLOP/s, without checkpointing. Fitting: "
-        f"number of bases by width, each at what one took with {threads} thread{'s' * (threads > 1)}."
+        f"number of bases by width{took}."
     )
     return Table([*columns, "fitting"], rows, note)
 
@@ -69,11 +74,13 @@ def _memory(record: dict, _: list[str]) -> Table:
             row["weight_bytes"], row["statistics_bytes"] + heads, sum(added.values()), blocks, row["activation_bytes"],
             row["checkpointed_bytes"], row["logits_bytes"],
         )  # fmt: skip
-        rows.append([row["shape"], *(f"{size / GIB:,.2f} GiB" for size in sizes)])
+        rows.append([row["shape"], *("–" if size is None else f"{size / GIB:,.2f} GiB" for size in sizes)])
     note = (
         f"Counted. A sample has {record['args']['seq_len']:,} tokens, weights and activations 16 bits, statistics "
         "float64 in the host's memory; none of them depends on the number of samples."
     )
+    if any(row["activation_bytes"] is None for row in record["calibrations"]):
+        note += " –: activations are counted of layers like Llama's alone."
     return Table([*columns, "with checkpointing", "its logits, one copy"], rows, note)
 
 

@@ -1,9 +1,10 @@
-"""Tables of time and memory."""
+"""Tables of time and memory. Each is of one machine, which its note names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from gpt2.common import machine
 from gpt2.report.table import Table, select
 
 
@@ -22,7 +23,7 @@ def appending(record: dict, _: list[str]) -> Table:
             times = [f"{time}, {cells[n]['cache_bytes'] / 2**20:.2f} MiB" for time, n in zip(times, held, strict=True)]
         lines.append([codec, *times, *([] if window else [f"{cells[held[-1]]['bytes_per_token']:,.0f}"])])
     columns = [f"{n:,} tokens {'seen' if window else 'held'}" for n in held]
-    return Table(["codec", *columns, *([] if window else ["bytes per token"])], lines)
+    return Table(["codec", *columns, *([] if window else ["bytes per token"])], lines, machine.caption(record))
 
 
 def attention_step(record: dict, words: list[str]) -> Table:
@@ -46,16 +47,15 @@ def attention_step(record: dict, words: list[str]) -> Table:
         ])  # fmt: skip
     compiled = [sum(row["compile_s"].values()) for row in rows if "compile_s" in row]
     building = f" torch.compile took {min(compiled):.1f} to {max(compiled):.1f} s per context." if compiled else ""
-    return Table(columns, lines, f"{_attention_setting(record)}{building}")
+    return Table(columns, lines, f"{_attention_setting(record)}{building} {machine.caption(record)}")
 
 
 def _attention_setting(record: dict) -> str:
     args = record["args"]
-    threads = f", {record['threads']} thread{'s' * (record['threads'] > 1)}" if record["device"] == "cpu" else ""
     return (
         f"One layer, one token for each of {args['batch_size']} sequence{'s' * (args['batch_size'] > 1)}, "
         f"{args['heads']} query heads, {args['kv_heads']} KV heads of {args['head_dim']}, {record['dtype']}, on "
-        f"{record['device']}{threads}; codes read by {record['kernels']}. Medians of {args['repeats']} repeats, "
+        f"{record['device']}; codes read by {record['kernels']}. Medians of {args['repeats']} repeats, "
         f"quartiles in brackets; in bold the fastest 16-bit row. Copies run at {record['copy_bytes_per_s'] / 1e9:,.0f} "
         "GB/s, read and written."
     )
@@ -80,7 +80,7 @@ def largest_batch(record: dict, _: list[str]) -> Table:
         lines,
         f"{record['model']} in {record['dtype']} on {record['device']}: sequences of "
         f"{record['args']['context_length']:,} tokens, {record['args']['decode_tokens']} tokens decoded."
-        f"{_weights(record)}",
+        f"{_weights(record)} {machine.caption(record)}",
     )
 
 
@@ -114,9 +114,6 @@ def cache_bytes(record: dict, _: list[str]) -> Table:
     notes += ["Exact: sinks and tail."]
     if calibrated:
         notes.append("The last column counts the basis as if this conversation alone had to hold it.")
-    longest = max(row["measured_tokens"] for row in rows)
-    if any(row["context_tokens"] > longest for row in rows):
-        notes.append(f"Contexts beyond {longest:,} tokens are taken in proportion.")
     lines = [[cell(row) for _, cell in columns] for row in rows]
     return Table([name for name, _ in columns], lines, " ".join(notes))
 
@@ -165,7 +162,38 @@ def profile(record: dict, words: list[str]) -> Table:
         lines,
         f"{record['model']} in {record['dtype']} on {record['device']}, {args['decode_tokens']} tokens decoded, "
         f"medians of {args['repeats']} repeats, quartiles in brackets. Peak memory: {record['peak_memory']}."
-        f"{_weights(record)}",
+        f"{_weights(record)} {machine.caption(record)}",
+    )  # fmt: skip
+
+
+def profile_of_machines(records: list[dict], words: list[str]) -> Table:
+    """As `profile`, of several machines side by side: rows that all of them have measured, time and ratio of each."""
+    return _side_by_side(records, profile, words, ["batch", "context", "cache"], ["per token", "against baseline"])
+
+
+def attention_of_machines(records: list[dict], words: list[str]) -> Table:
+    """As `attention_step`, of several machines side by side."""
+    shown = ["time", "against sdpa", "against best 16-bit"]
+    return _side_by_side(records, attention_step, words, ["context", "attention over"], shown)
+
+
+def _side_by_side(
+    records: list[dict], make: Callable[[dict, list[str]], Table], words: list[str], keys: list[str], shown: list[str]
+) -> Table:
+    """The rows of one table per machine, joined by the first columns `keys`; other columns say of which machine."""
+    names, made = machine.labels(records), [make(record, words) for record in records]
+    cells = []
+    for table in made:
+        places = [table.columns.index(column) for column in shown]
+        rows = {tuple(cell.strip("*") for cell in row[: len(keys)]): row for row in table.rows}
+        cells.append({key: [row[i] for i in places] for key, row in rows.items() if len(row) == len(table.columns)})
+    common = [key for key in cells[0] if all(key in own for own in cells)]
+    columns = [f"{column}, {name}" for name in names for column in shown]
+    captions = (f"{name}: {machine.caption(record)}" for name, record in zip(names, records, strict=True))
+    about = "Two machines' times say nothing about each other; compare the ratios."
+    return Table(
+        [*keys, *columns], [[*key, *(cell for own in cells for cell in own[key])] for key in common],
+        " ".join([about, *captions]),
     )  # fmt: skip
 
 
@@ -181,8 +209,9 @@ def profile_steps(record: dict, words: list[str]) -> Table:
         for row in rows
     ]
     return Table(
-        ["batch", "context", "cache", *parts], lines, "Shares of a decode step, measured in a pass of its own."
-    )
+        ["batch", "context", "cache", *parts], lines,
+        f"Shares of a decode step, measured in a pass of its own. {machine.caption(record)}",
+    )  # fmt: skip
 
 
 def _weights(record: dict) -> str:

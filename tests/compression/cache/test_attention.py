@@ -180,7 +180,7 @@ def test_many_chunks(llama, kernels):
     ),
 )  # fmt: skip
 def test_scores_and_sums(quantizer, head_dim, heads, M, kernels):
-    """Ranks of odd length, heads that share a basis, a mean, sinks that a block shares, few and many queries."""
+    """Ranks of any length, heads that share a basis, a mean, sinks that a block shares, few and many queries."""
     generator = torch.Generator().manual_seed(head_dim)
 
     def draw(*shape):
@@ -188,7 +188,7 @@ def test_scores_and_sums(quantizer, head_dim, heads, M, kernels):
 
     B, H, T, w = 2, 4, 64 * 3 + 9, head_dim * heads
     q = QUANTIZERS[quantizer]
-    rank = min(w - 3, 200)
+    rank = min(w - 3, 200) if M % 2 else min(w, 256)  # rows of codes that fill whole vectors, and others
     transform = Transform(draw(H // heads, w, rank), draw(H // heads, rank, w) / w, draw(H // heads, w))
     store = filled(Compressor(q.at(5.0) if q.adjustable else q, transform), (4, 0), [draw(B, H, T, head_dim)])
     held, queries, p = store.read(), draw(B, H, M, head_dim), draw(B, H, M, T).softmax(-1)
@@ -197,6 +197,46 @@ def test_scores_and_sums(quantizer, head_dim, heads, M, kernels):
         (direct_attention.weighted_sum(store, p.clone()), p @ held),
     ):
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+STORED = ["int8", "int4", "int8_channel", "int4_channel", "mixed"]
+
+
+@pytest.mark.parametrize(
+    ("k", "v", "shape", "mask"),
+    covering(
+        STORED, STORED, [(64, 1), (128, 4), (80, 3), (256, 7), (64, 11)], [None, "bool", "float", "sink logits"],
+        times=2,
+    ),
+)  # fmt: skip
+def test_a_decode_step_in_one_pass(k, v, shape, mask, monkeypatch):
+    """Blocks of K beside single tokens of V and the other way round, groups of heads, several sequences, any mask."""
+    if not cpu.loaded():
+        pytest.skip("no compiler on this machine")
+    d, M = shape
+    generator = torch.Generator().manual_seed(d + M)
+    B, H, T = 2, 4, 64 * 3 + 9
+    stores = []
+    for name, heads in ((k, 1), (v, 2)):
+        quantizer, w = QUANTIZERS[name], d * heads
+        E = torch.linalg.qr(torch.randn(H // heads, w, w, generator=generator)).Q
+        transform = Transform(E, E.mT.contiguous(), torch.randn(H // heads, w, generator=generator))
+        compressor = Compressor(quantizer.at(5.0) if quantizer.adjustable else quantizer, transform)
+        stores.append(filled(compressor, (4, 0), [torch.randn(B, H, T, d, generator=generator)]))
+    query = torch.randn(B, H * M, 1, d, generator=generator)
+    hidden = torch.arange(T) < torch.tensor([[0], [70]])
+    how = {"mask": None, "scaling": d**-0.5}
+    if mask == "sink logits":
+        how["sinks"] = torch.randn(H * M, generator=generator)
+    elif mask:
+        lowest = torch.finfo(torch.float32).min
+        how["mask"] = ~hidden[:, None, None] if mask == "bool" else (hidden * lowest)[:, None, None]
+    found = direct_attention.attend(*stores, query, **how)
+    monkeypatch.setattr(direct_attention, "scores", None)
+    assert torch.equal(found, direct_attention.attend(*stores, query, **how)), "one pass needs no scores"
+    monkeypatch.undo()
+    monkeypatch.setattr(cpu, "attend", lambda *args, **kwargs: None)
+    assert (found - direct_attention.attend(*stores, query, **how)).abs().max() <= 1e-5 * found.abs().max()
 
 
 @pytest.mark.parametrize("bits", [0.5, 1, 2, 3, 4, 6, 8, 10])

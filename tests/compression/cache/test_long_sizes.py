@@ -1,26 +1,25 @@
-"""Bytes at lengths beyond those that are measured: what is taken to grow is what a real cache of that length holds."""
+"""Bytes at lengths beyond those that are really stored: counted without values, they are those of a filled cache."""
 
 from functools import partial
 
 import pytest
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from gpt2.compression.cache import size
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.settings import Setting, build, uniform
 from gpt2.models.geometry import FULL, SLIDING, Geometry, LayerGeometry, Shape
 
-LENGTH = 20_000
+LENGTHS = (9_001, 20_000)
 HEAD = Shape(1, 16)
 FULL_LAYER = LayerGeometry(FULL, HEAD, HEAD)
-GEOMETRIES = {
-    "full": (FULL_LAYER,),
-    "window": (FULL_LAYER, LayerGeometry(SLIDING, HEAD, HEAD, window=130)),
-    "indexer": (LayerGeometry(FULL, HEAD, HEAD, state_bytes=5000, index_width=8),),
-}
+WINDOW = LayerGeometry(SLIDING, HEAD, HEAD, window=130)
+GEOMETRY = Geometry((LayerGeometry(FULL, HEAD, HEAD, state_bytes=5000, index_width=8), WINDOW))
 SETTINGS = {
     "none": None,
     "int4": Setting("identity", 16, 4),
-    "int8": Setting("identity", 16, 8),
+    "blocks": Setting("hadamard", 16, 4, "int4_channel"),
 }
 
 
@@ -33,27 +32,45 @@ def measured(make, geometry: Geometry, tokens: int) -> int:
     return size.cache_bytes(size.filled(make, geometry, tokens)) + geometry.uncompressed_bytes(tokens)
 
 
-@pytest.mark.parametrize("layers", GEOMETRIES.values(), ids=GEOMETRIES)
-@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-def test_bytes_of_a_long_sequence_are_those_of_a_real_cache(layers, setting):
-    assert LENGTH > 2 * size.LONGEST_MEASURED
-    geometry = Geometry(layers)
-    make = factory(geometry, setting)
-    assert size.held_bytes(make, geometry, LENGTH) == pytest.approx(measured(make, geometry, LENGTH), rel=0.01)
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=list(SETTINGS))
+def test_bytes_of_a_long_sequence_are_those_of_a_real_cache(setting):
+    assert min(LENGTHS) > size.LONGEST_MEASURED
+    make = factory(GEOMETRY, setting)
+    found = [size.held_bytes(make, GEOMETRY, tokens) for tokens in LENGTHS]
+    assert found == [measured(make, GEOMETRY, tokens) for tokens in LENGTHS]
 
 
-def test_no_longer_cache_than_that_is_filled(monkeypatch):
+@pytest.mark.parametrize("exact", [{"sink_tokens": 0}, {"sink_tokens": 7, "recent_tokens": 100}])
+def test_exact_tokens_and_chunks_count_as_in_a_real_cache(exact):
+    geometry = Geometry((FULL_LAYER, WINDOW))
+    make, how = factory(geometry, SETTINGS["blocks"], **exact), {"dtype": torch.float32, "chunk": 500}
+    real = size.cache_bytes(size.filled(make, geometry, LENGTHS[0], **how))
+    assert size.held_bytes(make, geometry, LENGTHS[0], **how) == real
+
+
+def test_layers_of_different_codecs_count_each_as_its_own():
+    geometry = Geometry((FULL_LAYER,) * 3)
+    plan = {side: [SETTINGS["int4"], None, SETTINGS["int4"]] for side in "kv"}
+    make = partial(CompressedDynamicCache, *build(plan, geometry), geometry=geometry)
+    assert size.layers_alike(make, geometry) == {0: 2, 1: 1}
+    assert size.held_bytes(make, geometry, LENGTHS[0]) == measured(make, geometry, LENGTHS[0])
+
+
+def test_nothing_longer_than_that_is_stored(monkeypatch):
     """Which would take minutes for a large model."""
-    geometry, lengths, real = Geometry.uniform(1, 1, 16), [], size.filled
-    monkeypatch.setattr(size, "filled", lambda make, geometry, n, *more, **rest: (
-        lengths.append(n) or real(make, geometry, n, *more, **rest)
-    ))  # fmt: skip
-    for tokens in (size.LONGEST_MEASURED, LENGTH):
+    geometry, lengths, real = Geometry.uniform(1, 1, 16), [], size.noise
+    monkeypatch.setattr(size, "noise", lambda *shape, **how: lengths.append(shape[1]) or real(*shape, **how))
+    for tokens in (size.LONGEST_MEASURED, LENGTHS[0]):
         size.held_bytes(factory(geometry, SETTINGS["int4"]), geometry, tokens)
-    assert max(lengths) == size.LONGEST_MEASURED and lengths[0] == size.LONGEST_MEASURED
+    assert lengths == [size.LONGEST_MEASURED]
 
 
-def test_where_a_window_ends_on_the_way_the_length_itself_is_measured():
-    geometry = Geometry((FULL_LAYER, LayerGeometry(SLIDING, HEAD, HEAD, window=9000)))
-    make = factory(geometry, SETTINGS["int4"])
-    assert size.held_bytes(make, geometry, LENGTH) == measured(make, geometry, LENGTH)
+@pytest.mark.parametrize("window", [None, 9000])
+def test_other_caches_are_taken_to_grow_in_proportion_unless_a_window_ends_on_the_way(window):
+    second = LayerGeometry(SLIDING, HEAD, HEAD, window=window) if window else FULL_LAYER
+    geometry = Geometry((FULL_LAYER, second))
+
+    def make() -> Cache:
+        return Cache(layers=[DynamicLayer(), DynamicSlidingWindowLayer(window) if window else DynamicLayer()])
+
+    assert size.held_bytes(make, geometry, LENGTHS[1]) == measured(make, geometry, LENGTHS[1])

@@ -8,18 +8,21 @@ import torch
 import transformers
 from generation import generate, model_of, prompt
 from tiny import tiny_model
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, EncoderDecoderCache
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
-from gpt2.compression.cache import direct_attention
+from gpt2.compression.cache import direct_attention, token_store
 from gpt2.compression.cache.attention import is_enabled
-from gpt2.compression.codecs import Compressor, quantizer_of
+from gpt2.compression.codecs import QUANTIZERS, Compressor, integer
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
-from gpt2.compression.presets import create_cache_from_preset
+from gpt2.compression.kv_policies import create_cache_from_policy
+from gpt2.compression.presets import create_cache_from_preset, get_preset_info
 from gpt2.compression.presets.any_model import preset_for_any_model
+from gpt2.experiments.miniatures import tiny_family
 from gpt2.models import support
-from gpt2.models.probe import fingerprint, probe_geometry
+from gpt2.models.probe import fingerprint, geometry_of, probe_geometry
 
 PROMPT = prompt(60)
 
@@ -152,9 +155,10 @@ def test_gradients_reach_keys_and_values(family, direct):
     assert torch.cosine_similarity(gradients["kv8"], gradients["plain"], dim=0) > 0.9
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "inkling_text"])
 def test_attention_weights_are_given_where_they_are_asked_for(family):
-    model = tiny_model(family)
+    """Inkling adds a bias of positions to its scores."""
+    model = tiny_family(family) if family == "inkling_text" else tiny_model(family)
     cache, plain = cache_of("identity", model), DynamicCache(config=model.config)
     enable_compressed_attention(model)
     found = [model(x, past_key_values=cache, output_attentions=True) for x in (PROMPT[:, :40], PROMPT[:, 40:41])]
@@ -167,14 +171,51 @@ def test_attention_weights_are_given_where_they_are_asked_for(family):
             torch.testing.assert_close(own, its, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "said"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, False)])
-def test_values_beyond_what_codecs_can_say_are_warned_of_once(caplog, dtype, said):
-    cache = CompressedDynamicCache([Compressor(quantizer_of(None, 8))], [Compressor(quantizer_of(None, 8))])
-    x = torch.full((1, 2, 70, 12), -6e4 if dtype == torch.float16 else -1e5, dtype=dtype)
-    for part in x.split(35, dim=2):
-        cache.update(x.new_ones(part.shape), part, 0)
-    warnings = [record.getMessage() for record in caplog.records]
-    assert len(warnings) == said and all(text.startswith("layer 0, V: values up to") for text in warnings)
+def stored_singly(quantizer: str, x: torch.Tensor) -> CompressedDynamicCache:
+    """A cache of one layer with K and V as x [1, H, n, d], a token at a time from the 60th on."""
+    compressor = Compressor(QUANTIZERS[quantizer])
+    cache = CompressedDynamicCache([compressor], [compressor], sink_tokens=0)
+    for part in x.split([60, *[1] * (x.shape[2] - 60)], dim=2):
+        cache.update(part, part, 0)
+    return cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["int8", "int4", "int8_channel", "int4_channel"])
+@pytest.mark.parametrize("first", [0, 100], ids=["from the first", "later"])
+def test_values_beyond_float16_are_stored_and_read_directly(name, dtype, first, caplog):
+    x = torch.randn(1, 2, 192, 12, generator=torch.Generator().manual_seed(0))
+    x[:, :, first:, 3:5] -= 1e5
+    x[:, :, first:, 7] += 1.5e5
+    x = x.to(dtype)
+    cache = stored_singly(name, x)
+    k, v = cache.layers[0].read()
+    steps = 2 ** QUANTIZERS[name].bits - 1
+    spread = x.float().amax((2, 3)) - x.float().amin((2, 3))
+    assert ((v - x).float().abs().amax((2, 3)) <= spread * (0.6 / steps + torch.finfo(dtype).eps)).all()
+    query = torch.randn(1, 2, 1, 12, generator=torch.Generator().manual_seed(1)).to(dtype) * 1e-5
+    found = direct_attention.attend(*cache.layers[0].stores.values(), query, None, 0.3).float()
+    expected = scaled_dot_product_attention(query.float(), k.float(), v.float(), scale=0.3)
+    assert (found - expected).abs().max() <= 4e-3 * expected.abs().max()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("name", "size", "dtype"), [
+    ("mixed", 1e5, torch.float32), ("int4_channel", 1e6, torch.bfloat16), ("int8", 1e3, torch.float32),
+    ("int4_channel", 6e4, torch.float16),
+])  # fmt: skip
+def test_values_beyond_what_a_codec_can_say_are_warned_of_once(name, size, dtype, caplog):
+    stored_singly(name, torch.full((1, 2, 192, 12), -size, dtype=dtype))
+    said = [record.getMessage() for record in caplog.records]
+    assert [text[:11] for text in said] == (["layer 0, K:", "layer 0, V:"] if size >= 1e5 else [])
+
+
+def test_single_tokens_on_a_gpu_are_looked_at_later(monkeypatch, caplog):
+    """There, looking at each would have every layer wait; what was cut off is told by what it reads as."""
+    monkeypatch.setattr(integer, "beyond_half", lambda z: False)
+    monkeypatch.setattr(token_store, "waits", lambda z: True)
+    stored_singly("int8", torch.cat((torch.ones(1, 1, 62, 12), torch.full((1, 1, 2, 12), -1e5)), dim=2))
+    assert [record.getMessage()[:11] for record in caplog.records] == ["layer 0, K:", "layer 0, V:"]
 
 
 # --- positions that change
@@ -182,6 +223,11 @@ def test_values_beyond_what_codecs_can_say_are_warned_of_once(caplog, dtype, sai
 
 ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6,
         "original_max_position_embeddings": 40}  # fmt: skip
+
+
+def ours(caplog) -> list[str]:
+    """What this package has said; transformers says things of its own, once in a process."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("gpt2")]
 
 
 def phi3():
@@ -206,7 +252,35 @@ def test_a_long_prompt_of_phi3_keeps_the_cache_it_is_given():
 def test_positions_that_change_with_length_are_warned_of(caplog, family, rope, said):
     model = phi3() if family == "phi3" else tiny_model(family, **({"rope_parameters": rope} if rope else {}))
     support.warn_of_positions(model.config)
-    assert [said in record.getMessage() for record in caplog.records] == [True] * (said is not None)
+    assert [said in text for text in ours(caplog)] == [True] * (said is not None)
+
+
+@pytest.mark.parametrize("way", [
+    lambda folder, model: create_cache_from_preset(get_preset_info(folder, "kv8")),
+    lambda folder, model: create_cache_from_policy(model.config, "default"),
+    lambda folder, model: enable_compressed_attention(model),
+], ids=["preset", "policy", "enabling"])  # fmt: skip
+def test_each_way_in_warns_that_a_cache_will_be_dropped(way, tmp_path, caplog):
+    model = phi3()
+    model.config.save_pretrained(tmp_path)
+    way(str(tmp_path), model)
+    assert ["past 40 tokens, transformers drops the cache" in text for text in ours(caplog)] == [True]
+
+
+def test_a_cache_near_the_length_at_which_it_is_dropped_says_so_once(tmp_path, caplog):
+    model = phi3()
+    cache = identity_cache(probe_geometry(model, "tiny"))
+    generate(model, cache, PROMPT[:, :20], max_new_tokens=4)
+    assert not ours(caplog)
+    out = generate(model, cache, PROMPT[:, :30], max_new_tokens=30, return_dict_in_generate=True)
+    assert out.past_key_values is not cache and cache.get_seq_length() == 40
+    assert [text[:27] for text in ours(caplog)] == ["this cache holds 30 tokens,"]
+
+
+def test_a_config_with_dynamic_positions_tells_the_shape_of_its_cache():
+    config = tiny_model("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}).config
+    assert str(geometry_of(config, "tiny")[0]) == "3 layers: full_attention, K 2 x 12, V 2 x 12"
+    assert config.rope_parameters["rope_type"] == "dynamic"
 
 
 def test_scaled_positions_are_another_model():

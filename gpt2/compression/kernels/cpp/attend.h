@@ -1,0 +1,224 @@
+// Attention of one query per sequence and head over all parts of a layer's K and V in one pass over their blocks.
+//
+// Each thread has a running maximum of every row's scores, and sums relative to it, so that nothing as long as the
+// context is stored. At the end the sums of all threads are brought to a common maximum (as in FlashDecoding).
+#pragma once
+
+#include "parts.h"
+
+#include <cmath>
+#include <limits>
+
+namespace {
+
+// e^x for x up to 0; 0 where it would be denormal, and NaN for NaN. Cephes' polynomial: within 1e-7 of e^x
+inline Lanes exp_of(Lanes x) {
+  constexpr float kShift = 12582912;  // adding it rounds to an integer, which the lower bits then hold
+  const Lanes shifted = x * 1.44269504088896f + kShift, n = shifted - kShift;
+  const Lanes f = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Lanes y = f * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * f + 8.3334519073e-3f;
+  y = y * f + 4.1665795894e-2f;
+  y = y * f + 1.6666665459e-1f;
+  y = y * f + 5.0000001201e-1f;
+  y = y * f * f + f + 1.f;
+  Ints exponent;
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  const Ints power = (exponent - 0x4B400000 + 127) << 23;
+  Lanes scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  y *= scale;
+  Ints bits;
+  std::memcpy(&bits, &y, sizeof bits);
+  bits &= ~(x < -87.f);
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+// Tokens from `position` on that lie in one block of K and in one of V, at an offset in each
+struct Span {
+  const Part *k, *v;
+  int64_t position, k_first, v_first;
+  int k_offset, v_offset, tokens;
+};
+
+// The part that holds a position. Where exact sinks take the places of a block's padding, these are the sinks
+const Part* part_at(const std::vector<Part>& parts, int64_t position) {
+  for (const Part& part : parts)
+    if (position >= part.start + part.skip && position < part.start + part.length) return &part;
+  return nullptr;
+}
+
+// Where a part's block with a position begins, and the end of it. Parts whose tokens can be read one by one have no
+// blocks
+std::pair<int64_t, int64_t> block_at(const Part& part, int64_t position) {
+  const int64_t within = position - part.start;
+  if (part.codec->by_token) return {within, std::min(within + kBlock, part.length)};
+  return {within / kBlock * kBlock, std::min((within / kBlock + 1) * kBlock, part.length)};
+}
+
+// All tokens as spans. Empty if K's and V's blocks overlap in another way
+std::vector<Span> spans_of(const std::vector<Part>& ks, const std::vector<Part>& vs, int64_t tokens) {
+  std::vector<Span> spans;
+  for (int64_t position = 0; position < tokens; position += spans.back().tokens) {
+    const Part *k = part_at(ks, position), *v = part_at(vs, position);
+    if (!k || !v) return {};
+    const auto [k_first, k_end] = block_at(*k, position);
+    const auto [v_first, v_end] = block_at(*v, position);
+    const int64_t end = std::min(k->start + k_end, v->start + v_end);
+    for (const auto& [part, its_end] : {std::pair(k, k_end), std::pair(v, v_end)})
+      if (!part->codec->by_token && part->start + its_end != end) return {};
+    spans.push_back({k, v, position, k_first, v_first, int(position - k->start - k_first),
+                     int(position - v->start - v_first), int(end - position)});
+  }
+  return spans;
+}
+
+// What a thread has summed up: of each row the maximum of its scores, the sum of weights relative to it, and sums of ẑ
+struct Running {
+  std::vector<float> most, weight;
+  std::vector<std::vector<float>> sums;
+
+  Running(int64_t rows, const std::vector<Sum>& all) : most(rows, -INFINITY), weight(rows, 0.f) {
+    for (const Sum& sum : all) sums.emplace_back(sum.out.numel(), 0.f);
+  }
+
+  // Make `x` the maximum of a row
+  void raise(int64_t row, float x) {
+    const float scale = std::exp(most[row] - x);
+    most[row] = x, weight[row] *= scale;
+    for (auto& sum : sums) {
+      const int64_t columns = sum.size() / most.size();
+      for (int64_t i = row * columns; i < (row + 1) * columns; i++) sum[i] *= scale;
+    }
+  }
+
+  // Turn a row's scores of one block into weights, 0 outside of `tokens` from `offset` on
+  void weigh(int64_t row, float* x, int offset, int tokens) {
+    std::fill_n(x, offset, -INFINITY), std::fill(x + offset + tokens, x + kBlock, -INFINITY);
+    Lanes most_lanes = load(x);
+    for (int t = kLanes; t < kBlock; t += kLanes) {
+      const Lanes own = load(x + t);
+      most_lanes = own > most_lanes ? own : most_lanes;
+    }
+    float high = most_lanes[0];
+    for (int lane = 1; lane < kLanes; lane++) high = std::max(high, float(most_lanes[lane]));
+    if (high > most[row]) raise(row, high);
+    const float from = most[row] > -INFINITY ? most[row] : 0;
+    Lanes all = {};
+    for (int t = 0; t < kBlock; t += kLanes) {
+      const Lanes p = exp_of(load(x + t) - from);
+      std::memcpy(x + t, &p, sizeof p), all += p;
+    }
+    weight[row] += ::total(all);
+  }
+};
+
+struct Attention {
+  const std::vector<Part> ks, vs;
+  const at::TensorList qs;
+  const at::IntArrayRef outs;
+  const int64_t B, rows;  // rows: queries of one sequence, of all heads
+  std::vector<Sum> sums;
+  int64_t units = 0;  // ranges of heads that no group of heads crosses
+
+  Attention(at::TensorList qs, at::TensorList k_fields, at::IntArrayRef k_layout, at::TensorList v_fields,
+            at::IntArrayRef v_layout, at::IntArrayRef outs)
+      : ks(parts_of(k_fields, k_layout)), vs(parts_of(v_fields, v_layout)), qs(qs), outs(outs), B(qs[0].size(0)),
+        rows(qs[0].numel() / qs[0].size(-1) / B / (qs[0].dim() == 5 ? qs[0].size(2) : 1)) {
+    for (const auto* parts : {&ks, &vs})
+      for (const Part& part : *parts) units = std::gcd(units, part.groups);
+    for (size_t i = 0; i < vs.size(); i++)
+      if (outs[i] == int64_t(sums.size())) sums.emplace_back(vs[i], B, rows, qs[0].options());
+  }
+
+  // bias: added to the scores of a sequence's tokens
+  void run(const Span& span, int64_t b, int64_t unit, const float* bias, Running& to, Queries& queries,
+           std::vector<float>& weights, Scratch& scratch) const {
+    const int64_t first_row = unit * (rows / units), own_rows = rows / units;
+    weights.resize(own_rows * kBlock);
+    score(span, b, unit, queries, weights.data(), scratch);
+    for (int64_t m = 0; m < own_rows; m++) {
+      float* x = &weights[m * kBlock];
+      for (int t = 0; bias && t < span.tokens; t++) x[span.k_offset + t] += bias[span.position + t];
+      to.weigh(b * rows + first_row + m, x, span.k_offset, span.tokens);
+      if (span.k_offset == span.v_offset) continue;
+      std::memmove(x + span.v_offset, x + span.k_offset, span.tokens * sizeof(float));
+      std::fill_n(x, span.v_offset, 0.f);
+      std::fill(x + span.v_offset + span.tokens, x + kBlock, 0.f);
+    }
+    const int64_t out = outs[span.v - vs.data()], groups = span.v->groups / units, M = rows / span.v->groups;
+    const int64_t columns = span.v->columns();
+    for (int64_t g = 0; g < groups; g++) {
+      const Block at{b, unit * groups + g, span.v_first, span.v_offset + span.tokens};
+      float* sum = &to.sums[out][(b * rows + at.g * M) * columns];
+      span.v->codec->add_sums(at, &weights[g * M * kBlock], M, sum, columns, scratch);
+      for (int64_t m = 0; span.v->affine && m < M; m++)
+        sum[m * columns + span.v->codec->r] += ::sum(&weights[(g * M + m) * kBlock], kBlock);
+    }
+  }
+
+  // Scores of a span's block of K, for the queries of one unit
+  void score(const Span& span, int64_t b, int64_t unit, Queries& queries, float* out, Scratch& scratch) const {
+    const int64_t groups = span.k->groups / units, M = rows / span.k->groups, columns = span.k->columns();
+    const Tensor& q = qs[span.k - ks.data()];
+    for (int64_t g = 0; g < groups; g++, out += M * kBlock) {
+      const Block at{b, unit * groups + g, span.k_first, span.k_offset + span.tokens};
+      const float* from = queries.of(*span.k, at, q);
+      span.k->codec->scores(at, from, queries.row, M, out, scratch);
+      for (int64_t m = 0; span.k->affine && m < M; m++)
+        for (int t = 0; t < kBlock; t++) out[m * kBlock + t] += queries.raw[m * columns + span.k->codec->r];
+    }
+  }
+
+  // The sums of all threads, divided by all weights. sinks: a logit for each of `heads` that takes weight of its own
+  std::vector<Tensor> total(std::vector<Running>& threads, const float* sinks, int64_t heads) {
+    for (int64_t row = 0; row < B * rows; row++) {
+      const float sink = sinks ? sinks[row % rows / (rows / heads)] : -INFINITY;
+      float most = sink, weight = 0;
+      for (const Running& own : threads) most = std::max(most, own.most[row]);
+      for (Running& own : threads) own.raise(row, most), weight += own.weight[row];
+      if (sinks) weight += std::exp(sink - most);
+      for (Running& own : threads)
+        for (auto& sum : own.sums) {
+          const int64_t columns = sum.size() / (B * rows);
+          for (int64_t i = row * columns; i < (row + 1) * columns; i++) sum[i] /= weight;
+        }
+    }
+    std::vector<Tensor> out;
+    for (size_t s = 0; s < sums.size(); s++) {
+      std::vector<float>& all = threads[0].sums[s];
+      for (size_t thread = 1; thread < threads.size(); thread++)
+        for (size_t i = 0; i < all.size(); i++) all[i] += threads[thread].sums[s][i];
+      out.push_back(sums[s].ordered(all.data()));
+    }
+    return out;
+  }
+};
+
+// outs: for each part of V the index of the sum to which it is added. bias [B, T] and sinks [heads] may be empty.
+// Returns nothing if K's and V's blocks overlap in a way that one pass can't follow
+std::vector<Tensor> attend(at::TensorList qs, at::TensorList k_fields, at::IntArrayRef k_layout,
+                           at::TensorList v_fields, at::IntArrayRef v_layout, at::IntArrayRef outs, int64_t tokens,
+                           const std::optional<Tensor>& bias, const std::optional<Tensor>& sinks) {
+  Attention attention(qs, k_fields, k_layout, v_fields, v_layout, outs);
+  const auto spans = spans_of(attention.ks, attention.vs, tokens);
+  if (spans.empty()) return {};
+  const int64_t count = spans.size(), B = attention.B, units = attention.units;
+  const float* added = bias ? bias->const_data_ptr<float>() : nullptr;
+  std::vector<Running> threads(at::get_num_threads(), Running(B * attention.rows, attention.sums));
+  at::parallel_for(0, B * units * count, 2, [&](int64_t begin, int64_t end) {
+    Running& own = threads[at::get_thread_num()];
+    Queries queries;
+    std::vector<float> weights;
+    Scratch scratch;
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t b = i / (units * count);
+      attention.run(spans[i % count], b, i / count % units, added ? added + b * tokens : nullptr, own, queries, weights,
+                    scratch);
+    }
+  });
+  return attention.total(threads, sinks ? sinks->const_data_ptr<float>() : nullptr, sinks ? sinks->numel() : 1);
+}
+
+}  // namespace

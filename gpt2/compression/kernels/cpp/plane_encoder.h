@@ -1,0 +1,179 @@
+// The encoder of bit planes, with the same search for each channel's width as codecs/mixed.py.
+#pragma once
+
+#include "planes.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
+
+#include <tuple>
+#include <vector>
+
+namespace {
+
+constexpr int kMenu = 8;
+constexpr int kMetadata = 2, kFar = 2;  // bytes of metadata of a channel, and additional bytes of a far offset
+constexpr float kReach = 127, kFarReach = 32767, kFarFrom = 2;
+
+struct Grid {
+  float error, offset;
+  int exponent;
+
+  float step() const { return kSteps[exponent]; }
+  bool far() const { return std::abs(offset) > kReach; }
+  static float unit(int bits) { return std::max((1 << bits) / 64.f, 0.25f); }
+  float origin(int bits) const { return step() * (unit(bits) * offset - ((1 << bits) - 1) / 2.f); }
+};
+
+inline float code_of(float y, float origin, float inverse, float last) {
+  const float code = std::nearbyint((y - origin) * inverse);
+  return code > 0 ? (code < last ? code : last) : 0;
+}
+
+float error_of(const float* y, const Grid& grid, int bits) {
+  constexpr float kShift = 12582912;  // adding it rounds to an integer
+  const Lanes none = {}, origin = none + grid.origin(bits), step = none + grid.step(), last = none + float((1 << bits) - 1);
+  const float inverse = 1 / grid.step();
+  Lanes sums = {};
+  for (int t = 0; t < kBlock; t += kLanes) {
+    Lanes code = (load(y + t) - origin) * inverse;
+    code = code > none ? code : none;  // which makes NaN 0 too
+    code = code < last ? code : last;
+    const Lanes rest = load(y + t) - ((code + kShift - kShift) * step + origin);
+    sums += rest * rest;
+  }
+  return total(sums);
+}
+
+// The uniform grid with the least squared error among the shares of the range to try
+Grid best_grid(const float* y, float low, float high, int bits, at::ArrayRef<double> shares) {
+  constexpr float half = 0.5f / kOctave;
+  const float middle = (low + high) / 2, last = (1 << bits) - 1;
+  // Whether an offset in one byte would need a step much wider than the range asks for
+  const bool far_off = std::abs(middle) / (kReach * Grid::unit(bits)) > kFarFrom / last * (high - low);
+  const float reach = far_off ? kFarReach : kReach;
+  Grid best{};
+  for (const double share : shares) {
+    Grid grid{};
+    const float unit = Grid::unit(bits);
+    // The offset is in units of the step: if it is out of reach, the step must be wider
+    const float wanted = std::max((high - low) * float(share) / last,
+                                  std::abs(middle) / (reach * unit) * std::exp2(half));
+    const float exponent = std::nearbyint(std::log2(std::max(wanted, 1e-30f)) * kOctave) + kScaleZero;
+    // In this form NaN, for which comparisons are false, gives an index inside the table
+    grid.exponent = exponent > 0 ? (exponent < 255 ? exponent : 255) : 0;
+    const float offset = std::nearbyint(middle / grid.step() / unit);
+    grid.offset = offset > -reach ? (offset < reach ? offset : reach) : -reach;
+    grid.error = error_of(y, grid, bits);
+    if (share == shares[0] || grid.error < best.error) best = grid;
+  }
+  return best;
+}
+
+struct PlaneWriter {
+  int r, payload;
+  at::ArrayRef<double> narrow, wide;
+  std::vector<Grid> grids;           // [kMenu][r]
+  std::vector<float> errors, bytes;  // [kMenu][r]
+  std::vector<int> choice;
+
+  PlaneWriter(int r, int payload, at::ArrayRef<double> narrow, at::ArrayRef<double> wide)
+      : r(r), payload(payload), narrow(narrow), wide(wide), grids(kMenu * r), errors(kMenu * r), bytes(kMenu * r),
+        choice(r) {}
+
+  void write(const float* y, uint8_t* block, uint8_t* widths) {
+    for (int c = 0; c < r; c++) measure(y + c * kBlock, c);
+    choose();
+    pack(y, block);
+    const int bytes = (r + 7) / 8;
+    for (int c = 0; c < r; c++)
+      for (int plane = 0; plane < 3; plane++) widths[plane * bytes + c / 8] |= (choice[c] >> plane & 1) << c % 8;
+  }
+
+  void measure(const float* y, int c) {
+    const auto [low, high] = std::minmax_element(y, y + kBlock);
+    errors[c] = dot(y, y, kBlock);
+    for (int w = 1; w < kMenu; w++) {
+      grids[w * r + c] = best_grid(y, *low, *high, kWidths[w], kWidths[w] <= 4 ? narrow : wide);
+      errors[w * r + c] = grids[w * r + c].error;
+      bytes[w * r + c] = 8 * kWidths[w] + kMetadata + kFar * grids[w * r + c].far();
+    }
+  }
+
+  // Choose the widths with the least error within the payload, by bisection on the price of a byte: at the lowest price
+  // every channel takes its best width, at the highest none is worth its bytes
+  void choose() {
+    double few = 1e-30, many = 1e-30;
+    for (const float error : errors) many += error;
+    for (int i = 0; i < 40; i++) {
+      const double price = std::sqrt(few * many);
+      (at_price(price) <= payload ? many : few) = price;
+    }
+    at_price(many);
+  }
+
+  int at_price(float price) {
+    int spent = 0;
+    std::vector<float> least(errors.begin(), errors.begin() + r);
+    std::fill(choice.begin(), choice.end(), 0);
+    for (int w = 1; w < kMenu; w++) {
+      const float *own = errors.data() + w * r, *size = bytes.data() + w * r;
+      for (int c = 0; c < r; c++) {
+        const float cost = own[c] + price * size[c];
+        const bool better = cost < least[c];
+        least[c] = better ? cost : least[c];
+        choice[c] = better ? w : choice[c];
+      }
+    }
+    for (int c = 0; c < r; c++) spent += bytes[choice[c] * r + c];
+    return spent;
+  }
+
+  void pack(const float* y, uint8_t* block) const {
+    uint8_t* metadata = block;
+    for (int c = 0; c < r; c++) metadata += 8 * kWidths[choice[c]];
+    for (int w = kMenu - 1; w > 0; w--)
+      for (int c = 0; c < r; c++)
+        if (choice[c] == w) {
+          const Grid& grid = grids[w * r + c];
+          planes(y + c * kBlock, grid, kWidths[w], block);
+          block += 8 * kWidths[w];
+          *metadata++ = grid.exponent, *metadata++ = grid.far() ? 0 : int(grid.offset) + 128;
+        }
+    for (int c = 0; c < r; c++) {
+      const Grid& grid = grids[choice[c] * r + c];
+      if (!choice[c] || !grid.far()) continue;
+      const int16_t offset = grid.offset;
+      std::memcpy(metadata, &offset, sizeof offset), metadata += sizeof offset;
+    }
+  }
+
+  static void planes(const float* y, const Grid& grid, int bits, uint8_t* out) {
+    const float origin = grid.origin(bits), inverse = 1 / grid.step(), last = (1 << bits) - 1;
+    uint64_t plane[16] = {};
+    for (int t = 0; t < kBlock; t++) {
+      const uint64_t code = code_of(y[t], origin, inverse, last);
+      for (int j = 0; j < bits; j++) plane[j] |= (code >> j & 1) << t;
+    }
+    std::memcpy(out, plane, 8 * bits);
+  }
+};
+
+// y [N, r, 64] → blocks [N, payload] and width indices [N, 3 · ⌈r / 8⌉]
+std::tuple<Tensor, Tensor> encode_planes(
+    const Tensor& y, int64_t payload, at::ArrayRef<double> narrow, at::ArrayRef<double> wide) {
+  TORCH_CHECK(y.is_contiguous() && y.dim() == 3 && y.size(2) == kBlock, "blocks of 64 tokens, contiguous");
+  const int64_t N = y.size(0), r = y.size(1), bytes = 3 * ((r + 7) / 8);
+  const auto options = y.options().dtype(at::kByte);
+  Tensor block = at::zeros({N, payload}, options), widths = at::zeros({N, bytes}, options);
+  at::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
+    PlaneWriter writer(r, payload, narrow, wide);
+    for (int64_t i = begin; i < end; i++)
+      writer.write(
+          y.const_data_ptr<float>() + i * r * kBlock, block.mutable_data_ptr<uint8_t>() + i * payload,
+          widths.mutable_data_ptr<uint8_t>() + i * bytes);
+  });
+  return {block, widths};
+}
+
+}  // namespace
