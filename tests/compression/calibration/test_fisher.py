@@ -130,7 +130,7 @@ def test_checkpointing_is_rejected_where_attention_is_hard_wired_and_where_there
         fisher_of(llama, windows(1, 20), checkpointing=True)
     loaded = wrap(miniatures.tiny_family(family), None, family)
     statistics = collect(loaded, windows(1, 20), SINKS)
-    with pytest.raises(PluginError, match="hard-wired: leave --gradient-checkpointing out"):
+    with pytest.raises(PluginError, match="hard-wired: .*leave --gradient-checkpointing out"):
         collect_fisher(loaded, windows(1, 20), statistics, SINKS, {}, checkpointing=True)
     collect_fisher(loaded, windows(1, 20), statistics, SINKS, {})
     assert statistics.k.metrics["fisher"][0].norm() > 0
