@@ -24,10 +24,10 @@ import argparse
 from pathlib import Path
 
 from gpt2 import cli
-from gpt2.common import files
+from gpt2.common import files, trial_queue
 from gpt2.compression.settings import TARGETS
 from gpt2.report import plots, tables
-from gpt2.tuning import grid_search, search_space, trial_queue, tune
+from gpt2.tuning import grid_search, search_space, tune
 
 ONLY = {"grid": ("target", "bits", "codec", "per_layer", "layer_ablation"),
         "codec": ("codecs", "num_trials", "recent_grid")}  # fmt: skip
@@ -51,7 +51,9 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--context-length", type=cli.positive_int, default=2048, help="tokens at which the ratio counts")
     p.add_argument("--study", type=Path, default=files.RESULTS / "studies" / "auto_tune.db", help="SQLite file")
     p.add_argument("--name", help="name of the preset; from target and budget if omitted")
-    p.add_argument("--output", type=cli.output_path, help="preset file; results/presets/MODEL-NAME.json if omitted")
+    p.add_argument(
+        "--output", type=cli.output_file(".json"), help="preset file; results/presets/MODEL-NAME.json if omitted"
+    )
     return p
 
 

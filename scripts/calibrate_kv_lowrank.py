@@ -19,7 +19,7 @@ Several GPUs, each with a copy of the model, can share the sequences; the result
 import argparse
 
 from gpt2 import cli
-from gpt2.common import files
+from gpt2.common import files, tensor_file
 from gpt2.common.processes import Processes
 from gpt2.compression.calibration.calibrate import calibrate, chosen_codec, suggested_rank
 from gpt2.compression.calibration.file import calibration_folders, save_calibration
@@ -51,7 +51,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--output",
-        type=cli.output_path,
+        type=cli.output_file(*tensor_file.SUFFIXES),
         help="calibration file, .pt or .safetensors; a .pt under results/calibrations if omitted",
     )
     p.add_argument(
@@ -83,13 +83,13 @@ def main(processes: Processes) -> None:
     used = calibration.meta["tokens"] // args.seq_len
     if used < args.samples:
         print(f"note: {text.name} has only {used} sequences of {args.seq_len} tokens; all of them were used")
-    energies = calibration.energies()
+    variance = calibration.kept_variance()
     # A compact file has one basis for several heads: show the same share of its coordinates
-    first = next(share for share in next(iter(energies.values())) if share is not None)
+    first = next(share for share in next(iter(variance.values())) if share is not None)
     shown = rank * first.shape[-1] // loaded.geometry.head_dim
-    print(f"\n{calibration_tables.energies(energies, shown).console()}")
+    print(f"\n{calibration_tables.kept_variance(variance, shown).console()}")
     title = f"{args.model}: {calibration.meta['tokens']:,} tokens of {text.name}"
-    shares = {side: [None if own is None else own.numpy() for own in layers] for side, layers in energies.items()}
+    shares = {side: [None if own is None else own.numpy() for own in layers] for side, layers in variance.items()}
     picture = plots.spectra(shares, shown, title)
     files.write_figure(files.picture_beside(output), picture)
     print(f"\nwrote {files.shown(output)} and {files.shown(files.picture_beside(output))}")

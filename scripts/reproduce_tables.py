@@ -66,21 +66,21 @@ def main() -> None:
         return
     if args.model == embedded.EMBEDDED and not (args.text or args.quick or args.status or args.pages):
         raise PluginError("the committed tables are of WikiText-2 and would be replaced by another text's: give --text")
-    setting = config.Setting(args.model, args.text, args.quick, args.device, args.machine)
-    tables, runs = config.load(setting)
+    options = config.RunOptions(args.model, args.text, args.quick, args.device, args.machine)
+    tables, runs = config.load(options)
     chosen, wanted = config.select(args.tables, tables, runs)
-    matcher = Matcher(setting, runs, args.any_code)
+    matcher = Matcher(options, runs, args.any_code)
     failed = {}
     if args.status:
         print(matcher.status(wanted))
         return
-    pages.check_writable(setting, chosen, args.pages)
+    pages.check_writable(options, chosen, args.pages)
     if not args.pages:
-        failed = Worker(args.study or setting.results / "tables" / "study.db", matcher).work(wanted)
+        failed = Worker(args.study or options.results / "tables" / "study.db", matcher).work(wanted)
     for table in chosen:
-        print(f"wrote {files.shown(pages.write(setting, table))}")
+        print(f"wrote {files.shown(pages.write(options, table))}")
     if args.pages:
-        pages.write_regions(setting.checkout)
+        pages.write_regions(options.checkout)
     for name, why in failed.items():
         print(f"not made: {name}: {why}", file=sys.stderr)
     if failed:

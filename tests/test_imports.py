@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,19 @@ def test_an_upward_import_and_a_cycle_are_named():
     }
     assert upward(graph) == ["gpt2.common.errors imports gpt2.report.table, which comes after it"]
     assert cycles(graph) == ["gpt2.common.errors -> gpt2.common.files -> gpt2.common.errors"]
+
+
+def test_documents_have_the_same_order():
+    """README's tree and the table of docs/architecture.md, read line by line: names without their folders."""
+    readme, architecture = (
+        (files.ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/architecture.md")
+    )
+    tree = re.search(r"^gpt2/.*\n((?:  .*\n)+)", readme, re.MULTILINE)[1].splitlines()
+    in_tree = [name for line in tree for name in re.findall(r"(\w+)(?:/|\.py)", line.strip().split("  ")[0])]
+    rows = re.findall(r"^\| (`.+?`) \|", architecture.split("| package in `gpt2/` |")[1].split("\n\n")[0], re.MULTILINE)
+    in_table = [name.split("/")[-1] for row in rows for name in re.findall("`(.+?)`", row)]
+    packages = [package.split(".")[-1] for package in ORDER]
+    assert [name for name in in_tree if name != "compression"] == in_table == packages
 
 
 PUBLIC = {

@@ -13,7 +13,7 @@ from gpt2.cli.flags import (
     add_shape_flags,
     add_text_flags,
     evaluation_parser,
-    output_path,
+    output_file,
     parser,
 )
 from gpt2.cli.running import run
@@ -54,7 +54,7 @@ __all__ = [
     "of_this_machine",
     "open_script",
     "output_files",
-    "output_path",
+    "output_file",
     "parser",
     "positive_int",
     "ratio_list",

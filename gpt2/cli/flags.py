@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -78,18 +79,27 @@ def evaluation_parser(manual: str, tokens: int, *, calibrates: bool = False) -> 
 def add_output_flag(p: argparse.ArgumentParser) -> None:
     """--output, for a script that writes a JSON file and a picture."""
     what = "JSON file; the PNG is written beside it, or for a file in a folder `runs` into `plots` beside that folder"
-    p.add_argument("--output", type=output_path, help=what)
+    p.add_argument("--output", type=output_file(".json"), help=what)
 
 
-def output_path(word: str) -> Path:
-    """An argument type: a file to write. Rejected, before any work, if it or its picture can't be written."""
-    path = Path(word)
-    try:
-        files.check_writable(path)
-        files.check_writable(files.picture_beside(path))
-    except PluginError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return path
+def output_file(*endings: str) -> Callable[[str], Path]:
+    """An argument type: a file to write, whose name ends in one of `endings`.
+
+    Rejected, before any work, if it has another ending, or if it or its picture can't be written.
+    """
+
+    def checked(word: str) -> Path:
+        path = Path(word)
+        try:
+            if path.suffix not in endings and not os.path.isdir(path):  # takes any name, a Path no long one
+                raise PluginError(f"expected a name that ends in {' or '.join(endings)}, got {word}")
+            files.check_writable(path)
+            files.check_writable(files.picture_beside(path))
+        except PluginError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return path
+
+    return checked
 
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:
@@ -112,7 +122,7 @@ def add_text_flags(p: argparse.ArgumentParser) -> None:
         help="embedded, wikitext2, a file, a folder with *valid*.txt and *test*.txt, self (sampled from the model), "
         "or several of these joined by +, in equal shares; embedded if omitted for the embedded model, else wikitext2",
     )
-    p.add_argument("--seed", type=int, default=0, help="of calibration windows, needle prompts and the bootstrap")
+    p.add_argument("--seed", type=int, default=0, help="of calibration segments, needle prompts and the bootstrap")
 
 
 def add_eval_text_flag(p: argparse.ArgumentParser) -> None:

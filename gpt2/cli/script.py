@@ -22,7 +22,7 @@ from gpt2.evaluation.perplexity import BASELINE
 from gpt2.models import loading, random_weights
 from gpt2.report import tables
 from gpt2.text import sources
-from gpt2.text.windows import Text
+from gpt2.text.texts import Text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

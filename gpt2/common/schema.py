@@ -2,7 +2,7 @@
 
 A schema is built from the kinds below, for example
 
-    Record({"rank": Whole(1, 64), "codec": Default(Text(), "pca"), "widths": Default(Nullable(ListOf(Whole(0))), None)})
+    Record({"rank": Whole(1, 64), "codec": Default(String(), "pca"), "widths": Default(Nullable(ListOf(Whole())))})
 
 `parse(value, schema, file)` returns the record with defaults filled in and tensors in the precision to work with. It
 raises BadArtefact where the record doesn't fit; the message names the file, the field, what was expected and what was
@@ -143,7 +143,7 @@ class Number(Kind):
 
 
 @dataclass(frozen=True)
-class Text(Kind):
+class String(Kind):
     """A string of at most so many characters. printable: none of them a control character."""
 
     longest: int = 4096
@@ -264,6 +264,9 @@ class Record(Kind):
         if type(value) is not dict:
             raise Mismatch(at, self.expected, _found(value))
         parsed = {}
+        missing = [key for key, kind in self.fields.items() if key not in value and not isinstance(kind, Default)]
+        if len(missing) > 1:
+            raise Mismatch(at, f"missing: {', '.join(missing)}", None)
         for key, kind in self.fields.items():
             if key in value:
                 parsed[key] = kind.parse(value[key], (*at, key))

@@ -44,11 +44,11 @@ def from_preset(
     word = preset if isinstance(preset, (str, Path)) else None
     preset = as_preset(preset) if word is None else resolve_preset(word, loaded)
     preset = preset_for_shape(preset, loaded) if loaded.random_weights else preset
-    preset, windows = preset.for_model(loaded.geometry, loaded.spec), preset.windows(**overrides)
+    preset, exact = preset.for_model(loaded.geometry, loaded.spec), preset.exact_tokens(**overrides)
     k, v = compressors_from_preset(preset, loaded.device, model=loaded, calibration=calibration)
     own = preset.record
     label = own.get("name") or word or f"{own['target']} rank {own['rank']}, {own['bits']} bits"
-    return CacheChoice(str(label), preset, partial(CompressedDynamicCache, k, v, geometry=preset.geometry, **windows))
+    return CacheChoice(str(label), preset, partial(CompressedDynamicCache, k, v, geometry=preset.geometry, **exact))
 
 
 def from_policy(policy: str, loaded: LoadedModel, **overrides: int) -> CacheChoice:

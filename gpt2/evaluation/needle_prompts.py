@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gpt2.common.errors import PluginError
-from gpt2.text.windows import start_tokens
+from gpt2.text.texts import start_tokens
 
 NAMES = "Anna Peter Maria Thomas Laura Henry Julia Oscar Simon Emily Victor Diana Martin Sophie George Helen"
 TOWNS = "Lisbon Vienna Dublin Prague Athens Cairo Madrid Berlin London Boston Denver Tokyo Sydney Milan Geneva Oslo"

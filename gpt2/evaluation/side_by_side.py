@@ -25,7 +25,7 @@ from gpt2.compression.named_caches import CacheChoice
 from gpt2.evaluation.perplexity import Scores, baseline_factory, compare
 from gpt2.models.loading import LoadedModel
 from gpt2.text import sources
-from gpt2.text.windows import start_tokens
+from gpt2.text.texts import start_tokens
 
 UNCOMPRESSED = "uncompressed"
 TIMED_TOKENS = 5  # of the answer; the first one's step also reads the question, so four steps are timed

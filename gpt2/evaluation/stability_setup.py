@@ -13,7 +13,7 @@ from gpt2.compression.settings import needs_calibration_file
 from gpt2.evaluation.perplexity import CacheFactory
 from gpt2.evaluation.stability import Setup, windows_of
 from gpt2.models.loading import LoadedModel
-from gpt2.text.windows import Text
+from gpt2.text.texts import Text
 
 SPEED_CONTEXT = 512  # tokens held in the speed test at most
 SPEED_TOKENS = 8  # tokens decoded there

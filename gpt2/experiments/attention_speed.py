@@ -43,7 +43,7 @@ clock = time.perf_counter
 
 
 @dataclass(frozen=True)
-class Shape:
+class AttentionShape:
     """One layer's attention: query heads, KV heads, channels of a head, sequences in the batch.
 
     Raises PluginError unless the query heads are a multiple of the KV heads.
@@ -134,8 +134,8 @@ def copy_bandwidth(timer: Timer, nbytes: int) -> float:
 
 @torch.no_grad()
 def measure(
-    shape: Shape, context: int, codecs: Sequence[str], bits: Sequence[float], timer: Timer, bandwidth: float, *,
-    dtype: torch.dtype = torch.bfloat16, repeats: int = 20, compiled: bool = False, seed: int = 0, progress=iter,
+    shape: AttentionShape, context: int, codecs: Sequence[str], bits: Sequence[float], timer: Timer, bandwidth: float,
+    *, dtype: torch.dtype = torch.bfloat16, repeats: int = 20, compiled: bool = False, seed: int = 0, progress=iter,
 ) -> list[dict]:  # fmt: skip
     """One results record per row, at one context length in tokens. Raises PluginError if a row's output is wrong.
 
@@ -171,7 +171,9 @@ def check(row: Row) -> None:
         )
 
 
-def _noise(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
+def _noise(
+    shape: AttentionShape, tokens: int, dtype: torch.dtype, device: torch.device, seed: int
+) -> tuple[Tensor, ...]:
     """K and V [B, H, T, d], and the query [B, Hq, 1, d]."""
     generator = torch.Generator(device).manual_seed(seed)
     sizes = [(shape.kv_heads, tokens)] * 2 + [(shape.heads, 1)]
@@ -223,7 +225,9 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention_math.attend_reconstructed(k.float(), v.float(), q.float(), None, q.shape[-1] ** -0.5)
 
 
-def compressors(name: str, bits: Sequence[float], shape: Shape) -> Iterator[tuple[str, tuple[Compressor, Compressor]]]:
+def compressors(
+    name: str, bits: Sequence[float], shape: AttentionShape
+) -> Iterator[tuple[str, tuple[Compressor, Compressor]]]:
     """Labels and compressors of K and V, for a name of CODECS."""
     layer = Geometry.uniform(1, shape.kv_heads, shape.head_dim)
     if name in ANY_MODEL:

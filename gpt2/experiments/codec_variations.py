@@ -129,7 +129,7 @@ class Gathered:
     2H, 128, d] float16: n blocks at positions `starts`, K's heads before V's, with RoPE as they are cached.
     """
 
-    def __init__(self, loaded: LoadedModel, rotary: list[Rotary], sink_tokens: int, windows: int, seed: int):
+    def __init__(self, loaded: LoadedModel, rotary: list[Rotary], sink_tokens: int, segments: int, seed: int):
         self.geometry, self.rotary, self.sink_tokens = loaded.geometry, rotary, sink_tokens
         H, d = self.geometry.num_kv_heads, self.geometry.head_dim
         self.groups = H // heads_per_group(H, d)
@@ -140,7 +140,7 @@ class Gathered:
         self.sample: Tensor | None = None
         self.starts: list[int] = []
         self._generator = torch.Generator().manual_seed(seed)
-        self._per_window = -(-SAMPLE_BLOCKS // windows)
+        self._per_segment = -(-SAMPLE_BLOCKS // segments)
         self._waiting: dict[int, dict[str, Tensor]] = {}
         self._kept: dict[int, Tensor] = {}
 
@@ -169,11 +169,11 @@ class Gathered:
             moments.metrics["fisher"][layer] += (g.mT @ g).double().cpu()
         self._kept[layer] = torch.cat((kept["k"], kept["v"]), dim=1)[0].half().cpu()
 
-    def next_window(self) -> None:
-        """Add a few blocks of the finished window to the sample, at the same positions in every layer."""
+    def next_segment(self) -> None:
+        """Add a few blocks of the finished segment to the sample, at the same positions in every layer."""
         x = torch.stack([self._kept.pop(layer) for layer in range(self.geometry.num_layers)])  # [L, 2H, T, d]
         blocks = led(x, self.sink_tokens).unflatten(2, (-1, LONGEST)).transpose(1, 2)
-        chosen = torch.randperm(blocks.shape[1], generator=self._generator)[: self._per_window]
+        chosen = torch.randperm(blocks.shape[1], generator=self._generator)[: self._per_segment]
         self.starts += (LONGEST * chosen).tolist()
         found = blocks[:, chosen]
         self.sample = found if self.sample is None else torch.cat((self.sample, found), dim=1)
@@ -186,30 +186,30 @@ class Gathered:
 
 
 def gather(
-    loaded: LoadedModel, windows: Tensor, sink_tokens: int, *, seed: int = 0,
+    loaded: LoadedModel, segments: Tensor, sink_tokens: int, *, seed: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Gathered:  # fmt: skip
-    """Statistics of one forward and backward pass over windows [n, T], T a multiple of LONGEST.
+    """Statistics of one forward and backward pass over segments [n, T], T a multiple of LONGEST.
 
-    seed: draws labels from the model's predictions, and the sampled blocks. Raises PluginError for other window lengths
-    and for too many sink tokens.
+    seed: draws labels from the model's predictions, and the sampled blocks. Raises PluginError for segments of another
+    length and for too many sink tokens.
     """
-    check_length(windows.shape[1], "--seq-len")
+    check_length(segments.shape[1], "--seq-len")
     if sink_tokens >= BLOCK // 2:
         raise PluginError(f"--sink-tokens {sink_tokens}: give fewer than {BLOCK // 2}, half of a block")
-    gathered = Gathered(loaded, detect_rotary(loaded, windows[0], sink_tokens), sink_tokens, len(windows), seed)
+    gathered = Gathered(loaded, detect_rotary(loaded, segments[0], sink_tokens), sink_tokens, len(segments), seed)
     model = loaded.model
     with torch.enable_grad(), without_parameter_gradients(model), watched_cache(model, gathered.watch) as run:
-        for number, window in enumerate(progress(windows)):
-            logits = run(window[None].to(loaded.device))[0]
+        for number, segment in enumerate(progress(segments)):
+            logits = run(segment[None].to(loaded.device))[0]
             labels = drawn_labels(logits, seed, number)
             nn.functional.cross_entropy(logits.float(), labels, reduction="sum").backward()
-            gathered.next_window()
+            gathered.next_segment()
     return gathered.finish()
 
 
 def check_length(tokens: int, flag: str) -> None:
-    """Raise PluginError unless windows of so many tokens consist of whole blocks of every size."""
+    """Raise PluginError unless segments of so many tokens consist of whole blocks of every size."""
     if tokens % LONGEST:
         raise PluginError(f"{flag} {tokens}: give a multiple of {LONGEST}, so that all block sizes fill it")
 

@@ -34,7 +34,7 @@ from gpt2.compression.codecs.formats import (
     ChannelGrid,
     TokenRange,
 )
-from gpt2.experiments.attention_speed import Shape, compressors
+from gpt2.experiments.attention_speed import AttentionShape, compressors
 
 TILE = 64
 TOKENS = 16 * TILE  # that bytes per token are measured on
@@ -131,7 +131,7 @@ class Side:
 
 
 def step_works(
-    pair: tuple[Compressor, Compressor], shape: Shape, tokens: int, multiprocessors: int
+    pair: tuple[Compressor, Compressor], shape: AttentionShape, tokens: int, multiprocessors: int
 ) -> dict[str, Work] | None:
     """The work of each kernel for one step over codes, and of quantizing a prompt; None where no kernel reads them."""
     k, v = (_side(compressor, shape) for compressor in pair)
@@ -155,7 +155,7 @@ def step_works(
     return works
 
 
-def plain_work(shape: Shape, tokens: int) -> Work:
+def plain_work(shape: AttentionShape, tokens: int) -> Work:
     """The work of a step over 16-bit K and V, no more than it needs: every number read once, no padding, no splits."""
     each = float(tokens * shape.batch)
     return Work(each * 2 * shape.kv_heads * shape.head_dim * HALF, each * 4 * shape.heads * shape.head_dim,
@@ -169,7 +169,11 @@ def attend_bound(works: dict[str, Work], device: Device) -> dict:
 
 
 def rows(
-    devices: Sequence[Device], shape: Shape, contexts: Sequence[int], codecs: Sequence[str], bits: Sequence[float]
+    devices: Sequence[Device],
+    shape: AttentionShape,
+    contexts: Sequence[int],
+    codecs: Sequence[str],
+    bits: Sequence[float],
 ) -> Iterator[dict]:
     """One results record per GPU, context length and codec, and one for 16-bit attention before the codecs'."""
     pairs = dict(named for codec in codecs for named in compressors(codec, bits, shape))
@@ -188,7 +192,7 @@ def rows(
 
 
 def add_bounds(
-    measured: list[dict], device: Device, shape: Shape, codecs: Sequence[str], bits: Sequence[float]
+    measured: list[dict], device: Device, shape: AttentionShape, codecs: Sequence[str], bits: Sequence[float]
 ) -> None:
     """Give each measured row of `attention_speed` its bound on the device, in ms, and the share of it that was reached.
 
@@ -210,7 +214,7 @@ def padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _side(compressor: Compressor, shape: Shape) -> Side | None:
+def _side(compressor: Compressor, shape: AttentionShape) -> Side | None:
     """How K or V is stored, from a stored sample; None for a format that no kernel reads."""
     held = compressor.quantizer.memory_format
     if held is None or tuple(held) not in DECODE or not compressor.readable:

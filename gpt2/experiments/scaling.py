@@ -101,20 +101,20 @@ def seconds(wait: Callable[[], None], work: Callable[[], object]) -> float:
 # --- calibration
 
 
-def first_pass(loaded: LoadedModel, windows: Tensor) -> object:
+def first_pass(loaded: LoadedModel, segments: Tensor) -> object:
     """Statistics of K and V, as calibration collects them."""
-    return collect(loaded, windows, SINK_TOKENS)
+    return collect(loaded, segments, SINK_TOKENS)
 
 
-def gradient_pass(loaded: LoadedModel, windows: Tensor) -> object:
+def gradient_pass(loaded: LoadedModel, segments: Tensor) -> object:
     """The Fisher statistics of calibration, which need a backward pass."""
-    return _with_gradients(loaded, windows)[1]
+    return _with_gradients(loaded, segments)[1]
 
 
-def _with_gradients(loaded: LoadedModel, windows: Tensor) -> tuple[list[Moments], dict[str, MultiHeadStatistics]]:
+def _with_gradients(loaded: LoadedModel, segments: Tensor) -> tuple[list[Moments], dict[str, MultiHeadStatistics]]:
     """What the gradient pass leaves: metrics of single heads, and statistics of the bases that the layers can have."""
     moments, bases = [Moments.zeros(loaded.geometry, side) for side in SIDES], cost_model.fitting_bases(loaded.geometry)
-    return moments, collect_fisher(loaded, windows, Statistics(*moments), SINK_TOKENS, bases)
+    return moments, collect_fisher(loaded, segments, Statistics(*moments), SINK_TOKENS, bases)
 
 
 def first_flops(dims: Dimensions, samples: int, tokens: int) -> float:
@@ -134,18 +134,18 @@ def pass_ratios(loaded: LoadedModel, sizes: Sizes, repeats: int) -> list[dict]:
     """Ratio of each calibration pass to forward passes over the same samples, measured in pairs, and as counted."""
     dims = cost_model.dimensions(loaded.model.config, loaded.spec)
     samples, tokens, wait = sizes.samples[1], max(sizes.segment_lengths) // 4, synchronizer(loaded.model)
-    windows = random_tokens(loaded, samples, tokens, seed=0)
+    segments = random_tokens(loaded, samples, tokens, seed=0)
 
     def forward() -> None:
-        for window in windows:
-            loaded.model.base_model(input_ids=window[None], use_cache=True)
+        for segment in segments:
+            loaded.model.base_model(input_ids=segment[None], use_cache=True)
 
     forward()
     found = []
     for step, (work, flops) in PASSES.items():
         ratios = []
         for _ in range(repeats):
-            own = seconds(wait, partial(work, loaded, windows))
+            own = seconds(wait, partial(work, loaded, segments))
             ratios.append(own / seconds(wait, forward))
         counted = flops(dims, samples, tokens) / (samples * cost_model.forward_flops(dims, tokens))
         found.append(
@@ -158,8 +158,8 @@ def _pass_point(step: str, loaded: LoadedModel, samples: int, tokens: int, x: fl
     """One calibration pass over random samples. x: None stands for the predicted FLOPs."""
     work, flops = PASSES[step]
     predicted = flops(cost_model.dimensions(loaded.model.config, loaded.spec), samples, tokens)
-    windows = random_tokens(loaded, samples, tokens, seed=0)
-    run = partial(seconds, synchronizer(loaded.model), partial(work, loaded, windows))
+    segments = random_tokens(loaded, samples, tokens, seed=0)
+    run = partial(seconds, synchronizer(loaded.model), partial(work, loaded, segments))
     return Point(predicted if x is None else x, predicted, run)
 
 
@@ -219,7 +219,7 @@ def memory(loaded: LoadedModel, configs: Configs, sizes: Sizes) -> Iterator[Seri
         first, second = (partial(measured, config, name) for measured in (_first_bytes, _gradient_bytes))
         one.append(Point(dims.squares() / 2, cost_model.statistics_bytes(dims), first))
         added = cost_model.gradient_statistics_bytes(dims)
-        added["blocks"] //= cost_model.SAMPLED_BLOCKS  # the measured window has only one block
+        added["blocks"] //= cost_model.SAMPLED_BLOCKS  # the measured segment has only one block
         other.append(Point(dims.base_squares(), sum(added.values()), second))
     names = f"caches of {len(configs)} shapes"
     yield Series("calibrate: statistics of heads", "layers · heads · d²", names, one, BYTES)
@@ -313,7 +313,7 @@ def caches(name: str, config: PretrainedConfig, presets: Sequence[str], sizes: S
 def _one_of(dims: Dimensions) -> cost_model.Layer:
     """The layer that stands for a model: the first of full attention, else the first that attends."""
     attending = [own for own in dims.layers if own.cached.attends]
-    return next((own for own in attending if own.cached.window is None), attending[0])
+    return next((own for own in attending if own.cached.segment is None), attending[0])
 
 
 def _filled(choice: CacheChoice, kv: tuple[Tensor, Tensor]):

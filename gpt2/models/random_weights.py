@@ -16,13 +16,13 @@ from transformers.initialization import no_init_weights
 
 from gpt2.common import files
 from gpt2.common.errors import PluginError, brief, first_line, is_out_of_memory
-from gpt2.common.schema import Anything, Default, Record, Text, Whole, parse, read_json
+from gpt2.common.schema import Anything, Default, Record, String, Whole, parse, read_json
 from gpt2.models import loading, probe, support
 from gpt2.models.loading import LoadedModel
 
 FOLDER = files.ROOT / "configs" / "models"
 NOISE = 0.02  # standard deviation of random weights
-SHAPE = Record({"model_type": Text(), "num_hidden_layers": Default(Whole(1))}, Anything())
+SHAPE = Record({"model_type": String(), "num_hidden_layers": Default(Whole(1))}, Anything())
 
 
 def load(spec: str, device: str = "auto", dtype: str = "auto", layers: int | None = None) -> LoadedModel:

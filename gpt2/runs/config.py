@@ -25,28 +25,28 @@ from pathlib import Path
 
 from gpt2.common import files, machine, provenance
 from gpt2.common.errors import PluginError
-from gpt2.common.schema import Default, ListOf, OneOf, Plain, Record, Text, parse, read_json
+from gpt2.common.schema import Default, ListOf, OneOf, Plain, Record, String, parse, read_json
 from gpt2.models import embedded, loading
 from gpt2.text import sources
 
-THIS = "this"  # a setting's machine: the one that runs
-NAMES = ListOf(Text())
+THIS = "this"  # a options's machine: the one that runs
+NAMES = ListOf(String())
 RUN = Record(
     {
-        "script": Text(),
+        "script": String(),
         "args": Record(others=Plain()),
         "quick": Default(Record(others=Plain()), {}),
         "needs": Default(NAMES, []),
-        "output": Default(Text()),
+        "output": Default(String()),
         "per_machine": Default(OneOf((False, True)), False),
     }
 )
-SHOW = Record({"results": Text(), "rows": Default(Plain()), "as": Default(Text()), "heading": Default(Text())})
-TABLE = Record({"title": Text(), "about": Text(), "runs": Record(others=RUN), "show": ListOf(SHOW), "plots": NAMES})
+SHOW = Record({"results": String(), "rows": Default(Plain()), "as": Default(String()), "heading": Default(String())})
+TABLE = Record({"title": String(), "about": String(), "runs": Record(others=RUN), "show": ListOf(SHOW), "plots": NAMES})
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunOptions:
     """The model, text and other settings for which tables are made.
 
     model: embedded model's name, local folder or hub id. text: --text of every run; None for the model's default text.
@@ -120,9 +120,9 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Table:
+class TableDefinition:
     """The definition of a table, with placeholders replaced in names. show: dicts as in SHOW, with `run`: the
-    name of the run that makes these results on the setting's machine.
+    name of the run that makes these results on the options's machine.
     """
 
     name: str
@@ -137,20 +137,22 @@ class Table:
         return list(dict.fromkeys(item["run"] for item in self.show))
 
 
-def load(setting: Setting) -> tuple[dict[str, Table], dict[str, Run]]:
+def load(options: RunOptions) -> tuple[dict[str, TableDefinition], dict[str, Run]]:
     """All tables and all runs of a checkout, by name. Raises PluginError for an invalid file."""
     tables, runs, of_base = {}, {}, {}
-    for path in sorted((setting.checkout / "configs" / "tables").glob("*.json")):
+    for path in sorted((options.checkout / "configs" / "tables").glob("*.json")):
         record = parse(read_json(path, "table"), TABLE, path.name, noun="key")
         for name, defined in record["runs"].items():
-            run = _run(setting, name, defined, path)
+            run = _run(options, name, defined, path)
             if runs.setdefault(run.name, run) != run:
                 raise PluginError(
                     f"{path.name}: run {name} is defined differently in another table: give it another name"
                 )
             of_base[run.base] = run.name
-        show = [{key: setting.fill(value) for key, value in item.items()} for item in record["show"]]
-        tables[path.stem] = Table(path.stem, record["title"], record["about"], show, setting.fill(record["plots"]))
+        show = [{key: options.fill(value) for key, value in item.items()} for item in record["show"]]
+        tables[path.stem] = TableDefinition(
+            path.stem, record["title"], record["about"], show, options.fill(record["plots"])
+        )
     for item in (item for table in tables.values() for item in table.show):
         item["run"] = of_base.get(item["results"], item["results"])
     for wanted, where in _references(tables, runs):
@@ -159,7 +161,9 @@ def load(setting: Setting) -> tuple[dict[str, Table], dict[str, Run]]:
     return tables, runs
 
 
-def select(names: list[str], tables: dict[str, Table], runs: dict[str, Run]) -> tuple[list[Table], list[str]]:
+def select(
+    names: list[str], tables: dict[str, TableDefinition], runs: dict[str, Run]
+) -> tuple[list[TableDefinition], list[str]]:
     """The tables with these names, and the wanted runs: those that the tables show, and those that are named.
 
     Without names all tables are chosen. Raises PluginError for a name that is neither a table's nor a run's.
@@ -173,23 +177,23 @@ def select(names: list[str], tables: dict[str, Table], runs: dict[str, Run]) -> 
     return chosen, list(dict.fromkeys([*single, *(name for table in chosen for name in table.results)]))
 
 
-def _references(tables: dict[str, Table], runs: dict[str, Run]):
+def _references(tables: dict[str, TableDefinition], runs: dict[str, Run]):
     for table in tables.values():
         yield from ((name, f"{table.name}.json") for name in table.results)
     for run in runs.values():
         yield from ((name, f"run {run.name}") for name in run.needs)
 
 
-def _run(setting: Setting, name: str, defined: dict, path: Path) -> Run:
-    if not (setting.checkout / "scripts" / f"{defined['script']}.py").is_file():
+def _run(options: RunOptions, name: str, defined: dict, path: Path) -> Run:
+    if not (options.checkout / "scripts" / f"{defined['script']}.py").is_file():
         raise PluginError(f"{path.name}: run {name}: no script {defined['script']}.py in scripts")
-    args = defined["args"] | (defined["quick"] if setting.quick else {})
-    base = name = setting.fill(name)
-    tag = setting.tag(args) if defined["per_machine"] else None
+    args = defined["args"] | (defined["quick"] if options.quick else {})
+    base = name = options.fill(name)
+    tag = options.tag(args) if defined["per_machine"] else None
     if tag:
         name = machine.named(base, tag)
     return Run(
-        name, defined["script"], {flag: setting.fill(value) for flag, value in args.items()},
-        tuple(setting.fill(defined["needs"])), setting.fill(defined.get("output", f"runs/{name}.json")),
+        name, defined["script"], {flag: options.fill(value) for flag, value in args.items()},
+        tuple(options.fill(defined["needs"])), options.fill(defined.get("output", f"runs/{name}.json")),
         base, tag,
     )  # fmt: skip

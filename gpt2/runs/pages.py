@@ -9,49 +9,49 @@ from gpt2.common import files, machine
 from gpt2.common.errors import PluginError
 from gpt2.models import embedded, loading
 from gpt2.report import html, regions, tables
-from gpt2.runs.config import Setting, Table, load
+from gpt2.runs.config import RunOptions, TableDefinition, load
 
 COMMAND = "scripts/reproduce_tables.py --pages"
 MADE_BY = "<!-- Made by scripts/reproduce_tables.py from results/runs: not to be edited. -->"
 
 
-def page_path(setting: Setting, name: str) -> Path:
+def page_path(options: RunOptions, name: str) -> Path:
     """results/tables/NAME.md for the embedded model, NAME_MODEL.md for another."""
-    slug = loading.slug_of(setting.model)
-    return setting.results / "tables" / (f"{name}.md" if slug == embedded.EMBEDDED else f"{name}_{slug}.md")
+    slug = loading.slug_of(options.model)
+    return options.results / "tables" / (f"{name}.md" if slug == embedded.EMBEDDED else f"{name}_{slug}.md")
 
 
-def page(setting: Setting, table: Table) -> str:
+def page(options: RunOptions, table: TableDefinition) -> str:
     """A page in Markdown: the table's text, its parts with their sources, and its pictures."""
     parts = [f"# {table.title}", table.about]
-    parts += [part for item in table.show for part in _parts(setting, table, item)]
-    pictures = [name for plot in table.plots for name in machine.siblings(setting.results / "plots", plot, ".png")]
+    parts += [part for item in table.show for part in _parts(options, table, item)]
+    pictures = [name for plot in table.plots for name in machine.siblings(options.results / "plots", plot, ".png")]
     parts += [f"![{name}](../plots/{name}.png)" for name in pictures]
     return "\n\n".join([MADE_BY, *parts]) + "\n"
 
 
-def _parts(setting: Setting, table: Table, item: dict) -> list[str]:
+def _parts(options: RunOptions, table: TableDefinition, item: dict) -> list[str]:
     """A heading, and a table for each machine that has measured these results: one never has rows of two machines."""
     heading = [f"## {item['heading']}"] if "heading" in item else []
-    names = machine.siblings(setting.results / "runs", item["results"])
+    names = machine.siblings(options.results / "runs", item["results"])
     if names:
-        return heading + [_part(setting, name, item) for name in names]
-    model = "" if setting.model == embedded.EMBEDDED else f" --model {setting.model}"
+        return heading + [_part(options, name, item) for name in names]
+    model = "" if options.model == embedded.EMBEDDED else f" --model {options.model}"
     command = f"python scripts/reproduce_tables.py {table.name}{model}"
     return [*heading, f"Not measured yet: `{command}` makes `{item['results']}`."]
 
 
-def _part(setting: Setting, name: str, item: dict) -> str:
-    record = tables.read(setting.results / "runs" / f"{name}.json")
+def _part(options: RunOptions, name: str, item: dict) -> str:
+    record = tables.read(options.results / "runs" / f"{name}.json")
     made = tables.table(name, record, item.get("rows"), item.get("as"))
     with tables.shown_of(name):
         made_with = f"commit {record['git_commit']}, {record['device']}, {record['created_utc'][:10]}"
     return f"{made.markdown()}\n\nSource: `{name}.json`, {made_with}."
 
 
-def write(setting: Setting, table: Table) -> Path:
+def write(options: RunOptions, table: TableDefinition) -> Path:
     """Write a table's page to results/tables; returns its path."""
-    return _write(page_path(setting, table.name), page(setting, table))
+    return _write(page_path(options, table.name), page(options, table))
 
 
 def write_regions(checkout: Path) -> None:
@@ -69,10 +69,10 @@ def write_regions(checkout: Path) -> None:
         raise PluginError("\n".join(failed))
 
 
-def check_writable(setting: Setting, chosen: list[Table], with_regions: bool) -> None:
+def check_writable(options: RunOptions, chosen: list[TableDefinition], with_regions: bool) -> None:
     """Raise PluginError if a table's page can't be written or, with_regions, README or docs. Called before any work."""
-    paths = [page_path(setting, table.name) for table in chosen]
-    for path in [*paths, *(regions.pages(setting.checkout) if with_regions else [])]:
+    paths = [page_path(options, table.name) for table in chosen]
+    for path in [*paths, *(regions.pages(options.checkout) if with_regions else [])]:
         files.check_writable(path)
 
 
@@ -95,7 +95,7 @@ def _write(path: Path, text: str) -> Path:
 
 def differing(checkout: Path) -> list[str]:
     """A line for each page in results/tables that differs from the one that results and configs would give."""
-    names = load(Setting(checkout=checkout))[0]
+    names = load(RunOptions(checkout=checkout))[0]
     wrong = []
     for path in sorted((checkout / "results" / "tables").glob("*.md")):
         name = max((n for n in names if re.fullmatch(rf"{re.escape(n)}(_.+)?", path.stem)), key=len, default=None)
@@ -103,9 +103,11 @@ def differing(checkout: Path) -> list[str]:
         if name is None:
             wrong.append(f"{shown} has no table in configs/tables: remove it")
             continue
-        setting = Setting(model=path.stem.removeprefix(name).removeprefix("_") or embedded.EMBEDDED, checkout=checkout)
+        options = RunOptions(
+            model=path.stem.removeprefix(name).removeprefix("_") or embedded.EMBEDDED, checkout=checkout
+        )
         try:
-            if page(setting, load(setting)[0][name]) != path.read_text(encoding="utf-8"):
+            if page(options, load(options)[0][name]) != path.read_text(encoding="utf-8"):
                 wrong.append(f"{shown} differs from its results: run {COMMAND}")
         except PluginError as error:
             wrong.append(f"{shown}: {error}")

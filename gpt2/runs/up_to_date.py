@@ -16,7 +16,7 @@ from pathlib import Path
 from gpt2.common import files, machine, provenance
 from gpt2.common.errors import PluginError
 from gpt2.models import loading
-from gpt2.runs.config import Run, Setting
+from gpt2.runs.config import Run, RunOptions
 from gpt2.text import sources
 
 IGNORED = {"output", "study", "device"}  # arguments that don't change the results, only where they are made and go
@@ -24,20 +24,20 @@ TEXTS = {"text", "eval_text"}  # compared by their contents
 
 
 class Matcher:
-    """Compares the runs of a setting with the files in its folder of results.
+    """Compares runs, as made with some options, with the files in their folder of results.
 
     any_code: accept also results whose commit is unknown.
     """
 
-    def __init__(self, setting: Setting, runs: dict[str, Run], any_code: bool = False):
-        self.setting, self.runs, self.any_code = setting, runs, any_code
+    def __init__(self, options: RunOptions, runs: dict[str, Run], any_code: bool = False):
+        self.options, self.runs, self.any_code = options, runs, any_code
 
     def record_path(self, name: str) -> Path:
-        return self.setting.results / "runs" / f"{name}.json"
+        return self.options.results / "runs" / f"{name}.json"
 
     def product(self, name: str) -> Path:
         """The file of a run that other runs read: a calibration, a preset, or the results file itself."""
-        output = self.setting.results / self.runs[name].output
+        output = self.options.results / self.runs[name].output
         return output if output.suffix else self.record_path(name)
 
     def record(self, name: str) -> dict | None:
@@ -64,8 +64,8 @@ class Matcher:
         """
         if run.tag is None:
             return
-        own = machine.describe(run.args.get("device") or self.setting.device or "auto")
-        kind = self.setting.own_tag(run.args)
+        own = machine.describe(run.args.get("device") or self.options.device or "auto")
+        kind = self.options.own_tag(run.args)
         if run.tag != kind and not run.tag.startswith(f"{kind}-"):
             raise PluginError(f"this machine is {kind}: it makes no results of {run.tag}; give --machine {kind}")
         for other in self.runs.values():
@@ -114,12 +114,12 @@ class Matcher:
     def command(self, run: Run) -> list[str]:
         """The command that makes a run's results. Raises PluginError if the script rejects its arguments."""
         parsed, words = self._parse(run)
-        if self.setting.device and hasattr(parsed, "device") and "device" not in run.args:
-            words += ["--device", self.setting.device]
-        return [sys.executable, str(self._script(run)), *words, "--output", str(self.setting.results / run.output)]
+        if self.options.device and hasattr(parsed, "device") and "device" not in run.args:
+            words += ["--device", self.options.device]
+        return [sys.executable, str(self._script(run)), *words, "--output", str(self.options.results / run.output)]
 
     def _script(self, run: Run) -> Path:
-        return self.setting.checkout / "scripts" / f"{run.script}.py"
+        return self.options.checkout / "scripts" / f"{run.script}.py"
 
     def _parser(self, run: Run) -> argparse.ArgumentParser:
         return script_module(self._script(run)).arguments()
@@ -129,7 +129,7 @@ class Matcher:
         parser, words = self._parser(run), run.words()
         try:
             if "model" not in run.args and hasattr(parser.parse_known_args(words)[0], "model"):
-                words += ["--model", self.setting.model]
+                words += ["--model", self.options.model]
             return parser.parse_args(words), words
         except SystemExit as error:
             raise PluginError(f"run {run.name}: {run.script}.py doesn't accept {shlex.join(words)}") from error
@@ -155,7 +155,7 @@ class Matcher:
         for need in run.needs:
             record, path = self.record(need), self.product(need)
             if record and "sha256" in record and not path.is_file():
-                names = files.shown(path), self.setting.fill("{results}/") + self.runs[need].output
+                names = files.shown(path), self.options.fill("{results}/") + self.runs[need].output
                 made |= dict.fromkeys(names, record["sha256"])
         return made
 
@@ -171,8 +171,8 @@ class Matcher:
             return "its record names no text"
         for part, sha256 in recorded.items():
             evaluated = part == "evaluation" and getattr(args, "eval_text", None)
-            spec = evaluated or args.text or sources.default_text(self.setting.model)
-            if _text_sha256(spec, self.setting.model, part) != sha256:
+            spec = evaluated or args.text or sources.default_text(self.options.model)
+            if _text_sha256(spec, self.options.model, part) != sha256:
                 return f"made from another text than --text {spec} ({part} part)"
         return None
 
@@ -183,7 +183,7 @@ class Matcher:
             return None
         if not isinstance(commit, str) or not commit or commit.endswith("-dirty"):
             return "made from code that was never committed"
-        if not provenance.has_commit(self.setting.checkout, commit):
+        if not provenance.has_commit(self.options.checkout, commit):
             return f"made at commit {_short(commit)}, which is not in this repository"
         return None
 

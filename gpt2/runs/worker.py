@@ -17,10 +17,10 @@ import optuna
 
 from gpt2.common import files
 from gpt2.common.errors import PluginError
+from gpt2.common.trial_queue import Pace, TrialFailed, TrialQueue
 from gpt2.models import loading
 from gpt2.runs.record import write_record
 from gpt2.runs.up_to_date import Matcher
-from gpt2.tuning.trial_queue import Pace, TrialFailed, TrialQueue
 
 PACE = Pace(heartbeat=10, silence=60, look=3.0)  # slow, as runs take minutes and databases may be on a network
 INTERRUPTED = 130  # exit code of a script at Ctrl-C
@@ -40,10 +40,10 @@ class Worker:
         self, storage: str | Path, matcher: Matcher, pace: Pace | None = None, say: Callable[[str], None] = print
     ):
         self.matcher, self.say = matcher, say
-        setting = matcher.setting
+        options = matcher.options
         # Workers with other settings, which would make other results under the same names, use another study
-        text, code = Path(setting.text or "").name, "any commit" if matcher.any_code else "known commits"
-        name = f"tables of {files.shown(setting.results)}, {loading.slug_of(setting.model)}, {text}, {code}"
+        text, code = Path(options.text or "").name, "any commit" if matcher.any_code else "known commits"
+        name = f"tables of {files.shown(options.results)}, {loading.slug_of(options.model)}, {text}, {code}"
         self.queue = TrialQueue(storage, name, pace=pace or PACE)
         self._made: set[str] = set()
 

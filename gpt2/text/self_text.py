@@ -1,9 +1,9 @@
-"""Text sampled from the model itself: token windows, kept in the user's cache folder.
+"""Text sampled from the model itself: token segments, kept in the user's cache folder.
 
-Each window is sampled independently: it begins with the model's start token and continues token by token, at
-temperature 1, from the whole distribution. When the model ends a text, the window continues with another text, as in
-training data. The random numbers of a window depend on its part of the text (calibration, tuning or evaluation), the
-seed and its index, so that no two windows share them.
+Each segment is sampled independently: it begins with the model's start token and continues token by token, at
+temperature 1, from the whole distribution. When the model ends a text, the segment continues with another text, as in
+training data. The random numbers of a segment depend on its part of the text (calibration, tuning or evaluation), the
+seed and its index, so that no two segments share them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gpt2.models.loading import LoadedModel
 
 FORMAT = "kv-plugin-samples/1"  # raise the number when a change of sampling gives other tokens
 TEMPERATURE = 1.0
-BATCH = 20  # windows sampled together: larger batches take more memory, smaller ones read the weights more often
+BATCH = 20  # segments sampled together: larger batches take more memory, smaller ones read the weights more often
 
 
 class _RoomyLayer(DynamicLayer):
@@ -53,10 +53,10 @@ def recipe_sha256(part: str) -> str:
     return hashlib.sha256(json.dumps([FORMAT, TEMPERATURE, part]).encode()).hexdigest()
 
 
-def windows(loaded: LoadedModel, part: str, length: int, count: int, seed: int | None) -> Tensor:
-    """`count` sampled windows of a part, token ids [count, length]; sampled once, then read from the cache folder.
+def segments(loaded: LoadedModel, part: str, length: int, count: int, seed: int | None) -> Tensor:
+    """`count` sampled segments of a part, token ids [count, length]; sampled once, then read from the cache folder.
 
-    The same arguments give the same windows, but for a few tokens where another machine or number of threads rounds
+    The same arguments give the same segments, but for a few tokens where another machine or number of threads rounds
     differently. Raises PluginError where the model's output is not finite.
     """
     key = {
@@ -79,7 +79,7 @@ def windows(loaded: LoadedModel, part: str, length: int, count: int, seed: int |
 
 
 def start_token(loaded: LoadedModel) -> int:
-    """The id that windows begin with: the start token, else the end token, which in training precedes the next text.
+    """The id that segments begin with: the start token, else the end token, which in training precedes the next text.
 
     Raises PluginError if the model has neither.
     """
@@ -97,7 +97,7 @@ def start_token(loaded: LoadedModel) -> int:
 
 
 def uniforms(part: str, length: int, count: int, seed: int | None) -> Tensor:
-    """Random numbers in [0, 1), [count, length - 1] float64: one per token after the first, a stream per window."""
+    """Random numbers in [0, 1), [count, length - 1] float64: one per token after the first, a stream per segment."""
     rows = []
     for place in range(count):
         digest = hashlib.sha256(json.dumps([part, seed, place]).encode()).digest()
@@ -107,7 +107,7 @@ def uniforms(part: str, length: int, count: int, seed: int | None) -> Tensor:
 
 
 def sample(loaded: LoadedModel, uniforms: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """Windows [n, T + 1] of token ids, chosen from the model's distribution by random numbers [n, T] in [0, 1)."""
+    """Segments [n, T + 1] of token ids, chosen from the model's distribution by random numbers [n, T] in [0, 1)."""
     batches = uniforms.split(BATCH)
     bar = tqdm(total=uniforms.shape[1] * len(batches), desc="sampling", unit="token", disable=None, leave=False)
     with bar:
@@ -141,7 +141,7 @@ def _choose(logits: Tensor, uniform: Tensor, temperature: float, spec: str) -> T
 
 
 def _read(path: Path, key: dict) -> Tensor | None:
-    """Windows from the cache folder; None if there are none. If the file is damaged, a note is printed."""
+    """Segments from the cache folder; None if there are none. If the file is damaged, a note is printed."""
     if not path.exists():
         return None
     same_key = Record({name: OneOf((value,)) for name, value in key.items()})
@@ -154,9 +154,9 @@ def _read(path: Path, key: dict) -> Tensor | None:
     return record["windows"]
 
 
-def _keep(path: Path, key: dict, windows: Tensor) -> None:
-    """Write windows to the cache folder. If it can't be written, a note is printed and nothing is raised."""
+def _keep(path: Path, key: dict, segments: Tensor) -> None:
+    """Write segments to the cache folder. If it can't be written, a note is printed and nothing is raised."""
     try:
-        tensor_file.write(path, {"key": key, "windows": windows.int()})
+        tensor_file.write(path, {"key": key, "windows": segments.int()})
     except PluginError as error:
         print(f"note: the sampled text is not saved and will be sampled again: {error}", flush=True)

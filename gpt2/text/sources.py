@@ -6,7 +6,7 @@ wikitext2    WikiText-2 from the hub, through `datasets`       validation 80 % /
 a file       any UTF-8 text                                    by position: 60 %, 20 %, 20 %
 a folder     one *valid*.txt and one *test*.txt                validation 80 % / 20 %, test
 self         sampled from the model itself, see self_text.py   separate samples, any number of them
-a+b+…        windows of several of these in turn               the parts of each text
+a+b+…        segments of several of these in turn               the parts of each text
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from gpt2.common.errors import PluginError
 from gpt2.models.embedded import EMBEDDED
-from gpt2.text.windows import Mixture, SelfText, Text, WrittenText
+from gpt2.text.texts import Mixture, SelfText, Text, WrittenText
 
 PARTS = ("calibration", "tuning", "evaluation")
 

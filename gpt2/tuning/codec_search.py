@@ -22,11 +22,11 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from gpt2.common.errors import PluginError
+from gpt2.common.trial_queue import TrialQueue, key_of
 from gpt2.compression.settings import plan_record
 from gpt2.evaluation.perplexity import CacheFactory
 from gpt2.tuning.measurement import Search
 from gpt2.tuning.search_space import LOWEST_BITS, Choice, Space, families
-from gpt2.tuning.trial_queue import TrialQueue, key_of
 from gpt2.tuning.trials import Trial, within_budget
 
 LEAST_GAP = 1.02  # smallest ratio of the best choice's bits to bits that failed at which bisection is worth a trial
@@ -47,7 +47,7 @@ class CodecSearch(Search):
     budget: float
 
     def factory(self, candidate: Choice) -> CacheFactory:
-        return self.caches(candidate.plan(self.loaded.geometry), **candidate.windows)
+        return self.caches(candidate.plan(self.loaded.geometry), **candidate.exact_tokens)
 
     def preset_keys(self, candidate: Choice) -> dict:
         keys = {key: value for key, value in candidate.record().items() if key != "family"}
@@ -129,12 +129,12 @@ def _bisected(trials: Sequence[Trial], budget: float) -> dict:
     lower = max(lower, LOWEST_BITS)
     if best.bits < LEAST_GAP * lower:
         return {}
-    return {"family": best.family, **best.windows, "bits": math.sqrt(lower * best.bits)}
+    return {"family": best.family, **best.exact_tokens, "bits": math.sqrt(lower * best.bits)}
 
 
 def _alike(choice: Choice, other: Choice) -> bool:
     """Whether two choices are equal except for their bits."""
-    return (choice.family, choice.windows) == (other.family, other.windows)
+    return (choice.family, choice.exact_tokens) == (other.family, other.exact_tokens)
 
 
 def run_search(

@@ -14,6 +14,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from gpt2.common.errors import PluginError
+from gpt2.common.trial_queue import TrialQueue, key_of
 from gpt2.compression.codecs import adjustable_quantizers, basis_of, full_rank, needs_calibration, quantizer_for_bits
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.settings import TARGETS, Plan, Setting, plan_record, uniform
@@ -21,7 +22,6 @@ from gpt2.evaluation.perplexity import CacheFactory
 from gpt2.models.geometry import Geometry
 from gpt2.tuning.layer_sensitivity import ablate, plans, setting_of
 from gpt2.tuning.measurement import Search
-from gpt2.tuning.trial_queue import TrialQueue, key_of
 from gpt2.tuning.trials import Trial
 
 ADVICE = """What helps:

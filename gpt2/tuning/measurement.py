@@ -72,12 +72,12 @@ class Search(ABC):
         usual = self.context_length == RATIO_TOKENS and self.loaded.geometry.alike
         return {} if usual else {"context_length": self.context_length}
 
-    def caches(self, plan: Plan, **windows: int) -> CacheFactory:
-        """A factory of a plan's caches, which share their compressors. windows: arguments of CompressedDynamicCache."""
+    def caches(self, plan: Plan, **exact: int) -> CacheFactory:
+        """A factory of a plan's caches, which share their compressors. exact: arguments of CompressedDynamicCache."""
         k, v = build(
             plan, self.loaded.geometry, self.calibration, context_length=self.context_length, device=self.loaded.device
         )
-        return partial(CompressedDynamicCache, k, v, geometry=self.loaded.geometry, **windows)
+        return partial(CompressedDynamicCache, k, v, geometry=self.loaded.geometry, **exact)
 
     def ratio(self, candidate: Candidate) -> float:
         """Compression ratio of a candidate's whole caches. No model runs, as sizes don't depend on values."""

@@ -33,7 +33,7 @@ from gpt2.compression.settings import compressors_for
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory, compare, score
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel
-from gpt2.text.windows import Text
+from gpt2.text.texts import Text
 
 RATIOS = (2.0, 3.5, 4.0, 4.6, 5.3, 6.4, 8.0)
 TOKENS = 2048  # sequence length at which a preset has the ratio in its name

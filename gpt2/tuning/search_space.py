@@ -81,12 +81,12 @@ class Choice:
         return self.setting.bits
 
     @property
-    def windows(self) -> dict[str, int]:
+    def exact_tokens(self) -> dict[str, int]:
         return {"sink_tokens": self.sink_tokens, "recent_tokens": self.recent_tokens}
 
     def record(self) -> dict:
         """For results files; `of` is the inverse."""
-        return {"family": self.family, "target": self.target, **asdict(self.setting), **self.windows}
+        return {"family": self.family, "target": self.target, **asdict(self.setting), **self.exact_tokens}
 
     @classmethod
     def of(cls, record: Mapping) -> Choice:
@@ -118,14 +118,14 @@ class Space:
     def suggest(self, trial: optuna.Trial) -> Choice:
         """Let the trial's sampler choose a family and then only the parameters of that family."""
         family = families()[trial.suggest_categorical("family", self.families)]
-        windows = [
+        exact = [
             trial.suggest_categorical(name, choices)
             for name, choices in (("sink_tokens", self.sinks), ("recent_tokens", self.recent))
         ]
         rank = full_rank(family.codec, self.head_dim)
         if family.quantizer:
             bits = min(max(round(trial.suggest_float("bits", *self.bits, log=True), 2), self.bits[0]), self.bits[1])
-            return Choice(family.name, Setting(family.codec, rank, bits, family.quantizer), "kv", *windows)
+            return Choice(family.name, Setting(family.codec, rank, bits, family.quantizer), "kv", *exact)
         target = trial.suggest_categorical("target", tuple(TARGETS))
         if family.calibrated:
             rank = min(rank, trial.suggest_categorical("rank", self.ranks))
@@ -135,14 +135,14 @@ class Space:
             quantizer = trial.suggest_categorical("quantizer", lossy())
         named = None if QUANTIZERS[quantizer].by_bits else quantizer
         setting = Setting(family.codec, rank, QUANTIZERS[quantizer].bits, named)
-        return Choice(family.name, setting, target, *windows)
+        return Choice(family.name, setting, target, *exact)
 
     def starts(self) -> list[dict]:
         """Parameters of the first trials: one for each family, and two more for the first with adjustable bits."""
-        windows = {"sink_tokens": min(self.sinks, key=lambda n: abs(n - 4)), "recent_tokens": self.recent[0]}
+        exact = {"sink_tokens": min(self.sinks, key=lambda n: abs(n - 4)), "recent_tokens": self.recent[0]}
         points, ratios = [], FIRST_RATIOS
         for family in (families()[name] for name in self.families):
-            common = {"family": family.name, **windows}
+            common = {"family": family.name, **exact}
             if family.quantizer:
                 points += [common | {"bits": min(max(round(16 / r, 2), self.bits[0]), self.bits[1])} for r in ratios]
                 ratios = FIRST_RATIOS[:1]

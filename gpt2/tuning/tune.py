@@ -11,14 +11,14 @@ from pathlib import Path
 from torch import Tensor
 
 from gpt2.common import files, provenance
+from gpt2.common.trial_queue import TrialQueue
 from gpt2.compression.calibration.reuse import obtain_calibration
 from gpt2.compression.codecs import basis_of
 from gpt2.compression.presets import build, calibration_lookup
 from gpt2.models.loading import LoadedModel
-from gpt2.text.windows import Text
+from gpt2.text.texts import Text
 from gpt2.tuning import codec_search, grid_search, search_space
 from gpt2.tuning.measurement import Search
-from gpt2.tuning.trial_queue import TrialQueue
 from gpt2.tuning.trials import Trial, confirm_best, percent
 
 

@@ -14,18 +14,16 @@ import gpt2  # noqa: F401  first, so that Ctrl-C during the import of PyTorch pr
 
 # isort: split
 import argparse
-import statistics
-import time
 
 import torch
 
 from gpt2 import cli
 from gpt2.common import machine, provenance
-from gpt2.compression.cache.size import cache_bytes, store
 from gpt2.compression.codecs import BITS, Compressor, Transform, quantizer_for_bits
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.presets.any_model import ANY_MODEL
 from gpt2.compression.settings import build
+from gpt2.evaluation import append_times
 from gpt2.models import loading
 from gpt2.models.geometry import FULL, SLIDING, Geometry, LayerGeometry, Shape
 from gpt2.report import plots
@@ -52,8 +50,11 @@ def main() -> None:
     paths = cli.output_files(args.output, cli.of_this_machine(name, device))
     own = machine.before_timing(str(device))
 
-    rows = [measure(label, make, tokens, args, device) for label, make in codecs(args, device).items()
-            for tokens in args.tokens]  # fmt: skip
+    shape = Shape(args.kv_heads, args.head_dim)
+    rows = [
+        {"codec": label} | append_times.measure(make, shape, tokens, args.repeats, device)
+        for label, make in codecs(args, shape, device).items() for tokens in args.tokens
+    ]  # fmt: skip
     lines = {}
     for row in rows:
         lines.setdefault(row["codec"], []).append(row["append_ms_median"])
@@ -63,10 +64,9 @@ def main() -> None:
     cli.write(paths, record, lambda: plots.append_times(args.tokens, lines, title), ["benchmark_append"])
 
 
-def codecs(args, device: torch.device) -> dict:
+def codecs(args, shape: Shape, device: torch.device) -> dict:
     """Factories: identity, kv4's codecs, and a random rotation cut to the rank with every quantizer."""
-    own = Shape(args.kv_heads, args.head_dim)
-    geometry = Geometry((LayerGeometry(SLIDING if args.window else FULL, own, own, args.window),) * args.layers)
+    geometry = Geometry((LayerGeometry(SLIDING if args.window else FULL, shape, shape, args.window),) * args.layers)
     g = torch.Generator().manual_seed(0)
     E = torch.linalg.qr(torch.randn(args.kv_heads, args.head_dim, args.head_dim, generator=g)).Q
     basis = Transform(E, E.mT.contiguous(), torch.zeros(args.kv_heads, args.head_dim)).truncate(args.rank).to(device)
@@ -81,28 +81,6 @@ def codecs(args, device: torch.device) -> dict:
     fixed = {"identity": lambda: identity_cache(geometry)}
     fixed |= {"kv4": lambda: CompressedDynamicCache(*kv4, geometry=geometry)}
     return fixed | low_rank
-
-
-def measure(label: str, make, tokens: int, args, device: torch.device) -> dict:
-    """Median time to append one token to all layers of a cache that holds `tokens`."""
-    cache = make()
-    shape = (1, args.kv_heads, tokens, args.head_dim)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
-    for layer in cache.layers:
-        store(layer, x, x)
-    token, times = x[:, :, :1], []
-    for _ in range(args.repeats):
-        start = time.perf_counter()
-        for layer in cache.layers:
-            store(layer, token, token)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - start))
-    held = tokens + args.repeats
-    low, median, high = statistics.quantiles(times, n=4)
-    return {"codec": label, "tokens_held": tokens, "append_ms_median": median, "append_ms_quartiles": [low, high],
-            "append_ms_mean": statistics.mean(times), "cache_bytes": cache_bytes(cache),
-            "bytes_per_token": cache_bytes(cache) / held}  # fmt: skip
 
 
 if __name__ == "__main__":

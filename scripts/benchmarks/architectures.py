@@ -12,7 +12,6 @@ Writes results/runs/architectures.json, or where --output says.
 """
 
 import argparse
-from pathlib import Path
 
 from gpt2 import cli
 from gpt2.common import files, provenance
@@ -24,7 +23,8 @@ def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     families = cli.word_list(["all", *architectures.families()])
     p.add_argument("--families", type=families, default="all", help="model types, or all")
-    p.add_argument("--output", type=Path, default=files.RESULTS / "runs" / "architectures.json", help="JSON file")
+    default = files.RESULTS / "runs" / "architectures.json"
+    p.add_argument("--output", type=cli.output_file(".json"), default=default, help="JSON file")
     return p
 
 

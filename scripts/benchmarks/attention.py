@@ -71,7 +71,7 @@ def bits_list(word: str) -> list[float]:
 
 def main() -> None:
     args = parse()
-    shape = attention_speed.Shape(args.heads, args.kv_heads, args.head_dim, args.batch_size)
+    shape = attention_speed.AttentionShape(args.heads, args.kv_heads, args.head_dim, args.batch_size)
     if args.on_paper:
         return on_paper(args, shape)
     device = loading.resolve_device(args.device)
@@ -98,7 +98,7 @@ def main() -> None:
     cli.write(paths, record, lambda: plots.attention_times(record))
 
 
-def on_paper(args: argparse.Namespace, shape: attention_speed.Shape) -> None:
+def on_paper(args: argparse.Namespace, shape: attention_speed.AttentionShape) -> None:
     output = args.output or files.check_writable(files.RESULTS / "runs" / f"gpu_roofline_{shape}.json")
     known = list(gpu_roofline.DEVICES.values())
     rows = list(gpu_roofline.rows(known, shape, args.context_lengths, args.quantizers, args.bits))

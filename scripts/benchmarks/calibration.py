@@ -38,7 +38,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--samples", type=cli.int_list, default=[8, 64], help="numbers of sequences to measure memory for")
     p.add_argument("--seq-len", type=cli.positive_int, default=1024, help="tokens per sequence")
     p.add_argument("--repeats", type=cli.positive_int, default=9, help="timed rounds")
-    p.add_argument("--output", type=cli.output_path, help="JSON file")
+    p.add_argument("--output", type=cli.output_file(".json"), help="JSON file")
     return p
 
 
@@ -50,8 +50,8 @@ def main() -> None:
     loaded = loading.load(args.model, args.device, args.dtype)
     output = args.output or files.RESULTS / "runs" / f"benchmark_calibration_{loaded.slug}.json"
     text = sources.load_text(args.text, args.model)
-    windows = text.segments("calibration", loaded, args.seq_len, args.repeats + 1)
-    times = [time_all(loaded, window, turn) for turn, window in enumerate(windows)][1:]  # the first one warms up
+    segments = text.segments("calibration", loaded, args.seq_len, args.repeats + 1)
+    times = [time_all(loaded, segment, turn) for turn, segment in enumerate(segments)][1:]  # the first one warms up
     ratios = {name: statistics.median(t["capture"] / t[name] for t in times) for name in ("body", "with_logits")}
     record = provenance.provenance(
         args, text=text.name, text_sha256={"calibration": text.sha256("calibration")}, ratio_to_forward=ratios,
@@ -63,13 +63,13 @@ def main() -> None:
 
 
 @torch.no_grad()
-def time_all(loaded: loading.LoadedModel, window: torch.Tensor, turn: int) -> dict[str, float]:
+def time_all(loaded: loading.LoadedModel, segment: torch.Tensor, turn: int) -> dict[str, float]:
     """Seconds for the same tokens: layers alone, with logits, and collecting statistics; the order depends on turn."""
-    ids = window[None].to(loaded.device)
+    ids = segment[None].to(loaded.device)
     works = {
         "body": lambda: loaded.model.base_model(input_ids=ids, use_cache=True),
         "with_logits": lambda: loaded.model(ids, use_cache=True),
-        "capture": lambda: collect(loaded, [window], sink_tokens=4),
+        "capture": lambda: collect(loaded, [segment], sink_tokens=4),
     }
     order = list(works)[turn % 3 :] + list(works)[: turn % 3]
     return {name: seconds(synchronizer(loaded.model), works[name]) for name in order}

@@ -46,13 +46,13 @@ def main() -> None:
     loaded, text, eval_text, paths = script.loaded, script.text, script.eval_text, script.output_files("explore_codecs")
     loaded.require_context(args.seq_len)
     segments = script.evaluation_segments()
-    windows = text.segments("calibration", loaded, args.seq_len, args.samples, args.seed)
-    gathered = gather(loaded, windows, args.sink_tokens, seed=args.seed, progress=cli.bar("calibrating", "seq"))
+    segments = text.segments("calibration", loaded, args.seq_len, args.samples, args.seed)
+    gathered = gather(loaded, segments, args.sink_tokens, seed=args.seed, progress=cli.bar("calibrating", "seq"))
     rows, known = [], {}
     record = script.record(
         dtype=str(loaded.model.dtype), calibration_text=text.name,
         text_sha256={"calibration": text.sha256("calibration"), "evaluation": eval_text.sha256("evaluation")},
-        calibration_tokens=windows.numel(), segments=list(segments.shape), rows=rows,
+        calibration_tokens=segments.numel(), segments=list(segments.shape), rows=rows,
     )  # fmt: skip
     for question in args.rows:
         found = measure(

@@ -8,21 +8,18 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from calibrations import TEXT
 from script_runs import CALIBRATE, ONE_THREAD, listing, run
 from tiny import tiny_loaded, tiny_model, word_text, word_tokenizer
 from torch import Tensor
 
-from gpt2 import cli
-from gpt2.cli import flags
 from gpt2.common import files, processes
 from gpt2.common.errors import PluginError
 from gpt2.common.processes import ALONE, Processes
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.models import loading
-from gpt2.text.sources import by_position
 from gpt2.tuning import ratio_presets
 
-TEXT = by_position("words", "words.txt", word_text(3000))
 # The sample is full before the last window, and the windows are an odd number
 FLAGS = ["--model", "tiny", "--text", "words.txt", "--samples", "7", "--seq-len", "460", "--metric", "fisher"]
 
@@ -80,7 +77,7 @@ def launched(tmp_path_factory):
 
 def test_two_processes_make_the_file_of_one(launched, monkeypatch):
     space, _, done = launched
-    assert done.stdout.count("wrote two.pt") == done.stdout.count("energy kept") == 1, "the first one alone"
+    assert done.stdout.count("wrote two.pt") == done.stdout.count("variance kept") == 1, "the first one alone"
     monkeypatch.chdir(space)
     assert run(CALIBRATE, *FLAGS, "--output", "one.pt") == 0
     one, two = (torch.load(f"{name}.pt", weights_only=True) for name in ("one", "two"))
@@ -153,34 +150,6 @@ def test_a_process_that_is_alone_at_the_meeting_says_so(monkeypatch):
         processes.together(),
     ):
         pass
-
-
-@pytest.fixture
-def second_of_two(monkeypatch):
-    """This process is the second of two, and doesn't wait until the first has printed its error."""
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(flags, "WAIT_FOR_THE_FIRST_S", 0)
-
-
-@pytest.mark.parametrize(("rank", "said"), [("0", "runs in one process"), ("1", "")])
-def test_other_scripts_run_in_one_process(second_of_two, monkeypatch, capsys, rank, said):
-    monkeypatch.setenv("RANK", rank)
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(lambda: pytest.fail("it ran"))
-    printed = capsys.readouterr().err
-    assert stopped.value.code == 2 and said in printed and bool(printed) == bool(said)
-
-
-def test_only_the_first_shows_progress_and_wrong_flags(second_of_two, monkeypatch, capsys):
-    assert cli.bar("label", "unit")(range(2)).disable is True
-    with pytest.raises(SystemExit):
-        cli.parser("manual").parse_args(["--wrong"])
-    assert not capsys.readouterr().err
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(SystemExit):
-        cli.parser("manual").parse_args(["--wrong"])
-    assert "--wrong" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("device", "local", "count", "expected"), [

@@ -1,7 +1,5 @@
 """Records against schemas: what is returned, and what a message says where a record doesn't fit."""
 
-import json
-
 import pytest
 import torch
 
@@ -18,8 +16,8 @@ from gpt2.common.schema import (
     OneOf,
     Plain,
     Record,
+    String,
     TensorOf,
-    Text,
     Whole,
     parse,
     read_json,
@@ -39,13 +37,18 @@ KINDS = [
     (Whole(0), 10**18, [-1, 10**30], "a whole number, 0 or more"),
     (Whole(), -5, [None, 5.0], "a whole number"),
     (Number(0, 10), 0.1, [0, 10, NAN, INF, -INF, 10**400, True, "1", None], "a number between 0 and 10"),
-    (Text(5), "a b-é", ["longer", "\x1b[2J", "\u202e", "\ud800", "a\n", None, 3, b"x"], "text of at most 5 printable"),
-    (Text(5, printable=False), "\n\ud800", ["longer", 3], "text of at most 5 characters"),
+    (
+        String(5),
+        "a b-é",
+        ["longer", "\x1b[2J", "\u202e", "\ud800", "a\n", None, 3, b"x"],
+        "text of at most 5 printable",
+    ),
+    (String(5, printable=False), "\n\ud800", ["longer", 3], "text of at most 5 characters"),
     (OneOf((4, 8)), 8, [4.0, True, 5, "4", None, [4]], "4 or 8"),
     (OneOf(("v1",)), "v1", ["v2", None, "x" * 10**6], "'v1'"),
     (Nullable(Whole(1)), None, [0, "x"], "a whole number, 1 or more"),
-    (Checked(Text(9), short), "abc", ["abcd"], "'abcd' is longer than 3"),
-    (Checked(Text(9), short), "abc", [3], "text of at most 9"),
+    (Checked(String(9), short), "abc", ["abcd"], "'abcd' is longer than 3"),
+    (Checked(String(9), short), "abc", [3], "text of at most 9"),
     (ListOf(Whole(0), 2), [1, 2], [[1], [1, 2, 3], None, (1, 2), {}], "a list of 2"),
     (ListOf(Whole(0)), [], [None, {}, "x"], "a list"),
     (ListOrRecord(ListOf(ONE), ONE), [{"rank": 1}], [None, "x", 3], "a list or a dict"),
@@ -83,7 +86,7 @@ def test_messages_name_file_field_expected_and_found(value, message):
 
 
 def test_defaults_are_filled_in_and_the_value_given_is_not_changed():
-    schema = Record({"codec": Default(Text(), "pca"), "seed": Default(Whole()), "rank": Whole(1)}, Plain())
+    schema = Record({"codec": Default(String(), "pca"), "seed": Default(Whole()), "rank": Whole(1)}, Plain())
     given = {"rank": 3, "made_by": "us"}
     assert parse(given, schema, "f") == {"codec": "pca", "rank": 3, "made_by": "us"}
     assert given == {"rank": 3, "made_by": "us"} and Default(Whole()).value is ABSENT
@@ -147,5 +150,6 @@ def test_a_file_that_is_not_json_is_rejected_in_one_line(content, tmp_path):
     assert str(error.value).startswith(f"{path}: not a readable preset: ") and "\n" not in str(error.value)
     with pytest.raises(BadArtefact, match="expected a file"):
         read_json(tmp_path, "preset")
-    path.write_text("\ufeff" + json.dumps({"a": [1]}))
-    assert read_json(path, "preset") == {"a": [1]}, "with the mark that Windows writes"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_bytes('{"a":\r\n ["模型"]}'.encode(encoding))
+        assert read_json(path, "preset") == {"a": ["模型"]}, "with the mark that Windows writes"

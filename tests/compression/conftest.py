@@ -1,23 +1,16 @@
 """What tests of compression share: a tiny model, a calibration of it, and a working folder with no results in reach."""
 
 import pytest
-from tiny import tiny_loaded, word_text
+from calibrations import TEXT
 
 from gpt2.common import files
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.presets import preset_files
-from gpt2.text.sources import by_position
-
-
-@pytest.fixture(scope="session")
-def llama():
-    return tiny_loaded("llama")
 
 
 @pytest.fixture(scope="session")
 def calibration(llama):
-    text = by_position("words", "words.txt", word_text(3000))
-    return calibrate(llama, text, rank=6, samples=2, seq_len=48)
+    return calibrate(llama, TEXT, rank=6, samples=2, seq_len=48)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from gpt2.compression.codecs.per_channel import Int4Channel
 from gpt2.experiments import attention_speed, compiled_attention
 from gpt2.report import regions, tables
 
-SHAPE = attention_speed.Shape(heads=6, kv_heads=2, head_dim=16, batch=2)
+SHAPE = attention_speed.AttentionShape(heads=6, kv_heads=2, head_dim=16, batch=2)
 CPU = torch.device("cpu")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pictures import is_drawn
 from script_runs import run
-from tiny import tiny_loaded, windows
+from tiny import windows
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.fisher import collect_fisher
@@ -25,11 +25,6 @@ from gpt2.report import regions
 
 SINKS = 4
 ROWS = {f"{question}: {label}": row for question, rows in QUESTIONS.items() for label, row in rows.items()}
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return tiny_loaded("llama")
 
 
 @pytest.fixture(scope="module")

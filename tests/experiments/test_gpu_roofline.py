@@ -7,15 +7,15 @@ from script_runs import run
 
 from gpt2.common.errors import PluginError
 from gpt2.experiments import attention_speed, gpu_roofline
-from gpt2.experiments.attention_speed import Shape
+from gpt2.experiments.attention_speed import AttentionShape
 from gpt2.experiments.gpu_roofline import DEVICES, Device, Work
 from gpt2.report import tables
 
-SHAPE = Shape(32, 8, 128, 1)
+SHAPE = AttentionShape(32, 8, 128, 1)
 UNIT = Device("unit", 1.0, 1.0, 1.0, 2.0)  # a byte, a product or an instruction takes a second
 
 
-def works(name: str, tokens: int, shape: Shape = SHAPE) -> dict[str, Work] | None:
+def works(name: str, tokens: int, shape: AttentionShape = SHAPE) -> dict[str, Work] | None:
     ((_, pair),) = attention_speed.compressors(name, [4.0], shape)
     return gpu_roofline.step_works(pair, shape, tokens, 132)
 
@@ -38,9 +38,9 @@ def test_operations_are_those_of_the_kernels():
     assert found["split decode"].nbytes == 2 * 4 * (8 * 4 * 130) * 10
     assert works("int4_channel", 12800)["split decode"].nbytes == 2 * 4 * (8 * 4 * 130) * (4 * 132 // 8)
     assert found["quantize"].nbytes == 1280 * 8 * 2 * (256 + 70) and "quantize" not in works("mixed", 1280)
-    narrow = Shape(6, 3, 48, 2)  # channels are padded as well
+    narrow = AttentionShape(6, 3, 48, 2)  # channels are padded as well
     assert works("int8", 64, narrow)["weighted sums"].tensor == 2 * 64 * 64 * 16 * 6
-    batch = works("int4", 1280, Shape(32, 8, 128, 4))
+    batch = works("int4", 1280, AttentionShape(32, 8, 128, 4))
     assert batch["scores"].nbytes == 4 * works("int4", 1280)["scores"].nbytes
 
 

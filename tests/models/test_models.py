@@ -96,12 +96,6 @@ def write(name: str, content: bytes):
     return lambda folder: (folder / name).write_bytes(content)
 
 
-def code_of_its_own(folder) -> None:
-    """It is neither run nor asked about."""
-    change_config(model_type="zzz", auto_map={"AutoConfig": "evil.Config"})(folder)
-    (folder / "evil.py").write_text("raise SystemExit('run')")
-
-
 DAMAGE = {
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "config is not JSON": write("config.json", b"{"),
@@ -113,7 +107,6 @@ DAMAGE = {
     "weights of another shape": change_config(hidden_size=96),
     "config of a wrong type": change_config(num_hidden_layers="3"),
     "more layers than weights": change_config(num_hidden_layers=5),
-    "code of its own": code_of_its_own,
 }
 MESSAGES = {
     "no weights": ["can't load model", "no file named model.safetensors"],

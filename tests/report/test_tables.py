@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from gpt2.common import files, machine
+from gpt2.common import files
 from gpt2.common.errors import PluginError
 from gpt2.report import regions, tables
 
@@ -20,10 +20,6 @@ def test_pages_are_made_of_results():
     """Regions are found at all: else the test above compares nothing."""
     found = {page.name: regions.REGION.findall(page.read_text(encoding="utf-8")) for page in regions.pages(files.ROOT)}
     assert len(found["README.md"]) == 2 and len(found["quality.md"]) >= 10 and len(found["speed.md"]) >= 5
-    shown = {name for regions in found.values() for _, name, _, _ in regions}
-    committed = {machine.untagged(path.stem) for path in (files.RESULTS / "runs").glob("*.json")}
-    # The first is a calibration, which other results name; the second is a table of results/tables only
-    assert committed - shown == {"kv_calib_smollm2-135m", "validate_ppl_targets_smollm2-135m"}
 
 
 def test_a_changed_figure_is_noticed():

@@ -6,16 +6,16 @@ from checkouts import fake, make_checkout, write_table
 from gpt2.common import files, machine
 from gpt2.common.errors import PluginError
 from gpt2.report import tables
-from gpt2.runs.config import THIS, Setting, load, select
+from gpt2.runs.config import THIS, RunOptions, load, select
 from gpt2.runs.up_to_date import Matcher
 
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_table_can_be_made_from_its_runs(quick):
     """Every run's arguments are those of its script, and every way to show results exists."""
-    setting = Setting(text="embedded", quick=quick)
-    known, runs = load(setting)
-    matcher = Matcher(setting, runs)
+    options = RunOptions(text="embedded", quick=quick)
+    known, runs = load(options)
+    matcher = Matcher(options, runs)
     assert len(known) >= 12
     for run in runs.values():
         matcher.parsed(run)
@@ -28,7 +28,7 @@ def test_every_table_can_be_made_from_its_runs(quick):
 
 
 def test_every_committed_result_is_of_a_run_and_on_a_page():
-    known, runs = load(Setting())
+    known, runs = load(RunOptions())
     committed = {machine.untagged(path.stem) for path in (files.RESULTS / "runs").glob("*.json")}
     assert committed <= runs.keys()
     shown = {name for table in known.values() for name in table.results}
@@ -44,9 +44,9 @@ def test_invalid_tables_are_named(tmp_path):
         for name, table in found.items():
             write_table(checkout, name, table)
         with pytest.raises(PluginError, match=message):
-            load(Setting(checkout=checkout))
+            load(RunOptions(checkout=checkout))
 
-    rejected("t.json: key 'about': expected text.*found nothing", t={"title": "x"})
+    rejected("t.json: missing: about, runs, show, plots", t={"title": "x"})
     runs = {"peers_a": fake() | {"argz": {}}}
     rejected("t.json: key 'runs.peers_a.argz': unknown: the keys are args, needs", t=rest | {"runs": runs})
     rejected("t.json: run r: no script no.py", t=rest | {"runs": {"r": {"script": "no", "args": {}}}})
@@ -58,23 +58,23 @@ def test_invalid_tables_are_named(tmp_path):
 
 def test_what_measures_time_has_a_name_for_each_kind_of_machine(tmp_path):
     checkout = make_checkout(tmp_path, t={"peers_{model}": fake(per_machine=True), "peers_y": fake()})
-    for setting, wanted in {"avx512": "peers_m", "avx2": "peers_m_avx2", "avx2-two": "peers_m_avx2-two"}.items():
-        known, runs = load(Setting("m", machine=setting, checkout=checkout))
+    for options, wanted in {"avx512": "peers_m", "avx2": "peers_m_avx2", "avx2-two": "peers_m_avx2-two"}.items():
+        known, runs = load(RunOptions("m", machine=options, checkout=checkout))
         assert runs.keys() == {wanted, "peers_y"} and known["t"].results == [wanted, "peers_y"]
         assert [item["results"] for item in known["t"].show] == ["peers_m", "peers_y"], "what is shown doesn't depend"
         assert runs[wanted].output == f"runs/{wanted}.json"
         assert select(["peers_m"], known, runs)[1] == select([wanted], known, runs)[1] == [wanted]
-    _, runs = load(Setting("m", machine=THIS, checkout=checkout))
+    _, runs = load(RunOptions("m", machine=THIS, checkout=checkout))
     assert machine.named("peers_m", machine.tag()) in runs
     for bad in ("laptop", "avx2_x", "../avx2", "avx2-X"):
         with pytest.raises(PluginError, match="a tag is one of avx512, avx2"):
-            Setting(machine=bad)
+            RunOptions(machine=bad)
 
 
 def test_names_are_filled_in_and_selected(tmp_path):
     run = fake({"reads": ["{results}/x", "{text}+self"], "fails": True})
     checkout = make_checkout(tmp_path, t={"peers_{model}": run}, u={"peers_u": fake()})
-    known, runs = load(Setting("folder/My-Model/", "t.txt", True, checkout=checkout))
+    known, runs = load(RunOptions("folder/My-Model/", "t.txt", True, checkout=checkout))
     assert known["t"].results == ["peers_my-model"]
     words = runs["peers_my-model"].words()
     assert words[0] == "--reads" and words[1].endswith("results/quick/x") and words[2:] == ["t.txt+self", "--fails"]

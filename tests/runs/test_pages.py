@@ -9,9 +9,8 @@ from checkouts import fake, make_checkout, write_table
 
 from gpt2.common import files
 from gpt2.common.errors import PluginError
-from gpt2.report import tables
 from gpt2.runs import pages
-from gpt2.runs.config import Setting, load
+from gpt2.runs.config import RunOptions, load
 
 RUNS = files.RESULTS / "runs"
 RESULT = "ratio_presets_smollm2-135m"
@@ -27,8 +26,8 @@ def checkout(tmp_path):
 
 
 def write(checkout, model: str = "smollm2-135m"):
-    setting = Setting(model, checkout=checkout)
-    return pages.write(setting, load(setting)[0]["t"])
+    options = RunOptions(model, checkout=checkout)
+    return pages.write(options, load(options)[0]["t"])
 
 
 def with_results(checkout) -> None:
@@ -80,13 +79,3 @@ def test_regions_are_made_anew_also_where_one_cant_be(checkout):
         pages.write_regions(checkout)
     text = (checkout / "docs" / "a.md").read_text()
     assert "| kv-4x |" in text and "old" not in text and text.endswith("<!-- end -->\nProse.\n")
-
-
-def test_the_guides_figures_stand_beside_ours():
-    """The same share of head_dim, the same bits; marked as the guide's."""
-    record = json.loads((RUNS / "validate_ppl_smollm2-135m.json").read_text())
-    table = tables.table("validate_ppl_smollm2-135m", record, "rank,bits,target", "beside_guide")
-    cell = {row[0]: row[-1] for row in table.rows}
-    assert "rank 120: +6% at 1.03x (Qwen2.5-7B)" in cell["V rank 60"] and "rank 112: +14%" in cell["V rank 56"]
-    assert "+6%" in cell["V rank 60, 8 bits"] and "ruins quality" in cell["K rank 60"]
-    assert cell["V rank 48"] == cell["V rank 64, 8 bits"] == cell["V rank 60, 4 bits"] == "–"

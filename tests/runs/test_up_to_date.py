@@ -9,14 +9,14 @@ import pytest
 from checkouts import fake, make_checkout, write_table
 
 from gpt2.common import files
-from gpt2.runs.config import Setting, load
+from gpt2.runs.config import RunOptions, load
 from gpt2.runs.record import write_record
 from gpt2.runs.up_to_date import Matcher
 from gpt2.text import sources
 
 
 def matcher_of(checkout, **how) -> Matcher:
-    return Matcher(Setting(checkout=checkout), load(Setting(checkout=checkout))[1], **how)
+    return Matcher(RunOptions(checkout=checkout), load(RunOptions(checkout=checkout))[1], **how)
 
 
 def make(checkout, name: str = "peers_x") -> Matcher:
@@ -103,8 +103,8 @@ def test_a_text_is_compared_by_its_hash(tmp_path):
     for name in ("one.txt", "two.txt"):
         (tmp_path / name).write_text("\n".join(f"{name} line {i}" for i in range(50)))
     text = sources.load_text(str(tmp_path / "one.txt"))
-    setting = Setting(text=str(tmp_path / "one.txt"), checkout=checkout)
-    matcher = Matcher(setting, load(setting)[1], any_code=True)
+    options = RunOptions(text=str(tmp_path / "one.txt"), checkout=checkout)
+    matcher = Matcher(options, load(options)[1], any_code=True)
     record = {"args": vars(matcher.parsed(matcher.runs["peers_x"])) | {"text": "../elsewhere/one.txt"}}
 
     def stale(**more):
@@ -167,7 +167,7 @@ def test_a_preset_that_is_made_has_a_record_of_its_own(tmp_path):
 
 def test_a_run_of_a_shape_is_of_that_shape_whatever_the_model():
     """The tables' --model is for runs that name no model of their own."""
-    runs = load(Setting(model="some/model"))[1]
-    matcher = Matcher(Setting(model="some/model"), runs)
+    runs = load(RunOptions(model="some/model"))[1]
+    matcher = Matcher(RunOptions(model="some/model"), runs)
     own, other = (matcher.parsed(runs[name]).model for name in ("cache_bytes_gemma-3-4b", "cache_bytes_model"))
     assert (own, other) == ("configs/models/gemma-3-4b.json", "some/model")

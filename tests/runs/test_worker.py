@@ -13,19 +13,19 @@ from checkouts import fake, make_checkout, started
 from databases import wait_for
 
 from gpt2.common import machine
+from gpt2.common.trial_queue import Pace
 from gpt2.runs import worker
-from gpt2.runs.config import Setting, load
+from gpt2.runs.config import RunOptions, load
 from gpt2.runs.up_to_date import Matcher
-from gpt2.tuning.trial_queue import Pace
 
 FORK = multiprocessing.get_context("fork")  # nothing to import again
 
 
 def work(checkout: Path, storage: Path) -> dict[str, str]:
-    setting = Setting(checkout=checkout)
-    tables, runs = load(setting)
+    options = RunOptions(checkout=checkout)
+    tables, runs = load(options)
     wanted = [name for table in tables.values() for name in table.results]
-    return worker.Worker(storage, Matcher(setting, runs), Pace(1, 2, 0.1), lambda line: None).work(wanted)
+    return worker.Worker(storage, Matcher(options, runs), Pace(1, 2, 0.1), lambda line: None).work(wanted)
 
 
 @pytest.fixture
@@ -89,8 +89,8 @@ def test_a_machine_adds_nothing_to_the_results_of_another(tmp_path, storage, mon
     monkeypatch.setattr(machine, "describe", lambda device: here)
 
     def made(tag: str, wanted: list[str]) -> dict[str, str]:
-        setting = Setting(machine=tag, checkout=checkout)
-        return worker.Worker(storage, Matcher(setting, load(setting)[1]), Pace(1, 2, 0.1), lambda line: None).work(
+        options = RunOptions(machine=tag, checkout=checkout)
+        return worker.Worker(storage, Matcher(options, load(options)[1]), Pace(1, 2, 0.1), lambda line: None).work(
             wanted
         )
 

@@ -30,9 +30,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sampling import ALL, sampled
 
-from gpt2.common import files, interrupts, provenance
+from gpt2.common import files, interrupts, provenance, trial_queue
 from gpt2.report import plots
-from gpt2.tuning import trial_queue
 
 KILLS = int(os.environ.get("KILLS", "1"))
 # `make test` kills some of the scripts, `make test-all` all but the longest, `make kills` all of them ten times

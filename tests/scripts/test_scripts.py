@@ -48,7 +48,7 @@ def test_calibrate_writes_where_it_is_asked_to(tiny_flags, tmp_path, capsys):
     meta = load_calibration(tmp_path / "out/c.pt").meta
     assert (meta["rank"], meta["samples"], meta["seq_len"], meta["tokens"]) == (9, 3, 64, 192)
     said = capsys.readouterr().out
-    assert "energy kept at rank 9 of 12" in said and "need no gradients" in said
+    assert "variance kept at rank 9 of 12" in said and "need no gradients" in said
     assert run(CALIBRATE, *tiny_flags, *SMALL) == 0
     (written,) = {name for name in listing(tmp_path) if name.endswith(".pt")} - {"out/c.pt"}
     assert written.startswith("results/calibrations/kv_lowrank_calib_tiny-llama"), "without --output"
@@ -123,30 +123,12 @@ def test_validate_fails_when_its_controls_fail(tiny_flags, capsys, monkeypatch):
     assert "the controls failed" in capsys.readouterr().err
 
 
-def test_benchmarks_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(files, "RESULTS", tmp_path)
-    flags = ["--tokens", "16,32", "--layers", 2, "--repeats", 4, "--output", tmp_path / "a.json"]
-    assert run("benchmarks/append", *flags) == 0
-    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
-    assert len(rows) == 10 and all(row["append_ms_median"] > 0 for row in rows)
-
-
 def test_tune_without_a_basis_and_segments(tiny_flags, tmp_path):
     """No calibration is made; segments are as long as the tiny model's 512; no folder of the machine is recorded."""
-    flags = [
-        "--codec",
-        "identity",
-        "--bits",
-        "8",
-        "--target",
-        "kv",
-        "--eval-tokens",
-        "512",
-        "--target-ppl-delta",
-        "0.9",
-    ]
+    flags = [*tiny_flags, "--codec", "identity", "--bits", "8", "--target", "kv", "--eval-tokens", "512"]
+    flags += ["--target-ppl-delta", "0.9"]
     study = files.ROOT / "results/demo/test.db"
-    assert run(TUNE, *tiny_flags, *flags, "--study", study, "--output", "p.json") == 0
+    assert run(TUNE, *flags, "--study", study, "--output", "p.json") == 0
     assert not list(tmp_path.rglob("*.pt")) and create_cache_from_preset(tmp_path / "p.json").codec_bytes() == 0
     preset = json.loads((tmp_path / "p.json").read_text())
     args = preset["provenance"]["args"]
@@ -171,9 +153,12 @@ BAD = [
     ([TUNE, "--study", "short.txt"], "can't use short.txt as a study (file is not a database)"),
     ([TUNE, "--study", "bank.db"], "it isn't an Optuna database"),
     ([TUNE, "--study", "pipe"], "it is no regular file"),
-    ([TUNE, "--calibration", "words.txt", "--output", "words.txt"], "--output and --text name the same file"),
-    ([CALIBRATE, "--output", "link.txt"], "--output and --text name the same file"),
-    ([CALIBRATE, "--output", "x" * 300], "File name too long"),
+    ([TUNE, "--calibration", "words.txt", "--output", "link.json"], "--output and --text name the same file"),
+    ([CALIBRATE, "--output", "link.pt"], "--output and --text name the same file"),
+    ([CALIBRATE, "--output", "x" * 300 + ".pt"], "File name too long"),
+    ([CALIBRATE, "--output", "c.json"], "expected a name that ends in .pt or .safetensors, got c.json"),
+    ([TUNE, "--output", "p.txt"], "expected a name that ends in .json, got p.txt"),
+    (["eval_stability", "--preset", "kv4", "--output", "s"], "expected a name that ends in .json, got s"),
     (["generate_with_preset", "--preset", "x" * 300 + ".json"], "no preset file"),
     ([TUNE, "--study", "half.db"], "can't use half.db as a study"),
     ([TUNE, "--calibration", "words.txt", *SMALL_EVAL], "not a readable calibration file"),
@@ -188,7 +173,8 @@ BAD = [
 def test_bad_input_is_one_clear_line(command, message, tiny_flags, tmp_path, capsys):
     (tmp_path / "short.txt").write_text(word_text(300))
     (tmp_path / "half.db").write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
-    (tmp_path / "link.txt").symlink_to("words.txt")
+    for link in ("link.pt", "link.json"):
+        (tmp_path / link).symlink_to("words.txt")
     os.mkfifo(tmp_path / "pipe")
     with contextlib.closing(sqlite3.connect(tmp_path / "bank.db")) as bank:
         bank.execute("CREATE TABLE accounts (money)")

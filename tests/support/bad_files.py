@@ -27,10 +27,6 @@ from gpt2.compression.calibration.file import load_calibration
 from gpt2.compression.presets import create_cache_from_preset
 
 Bad = Iterator[tuple[str, object]]  # what was done, and the file: its bytes, or what torch.save makes a file of
-PRESET = {
-    "model": "tiny-llama", "rank": 9, "target": "v", "bits": 8, "compression_ratio": 1.5, "baseline_ppl": 20.0,
-    "compressed_ppl": 21.0, "ppl_delta": 0.05, "calibration_file": "c.pt", "head_dim": 12, "num_layers": 3,
-}  # fmt: skip
 DEEP: list = []
 for _ in range(200):
     DEEP = [DEEP]

@@ -23,8 +23,8 @@ SINKS = 4
 OF_HEADS = {"rank": 9, "samples": 4, "seq_len": 200}  # enough text for bases that heads share
 
 
-def close(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).norm() <= 1e-4 * b.norm())
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
+    return bool((a - b).norm() <= tolerance * b.norm())
 
 
 def scatter(x: Tensor) -> Tensor:
@@ -40,30 +40,34 @@ def between_heads(g: Tensor, head_dim: int) -> Tensor:
 
 
 class Retaining(DynamicCache):
-    """Keeps every layer's K and V with their gradients."""
+    """transformers' own cache, which notes K and V of each layer as it gets them and keeps their gradients."""
 
     def update(self, k, v, layer_idx, *args, **kwargs):
-        self.kept = getattr(self, "kept", []) + [(k, v)]
+        self.kept = getattr(self, "kept", {}) | {layer_idx: (k, v)}
         for x in (k, v):
             x.retain_grad()
-        return k, v
+        return super().update(k, v, layer_idx, *args, **kwargs)
 
 
-def direct_gradients(loaded: LoadedModel, batches: Tensor, seed: int = 0) -> list[tuple[Tensor, ...]]:
-    """Per layer k, v and their gradients behind the sinks, [H, T, d] in float64, by another way than the tested one.
+def direct_gradients(loaded: LoadedModel, batches: Tensor, seed: int = 0) -> dict[int, list[Tensor]]:
+    """Layer to k, v and their gradients behind the sinks, [H, T, d] in float64, by another way than the tested one.
 
     The labels are those that the model draws, with the same dice.
     """
-    found = []
+    found: dict[int, list[list[Tensor]]] = {}
+    embeddings = loaded.model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda module, args, out: out.detach().requires_grad_().clone())
     for number, tokens in enumerate(batches):
         generator = torch.Generator().manual_seed(seed + fisher.SEED_STEP * number)
-        cache = Retaining()
-        embedded = loaded.model.get_input_embeddings()(tokens[None]).requires_grad_().clone()
-        logits = loaded.model(inputs_embeds=embedded, past_key_values=cache, use_cache=True).logits[0]
+        cache = Retaining(config=loaded.model.config)
+        logits = loaded.model(tokens[None], past_key_values=cache, use_cache=True).logits[0]
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         (-logits.log_softmax(-1)[torch.arange(len(labels)), labels].sum()).backward()
-        found.append([[x[0, :, SINKS:].detach().double() for x in (k, v, k.grad, v.grad)] for k, v in cache.kept])
-    return [tuple(torch.cat(parts, dim=1) for parts in zip(*layer, strict=True)) for layer in zip(*found, strict=True)]
+        for layer, (k, v) in cache.kept.items():
+            parts = [x[0, :, SINKS:].detach().double() for x in (k, v, k.grad, v.grad)]
+            found.setdefault(layer, []).append(parts)
+    hook.remove()
+    return {layer: [torch.cat(own, dim=1) for own in zip(*parts, strict=True)] for layer, parts in found.items()}
 
 
 def preset_of(calibration: Calibration, path: Path) -> dict:

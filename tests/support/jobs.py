@@ -12,9 +12,8 @@ from checkouts import fake, make_checkout
 from script_runs import FREE_PRESET, SMALL, SMALL_EVAL
 from tiny import char_tokenizer, tiny_model, word_text
 
-from gpt2.common import files
+from gpt2.common import files, trial_queue
 from gpt2.runs import worker
-from gpt2.tuning import trial_queue
 
 TEXT = ["--model", "tiny", "--text", "words.txt"]
 PRESET = ["--preset", "free.json"]
@@ -84,12 +83,10 @@ JOBS = {
     ),
     "calibrate": Job("calibrate_kv_lowrank", [*TEXT, *SMALL, "--output", "out/c.pt"], record=None),
     "peers": Job(
-        "compare_peers",
-        [*TEXT, *SMALL_EVAL, "--peers", "kivi", *PRESET, "--needle-context-lengths", "none", *RUN],
+        "compare_peers", [*TEXT, *SMALL_EVAL, "--peers", "kivi", *PRESET, "--needle-context-lengths", "none", *RUN]
     ),
     "needle": Job(
-        "eval_long_context_needle",
-        [*TEXT, *PRESET, "--context-lengths", 256, *NEEDLE, "--needle-positions", 0.5, *RUN],
+        "eval_long_context_needle", [*TEXT, *PRESET, "--context-lengths", 256, *NEEDLE, "--needle-positions", 0.5, *RUN]
     ),
     "stability": Job(
         "eval_stability",

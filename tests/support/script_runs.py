@@ -7,6 +7,8 @@ import runpy
 import sys
 from pathlib import Path
 
+import presets
+
 from gpt2.common import files
 
 CALIBRATE, TUNE, VALIDATE = "calibrate_kv_lowrank", "auto_tune_kv_compression", "validate_ppl_postbugfix"
@@ -18,10 +20,7 @@ SMALL_EVAL = ["--eval-tokens", "128", "--eval-seq-len", "64", "--chunk", "16"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # for scripts in a process of their own, as conftest sets it here
 
 # A preset of the tiny Llama with every key of the guide's format, and one that needs no calibration file
-PRESET = {
-    "model": "tiny", "rank": 9, "target": "v", "bits": 8, "compression_ratio": 1.5, "baseline_ppl": 20.0,
-    "compressed_ppl": 21.0, "ppl_delta": 0.05, "calibration_file": "c.pt", "head_dim": 12, "num_layers": 3,
-}  # fmt: skip
+PRESET = presets.PRESET | {"model": "tiny"}
 FREE_PRESET = PRESET | {"codec": "identity", "calibration_file": ""}
 INT4_PRESET = FREE_PRESET | {"rank": 12, "bits": 4, "name": "int4"}
 

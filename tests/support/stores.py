@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor, JointTransform, Quantizer, Transform
 from gpt2.compression.codecs.rope import Rotary
-from gpt2.compression.kernels import dispatch
 
 H, D = 2, 16  # KV heads and channels, where a test doesn't say otherwise
 
@@ -82,51 +83,38 @@ def as_sides(compressor: Compressor, x: Tensor) -> tuple[Tensor, Tensor]:
     return side, torch.cat((side, side), dim=1)
 
 
-class Reference:
-    """All tokens in a list, coded anew, one block at a time, whenever they are read."""
+class Plain:
+    """What should be read of one store, [B, H, T, d]: all tokens in one tensor, each full block coded once."""
 
-    def __init__(self, compressor: Compressor, layout: tuple[int, int]):
+    UNIT = 32  # tokens that are coded together where a codec takes each by itself
+
+    def __init__(self, compressor: Compressor, sinks: int, recent: int):
         self.compressor, self.block = compressor, compressor.block_tokens
-        self.sinks, self.recent = (0, 0) if compressor.exact else layout
-        self.lead = self.sinks % self.block  # places of the first block that sinks have
-        self.tokens: list[Tensor] = []  # each [B, H, 1, d]
+        self.sinks, self.recent = (0, 0) if compressor.exact else (sinks, recent)
+        self.first = self.sinks - self.sinks % self.block  # position of the first block's first place
+        self.seen: Tensor | None = None
         self.blocks = 0
 
     def append(self, x: Tensor) -> None:
-        self.tokens += x.split(1, dim=2) if x.shape[2] else ()
-        self.blocks = max(self.blocks, (len(self.tokens) - self.start(0) - self.recent) // self.block)
+        self.seen = x.clone() if self.seen is None else torch.cat((self.seen, x), dim=2)
+        full = (self.seen.shape[2] - self.first - self.recent) // self.block
+        while self.blocks < full:
+            count = min(full - self.blocks, self.UNIT) if self.block == 1 else 1
+            self._code(self.first + self.blocks * self.block, count * self.block)
+            self.blocks += count
 
-    def start(self, block: int) -> int:
-        return self.sinks - self.lead + block * self.block
+    def _code(self, start: int, tokens: int) -> None:
+        own = self.seen[:, :, max(start, self.sinks) : start + tokens]
+        x = torch.cat((own[:, :, :1].expand(-1, -1, tokens - own.shape[2], -1), own), dim=2)
+        back = self.compressor.reconstruct(self.compressor.compress(x, start), x.shape[3], x.dtype, start)
+        self.seen[:, :, max(start, self.sinks) : start + tokens] = back[:, :, tokens - own.shape[2] :]
 
-    def decoded(self, block: int) -> tuple[Tensor, ...]:
-        """Tokens of a block behind the sinks, as decoded."""
-        start = self.start(block)
-        own = self.tokens[max(start, self.sinks) : start + self.block]
-        x = torch.cat([own[0]] * (self.block - len(own)) + own, dim=2)
-        back = self.compressor.reconstruct(dispatch.compress(self.compressor, x, start), x.shape[3], x.dtype, start)
-        return back.split(1, dim=2)[self.block - len(own) :]
+    def crop(self, tokens: int) -> None:
+        length = self.seen.shape[2] - tokens
+        self.seen = self.seen[:, :, :length].clone()
+        # Of a block that is cut, what is left stays as it was decoded
+        whole = (length - self.first) // self.block if length > self.sinks else 0
+        self.blocks = min(self.blocks, whole)
 
-    def read(self) -> Tensor:
-        coded = [token for block in range(self.blocks) for token in self.decoded(block)]
-        return torch.cat(self.tokens[: self.sinks] + coded + self.tokens[self.sinks + len(coded) :], dim=2)
-
-    def crop(self, n: int) -> None:
-        length = len(self.tokens) - n
-        whole = (length - self.start(0)) // self.block if length > self.sinks else 0
-        if whole < self.blocks:  # what stays of a block that is cut is only known as it was decoded
-            start = self.start(whole)
-            self.tokens[max(start, self.sinks) : start + self.block] = self.decoded(whole)
-            self.blocks = whole
-        del self.tokens[length:]
-
-    def map_(self, fn) -> None:
-        self.tokens = [fn(token) for token in self.tokens]
-
-
-def assert_same(store: TokenStore, reference: Reference) -> None:
-    assert len(store) == len(reference.tokens)
-    if reference.tokens:
-        torch.testing.assert_close(store.read(), reference.read())
-    else:
-        assert store.read().shape[2] == 0
+    def map_(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.seen = change(self.seen)

@@ -20,7 +20,7 @@ from gpt2.compression.calibration.reuse import find_reusable
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, score
 from gpt2.text import self_text
 from gpt2.text.sources import PARTS, by_position, load_text
-from gpt2.text.windows import ENDLESS, Mixture, SelfText, in_turn
+from gpt2.text.texts import ENDLESS, Mixture, SelfText, in_turn
 
 SELF = SelfText()
 
@@ -42,14 +42,14 @@ def llama():
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Numbers of windows sampled, not read from the cache folder."""
+    """Numbers of segments sampled, not read from the cache folder."""
     calls, real = [], self_text.sample
     monkeypatch.setattr(self_text, "sample", lambda loaded, rows: calls.append(len(rows)) or real(loaded, rows))
     return calls
 
 
-def rows(windows: torch.Tensor) -> set[tuple[int, ...]]:
-    return set(map(tuple, windows.tolist()))
+def rows(segments: torch.Tensor) -> set[tuple[int, ...]]:
+    return set(map(tuple, segments.tolist()))
 
 
 def written(name: str, words: int, seed: int = 0):
@@ -63,14 +63,14 @@ def mixture(*texts) -> Mixture:
 def test_tokens_are_drawn_by_the_models_own_distribution(llama):
     """Against a forward pass without a cache: every token is where its random number falls in the distribution."""
     numbers = self_text.uniforms("calibration", 30, 3, 0)
-    windows = self_text.sample(llama, numbers)
-    total = torch.softmax(llama.model(windows).logits.double(), -1).cumsum(-1)[:, :-1]  # [3, 29, V]
-    chosen = windows[:, 1:, None]
+    segments = self_text.sample(llama, numbers)
+    total = torch.softmax(llama.model(segments).logits.double(), -1).cumsum(-1)[:, :-1]  # [3, 29, V]
+    chosen = segments[:, 1:, None]
     above, share = total.gather(-1, chosen)[..., 0], torch.cat((torch.zeros(3, 29, 1), total), -1)
     below = share.gather(-1, chosen)[..., 0]
     assert ((below - 1e-4 <= numbers) & (numbers < above + 1e-4)).all() and (below < above).all()
     cold = self_text.sample(llama, numbers, temperature=1e-5)
-    assert torch.equal(cold[:, 1:], llama.model(cold).logits[:, :-1].argmax(-1)) and not torch.equal(windows, cold)
+    assert torch.equal(cold[:, 1:], llama.model(cold).logits[:, :-1].argmax(-1)) and not torch.equal(segments, cold)
 
 
 def sampled_from(llama, logits: list[float], numbers) -> list[int]:
@@ -103,10 +103,10 @@ def test_every_family_is_sampled_in_batches(family):
     """As many rows as one batch has and more: each is what it would be alone."""
     loaded = tiny_loaded(family)
     numbers = self_text.uniforms("calibration", 12, self_text.BATCH + 2, 0)
-    windows = self_text.sample(loaded, numbers)
-    assert windows.shape == (self_text.BATCH + 2, 12) and windows.dtype == torch.long
+    segments = self_text.sample(loaded, numbers)
+    assert segments.shape == (self_text.BATCH + 2, 12) and segments.dtype == torch.long
     for row in (0, self_text.BATCH, self_text.BATCH + 1):
-        assert torch.equal(self_text.sample(loaded, numbers[row : row + 1])[0], windows[row])
+        assert torch.equal(self_text.sample(loaded, numbers[row : row + 1])[0], segments[row])
 
 
 @pytest.mark.parametrize(("tokenizer", "config", "expected"), [
@@ -128,17 +128,17 @@ def test_the_start_token_is_bos_or_else_the_end_of_a_text(tokenizer, config, exp
         self_text.start_token(loaded)
 
 
-def test_parts_and_seeds_share_no_window_and_no_random_number(llama):
+def test_parts_and_seeds_share_no_segment_and_no_random_number(llama):
     drawn = [(part, seed) for part in PARTS for seed in (None, 0, 1)]
-    windows = [rows(SELF.segments(part, llama, 24, 4, seed=seed)) for part, seed in drawn]
-    assert len(set.union(*windows)) == 4 * len(drawn)
+    segments = [rows(SELF.segments(part, llama, 24, 4, seed=seed)) for part, seed in drawn]
+    assert len(set.union(*segments)) == 4 * len(drawn)
     numbers = torch.cat([self_text.uniforms(part, 24, 4, seed).flatten() for part, seed in drawn])
     assert len(numbers.unique()) == len(numbers)
     few, more = (self_text.uniforms("calibration", length, count, 0) for length, count in ((10, 2), (30, 5)))
-    assert torch.equal(more[:2, :9], few), "more and longer windows go on from the same numbers"
+    assert torch.equal(more[:2, :9], few), "more and longer segments go on from the same numbers"
 
 
-def test_windows_start_with_the_start_token_vary_from_there_and_repeat_by_seed(llama, cache_folder):
+def test_segments_start_with_the_start_token_vary_from_there_and_repeat_by_seed(llama, cache_folder):
     first = SELF.segments("calibration", llama, 24, 10, seed=3)
     assert first.shape == (10, 24) and (first[:, 0] == 1).all() and len(rows(first)) == 10
     assert first.min() >= 0 and first.max() < 97
@@ -151,7 +151,7 @@ def test_windows_start_with_the_start_token_vary_from_there_and_repeat_by_seed(l
 @pytest.mark.parametrize(
     "change", [{"part": "tuning"}, {"seed": 1}, {"seed": None}, {"count": 4}, {"length": 23}], ids=str
 )
-def test_windows_are_sampled_once_then_read_and_other_ones_sampled_anew(change, llama, counted, cache_folder):
+def test_segments_are_sampled_once_then_read_and_other_ones_sampled_anew(change, llama, counted, cache_folder):
     asked = {"part": "calibration", "length": 24, "count": 5, "seed": 0}
     first, other, again = (SELF.segments(loaded=llama, **wanted) for wanted in (asked, asked | change, asked))
     assert torch.equal(first, again) and other.shape == tuple((asked | change)[name] for name in ("count", "length"))
@@ -241,7 +241,7 @@ def test_a_text_records_a_hash_per_part_and_a_mixture_those_of_its_texts(tmp_pat
 def test_all_of_a_text_without_end_is_rejected(spec, llama):
     text = load_text(spec)
     assert text.available("calibration", llama, 24) == ENDLESS
-    with pytest.raises(PluginError, match=f"text '{text.name}' has no end: give the number of windows"):
+    with pytest.raises(PluginError, match=f"text '{text.name}' has no end: give the number of segments"):
         text.segments("calibration", llama, 24)
 
 
@@ -313,21 +313,21 @@ def test_when_one_text_runs_out_the_others_fill_in_and_a_note_is_printed(llama, 
     mixed = mixture(long, short).segments("calibration", llama, 32, 10, seed=0)
     assert len(rows(mixed) & rows(short.segments("calibration", llama, 32))) == 2
     assert len(rows(mixed) & rows(long.segments("calibration", llama, 32))) == 8
-    expected = "note: the calibration part of short has only 2 of the 10 windows; the other texts fill in"
+    expected = "note: the calibration part of short has only 2 of the 10 segments; the other texts fill in"
     assert capsys.readouterr().out.strip() == expected
 
 
-def test_mixtures_of_too_few_or_too_long_windows_are_rejected_before_sampling(llama, counted):
+def test_mixtures_of_too_few_or_too_long_segments_are_rejected_before_sampling(llama, counted):
     with pytest.raises(PluginError, match="calibration part of text 'tiny' has .* one segment of 64.*--eval-seq-len"):
         mixture(SELF, written("tiny", 30)).segments("calibration", llama, 64, 4, flag="--eval-seq-len")
     text = mixture(written("a", 900), written("b", 900, 1), SELF)
-    with pytest.raises(PluginError, match=r"2 windows of 32 tokens are too few for 3 texts \(a, b, self\)"):
+    with pytest.raises(PluginError, match=r"2 segments of 32 tokens are too few for 3 texts \(a, b, self\)"):
         text.segments("calibration", llama, 32, 2)
     assert not counted
 
 
-def test_windows_of_a_mixture_start_alike():
-    """A tokenizer that puts a start token before every text: written and sampled windows have one and the same."""
+def test_segments_of_a_mixture_start_alike():
+    """A tokenizer that puts a start token before every text: written and sampled segments have one and the same."""
     loaded = tiny_loaded("llama")
     bos = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     loaded.tokenizer.backend_tokenizer.post_processor = bos

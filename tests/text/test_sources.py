@@ -101,7 +101,7 @@ def test_segments_are_drawn_by_seed(text):
     assert drawn[0].shape == (5, 16) and not torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], text.segments("calibration", reader(), 16, 5, seed=0))
     more = text.segments("calibration", reader(), 16, 9, seed=0)
-    assert torch.equal(more[:5], drawn[0]), "more samples add windows and keep those before"
+    assert torch.equal(more[:5], drawn[0]), "more samples add segments and keep those before"
 
 
 def test_segments_are_fewer_where_the_text_is_short_but_not_none(text):
@@ -119,8 +119,9 @@ def test_the_default_text_follows_the_model_and_embedded_is_long_english():
 
 def test_files_of_any_name_and_in_the_home_folder(tmp_path, monkeypatch):
     path = tmp_path / "some words.txt"
-    path.write_text(NUMBERED + " é ü 漢", encoding="utf-8")
+    path.write_text(NUMBERED + " é ü 漢", encoding="utf-8-sig")
     text = load_text(str(path))
+    assert parts(text)[0].startswith("n0 "), "the byte order mark of Windows is no text"
     assert (text.name, text.spec) == (path.name, str(path)) and text.evaluation.endswith("漢")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load_text("~/some words.txt") == by_position(path.name, "~/some words.txt", NUMBERED + " é ü 漢")

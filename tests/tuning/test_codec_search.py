@@ -11,11 +11,11 @@ from optuna.trial import TrialState
 from tiny import tiny_loaded, windows
 
 from gpt2 import cli
+from gpt2.common.trial_queue import Pace, TrialQueue
 from gpt2.compression.settings import Setting
 from gpt2.tuning import codec_search
 from gpt2.tuning.codec_search import CodecSearch
 from gpt2.tuning.search_space import Choice, Space
-from gpt2.tuning.trial_queue import Pace, TrialQueue
 from gpt2.tuning.trials import Trial, within_budget
 
 SPACE = Space(("joint+mixed", "identity", "pca"), 64, (64, 48))

@@ -7,13 +7,13 @@ from tiny import tiny_loaded, windows
 
 from gpt2 import cli
 from gpt2.common.errors import PluginError
+from gpt2.common.trial_queue import TrialQueue
 from gpt2.compression.cache import size
 from gpt2.compression.codecs.integer import Int4
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.settings import Setting
 from gpt2.tuning import grid_search
 from gpt2.tuning.grid_search import Cell, GridSearch, run_grid
-from gpt2.tuning.trial_queue import TrialQueue
 from gpt2.tuning.trials import Trial, confirm_best
 
 INT4, INT8 = Setting("identity", 12, 4), Setting("identity", 12, 8)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_loaded, windows
+from tiny import windows
 
 from gpt2.common.errors import BadArtefact
 from gpt2.compression.settings import Setting
@@ -13,11 +13,6 @@ from gpt2.models.geometry import Geometry
 from gpt2.tuning import layer_sensitivity
 
 INT4, INT8 = Setting("identity", 12, 4), Setting("identity", 12, 8)
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return tiny_loaded("llama")
 
 
 def ablate(loaded, path, *, target="kv", settings=(INT8, INT4), key=None, progress=iter):

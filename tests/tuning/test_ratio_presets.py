@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from calibrations import TEXT
 from sampling import sampled
 from script_runs import listing, run
-from tiny import tiny_loaded, tiny_model, word_text, word_tokenizer
+from tiny import tiny_loaded, tiny_model, word_tokenizer
 
 from gpt2.common.errors import BadArtefact, PluginError
 from gpt2.compression.cache.size import attention_ratio, cache_bytes, filled, held_bytes, plain_bytes
@@ -19,16 +20,9 @@ from gpt2.compression.calibration.file import load_calibration, save_calibration
 from gpt2.compression.presets import create_cache_from_preset, load_preset
 from gpt2.experiments.miniatures import tiny_family
 from gpt2.models.loading import wrap
-from gpt2.text.sources import by_position
 from gpt2.tuning import ratio_presets
 
-TEXT = by_position("words", "words.txt", word_text(3000))
 SMALL = {"samples": 3, "seq_len": 100, "seed": 0, "sink_tokens": 4}
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return tiny_loaded("llama")
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +201,3 @@ def test_where_all_layers_are_alike_a_preset_says_one_ratio(llama, calibration):
     record = made.preset(llama, calibration, "c.pt", measured={"baseline_ppl": 1.0, "ppl": 1.0, "ppl_delta": 0.0})
     assert made.attention_ratio == made.compression_ratio
     assert record.get("attention_ratio") is record.get("context_length") is None
-
-
-def test_joint_on_layers_whose_k_and_v_differ_names_the_codec_that_can():
-    loaded = MIXED["shapes"][0]()
-    with pytest.raises(PluginError, match="layer 0: codec joint needs K and V of one shape.*: use grouped"):
-        calibrate(loaded, TEXT, rank=loaded.geometry.head_dim, codec="joint", compact=True, **SMALL)

@@ -45,8 +45,8 @@ def calibrate(
     samples: sequences of `seq_len` tokens, drawn by `seed`; fewer where the text has fewer: meta["tokens"] has how
     many were used. metric: one that takes gradients, "fisher", adds a second pass, for all codecs that need them; what
     `codec` needs when None. compact: gather and fit `codec` alone, a basis that heads share, without the first pass.
-    checkpointing: recompute activations where gradients are taken. progress: wraps the iterable of windows, as tqdm.
-    processes: each has the model and takes a share of the windows; all get the same calibration, which is that of one
+    checkpointing: recompute activations where gradients are taken. progress: wraps the iterable of segments, as tqdm.
+    processes: each has the model and takes a share of the segments; all get the same calibration, which is that of one
     process to rounding.
     """
     if not needs_calibration(codec):
@@ -73,21 +73,21 @@ def calibrate(
     if compact and not basis.multi_head:
         raise PluginError(f"a compact calibration has one codec that heads share ({', '.join(multi_head_bases())}), "
                           f"and codec {codec} is of single heads")  # fmt: skip
-    windows = text.segments("calibration", loaded, seq_len, samples, seed) if processes.first else None
-    windows = processes.agreed(windows)
-    if len(windows) < processes.size:
-        raise PluginError(f"{processes.size} processes are too many for {len(windows)} sequences: start fewer, or give "
-                          "more --samples")  # fmt: skip
-    own = windows[processes.share(len(windows))]
+    segments = text.segments("calibration", loaded, seq_len, samples, seed) if processes.first else None
+    segments = processes.agreed(segments)
+    if len(segments) < processes.size:
+        raise PluginError(f"{processes.size} processes are too many for {len(segments)} sequences: start fewer, or "
+                          "give more --samples")  # fmt: skip
+    own = segments[processes.share(len(segments))]
     statistics = None if compact else collect(loaded, progress(own), sink_tokens, processes=processes)
     fitted = {}
     if takes_gradients(metric):
         every = {name: other for name, other in multi_head_bases().items() if not other.misfit(loaded.geometry)}
         gathered = collect_fisher(
-            loaded, windows, statistics, sink_tokens, {codec: basis} if compact else every,
+            loaded, segments, statistics, sink_tokens, {codec: basis} if compact else every,
             seed=seed, checkpointing=checkpointing, progress=progress, processes=processes,
         )  # fmt: skip
-        # In windows shorter than a block there is only the metric of single heads
+        # In segments shorter than a block there is only the metric of single heads
         fitted = {name: fit_multi_head(own) for name, own in gathered.items() if own.sampled}
     meta = calibration_key(loaded, text, samples, seq_len, seed, sink_tokens) | {
         "model": loaded.spec,
@@ -97,7 +97,7 @@ def calibrate(
         "metric": metric,
         "text": text.name,
         "text_spec": text.spec,
-        "tokens": windows.numel(),
+        "tokens": segments.numel(),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
     }
@@ -128,7 +128,7 @@ def chosen_codec(codec: str | None, metric: str | None, compact: bool) -> tuple[
 def recalibrate(calibration: Calibration, loaded: LoadedModel, text: Text, number: int, progress=iter) -> Calibration:
     """The same calibration from other samples of the same text: `number` > 0 moves the seed.
 
-    At most half of the text's windows are drawn: with all of them, every seed would draw the same. Raises PluginError
+    At most half of the text's segments are drawn: with all of them, every seed would draw the same. Raises PluginError
     for a text other than the calibration's, and for one with no other samples.
     """
     meta = calibration.meta
@@ -150,7 +150,7 @@ def check_samples(calibration: Calibration, loaded: LoadedModel, text: Text) -> 
             "or other samples would mean another text too"
         )
     if text.available("calibration", loaded, meta["seq_len"]) < 2:
-        raise PluginError(f"the calibration part of text {text.name!r} has one window of {meta['seq_len']} tokens: "
+        raise PluginError(f"the calibration part of text {text.name!r} has one segment of {meta['seq_len']} tokens: "
                           "there are no other samples to draw")  # fmt: skip
 
 

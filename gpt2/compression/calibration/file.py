@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gpt2.common import files, tensor_file
 from gpt2.common.errors import BadArtefact, CalibrationNotFound, PluginError
-from gpt2.common.schema import Anything, Checked, Default, Kind, OneOf, Plain, Record, TensorOf, Text, Whole, parse
-from gpt2.compression.calibration.fit import Calibration, geometry_of
+from gpt2.common.schema import Anything, Checked, Default, Kind, OneOf, Plain, Record, String, TensorOf, Whole, parse
+from gpt2.compression.calibration.fit import Calibration, described_geometry
 from gpt2.compression.calibration.multi_head_fit import LARGEST, multi_head_from, multi_head_schema
 from gpt2.compression.calibration.stacks import Stacks
 from gpt2.compression.calibration.statistics import Statistics
@@ -34,7 +34,7 @@ def _check_calibrated(codec: str) -> None:
         raise PluginError(f"codec {codec} needs no calibration: expected one that does, such as pca")
 
 
-_NAME = Text(printable=False)  # names of text files may have any character
+_NAME = String(printable=False)  # names of text files may have any character
 _SIZE = Whole(1, 1024)  # more than any model has, and few enough to loop over before the tensors are known to match
 META = {
     "model": _NAME,
@@ -44,7 +44,7 @@ META = {
     "head_dim": _SIZE,
     "layers": Default(LAYERS),  # where not all are alike
     "rank": Whole(1),
-    "codec": Checked(Text(200), _check_calibrated),
+    "codec": Checked(String(200), _check_calibrated),
     "sink_tokens": Whole(0),
     "samples": Whole(1),
     "seq_len": Whole(1),
@@ -89,7 +89,7 @@ def _calibration_from(record: dict, path: Path) -> Calibration:
     """The calibration that a record holds, once all of it has been checked."""
     head = Record({"format": OneOf((FORMAT,)), "meta": Record(META, Plain())}, Anything())
     meta = parse(record, head, path, remedy=REMEDY)["meta"]
-    geometry = geometry_of(meta)
+    geometry = described_geometry(meta)
     checked = Record({"layers": Default(Checked(Anything(), lambda _: _check_layers(geometry, meta)))}, Anything())
     parse(record, Record({"meta": checked}, Anything()), path, remedy=REMEDY)
     bases = {name: basis for name, basis in multi_head_bases().items() if name in (*record, meta["codec"])}

@@ -33,33 +33,34 @@ SAMPLED_BLOCKS = 48  # of 64 tokens, of each layer
 # Share of the metric between different heads that is kept, where a few thousand tokens estimate it with much noise. No
 # measurement tells shares from 0 to 1 apart (results/runs/explore_codecs_*), and half of it bounds the noise
 CROSS_HEAD_SHARE = 0.5
-SEED_STEP = 1_000_003  # from window to window, so that neighbouring seeds share no labels
+WITHOUT_CHECKPOINTING = "calibrate with checkpointing=False (in scripts, leave --gradient-checkpointing out)"
+SEED_STEP = 1_000_003  # from segment to segment, so that neighbouring seeds share no labels
 
 
 def collect_fisher(
-    loaded: LoadedModel, windows: Tensor, statistics: Statistics | None, sink_tokens: int,
+    loaded: LoadedModel, segments: Tensor, statistics: Statistics | None, sink_tokens: int,
     bases: Mapping[str, MultiHead], *, seed: int = 0, checkpointing: bool = False,
     progress: Callable[[Iterable], Iterable] = iter, processes: Processes = ALONE,
 ) -> dict[str, MultiHeadStatistics]:  # fmt: skip
     """Gather what each of `bases` is fitted to; put the metrics of single heads that take gradients into `statistics`.
 
-    windows: [n, T]. statistics: of the same windows; None where single heads are not wanted. seed: of the labels drawn
-    and of the blocks sampled. checkpointing: recompute activations layer by layer in the backward pass, for models
-    whose activations don't fit in memory; the result is the same. processes: each runs a share of the windows, and all
-    get the statistics of all; labels and sample are the same however many there are. Raises PluginError for a model
-    that gradients can't be taken through.
+    segments: of a text, [n, T]. statistics: of the same segments; None where single heads are not wanted. seed: of the
+    labels drawn and of the blocks sampled. checkpointing: recompute activations layer by layer in the backward pass,
+    for models whose activations don't fit in memory; the result is the same. processes: each runs a share of the
+    segments, and all get the statistics of all; labels and sample are the same however many there are. Raises
+    PluginError for a model that gradients can't be taken through.
     """
-    rotary = processes.agreed(detect_rotary(loaded, windows[0], sink_tokens) if processes.first else None)
-    sample = _Sample.drawn(len(windows), windows.shape[1] - sink_tokens, seed)
+    rotary = processes.agreed(detect_rotary(loaded, segments[0], sink_tokens) if processes.first else None)
+    sample = _Sample.drawn(len(segments), segments.shape[1] - sink_tokens, seed)
     gathered = {name: _Gathered(basis, loaded.geometry, rotary, sink_tokens, sample) for name, basis in bases.items()}
     heads = None if statistics is None else MetricSums(loaded.geometry, gradients=True)
     arrivals = _Arrivals(loaded.geometry, sink_tokens, [*gathered.values(), *([heads] if heads else [])])
     tap = _checkpointed if checkpointing else watched_cache
     with torch.enable_grad(), without_parameter_gradients(loaded.model), tap(loaded.model, arrivals.watch) as run:
-        for number in progress(processes.share(len(windows))):
-            with arrivals.of_window(number):
+        for number in progress(processes.share(len(segments))):
+            with arrivals.of_segment(number):
                 with gradients_throughout():
-                    logits = run(windows[number][None].to(loaded.device))[0]
+                    logits = run(segments[number][None].to(loaded.device))[0]
                 labels = drawn_labels(logits, seed, number)
                 nn.functional.cross_entropy(logits.float(), labels, reduction="sum").backward()
     if heads:
@@ -67,16 +68,16 @@ def collect_fisher(
     return {name: own.statistics(processes) for name, own in gathered.items()}
 
 
-def drawn_labels(logits: Tensor, seed: int, window: int) -> Tensor:
-    """A label for each row of a window's logits [T, V], drawn by the model's own distribution, [T]."""
+def drawn_labels(logits: Tensor, seed: int, segment: int) -> Tensor:
+    """A label for each row of a segment's logits [T, V], drawn by the model's own distribution, [T]."""
     probabilities = logits.detach().float().softmax(-1)
-    generator = torch.Generator(logits.device).manual_seed(seed + SEED_STEP * window)
+    generator = torch.Generator(logits.device).manual_seed(seed + SEED_STEP * segment)
     if not torch.isfinite(probabilities).all():
-        raise PluginError("NaN or infinite logits, nothing was written. Try --dtype float32 or bfloat16")
+        raise PluginError("NaN or infinite logits: load the model in float32 or bfloat16 (scripts: --dtype float32)")
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
-def detect_rotary(loaded: LoadedModel, window: Tensor, sink_tokens: int) -> list[Rotary]:
+def detect_rotary(loaded: LoadedModel, segment: Tensor, sink_tokens: int) -> list[Rotary]:
     """Per layer, the rotation that explains its keys best; none where positions aren't rotary, or there are no keys."""
     choices = {
         width: rope.candidates(loaded.model, width)
@@ -89,29 +90,29 @@ def detect_rotary(loaded: LoadedModel, window: Tensor, sink_tokens: int) -> list
 
     with torch.no_grad():
         cache = tapped(loaded.model, record)
-        loaded.model.base_model(input_ids=window[None].to(loaded.device), past_key_values=cache, use_cache=True)
+        loaded.model.base_model(input_ids=segment[None].to(loaded.device), past_key_values=cache, use_cache=True)
     return found
 
 
 @dataclass
 class _Sample:
-    """Which blocks of which windows are sampled: `per_window` of each in turn; blocks: their numbers, [sampled]."""
+    """Which blocks of which segments are sampled: `per_segment` of each in turn; blocks: their numbers, [sampled]."""
 
     blocks: Tensor
-    per_window: int
+    per_segment: int
 
     @classmethod
-    def drawn(cls, windows: int, tokens: int, seed: int) -> _Sample:
-        """The same blocks of all layers and bases. tokens: of a window, without the sinks."""
+    def drawn(cls, segments: int, tokens: int, seed: int) -> _Sample:
+        """The same blocks of all layers and bases. tokens: of a segment, without the sinks."""
         generator = torch.Generator().manual_seed(seed)
         available = max(tokens // BLOCK, 0)
-        per_window = min(-(-SAMPLED_BLOCKS // windows), available)
-        drawn = [torch.randperm(available, generator=generator)[:per_window].sort().values for _ in range(windows)]
-        return cls(torch.cat(drawn)[:SAMPLED_BLOCKS], per_window)
+        per_segment = min(-(-SAMPLED_BLOCKS // segments), available)
+        drawn = [torch.randperm(available, generator=generator)[:per_segment].sort().values for _ in range(segments)]
+        return cls(torch.cat(drawn)[:SAMPLED_BLOCKS], per_segment)
 
-    def places(self, window: int) -> slice:
-        """Where in the sample a window's blocks are."""
-        return slice(window * self.per_window, (window + 1) * self.per_window)
+    def places(self, segment: int) -> slice:
+        """Where in the sample a segment's blocks are."""
+        return slice(segment * self.per_segment, (segment + 1) * self.per_segment)
 
 
 class _Arrivals:
@@ -119,19 +120,19 @@ class _Arrivals:
 
     def __init__(self, geometry: Geometry, sink_tokens: int, takers: Sequence[MetricSums | _Gathered]):
         self.geometry, self.sink_tokens, self.takers = geometry, sink_tokens, takers
-        self.window = 0
-        self.missing: set[int] = set()  # layers of the window that runs
+        self.segment = 0
+        self.missing: set[int] = set()  # layers of the segment that runs
         self.waiting: dict[int, dict[str, Tensor]] = {}
 
     @contextmanager
-    def of_window(self, number: int):
-        """Around the passes over one window. Raises PluginError where the gradients of a layer don't come."""
-        self.window, self.missing = number, set(self.geometry.attention)
+    def of_segment(self, number: int):
+        """Around the passes over one segment. Raises PluginError where the gradients of a layer don't come."""
+        self.segment, self.missing = number, set(self.geometry.attention)
         yield
         if self.missing:
             raise PluginError(
                 "no gradients reached K and V of every layer, so there is no Fisher metric for this model: "
-                "use --metric pca or attention"
+                "take metric pca or attention (scripts: --metric pca or attention)"
             )
 
     def watch(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -139,8 +140,7 @@ class _Arrivals:
         own = self.geometry.layers[layer] if layer < self.geometry.num_layers else LayerGeometry(NOTHING)
         if any(shape is None or x.shape[1::2] != (shape.heads, shape.width) for shape, x in ((own.k, k), (own.v, v))):
             raise PluginError(
-                f"layer {layer}: its attention doesn't read K and V as the cache has them: leave "
-                "--gradient-checkpointing out"
+                f"layer {layer}: its attention doesn't read K and V as the cache has them: {WITHOUT_CHECKPOINTING}"
             )
         kept = k.detach(), v.detach()  # a hook that held k or v itself would be held by it: never freed
         for side, x in (("k", k), ("v", v)):
@@ -156,7 +156,7 @@ class _Arrivals:
         self.missing.discard(layer)
         k, v, gk, gv = (x[:, :, self.sink_tokens :].float() for x in (k, v, gradients["k"], gradients["v"]))
         for taker in self.takers:
-            taker.add(layer, Seen(k, v, key_gradients=gk, value_gradients=gv, window=self.window))
+            taker.add(layer, Seen(k, v, key_gradients=gk, value_gradients=gv, segment=self.segment))
 
 
 class _Gathered:
@@ -173,8 +173,8 @@ class _Gathered:
         self.head_widths = basis.head_widths(geometry)
 
     def add(self, layer: int, seen: Seen) -> None:
-        """Take in one layer of a window."""
-        places = self.sample.places(seen.window)
+        """Take in one layer of a segment."""
+        places = self.sample.places(seen.segment)
         felt = self.basis.metric_vectors(seen)
         xs, ws = (
             self.basis.arrange(k, v, self.rotary[layer], self.sink_tokens)
@@ -188,7 +188,7 @@ class _Gathered:
             self.blocks[index][:, places] = own.half().cpu()
 
     def statistics(self, processes: Processes) -> MultiHeadStatistics:
-        """Of all processes' windows."""
+        """Of all processes' segments."""
         self.moments.add_up(processes)
         self.moments.metrics[self.basis.metric] = [
             None if metric is None else metric * _shares(metric.shape[-1], head_width)
@@ -228,7 +228,7 @@ def without_parameter_gradients(model: nn.Module):
 
 
 def _cut_states(model: nn.Module) -> None:
-    """Cut the states that modules keep themselves (RecurrentGemma's) off the graph of the window that left them."""
+    """Cut the states that modules keep themselves (RecurrentGemma's) off the graph of the segment that left them."""
     for module in model.modules():
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and value.grad_fn is not None:
@@ -272,12 +272,10 @@ def _checkpointed(model: nn.Module, watch: Callable[[int, Tensor, Tensor], None]
 
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers or not model.supports_gradient_checkpointing:
-        raise PluginError(f"{type(model).__name__} has no gradient checkpointing: leave --gradient-checkpointing out")
+        raise PluginError(f"{type(model).__name__} has no gradient checkpointing: {WITHOUT_CHECKPOINTING}")
     with ExitStack() as stack:
         if not stack.enter_context(wrapped_attention(model, tap)):
-            raise PluginError(
-                f"{type(model).__name__} has its attention hard-wired: leave --gradient-checkpointing out"
-            )
+            raise PluginError(f"{type(model).__name__} has its attention hard-wired: {WITHOUT_CHECKPOINTING}")
         for layer in layers:
             stack.enter_context(_recomputing(layer))
         yield lambda tokens: model(tokens, use_cache=False).logits

@@ -33,21 +33,21 @@ class Calibration:
     @property
     def geometry(self) -> Geometry:
         """The layers of the calibrated model's cache."""
-        return geometry_of(self.meta)
+        return described_geometry(self.meta)
 
     @property
     def basis_codec(self) -> str:
         """Codec of `bases`: the file's own, or where heads share that one, the basis of single heads in its metric."""
         return basis_of(self.meta["codec"]).per_head
 
-    def energies(self) -> dict[str, list[Tensor | None]]:
+    def kept_variance(self) -> dict[str, list[Tensor | None]]:
         """Share of the variance that the first r coordinates keep, all of it where there is none.
 
         Of `bases`, "k" and "v", for every layer [H, d]; of a compact file's codec "kv", or "k" and "v", [G, w]. None
         for layers without K and V.
         """
 
-        def energy(spectrum: Tensor | None) -> Tensor | None:
+        def share(spectrum: Tensor | None) -> Tensor | None:
             if spectrum is None:
                 return None
             kept = spectrum.double().cumsum(-1)
@@ -55,7 +55,7 @@ class Calibration:
 
         spectra = {side: basis["spectrum"] for side, basis in self.bases.items()}
         spectra = spectra or self.fit_of(self.meta["codec"]).spectra()
-        return {side: list(map(energy, own)) for side, own in spectra.items()}
+        return {side: list(map(share, own)) for side, own in spectra.items()}
 
     def transform(self, side: str, layer: int, rank: int | None = None, codec: str | None = None) -> Transform:
         """The transform of one layer's K or V (`side` "k" or "v"), on the CPU.
@@ -127,7 +127,7 @@ class Calibration:
             )
 
 
-def geometry_of(meta: dict) -> Geometry:
+def described_geometry(meta: dict) -> Geometry:
     """The geometry that a calibration's metadata describe: `layers`, or where all are alike three numbers."""
     if "layers" in meta:
         return Geometry.from_record(meta["layers"])
@@ -135,7 +135,7 @@ def geometry_of(meta: dict) -> Geometry:
 
 
 def geometry_record(geometry: Geometry) -> dict:
-    """The inverse of `geometry_of`. The three numbers are of the first layer with K and V where layers differ."""
+    """The inverse of `described_geometry`. Where layers differ the three numbers are of the first with K and V."""
     record = {name: getattr(geometry, name) for name in ("num_layers", "head_dim", "num_kv_heads")}
     return record if geometry.alike else record | {"layers": LAYERS.parse(geometry.record(), ())}
 

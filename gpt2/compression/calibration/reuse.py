@@ -14,7 +14,7 @@ from gpt2.compression.calibration.file import calibration_folders, load_calibrat
 from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.codecs import takes_gradients
 from gpt2.models.loading import LoadedModel
-from gpt2.text.windows import Text
+from gpt2.text.texts import Text
 
 
 def obtain_calibration(

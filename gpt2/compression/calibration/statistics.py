@@ -52,7 +52,7 @@ class MultiHeadStatistics:
 
     @property
     def sampled(self) -> bool:
-        """Whether any block was sampled; none is where windows are shorter than one."""
+        """Whether any block was sampled; none is where segments are shorter than one."""
         return any(blocks is not None and blocks.shape[1] for blocks in self.blocks)
 
 
@@ -79,7 +79,7 @@ class MetricSums:
         self._sums: dict[tuple[str, str], SecondMoments] = {}
 
     def add(self, layer: int, seen: Seen) -> None:
-        """Take in one layer of a window."""
+        """Take in one layer of a segment."""
         for name, basis in self._bases.items():
             for side, vectors in basis.metric_vectors(seen).items():
                 if (name, side) not in self._sums:
@@ -87,7 +87,7 @@ class MetricSums:
                 self._sums[name, side].update(layer, vectors)
 
     def put_into(self, statistics: Statistics, processes: Processes) -> None:
-        """Add the metrics, of all processes' windows, to statistics of the same windows."""
+        """Add the metrics, of all processes' segments, to statistics of the same segments."""
         for (name, side), sums in self._sums.items():
             put_metric(statistics, self._geometry, side, name, sums.mean(processes))
 
@@ -102,11 +102,11 @@ def put_metric(
 
 
 def collect(
-    loaded: LoadedModel, windows: Iterable[Tensor], sink_tokens: int, *, processes: Processes = ALONE
+    loaded: LoadedModel, segments: Iterable[Tensor], sink_tokens: int, *, processes: Processes = ALONE
 ) -> Statistics:
-    """Run token windows [T] through the model, one at a time, and gather statistics of all but the sink tokens.
+    """Run token segments [T] through the model, one at a time, and gather statistics of all but the sink tokens.
 
-    processes: each runs windows of its own, and all get the statistics of all windows.
+    processes: each runs segments of its own, and all get the statistics of all segments.
 
     The first tokens act as attention sinks: their K and V are outliers that would bend the basis, and the cache
     keeps them exact anyway (Xiao et al. 2023).
@@ -136,8 +136,8 @@ def collect(
 
     body = model.base_model  # the statistics need no logits
     with torch.no_grad(), _tapped_queries(model, record_queries) as has_queries:
-        for window in windows:
-            body(input_ids=window[None].to(loaded.device), past_key_values=tapped(model, record), use_cache=True)
+        for segment in segments:
+            body(input_ids=segment[None].to(loaded.device), past_key_values=tapped(model, record), use_cache=True)
             readers.forget()
     for moments in (statistics.k, statistics.v):
         moments.add_up(processes)
@@ -160,7 +160,7 @@ class _Readers:
     def __init__(self, geometry: Geometry):
         self._geometry = geometry
         self._newest: tuple[int, Tensor, Tensor] | None = None
-        self._keys: dict[int, weakref.ref[Tensor]] = {}  # of this window; those that no later layer reads are gone
+        self._keys: dict[int, weakref.ref[Tensor]] = {}  # of this segment; those that no later layer reads are gone
         self._as_cached: set[int] = set()
         self._changed: set[int] = set()  # of which attention was seen to read other keys
 
@@ -193,7 +193,7 @@ class _Readers:
         return layer in self._as_cached or (own.k == own.v and layer not in self._changed)
 
     def forget(self) -> None:
-        """A window has ended."""
+        """A segment has ended."""
         self._newest = None
         self._keys.clear()
 

@@ -16,12 +16,12 @@ from gpt2.models.geometry import Geometry, Shape
 
 @dataclass(frozen=True)
 class Seen:
-    """What a pass over a text has of one layer in one window, without the attention sinks.
+    """What a pass over a text has of one layer in one segment, without the attention sinks.
 
     Keys, values and their gradients [1, H, T, d]; queries [1, Hq, T, d], those of one KV head side by side. The forward
     pass has no gradients, and no queries where a model's attention can't be watched or doesn't read keys as they are
     cached; the backward pass has no queries.
-    window: its number among all of the text.
+    segment: its number among all of the text.
     """
 
     keys: Tensor
@@ -29,7 +29,7 @@ class Seen:
     queries: Tensor | None = None
     key_gradients: Tensor | None = None
     value_gradients: Tensor | None = None
-    window: int = 0
+    segment: int = 0
 
 
 @dataclass

@@ -52,7 +52,7 @@ def create_cache_from_preset(
     other than the preset's. Raises BadArtefact for a preset of other layers, naming the first.
     """
     preset = as_preset(preset)
-    windows = preset.windows(**overrides)
+    exact = preset.exact_tokens(**overrides)
     spec = getattr(model, "spec", None)
     if isinstance(model, PreTrainedModel):
         spec = model.config.name_or_path or model.config.model_type
@@ -66,7 +66,7 @@ def create_cache_from_preset(
     else:
         warn_of_drop(preset.model, preset.geometry.drops_at)
     k, v = compressors_from_preset(preset, device, model=model, dtype=dtype)
-    return CompressedDynamicCache(k, v, geometry=preset.geometry, **windows)
+    return CompressedDynamicCache(k, v, geometry=preset.geometry, **exact)
 
 
 def as_preset(preset: Preset | dict | str | Path) -> Preset:

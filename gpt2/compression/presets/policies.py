@@ -131,7 +131,7 @@ def checked(name: KVPolicyName | str) -> KVPolicyName:
 def build_compressor_config_for_policy(
     model_config, model_id: str, policy_name: KVPolicyName | str, *, geometry: Geometry | None = None
 ) -> dict[str, Any]:
-    """A policy for one model as a dict: codec, rank and bits of K and of V, windows, and the cache's shape.
+    """A policy for one model as a dict: codec, rank and bits of K and of V, exact tokens, and the cache's shape.
 
     geometry: the shape where it is known already; read off the config when None. `use_ln_nullspace_k` and
     `use_ln_nullspace_v` tell whether that side drops the all-ones direction; `compression_ratio` is of the whole KV

@@ -6,8 +6,8 @@ import difflib
 import os
 from pathlib import Path
 
-from gpt2.common import files
-from gpt2.common.errors import PluginError
+from gpt2.common import files, tensor_file
+from gpt2.common.errors import BadArtefact, PluginError
 from gpt2.common.schema import Anything, Record, read_json
 from gpt2.common.schema import parse as parse_record
 from gpt2.compression.presets.any_model import ANY_MODEL, preset_for_any_model
@@ -98,6 +98,8 @@ def load_preset(path: str | Path) -> dict:
             f"no preset file {path}: make one with scripts/auto_tune_kv_compression.py; a built-in preset comes from "
             f"get_preset_info(model, {path.name!r})"
         )
+    if path.suffix in tensor_file.SUFFIXES:
+        raise BadArtefact(f"{path}: a calibration, not a preset: give the preset's .json file, which names it")
     preset = parse_record(read_json(path, "preset"), Record(others=Anything()), path)
     return DEFAULTS | preset | {"folder": str(path.parent)}
 

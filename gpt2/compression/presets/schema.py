@@ -15,7 +15,7 @@ from gpt2.common.schema import (
     Number,
     OneOf,
     Record,
-    Text,
+    String,
     Whole,
 )
 from gpt2.common.schema import parse as parse_record
@@ -27,14 +27,14 @@ from gpt2.models.geometry import ATTENTION_KINDS, HYBRID_SLIDING, LAYERS, SLIDIN
 WINDOWED = (SLIDING, HYBRID_SLIDING)
 FORMAT = "kv-plugin-preset/1"
 WIDEST, MOST_LAYERS, MOST_TOKENS = 1024, 1024, 2**31  # larger than any model's
-NAME = Text(200)  # of a codec or quantizer
+NAME = String(200)  # of a codec or quantizer
 LAYER = Record(
     {"codec": NAME, "rank": Nullable(Whole(1, WIDEST)), "bits": Number(above=0), "quantizer": Default(Nullable(NAME))}
 )
 SIDE = ListOrRecord(ListOf(Nullable(LAYER)), LAYER)
 FIGURE = Default(Nullable(Number(above=0)))  # null where it is unknown
 GUIDE_KEYS = {
-    "model": Text(),
+    "model": String(),
     "rank": Whole(1, WIDEST),
     "target": OneOf(tuple(TARGETS)),
     "bits": Number(above=0),
@@ -42,7 +42,7 @@ GUIDE_KEYS = {
     "baseline_ppl": FIGURE,
     "compressed_ppl": FIGURE,
     "ppl_delta": Default(Nullable(Number(above=-1))),
-    "calibration_file": Text(),
+    "calibration_file": String(),
     "head_dim": Whole(1, WIDEST),
     "num_layers": Whole(1, MOST_LAYERS),
 }
@@ -57,8 +57,8 @@ OUR_KEYS = {
     "cache_layers": Default(Nullable(LAYERS)),
     "drops_at": Default(Nullable(Whole(1))),
     "context_length": Default(Nullable(Whole(1, MOST_TOKENS))),
-    "name": Default(Text(200)),
-    "folder": Default(Text()),
+    "name": Default(String(200)),
+    "folder": Default(String()),
     "calibrated_with": Default(Record(others=Anything())),
 }
 PRESET = Record(GUIDE_KEYS | OUR_KEYS, others=Anything())
@@ -109,12 +109,12 @@ class Preset:
                                   f"found {found}: this preset is of another model")  # fmt: skip
         return replace(self, geometry=geometry, plan=_plan(self.record, geometry, f"preset for {self.model}"))
 
-    def windows(self, **overrides: int) -> dict[str, int]:
+    def exact_tokens(self, **overrides: int) -> dict[str, int]:
         """Numbers of exact tokens, as a cache takes them. Raises PluginError for an override of another name."""
-        windows = {"sink_tokens": self.sink_tokens, "recent_tokens": self.recent_tokens}
-        if unknown := sorted(set(overrides) - set(windows)):
-            raise PluginError(f"unknown {', '.join(unknown)}: a cache takes {' and '.join(windows)}")
-        return windows | overrides
+        exact = {"sink_tokens": self.sink_tokens, "recent_tokens": self.recent_tokens}
+        if unknown := sorted(set(overrides) - set(exact)):
+            raise PluginError(f"unknown {', '.join(unknown)}: a cache takes {' and '.join(exact)}")
+        return exact | overrides
 
 
 def parse(preset: dict, where: str = "preset") -> Preset:

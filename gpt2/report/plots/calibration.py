@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 from gpt2.report.plots.figure import new_figure
 
 
-def spectra(energy: dict[str, Sequence[np.ndarray | None]], rank: int, title: str) -> Figure:
-    """Share of the variance that each rank loses (1 − energy kept), a line per layer, mean over KV heads.
+def spectra(variance: dict[str, Sequence[np.ndarray | None]], rank: int, title: str) -> Figure:
+    """Share of the variance that each rank loses (1 − what it keeps), a line per layer, mean over KV heads.
 
-    energy: side to [H, d] per layer, cumulative share of the variance; None for layers without K and V.
+    variance: side to [H, d] per layer, cumulative share of the variance; None for layers without K and V.
     """
-    figure, axes = new_figure(1, len(energy), figsize=(5.5 * len(energy), 4), sharey=True, squeeze=False)
-    for axis, (side, kept) in zip(axes[0], energy.items(), strict=True):
+    figure, axes = new_figure(1, len(variance), figsize=(5.5 * len(variance), 4), sharey=True, squeeze=False)
+    for axis, (side, kept) in zip(axes[0], variance.items(), strict=True):
         for layer, share in enumerate(kept):
             if share is None:
                 continue

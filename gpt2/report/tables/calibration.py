@@ -7,11 +7,11 @@ from torch import Tensor
 from gpt2.report.table import Table
 
 
-def energies(kept: dict[str, list[Tensor | None]], rank: int) -> Table:
+def kept_variance(kept: dict[str, list[Tensor | None]], rank: int) -> Table:
     """Share of the variance that the first `rank` coordinates keep, for each side of each layer that has K and V.
 
-    kept: side to cumulative shares, [H, d] per layer, as `Calibration.energies` gives them. A rank is cut to what a
-    layer has.
+    kept: side to cumulative shares, [H, d] per layer, as `Calibration.kept_variance` gives them. A rank is cut to what
+    a layer has.
     """
     lines, widths = [], set()
     for layer, sides in enumerate(zip(*kept.values(), strict=True)):
@@ -25,5 +25,7 @@ def energies(kept: dict[str, list[Tensor | None]], rank: int) -> Table:
         lines.append(cells)
     columns = [f"{side.upper()} {figure}" for side in kept for figure in ("mean", "worst", "r99")]
     width = " or ".join(map(str, sorted(widths)))
-    note = f"Share of energy kept at rank {rank} of {width}, mean and worst over heads; r99: the rank that keeps 99 %."
+    note = (
+        f"Share of variance kept at rank {rank} of {width}, mean and worst over heads; r99: the rank that keeps 99 %."
+    )
     return Table(["layer", *columns], lines, note)

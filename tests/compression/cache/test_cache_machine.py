@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from stores import BlockInt8, joint, transform
+from stores import BlockInt8, Plain, joint, transform
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -33,7 +33,6 @@ from gpt2.models.geometry import FULL, LINEAR, NOTHING, SLIDING, Geometry, Layer
 
 HISTORIES = int(os.environ.get("FUZZ_HISTORIES", 40))
 H, D = 2, 16
-UNIT = 32  # tokens that the plain model codes together where a codec takes each by itself
 LAYOUTS = [(0, 0), (4, 0), (5, 6), (64, 0), (70, 40)]  # exact sinks, exact latest tokens
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 LOADED = cpu.loaded  # whether there are kernels
@@ -55,41 +54,6 @@ COMPRESSORS = {
     "kv-int8": lambda: Compressor(QUANTIZERS["int8"], joint(20, "half")),
     "kv-mixed": lambda: Compressor(Mixed(5.0), joint(2 * D, "interleaved")),
 }
-
-
-class Plain:
-    """What should be read of one store, [B, H, T, d], and how many blocks of it have been through the codec."""
-
-    def __init__(self, compressor: Compressor, sinks: int, recent: int):
-        self.compressor, self.block = compressor, compressor.block_tokens
-        self.sinks, self.recent = (0, 0) if compressor.exact else (sinks, recent)
-        self.first = self.sinks - self.sinks % self.block  # position of the first block's first place
-        self.seen: Tensor | None = None
-        self.blocks = 0
-
-    def append(self, x: Tensor) -> None:
-        self.seen = x.clone() if self.seen is None else torch.cat((self.seen, x), dim=2)
-        full = (self.seen.shape[2] - self.first - self.recent) // self.block
-        while self.blocks < full:
-            count = min(full - self.blocks, UNIT) if self.block == 1 else 1
-            self._code(self.first + self.blocks * self.block, count * self.block)
-            self.blocks += count
-
-    def _code(self, start: int, tokens: int) -> None:
-        own = self.seen[:, :, max(start, self.sinks) : start + tokens]
-        x = torch.cat((own[:, :, :1].expand(-1, -1, tokens - own.shape[2], -1), own), dim=2)
-        back = self.compressor.reconstruct(self.compressor.compress(x, start), x.shape[3], x.dtype, start)
-        self.seen[:, :, max(start, self.sinks) : start + tokens] = back[:, :, tokens - own.shape[2] :]
-
-    def crop(self, tokens: int) -> None:
-        length = self.seen.shape[2] - tokens
-        self.seen = self.seen[:, :, :length].clone()
-        # Of a block that is cut, what is left stays as it was decoded
-        whole = (length - self.first) // self.block if length > self.sinks else 0
-        self.blocks = min(self.blocks, whole)
-
-    def rows(self, rows: Tensor) -> None:
-        self.seen = self.seen[rows]
 
 
 class Watched:
@@ -276,7 +240,7 @@ class CacheMachine(RuleBasedStateMachine):
             change(rows)
         self.batch = len(rows)
         for plain in (plain for own in self.watched for plain in own.plain):
-            plain.rows(rows)
+            plain.map_(lambda x: x[rows])
 
     @rule(batch=st.integers(1, 4), n=LENGTHS)
     def reset(self, batch: int, n: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from stores import joint, transform
 from tiny import tiny_model
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from work import Work
 
 from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
 from gpt2.compression.cache import attention_math, direct_attention
@@ -157,23 +157,6 @@ def steps(model, cache: CompressedDynamicCache, count: int) -> None:
 # --- work
 
 
-class Work(TorchDispatchMode):
-    """Counts operations, and bytes of the tensors that they write."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = self.written = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        views = [r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns]
-        self.operations += 1
-        if not any(views):
-            made = out if isinstance(out, (tuple, list)) else [out]
-            self.written += sum(x.nbytes for x in made if isinstance(x, Tensor))
-        return out
-
-
 @pytest.mark.parametrize("name", ["int4_channel", "identity"])
 def test_a_token_costs_the_same_work_at_any_length(name):
     """Room is taken and chunks are joined now and then, at every length."""
@@ -183,6 +166,6 @@ def test_a_token_costs_the_same_work_at_any_length(name):
         cache.layers[0].store(*some(cache, 0, held))
         with Work() as counted:
             append(cache, held, held + TOKENS // 30)
-        work.append((counted.operations, counted.written))
+        work.append((counted.operations, counted.nbytes))
     (few, little), (many, much) = work
     assert many <= few and much <= little

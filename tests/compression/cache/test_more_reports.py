@@ -1,7 +1,6 @@
 """More of what users of such caches report, each tried once: tokens that repeat, padding, conversions, other tools."""
 
 import gc
-import json
 import weakref
 
 import pytest
@@ -17,11 +16,8 @@ from gpt2.compression.cache import direct_attention
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.presets import create_cache_from_preset
 from gpt2.compression.presets.any_model import preset_for_any_model
-from gpt2.compression.presets.preset_files import load_preset
 from gpt2.compression.settings import build
-from gpt2.models.geometry import Geometry
 from gpt2.models.probe import probe_geometry
-from gpt2.text.sources import load_text
 
 PROMPT = prompt(60)
 every_way = pytest.mark.parametrize("direct", [False, True], ids=["reconstructed", "direct"])
@@ -293,24 +289,3 @@ def test_a_cache_is_freed_with_its_last_name(direct):
         assert not any(ref() for ref in freed)
     finally:
         gc.enable()
-
-
-# --- files from Windows
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_presets_as_windows_writes_them(tmp_path, encoding):
-    preset = preset_for_any_model("kv4", "Größe/模型", Geometry.uniform(3, 2, 12))
-    path = tmp_path / "Ordner mit Größe" / "模型.json"
-    path.parent.mkdir()
-    path.write_bytes(json.dumps(preset, indent=2, ensure_ascii=False).replace("\n", "\r\n").encode(encoding))
-    assert load_preset(path) | {"folder": ""} == preset | {"folder": ""}
-
-
-def test_a_byte_order_mark_is_no_text(tmp_path):
-    path = tmp_path / "text.txt"
-    words = " ".join(f"w{i % 90}" for i in range(3000))
-    path.write_bytes(words.encode("utf-8-sig"))
-    text = load_text(str(path))
-    assert text.calibration.startswith("w0 ") or text.evaluation.startswith("w0 ")
-    assert "\ufeff" not in text.calibration + text.tuning + text.evaluation

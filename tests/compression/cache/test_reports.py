@@ -171,18 +171,6 @@ def test_attention_weights_are_given_where_they_are_asked_for(family):
             torch.testing.assert_close(own, its, rtol=1e-3, atol=1e-5)
 
 
-def test_shared_transforms_count_once():
-    model = model_of("llama")
-    one, several = (create_cache_from_preset(preset_for_any_model("kv4", "tiny", probe_geometry(model, "tiny")))
-                    for _ in range(2))  # fmt: skip
-    for cache in (one, several):
-        generate(model, cache, PROMPT, max_new_tokens=2)
-    compressors = [store.compressor for layer in one.compressed for store in layer.stores.values()]
-    transforms = {id(compressor.transform): compressor.nbytes() for compressor in compressors}
-    assert one.codec_bytes() == sum(transforms.values()) < 3 * one.codec_bytes()
-    assert len({k for k, size in transforms.items() if size}) == 1
-
-
 def stored_singly(quantizer: str, x: torch.Tensor) -> CompressedDynamicCache:
     """A cache of one layer with K and V as x [1, H, n, d], a token at a time from the 60th on."""
     compressor = Compressor(QUANTIZERS[quantizer])

@@ -121,16 +121,6 @@ def test_caches_in_threads(model, preset, enabled):
     assert same((torch.cat(found, dim=1) for found in zip(*turns, strict=True)), alone), "in turns"
 
 
-def test_generate_in_threads(model, preset, enabled):
-    """As servers call it."""
-
-    def task(i: int) -> Tensor:
-        cache = create_cache_from_preset(preset)
-        return model.generate(prompt(i), past_key_values=cache, max_new_tokens=STEPS, do_sample=False)
-
-    assert same(at_once([partial(task, i) for i in range(4)]), [task(i) for i in range(4)])
-
-
 @pytest.mark.parametrize("name", ["direct", "direct, in blocks", "reconstructed"])
 def test_copies_in_threads(model, preset, name):
     """One prompt, continued in several ways at once; the original as if there were no copies."""

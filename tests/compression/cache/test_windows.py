@@ -12,9 +12,8 @@ from sampling import ALL, covering
 from stores import COMPRESSORS, D, H
 from tiny import tiny_model, windows
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import DynamicSlidingWindowLayer
+from work import Work
 
 from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
 from gpt2.compression.cache import direct_attention
@@ -204,24 +203,10 @@ def test_a_long_prompt_leaves_no_more_than_its_window(codec):
 # --- work per token
 
 
-class Written(TorchDispatchMode):
-    """Counts the numbers that operations write, views apart."""
-
-    def __init__(self):
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        views = any(r.alias_info and not r.alias_info.is_write for r in function._schema.returns)
-        self.numbers += 0 if views else sum(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))
-        return out
-
-
 def written(layer: CompressedLayer, n: int, steps: int) -> float:
     """Numbers written per number of new K and V while tokens are stored, `n` at a time."""
     x = noise(H, n * steps, D).float()
-    with Written() as count:
+    with Work() as count:
         for part in x.split(n, dim=2):
             layer.store(part, part)
     return count.numbers / (2 * x.numel())

@@ -13,7 +13,6 @@ import torch
 from bad_files import (
     DEEP,
     PAYLOADS,
-    PRESET,
     Runs,
     check,
     counted,
@@ -33,6 +32,7 @@ from bad_files import (
     wrong_tensors,
 )
 from calibrations import TEXT, identical
+from presets import PRESET
 from sampling import ALL
 from tiny import tiny_loaded
 
@@ -41,7 +41,6 @@ from gpt2.common.errors import BadArtefact
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import META, load_calibration, save_calibration
 from gpt2.compression.calibration.reuse import find_reusable
-from gpt2.compression.presets import create_cache_from_preset
 
 
 @pytest.fixture(scope="module")
@@ -256,28 +255,6 @@ def test_a_search_passes_over_bad_files_and_reads_little_of_others(folder, space
     with watched():
         assert find_reusable({"fingerprint": record["meta"]["fingerprint"]}, [space / "folder"]) == wanted
     assert counted("io", "rchar") - before < 2**22, "bytes read: less than the 16 MB of the file that doesn't match"
-
-
-def test_long_names_and_shapes_are_cut_in_messages(folder, space):
-    record = tensor_file.read(folder / "whole.pt")
-    for at in (("statistics", "metrics", "k", "x" * 10**4), ("statistics", "k_mean"), ("joint", "mean")):
-        (space / "bad.pt").write_bytes(saved(put(record, at, torch.ones((1,) * 3000))))
-        rejected(space / "bad.pt", f"{at}"[:40], f"field '{at[0]}.")
-
-
-def test_a_calibration_and_a_preset_that_dont_belong_together(folder, space):
-    path, good = folder / "whole.pt", load_calibration(folder / "whole.pt")
-    made = {"calibration_file": str(path), "rank": 6}
-    assert create_cache_from_preset(PRESET | made).codec_bytes() > 0
-    wrong = [{"num_layers": n} for n in (1, 2, 4, 29)] + [{"head_dim": d} for d in (6, 11, 13, 39)]
-    wrong += [{"calibrated_with": {key: "other"}} for key in META]
-    for change in wrong:
-        (space / "p.json").write_text(json.dumps(PRESET | made | change))
-        with watched(), pytest.raises(BadArtefact, match="whole.pt: field 'meta"):
-            make(space / "p.json")
-    other = tiny_loaded("llama", seed=1)
-    with pytest.raises(BadArtefact, match="calibrate this model"):
-        good.check_model(other.fingerprint, other.spec, str(path))
 
 
 # --- the watch itself

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from calibrations import TEXT, change, rejected, spoiled
-from tiny import FAMILIES, tiny_loaded, windows, word_text
+from tiny import tiny_loaded, windows, word_text
 
 from gpt2.common import files
 from gpt2.common.errors import BadArtefact, CalibrationNotFound, PluginError
@@ -48,19 +48,6 @@ def same(a: Calibration, b: Calibration) -> bool:
 # --- calibrate
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_calibrates(family, tmp_path):
-    loaded = tiny_loaded(family)
-    path = save_calibration(calibrate(loaded, TEXT, rank=7, samples=2, seq_len=24), tmp_path / "c.pt")
-    back = load_calibration(path)
-    assert back.geometry == loaded.geometry
-    assert (torch.stack(back.statistics.k.metrics["attention"]).diagonal(dim1=-2, dim2=-1) > 0).any()
-    k, v, _ = load_calibrated_compressors(path)
-    cache = CompressedDynamicCache(k, v, num_layers=loaded.geometry.num_layers)
-    with torch.no_grad():
-        assert torch.isfinite(loaded.model(windows(1, 20), past_key_values=cache).logits).all()
-
-
 def test_meta_says_what_it_was_made_from(llama, made):
     expected = SMALL | {
         "model": "tiny-llama", "fingerprint": llama.fingerprint, "rank": 9, "codec": "pca", "tokens": 3 * 48,
@@ -80,16 +67,16 @@ def test_only_the_calibration_part_is_read(llama, made):
     assert same(calibrate(llama, other, rank=9, **SMALL), made)
 
 
-def test_fewer_windows_than_samples_use_all_and_say_so(llama):
+def test_fewer_segments_than_samples_use_all_and_say_so(llama):
     available = len(TEXT.tokens("calibration", llama)) // 300
     meta = calibrate(llama, TEXT, rank=9, samples=100, seq_len=300).meta
     assert 0 < available < 100 and meta["samples"] == 100 and meta["tokens"] == available * 300
 
 
-def test_energy_is_cumulative_and_ends_at_one(made):
+def test_kept_variance_is_cumulative_and_ends_at_one(made):
     for side in ("k", "v"):
-        energy = torch.stack(made.energies()[side])
-        assert (energy.diff(dim=-1) >= 0).all() and torch.allclose(energy[..., -1], torch.ones(()).double())
+        kept = torch.stack(made.kept_variance()[side])
+        assert (kept.diff(dim=-1) >= 0).all() and torch.allclose(kept[..., -1], torch.ones(()).double())
 
 
 @pytest.mark.parametrize(
@@ -159,39 +146,25 @@ def test_other_files_are_rejected(tmp_path):
     """Each with its message; many more are in test_bad_files."""
     with pytest.raises(CalibrationNotFound, match=r"Calibration file not found: .*none\.pt.*calibrate_kv_lowrank\.py"):
         load_calibration(tmp_path / "none.pt")
-    rejected(tmp_path, "not a readable calibration file")
     (tmp_path / "text.pt").write_text("{}")
-    rejected(tmp_path / "text.pt", "not a readable calibration file", "make it again")
-    for content in (3, None, [1, 2], "text", torch.zeros(2)):
-        torch.save(content, tmp_path / "c.pt")
-        rejected(tmp_path / "c.pt", "expected a dict, found ")
+    for path in (tmp_path, tmp_path / "text.pt"):
+        rejected(path, "not a readable calibration file", "make it again")
 
 
-# Keys to a place, its new value (`...`: none), and words of the message
+# Keys to a place, its new value (`...`: none), and words of the message. test_bad_files tries every kind of value
 DAMAGE = [
     ("format", ..., ["'format'", "kv-plugin-calibration/1", "found nothing"]),
-    ("format", "kv-plugin-calibration/2", ["'format'", "expected 'kv-plugin-calibration/1'", "found 'kv-"]),
-    ("meta", ..., ["'meta'", "expected a dict"]),
     ("meta", [1], ["'meta'", "found list"]),
     ("meta.seed", ..., ["'meta.seed'", "expected a whole number", "found nothing"]),
     ("meta.model", 3, ["'meta.model'", "expected text", "found 3"]),
-    ("meta.rank", True, ["'meta.rank'", "expected a whole number", "found True"]),
     ("meta.rank", 13, ["'meta.rank'", "from 1 to 12", "found 13"]),
-    ("meta.rank", 0, ["'meta.rank'", "found 0"]),
     ("meta.codec", "svd", ["'meta.codec'", "pca", "'svd'"]),
     ("meta.codec", "hadamard", ["'meta.codec'", "codec hadamard needs no calibration"]),
     ("meta.head_dim", 64, ["expected a tensor [3, 2, 64", "found a tensor [3, 2, 12"]),
     ("meta.num_layers", 2, ["expected a tensor [2, 2, 12", "found a tensor [3, 2, 12"]),
-    ("bases", ..., ["'bases'", "found nothing"]),
-    ("bases.k", None, ["'bases.k'", "found None"]),
     ("bases.k.E", ..., ["'bases.k.E'", "expected a tensor [3, 2, 12, 12]", "found nothing"]),
     ("bases.v.D", lambda t: t[..., :9], ["'bases.v.D'", "found a tensor [3, 2, 12, 9]"]),
     ("bases.v.E", spoiled, ["'bases.v.E'", "finite", "found nan"]),
-    ("bases.v.E", lambda t: t.tolist(), ["'bases.v.E'", "found list"]),
-    ("statistics", ..., ["'statistics'"]),
-    ("statistics.k_scatter", ..., ["'statistics.k_scatter'"]),
-    ("statistics.v_mean", lambda t: t[:1], ["'statistics.v_mean'", "found a tensor [1, 2, 12]"]),
-    ("statistics.metrics.k.attention", spoiled, ["'statistics.metrics.k.attention'", "finite"]),
 ]
 
 

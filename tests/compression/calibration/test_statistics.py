@@ -129,7 +129,7 @@ def test_collect_keeps_no_activations(llama):
         found = collect(llama, counted(), 4)
     finally:
         gc.unfreeze()
-    assert len(set(alive[1:])) == 1, "live bytes don't grow with the windows"
+    assert len(set(alive[1:])) == 1, "live bytes don't grow with the segments"
     held = [found.k.count, found.v.count]
     held += [t for side in (found.k, found.v) for t in (*side.mean, *side.scatter, *side.metrics["attention"])]
     L, H, d = (getattr(llama.geometry, name) for name in ("num_layers", "num_kv_heads", "head_dim"))

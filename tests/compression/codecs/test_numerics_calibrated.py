@@ -24,6 +24,7 @@ from script_runs import SMALL as FEW
 from script_runs import SMALL_EVAL, run
 from tiny import tiny_model, word_tokenizer
 
+from gpt2.common.trial_queue import TrialQueue
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import load_calibration, save_calibration
 from gpt2.compression.calibration.statistics import Tap
@@ -33,7 +34,6 @@ from gpt2.compression.codecs.moments import Moments
 from gpt2.compression.settings import compressors_for
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel, wrap
-from gpt2.tuning.trial_queue import TrialQueue
 
 BIASED = torch.tensor([400.0, -300, 0, 0, 150, 0, 0, 90, 0, 0, 0, 0])  # of a head's 12 channels
 

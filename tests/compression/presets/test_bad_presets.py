@@ -7,7 +7,8 @@ import os
 import pickle
 
 import pytest
-from bad_files import DEEP, PRESET, Runs, check, make, saved, untouched, watched
+from bad_files import DEEP, Runs, check, make, saved, untouched, watched
+from presets import PRESET
 
 from gpt2.common.errors import BadArtefact, CalibrationNotFound, printable
 from gpt2.compression.presets.schema import GUIDE_KEYS

@@ -8,7 +8,7 @@ from sampling import sampled
 from tiny import FAMILIES, tiny_loaded, tiny_model
 from transformers import AutoConfig, DynamicCache
 
-from gpt2.common.errors import PluginError, UnsupportedModel
+from gpt2.common.errors import PluginError
 from gpt2.compression.cache.size import cache_bytes, compression_ratio
 from gpt2.compression.kv_policies import (
     KVPolicyName,
@@ -65,11 +65,6 @@ def test_policies_get_stronger_in_order(tiny_config):
 def test_an_unknown_policy_is_named(tiny_config):
     with pytest.raises(PluginError, match="unknown policy 'fast': use default, high_compression, memory_emergency"):
         build_compressor_config_for_policy(tiny_config, "tiny", "fast")
-
-
-def test_an_unsupported_model_is_rejected():
-    with pytest.raises(UnsupportedModel, match="encoder-decoder"):
-        choose_policy_for_run(AutoConfig.for_model("t5"), "t5", vram_gb=8)
 
 
 @pytest.mark.parametrize(

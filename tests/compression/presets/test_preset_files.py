@@ -9,19 +9,7 @@ from presets import PRESET, noting, write
 from gpt2.common.errors import BadArtefact, PluginError
 from gpt2.compression.calibration.file import save_calibration
 from gpt2.compression.presets import create_cache_from_preset, get_preset_info, load_preset, preset_files, schema
-from gpt2.compression.presets.preset_files import read_preset, resolve_preset
-
-NOT_PRESETS = {
-    "not JSON": "{rank: 9}", "empty": "", "cut off": json.dumps(PRESET)[:-9], "list": json.dumps([PRESET]),
-    "NaN": json.dumps(PRESET | {"ppl_delta": float("nan")}), "number": "3", "null": "null",
-    "an invalid value": json.dumps(PRESET | {"codec": "pcaa"}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("content", NOT_PRESETS.values(), ids=NOT_PRESETS)
-def test_what_is_no_preset_is_rejected_by_file(space, content):
-    with pytest.raises(BadArtefact, match=r"p\.json: (not a readable preset|expected a dict|key 'codec')"):
-        read_preset(write(space / "p.json", content))
+from gpt2.compression.presets.preset_files import resolve_preset
 
 
 def test_a_binary_file_a_folder_and_no_file(space):
@@ -30,6 +18,9 @@ def test_a_binary_file_a_folder_and_no_file(space):
         load_preset(space / "p.json")
     with pytest.raises(BadArtefact, match="not a readable preset"):
         load_preset(space)
+    (space / "c.pt").touch()
+    with pytest.raises(BadArtefact, match=r"c\.pt: a calibration, not a preset: give the preset's \.json file"):
+        resolve_preset(space / "c.pt", "tiny-llama")
     with pytest.raises(PluginError, match=r"no preset file .*none\.json: make one with scripts/auto_tune"):
         load_preset(space / "none.json")
 

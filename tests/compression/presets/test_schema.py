@@ -36,6 +36,12 @@ def test_each_missing_key_is_named(key):
         parse({name: value for name, value in PRESET.items() if name != key}, "p.json")
 
 
+def test_missing_keys_are_named_all_at_once():
+    needed = ", ".join(key for key in PRESET if key not in schema.FIGURES)
+    with pytest.raises(BadArtefact, match=rf"^p\.json: missing: {needed}$"):
+        parse({"layers": {"v": SOME}}, "p.json")
+
+
 # test_bad_presets tries every kind of value for every key; here is what messages say
 INVALID = [
     ({"rank": 13}, "key 'rank': expected 1 to 12, as codec pca has coordinates for a head_dim of 12, found 13"),
@@ -61,7 +67,7 @@ INVALID = [
     ({"layers": {"v": [SOME] * 2}}, "key 'layers.v': expected a list of 3, found 2"),
     ({"layers": {"v": "all"}}, "key 'layers.v': expected a list or a dict, found 'all'"),
     ({"layers": {"v": [SOME, SOME, 4]}}, r"key 'layers.v\[2\]': expected a dict, found 4"),
-    ({"layers": {"v": [SOME, {"codec": "pca"}, SOME]}}, r"key 'layers.v\[1\].rank': expected .*found nothing"),
+    ({"layers": {"v": [SOME, {"codec": "pca"}, SOME]}}, r"key 'layers.v\[1\]': missing: rank, bits"),
     ({"layers": {"v": [SOME | {"rank": 13}, None, None]}}, r"layers.v\[0\]: key 'rank': expected 1 to 12"),
     ({"layers": {"v": [SOME | {"rank": 0}, None, None]}}, r"key 'layers.v\[0\].rank': .*found 0"),
     ({"layers": {"k": SOME | {"codec": "hadamar"}}}, "layers.k: key 'codec'.*did you mean 'hadamard'"),

@@ -1,4 +1,4 @@
-"""Texts as token windows: written texts, text sampled from the model itself, and mixtures of several texts.
+"""Texts as token segments: written texts, text sampled from the model itself, and mixtures of several texts.
 
 A text is opened before the model is loaded, so that a missing file shows early; it is tokenized with the model.
 """
@@ -19,11 +19,11 @@ from gpt2.common.errors import PluginError
 from gpt2.models.loading import LoadedModel
 from gpt2.text import self_text
 
-ENDLESS = sys.maxsize  # number of windows of a text that is sampled on demand
+ENDLESS = sys.maxsize  # number of segments of a text that is sampled on demand
 
 
 class Text(ABC):
-    """Token windows of three disjoint parts: calibration, tuning, evaluation.
+    """Token segments of three disjoint parts: calibration, tuning, evaluation.
 
     name: for messages and results. spec: the argument of `load_text`.
     """
@@ -33,24 +33,24 @@ class Text(ABC):
 
     @abstractmethod
     def sha256(self, part: str) -> str:
-        """A hash that identifies a part: texts with equal hashes give the same windows."""
+        """A hash that identifies a part: texts with equal hashes give the same segments."""
 
     @abstractmethod
     def tokens(self, part: str, loaded: LoadedModel) -> Tensor:
-        """Token ids of one part as running text, [n]. Raises PluginError if the text has only separate windows."""
+        """Token ids of one part as running text, [n]. Raises PluginError if the text has only separate segments."""
 
     @abstractmethod
     def available(self, part: str, loaded: LoadedModel, length: int, *, flag: str = "--seq-len") -> int:
-        """How many windows of `length` tokens a part has; ENDLESS if it is sampled. Raises as `segments` does."""
+        """How many segments of `length` tokens a part has; ENDLESS if it is sampled. Raises as `segments` does."""
 
     @abstractmethod
     def segments(
         self, part: str, loaded: LoadedModel, length: int, count: int | None = None, seed: int | None = None, *,
         flag: str = "--seq-len",
     ) -> Tensor:  # fmt: skip
-        """Up to `count` windows of `length` tokens that don't overlap, [count, length]; all if count is None.
+        """Up to `count` segments of `length` tokens that don't overlap, [count, length]; all if count is None.
 
-        In reading order, or shuffled by a seed. Raises PluginError if the text is shorter than one window; the message
+        In reading order, or shuffled by a seed. Raises PluginError if the text is shorter than one segment; the message
         names `flag` as the one to change.
         """
 
@@ -86,19 +86,19 @@ class WrittenText(Text):
                 f"the {part} part of text {self.name!r} has {len(ids)} tokens, fewer than one segment of {length}: "
                 f"give a longer --text or a shorter {flag}"
             )
-        windows = ids[: available * width].view(available, width)
-        windows = torch.cat((start.expand(available, -1), windows), dim=1)
+        segments = ids[: available * width].view(available, width)
+        segments = torch.cat((start.expand(available, -1), segments), dim=1)
         if seed is not None:
-            windows = windows[torch.randperm(available, generator=torch.Generator().manual_seed(seed))]
-        return windows[:count]
+            segments = segments[torch.randperm(available, generator=torch.Generator().manual_seed(seed))]
+        return segments[:count]
 
 
 @dataclass(frozen=True)
 class SelfText(Text):
     """Text sampled from the model itself on demand, for models without a suitable text.
 
-    Every part and seed gives other windows, of which there is no limit. Each window is sampled separately, so there is
-    no running text.
+    Every part and seed gives other segments, of which there is no limit. Each is sampled separately, so there is no
+    running text.
     """
 
     name: str = "self"
@@ -110,7 +110,7 @@ class SelfText(Text):
 
     def tokens(self, part: str, loaded: LoadedModel) -> Tensor:
         raise PluginError(
-            f"text {self.name!r} is sampled in separate windows, so there is no running text for a needle test: give "
+            f"text {self.name!r} is sampled in separate segments, so there is no running text for a needle test: give "
             "--text embedded, wikitext2, a text file or a folder"
         )
 
@@ -120,12 +120,12 @@ class SelfText(Text):
     def segments(self, part, loaded, length, count=None, seed=None, *, flag="--seq-len") -> Tensor:
         if count is None:
             raise _no_end(self)
-        return self_text.windows(loaded, part, length, count, seed)
+        return self_text.segments(loaded, part, length, count, seed)
 
 
 @dataclass(frozen=True)
 class Mixture(Text):
-    """Several texts in equal shares: one window of each in turn.
+    """Several texts in equal shares: one segment of each in turn.
 
     When one text runs out, the others fill in and a note is printed.
     """
@@ -150,36 +150,36 @@ class Mixture(Text):
         return min(ENDLESS, sum(text.available(part, loaded, length, flag=flag) for text in self.texts))
 
     def segments(self, part, loaded, length, count=None, seed=None, *, flag="--seq-len") -> Tensor:
-        # Count the windows of all texts before drawing any: sampling takes minutes, and another text may be too short
+        # Count the segments of all texts before drawing any: sampling takes minutes, and another text may be too short
         available = [text.available(part, loaded, length, flag=flag) for text in self.texts]
         if count is None and ENDLESS in available:
             raise _no_end(self)
         turns = in_turn(available, sum(available) if count is None else count)
         if len(turns) < len(self.texts):
             raise PluginError(
-                f"{len(turns)} windows of {length} tokens are too few for {len(self.texts)} texts ({self.name}): ask "
+                f"{len(turns)} segments of {length} tokens are too few for {len(self.texts)} texts ({self.name}): ask "
                 "for more, or name fewer texts in --text"
             )
         shares = Counter(index for _, index in turns)
         for index, text in enumerate(self.texts):
             if count is not None and shares[index] < len(turns) // len(self.texts):
-                print(f"note: the {part} part of {text.name} has only {shares[index]} of the {len(turns)} windows; the "
-                      "other texts fill in", flush=True)  # fmt: skip
+                print(f"note: the {part} part of {text.name} has only {shares[index]} of the {len(turns)} segments; "
+                      "the other texts fill in", flush=True)  # fmt: skip
         drawn = {i: self.texts[i].segments(part, loaded, length, n, seed) for i, n in shares.items()}
         return torch.stack([drawn[index][turn] for turn, index in turns])
 
 
 def in_turn(available: Sequence[int], count: int) -> list[tuple[int, int]]:
-    """Up to `count` windows of several texts, one of each in turn, as pairs (index of the window, index of the text).
+    """Up to `count` segments of several texts, one of each in turn, as pairs (index of the segment, index of the text).
 
-    available: number of windows of each text. When one text runs out, the others fill in.
+    available: number of segments of each text. When one text runs out, the others fill in.
     """
-    windows = ((turn, index) for index, n in enumerate(available) for turn in range(min(n, count)))
-    return sorted(windows)[:count]
+    segments = ((turn, index) for index, n in enumerate(available) for turn in range(min(n, count)))
+    return sorted(segments)[:count]
 
 
 def _no_end(text: Text) -> PluginError:
-    return PluginError(f"text {text.name!r} has no end: give the number of windows to sample")
+    return PluginError(f"text {text.name!r} has no end: give the number of segments to sample")
 
 
 def start_tokens(tokenizer) -> Tensor:

@@ -6,7 +6,8 @@ tuner's search space.
 
 import pytest
 import torch
-from tiny import tiny_loaded, windows, word_text
+from calibrations import TEXT
+from tiny import tiny_loaded, windows
 
 from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
 from gpt2.compression.calibration.calibrate import calibrate
@@ -14,10 +15,7 @@ from gpt2.compression.calibration.file import load_calibration, save_calibration
 from gpt2.compression.codecs import BASES, QUANTIZERS, MultiHead, Quantizer
 from gpt2.compression.codecs.metric import MetricBasis
 from gpt2.compression.presets import create_cache_from_preset
-from gpt2.text.sources import by_position
 from gpt2.tuning import search_space
-
-TEXT = by_position("words", "words.txt", word_text(3000))
 
 
 class Steps(Quantizer):

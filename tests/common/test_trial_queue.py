@@ -15,9 +15,9 @@ import pytest
 from databases import lines, postgresql, wait_for  # noqa: F401
 from optuna.trial import TrialState
 
+from gpt2.common import trial_queue
 from gpt2.common.errors import PluginError
-from gpt2.tuning import trial_queue
-from gpt2.tuning.trial_queue import Pace, TrialFailed, TrialQueue, key_of
+from gpt2.common.trial_queue import Pace, TrialFailed, TrialQueue, key_of
 
 FAST = Pace(heartbeat=1, silence=2, look=0.02)
 FORK = multiprocessing.get_context("fork")  # nothing to import again
