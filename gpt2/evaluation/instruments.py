@@ -41,6 +41,7 @@ WATCHED = (
     ("folding", Compressor, "reconstruct_sum"),
     ("kernels", cpu, "scores"),
     ("kernels", cpu, "weighted_sums"),
+    ("kernels", cpu, "attend"),
     ("matmuls", torch.nn.Linear, "forward"),
 )
 ATTENTION, SAMPLING, REST = "attention", "sampling", "rest"

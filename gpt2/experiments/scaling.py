@@ -313,7 +313,7 @@ def caches(name: str, config: PretrainedConfig, presets: Sequence[str], sizes: S
 def _one_of(dims: Dimensions) -> cost_model.Layer:
     """The layer that stands for a model: the first of full attention, else the first that attends."""
     attending = [own for own in dims.layers if own.cached.attends]
-    return next((own for own in attending if own.cached.segment is None), attending[0])
+    return next((own for own in attending if own.cached.window is None), attending[0])
 
 
 def _filled(choice: CacheChoice, kv: tuple[Tensor, Tensor]):

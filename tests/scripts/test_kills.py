@@ -94,6 +94,10 @@ def listing(folder: Path) -> dict[str, Path]:
     return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+# Of every record, and of the machine before a measurement of time
+MEASURED = {"created_utc", "busy_cores_before", "load_average_before", "copy_bytes_per_s"}
+
+
 def content(path: Path, job: Job, folder: Path) -> object:
     """What a whole file says, apart from times; raises where it isn't whole."""
     blob = path.read_bytes()
@@ -102,7 +106,7 @@ def content(path: Path, job: Job, folder: Path) -> object:
     if blob == EARLIER:
         return "earlier"
     if path.suffix == ".json":
-        return untimed(json.loads(blob.decode().replace(str(folder), "")), job.timed | {"created_utc"})
+        return untimed(json.loads(blob.decode().replace(str(folder), "")), job.timed | MEASURED)
     if path.suffix == ".png":
         Image.open(io.BytesIO(blob)).load()
         return "a picture of times" if job.timed else hashlib.sha256(blob).hexdigest()

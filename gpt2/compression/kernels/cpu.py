@@ -46,6 +46,7 @@ FLAGS += ["-fopenmp"] * (sys.platform == "linux")
 AVX2 = ("-march=x86-64-v3", {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
 AVX512 = ("-march=x86-64-v4", AVX2[1] | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
 EXACT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FRAME = 64  # tokens that may have a query of their own: a block
 CODED = (TOKEN, CHANNEL, PLANES, FIXED_PLANES)  # kinds of formats of codes that the kernels read
 
 
@@ -104,9 +105,10 @@ def coded(
 def scores(parts: list[Part], qs: list[Tensor], out: Tensor) -> None:
     """Write q · ẑ for the tokens of all parts into out [B, H, M, T] float32.
 
-    qs: queries in each part's coordinates, [B, G, H/G · M, r], or r + 1 for an affine part.
+    qs: queries in each part's coordinates, [B, G, H/G · M, r], or r + 1 for an affine part. Where each block of FRAME
+    tokens has queries of its own, [B, G, blocks, H/G · M, r].
     """
-    torch.ops.kv_compression.scores([q.float().contiguous() for q in qs], *_arguments(parts), out)
+    torch.ops.kv_compression.scores(_queries(qs), *_arguments(parts), out)
 
 
 def weighted_sums(parts: list[Part], p: Tensor, outs: list[int]) -> list[Tensor]:
@@ -126,9 +128,8 @@ def attend(
     For one query per head. bias [B, tokens] float32 is added to scores. sinks: logits of query heads, [Hq] float32,
     which take weight without a token of their own. None where blocks of K and of V overlap so that it takes two passes.
     """
-    qs = [q.float().contiguous() for q in qs]
     arguments = (*_arguments(ks), *_arguments(vs), outs, tokens, bias, sinks)
-    return torch.ops.kv_compression.attend(qs, *arguments) or None
+    return torch.ops.kv_compression.attend(_queries(qs), *arguments) or None
 
 
 def quantized(encoding: WidthSearch, z: Tensor) -> Encoded:
@@ -139,6 +140,12 @@ def quantized(encoding: WidthSearch, z: Tensor) -> Encoded:
     y = in_blocks(z)
     block, widths = torch.ops.kv_compression.encode_planes(y.flatten(0, -3), *encoding)
     return {"block": block.unflatten(0, y.shape[:-2]), "widths": widths.unflatten(0, y.shape[:-2])}
+
+
+def _queries(qs: list[Tensor]) -> list[Tensor]:
+    """Queries in float32, those of each group or block side by side."""
+    floats = [q.float() for q in qs]
+    return [q if q.stride(-1) == 1 and q.stride(-2) == q.shape[-1] else q.contiguous() for q in floats]
 
 
 def _arguments(parts: list[Part]) -> tuple[list[Tensor], list[int]]:

@@ -74,9 +74,10 @@ std::vector<Place> places_of(const std::vector<Part>& parts, int64_t batch) {
 class Queries {
  public:
   const float* of(const Part& part, const Block& at, const Tensor& q) {
-    const bool own = q.dim() == 5;  // whether every block has queries of its own
-    const int64_t M = q.size(-2), columns = part.columns(), head = at.b * q.size(1) + at.g;
-    const float* from = q.const_data_ptr<float>() + (own ? head * q.size(2) + at.index() : head) * M * columns;
+    const bool framed = q.dim() == 5;  // whether every block has queries of its own
+    const int64_t M = q.size(-2), columns = part.columns();
+    const float* from = q.const_data_ptr<float>() + at.b * q.stride(0) + at.g * q.stride(1) +
+                        (framed ? at.index() * q.stride(2) : 0);
     raw = from, row = columns;
     const Codec& codec = *part.codec;
     if (!codec.order) return from;
