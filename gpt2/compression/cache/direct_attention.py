@@ -1,6 +1,6 @@
 """Attention over what a cache stores: queries are compared with the codes, and the history is not reconstructed.
 
-    q · k̂ = q' · ẑ + q · mean        the query absorbs the basis of K, once per step
+    q · k̂ = q' · ẑ + q · mean        the query absorbs the basis of K, once per step, or once per frame of tokens
     Σ p v̂ = (Σ p ẑ) D + Σ p · mean   the basis of V is applied once per query, not once per cached token
 
 Exact sinks, compressed blocks and the exact tail write their scores into one row, so that one softmax is over all.
@@ -14,16 +14,22 @@ from torch import Tensor
 
 from gpt2.compression.cache import attention_math
 from gpt2.compression.cache.attention_math import probabilities
-from gpt2.compression.cache.token_store import TokenStore
+from gpt2.compression.cache.token_store import Half, TokenStore
+from gpt2.compression.codecs import Compressor
 from gpt2.compression.codecs.base import Encoded
 from gpt2.compression.kernels import cpu, dispatch
 
+# Tokens that share an absorbed query, [B, G, n, H/G · M, r + 1], where the CPU kernels take queries like that
+KERNEL_FRAMES: tuple[int, ...] = ()
+
 
 def attend(
-    k: TokenStore, v: TokenStore, query: Tensor, mask: Tensor | None, scaling: float, *,
+    k: TokenStore | Half, v: TokenStore | Half, query: Tensor, mask: Tensor | None, scaling: float, *,
     softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of query [B, Hq, Q, d] over the visible tokens of two stores, [B, Hq, Q, dv] in the query's dtype.
+
+    k, v: the stores of K and of V, or the halves of one that holds both.
 
     mask: True where a query may look, or numbers to be added to scores; broadcasts to [B, Hq, Q, T]. None is causal,
     where the last query is that of the last token held. sinks: sink logits (gpt-oss), one per query head, [Hq].
@@ -44,23 +50,38 @@ def attend(
     return out.view(B, heads, Q, -1).to(query.dtype)
 
 
-def scores(store: TokenStore, q: Tensor) -> Tensor:
+def scores(store: TokenStore | Half, q: Tensor) -> Tensor:
     """q · k̂ of every token of K's store, [B, H, M, T] float32; q [B, H, M, d], M queries per KV head."""
     out = q.new_empty((*q.shape[:3], len(store)), dtype=torch.float32)
-    absorbed = store.compressor.absorb_query(q) if store.compressed_tokens else q
+    absorbed = absorb_query(store, q)
     exact, blocks = _parts(store)
-    if cpu.usable(q) and blocks is not None:
-        cpu.scores(exact + blocks, [q] * len(exact) + [absorbed] * len(blocks), out)
+    frame = store.compressor.frame
+    if cpu.usable(q) and blocks is not None and (frame is None or frame in KERNEL_FRAMES or not blocks):
+        cpu.scores(exact + blocks, [q] * len(exact) + absorbed, out)
     else:
         _scores(store, q, absorbed, out)
     if store.own_sinks:
-        store.own_sinks.scores(q, out, store.forgotten)
+        store.own_sinks.scores(q, out, store.forgotten, store.heads)
     return out
 
 
-def weighted_sum(store: TokenStore, p: Tensor) -> Tensor:
+def absorb_query(store: TokenStore | Half, q: Tensor) -> list[Tensor]:
+    """q [B, H, M, d] as K's codes are read with it, for each chunk of the store: as `Transform.absorb_query` has it.
+
+    Where frames have absorbed queries of their own, those of all chunks are computed at once.
+    """
+    compressor, chunks = store.compressor, [_slots(store, encoded) for _, encoded in store.chunks()]
+    if not chunks:
+        return []
+    if compressor.frame is None:
+        return [compressor.absorb_query(q)] * len(chunks)
+    whole = compressor.absorb_query(q, store.frame_starts())
+    return list(whole.split([slots // compressor.frame for slots in chunks], dim=2))
+
+
+def weighted_sum(store: TokenStore | Half, p: Tensor) -> Tensor:
     """Σ p v̂ over the tokens of V's store, [B, H, M, d] float32; p [B, H, M, T] float32, which it may overwrite."""
-    own = store.own_sinks.take(p, store.forgotten) if store.own_sinks else None
+    own = store.own_sinks.take(p, store.forgotten, store.heads) if store.own_sinks else None
     exact, blocks = _parts(store)
     if cpu.usable(p) and blocks is not None:
         sums = cpu.weighted_sums(exact + blocks, p, [0] * len(exact) + [int(bool(exact))] * len(blocks))
@@ -76,7 +97,7 @@ def weighted_sum(store: TokenStore, p: Tensor) -> Tensor:
 # --- with CPU kernels
 
 
-def _parts(store: TokenStore) -> tuple[list[cpu.Part], list[cpu.Part] | None]:
+def _parts(store: TokenStore | Half) -> tuple[list[cpu.Part], list[cpu.Part] | None]:
     """A store's exact parts and its compressed parts, as kernels take them; None for those that no kernel reads."""
     if store.sinks.dtype not in cpu.EXACT_DTYPES:
         return [], None
@@ -94,12 +115,12 @@ def _parts(store: TokenStore) -> tuple[list[cpu.Part], list[cpu.Part] | None]:
     return exact, blocks
 
 
-def _rank(store: TokenStore) -> int:
+def _rank(store: TokenStore | Half) -> int:
     transform = store.compressor.transform
     return store.sinks.shape[3] if transform is None else transform.rank
 
 
-def _slots(store: TokenStore, encoded: Encoded) -> int:
+def _slots(store: TokenStore | Half, encoded: Encoded) -> int:
     """Slots of a chunk: its tokens, and the lead where it is the first."""
     return store.compressor.block_tokens * next(iter(encoded.values())).shape[2]
 
@@ -107,14 +128,10 @@ def _slots(store: TokenStore, encoded: Encoded) -> int:
 # --- in PyTorch
 
 
-def _scores(store: TokenStore, q: Tensor, absorbed: Tensor, out: Tensor) -> None:
-    rank = _rank(store)
-    grouped = out.unflatten(1, (absorbed.shape[1], -1)).flatten(2, 3)  # [B, G, H/G · M, T]
-    for start, encoded in store.chunks():
-        own = grouped.narrow(-1, start, _slots(store, encoded))
-        store.compressor.quantizer.scores(absorbed[..., :rank], encoded, own)
-        if store.compressor.affine:
-            own += absorbed[..., rank:]
+def _scores(store: TokenStore | Half, q: Tensor, absorbed: list[Tensor], out: Tensor) -> None:
+    for (start, encoded), own_q in zip(store.chunks(), absorbed, strict=True):
+        grouped = out.unflatten(1, (own_q.shape[1], -1)).flatten(2, 3)  # [B, G, H/G · M, T]
+        write_scores(store.compressor, own_q, encoded, grouped.narrow(-1, start, _slots(store, encoded)))
     # After the blocks, whose lead has written to the places of the last sinks
     S, rest = store.sinks.shape[2], store.tail.shape[2]
     if S:
@@ -123,7 +140,20 @@ def _scores(store: TokenStore, q: Tensor, absorbed: Tensor, out: Tensor) -> None
         out[..., -rest:] = q @ store.tail.mT
 
 
-def _weighted_sum(store: TokenStore, p: Tensor) -> tuple[Tensor, Tensor]:
+def write_scores(compressor: Compressor, q: Tensor, encoded: Encoded, out: Tensor) -> None:
+    """Write q · [ẑ, 1] of encoded tokens into out [B, G, M, T]; q: absorbed, one for all of them or one per frame."""
+    rank = q.shape[-1] - compressor.affine
+    compressor.quantizer.scores(q[..., :rank], encoded, out)
+    if not compressor.affine:
+        return
+    if q.ndim == 4:
+        out += q[..., rank:]
+    else:
+        by_frame = out.unflatten(-1, (q.shape[2], -1))  # [B, G, M, n, frame]
+        by_frame += q[..., rank:].transpose(2, 3)
+
+
+def _weighted_sum(store: TokenStore | Half, p: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over exact tokens, [B, H, M, d], and over compressed ones in their basis, [B, G, H/G · M, r or r + 1]."""
     S, rest, d = store.sinks.shape[2], store.tail.shape[2], store.sinks.shape[3]
     total = p.new_zeros((*p.shape[:3], d))

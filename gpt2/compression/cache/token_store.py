@@ -1,4 +1,4 @@
-"""Storage of cached tokens: a tensor that grows without being copied, and K or V of a layer stored in such tensors."""
+"""Storage of cached tokens: K or V of a layer, or both together."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from gpt2.common.errors import PluginError
+from gpt2.compression.cache.growing_tensor import SMALLEST_CHUNK, GrowingTensor
 from gpt2.compression.cache.padding import OwnSinks
 from gpt2.compression.codecs import Compressor, IdentityCompressor
 from gpt2.compression.codecs.base import HALF_MAX, Encoded
 from gpt2.compression.kernels import dispatch
 
 log = logging.getLogger(__name__)
-SMALLEST_CHUNK = 64  # tokens; together with GROWTH, less than 5 % is unused from 2,048 tokens on
-GROWTH = 32
 # Tokens that a store forgets together where its blocks are smaller: what is left of a chunk is copied
 DROPPED = 64
 # Error of codes against the spread of tokens up to which tokens count as the same: other tokens have about 2
 SAME_SHARE = 0.3
 FEWEST_CHECKED = 16  # tokens whose size is looked at
 SHORTEST_REACH = 2 * DROPPED - 1  # of windows that are compressed
-MERGED = 4  # a chunk made by merging holds at most 1/MERGED of all entries, so that the largest are never copied
 
 
 def in_autocast(x: Tensor) -> bool:
@@ -37,79 +35,6 @@ def in_autocast(x: Tensor) -> bool:
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """A context in which autocast is off on the device of x: codecs compute in their own dtype, not in the model's."""
     return torch.autocast(x.device.type, enabled=False) if in_autocast(x) else nullcontext()
-
-
-class GrowingTensor:
-    """A tensor [B, G, n, …] that grows along its third dimension, stored in chunks.
-
-    A new chunk has room for what is appended, for at least `smallest` entries and at least 1/GROWTH of what is held.
-    Full chunks of equal size are merged, like digits that carry in a binary counter. So there are O(log n) chunks,
-    which bounds what readers pay for them, and each entry is copied O(log n) times at most.
-    """
-
-    def __init__(self, smallest: int = SMALLEST_CHUNK):
-        self.smallest = smallest
-        self.chunks: list[Tensor] = []
-        self.length = 0
-        self.unused = 0  # entries at the end of the last chunk
-
-    def append(self, x: Tensor) -> None:
-        while x.shape[2]:
-            if not self.unused:
-                self._merge()
-                self.unused = max(x.shape[2], self.smallest, self.length // GROWTH)
-                with torch.inference_mode(False):  # else later appends outside inference mode couldn't write to it
-                    self.chunks.append(x.new_empty((*x.shape[:2], self.unused, *x.shape[3:])))
-            last, taken = self.chunks[-1], x[:, :, : self.unused]
-            start = last.shape[2] - self.unused
-            last[:, :, start : start + taken.shape[2]] = taken
-            x = x[:, :, self.unused :]
-            self.unused -= taken.shape[2]
-            self.length += taken.shape[2]
-
-    def _merge(self) -> None:
-        """Merge neighbours, all of them full, where the older one isn't larger than the newer."""
-        i = 0
-        while i + 1 < len(self.chunks):
-            older, newer = (chunk.shape[2] for chunk in self.chunks[i : i + 2])
-            if older > newer or MERGED * (older + newer) > self.length:
-                i += 1
-                continue
-            with torch.inference_mode(False):
-                self.chunks[i : i + 2] = [torch.cat(self.chunks[i : i + 2], dim=2)]
-            i = max(i - 1, 0)
-
-    def views(self) -> list[Tensor]:
-        """The used part of each chunk, without a copy."""
-        return [*self.chunks[:-1], *(last[:, :, : last.shape[2] - self.unused] for last in self.chunks[-1:])]
-
-    def truncate(self, length: int) -> None:
-        """Remove all entries from `length` on."""
-        drop, self.length = self.length - length, length
-        while drop:
-            used = self.chunks[-1].shape[2] - self.unused
-            if drop < used:
-                self.unused += drop
-                return
-            self.chunks.pop()
-            drop, self.unused = drop - used, 0
-
-    def drop_front(self, entries: int) -> None:
-        """Remove the first `entries`. What is left of a chunk that is cut is copied, so that its memory is freed."""
-        self.length -= entries
-        while entries:
-            last = len(self.chunks) == 1
-            used = self.chunks[0].shape[2] - (self.unused if last else 0)
-            if entries < used:
-                with torch.inference_mode(False):  # as in `append`
-                    self.chunks[0] = self.chunks[0][:, :, entries:].clone(memory_format=torch.contiguous_format)
-                return
-            self.chunks.pop(0)
-            entries, self.unused = entries - used, 0 if last else self.unused
-
-    def map_(self, fn: Callable[[Tensor], Tensor]) -> None:
-        with torch.inference_mode(False):  # as in `append`
-            self.chunks = [fn(chunk) for chunk in self.chunks]
 
 
 class TokenStore:
@@ -129,6 +54,8 @@ class TokenStore:
     compression saves, and is counted: for evaluations that read the whole history at every step. A codec that is exact
     has no need of it.
     """
+
+    heads = slice(None)  # those that it has of what it stores
 
     def __init__(self, compressor: Compressor, sink_tokens: int, recent_tokens: int, reach: int | None = None):
         self.tail_only = reach is not None and reach < SHORTEST_REACH
@@ -245,6 +172,12 @@ class TokenStore:
         """Position in the sequence of a block's first slot: with left padding of each row, [B]."""
         padding = self.own_sinks.padding
         return self._slot(block) if padding is None else self._slot(block) - padding
+
+    def frame_starts(self) -> Tensor:
+        """Position of the first slot of every frame in the compressed blocks, [n], or [B, n] with left padding."""
+        starts = torch.arange(0, self.compressed_blocks * self.compressor.block_tokens, self.compressor.frame)
+        first = self._position(0)
+        return starts.to(first.device) + first[:, None] if isinstance(first, Tensor) else starts + first
 
     def _slot(self, block: int) -> int:
         """Number of a block's first slot among all that were seen."""
@@ -391,6 +324,29 @@ class TokenStore:
         self.reconstructed = None if self.reconstructed is None else fn(self.reconstructed)
         for stored in self.blocks.values():
             stored.map_(fn)
+
+
+class Half:
+    """K or V of a joint store as attention reads it: a TokenStore of half as many heads, with the codes of both."""
+
+    def __init__(self, store: TokenStore, index: int):
+        """index: 0 for K, 1 for V."""
+        heads = store.sinks.shape[1] // 2
+        self._store, self.heads = store, slice(index * heads, (index + 1) * heads)
+
+    def __getattr__(self, name: str):
+        return getattr(self._store, name)
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    @property
+    def sinks(self) -> Tensor:
+        return self._store.sinks[:, self.heads]
+
+    @property
+    def tail(self) -> Tensor:
+        return self._store.tail[:, self.heads]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

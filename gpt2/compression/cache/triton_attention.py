@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from gpt2.compression.cache import attention_math
-from gpt2.compression.cache.token_store import TokenStore
+from gpt2.compression.cache.token_store import Half, TokenStore
 from gpt2.compression.codecs import Compressor
 from gpt2.compression.codecs.base import Encoded
 from gpt2.compression.kernels.triton_kernels import attend_tiles, merge_splits
@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
 
 def attend(
-    k: TokenStore, v: TokenStore, query: Tensor, mask: Tensor | None, scaling: float, *,
+    k: TokenStore | Half, v: TokenStore | Half, query: Tensor, mask: Tensor | None, scaling: float, *,
     softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """As `direct_attention.attend`; None where there is no kernel for it."""
@@ -95,7 +95,7 @@ def supported(k: Compressor, v: Compressor, query: Tensor, kv_heads: int) -> boo
     if query.dtype not in DTYPES or (query.requires_grad and torch.is_grad_enabled()):
         return False
     for compressor in (k, v):
-        if compressor.quantizer.memory_format not in DECODERS or not compressor.readable:
+        if compressor.quantizer.memory_format not in DECODERS or compressor.frame is not None:
             return False
         if _rank(compressor, query.shape[-1]) > MOST_CHANNELS:
             return False

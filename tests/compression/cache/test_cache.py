@@ -22,8 +22,9 @@ from tiny import tiny_model
 from torch import Tensor
 
 from gpt2.common.errors import PluginError
+from gpt2.compression.cache.growing_tensor import GrowingTensor
 from gpt2.compression.cache.size import cache_bytes
-from gpt2.compression.cache.token_store import GrowingTensor, TokenStore
+from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 

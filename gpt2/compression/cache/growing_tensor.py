@@ -1,0 +1,85 @@
+"""A tensor that grows along its third dimension without being copied as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SMALLEST_CHUNK = 64  # tokens; together with GROWTH, less than 5 % is unused from 2,048 tokens on
+GROWTH = 32
+MERGED = 4  # a chunk made by merging holds at most 1/MERGED of all entries, so that the largest are never copied
+
+
+class GrowingTensor:
+    """A tensor [B, G, n, …] that grows along its third dimension, stored in chunks.
+
+    A new chunk has room for what is appended, for at least `smallest` entries and at least 1/GROWTH of what is held.
+    Full chunks of equal size are merged, like digits that carry in a binary counter. So there are O(log n) chunks,
+    which bounds what readers pay for them, and each entry is copied O(log n) times at most.
+    """
+
+    def __init__(self, smallest: int = SMALLEST_CHUNK):
+        self.smallest = smallest
+        self.chunks: list[Tensor] = []
+        self.length = 0
+        self.unused = 0  # entries at the end of the last chunk
+
+    def append(self, x: Tensor) -> None:
+        while x.shape[2]:
+            if not self.unused:
+                self._merge()
+                self.unused = max(x.shape[2], self.smallest, self.length // GROWTH)
+                with torch.inference_mode(False):  # else later appends outside inference mode couldn't write to it
+                    self.chunks.append(x.new_empty((*x.shape[:2], self.unused, *x.shape[3:])))
+            last, taken = self.chunks[-1], x[:, :, : self.unused]
+            start = last.shape[2] - self.unused
+            last[:, :, start : start + taken.shape[2]] = taken
+            x = x[:, :, self.unused :]
+            self.unused -= taken.shape[2]
+            self.length += taken.shape[2]
+
+    def _merge(self) -> None:
+        """Merge neighbours, all of them full, where the older one isn't larger than the newer."""
+        i = 0
+        while i + 1 < len(self.chunks):
+            older, newer = (chunk.shape[2] for chunk in self.chunks[i : i + 2])
+            if older > newer or MERGED * (older + newer) > self.length:
+                i += 1
+                continue
+            with torch.inference_mode(False):
+                self.chunks[i : i + 2] = [torch.cat(self.chunks[i : i + 2], dim=2)]
+            i = max(i - 1, 0)
+
+    def views(self) -> list[Tensor]:
+        """The used part of each chunk, without a copy."""
+        return [*self.chunks[:-1], *(last[:, :, : last.shape[2] - self.unused] for last in self.chunks[-1:])]
+
+    def truncate(self, length: int) -> None:
+        """Remove all entries from `length` on."""
+        drop, self.length = self.length - length, length
+        while drop:
+            used = self.chunks[-1].shape[2] - self.unused
+            if drop < used:
+                self.unused += drop
+                return
+            self.chunks.pop()
+            drop, self.unused = drop - used, 0
+
+    def drop_front(self, entries: int) -> None:
+        """Remove the first `entries`. What is left of a chunk that is cut is copied, so that its memory is freed."""
+        self.length -= entries
+        while entries:
+            last = len(self.chunks) == 1
+            used = self.chunks[0].shape[2] - (self.unused if last else 0)
+            if entries < used:
+                with torch.inference_mode(False):  # as in `append`
+                    self.chunks[0] = self.chunks[0][:, :, entries:].clone(memory_format=torch.contiguous_format)
+                return
+            self.chunks.pop(0)
+            entries, self.unused = entries - used, 0 if last else self.unused
+
+    def map_(self, fn: Callable[[Tensor], Tensor]) -> None:
+        with torch.inference_mode(False):  # as in `append`
+            self.chunks = [fn(chunk) for chunk in self.chunks]
