@@ -15,7 +15,6 @@ from torch import Tensor
 from gpt2.compression.cache import attention_math
 from gpt2.compression.cache.attention_math import probabilities
 from gpt2.compression.cache.token_store import Half, TokenStore
-from gpt2.compression.codecs import Compressor
 from gpt2.compression.codecs.base import Encoded
 from gpt2.compression.kernels import cpu, dispatch
 
@@ -131,26 +130,13 @@ def _slots(store: TokenStore | Half, encoded: Encoded) -> int:
 def _scores(store: TokenStore | Half, q: Tensor, absorbed: list[Tensor], out: Tensor) -> None:
     for (start, encoded), own_q in zip(store.chunks(), absorbed, strict=True):
         grouped = out.unflatten(1, (own_q.shape[1], -1)).flatten(2, 3)  # [B, G, H/G · M, T]
-        write_scores(store.compressor, own_q, encoded, grouped.narrow(-1, start, _slots(store, encoded)))
+        store.compressor.scores(own_q, encoded, grouped.narrow(-1, start, _slots(store, encoded)))
     # After the blocks, whose lead has written to the places of the last sinks
     S, rest = store.sinks.shape[2], store.tail.shape[2]
     if S:
         out[..., :S] = q @ store.sinks.mT
     if rest:
         out[..., -rest:] = q @ store.tail.mT
-
-
-def write_scores(compressor: Compressor, q: Tensor, encoded: Encoded, out: Tensor) -> None:
-    """Write q · [ẑ, 1] of encoded tokens into out [B, G, M, T]; q: absorbed, one for all of them or one per frame."""
-    rank = q.shape[-1] - compressor.affine
-    compressor.quantizer.scores(q[..., :rank], encoded, out)
-    if not compressor.affine:
-        return
-    if q.ndim == 4:
-        out += q[..., rank:]
-    else:
-        by_frame = out.unflatten(-1, (q.shape[2], -1))  # [B, G, M, n, frame]
-        by_frame += q[..., rank:].transpose(2, 3)
 
 
 def _weighted_sum(store: TokenStore | Half, p: Tensor) -> tuple[Tensor, Tensor]:

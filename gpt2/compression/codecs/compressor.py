@@ -84,6 +84,16 @@ class Compressor:
         """As `Transform.absorb_query`, q itself where there is no transform."""
         return q if self.transform is None else self.transform.absorb_query(q, starts)
 
+    def scores(self, q: Tensor, encoded: Encoded, out: Tensor) -> None:
+        """Write q · k̂ of encoded tokens into out [B, G, M, T] float32; q as `absorb_query` returns it."""
+        rank = q.shape[-1] - self.affine
+        self.quantizer.scores(q[..., :rank], encoded, out)
+        if self.affine and q.ndim == 4:
+            out += q[..., rank:]
+        elif self.affine:
+            by_frame = out.unflatten(-1, (q.shape[2], -1))  # [B, G, M, n, frame]
+            by_frame += q[..., rank:].transpose(2, 3)
+
     def reconstruct_sum(self, y: Tensor, head_dim: int) -> Tensor:
         """As `Transform.reconstruct_sum`, y itself where there is no transform."""
         return y if self.transform is None else self.transform.reconstruct_sum(y, head_dim)
