@@ -1,7 +1,8 @@
 """Make presets by compression ratio for a model: kv-2x, kv-3.5x, kv-4x, kv-4.6x, kv-5.3x, kv-6.4x and kv-8x.
 
 With --codec grouped they are called fast-2x … fast-8x: at the same ratio they lose more, but attention reads their
-codes without reconstructing K and V. Any multi-head basis can be given.
+codes without reconstructing K and V. With --codec framed they are called frame-2x … frame-8x and are read as well; they
+lose less than fast-*. Any multi-head basis can be given.
 
     python scripts/make_presets.py --model Qwen/Qwen2.5-0.5B
     python scripts/make_presets.py --text ../wikitext+embedded+self --eval-text ../wikitext

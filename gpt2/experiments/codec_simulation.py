@@ -48,8 +48,8 @@ E8 = 8  # dimensions
 class Variation:
     """One version of the codec; the defaults are the product.
 
-    rope: keys as they are cached ("post"), un-rotated to position 0 ("pre"), or un-rotated by the angle of the middle
-    of their block ("block"). parts: what shares a basis: each "head" of K or V, all heads of a "side", K and V of one
+    frame: tokens whose keys are un-rotated by one position, that of their middle: 1 for each by its own, None for keys
+    as they are cached. parts: what shares a basis: each "head" of K or V, all heads of a "side", K and V of one
     head ("pair"), or all ("joint"). metric: "identity", "weighted" (the mean weight of each head's K or V), Fisher
     within "heads" only, in full ("fisher"), or with entries between heads "shrunk". widths: "fixed" at calibration;
     chosen by "block" within a fixed number of bytes; or chosen by block at one price per bit for the whole model, which
@@ -59,7 +59,7 @@ class Variation:
     or the "lattice" E8 for 2 and 3 bits. rotated: mix channels of equal width by a Hadamard matrix.
     """
 
-    rope: str = "pre"
+    frame: int | None = 1
     parts: str = "joint"
     metric: str = "shrunk"
     widths: str = "block"

@@ -28,7 +28,7 @@ from gpt2.compression.codecs.metric import fit_in_metric
 from gpt2.compression.codecs.mixed import BLOCK, WIDTHS
 from gpt2.compression.codecs.moments import Moments
 from gpt2.compression.codecs.multi_head import JointTransform, heads_per_group, side_by_side
-from gpt2.compression.codecs.rope import Rotary
+from gpt2.compression.codecs.rope import NONE, Rotary
 from gpt2.evaluation.perplexity import BASELINE, Scores, baseline_factory, compare, score
 from gpt2.evaluation.statistics import paired_bootstrap
 from gpt2.experiments.codec_simulation import Fitted, Replaced, Simulation, Variation, led, share_out
@@ -44,13 +44,19 @@ FINER = tuple(share / 20 for share in range(20, 8, -1))
 # Rows by question; each question has the product among its rows
 QUESTIONS: dict[str, dict[str, Variation]] = {
     "arrangement": {
-        "each head alone, keys as cached": Variation(rope="post", parts="head"),
-        "heads together, keys as cached": Variation(rope="post", parts="side"),
-        "heads together, keys turned to their block's middle": Variation(rope="block", parts="side"),
+        "each head alone, keys as cached": Variation(frame=None, parts="head"),
+        "heads together, keys as cached": Variation(frame=None, parts="side"),
+        "heads together, keys turned to their block's middle": Variation(frame=BLOCK, parts="side"),
         "heads together, keys without positions": Variation(parts="side"),
-        "K and V together, keys as cached": Variation(rope="post"),
+        "K and V together, keys as cached": Variation(frame=None),
         "K and V of a head together, keys without positions": Variation(parts="pair"),
         "all together, keys without positions": PRODUCT,
+    },
+    "frame": {
+        **{f"of {frame} tokens": Variation(frame=frame) for frame in (16, 32, BLOCK, LONGEST)},
+        f"of {BLOCK} tokens, K and V of a head together": Variation(frame=BLOCK, parts="pair"),
+        f"of {BLOCK} tokens, K and V apart": Variation(frame=BLOCK, parts="side"),
+        "none, keys without positions": PRODUCT,
     },
     "metric": {
         "plain PCA": Variation(metric="identity"),
@@ -104,28 +110,18 @@ QUESTIONS: dict[str, dict[str, Variation]] = {
 # --- statistics for bases and budgets
 
 
-class CentredRotary(Rotary):
-    """Rotates all keys of a block by the angle of its middle, so that un-rotated keys keep their position in the block.
-
-    start: position of the first token, a multiple of BLOCK.
-    """
-
-    def rotate(self, x: Tensor, start: int, sign: int = 1) -> Tensor:
-        blocks = super().rotate(x, start, sign).unflatten(-2, (-1, BLOCK))
-        return super().rotate(blocks, -BLOCK // 2, -sign).flatten(-3, -2)
+FRAMES = list(dict.fromkeys(row.frame for rows in QUESTIONS.values() for row in rows.values()))
 
 
-ROTARIES: dict[str, Callable[[Rotary], Rotary]] = {
-    "post": lambda rotary: Rotary(torch.zeros(0), "none"),
-    "block": lambda rotary: CentredRotary(rotary.frequencies, rotary.layout),
-    "pre": lambda rotary: rotary,
-}
+def unrotated(k: Tensor, rotary: Rotary, frame: int | None) -> Tensor:
+    """Keys [B, H, T, d] from position 0 on, un-rotated as `Variation.frame` says."""
+    return k if frame is None else rotary.unrotate(k, 0, frame)
 
 
 class Gathered:
-    """Statistics of K, V and their gradients, with keys un-rotated in each way of ROTARIES.
+    """Statistics of K, V and their gradients, with keys un-rotated in frames of every length in FRAMES.
 
-    moments: key of ROTARIES to moments of [K | V] side by side, [G, w] per layer, with metrics["fisher"]. sample [L, n,
+    moments: key of FRAMES to moments of [K | V] side by side, [G, w] per layer, with metrics["fisher"]. sample [L, n,
     2H, 128, d] float16: n blocks at positions `starts`, K's heads before V's, with RoPE as they are cached.
     """
 
@@ -134,7 +130,7 @@ class Gathered:
         H, d = self.geometry.num_kv_heads, self.geometry.head_dim
         self.groups = H // heads_per_group(H, d)
         shape = Geometry.uniform(self.geometry.num_layers, self.groups, 2 * H * d // self.groups)
-        self.moments = {how: Moments.zeros(shape) for how in ROTARIES}
+        self.moments = {frame: Moments.zeros(shape) for frame in FRAMES}
         for moments in self.moments.values():
             moments.metrics["fisher"] = [torch.zeros_like(scatter) for scatter in moments.scatter]
         self.sample: Tensor | None = None
@@ -158,10 +154,9 @@ class Gathered:
         if len(gradients) < 2:
             return
         del self._waiting[layer]
-        for how, moments in self.moments.items():
-            rotary = ROTARIES[how](self.rotary[layer])
+        for frame, moments in self.moments.items():
             x, g = (
-                side_by_side(rotary.unrotate(pair["k"].float(), 0), pair["v"].float(), self.groups)
+                side_by_side(unrotated(pair["k"].float(), self.rotary[layer], frame), pair["v"].float(), self.groups)
                 for pair in (kept, gradients)
             )
             g = g[0, :, self.sink_tokens :]
@@ -219,7 +214,7 @@ def check_length(tokens: int, flag: str) -> None:
 
 def fit(gathered: Gathered, variation: Variation, device: torch.device | str = "cpu") -> Fitted:
     """The bases of a variation, fitted separately for each set of channels that share one."""
-    moments, d = gathered.moments[variation.rope], gathered.geometry.head_dim
+    moments, d = gathered.moments[variation.frame], gathered.geometry.head_dim
     scatter, mean = torch.stack(moments.scatter), torch.stack(moments.mean)
     w, spectrum = mean.shape[-1], torch.zeros_like(mean)
     E, D = torch.zeros_like(scatter), torch.zeros_like(scatter)
@@ -233,8 +228,9 @@ def fit(gathered: Gathered, variation: Variation, device: torch.device | str = "
     # One factor for the whole model, as in the product, so that steps lie well inside the range of a scale's byte
     unit = spectrum.mean().clamp_min(1e-30).sqrt()
     whole = [part.float().to(device) for part in (E / unit, D * unit, mean)]
+    frame = variation.frame
     transforms = [
-        JointTransform(*parts, rotary=ROTARIES[variation.rope](rotary))
+        JointTransform(*parts, rotary=NONE if frame is None else rotary, shared=frame or 1)
         for *parts, rotary in zip(*whole, gathered.rotary, strict=True)
     ]
     return Fitted(variation, transforms, (spectrum.sqrt() / unit).float().to(device))

@@ -3,7 +3,8 @@
     python scripts/benchmarks/codec_variations.py
     python scripts/benchmarks/codec_variations.py --text ../wikitext --bits 3 --rows metadata,clipping
 
-Rows by question: arrangement (what shares a basis, and how keys are un-rotated), metric (of squared error), widths
+Rows by question: arrangement (what shares a basis, and how keys are un-rotated), frame (tokens whose keys are
+un-rotated by one position), metric (of squared error), widths
 (fixed, by block within fixed bytes, by block with any number of bytes), menu (the possible widths), block (its tokens),
 metadata (scale and offset of a channel), clipping (shares of the range to try), levels (uniform or a Gaussian's),
 rotation (Hadamard among channels of equal width), lattice (E8 over neighbouring tokens). The product is among the rows

@@ -15,12 +15,11 @@ from gpt2.compression.calibration.fisher import collect_fisher
 from gpt2.compression.calibration.multi_head_fit import fit_multi_head
 from gpt2.compression.codecs import BASES, Compressor, mixed
 from gpt2.compression.codecs.mixed import BLOCK, Mixed, width_bytes
-from gpt2.compression.codecs.rope import Rotary
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, score
 from gpt2.experiments import codec_simulation
 from gpt2.experiments.codec_simulation import Replaced, Variation, ball, coded, errors, nearest_e8, nearest_in_ball
-from gpt2.experiments.codec_variations import PRODUCT, QUESTIONS, CentredRotary, fit, gather, measure, simulations
+from gpt2.experiments.codec_variations import PRODUCT, QUESTIONS, fit, gather, measure, simulations
 from gpt2.report import regions
 
 SINKS = 4
@@ -155,15 +154,6 @@ def test_texts_are_of_whole_blocks(llama, gathered):
             gather(llama, windows(1, length), SINKS)
         with pytest.raises(PluginError, match=f"--eval-seq-len {length}: give a multiple of 128"):
             measure(llama, windows(1, length), gathered, QUESTIONS["block"], [3], {})
-
-
-def test_keys_rotated_to_their_blocks_middle():
-    rotary = CentredRotary(torch.tensor([0.3, 0.01]), "half")
-    keys, plain = gaussian(2, 2 * BLOCK, 4), Rotary(rotary.frequencies, "half")
-    centred = rotary.unrotate(keys, BLOCK)
-    torch.testing.assert_close(rotary.rotate(centred, BLOCK), keys, rtol=1e-4, atol=1e-5)
-    by_hand = torch.cat([plain.unrotate(keys[:, t : t + 1], 3 * BLOCK // 2) for t in range(BLOCK)], dim=1)
-    torch.testing.assert_close(centred[:, :BLOCK], by_hand, rtol=1e-4, atol=1e-5)
 
 
 def test_a_basis_keeps_to_its_parts(gathered):

@@ -6,9 +6,12 @@ import torch
 from tiny import windows
 
 from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention, is_enabled
+from gpt2.compression.calibration.stand_in import multi_head_stand_in
+from gpt2.compression.codecs import BASES, QUANTIZERS, Compressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.settings import Setting, build
 from gpt2.models.geometry import Geometry
+from gpt2.models.probe import probe_geometry
 
 SETTINGS = {
     "identity": None,
@@ -31,6 +34,14 @@ def cache_of(model, k: Setting | None, v: Setting | None, **how) -> CompressedDy
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     L = config.num_hidden_layers
     return CompressedDynamicCache(*build({"k": [k] * L, "v": [v] * L}, Geometry.uniform(L, 1, head_dim)), **how)
+
+
+def joint_cache_of(model, codec: str, bits: float = 4.0, **how) -> CompressedDynamicCache:
+    """A cache whose layers hold K and V in one store each, in a basis made up of noise; windows as the model has."""
+    geometry = probe_geometry(model, "tiny")
+    fit = multi_head_stand_in(BASES[codec], geometry)
+    each = [Compressor(QUANTIZERS["mixed"].at(bits), fit.transform(layer)) for layer in range(geometry.num_layers)]
+    return CompressedDynamicCache(each, each, geometry=geometry, **how)
 
 
 def both(model, make, run):

@@ -16,7 +16,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from gpt2.compression.attention import enable_compressed_attention
 from gpt2.compression.cache import attention_math, direct_attention, triton_attention
 from gpt2.compression.cache.layers import CompressedSlidingLayer
-from gpt2.compression.cache.token_store import TokenStore
+from gpt2.compression.cache.token_store import Half, TokenStore
 from gpt2.compression.codecs import QUANTIZERS, Compressor, JointTransform, Quantizer, Transform
 from gpt2.compression.codecs.mixed import WIDTHS, Mixed, MixedFixed
 from gpt2.compression.codecs.rope import Rotary
@@ -222,6 +222,19 @@ def test_a_model_generates_the_same(monkeypatch):
     assert attended
     monkeypatch.setattr(dispatch, "usable", lambda x: False)
     assert torch.equal(found, generate())
+
+
+@pytest.mark.parametrize(("name", "sinks", "queries"), [("mixed", 4, 1), ("mixed", 70, 3), ("int4_channel", 0, 3)])
+def test_codes_that_k_and_v_share_and_a_query_for_every_frame(name, sinks, queries, monkeypatch):
+    """Two groups of two heads, after whole blocks were dropped and new ones appended."""
+    d, basis = 8, transform(32, 32)
+    own = Compressor(quantizer(name, 32), JointTransform(*vars(basis).values(), Rotary(torch.logspace(0, -2, 3)), 64))
+    x = tokens(300, d, 2, heads=8) + 3
+    held = store(own, x[:, :, :200], (70, 130), sinks=sinks)
+    for change in (lambda: None, lambda: held.append(x[:, :, 200:]), lambda: held.drop_front(held.droppable(150))):
+        change()
+        query = tokens(queries, d, 2, heads=8, seed=3)
+        compare(monkeypatch, Half(held, 0), Half(held, 1), query)
 
 
 def test_a_kernel_that_does_not_fit(monkeypatch):

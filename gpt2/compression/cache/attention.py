@@ -181,8 +181,7 @@ def compressed_attention(
     few = query.shape[1] * query.shape[2] <= MOST_QUERIES * k.sinks.shape[1]
     learning = query.requires_grad and torch.is_grad_enabled()  # kernels have no backward pass
     special = learning or kwargs.get("position_bias") is not None or (attention_mask is None and not causal)
-    # In a small window, which is stored exactly, a joint codec's store of K and V together would pass for readable
-    if special or k is v or not (few and k.compressor.readable and v.compressor.readable):
+    if special or not (few and k.compressor.readable and v.compressor.readable):
         return _plain(module, query, *as_new(key.read(), (query, query)), attention_mask, **plain), None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     with without_autocast(query):

@@ -1,6 +1,6 @@
 """Attention over what a cache stores: queries are compared with the codes, and the history is not reconstructed.
 
-    q · k̂ = q' · ẑ + q · mean        the query absorbs the basis of K, once per step
+    q · k̂ = q' · ẑ + q · mean        the query absorbs the basis of K, once per step, or once per frame of tokens
     Σ p v̂ = (Σ p ẑ) D + Σ p · mean   the basis of V is applied once per query, not once per cached token
 
 Exact sinks, compressed blocks and the exact tail write their scores into one row, so that one softmax is over all.
@@ -16,16 +16,18 @@ from torch import Tensor
 
 from gpt2.compression.cache import attention_math
 from gpt2.compression.cache.attention_math import probabilities
-from gpt2.compression.cache.token_store import TokenStore
+from gpt2.compression.cache.token_store import Half, TokenStore
 from gpt2.compression.codecs.base import Encoded
 from gpt2.compression.kernels import cpu, dispatch
 
 
 def attend(
-    k: TokenStore, v: TokenStore, query: Tensor, mask: Tensor | None, scaling: float, *,
+    k: TokenStore | Half, v: TokenStore | Half, query: Tensor, mask: Tensor | None, scaling: float, *,
     softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of query [B, Hq, Q, d] over the visible tokens of two stores, [B, Hq, Q, dv] in the query's dtype.
+
+    k, v: the stores of K and of V, or the halves of one that holds both.
 
     mask: True where a query may look, or numbers to be added to scores; broadcasts to [B, Hq, Q, T]. None is causal,
     where the last query is that of the last token held. sinks: sink logits (gpt-oss), one per query head, [Hq].
@@ -48,23 +50,37 @@ def attend(
     return out.view(B, heads, Q, -1).to(query.dtype)
 
 
-def scores(store: TokenStore, q: Tensor) -> Tensor:
+def scores(store: TokenStore | Half, q: Tensor) -> Tensor:
     """q · k̂ of every token of K's store, [B, H, M, T] float32; q [B, H, M, d], M queries per KV head."""
     out = q.new_empty((*q.shape[:3], len(store)), dtype=torch.float32)
-    absorbed = store.compressor.absorb_query(q) if store.compressed_tokens else q
+    absorbed = absorb_query(store, q)
     exact, blocks = _parts(store)
-    if cpu.usable(q) and blocks is not None:
-        cpu.scores(exact + blocks, [q] * len(exact) + [absorbed] * len(blocks), out)
+    if cpu.usable(q) and blocks is not None and (not blocks or cpu.reads_frames(store.compressor.frame)):
+        cpu.scores(exact + blocks, [q] * len(exact) + absorbed, out)
     else:
         _scores(store, q, absorbed, out)
     if store.own_sinks:
-        store.own_sinks.scores(q, out, store.forgotten)
+        store.own_sinks.scores(q, out, store.forgotten, store.heads)
     return out
 
 
-def weighted_sum(store: TokenStore, p: Tensor) -> Tensor:
+def absorb_query(store: TokenStore | Half, q: Tensor) -> list[Tensor]:
+    """q [B, H, M, d] as K's codes are read with it, for each chunk of the store: as `Transform.absorb_query` has it.
+
+    Where frames have absorbed queries of their own, those of all chunks are computed at once.
+    """
+    compressor, chunks = store.compressor, [_slots(store, encoded) for _, encoded in store.chunks()]
+    if not chunks:
+        return []
+    if compressor.frame is None:
+        return [compressor.absorb_query(q)] * len(chunks)
+    whole = compressor.absorb_query(q, store.frame_starts())
+    return list(whole.split([slots // compressor.frame for slots in chunks], dim=2))
+
+
+def weighted_sum(store: TokenStore | Half, p: Tensor) -> Tensor:
     """Σ p v̂ over the tokens of V's store, [B, H, M, d] float32; p [B, H, M, T] float32, which it may overwrite."""
-    own = store.own_sinks.take(p, store.forgotten) if store.own_sinks else None
+    own = store.own_sinks.take(p, store.forgotten, store.heads) if store.own_sinks else None
     exact, blocks = _parts(store)
     if cpu.usable(p) and blocks is not None:
         total = _total(store, cpu.weighted_sums(exact + blocks, p, _outs(exact, blocks)), bool(exact))
@@ -77,7 +93,7 @@ def weighted_sum(store: TokenStore, p: Tensor) -> Tensor:
 
 
 def _in_one_pass(
-    k: TokenStore, v: TokenStore, query: Tensor, mask: Tensor | None, scaling: float, *,
+    k: TokenStore | Half, v: TokenStore | Half, query: Tensor, mask: Tensor | None, scaling: float, *,
     softcap: float | None, sinks: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
     """As `attend`, for a decode step that one kernel can compute without storing scores; else None."""
@@ -87,12 +103,11 @@ def _in_one_pass(
     if mask is not None and mask.shape[:-1] not in ((1, 1, 1), (B, 1, 1)):
         return None
     (k_exact, k_blocks), (v_exact, v_blocks) = _parts(k), _parts(v)
-    if k_blocks is None or v_blocks is None:
+    if k_blocks is None or v_blocks is None or k_blocks and not cpu.reads_frames(k.compressor.frame):
         return None
     q = (query * scaling).reshape(B, k.sinks.shape[1], -1, d)
-    absorbed = k.compressor.absorb_query(q) if k_blocks else q
     sums = cpu.attend(
-        k_exact + k_blocks, [q] * len(k_exact) + [absorbed] * len(k_blocks), v_exact + v_blocks,
+        k_exact + k_blocks, [q] * len(k_exact) + absorb_query(k, q), v_exact + v_blocks,
         _outs(v_exact, v_blocks), len(k),
         bias=None if mask is None else _bias(mask, B, len(k)), sinks=None if sinks is None else sinks.float(),
     )  # fmt: skip
@@ -113,7 +128,7 @@ def _outs(exact: list[cpu.Part], blocks: list[cpu.Part]) -> list[int]:
     return [0] * len(exact) + [int(bool(exact))] * len(blocks)
 
 
-def _total(store: TokenStore, sums: Sequence[Tensor], exact: bool) -> Tensor:
+def _total(store: TokenStore | Half, sums: Sequence[Tensor], exact: bool) -> Tensor:
     """Σ p v̂ [B, H, M, d], of sums over exact tokens, if there are any, and then over compressed ones, if any."""
     total = sums[0] if exact else None
     if not store.compressed_tokens:
@@ -122,7 +137,7 @@ def _total(store: TokenStore, sums: Sequence[Tensor], exact: bool) -> Tensor:
     return y if total is None else total + y
 
 
-def _parts(store: TokenStore) -> tuple[list[cpu.Part], list[cpu.Part] | None]:
+def _parts(store: TokenStore | Half) -> tuple[list[cpu.Part], list[cpu.Part] | None]:
     """A store's exact parts and its compressed parts, as kernels take them; None for those that no kernel reads."""
     if store.sinks.dtype not in cpu.EXACT_DTYPES:
         return [], None
@@ -140,12 +155,12 @@ def _parts(store: TokenStore) -> tuple[list[cpu.Part], list[cpu.Part] | None]:
     return exact, blocks
 
 
-def _rank(store: TokenStore) -> int:
+def _rank(store: TokenStore | Half) -> int:
     transform = store.compressor.transform
     return store.sinks.shape[3] if transform is None else transform.rank
 
 
-def _slots(store: TokenStore, encoded: Encoded) -> int:
+def _slots(store: TokenStore | Half, encoded: Encoded) -> int:
     """Slots of a chunk: its tokens, and the lead where it is the first."""
     return store.compressor.block_tokens * next(iter(encoded.values())).shape[2]
 
@@ -153,14 +168,10 @@ def _slots(store: TokenStore, encoded: Encoded) -> int:
 # --- in PyTorch
 
 
-def _scores(store: TokenStore, q: Tensor, absorbed: Tensor, out: Tensor) -> None:
-    rank = _rank(store)
-    grouped = out.unflatten(1, (absorbed.shape[1], -1)).flatten(2, 3)  # [B, G, H/G · M, T]
-    for start, encoded in store.chunks():
-        own = grouped.narrow(-1, start, _slots(store, encoded))
-        store.compressor.quantizer.scores(absorbed[..., :rank], encoded, own)
-        if store.compressor.affine:
-            own += absorbed[..., rank:]
+def _scores(store: TokenStore | Half, q: Tensor, absorbed: list[Tensor], out: Tensor) -> None:
+    for (start, encoded), own_q in zip(store.chunks(), absorbed, strict=True):
+        grouped = out.unflatten(1, (own_q.shape[1], -1)).flatten(2, 3)  # [B, G, H/G · M, T]
+        store.compressor.scores(own_q, encoded, grouped.narrow(-1, start, _slots(store, encoded)))
     # After the blocks, whose lead has written to the places of the last sinks
     S, rest = store.sinks.shape[2], store.tail.shape[2]
     if S:
@@ -169,7 +180,7 @@ def _scores(store: TokenStore, q: Tensor, absorbed: Tensor, out: Tensor) -> None
         out[..., -rest:] = q @ store.tail.mT
 
 
-def _weighted_sum(store: TokenStore, p: Tensor) -> tuple[Tensor, Tensor]:
+def _weighted_sum(store: TokenStore | Half, p: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over exact tokens, [B, H, M, d], and over compressed ones in their basis, [B, G, H/G · M, r or r + 1]."""
     S, rest, d = store.sinks.shape[2], store.tail.shape[2], store.sinks.shape[3]
     total = p.new_zeros((*p.shape[:3], d))

@@ -260,7 +260,7 @@ class CompressedDynamicCache(Cache):
 
     @property
     def readable(self) -> bool:
-        """Whether compressed attention can read all layers; it can't read K of a joint codec."""
+        """Whether compressed attention reads all layers; keys without positions it doesn't (`Compressor.readable`)."""
         return all(c.readable for layer in self.compressed for c in (s.compressor for s in layer.stores.values()))
 
     def __bool__(self) -> bool:

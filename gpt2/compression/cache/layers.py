@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from gpt2.common.errors import PluginError
-from gpt2.compression.cache.token_store import DROPPED, TokenStore, in_autocast, without_autocast
+from gpt2.compression.cache.token_store import DROPPED, Half, TokenStore, in_autocast, without_autocast
 from gpt2.compression.codecs import Compressor
 
 # Tokens that must repeat before a prompt counts as held: fewer may do so by chance
@@ -33,10 +33,10 @@ class StoredKV:
     def __init__(self, layer: CompressedLayer):
         self._layer = layer
 
-    def stores(self) -> tuple[TokenStore, TokenStore]:
-        """Stores of K and of V: the same one where K and V are stored together."""
+    def stores(self) -> tuple[TokenStore | Half, TokenStore | Half]:
+        """Stores of K and of V: halves of one where K and V are stored together."""
         stores = list(self._layer.stores.values())
-        return stores[0], stores[-1]
+        return tuple(stores) if len(stores) == 2 else (Half(stores[0], 0), Half(stores[0], 1))
 
     def read(self) -> tuple[Tensor, Tensor]:
         """K and V, reconstructed."""

@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensor
 
 # Largest difference of padding's keys and values, relative to their size: rows of a product may round differently
 ALIKE = 2**-6
+ALL = slice(None)
 
 
 class PaddingFinder:
@@ -172,19 +173,25 @@ class OwnSinks:
             x[rows, :, places] = self.tokens[rows, :, slots].to(x.dtype)
         return x
 
-    def scores(self, q: Tensor, out: Tensor, start: int) -> None:
-        """Write q · k of the sinks over scores out [B, H, M, n], whose first column is slot `start`; q [B, H, M, d]."""
-        own = (q @ self.tokens.to(q.dtype).mT).to(out.dtype)
+    def scores(self, q: Tensor, out: Tensor, start: int, heads: slice = ALL) -> None:
+        """Write q · k of the sinks over scores out [B, H, M, n], whose first column is slot `start`; q [B, H, M, d].
+
+        heads: which of those held are K's, H of them.
+        """
+        own = (q @ self.tokens[:, heads].to(q.dtype).mT).to(out.dtype)
         for rows, slots, places in self._present(start, out.shape[3]):
             out[rows, :, :, places] = own[rows, :, :, slots]
 
-    def take(self, p: Tensor, start: int) -> Tensor:
-        """Σ p v over the sinks, [B, H, M, d] float32, whose weights are then 0 in p [B, H, M, n]."""
+    def take(self, p: Tensor, start: int, heads: slice = ALL) -> Tensor:
+        """Σ p v over the sinks, [B, H, M, d] float32, whose weights are then 0 in p [B, H, M, n].
+
+        heads: which of those held are V's, H of them.
+        """
         own = p.new_zeros((*p.shape[:3], self.count + 1))
         for rows, slots, places in self._present(start, p.shape[3]):
             own.permute(0, 3, 1, 2).index_put_((rows, slots), p[rows, :, :, places], accumulate=True)
             p[rows, :, :, places] = 0
-        return (own.to(self.tokens.dtype) @ self.tokens).float()
+        return (own.to(self.tokens.dtype) @ self.tokens[:, heads]).float()
 
     def map_(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn` to every stored tensor, as TokenStore does."""

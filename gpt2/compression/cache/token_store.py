@@ -1,4 +1,4 @@
-"""Storage of cached tokens: K or V of a layer, in tensors that grow without being copied."""
+"""Storage of cached tokens: K or V of a layer, or both together."""
 
 from __future__ import annotations
 
@@ -54,6 +54,8 @@ class TokenStore:
     compression saves, and is counted: for evaluations that read the whole history at every step. A codec that is exact
     has no need of it.
     """
+
+    heads = slice(None)  # those that it has of what it stores
 
     def __init__(self, compressor: Compressor, sink_tokens: int, recent_tokens: int, reach: int | None = None):
         self.tail_only = reach is not None and reach < SHORTEST_REACH
@@ -181,6 +183,12 @@ class TokenStore:
         """Position in the sequence of a block's first slot: with left padding of each row, [B]."""
         padding = self.own_sinks.padding
         return self._slot(block) if padding is None else self._slot(block) - padding
+
+    def frame_starts(self) -> Tensor:
+        """Position of the first slot of every frame in the compressed blocks, [n], or [B, n] with left padding."""
+        starts = torch.arange(0, self.compressed_blocks * self.compressor.block_tokens, self.compressor.frame)
+        first = self._position(0)
+        return starts.to(first.device) + first[:, None] if isinstance(first, Tensor) else starts + first
 
     def _slot(self, block: int) -> int:
         """Number of a block's first slot among all that were seen."""
@@ -327,6 +335,29 @@ class TokenStore:
         self.reconstructed = None if self.reconstructed is None else fn(self.reconstructed)
         for stored in self.blocks.values():
             stored.map_(fn)
+
+
+class Half:
+    """K or V of a joint store as attention reads it: a TokenStore of half as many heads, with the codes of both."""
+
+    def __init__(self, store: TokenStore, index: int):
+        """index: 0 for K, 1 for V."""
+        heads = store.sinks.shape[1] // 2
+        self._store, self.heads = store, slice(index * heads, (index + 1) * heads)
+
+    def __getattr__(self, name: str):
+        return getattr(self._store, name)
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    @property
+    def sinks(self) -> Tensor:
+        return self._store.sinks[:, self.heads]
+
+    @property
+    def tail(self) -> Tensor:
+        return self._store.tail[:, self.heads]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from gpt2.compression.cache import attention_math
-from gpt2.compression.cache.token_store import TokenStore
+from gpt2.compression.cache.token_store import Half, TokenStore
 from gpt2.compression.codecs import Compressor
 from gpt2.compression.codecs.base import Encoded
 from gpt2.compression.kernels.triton_kernels import attend_tiles, merge_splits
@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
 
 def attend(
-    k: TokenStore, v: TokenStore, query: Tensor, mask: Tensor | None, scaling: float, *,
+    k: TokenStore | Half, v: TokenStore | Half, query: Tensor, mask: Tensor | None, scaling: float, *,
     softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """As `direct_attention.attend`; None where there is no kernel for it."""
@@ -73,7 +73,7 @@ def attend(
     try:
         parts = list(_parts(k, v, first, end))
         with torch.cuda.device_of(q):  # Triton launches on the current device, which may not be that of this layer
-            y, inside = attend_compressed(q, parts, k.compressor, v.compressor, mask, softcap)
+            y, inside = attend_compressed(q, parts, k, v, mask, softcap)
     except OutOfResources as error:  # such as for many queries of wide heads in float32
         log.info("no kernel for %s: %s", kernel, error)
         _too_large.add(kernel)
@@ -97,7 +97,7 @@ def supported(k: Compressor, v: Compressor, query: Tensor, kv_heads: int) -> boo
     if query.dtype not in DTYPES or (query.requires_grad and torch.is_grad_enabled()):
         return False
     for compressor in (k, v):
-        if compressor.quantizer.memory_format not in DECODERS or not compressor.readable:
+        if compressor.quantizer.memory_format not in DECODERS or compressor.frame not in (None, TILE.value):
             return False
         if _rank(compressor, query.shape[-1]) > MOST_CHANNELS:
             return False
@@ -107,16 +107,17 @@ def supported(k: Compressor, v: Compressor, query: Tensor, kv_heads: int) -> boo
 
 
 def attend_compressed(
-    q: Tensor, parts: list[Part], k: Compressor, v: Compressor, mask: Tensor | None, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, parts: list[Part], k_store: TokenStore | Half, v_store: TokenStore | Half, mask: Tensor | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of q [B, H, M, d] over compressed tokens alone, with a softmax of their own; mask [B, Hq, Q, T].
 
     Returns Σ p ẑ of V, [B, G, H/G · M, r], and the logarithm of each sum of exponentials, [B, G, H/G · M].
     """
-    absorbed = k.absorb_query(q).float()
-    B, G, M, _ = absorbed.shape
-    rank = _rank(k, q.shape[-1])
-    bias = absorbed[..., rank].contiguous() if k.affine else absorbed.new_zeros(B, G, M)
+    k, v = k_store.compressor, v_store.compressor
+    absorbed = k.absorb_query(q, None if k.frame is None else k_store.frame_starts()).float()
+    (B, G), M, rank = absorbed.shape[:2], absorbed.shape[-2], _rank(k, q.shape[-1])
+    bias = absorbed[..., rank].contiguous() if k.affine else absorbed.new_zeros(absorbed.shape[:-1])
     absorbed = absorbed[..., :rank].contiguous()
     aligned = TILE.value in (k.block_tokens, v.block_tokens)
     bases = [part.first // TILE.value * TILE.value if aligned else part.first for part in parts]
@@ -126,7 +127,7 @@ def attend_compressed(
     rank = _rank(v, q.shape[-1])
     maxima, sums = q.new_empty(2, sum(splits), B * G, M, dtype=torch.float32)
     accs = q.new_empty(sum(splits), B * G, M, rank, dtype=torch.float32)
-    launch = _Launch(absorbed, bias, mask, softcap, k, v, q)
+    launch = _Launch(absorbed, bias, mask, softcap, k, v, q, parts[0].k[0])
     for i, part in enumerate(parts):
         launch(part, (maxima, sums, accs), bases[i], sum(splits[:i]), tiles[i], each)
     y, logsum = accs.new_empty(B, G, M, rank), accs.new_empty(B, G, M)
@@ -135,17 +136,24 @@ def attend_compressed(
 
 
 class _Launch:
-    """The arguments that all calls of the kernel have in common; each call is for one part."""
+    """The arguments that all calls of the kernel have in common; each call is for one part.
+
+    absorbed [B, G, M, r], bias [B, G, M], or with a dimension of frames behind G, of which the first are of the tile at
+    position first_slot.
+    """
 
     def __init__(self, absorbed: Tensor, bias: Tensor, mask: Tensor | None, softcap: float | None, k: Compressor,
-                 v: Compressor, q: Tensor):  # fmt: skip
+                 v: Compressor, q: Tensor, first_slot: int):  # fmt: skip
         self.absorbed, self.bias, self.dtype, self.k, self.v = absorbed, bias, q.dtype, k, v
-        self.groups, self.M, self.k_rank = absorbed.shape[1:]
+        self.groups, self.M, self.k_rank = absorbed.shape[1], *absorbed.shape[-2:]
+        self.frames = absorbed.shape[2] if absorbed.ndim == 5 else 1
+        self.first_slot = first_slot
         self.v_rank = _rank(v, q.shape[-1])
         self.decoders = DECODERS[k.quantizer.memory_format], DECODERS[v.quantizer.memory_format]
         rows = max(triton.next_power_of_2(self.M), 16)
         self.sizes = {
             "K_RANK": self.k_rank, "V_RANK": self.v_rank, "ROWS": rows, "SOFTCAP": softcap is not None,
+            "FRAMED": absorbed.ndim == 5,
             "K_R": slots(self.k_rank, self.decoders[0]), "V_R": slots(self.v_rank, self.decoders[1]),
             # Queries that a basis has made float32, or that are multiplied by scales, don't fit into 16 bits
             "SPLIT": k.transform is not None or self.decoders[0].axis != 0 or self.dtype == torch.float16,
@@ -173,8 +181,8 @@ class _Launch:
         attend_tiles[grid](
             self.absorbed, self.bias, self.mask, *out, own_k.arguments(self.k.quantizer.kernel_tensors(k_encoded)),
             own_v.arguments(self.v.quantizer.kernel_tensors(v_encoded)), k_room, v_room, base, part.first, part.end,
-            k_start, v_start, first_split, tiles, each, self.M, self.groups, self.heads, self.queries, *self.strides,
-            self.softcap,
+            k_start, v_start, first_split, tiles, each, self.frames, self.first_slot, self.M, self.groups, self.heads,
+            self.queries, *self.strides, self.softcap,
             K_TILE=own_k.tile, V_TILE=own_v.tile, K_AXIS=own_k.axis, V_AXIS=own_v.axis, K_PAIRED=own_k.paired,
             V_PAIRED=own_v.paired, K_DTYPE=self._codes_dtype(k_encoded), V_DTYPE=self._codes_dtype(v_encoded),
             **self.sizes, **self._resources(k_encoded, v_encoded),
@@ -278,16 +286,14 @@ def _outside(store: TokenStore, first: int, end: int) -> Iterator[tuple[slice, T
 
 def _outside_scores(store: TokenStore, q: Tensor, first: int, end: int) -> Tensor:
     """q · k̂ of tokens outside [first, end), [B, H, M, n] float32."""
-    absorbed, rank = store.compressor.absorb_query(q), _rank(store.compressor, q.shape[-1])
     out = q.new_empty(*q.shape[:3], len(store) - (end - first), dtype=torch.float32)
     for place, held in _outside(store, first, end):
         if isinstance(held, Tensor):
             out[..., place] = q @ held.mT
         else:
+            absorbed = store.compressor.absorb_query(q)  # tokens coded one by one, so that there are no frames
             own = out[..., place].unflatten(1, (absorbed.shape[1], -1)).flatten(2, 3)
-            store.compressor.quantizer.scores(absorbed[..., :rank], held, own)
-            if store.compressor.affine:
-                own += absorbed[..., rank:]
+            store.compressor.scores(absorbed, held, own)
     return out
 
 

@@ -183,7 +183,10 @@ class _Gathered:
         for index, (x, w) in enumerate(zip(xs, ws, strict=True), start=layer * self.basis.bases_per_layer):
             self.moments.update(index, x)
             self.metric.update(index, w[0])
-            blocks = x[0, :, : x.shape[2] // BLOCK * BLOCK].unflatten(1, (-1, BLOCK))
+            # Blocks begin where frames do, with copies of their first token in place of sinks, as in a cache
+            lead = self.sink_tokens % self.basis.frame
+            led = torch.cat((x[0, :, :1].expand(-1, lead, -1), x[0]), dim=1)
+            blocks = led[:, : led.shape[1] // BLOCK * BLOCK].unflatten(1, (-1, BLOCK))
             own = blocks[:, self.sample.blocks[places]].clamp(-HALF_MAX, HALF_MAX)
             self.blocks[index][:, places] = own.half().cpu()
 

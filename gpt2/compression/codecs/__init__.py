@@ -11,6 +11,7 @@ from functools import reduce
 from gpt2.common.errors import PluginError, brief
 from gpt2.compression.codecs.base import Basis, Composed, FixedBasis, Identity, Quantizer
 from gpt2.compression.codecs.compressor import Compressor, IdentityCompressor
+from gpt2.compression.codecs.framed import Framed
 from gpt2.compression.codecs.grouped import Grouped
 from gpt2.compression.codecs.hadamard import Hadamard
 from gpt2.compression.codecs.integer import Int4, Int8
@@ -27,7 +28,7 @@ from gpt2.compression.codecs.transform import Transform
 
 BASES: dict[str, Basis] = {
     basis.name: basis()
-    for basis in (PCA, Attention, Fisher, Joint, Grouped, RandomProjection, LayerNormNullspace, Hadamard)
+    for basis in (PCA, Attention, Fisher, Joint, Grouped, Framed, RandomProjection, LayerNormNullspace, Hadamard)
 }
 QUANTIZERS: dict[str, Quantizer] = {
     q.name: q() for q in (Unquantized, Int8, Int4, Int8Channel, Int4Channel, Mixed, MixedFixed)

@@ -110,9 +110,16 @@ class Quantizer(ABC):
         return list(encoded.values())
 
     def scores(self, q: Tensor, encoded: Encoded, out: Tensor) -> None:
-        """Write q · ẑ of every token into out [B, G, M, T] float32; q [B, G, M, r]."""
+        """Write q · ẑ of every token into out [B, G, M, T] float32; q [B, G, M, r].
+
+        q [B, G, n, M, r]: one of n equal shares of the tokens for each, as `Transform.absorb_query` has them.
+        """
         z = self.dequantize(encoded, q.shape[-1])
-        out.copy_(q.to(z.dtype) @ z.mT)
+        if q.ndim == 4:
+            out.copy_(q.to(z.dtype) @ z.mT)
+        else:
+            x = q.to(z.dtype) @ z.unflatten(2, (q.shape[2], -1)).mT  # [B, G, n, M, T / n]
+            out.copy_(x.transpose(2, 3).flatten(3))
 
     def weighted_sum(self, p: Tensor, encoded: Encoded, rank: int) -> Tensor:
         """Σ p ẑ over tokens, [B, G, M, r]; p [B, G, M, T] float32."""

@@ -10,11 +10,21 @@ from gpt2.compression.codecs.base import HALF_MAX, Encoded, Quantizer
 from gpt2.compression.codecs.none import Unquantized
 from gpt2.compression.codecs.transform import Transform
 
+SHORTEST_FRAME = 8  # tokens; to absorb a query for fewer takes as long as to reconstruct them
+
 
 class Compressor:
-    """Codec of one layer's K or V; shapes as in `base`. Holds no cached token, so that caches share it."""
+    """Codec of one layer's K or V; shapes as in `base`. Holds no cached token, so that caches share it.
+
+    Raises PluginError for a quantizer whose blocks don't hold whole frames of the transform.
+    """
 
     def __init__(self, quantizer: Quantizer, transform: Transform | None = None):
+        if transform is not None and transform.frame and quantizer.block_tokens % transform.frame:
+            raise PluginError(
+                f"quantizer {quantizer.name} codes {quantizer.block_tokens} tokens together, but keys of this codec "
+                f"are turned back in frames of {transform.frame}: use mixed, or another one with blocks of as many"
+            )
         self.quantizer = quantizer
         self.transform = transform
         self._elsewhere: dict[torch.device, Compressor] = {}
@@ -39,8 +49,13 @@ class Compressor:
 
     @property
     def readable(self) -> bool:
-        """Whether attention can read what is stored, through `absorb_query` and `reconstruct_sum`."""
-        return self.transform is None or self.transform.absorbable
+        """Whether attention reads what is stored, through `absorb_query` and `reconstruct_sum`, in less time."""
+        return self.frame is None or self.frame >= SHORTEST_FRAME
+
+    @property
+    def frame(self) -> int | None:
+        """As `Transform.frame`."""
+        return None if self.transform is None else self.transform.frame
 
     @property
     def affine(self) -> bool:
@@ -65,9 +80,19 @@ class Compressor:
             x = x.clamp(-HALF_MAX, HALF_MAX)
         return x.to(dtype)
 
-    def absorb_query(self, q: Tensor) -> Tensor:
+    def absorb_query(self, q: Tensor, starts: Tensor | None = None) -> Tensor:
         """As `Transform.absorb_query`, q itself where there is no transform."""
-        return q if self.transform is None else self.transform.absorb_query(q)
+        return q if self.transform is None else self.transform.absorb_query(q, starts)
+
+    def scores(self, q: Tensor, encoded: Encoded, out: Tensor) -> None:
+        """Write q · k̂ of encoded tokens into out [B, G, M, T] float32; q as `absorb_query` returns it."""
+        rank = q.shape[-1] - self.affine
+        self.quantizer.scores(q[..., :rank], encoded, out)
+        if self.affine and q.ndim == 4:
+            out += q[..., rank:]
+        elif self.affine:
+            by_frame = out.unflatten(-1, (q.shape[2], -1))  # [B, G, M, n, frame]
+            by_frame += q[..., rank:].transpose(2, 3)
 
     def reconstruct_sum(self, y: Tensor, head_dim: int) -> Tensor:
         """As `Transform.reconstruct_sum`, y itself where there is no transform."""
@@ -79,6 +104,8 @@ class Compressor:
 
     def groups(self, heads: int, head_dim: int) -> int:
         """Groups that so many heads make: one each where every head has a basis, or all have the same."""
+        if self.joint:
+            return self.transform.E.shape[0]
         return heads if self.transform is None else heads * head_dim // self.transform.mean.shape[-1]
 
     def to(self, device: torch.device) -> Compressor:

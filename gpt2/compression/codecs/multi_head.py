@@ -15,11 +15,9 @@ from torch import Tensor
 from gpt2.common.errors import PluginError
 from gpt2.compression.codecs.metric import Fisher, fit_in_metric
 from gpt2.compression.codecs.moments import Moments
-from gpt2.compression.codecs.rope import Rotary
+from gpt2.compression.codecs.rope import NONE, Rotary
 from gpt2.compression.codecs.transform import Transform, join_heads
 from gpt2.models.geometry import FULL, NOTHING, Geometry, LayerGeometry, Shape
-
-MOST_CHANNELS = 512
 
 
 class MultiHead(Fisher):
@@ -32,11 +30,13 @@ class MultiHead(Fisher):
     multi_head = True
     ranked = False
     unrotated = False  # whether rotary positions are taken off keys first
+    frame = 1  # neighbouring tokens of which one position, that of their middle, is taken off
+    most_channels = 512  # of K and V of the heads that share a basis
     preset_prefix: str  # presets by ratio are named after it: PREFIX-4x
 
     def heads_per_group(self, num_kv_heads: int, head_dim: int) -> int:
         """Neighbouring KV heads that share a basis."""
-        return heads_per_group(num_kv_heads, head_dim)
+        return heads_per_group(num_kv_heads, head_dim, self.most_channels)
 
     @property
     def per_head(self) -> str:
@@ -94,7 +94,7 @@ class MultiHead(Fisher):
         Un-rotating and arranging are orthogonal, so that gradients are arranged in the same way. k and v may differ in
         H and d unless the basis is joint.
         """
-        k = rotary.unrotate(k, start) if self.unrotated else k
+        k = rotary.unrotate(k, start, self.frame) if self.unrotated else k
         shapes = [(x.shape[1], x.shape[3]) for x in (k, v)]
         if self.joint:
             return [side_by_side(k, v, k.shape[1] // self.heads_per_group(*shapes[0]))]
@@ -106,16 +106,17 @@ class MultiHead(Fisher):
 
     def transform(self, side: str, E: Tensor, D: Tensor, mean: Tensor, rotary: Rotary) -> Transform:
         """The transform of a layer's K or V from matrices that were fitted; rotary: the layer's rotation."""
+        turned = {"rotary": rotary if self.unrotated else NONE, "shared": self.frame}
         if self.joint:
-            return JointTransform(E, D, mean, rotary=rotary)
+            return JointTransform(E, D, mean, **turned)
         if self.unrotated and side == "k":
-            return UnrotatedTransform(E, D, mean, rotary=rotary)
+            return UnrotatedTransform(E, D, mean, **turned)
         return Transform(E, D, mean)
 
 
-def heads_per_group(num_kv_heads: int, head_dim: int) -> int:
-    """Neighbouring KV heads of which K and V together have at most `MOST_CHANNELS`."""
-    fits = [n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0 and 2 * n * head_dim <= MOST_CHANNELS]
+def heads_per_group(num_kv_heads: int, head_dim: int, most_channels: int = MultiHead.most_channels) -> int:
+    """Neighbouring KV heads of which K and V together have at most `most_channels`."""
+    fits = [n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0 and 2 * n * head_dim <= most_channels]
     return max(fits, default=1)
 
 
@@ -135,17 +136,37 @@ def apart(x: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class UnrotatedTransform(Transform):
-    """Transform of keys [B, H, T, d] that `rotary` un-rotates first."""
+    """Transform of keys [B, H, T, d] that `rotary` un-rotates first.
 
-    rotary: Rotary = None
+    shared: neighbouring tokens that are un-rotated by one position, that of their middle.
+    """
 
-    absorbable = False  # a key is rotated by its own position, which no single matrix does
+    rotary: Rotary = NONE
+    shared: int = 1
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        return super().forward(self.rotary.unrotate(x.to(self.E.dtype), start))
+    @property
+    def frame(self) -> int | None:
+        return self.shared if self.rotary.turns else None
 
-    def inverse(self, z: Tensor, head_dim: int, start: int = 0) -> Tensor:
-        return self.rotary.rotate(super().inverse(z, head_dim), start)
+    def forward(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
+        return super().forward(self.rotary.unrotate(x.to(self.E.dtype), start, self.shared))
+
+    def inverse(self, z: Tensor, head_dim: int, start: int | Tensor = 0) -> Tensor:
+        return self.rotary.rotate(super().inverse(z, head_dim), start, frame=self.shared)
+
+    def absorb_query(self, q: Tensor, starts: Tensor | None = None) -> Tensor:
+        """As Transform's: a key is rotated by the position of its frame, or the query back by it.
+
+        One batched product for all frames, [H/G] of (frames · M) × d by d × (r + 1) in each group.
+        """
+        if self.frame is None:
+            return super().absorb_query(q)
+        D = self._read(q.shape[-1])
+        middle = starts.to(q.device).float() + (self.shared - 1) / 2
+        middle = middle[..., None] if middle.ndim == 1 else middle[:, None, :, None]  # [n, 1], or [B, 1, n, 1]
+        turned = self.rotary.turn(q.to(D.dtype)[:, :, None], middle, -1)  # [B, H, n, M, d]
+        absorbed = turned.flatten(2, 3).unflatten(1, (-1, D.shape[1])) @ D.mT  # [B, G, H/G, n · M, r + 1]
+        return absorbed.unflatten(3, (-1, q.shape[2])).transpose(2, 3).flatten(3, 4)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Transform:
         return replace(super().to(device, dtype), rotary=self.rotary.to(device))
@@ -157,11 +178,17 @@ class JointTransform(UnrotatedTransform):
 
     joint = True
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+    def forward(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
         k, v = x.to(self.E.dtype).chunk(2, dim=1)
-        grouped = side_by_side(self.rotary.unrotate(k, start), v, groups=self.E.shape[0])
+        grouped = side_by_side(self.rotary.unrotate(k, start, self.shared), v, groups=self.E.shape[0])
         return (grouped - self.mean[:, None]) @ self.E
 
-    def inverse(self, z: Tensor, head_dim: int, start: int = 0) -> Tensor:
+    def inverse(self, z: Tensor, head_dim: int, start: int | Tensor = 0) -> Tensor:
         k, v = apart(z.to(self.D.dtype) @ self.D + self.mean[:, None], head_dim)
-        return torch.cat((self.rotary.rotate(k, start), v), dim=1)
+        return torch.cat((self.rotary.rotate(k, start, frame=self.shared), v), dim=1)
+
+    def _read(self, head_dim: int) -> Tensor:
+        return self._affine(head_dim).chunk(2, dim=1)[0]
+
+    def _summed(self, head_dim: int) -> Tensor:
+        return self._affine(head_dim).chunk(2, dim=1)[1]

@@ -22,30 +22,54 @@ class Rotary:
     frequencies: Tensor
     layout: str = "half"
 
-    def rotate(self, x: Tensor, start: int | Tensor, sign: int = 1) -> Tensor:
-        """x [..., T, d] rotated by sign · position; the first token is at position `start`, [B] of each row's own."""
-        n = 2 * len(self.frequencies)
-        if self.layout == "none" or not n:
+    @property
+    def turns(self) -> bool:
+        """Whether it rotates any channel."""
+        return self.layout != "none" and len(self.frequencies) > 0
+
+    def rotate(self, x: Tensor, start: int | Tensor, sign: int = 1, frame: int = 1) -> Tensor:
+        """x [..., T, d] rotated by sign · position; the first token is at position `start`, [B] of each row's own.
+
+        frame: tokens that all rotate by the position of their middle (`middles`).
+        """
+        if not self.turns:
             return x
-        positions = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
-        positions = positions + (start[:, None, None] if isinstance(start, Tensor) else start)  # [T], or [B, 1, T]
+        return self.turn(x, middles(x.shape[-2], start, frame, x.device), sign)
+
+    def turn(self, x: Tensor, positions: Tensor, sign: int = 1) -> Tensor:
+        """x [..., d] rotated by sign · positions, which broadcast to its dimensions before the last."""
+        if not self.turns:
+            return x
+        n = 2 * len(self.frequencies)
         angle = positions[..., None] * self.frequencies.to(x.device, torch.float32)
         cos, sin = angle.cos().to(x.dtype), sign * angle.sin().to(x.dtype)
         head = x[..., :n]
         a, b = head.chunk(2, dim=-1) if self.layout == "half" else (head[..., 0::2], head[..., 1::2])
         pair = (a * cos - b * sin, b * cos + a * sin)
         rotated = torch.cat(pair, dim=-1) if self.layout == "half" else torch.stack(pair, dim=-1).flatten(-2)
-        return torch.cat((rotated, x[..., n:]), dim=-1)
+        return torch.cat((rotated, x[..., n:].expand(*rotated.shape[:-1], -1)), dim=-1)
 
-    def unrotate(self, x: Tensor, start: int | Tensor) -> Tensor:
-        """The inverse of `rotate`: pre-RoPE keys."""
-        return self.rotate(x, start, -1)
+    def unrotate(self, x: Tensor, start: int | Tensor, frame: int = 1) -> Tensor:
+        """The inverse of `rotate`; with frames of one token, pre-RoPE keys."""
+        return self.rotate(x, start, -1, frame)
 
     def to(self, device: torch.device | str) -> Rotary:
         return Rotary(self.frequencies.to(device), self.layout)
 
 
 NONE = Rotary(torch.zeros(0), "none")
+
+
+def middles(tokens: int, start: int | Tensor, frame: int, device: torch.device | str = "cpu") -> Tensor:
+    """Position of the middle of the frame that each of `tokens` is in, float32 [T], or [B, 1, T] where rows differ.
+
+    start: position of the first token. A number: frames begin at its multiples, so that it doesn't matter how tokens
+    were cut into chunks. [B], of each row: the first token begins a frame, wherever that is in the row.
+    """
+    before = 0 if isinstance(start, Tensor) else start % frame  # tokens of the first frame that aren't there
+    place = torch.arange(before, before + tokens, device=device)
+    middle = (place // frame * frame - before).float() + (frame - 1) / 2
+    return middle + (start.to(device)[:, None, None] if isinstance(start, Tensor) else start)
 
 
 def candidates(model: nn.Module, head_dim: int) -> list[Rotary]:

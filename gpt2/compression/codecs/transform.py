@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class Transform:
     mean: Tensor
 
     joint = False  # whether x is K and V of a layer together
-    absorbable = True  # the same matrix for every token, so that a query can absorb it and read coordinates
+    frame: ClassVar[int | None] = None  # tokens of K that share an absorbed query; None: all, of any position
 
     @property
     def rank(self) -> int:
@@ -49,15 +50,28 @@ class Transform:
         """z [B, G, T, r] → x̂ [B, H, T, d]."""
         return _split_heads(z.to(self.D.dtype) @ self.D + self.mean[:, None], head_dim)
 
-    def absorb_query(self, q: Tensor) -> Tensor:
-        """q [B, H, M, d] → q' [B, G, H/G · M, r + 1], such that q · x̂ = q' · [ẑ, 1]."""
-        D = self._affine(q.shape[-1])
+    def absorb_query(self, q: Tensor, starts: Tensor | None = None) -> Tensor:
+        """q [B, H, M, d] → q' [B, G, H/G · M, r + 1], such that q · k̂ = q' · [ẑ, 1].
+
+        Where tokens of a `frame` share an absorbed query, each of n frames has its own, [B, G, n, H/G · M, r + 1].
+        starts: position of the first token of each, [n], or [B, n] where rows have their own. k̂ of a joint transform
+        are the keys, and H their heads.
+        """
+        D = self._read(q.shape[-1])
         return (q.to(D.dtype).unflatten(1, (-1, D.shape[1])) @ D.mT).flatten(2, 3)
 
     def reconstruct_sum(self, y: Tensor, head_dim: int) -> Tensor:
-        """Weighted sums of [ẑ, 1], y [B, G, H/G · M, r + 1] → the same sums of x̂, [B, H, M, d]."""
-        D = self._affine(head_dim)
+        """Weighted sums of [ẑ, 1], y [B, G, H/G · M, r + 1] → the same sums of v̂, [B, H, M, d]."""
+        D = self._summed(head_dim)
         return (y.to(D.dtype).unflatten(2, (D.shape[1], -1)) @ D).flatten(1, 2)
+
+    def _read(self, head_dim: int) -> Tensor:
+        """`_affine` of what queries are compared with."""
+        return self._affine(head_dim)
+
+    def _summed(self, head_dim: int) -> Tensor:
+        """`_affine` of what attention sums."""
+        return self._affine(head_dim)
 
     def _affine(self, head_dim: int) -> Tensor:
         """[D; mean] of the h heads of each group, [G, h, r + 1, d]: x̂ = [ẑ, 1] @ it. Computed once."""

@@ -73,6 +73,11 @@ def reads(memory_format: Format | None) -> bool:
     return memory_format is not None and memory_format.kind in CODED
 
 
+def reads_frames(frame: int | None) -> bool:
+    """Whether the kernels take queries that so many tokens share, all of them for None."""
+    return frame in (None, FRAME)
+
+
 def encodes(encoding: Encoding) -> bool:
     """Whether the kernels can encode in this way. Other encodings take little time in PyTorch and have no kernel."""
     return isinstance(encoding, WidthSearch)

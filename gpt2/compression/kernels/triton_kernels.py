@@ -63,18 +63,21 @@ def _add_values(acc, shift, codes, scale, offset, p, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _queries(q_ptr, group, M, RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, PAIRED: tl.constexpr,
+def _queries(q_ptr, bias_ptr, entry, M, RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, PAIRED: tl.constexpr,
              DTYPE: tl.constexpr):  # fmt: skip
-    """Queries of a group divided by a unit each, [R, ROWS] float32, and the units, [ROWS]."""
+    """Queries of an entry, of a group or of a group's frame, divided by a unit each: [R, ROWS] float32; and of each,
+    [ROWS], the unit, the sum over channels, and the bias."""
     m = tl.arange(0, ROWS)
     channel, there = channels(RANK, R, PAIRED)
-    places = (group * M + m)[None, :] * RANK + channel[:, None]
+    places = (entry * M + m).to(tl.int64)[None, :] * RANK + channel[:, None]
     q = tl.load(q_ptr + places, mask=(m < M)[None, :] & there[:, None], other=0.0).to(tl.float32)
     unit = tl.full([ROWS], 1.0, tl.float32)
     if tl.float16 == DTYPE:
         # A power of two, so that float16 queries stay exact, away from float16's largest and smallest numbers
         unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(q), 0), 1e-30))) - TOP)
-    return q / unit[None, :], unit
+    q = q / unit[None, :]
+    bias = tl.load(bias_ptr + entry * M + m, mask=m < M, other=0.0)
+    return q, unit, tl.sum(q, 0), bias
 
 
 @triton.jit
@@ -98,29 +101,30 @@ def _masked(x, mask_ptr, group, position, inside, M, heads, queries, mask_b, mas
 
 # Arguments that change from step to step; Triton must not compile a version for each of their values
 _CHANGING = ["k_room", "v_room", "base", "first", "end", "k_start", "v_start", "first_split", "tiles", "tiles_each",
-             "mask_b", "mask_h", "mask_q", "mask_t"]  # fmt: skip
+             "frames", "first_slot", "mask_b", "mask_h", "mask_q", "mask_t"]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_CHANGING)
 def attend_tiles(
     q_ptr, bias_ptr, mask_ptr, maxima, sums, accs, k_fields, v_fields, k_room, v_room, base, first, end, k_start,
-    v_start, first_split, tiles, tiles_each, M, groups, heads, queries, mask_b, mask_h, mask_q, mask_t, softcap,
+    v_start, first_split, tiles, tiles_each, frames, first_slot, M, groups, heads, queries, mask_b, mask_h, mask_q,
+    mask_t, softcap,
     K_TILE: tl.constexpr, V_TILE: tl.constexpr, K_AXIS: tl.constexpr, V_AXIS: tl.constexpr, K_PAIRED: tl.constexpr,
     V_PAIRED: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr, K_R: tl.constexpr, V_R: tl.constexpr,
     K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    SOFTCAP: tl.constexpr, FRAMED: tl.constexpr,
 ):  # fmt: skip
     """Partial attention of a group's queries over one split of a storage chunk of K and of V.
 
     q [B · G, M, K_RANK], bias [B · G, M] float32 → maxima, sums [splits, B · G, M], accs [splits, B · G, M, V_RANK].
+    FRAMED: each tile has queries of its own, q [B · G, frames, M, K_RANK] and bias [B · G, frames, M], of which the
+    first are of the tile at position first_slot.
     Positions in the sequence: base, of the first tile; first and end, of the tokens to attend to; k_start and v_start,
     of the first tokens of the chunks. M = heads · queries.
     """
     group, split = tl.program_id(0), tl.program_id(1)
     m, t = tl.arange(0, ROWS), tl.arange(0, TILE)
-    q, unit = _queries(q_ptr, group, M, K_RANK, K_R, ROWS, K_PAIRED, K_DTYPE)
-    total_q = tl.sum(q, 0)
-    bias = tl.load(bias_ptr + group * M + m, mask=m < M, other=0.0)
+    q, unit, total_q, bias = _queries(q_ptr, bias_ptr, group * frames, M, K_RANK, K_R, ROWS, K_PAIRED, K_DTYPE)
     top = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     shift = tl.zeros([ROWS], tl.float32)
@@ -129,6 +133,9 @@ def attend_tiles(
         start = base + tile * TILE
         position = start + t
         inside = (position >= first) & (position < end)
+        if FRAMED:
+            own_q = group * frames + (start - first_slot) // TILE
+            q, unit, total_q, bias = _queries(q_ptr, bias_ptr, own_q, M, K_RANK, K_R, ROWS, K_PAIRED, K_DTYPE)
         codes, scale, offset = K_TILE(k_fields, k_room, group, start - k_start, inside, K_RANK, K_R, K_DTYPE)
         x = _scores(codes, scale, offset, q, total_q, K_AXIS, SPLIT) * unit[None, :] + bias[None, :]
         if SOFTCAP:

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from direct import SETTINGS, both, cache_of, close, streamed
+from direct import SETTINGS, both, cache_of, close, joint_cache_of, streamed
 from generation import MODES, SAME_TOKENS, with_dynamic_cache
 from sampling import covering
 from stores import filled
@@ -55,6 +55,20 @@ def test_every_family(family, name, kernels):
     """Windows, more query heads than KV heads, learned positions, a head_dim of its own."""
     model = tiny_model(family)
     assert same_logits(model, name, name, streamed(model, padding=5))
+
+
+@pytest.mark.parametrize(("family", "shape", "padding", "sinks"), [
+    ("llama", {}, 5, 4), ("llama", {}, 70, 70), ("mistral", {"sliding_window": 130}, 0, 4), ("mistral", {}, 5, 0),
+    ("gemma2", {"attn_logit_softcapping": 2.0, "head_dim": 16, "sliding_window": 150, "attn_implementation": "eager"},
+     0, 4), ("phi", {}, 5, 0),
+])  # fmt: skip
+def test_codes_that_k_and_v_share(family, shape, padding, sinks, kernels, attended, monkeypatch):
+    """A query for every block of keys, in windows that forget, with rows of their own positions."""
+    monkeypatch.setitem(FAMILIES, family, FAMILIES.get(family, FAMILIES["llama"]))
+    model = tiny_model(family, **shape)
+    run = streamed(model, (150, 7, 1, 60, 30, 1), padding=padding)
+    assert close(*both(model, lambda: joint_cache_of(model, "framed", sink_tokens=sinks), run))
+    assert attended[-3:] == [1] * 3, "and it is read directly"
 
 
 @pytest.fixture
@@ -154,6 +168,7 @@ def test_after_crop_reorder_and_selection(llama, kernels):
 
     for name in ("int4", "mixed", "int8_channel", "mixed, no basis"):
         assert same_logits(llama, name, name, run)
+    assert close(*both(llama, lambda: joint_cache_of(llama, "framed"), run))
 
 
 def test_many_chunks(llama, kernels):

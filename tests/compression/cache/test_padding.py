@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
 from gpt2.compression.cache.padding import PaddingFinder
 from gpt2.compression.calibration.stand_in import stand_in
+from gpt2.compression.codecs import multi_head_bases
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.settings import Setting, build, compressors_for
 from gpt2.models.geometry import Geometry
@@ -30,9 +31,9 @@ def positions(mask):
 
 def cache_of(model, name: str, **how):
     geometry = Geometry.uniform(3, 2, 12)
-    if name == "joint":
+    if name in multi_head_bases():
         made = stand_in(tiny_loaded("llama"))
-        return CompressedDynamicCache(*compressors_for("kv", 4.0, None, made, codec="joint", quantizer="mixed"), **how)
+        return CompressedDynamicCache(*compressors_for("kv", 4.0, None, made, codec=name, quantizer="mixed"), **how)
     setting: Setting | None = SETTINGS[name]
     return CompressedDynamicCache(*build({"k": [setting] * 3, "v": [setting] * 3}, geometry), **how)
 
@@ -48,7 +49,7 @@ def stored(model, cache, chunk: int = 150):
 
 @pytest.mark.parametrize("chunk", [150, 64, 7])
 @pytest.mark.parametrize("sinks", [0, 4, 66])
-@pytest.mark.parametrize("name", ["int4", "int4_channel", "joint"])
+@pytest.mark.parametrize("name", ["int4", "int4_channel", "joint", "framed"])
 def test_each_row_has_sinks_of_its_own(name, sinks, chunk):
     """However the prompt is fed; a row of one padding slot is known from the others."""
     model = model_of("llama")
@@ -80,7 +81,7 @@ def test_a_padded_row_loses_what_it_loses_alone(name):
         assert own < 1.35 * its + 0.02, "other blocks, and so other steps, but no more than that"
 
 
-@pytest.mark.parametrize("name", ["int4", "int4_channel", "identity"])
+@pytest.mark.parametrize("name", ["int4", "int4_channel", "identity", "framed"])
 @pytest.mark.parametrize("operate", [
     lambda cache: None, lambda cache: cache.reorder_cache(torch.tensor([1, 0, 3, 2])),
     lambda cache: cache.batch_repeat_interleave(2), lambda cache: cache.crop(-9),
@@ -93,7 +94,7 @@ def test_direct_attention_reads_the_rows_own_sinks(name, operate):
         operate(cache)
         if direct:
             enable_compressed_attention(model)
-        count, length = cache.layers[0].stores["K"].sinks.shape[0], cache.get_seq_length()
+        count, length = len(cache.layers[0].keys), cache.get_seq_length()
         ids = torch.full((count, 3), 7)
         mask = torch.ones(count, length + 3, dtype=torch.long)
         mask[:, : length // 4] = 0

@@ -130,7 +130,7 @@ def test_what_is_loaded_is_what_was_saved(family, suffix, tmp_path):
     back = load_calibration(path)
     assert back.geometry == calibration.geometry == model_of(family).geometry
     assert identical(tensor_file.read(save_calibration(back, tmp_path / f"again{suffix}")), tensor_file.read(path))
-    assert list(back.multi_head) == (["joint", "grouped"] if family in ONE_SHAPE else ["grouped"])
+    assert list(back.multi_head) == (["joint", "grouped", "framed"] if family in ONE_SHAPE else ["grouped"])
     for layer in calibration.geometry.attention:
         for side in "kv":
             for codec in ("pca", "fisher", *back.multi_head):

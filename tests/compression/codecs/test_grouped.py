@@ -15,7 +15,7 @@ from gpt2.tuning.ratio_presets import compact_calibration, make_ratio_preset
 def test_a_basis_for_k_and_one_for_v(made):
     assert basis_of("grouped").multi_head and not basis_of("grouped").joint
     k, v = (made.transform(side, 1, codec="grouped") for side in "kv")
-    assert k.absorbable and k.E.shape == v.E.shape == (1, H * D, H * D) and not torch.equal(k.E, v.E)
+    assert k.frame is None and k.E.shape == v.E.shape == (1, H * D, H * D) and not torch.equal(k.E, v.E)
     x = torch.randn(2, H, 20, D)
     torch.testing.assert_close(k.inverse(k.forward(x), D), x, rtol=1e-3, atol=1e-3)
 

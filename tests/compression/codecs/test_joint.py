@@ -17,6 +17,7 @@ from gpt2.compression.codecs import (
     Compressor,
     IdentityCompressor,
     JointTransform,
+    MultiHead,
     basis_of,
     codec_name,
 )
@@ -134,7 +135,7 @@ def test_the_round_trip_is_exact_wherever_it_starts(codec, start, layer):
 
 
 def test_groups_of_heads_have_a_basis_each(llama, monkeypatch):
-    monkeypatch.setattr("gpt2.compression.codecs.multi_head.MOST_CHANNELS", 24)
+    monkeypatch.setattr(MultiHead, "most_channels", 24)
     made = calibrate(llama, TEXT, codec="joint", **OF_HEADS)
     assert [E.shape for E in made.multi_head["joint"].E] == [(2, 24, 24)] * L
     for quantizer, bits in {"mixed": 4, "mixed_fixed": 4, "int8": 8, "none": 16}.items():

@@ -313,7 +313,7 @@ def third(request, monkeypatch) -> MultiHead:
 
 def test_a_whole_calibration_has_every_registered_codec(llama, third, made, tmp_path):
     whole = calibrate(llama, TEXT, codec="fisher", **OF_HEADS)
-    assert list(whole.multi_head) == ["joint", "grouped", "third"]
+    assert list(whole.multi_head) == ["joint", "grouped", "framed", "third"]
     assert same_codec(whole.multi_head["joint"], made.multi_head["joint"]), "which know nothing of each other"
     back = load_calibration(save_calibration(whole, tmp_path / "c.pt"))
     assert all(same_codec(back.multi_head[name], codec) for name, codec in whole.multi_head.items())
@@ -337,10 +337,10 @@ def test_a_compact_calibration_gathers_and_fits_one_codec(llama, third, monkeypa
 
 
 @pytest.mark.parametrize("most", [512, 24], ids=["all heads in a group", "a group for each head"])
-@pytest.mark.parametrize("name", [*THIRD, "joint", "grouped"])
+@pytest.mark.parametrize("name", [*THIRD, "joint", "grouped", "framed"])
 def test_statistics_are_of_k_and_v_as_a_basis_arranges_them(llama, name, most, monkeypatch):
-    monkeypatch.setattr("gpt2.compression.codecs.multi_head.MOST_CHANNELS", most)
     basis, batches = THIRD.get(name) or BASES[name], windows(3, 40)
+    monkeypatch.setattr(type(basis), "most_channels", most)
     gathered = collect_fisher(llama, batches, None, SINKS, {"own": basis, "joint": BASES["joint"]})
     own, rotary = gathered["own"], gathered["joint"].rotary
     assert own.rotary == (rotary if basis.unrotated else [])
@@ -348,7 +348,8 @@ def test_statistics_are_of_k_and_v_as_a_basis_arranges_them(llama, name, most, m
 
     def arranged(layer: int, k: Tensor, v: Tensor) -> list[Tensor]:
         if basis.unrotated:
-            k = torch.cat([rotary[layer].unrotate(window, SINKS) for window in k.split(40 - SINKS, dim=1)], dim=1)
+            each = k.split(40 - SINKS, dim=1)
+            k = torch.cat([rotary[layer].unrotate(window, SINKS, basis.frame) for window in each], dim=1)
         if basis.joint:
             return [side_by_side(k[None], v[None], groups)[0]]
         return [join_heads(side[None], H * D // groups)[0] for side in (k, v)]
@@ -375,7 +376,9 @@ def test_coordinates_follow_positions_where_keys_keep_them(llama, name, made, mo
     z = transform.forward(x, 300)
     assert torch.allclose(z, z[:, :, :1].expand_as(z), rtol=1e-4, atol=1e-4) == basis.unrotated
     assert torch.allclose(transform.forward(x, 301), z, rtol=1e-2) != basis.unrotated
-    assert codec.transform(1, "v").absorbable != basis.joint, "values never turn"
+    turned = basis.joint and basis.unrotated
+    assert codec.transform(1, "v").frame == (1 if turned else None), "values never turn"
+    assert transform.frame == (1 if basis.unrotated else None)
     torch.testing.assert_close(codec.transform(1, "v").E, codec.E[1 if basis.joint else 3])
 
 
@@ -412,5 +415,5 @@ def test_the_search_the_scripts_and_models_without_weights_know_it(llama, third,
 
 @pytest.mark.parametrize("codec", ["pca", "fisher"])
 def test_a_compact_calibration_of_single_heads_is_rejected(llama, codec):
-    with pytest.raises(PluginError, match=rf"\(joint, grouped\), and codec {codec} is of single heads"):
+    with pytest.raises(PluginError, match=rf"\(joint, grouped, framed\), and codec {codec} is of single heads"):
         calibrate(llama, TEXT, codec=codec, compact=True, **OF_HEADS)

@@ -155,8 +155,8 @@ def test_a_model_with_biased_keys(dtype, with_gradients, tmp_path):
     made = load_calibration(save_calibration(made, tmp_path / "c.pt"))
     d = loaded.geometry.head_dim
     for codec, quantizer in [
-        *(("joint", name) for name in ("mixed", "mixed_fixed")), ("grouped", "mixed"), ("fisher", "int4_channel"),
-        ("attention", "mixed"), ("pca", "int4_channel"), ("pca", "int4"),
+        *(("joint", name) for name in ("mixed", "mixed_fixed")), ("grouped", "mixed"), ("framed", "mixed"),
+        ("fisher", "int4_channel"), ("attention", "mixed"), ("pca", "int4_channel"), ("pca", "int4"),
     ]:  # fmt: skip
         bits = int4_bits((1, 1, 1, d)) if quantizer.startswith("mixed") else 4
         k, v = compressors_for("kv", bits, None, made, codec=codec, quantizer=quantizer, rank=d)

@@ -1,0 +1,172 @@
+"""The framed basis: keys of a block turned back by one angle, which a query takes instead."""
+
+import pytest
+import torch
+from calibrations import TEXT, D, H, L, preset_of
+from multi_head import reads_like_the_reference, vectors
+from sampling import covering
+from tiny import tiny_loaded, windows
+from torch import Tensor
+
+from gpt2.common.errors import PluginError
+from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
+from gpt2.compression.calibration import fisher
+from gpt2.compression.calibration.fisher import collect_fisher
+from gpt2.compression.codecs import BASES, QUANTIZERS, Compressor, JointTransform
+from gpt2.compression.codecs.framed import Framed
+from gpt2.compression.codecs.mixed import BLOCK
+from gpt2.compression.codecs.multi_head import UnrotatedTransform, side_by_side
+from gpt2.compression.codecs.rope import NONE, Rotary, middles
+from gpt2.compression.presets import create_cache_from_preset
+from gpt2.tuning.ratio_presets import compact_calibration, make_ratio_preset
+
+ROTARY = Rotary(torch.logspace(0, -2, 4), "half")  # of 8 channels
+OWN = torch.tensor([61, -3])  # positions where two rows' first tokens are
+
+
+def basis(groups: int, width: int, kind: type = JointTransform, **how) -> UnrotatedTransform:
+    """An orthonormal basis in float64, so that nothing but angles is rounded."""
+    generator = torch.Generator().manual_seed(width)
+    E = torch.linalg.qr(torch.randn(groups, width, width, generator=generator, dtype=torch.float64)).Q
+    return kind(E, E.mT, torch.randn(groups, width, generator=generator, dtype=torch.float64), **how)
+
+
+# --- the angle of a frame
+
+
+@pytest.mark.parametrize("frame", [1, 4, 64])
+def test_all_keys_of_a_frame_turn_by_the_angle_of_its_middle(frame):
+    keys = vectors(H, 150, d=8)
+    turned = ROTARY.unrotate(keys, 0, frame)
+    torch.testing.assert_close(ROTARY.rotate(turned, 0, frame=frame), keys, rtol=1e-5, atol=1e-5)
+    for t in (0, 3, 63, 64, 149):
+        middle = t // frame * frame + (frame - 1) / 2
+        alone = ROTARY.turn(keys[:, :, t : t + 1], torch.tensor(middle), -1)
+        torch.testing.assert_close(turned[:, :, t : t + 1], alone, rtol=1e-5, atol=1e-5)
+    parts = [ROTARY.unrotate(part, start, frame) for start, part in ((0, keys[:, :, :7]), (7, keys[:, :, 7:]))]
+    torch.testing.assert_close(torch.cat(parts, dim=2), turned), "however they are cut"
+
+
+def test_where_rows_have_positions_of_their_own_a_frame_begins_with_the_first_token():
+    assert middles(6, OWN, 4).tolist() == [[[62.5] * 4 + [66.5] * 2], [[-1.5] * 4 + [2.5] * 2]]
+    assert middles(6, 61, 4).tolist() == [61.5] * 3 + [65.5] * 3, "for all rows, where its number says"
+
+
+# --- queries that absorb it
+
+
+@pytest.mark.parametrize(
+    ("frame", "layout", "d", "groups", "own"),
+    covering([1, 16, 64, None], ["half", "interleaved"], [8, 12], [1, 2, 4], [False, True]),
+)
+def test_a_query_for_every_frame(frame, layout, d, groups, own):
+    """Of 12 channels four have no position."""
+    heads, starts = 4, OWN if own else 128
+    rotary = Rotary(ROTARY.frequencies, layout) if frame else NONE
+    transform = basis(groups, 2 * heads // groups * d, rotary=rotary, shared=frame or 64)
+    assert transform.frame == frame
+    x, q, p = (vectors(n, m, d=k, seed=n) for n, m, k in ((2 * heads, 192, d), (heads, 3, d), (heads, 3, 192)))
+    z = transform.forward(x, starts)
+    torch.testing.assert_close(transform.inverse(z, d, starts), x, rtol=1e-5, atol=1e-5)
+    steps = torch.arange(0, 192, frame or 64)
+    absorbed = transform.absorb_query(q, steps + (OWN[:, None] if own else 128))
+    with_one = torch.cat((z, torch.ones_like(z[..., :1])), dim=-1)
+    if frame is None:
+        scores = absorbed @ with_one.mT
+    else:
+        assert absorbed.shape[2] == 192 // frame
+        scores = (absorbed @ with_one.unflatten(2, (-1, frame)).mT).transpose(2, 3).flatten(3)
+    k, v = x.chunk(2, dim=1)
+    torch.testing.assert_close(scores.reshape(2, heads, 3, 192), q @ k.mT, rtol=1e-4, atol=1e-4)
+    sums = transform.reconstruct_sum(p.reshape(2, groups, -1, 192) @ with_one, d)
+    torch.testing.assert_close(sums, p @ v)
+
+
+def test_keys_alone_may_have_frames_too():
+    transform = basis(2, 16, UnrotatedTransform, rotary=ROTARY, shared=16)
+    x, q = vectors(4, 64, d=8), vectors(4, 3, d=8, seed=1)
+    z = transform.forward(x, 64)
+    absorbed = transform.absorb_query(q, torch.arange(64, 128, 16))
+    scores = (absorbed[..., :-1] @ z.unflatten(2, (4, 16)).mT + absorbed[..., -1:]).transpose(2, 3).flatten(3)
+    torch.testing.assert_close(scores.reshape(2, 4, 3, 64), q @ x.mT, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mixed", "int4_channel", "int8_channel"])
+@pytest.mark.parametrize("frame", [16, 64])
+def test_any_quantizer_of_whole_blocks_takes_queries_of_frames(name, frame):
+    quantizer = QUANTIZERS[name]
+    z, q = vectors(2, 128, d=8, dtype=torch.float32), vectors(2, 128 // frame * 3, d=8, seed=1, dtype=torch.float32)
+    encoded, q = quantizer.quantize(z), q.unflatten(2, (-1, 3))
+    out = torch.empty(2, 2, 3, 128)
+    quantizer.scores(q, encoded, out)
+    back = quantizer.dequantize(encoded, 8)
+    for t in (0, frame - 1, frame, 127):
+        torch.testing.assert_close(out[..., t], (q[:, :, t // frame] @ back[:, :, t, :, None])[..., 0])
+
+
+def test_quantizers_that_cut_frames_are_rejected():
+    transform = basis(1, 16, rotary=ROTARY, shared=64)
+    with pytest.raises(PluginError, match="int8 codes 1 tokens together, but keys .* in frames of 64: use mixed"):
+        Compressor(QUANTIZERS["int8"], transform)
+    with pytest.raises(PluginError, match="frames of 128"):
+        Compressor(QUANTIZERS["mixed"], basis(1, 16, rotary=ROTARY, shared=128))
+    assert Compressor(QUANTIZERS["int8"], basis(1, 16, shared=64)).readable, "without positions there are no frames"
+
+
+def test_what_is_read_directly():
+    readable = {f: Compressor(QUANTIZERS["mixed"], basis(1, 16, rotary=ROTARY, shared=f)).readable for f in (1, 16, 64)}
+    assert readable == {1: False, 16: True, 64: True}
+    assert Compressor(QUANTIZERS["mixed"], basis(1, 16, shared=1)).readable, "keys without positions, as joint has them"
+
+
+# --- from calibration to generation
+
+
+@pytest.mark.parametrize(("heads", "d", "per_group"), [(3, 64, 3), (8, 64, 2), (8, 128, 1), (4, 96, 2), (2, 512, 1)])
+def test_fewer_heads_share_a_basis(heads, d, per_group):
+    assert Framed().heads_per_group(heads, d) == per_group
+
+
+def test_blocks_to_try_quantization_on_begin_where_frames_do(monkeypatch):
+    """With copies of the first token in the places of sinks, as a cache has them."""
+    loaded, batches = tiny_loaded("llama"), windows(1, 3 * BLOCK)
+    seen = []
+    add = fisher._Gathered.add
+    monkeypatch.setattr(
+        fisher._Gathered, "add", lambda self, layer, own: (seen.append((layer, own)), add(self, layer, own))
+    )
+    found = collect_fisher(loaded, batches, None, 4, {"framed": BASES["framed"]})["framed"]
+    layer, own = seen[0]
+
+    def led(x: Tensor) -> Tensor:
+        return torch.cat((x[:, :, :1].expand(-1, -1, 4, -1), x), dim=2)
+
+    keys = found.rotary[layer].unrotate(led(own.keys), 0, BLOCK)
+    expected = side_by_side(keys, led(own.values), 1)[0, :, : 2 * BLOCK]
+    blocks = found.blocks[layer].float()
+    assert (blocks[:, 4:] - expected[:, 4:]).abs().max() < 2e-3 * expected.abs().max()
+
+
+def test_its_presets_by_ratio_are_read_as_they_are_stored(tmp_path):
+    loaded, prompt = tiny_loaded("llama"), windows(2, 150)
+    how = {"codec": "framed", "samples": 4, "seq_len": 200, "seed": 0, "sink_tokens": 4}
+    made = compact_calibration(loaded, TEXT, tmp_path / "f.pt", **how)
+    found = make_ratio_preset(loaded, made, 3.5)
+    assert found.name == "frame-3.5x" and found.compression_ratio >= 3.5
+    preset = preset_of(made, tmp_path / "f.pt")
+    cache = create_cache_from_preset(preset, dtype=torch.float64)
+    reads_like_the_reference(loaded, cache, prompt, max_new_tokens=8)
+    assert [sorted(layer.stores) for layer in cache.layers] == [["KV"]] * L and cache.readable
+    assert cache.layers[0].stores["KV"].compressor.transform.E.shape == (1, 2 * H * D, 2 * H * D)
+
+    def tokens():
+        return loaded.model.generate(
+            prompt, past_key_values=create_cache_from_preset(preset, model=loaded), max_new_tokens=6, do_sample=False
+        )
+
+    reconstructed = tokens()
+    enable_compressed_attention(loaded.model)
+    try:
+        assert torch.equal(reconstructed, tokens())
+    finally:
+        disable_compressed_attention(loaded.model)
