@@ -47,12 +47,9 @@ struct CodeOrder {
 template <int bits, bool paired>
 struct Codes {
   static_assert(bits == 8 ? !paired : bits == 4);
-  static constexpr int parts = bits == 8 || paired ? 4 : 8;  // vectors of codes in a vector of bytes, for one row
+  static constexpr int halves = bits == 8 || paired ? 1 : 2;  // of a byte with codes of one row
 
   static int rows(const Rows& rows) { return paired ? 2 * rows.count : rows.count; }
-
-  // Where a part's codes begin in the order of codes
-  static int place(int part, int bytes) { return part % 4 * kLanes + part / 4 * bytes; }
 
   template <int shift>
   static Lanes shifted(Words x) {
@@ -60,10 +57,10 @@ struct Codes {
     return __builtin_convertvector(Ints(shift + bits == 32 ? x >> shift : (x >> shift) & mask), Lanes);
   }
 
-  // Codes of two rows, from the bytes of both, or, where paired, from those of the first
-  template <int part>
+  // Codes of two rows, from byte `part` of each lane: of both, or, where paired, of the first alone
+  template <int half, int part>
   static void decode(Words one, Words two, Lanes& first, Lanes& second) {
-    constexpr int shift = part % 4 * 8 + part / 4 * 4;
+    constexpr int shift = part * 8 + half * 4;
     first = shifted<shift>(one);
     if constexpr (paired)
       second = shifted<shift + 4>(one);
@@ -72,82 +69,88 @@ struct Codes {
   }
 
   // sums[h][m] += w[m] · codes of row h, for two rows' bytes at `place` of R queries
-  template <int R, int part = 0>
-  static void dot_part(Words one, Words two, const float* w, int64_t w_row, int bytes, Lanes (&sums)[2][R]) {
-    if constexpr (part < parts) {
+  template <int R, int half, int part = 0>
+  static void dot_part(Words one, Words two, const float* w, int64_t w_row, Lanes (&sums)[2][R]) {
+    if constexpr (part < 4) {
       Lanes first, second;
-      decode<part>(one, two, first, second);
+      decode<half, part>(one, two, first, second);
       for (int m = 0; m < R; m++) {
-        const Lanes weights = load(w + m * w_row + place(part, bytes));
+        const Lanes weights = load(w + m * w_row + part * kLanes);
         sums[0][m] += weights * first, sums[1][m] += weights * second;
       }
-      dot_part<R, part + 1>(one, two, w, w_row, bytes, sums);
+      dot_part<R, half, part + 1>(one, two, w, w_row, sums);
     }
   }
 
   template <int R>
   static void dot_few(const Rows& rows, const float* w, int64_t w_row, float* out, int64_t out_row) {
-    const int all = Codes::rows(rows), half = (all + 1) / 2;
-    for (int i = 0; i < half; i += kLanes) {
-      const int here = std::min(kLanes, half - i);
+    const int all = Codes::rows(rows), pairs = (all + 1) / 2;  // of rows i and i + pairs
+    for (int i = 0; i < pairs; i += kLanes) {
+      const int here = std::min(kLanes, pairs - i);
       Lanes each[2][R][kLanes];
       if (here < kLanes) std::fill_n(&each[0][0][0], 2 * R * kLanes, Lanes{});
       for (int k = 0; k < here; k++) {
-        const uint8_t *one = rows[i + k], *two = rows[paired ? i + k : std::min(half + i + k, all - 1)];
+        const uint8_t *one = rows[i + k], *two = rows[paired ? i + k : std::min(pairs + i + k, all - 1)];
         Lanes sums[2][R] = {};
         for (int j = 0; j < rows.bytes; j += kUnit) {
           if (j % 64 == 0) {
             __builtin_prefetch(one + rows.next + j);
             if (!paired) __builtin_prefetch(two + rows.next + j);
           }
-          dot_part<R>(load<Words>(one + j), load<Words>(two + j), w + j, w_row, rows.bytes, sums);
+          dot_part<R, 0>(load<Words>(one + j), load<Words>(two + j), w + j, w_row, sums);
         }
+        for (int j = 0; halves == 2 && j < rows.bytes; j += kUnit)
+          dot_part<R, 1>(load<Words>(one + j), load<Words>(two + j), w + rows.bytes + j, w_row, sums);
         for (int h = 0; h < 2; h++)
           for (int m = 0; m < R; m++) each[h][m][k] = sums[h][m];
       }
       for (int h = 0; h < 2; h++)
         for (int m = 0; m < R; m++) {
           const Lanes sums = totals(each[h][m]);
-          const int from = h * half + i;
+          const int from = h * pairs + i;
           std::memcpy(out + m * out_row + from, &sums, sizeof(float) * std::min(here, all - from));
         }
     }
   }
 
-  // out[m][c] = Σ_i w[m][i] codes of row i, for one vector of bytes, and N of its parts from `part` on
-  template <int R, int N, int part>
+  // out[m][c] = Σ_i w[m][i] codes of row i, for one vector of bytes: of one half, N bytes of each lane from `part` on
+  template <int R, int N, int half = 0, int part = 0>
   static void combine_few(const Rows& rows, int j, const float* w, int64_t w_row, float* out, int64_t out_row) {
-    const int all = Codes::rows(rows), half = (all + 1) / 2;
+    const int all = Codes::rows(rows), pairs = (all + 1) / 2;  // of rows i and i + pairs
     Lanes sums[N][R] = {};
-    const bool ahead = part == 0 && j % 64 == 0;
-    for (int i = 0; i < half; i++) {
-      const uint8_t *one = rows[i] + j, *two = rows[paired ? i : std::min(half + i, all - 1)] + j;
+    const bool ahead = half == 0 && part == 0 && j % 64 == 0;
+    for (int i = 0; i < pairs; i++) {
+      const uint8_t *one = rows[i] + j, *two = rows[paired ? i : std::min(pairs + i, all - 1)] + j;
       if (ahead) {
         __builtin_prefetch(one + rows.next);
         if (!paired) __builtin_prefetch(two + rows.next);
       }
-      add_parts<R, N, part>(load<Words>(one), load<Words>(two), w + i, w + half + i, w_row, sums);
+      add_parts<R, N, half, part>(load<Words>(one), load<Words>(two), w + i, w + pairs + i, w_row, sums);
     }
     for (int n = 0; n < N; n++)
-      for (int m = 0; m < R; m++) std::memcpy(out + m * out_row + j + place(part + n, rows.bytes), &sums[n][m], sizeof(Lanes));
-    if constexpr (part + N < parts) combine_few<R, N, part + N>(rows, j, w, w_row, out, out_row);
+      for (int m = 0; m < R; m++)
+        std::memcpy(out + m * out_row + half * rows.bytes + j + (part + n) * kLanes, &sums[n][m], sizeof(Lanes));
+    if constexpr (part + N < 4)
+      combine_few<R, N, half, part + N>(rows, j, w, w_row, out, out_row);
+    else if constexpr (half + 1 < halves)
+      combine_few<R, N, half + 1>(rows, j, w, w_row, out, out_row);
   }
 
   // Codes are decoded before any weight is loaded, so that sums, codes and one weight at a time fill the registers
-  template <int R, int N, int part>
+  template <int R, int N, int half, int part>
   static void add_parts(Words one, Words two, const float* w1, const float* w2, int64_t w_row, Lanes (&sums)[N][R]) {
     Lanes first[N], second[N];
-    decode_all<N, part>(one, two, first, second);
+    decode_all<N, half, part>(one, two, first, second);
     for (int m = 0; m < R; m++) {
       for (int n = 0; n < N; n++) sums[n][m] += w1[m * w_row] * first[n];
       for (int n = 0; n < N; n++) sums[n][m] += w2[m * w_row] * second[n];
     }
   }
-  template <int N, int part, int n = 0>
+  template <int N, int half, int part, int n = 0>
   static void decode_all(Words one, Words two, Lanes (&first)[N], Lanes (&second)[N]) {
     if constexpr (n < N) {
-      decode<part + n>(one, two, first[n], second[n]);
-      decode_all<N, part, n + 1>(one, two, first, second);
+      decode<half, part + n>(one, two, first[n], second[n]);
+      decode_all<N, half, part, n + 1>(one, two, first, second);
     }
   }
 
@@ -181,7 +184,7 @@ struct Codes {
     in_passes(M, [&](auto few, int m) {
       constexpr int R = decltype(few)::value, N = std::min(4, power_up_to(kSet.mixed / R));
       for (int j = 0; j < rows.bytes; j += kUnit)
-        combine_few<R, N, 0>(rows, j, w + m * w_row, w_row, out + m * out_row, out_row);
+        combine_few<R, N>(rows, j, w + m * w_row, w_row, out + m * out_row, out_row);
     });
   }
 };
