@@ -17,8 +17,10 @@ from sampling import ALL, covering, sampled
 from stores import filled
 
 from gpt2.common.errors import PluginError
-from gpt2.compression.codecs import QUANTIZERS, Compressor
+from gpt2.compression.cache.token_store import Half
+from gpt2.compression.codecs import QUANTIZERS, Compressor, JointTransform
 from gpt2.compression.codecs.mixed import MixedFixed
+from gpt2.compression.codecs.rope import Rotary
 from gpt2.compression.kernels import cpu, dispatch
 
 ROOT = Path(__file__).parents[3]
@@ -95,6 +97,19 @@ def test_attention_compiles(pair, dtype, compiled):
     for kernel in compiled:
         assert kernel.asm["cubin"] and kernel.metadata.shared <= SHARED_MEMORY
     assert "wgmma" in compiled[0].asm["ptx"]  # tensor cores
+
+
+def test_attention_compiles_with_a_query_for_every_block_of_keys(compiled):
+    """K and V of a head in one code."""
+    from gpt2.compression.cache import triton_attention
+
+    E = torch.linalg.qr(torch.randn(1, 64, 64)).Q
+    turned = JointTransform(E, E.mT, torch.zeros(1, 64), Rotary(torch.logspace(0, -3, 16)), 64)
+    x = torch.randn(1, 2, 130, 32).bfloat16()
+    held = filled(Compressor(QUANTIZERS["int4_channel"], turned), (4, 0), [x])
+    triton_attention.attend(Half(held, 0), Half(held, 1), x[:, :, :1].repeat_interleave(2, dim=1), None, 1.0)
+    assert [kernel.name for kernel in compiled] == ["attend_tiles", "merge_splits"]
+    assert all(kernel.asm["cubin"] and kernel.metadata.shared <= SHARED_MEMORY for kernel in compiled)
 
 
 @pytest.mark.parametrize(("dtype", "name"), covering(DTYPES, ("int8", "int4", "int8_channel", "int4_channel")))
