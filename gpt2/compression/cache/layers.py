@@ -33,6 +33,11 @@ class StoredKV:
     def __init__(self, layer: CompressedLayer):
         self._layer = layer
 
+    @property
+    def reader(self):
+        """Who reads the stores: what `attention` set on the layer."""
+        return self._layer.reader
+
     def stores(self) -> tuple[TokenStore, TokenStore]:
         """Stores of K and of V: the same one where K and V are stored together."""
         stores = list(self._layer.stores.values())
