@@ -6,8 +6,10 @@
     python scripts/profile_kv_performance.py --model configs/models/qwen2.5-0.5b.json --layers 2 --policy default
 
 --direct measures each of our caches twice: reconstructing the history at every step, and with attention over the
-stored codes. --identity adds our cache without compression; with --direct it is also read without copying K and V at
-every step and without repeating KV heads. --peers adds transformers' quantized caches.
+stored codes. It says at the end where that was slower than the uncompressed cache, and measures once per machine from
+how many tokens on codes are read faster than reconstructed, for enable_compressed_attention(model, when="auto").
+--identity adds our cache without compression; with --direct it is also read without copying K and V at every step and
+without repeating KV heads. --peers adds transformers' quantized caches.
 Caches take turns in one process, in alternating order, each time with a fresh cache after a warm-up. Figures are
 medians with quartiles, ratios are paired by repeat. Tokens per second are of the whole batch. The parts of a step's
 time and the peak of memory are measured in a separate pass, as the instruments take time. A model's shape from
@@ -20,11 +22,10 @@ import argparse
 
 from gpt2 import cli
 from gpt2.common import machine
-from gpt2.compression.attention import enable_compressed_attention
 from gpt2.evaluation import lineup
 from gpt2.evaluation.instruments import cuda_devices, memory_method
 from gpt2.evaluation.other_caches import PACKAGES
-from gpt2.evaluation.timing import measure_cell
+from gpt2.evaluation.timing import find_crossovers, measure_cell
 from gpt2.models.loading import LoadedModel
 from gpt2.report import plots, tables
 
@@ -58,7 +59,7 @@ def main() -> None:
         loaded, choices, identity=args.identity, direct=direct, reconstruct=reconstruct, packages=args.peers
     )
     if direct:
-        enable_compressed_attention(loaded.model)
+        find_crossovers(loaded, caches, args.batch_sizes)
 
     if loaded.random_weights:
         print("note: the weights are random; speed and memory don't depend on them")
@@ -78,6 +79,8 @@ def main() -> None:
             tables.show("profile", record | {"rows": found}, note=False)
     tables.show("profile_steps", record)
     print(f"\n{tables.profile(record, []).note}")
+    if slower := lineup.slower_directly(rows):
+        print(slower)
     cli.write(paths, record, lambda: plots.profiles(rows, title(record, loaded)))
 
 

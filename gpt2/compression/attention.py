@@ -1,6 +1,6 @@
 """Attention over the compressed cache, under the names that people import.
 
-    enable_compressed_attention(model)
+    enable_compressed_attention(model)              # when="auto" reads codes where that was measured to be faster
     model.generate(..., past_key_values=cache)      # any cache of ours; others work as before
     disable_compressed_attention(model)
 

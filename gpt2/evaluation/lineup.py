@@ -20,6 +20,7 @@ from gpt2.models.loading import LoadedModel
 
 LOW_RANK, OURS = "lowrank", "ours"
 PEERS = (*other_caches.FAMILIES, LOW_RANK)
+DIRECT = ", direct"  # ends the names of caches whose codes attention reads
 # The best known setting of each package; without exact latest tokens hqq fails at odd lengths
 SPEED_SETTING = "4 bits, residual 128"
 
@@ -48,8 +49,28 @@ def for_speed(
 
 
 def _both_ways(name: str, make: CacheFactory, reconstruct: bool) -> dict[str, CacheFactory]:
-    direct = {f"{name}, direct": make} if make().readable else {}
+    direct = {f"{name}{DIRECT}": make} if make().readable else {}
     return ({name: _reconstructing(make)} if reconstruct or not direct else {}) | direct
+
+
+def slower_directly(rows: Sequence[dict]) -> str | None:
+    """A line on the rows of `timing.measure_cell` in which reading codes was slower than the uncompressed cache.
+
+    None where there is no such row. One whose quartiles reach the uncompressed cache's speed doesn't count.
+    """
+    slower = [
+        f"{row['cache']} {ratio['tokens_per_s_median']:.2f}x at {row['context_tokens']:,} tokens, batch of "
+        f"{row['batch_size']}"
+        for row in rows
+        if row["cache"].endswith(DIRECT) and (ratio := row.get("ratio_to_baseline"))
+        and ratio["tokens_per_s_quartiles"][1] < 1
+    ]  # fmt: skip
+    if not slower:
+        return None
+    return (
+        f"note: on this machine reading codes was slower than the uncompressed cache: {'; '.join(slower)}. "
+        "enable_compressed_attention(model, when='auto') reads codes only where reconstruction takes longer still"
+    )
 
 
 def _reconstructing(make: CacheFactory) -> CacheFactory:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from gpt2.common.errors import is_out_of_memory
+from gpt2.compression.cache.attention import AUTO, enable_compressed_attention
 from gpt2.compression.cache.size import cache_bytes
 from gpt2.evaluation.instruments import SAMPLING, Memory, Stopwatch, cuda_devices, peak_memory, synchronizer, watched
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory
@@ -86,6 +87,19 @@ def measure_cell(
     return [
         {"cache": name, **cell, **own.record(baseline if name != BASELINE else None)} for name, own in measured.items()
     ]
+
+
+def find_crossovers(loaded: LoadedModel, caches: Mapping[str, CacheFactory], batch_sizes: Sequence[int]) -> None:
+    """Measure from how many tokens on reading codes pays (`cache.crossover`), where this machine doesn't know it yet.
+
+    Compressed attention is enabled afterwards, and reads codes at every step.
+    """
+    enable_compressed_attention(loaded.model, when=AUTO)
+    for batch in batch_sizes:
+        prompt = random_tokens(loaded, batch, WARM_TOKENS, seed=0)
+        for make in caches.values():
+            run_once(loaded.model, make(), prompt, steps=1)
+    enable_compressed_attention(loaded.model)
 
 
 @dataclass

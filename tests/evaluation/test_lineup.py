@@ -143,3 +143,19 @@ def test_caches_for_speed_come_by_name_with_the_baseline_first(llama):
     assert [caches[name]().direct for name in ("kv4", "kv4, direct")] == [False, True]
     alone = lineup.for_speed(llama, choices, direct=True, reconstruct=False)
     assert list(alone) == [BASELINE, "kv4, direct"], "what can be read is not reconstructed as well"
+
+
+def test_rows_that_read_codes_slower_than_the_baseline_are_named():
+    def row(cache: str, low: float, median: float, high: float, context: int = 8000) -> dict:
+        ratio = {"tokens_per_s_median": median, "tokens_per_s_quartiles": [low, high]}
+        return {"cache": cache, "context_tokens": context, "batch_size": 4, "ratio_to_baseline": ratio}
+
+    rows = [
+        {"cache": BASELINE, "context_tokens": 8000, "batch_size": 4}, row("kv4", 0.4, 0.5, 0.6),
+        row("int8, direct", 0.9, 0.97, 1.02), row("kv8, direct", 1.1, 1.2, 1.3),
+        {"cache": "kv2, direct", "context_tokens": 8000, "batch_size": 4, "out_of_memory": True},
+    ]  # fmt: skip
+    assert lineup.slower_directly(rows) is None
+    said = lineup.slower_directly([*rows, row("kv4, direct", 0.9, 0.931, 0.95), row("a, direct", 0.4, 0.5, 0.6, 256)])
+    assert "kv4, direct 0.93x at 8,000 tokens, batch of 4; a, direct 0.50x at 256 tokens" in said
+    assert "\n" not in said and "when='auto'" in said and "int8" not in said

@@ -10,7 +10,9 @@ from tiny import write_shape
 
 from gpt2.common import files, machine
 from gpt2.common.errors import PluginError
-from gpt2.evaluation import timing
+from gpt2.compression.cache import crossover
+from gpt2.compression.cache.crossover import Crossover, Crossovers
+from gpt2.evaluation import lineup, timing
 from gpt2.evaluation.instruments import PARTS
 from gpt2.evaluation.perplexity import BASELINE
 from gpt2.report import plots, tables
@@ -51,6 +53,18 @@ def test_the_script_measures_a_model_with_weights(shape, script, tmp_path):
     assert record["weights"] == "trained" and (tmp_path / f"results/plots/{name}.png").exists()
     assert record["machine"]["processor"] and "busy_cores_before" in record["machine"]
     assert "Weights" not in tables.profile(record, []).note
+
+
+def test_codes_read_directly_are_measured_for_later_and_slower_ones_named(shape, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(crossover, "KNOWN", Crossovers(lambda: tmp_path / "kept.json"))
+    monkeypatch.setattr(crossover, "measure", lambda *args: Crossover([8], [2.0], [1.0]))
+    rows = []
+    monkeypatch.setattr(lineup, "slower_directly", lambda found: rows.extend(found) or "note: it was slower")
+    assert run(PROFILE, *shape, *SMALL, "--direct", "--output", "out/r.json") == 0
+    assert len(json.loads((tmp_path / "kept.json").read_text())["crossovers"]) == 2, "one for each batch size"
+    said = capsys.readouterr().out
+    assert said.count("note: it was slower\n") == 1 and said.index("memory") < said.index("note: it was slower")
+    assert [row["cache"] for row in rows[:3]] == [BASELINE, "int4", "int4, direct"] and len(rows) == 12
 
 
 BAD = [

@@ -6,13 +6,16 @@
 
 While the model runs, compressed caches return a StoredKV in place of K and V, and the attention function reads the
 stores from it. A model that uses K or V before attention can't work like that, so enabling tries the model out first.
+With when="auto" a layer reconstructs its history where that was measured to be the faster way (`crossover`).
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,8 +24,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gpt2.common.errors import PluginError, UnsupportedModel
-from gpt2.compression.cache import attention_math, direct_attention
+from gpt2.common.errors import PluginError, UnsupportedModel, brief
+from gpt2.compression.cache import attention_math, crossover, direct_attention
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.cache.layers import StoredKV, as_new
 from gpt2.compression.cache.token_store import without_autocast
@@ -30,10 +33,13 @@ from gpt2.compression.kernels import cpu
 from gpt2.models.probe import probe_geometry
 from gpt2.models.support import warn_of_positions
 
+log = logging.getLogger(__name__)
 NAME = "compressed_cache"  # names with "flash", "sdpa" or "flex" mean something to transformers
 MOST_QUERIES = 64  # per KV head; for more, as in a prompt, reconstructing the history once is faster than reading codes
 PROBE_TOKENS, PROBE_STEPS = 12, 2
 SAME = 1e-3  # largest accepted change of a logit in the trial run, relative to the largest logit, in float32
+ALWAYS, AUTO = "always", "auto"
+WHEN = {ALWAYS: "codes are read at every decode step", AUTO: "codes are read where that was measured to be faster"}
 _STATE = "_compressed_attention"
 # Held while a model is switched: a second thread would take our attention for the model's own. Reentrant, because
 # enabling disables again where a model is rejected
@@ -42,12 +48,17 @@ _SWITCHING = threading.RLock()
 
 @dataclass
 class Reader:
-    """State of a model with compressed attention: its attention before, its hooks, and whether it is still enabled."""
+    """State of a model with compressed attention: its attention before, its hooks, and whether it is still enabled.
+
+    when: one of WHEN. told: whether the user knows that reading codes is the slower way; True keeps the trial quiet.
+    """
 
     config: PretrainedConfig
     previous: dict[str, str]
     hooks: list
     enabled: bool = True
+    when: str = ALWAYS
+    told: bool = True
 
     @property
     def active(self) -> bool:
@@ -56,21 +67,33 @@ class Reader:
         return self.enabled and (name == NAME or _wraps_ours(name))
 
 
-def enable_compressed_attention(model: PreTrainedModel) -> PreTrainedModel:
+def enable_compressed_attention(model: PreTrainedModel, when: str = ALWAYS) -> PreTrainedModel:
     """Let a model's attention read compressed caches as they are stored; returns the model.
+
+    when: "always" reads codes at every decode step. "auto" chooses in each layer, by the number of tokens that it
+    holds: below a crossover the layer reconstructs its history, as without this call. The crossover is measured at the
+    first step of its kind on this machine, which takes about a second, and kept in the user's cache folder. "always"
+    measures nothing, but where a known crossover makes reading codes the slower way, one line in the log says so. A
+    call for an enabled model only changes `when`.
 
     Wrappers are seen through: torch.compile's, DataParallel, DistributedDataParallel and PEFT's.
 
     Logits are those of the same cache by reconstruction, up to rounding. For other caches the model uses PyTorch's
     attention. Raises UnsupportedModel, and leaves the model as it was, where its attention can't be replaced or a trial
-    run with an exact cache gives other logits.
+    run with an exact cache gives other logits, and PluginError for another `when`.
 
     Any number of threads may then run the model, each with caches of its own. Enabling and disabling affects all
     threads: don't do it while one of them runs the model.
     """
+    if when not in WHEN:
+        choices = " or ".join(f"{name!r} ({meaning})" for name, meaning in WHEN.items())
+        raise PluginError(f"when={brief(when)}: expected {choices}")
     with _SWITCHING:
-        if not is_enabled(model):
-            _enable(unwrapped(model))
+        own = unwrapped(model)
+        if not is_enabled(own):
+            _enable(own)
+        reader = getattr(own, _STATE)
+        reader.when, reader.told = when, False
     return model
 
 
@@ -181,14 +204,46 @@ def compressed_attention(
     few = query.shape[1] * query.shape[2] <= MOST_QUERIES * k.sinks.shape[1]
     learning = query.requires_grad and torch.is_grad_enabled()  # kernels have no backward pass
     special = learning or kwargs.get("position_bias") is not None or (attention_mask is None and not causal)
-    if special or not (few and k.compressor.readable and v.compressor.readable):
-        return _plain(module, query, *as_new(key.read(), (query, query)), attention_mask, **plain), None
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    readable = few and k.compressor.readable and v.compressor.readable
+    if special or not readable or not _reads_codes(module, query, key, plain):
+        return _reconstructed(module, query, key, attention_mask, **plain), None
+    return _direct(query, key, attention_mask, scaling, softcap=softcap, s_aux=s_aux), None
+
+
+def _direct(
+    query: Tensor, key: StoredKV, mask: Tensor | None, scaling: float | None, *, softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Attention over what is stored, read directly, [B, Q, H, d]."""
+    (k, v), scaling = key.stores(), query.shape[-1] ** -0.5 if scaling is None else scaling
     with without_autocast(query):
-        out = direct_attention.attend(
-            k, v, query.to(k.sinks.dtype), attention_mask, scaling, softcap=softcap, sinks=s_aux
-        )
-    return out.to(query.dtype).transpose(1, 2).contiguous(), None
+        out = direct_attention.attend(k, v, query.to(k.sinks.dtype), mask, scaling, softcap=softcap, sinks=s_aux)
+    return out.to(query.dtype).transpose(1, 2).contiguous()
+
+
+def _reconstructed(module, query: Tensor, key: StoredKV, mask: Tensor | None, **plain) -> Tensor:
+    """Attention over a reconstruction of what is stored, [B, Q, H, d]."""
+    return _plain(module, query, *as_new(key.read(), (query, query)), mask, **plain)
+
+
+def _reads_codes(module, query: Tensor, key: StoredKV, plain: dict) -> bool:
+    """Whether a step reads codes: always, or where that pays. Where it is done and doesn't pay, says so once."""
+    reader, known = key.reader, crossover.KNOWN
+    if reader.when == ALWAYS and (reader.told or not known.some_slower):
+        return True
+    kind, tokens = crossover.kind(key, query), len(key.stores()[0])
+    if reader.when == AUTO:
+        how = {name: plain[name] for name in ("scaling", "softcap", "s_aux")}
+        direct, reconstructed = partial(_direct, mask=None, **how), partial(_reconstructed, module, mask=None, **how)
+        return known.measured(kind, lambda: crossover.measure(key, query, direct, reconstructed)).pays(tokens)
+    found = known.find(kind)
+    if found is not None and not found.pays(tokens):
+        reader.told = True
+        log.warning(
+            "reading codes directly is the slower way on this machine at %s tokens: it is %s. "
+            "enable_compressed_attention(model, when='auto') takes the faster way at each step", f"{tokens:,}", found,
+        )  # fmt: skip
+    return True
 
 
 def _with_weights(

@@ -33,6 +33,16 @@ class StoredKV:
     def __init__(self, layer: CompressedLayer):
         self._layer = layer
 
+    @property
+    def reader(self):
+        """Who reads the stores: what `attention` set on the layer."""
+        return self._layer.reader
+
+    @property
+    def kinds(self) -> dict:
+        """Kinds of decode steps in this layer, as `crossover` has named them."""
+        return self._layer.kinds
+
     def stores(self) -> tuple[TokenStore | Half, TokenStore | Half]:
         """Stores of K and of V: halves of one where K and V are stored together."""
         stores = list(self._layer.stores.values())
@@ -59,6 +69,7 @@ class CompressedLayer(CacheLayerMixin):
         self.stores = {side: TokenStore(c, sink_tokens, recent_tokens, reach) for side, c in compressors.items()}
         self.index = index
         self.reader = None  # set by `attention` while a model runs whose attention reads the stores
+        self.kinds = {}  # see StoredKV
         self.inconsistent = False  # True while the stores are being changed, and after such a change was interrupted
         self.rows_changed = 0  # number of batch selections; the same in all layers unless one was interrupted
         if k is not v and (k.joint or v.joint):

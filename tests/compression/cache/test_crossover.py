@@ -1,0 +1,292 @@
+"""Whether a step reads codes or reconstructs, by times that a table gives in the place of a clock."""
+
+import copy
+import json
+import logging
+import pickle
+
+import pytest
+import torch
+from direct import SETTINGS, cache_of, close
+from tiny import tiny_model, windows
+
+from gpt2.common.errors import PluginError
+from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention, is_enabled
+from gpt2.compression.cache import attention, crossover, direct_attention
+from gpt2.compression.cache.crossover import Crossover, Crossovers
+from gpt2.compression.cache.token_store import TokenStore
+
+DIRECT, RECONSTRUCTED = "direct", "reconstructed"
+# Seconds of both ways at 8, 16 and 32 tokens, and the tokens from which on reading codes pays
+TABLES = {
+    "never": ([3e-3, 4e-3, 6e-3], [1e-3, 2e-3, 3e-3], None),
+    "from 12 on": ([3e-3, 3e-3, 3e-3], [1e-3, 5e-3, 6e-3], 12),
+    "always": ([1e-3, 2e-3, 3e-3], [1e-3, 3e-3, 6e-3], 0),
+    "only in between": ([3e-3, 3e-3, 9e-3], [1e-3, 5e-3, 6e-3], None),
+}
+
+
+class Pretended:
+    """A clock that goes on only while attention reads a cache, as a table says; `ran` has the ways that were taken."""
+
+    def __init__(self, monkeypatch, direct: list[float], reconstructed: list[float]):
+        self.now, self.ran, self.measured = 0.0, [], 0
+        self.seconds = {
+            way: dict(zip(crossover.LENGTHS, times, strict=True))
+            for way, times in ((DIRECT, direct), (RECONSTRUCTED, reconstructed))
+        }
+        attend, read, measure = direct_attention.attend, TokenStore.read, crossover.measure
+
+        def timed_attend(k, v, query, *args, **how):
+            self.take(DIRECT, len(k), 1)
+            return attend(k, v, query, *args, **how)
+
+        def timed_read(store):
+            self.take(RECONSTRUCTED, len(store), 2)  # once for K and once for V
+            return read(store)
+
+        def counted(*args):
+            self.measured += 1
+            found = measure(*args)
+            self.ran.clear()
+            return found
+
+        monkeypatch.setattr(direct_attention, "attend", timed_attend)
+        monkeypatch.setattr(TokenStore, "read", timed_read)
+        monkeypatch.setattr(crossover, "measure", counted)
+        monkeypatch.setattr(crossover, "clock", lambda: self.now)
+
+    def take(self, way: str, tokens: int, parts: int) -> None:
+        self.now += self.seconds[way].get(tokens, 0.0) / parts
+        self.ran.append(way)
+
+
+@pytest.fixture
+def pretend(monkeypatch, tmp_path):
+    """Pretend that a named table of TABLES is this machine's; crossovers are kept in a folder of the test."""
+    monkeypatch.setattr(crossover, "LENGTHS", (8, 16, 32))
+    monkeypatch.setattr(crossover, "FLUSH_BYTES", 1)
+    fresh(monkeypatch, tmp_path / "kept" / "crossovers.json")
+    return lambda table: Pretended(monkeypatch, *TABLES[table][:2])
+
+
+def fresh(monkeypatch, path) -> None:
+    """As in a process that has just started."""
+    monkeypatch.setattr(crossover, "KNOWN", Crossovers(lambda: path))
+
+
+@pytest.fixture
+def llama():
+    return tiny_model("llama", num_hidden_layers=1)
+
+
+def a_cache(model, k: str = "int8", v: str = "int4"):
+    return cache_of(model, SETTINGS[k], SETTINGS[v])
+
+
+@torch.no_grad()
+def ways(model, pretended: Pretended, lengths, cache=None, batch: int = 1) -> list[str]:
+    """The way that a step takes at each of these numbers of tokens held, in ascending order."""
+    cache, held, found = a_cache(model) if cache is None else cache, 0, []
+    ids = windows(batch, max(lengths))
+    for length in lengths:
+        pretended.ran.clear()
+        model(ids[:, held:length], past_key_values=cache)
+        found.append(pretended.ran[-1])  # before it, a store may have been read to recognise a prompt
+        held = length
+    return found
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_each_step_takes_the_faster_way_for_what_it_holds(table, pretend, llama):
+    pretended, start = pretend(table), TABLES[table][2]
+    enable_compressed_attention(llama, when="auto")
+    lengths = [5, 11, 12, 13, 40, 41]
+    expected = [RECONSTRUCTED if start is None or n < start else DIRECT for n in lengths]
+    assert ways(llama, pretended, lengths) == expected and pretended.measured == 1
+
+
+def test_both_ways_give_the_same_logits(pretend, llama):
+    pretend("from 12 on")
+    found = []
+    for when in ("auto", "always"):
+        enable_compressed_attention(llama, when=when)
+        cache = a_cache(llama)
+        with torch.no_grad():
+            found.append(torch.cat([llama(x, past_key_values=cache).logits for x in windows(2, 20).split(4, 1)], 1))
+    assert close(*found)
+
+
+def test_a_crossover_is_measured_once_and_read_by_later_processes(pretend, llama, monkeypatch, tmp_path, caplog):
+    pretended = pretend("from 12 on")
+    enable_compressed_attention(llama, when="auto")
+    for _ in range(3):
+        assert ways(llama, pretended, [11, 13]) == [RECONSTRUCTED, DIRECT]
+        fresh(monkeypatch, tmp_path / "kept" / "crossovers.json")
+    assert pretended.measured == 1
+    (record,) = caplog.records
+    assert "below 12 tokens (3 against 1 ms at 8 tokens, " in record.message and "\n" not in record.message
+    assert str(tmp_path / "kept") in record.message
+
+
+def test_another_kind_of_step_is_measured_for_itself(pretend, llama, monkeypatch):
+    pretended = pretend("never")
+    enable_compressed_attention(llama, when="auto")
+    ways(llama, pretended, [5])
+    ways(llama, pretended, [5], batch=2)
+    ways(llama, pretended, [5], a_cache(llama, "int8", "int8"))
+    ways(llama, pretended, [5], a_cache(llama, "mixed", "int4"))
+    monkeypatch.setenv("KV_CPU_ISA", "generic")
+    ways(llama, pretended, [5])
+    monkeypatch.setattr(crossover.cpu, "usable", lambda x: False)
+    ways(llama, pretended, [5])
+    kinds = set(crossover.KNOWN._read())
+    assert pretended.measured == len(kinds) >= 5 + crossover.cpu.loaded()
+    ways(llama, pretended, [5])
+    assert pretended.measured == len(kinds)
+
+
+TIMES = {"tokens": [8, 16], "direct_ms": [1.0, 2.0], "reconstructed_ms": [2.0, 3.0]}
+DAMAGED = {
+    "empty": "", "cut off": '{"crossovers": {"a', "a list": "[]", "of another kind": '{"crossovers": 3}',
+    "without crossovers": "{}", "not text": b"\xff\xfe\x00\xff", "deep": "[" * 100_000,
+    "no times": {"tokens": [8]}, "words": TIMES | {"direct_ms": ["fast", "slow"]},
+    "uneven": TIMES | {"tokens": [8]}, "none": dict.fromkeys(TIMES, []), "backwards": TIMES | {"tokens": [16, 8]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_counts_as_empty_and_is_replaced(content, pretend, llama, tmp_path):
+    pretended, path = pretend("from 12 on"), tmp_path / "kept" / "crossovers.json"
+    enable_compressed_attention(llama, when="auto")
+    ways(llama, pretended, [5])
+    if isinstance(content, dict):
+        content = json.dumps({"crossovers": dict.fromkeys(json.loads(path.read_text())["crossovers"], content)})
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    crossover.KNOWN.__init__(lambda: path)
+    assert ways(llama, pretended, [11, 13]) == [RECONSTRUCTED, DIRECT] and pretended.measured == 2
+    (held,) = json.loads(path.read_text())["crossovers"].values()
+    assert held["tokens"] == [8, 16, 32]
+
+
+@pytest.mark.parametrize("where", ["a folder", "below a file", "no home"])
+def test_where_nothing_can_be_written_it_is_kept_in_memory(where, pretend, llama, monkeypatch, tmp_path, caplog):
+    pretended = pretend("from 12 on")
+    (tmp_path / "file").write_text("")
+
+    def path():
+        if where == "no home":
+            raise RuntimeError("Could not determine home directory.")
+        return tmp_path if where == "a folder" else tmp_path / "file" / "crossovers.json"
+
+    monkeypatch.setattr(crossover, "KNOWN", Crossovers(path))
+    enable_compressed_attention(llama, when="auto")
+    assert ways(llama, pretended, [11, 13]) == ways(llama, pretended, [11, 13]) == [RECONSTRUCTED, DIRECT]
+    assert pretended.measured == 1 and "kept in this process alone (" in caplog.records[-1].message
+
+
+def test_what_other_processes_have_measured_stays_in_the_file(pretend, llama, tmp_path):
+    pretended, path = pretend("never"), tmp_path / "kept" / "crossovers.json"
+    enable_compressed_attention(llama, when="auto")
+    assert crossover.KNOWN.find("nothing") is None, "the file is read before the other process writes it"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"crossovers": {"of another": TIMES}}))
+    ways(llama, pretended, [5])
+    held = json.loads(path.read_text())["crossovers"]
+    assert len(held) == 2 and held["of another"] == TIMES
+
+
+@pytest.mark.parametrize("seconds", [0.1, 10.0])
+def test_a_slow_machine_is_measured_at_fewer_lengths(seconds, pretend, llama, monkeypatch):
+    monkeypatch.setitem(TABLES, "slow", ([seconds] * 3, [seconds / 2] * 3, None))
+    pretended = pretend("slow")
+    enable_compressed_attention(llama, when="auto")
+    assert ways(llama, pretended, [5]) == [RECONSTRUCTED]
+    (held,) = crossover.KNOWN._read().values()
+    assert held.tokens == [8]
+
+
+def test_out_of_memory_reads_codes_and_keeps_nothing(pretend, llama, monkeypatch, tmp_path):
+    pretended = pretend("never")
+    monkeypatch.setattr(crossover, "_fill", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    enable_compressed_attention(llama, when="auto")
+    assert ways(llama, pretended, [5, 6]) == [DIRECT] * 2
+    assert pretended.measured == 1 and not list(tmp_path.iterdir())
+
+
+# --- "always"
+
+
+def measured_elsewhere(model, pretended: Pretended, monkeypatch, tmp_path) -> None:
+    """Let another process measure, and then enable the default, as in a process that has just started."""
+    enable_compressed_attention(model, when="auto")
+    ways(model, pretended, [5])
+    disable_compressed_attention(model)
+    fresh(monkeypatch, tmp_path / "kept" / "crossovers.json")
+    enable_compressed_attention(model)
+
+
+@pytest.mark.parametrize(("table", "told_at"), [("never", 5), ("from 12 on", 5), ("always", None)])
+def test_who_reads_codes_where_that_is_slower_is_told_once(table, told_at, pretend, monkeypatch, tmp_path, caplog):
+    llama, pretended = tiny_model("llama"), pretend(table)
+    measured_elsewhere(llama, pretended, monkeypatch, tmp_path)
+    caplog.clear()
+    assert set(ways(llama, pretended, [5, 6, 30])) == {DIRECT}, "always reads codes"
+    ways(llama, pretended, [5])
+    said = [record.message for record in caplog.records]
+    assert len(said) == (told_at is not None)
+    assert all(f"at {told_at} tokens" in line and "when='auto'" in line for line in said)
+    assert pretended.measured == 1
+
+
+def test_nothing_is_told_above_the_crossover(pretend, llama, monkeypatch, tmp_path, caplog):
+    pretended = pretend("from 12 on")
+    measured_elsewhere(llama, pretended, monkeypatch, tmp_path)
+    caplog.clear()
+    ways(llama, pretended, [12, 13, 30])
+    assert not caplog.records
+
+
+def test_by_default_nothing_is_measured_and_codes_are_read(pretend, llama, tmp_path, caplog):
+    pretended = pretend("never")
+    with caplog.at_level(logging.INFO, "gpt2"):
+        enable_compressed_attention(llama)
+        assert set(ways(llama, pretended, [5, 6])) == {DIRECT}
+    assert not pretended.measured and not list(tmp_path.iterdir()) and not caplog.records
+
+
+# --- `when` of a model
+
+
+@pytest.mark.parametrize("when", ["sometimes", "", None, True, "AUTO"])
+def test_a_wrong_choice_names_the_right_ones(when, llama):
+    with pytest.raises(PluginError, match=r"^when=.*: expected 'always' \(.*\) or 'auto' \(.*\)$") as caught:
+        enable_compressed_attention(llama, when=when)
+    assert repr(when) in str(caught.value) and not is_enabled(llama)
+
+
+@pytest.mark.parametrize("copied", [
+    copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)),
+], ids=["copy", "pickle"])  # fmt: skip
+def test_a_copy_keeps_its_choice_when_the_original_changes(copied, pretend, llama):
+    pretended = pretend("never")
+    enable_compressed_attention(llama, when="auto")
+    other = copied(llama)
+    enable_compressed_attention(llama)
+    assert ways(llama, pretended, [5]) == [DIRECT] and ways(other, pretended, [5]) == [RECONSTRUCTED]
+    disable_compressed_attention(llama)
+    assert ways(other, pretended, [5]) == [RECONSTRUCTED] and getattr(other, attention._STATE).when == "auto"
+
+
+def test_enabling_again_takes_what_the_last_call_says(pretend, llama):
+    pretended = pretend("never")
+    for when, expected in (("auto", RECONSTRUCTED), ("always", DIRECT), ("auto", RECONSTRUCTED)):
+        assert enable_compressed_attention(llama, when=when) is llama
+        assert ways(llama, pretended, [5]) == [expected]
+    disable_compressed_attention(llama)
+    enable_compressed_attention(llama)
+    assert ways(llama, pretended, [5]) == [DIRECT], "a disabled model has no choice left"
+
+
+def test_a_crossover_without_times_reads_codes():
+    assert Crossover().pays(0) and Crossover([8], [1.0], [1.0]).pays(1), "nothing says that it is slower"
