@@ -68,7 +68,7 @@ def fill(
         take = _Taken(left, f"layers.{index}", device_of(index))
         _fill_layer(layer, own, take, geometry.layers[index])
     if record["padded"]:
-        _fill_padding(cache._padding, _Taken(left, "padding", device_of(0)))
+        _fill_padding(cache._padding, _Taken(left, "padding", device_of(0)), geometry.layers[0])
     _expect(not left, f"tensors that no layer has: {', '.join(sorted(left)[:3])}")
     ours = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
     held = {(layer.is_initialized, layer.get_seq_length()) for layer in ours}
@@ -260,11 +260,14 @@ def _check_sketch(store: TokenStore, saved: list[float], at: str) -> None:
         )
 
 
-def _fill_padding(finder, take: _Taken) -> None:
+def _fill_padding(finder, take: _Taken, geometry: LayerGeometry) -> None:
     rows, finder.open = take("rows", optional=True), take("open").cpu()
     finder.first = take("first.0"), take("first.1")
     finder.rows = None if rows is None else rows.cpu()
     shapes = {finder.open.shape, *(() if rows is None else (rows.shape,))}
     _expect(len(shapes) == 1 and finder.open.dtype == torch.bool and finder.open.dim() == 1, "padding doesn't match")
-    _expect(all(x.dim() == 4 and len(x) == len(finder.open) for x in finder.first), "padding doesn't match")
+    for x, shape in zip(finder.first, (geometry.k, geometry.v), strict=True):
+        sizes = list(x.shape[1::2]) if shape is None or shape.heads is None else [shape.heads, shape.width]
+        expected = [len(finder.open), sizes[0], 1, sizes[-1]] if x.dim() == 4 else None
+        _expect(list(x.shape) == expected and x.is_floating_point(), "padding doesn't match")
     _expect(rows is None or (rows.dtype == torch.long and int(rows.min()) >= 0), "padding doesn't match")
