@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import TextStreamer
 
 from gpt2.common.errors import BadArtefact
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
@@ -82,12 +83,13 @@ def _begun(part: Path, loaded: LoadedModel, choice: CacheChoice, ids: Tensor) ->
 
 @torch.no_grad()
 def ask(
-    loaded: LoadedModel, cache: CompressedDynamicCache, question: str, max_new_tokens: int, streamer=None
+    loaded: LoadedModel, cache: CompressedDynamicCache, question: str, max_new_tokens: int, *, streamed: bool = False
 ) -> str:
     """The answer to a question about the document that a cache holds, decoded greedily; the cache then holds both.
 
-    streamer: gets tokens as they come, as `generate` passes them.
+    streamed: print the answer as its words come.
     """
+    streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True) if streamed else None
     words = about_document(loaded, torch.empty(0, dtype=torch.long), question).question
     inputs = cache.inputs(new=words)
     out = loaded.model.generate(

@@ -12,7 +12,9 @@ PRESETS = {"kv4": ("kv4", {}), "kv8": ("kv8", {"recent_tokens": 9}), "exact": ("
 TINY_LLAMA = Geometry.uniform(3, 2, 12)
 
 
-def cache_of(model, name: str = "kv4", family: str = "llama", geometry: Geometry = TINY_LLAMA) -> CompressedDynamicCache:
+def cache_of(
+    model, name: str = "kv4", family: str = "llama", geometry: Geometry = TINY_LLAMA
+) -> CompressedDynamicCache:
     """An empty cache; model: None for one that nothing is known of but its layers."""
     base, own = PRESETS[name]
     return create_cache_from_preset(preset_for_any_model(base, family, geometry) | own, model=model)
