@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from gpt2.common.schema import Anything, Nullable, OneOf, Record, Text, Whole, p
 from gpt2.compression.cache import contents
 from gpt2.compression.cache.held_tokens import HeldTokens, as_ids
 from gpt2.compression.cache.recipe import FROM_PRESETS
-from gpt2.models.geometry import LAYERS, Geometry
+from gpt2.models.geometry import LAYERS, Geometry, Shape
 
 FORMAT, KIND = "kv-plugin-cache/1", "saved cache"
 MOST_TOKENS = 2**31  # larger than any model's context
@@ -61,10 +62,20 @@ def save(cache, path: str | Path, token_ids, model) -> Path:
     if about and model is not None:
         about |= {"fingerprint": FROM_PRESETS.fingerprint_of(model)}
     header = {
-        "format": FORMAT, "recipe": about, "geometry": cache.geometry.record(), "tokens": length, "rows": cache.rows,
+        "format": FORMAT, "recipe": about, "geometry": _geometry(cache).record(), "tokens": length, "rows": cache.rows,
         "contents": record,
     }  # fmt: skip
     return mapped_file.write(path, header, tensors)
+
+
+def _geometry(cache) -> Geometry:
+    """The layers of a cache with the shapes of what they hold: a preset alone may not say how many heads there are."""
+    layers = list(cache.geometry.layers)
+    for layer in cache.compressed:
+        shapes = [store.sinks.shape for store in layer.stores.values()]
+        sides = [Shape(shape[1] // (3 - len(shapes)), shape[3]) for shape in shapes]  # one store has K's heads and V's
+        layers[layer.index] = replace(layers[layer.index], k=sides[0], v=sides[-1])
+    return Geometry(tuple(layers))
 
 
 def about(path: str | Path) -> tuple[dict, int]:

@@ -237,6 +237,9 @@ def test_what_can_not_be_saved(model, tmp_path):
         cache.save(path, model=model)
     with pytest.raises(PluginError, match=r"got \[1, 29\]"):
         cache.save(path, token_ids=ids_of(30)[:, :29], model=model)
+    assert load(cache.save(path, token_ids=ids_of(30), model=model), model=model).rows == 1, "with the model it can"
+    path.unlink()
+    cache.held_tokens.ids = None
     cache.layers[1].inconsistent = True
     with pytest.raises(PluginError, match="interrupted"):
         cache.save(path, token_ids=ids_of(30), model=model)
