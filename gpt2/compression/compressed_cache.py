@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache, identity_cache
+from gpt2.compression.cache.recipe import FROM_PRESETS
 from gpt2.compression.codecs import Compressor, IdentityCompressor
 
 __all__ = ["CompressedDynamicCache", "IdentityCompressor", "identity_cache", "load_calibrated_compressors"]
@@ -35,3 +36,19 @@ def load_calibrated_compressors(
         "kv", quantize_bits or 16, None, calibration, rank=rank, codec=codec, dtype=dtype, device=device
     )
     return k, v, dict(calibration.meta)
+
+
+def _create(*args, **how) -> CompressedDynamicCache:
+    from gpt2.compression.presets import create_cache_from_preset  # loaded by caches that are read from files alone
+
+    return create_cache_from_preset(*args, **how)
+
+
+def _fingerprint_of(model) -> str:
+    from gpt2.compression.presets.build import fingerprint_of
+
+    return fingerprint_of(model)
+
+
+if FROM_PRESETS.create is None:
+    FROM_PRESETS.create, FROM_PRESETS.fingerprint_of = _create, _fingerprint_of

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.compression.calibration.fit import Calibration
-from gpt2.compression.presets.build import as_preset, compressors_from_preset, preset_for_shape
+from gpt2.compression.presets.build import as_preset, compressors_from_preset, preset_for_shape, recipe_of
 from gpt2.compression.presets.policies import preset_for_policy
 from gpt2.compression.presets.preset_files import resolve_preset
 from gpt2.compression.presets.schema import Preset
@@ -48,7 +48,8 @@ def from_preset(
     k, v = compressors_from_preset(preset, loaded.device, model=loaded, calibration=calibration)
     own = preset.record
     label = own.get("name") or word or f"{own['target']} rank {own['rank']}, {own['bits']} bits"
-    return CacheChoice(str(label), preset, partial(CompressedDynamicCache, k, v, geometry=preset.geometry, **exact))
+    made = {"geometry": preset.geometry, "recipe": recipe_of(preset, exact, loaded.spec, loaded)}
+    return CacheChoice(str(label), preset, partial(CompressedDynamicCache, k, v, **made, **exact))
 
 
 def from_policy(policy: str, loaded: LoadedModel, **overrides: int) -> CacheChoice:

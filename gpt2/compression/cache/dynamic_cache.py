@@ -5,8 +5,8 @@
 
 The cache is a list of layers, as every cache of transformers is: those of `DynamicCache(config)`. The ones that keep K
 and V of tokens store them in another way. A cache holds one conversation: make a new one, or `reset()` it, for the
-next. It can be copied and pickled. Other versions of this code than the one that made a pickle reject it, because the
-same bytes may mean something else to them.
+next. It can be saved, forked and copied (`keeping`), and pickled. Other versions of this code than the one that made a
+pickle reject it, because the same bytes may mean something else to them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from gpt2.common.errors import NotInThisCache, PluginError
+from gpt2.compression.cache.held_tokens import HeldTokens
+from gpt2.compression.cache.keeping import Keeping
 from gpt2.compression.cache.layers import CompressedLayer
 from gpt2.compression.cache.mixed_layers import check_states_crop, clear_states, has_states, make_layer, map_states
 from gpt2.compression.cache.padding import PaddingFinder
+from gpt2.compression.cache.recipe import Recipe
+from gpt2.compression.cache.storages import storages_of
 from gpt2.compression.codecs import Compressor, IdentityCompressor
 from gpt2.models.geometry import Geometry, LayerGeometry
 
@@ -36,7 +40,7 @@ OF_ANOTHER_MODEL = (
 )
 
 
-class CompressedDynamicCache(Cache):
+class CompressedDynamicCache(Keeping):
     """Drop-in for DynamicCache that stores K and V through one compressor per layer and side.
 
     k_compressors, v_compressors: one per layer, None for layers that keep no K and V. num_layers: checked against them
@@ -44,7 +48,8 @@ class CompressedDynamicCache(Cache):
     models whose layers slide too, but keeps what they forget.
     sink_tokens: number of first tokens kept exact, because attention sinks have activations far from all others; with
     left padding, of each row its own. recent_tokens: number of latest tokens kept exact, besides those of an
-    unfinished block. Raises PluginError for lists of different lengths and negative numbers.
+    unfinished block. recipe: the preset that it is made from, which `save` writes down. Raises PluginError for lists of
+    different lengths and negative numbers.
 
     direct: whether compressed attention, where it is enabled, reads this cache; with False it gets reconstructions.
     """
@@ -60,6 +65,7 @@ class CompressedDynamicCache(Cache):
         geometry: Geometry | None = None,
         sink_tokens: int = 4,
         recent_tokens: int = 0,
+        recipe: Recipe | None = None,
     ):
         layers = geometry.layers if geometry else (LayerGeometry(),) * len(k_compressors)
         expected = len(layers) if num_layers is None else num_layers
@@ -76,6 +82,8 @@ class CompressedDynamicCache(Cache):
         )
         self._first = next((i for i, layer in enumerate(self.layers) if isinstance(layer, CompressedLayer)), None)
         self._padding = PaddingFinder()
+        self.held_tokens = HeldTokens()
+        self.geometry, self.recipe = geometry or Geometry(layers), recipe
         self._drops_at = geometry.drops_at if geometry else None  # None also after it was said
 
     @property
@@ -108,6 +116,7 @@ class CompressedDynamicCache(Cache):
                 f"the model has attention in layer {layer_idx}, where this cache keeps no K and V: {OF_ANOTHER_MODEL}"
             )
         if layer_idx == self._first:
+            self.check_awake()
             self._check_layers()
         elif not self.layers[self._first].is_initialized:  # the length of the cache is the first layer's
             raise PluginError(
@@ -167,17 +176,19 @@ class CompressedDynamicCache(Cache):
                 layer.crop(removed)
         for layer, own in each:
             layer.crop(own)
-        self._padding.crop(self.get_seq_length())
+        for known in (self._padding, self.held_tokens):
+            known.crop(self.get_seq_length())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows `beam_idx` in the place of all."""
         super().reorder_cache(beam_idx)
-        self._padding.map_(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        for known in (self._padding, self.held_tokens):
+            known.map_(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def reset(self) -> None:
         """Forget everything: the next conversation may have another batch size and padding."""
         super().reset()
-        self._padding = PaddingFinder()
+        self._padding, self.held_tokens, self.parked = PaddingFinder(), HeldTokens(), False
         for layer in self.layers:
             clear_states(layer)
 
@@ -196,7 +207,8 @@ class CompressedDynamicCache(Cache):
                 getattr(layer, operation)(argument)
             else:
                 map_states(layer, on_states)
-        self._padding.map_(on_states)
+        for known in (self._padding, self.held_tokens):
+            known.map_(on_states)
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args, **kwargs) -> Tensor:
         """As transformers' own; raises PluginError where this cache was made for other layers."""
@@ -282,7 +294,8 @@ class CompressedDynamicCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes of K and V held: exact tokens, codes with their scales, and memory allocated but unused."""
-        return sum(store.nbytes() for layer in self.compressed for store in layer.stores.values())
+        stores = [store for layer in self.compressed for store in layer.stores.values()]
+        return sum(storages_of(*(store.tensors() for store in stores)).values())
 
     def codec_bytes(self) -> int:
         """Bytes of the transforms, each once. Caches of the same compressors share them, as they share weights."""

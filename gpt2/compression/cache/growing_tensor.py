@@ -25,6 +25,7 @@ class GrowingTensor:
         self.chunks: list[Tensor] = []
         self.length = 0
         self.unused = 0  # entries at the end of the last chunk
+        self.shared = False  # whether forks may hold the same chunks, so that none is written to that is given back
 
     def append(self, x: Tensor) -> None:
         if self.chunks and x.dtype.itemsize > self.chunks[0].dtype.itemsize:
@@ -59,6 +60,27 @@ class GrowingTensor:
         """The used part of each chunk, without a copy."""
         return [*self.chunks[:-1], *(last[:, :, : last.shape[2] - self.unused] for last in self.chunks[-1:])]
 
+    def last(self, entries: int) -> Tensor:
+        """The last `entries`, or as many as there are."""
+        parts: list[Tensor] = []
+        for view in reversed(self.views()):
+            missing = entries - sum(part.shape[2] for part in parts)
+            if missing > 0:
+                parts.insert(0, view[:, :, -missing:])
+        return torch.cat(parts, dim=2)
+
+    def fork(self) -> GrowingTensor:
+        """A tensor that holds the same chunks without copying them. Each appends to chunks of its own from then on."""
+        self._seal()
+        self.shared = True
+        other = GrowingTensor(self.smallest)
+        other.chunks, other.length, other.shared = list(self.chunks), self.length, True
+        return other
+
+    def _seal(self) -> None:
+        """Leave the unused room of the last chunk to nobody."""
+        self.chunks, self.unused = self.views(), 0
+
     def truncate(self, length: int) -> None:
         """Remove all entries from `length` on."""
         drop, self.length = self.length - length, length
@@ -66,6 +88,8 @@ class GrowingTensor:
             used = self.chunks[-1].shape[2] - self.unused
             if drop < used:
                 self.unused += drop
+                if self.shared:
+                    self._seal()
                 return
             self.chunks.pop()
             drop, self.unused = drop - used, 0

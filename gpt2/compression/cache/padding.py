@@ -200,9 +200,10 @@ class OwnSinks:
             setattr(self, name, None if value is None else fn(value))
         self._found = None
 
-    def nbytes(self) -> int:
+    def tensors(self) -> list[Tensor]:
+        """All that is held."""
         found = [tensor for each in (self._found[1] if self._found else ()) for tensor in each]
-        return sum(x.nbytes for x in (self.tokens, self.kept, self.padding, *found) if x is not None)
+        return [x for x in (self.tokens, self.kept, self.padding, *found) if x is not None]
 
     def _slots(self) -> Tensor:
         return self.padding[:, None] + torch.arange(self.count, device=self.padding.device)

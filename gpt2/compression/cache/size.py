@@ -8,46 +8,24 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.cache_utils import Cache
 
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.compression.cache.layers import CompressedLayer
 from gpt2.compression.cache.size_only import without_values
-from gpt2.compression.codecs import Compressor
+from gpt2.compression.cache.storages import storages_of
 from gpt2.models.geometry import Geometry
 
 LONGEST_MEASURED = 8192  # tokens
 
 
-def cache_bytes(cache: Cache) -> int:
-    """Bytes of all storages that a cache keeps alive, including memory that is allocated but unused.
+def cache_bytes(*caches: Cache) -> int:
+    """Bytes of all storages that caches keep alive, including memory that is allocated but unused.
 
-    Each storage counts once and whole, so a small view of a large tensor costs the large tensor. Compressors are shared
-    between sequences and not counted: see `CompressedDynamicCache.codec_bytes`.
+    Each storage counts once and whole: what forks share counts once, and a small view of a large tensor costs the large
+    tensor. Compressors are shared between sequences and not counted: see `CompressedDynamicCache.codec_bytes`.
     """
-    storages: dict[tuple, int] = {}
-    seen: set[int] = set()
-    waiting: list = list(cache.layers)
-    while waiting:
-        item = waiting.pop()
-        if id(item) in seen or isinstance(item, (Compressor, type)):
-            continue
-        seen.add(id(item))
-        if is_traceable_wrapper_subclass(item):
-            # Such as quanto's: it reports the size of the tensor it represents, but only its inner tensors have memory
-            waiting += [getattr(item, name) for name in item.__tensor_flatten__()[0]]
-        elif isinstance(item, Tensor):
-            storage = item.untyped_storage()
-            # On the meta device storages have no address, but are still distinct
-            storages[item.device, storage.data_ptr() or storage._cdata] = storage.nbytes()
-        elif isinstance(item, dict):
-            waiting += item.values()
-        elif isinstance(item, (list, tuple, set)):
-            waiting += item
-        elif hasattr(item, "__dict__"):
-            waiting += vars(item).values()
-    return sum(storages.values())
+    return sum(storages_of(*(cache.layers for cache in caches)).values())
 
 
 def compression_ratio(

@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensor
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache.growing_tensor import SMALLEST_CHUNK, GrowingTensor
 from gpt2.compression.cache.padding import OwnSinks
+from gpt2.compression.cache.storages import storages_of
 from gpt2.compression.codecs import Compressor, IdentityCompressor
 from gpt2.compression.codecs.base import HALF_MAX, Encoded, waits
 from gpt2.compression.codecs.formats import Format
@@ -163,10 +164,14 @@ class TokenStore:
         if block > 1:
             self._warn_beyond(quantizer.largest, z)
         for name, field in dispatch.quantize(quantizer, z).items():
-            self.blocks.setdefault(name, GrowingTensor(max(SMALLEST_CHUNK // block, 1))).append(field)
+            self.blocks.setdefault(name, self.growing()).append(field)
         if block == 1 and waits(z) and not quantizer.lossless and self.compressed_blocks // DROPPED > before // DROPPED:
             latest = {name: _joined(stored.views())[:, :, -DROPPED:] for name, stored in self.blocks.items()}
             self._warn_beyond(HALF_MAX, quantizer.dequantize(latest, z.shape[3]))  # cut off, they read as this
+
+    def growing(self) -> GrowingTensor:
+        """An empty tensor for one field of the codes."""
+        return GrowingTensor(max(SMALLEST_CHUNK // self.compressor.block_tokens, 1))
 
     def _warn_beyond(self, largest: float, z: Tensor) -> None:
         """Say once of a store that coordinates z [B, G, n, r] may be cut off, as they reach what can be stored."""
@@ -320,11 +325,15 @@ class TokenStore:
             self.reconstructed = self.reconstructed[:, :, :whole].clone() if blocks else None
         self.sinks = self.sinks[:, :, :length].clone()
 
-    def nbytes(self) -> int:
-        """Bytes held: sinks, tail, all chunks with what is unused in them, and kept reconstructions."""
+    def tensors(self) -> list[Tensor]:
+        """All that is held: sinks, tail, all chunks with what is unused in them, and kept reconstructions."""
         chunks = [chunk for stored in self.blocks.values() for chunk in stored.chunks]
-        held = (self.sinks, self.tail, self.reconstructed, *chunks)
-        return sum(t.nbytes for t in held if t is not None) + self.own_sinks.nbytes()
+        held = (self.sinks, self.tail, self.reconstructed, *chunks, *self.own_sinks.tensors())
+        return [tensor for tensor in held if tensor is not None]
+
+    def nbytes(self) -> int:
+        """Bytes of `tensors`, those of one storage counted once."""
+        return sum(storages_of(self.tensors()).values())
 
     def map_(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn` to every stored tensor: batch selection, or a move between devices."""

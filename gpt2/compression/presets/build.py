@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
+from gpt2.compression.cache.recipe import FROM_PRESETS, Recipe
 from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.calibration.stand_in import stand_in
 from gpt2.compression.codecs import Compressor, full_rank
@@ -29,7 +30,7 @@ from gpt2.compression.presets.schema import FIGURES, FORMAT, Preset, parse
 from gpt2.compression.settings import TARGETS, build, needs_calibration_file
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel, wrap
-from gpt2.models.probe import geometry_of
+from gpt2.models.probe import fingerprint, geometry_of
 from gpt2.models.support import warn_of_drop, warn_of_positions
 
 _BUILDING = threading.Lock()  # so that threads that ask for the same compressors at the same time share them
@@ -41,6 +42,7 @@ def create_cache_from_preset(
     *,
     model: LoadedModel | PreTrainedModel | None = None,
     config: PretrainedConfig | None = None,
+    geometry: Geometry | None = None,
     dtype: torch.dtype = torch.float32,
     **overrides: int,
 ) -> CompressedDynamicCache:
@@ -48,8 +50,9 @@ def create_cache_from_preset(
 
     device: where the transforms are put at once; None moves each to its layer's device with the first tokens.
     model: checks that preset and calibration are of this model, and tells the layers where the preset doesn't. config:
-    of a model, for the layers alone. dtype: of the transforms' arithmetic. overrides: `sink_tokens` or `recent_tokens`
-    other than the preset's. Raises BadArtefact for a preset of other layers, naming the first.
+    of a model, for the layers alone; or geometry, these layers. dtype: of the transforms' arithmetic. overrides:
+    `sink_tokens` or `recent_tokens` other than the preset's. Raises BadArtefact for a preset of other layers, naming
+    the first.
     """
     preset = as_preset(preset)
     exact = preset.exact_tokens(**overrides)
@@ -63,10 +66,24 @@ def create_cache_from_preset(
         preset = preset.for_model(geometry_of(config, spec)[0], spec)
     elif model is not None:
         preset = preset.for_model(model.geometry, spec)
+    elif geometry is not None:
+        preset = preset.for_model(geometry, preset.model)
     else:
         warn_of_drop(preset.model, preset.geometry.drops_at)
     k, v = compressors_from_preset(preset, device, model=model, dtype=dtype)
-    return CompressedDynamicCache(k, v, geometry=preset.geometry, **exact)
+    recipe = recipe_of(preset, exact, spec or preset.model, model)
+    return CompressedDynamicCache(k, v, geometry=preset.geometry, recipe=recipe, **exact)
+
+
+def recipe_of(preset: Preset, exact: dict[str, int], spec: str, model: LoadedModel | None) -> Recipe:
+    """What a cache of a preset is made from, as a file of it says it."""
+    known = None if model is None or model.random_weights else model.fingerprint
+    return Recipe(preset.record, spec, known, exact)
+
+
+def fingerprint_of(model: LoadedModel | PreTrainedModel) -> str:
+    """The hash that tells a model from others."""
+    return fingerprint(model) if isinstance(model, PreTrainedModel) else model.fingerprint
 
 
 def as_preset(preset: Preset | dict | str | Path) -> Preset:
@@ -181,3 +198,6 @@ def new_preset(
     if calibration:
         preset["made_by"] = made_by(calibration.meta, calibration_file)
     return parse(preset | more, "new preset").record
+
+
+FROM_PRESETS.create, FROM_PRESETS.fingerprint_of = create_cache_from_preset, fingerprint_of

@@ -82,7 +82,8 @@ def find_calibration(preset: Preset) -> Path:
         given = Path(preset.calibration_file).expanduser()
     except RuntimeError:  # of ~NAME, where no such user exists
         given = Path(preset.calibration_file)
-    places = [given] if preset.folder is None else [given, Path(preset.folder) / given]
+    beside = [] if preset.folder is None else [Path(preset.folder) / given, Path(preset.folder) / given.name]
+    places = [given, *beside]
     places += [folder / given.name for folder in calibration_folders()]
     for place in dict.fromkeys(places):
         if _is_file(place):

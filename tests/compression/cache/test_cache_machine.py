@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import tempfile
 from contextlib import ExitStack
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -23,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gpt2.common.errors import PluginError
-from gpt2.compression.cache import direct_attention, token_store
+from gpt2.compression.cache import direct_attention, recoding, token_store
 from gpt2.compression.cache.size import cache_bytes
 from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor
 from gpt2.compression.codecs.mixed import Mixed
@@ -146,24 +148,30 @@ class CacheMachine(RuleBasedStateMachine):
         self.patches = ExitStack()
         self.patches.enter_context(mock.patch.object(cpu, "loaded", LOADED if kernels else lambda: False))
         self.patches.enter_context(mock.patch.object(token_store, "SMALLEST_CHUNK", smallest))
-        self.compressors, self.layout, self.dtype, self.order = (k, v), layout, dtype, order
-        shape = Shape(H, D)
+        self.layout, self.dtype, self.order = layout, dtype, order
+        self.siblings: list[tuple] = []  # forks, with what they read
+        shape = Shape(H // 2 if k.joint else H, D)
         kinds = [
             LayerGeometry(SLIDING, shape, shape, window=kind) if isinstance(kind, int)
             else LayerGeometry(kind, *[shape if kind == FULL else None] * 2)
             for kind in layers
         ]  # fmt: skip
-        self.cache = CompressedDynamicCache(
-            [k if kind.attends else None for kind in kinds], [v if kind.attends else None for kind in kinds],
-            geometry=Geometry(tuple(kinds)), sink_tokens=layout[0], recent_tokens=layout[1],
-        )  # fmt: skip
-        sides = (k,) if k.joint else (k, v)
-        self.watched = [Watched(i, kind.window, sides, layout) for i, kind in enumerate(kinds) if kind.attends]
+        self.kinds, self.compressors = kinds, (k, v)
+        self.cache, self.watched = self._empty(), self._watch()
         self._begin(batch, n)
+
+    def _empty(self) -> CompressedDynamicCache:
+        k, v = ([side if kind.attends else None for kind in self.kinds] for side in self.compressors)
+        exact = {"sink_tokens": self.layout[0], "recent_tokens": self.layout[1]}
+        return CompressedDynamicCache(k, v, geometry=Geometry(tuple(self.kinds)), **exact)
+
+    def _watch(self) -> list[Watched]:
+        sides = self.compressors[:1] if self.compressors[0].joint else self.compressors
+        return [Watched(i, kind.window, sides, self.layout) for i, kind in enumerate(self.kinds) if kind.attends]
 
     def _begin(self, batch: int, n: int) -> None:
         """With a prompt: rules are left out by chance, and a history without tokens would prove nothing."""
-        self.batch = batch
+        self.batch, self.ids = batch, torch.zeros(batch, 0, dtype=torch.long)
         for own in self.watched:
             own.begin()
         self.append(n, seed=12, scale=1)
@@ -188,6 +196,8 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(n=LENGTHS, seed=st.integers(0, 9), scale=st.sampled_from([1, 30]))
     def append(self, n: int, seed: int, scale: int) -> None:
         k, v = self._tokens(n, seed, scale)
+        new = torch.arange(self.held, self.held + n) + 1000 * torch.arange(self.batch)[:, None] + seed
+        self.ids = torch.cat((self.ids, new), dim=1)
         if self.held + 1 == n and self.held:  # looks like a prompt fed again, which the cache compares with its own
             k = k + 1
         for own in self.watched:
@@ -223,6 +233,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert not all(each), "it holds all that is needed"
             return
         assert False not in each, "it has forgotten what is needed"
+        self.ids = self.ids[:, : self.held - tokens]
         for own in self.watched:
             own.crop(tokens)
 
@@ -238,7 +249,7 @@ class CacheMachine(RuleBasedStateMachine):
             rows = torch.tensor(rows)
             change = self.cache.reorder_cache if operation == "reorder" else self.cache.batch_select_indices
             change(rows)
-        self.batch = len(rows)
+        self.batch, self.ids = len(rows), self.ids[rows]
         for plain in (plain for own in self.watched for plain in own.plain):
             plain.map_(lambda x: x[rows])
 
@@ -260,6 +271,53 @@ class CacheMachine(RuleBasedStateMachine):
             original.update(*self._tokens(70, seed=10), own.index)
         original.batch_select_indices(torch.zeros(1, dtype=torch.long))
         original.reset() if self.windowed else original.crop(-original.get_seq_length())
+
+    @precondition(lambda self: self.held)
+    @rule()
+    def save_and_load(self) -> None:
+        """A cache that was loaded knows its tokens, also after rows were selected and tokens cropped."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.cache.save(Path(folder) / "cache.safetensors", token_ids=self.ids)
+            self.cache = CompressedDynamicCache.load(path, into=self._empty())
+        assert torch.equal(self.cache.token_ids, self.ids)
+
+    @rule(go_on=st.sampled_from(["fork", "origin"]))
+    def fork(self, go_on: str) -> None:
+        """Whatever happens to one doesn't happen to the other."""
+        other = self.cache.fork()
+        if go_on == "fork":
+            self.cache, other = other, self.cache
+        self._siblings_are_as_they_were()
+        if self.held:
+            assert cache_bytes(self.cache, other) - cache_bytes(self.cache) <= cache_bytes(other) / 2
+            self.siblings = [(other, self._all_read(other))]
+
+    def _all_read(self, cache: CompressedDynamicCache) -> list[Tensor]:
+        return [side for own in self.watched for side in cache.layers[own.index].read()]
+
+    def _siblings_are_as_they_were(self) -> None:
+        for cache, read in self.siblings:
+            assert all(map(torch.equal, self._all_read(cache), read))
+
+    @precondition(lambda self: self.held)
+    @rule(k=st.sampled_from(sorted(COMPRESSORS)), v=st.sampled_from(sorted(COMPRESSORS)))
+    def recode(self, k: str, v: str) -> None:
+        """Every token is coded anew; of those that a window forgot copies of the first that it holds."""
+        k, v = COMPRESSORS[k](), COMPRESSORS[v]()
+        if (k.joint or v.joint) != self.compressors[0].joint:
+            return
+        self.compressors = (k if k.joint else v,) * 2 if k.joint or v.joint else (k, v)
+        old, before, self.cache = self.cache, self.watched, self._empty()
+        recoding.recode(old, self.cache)
+        self.watched = self._watch()
+        for was, own in zip(before, self.watched, strict=True):
+            own.begin()
+            gone, begin = (cache.layers[own.index]._first.forgotten for cache in (old, self.cache))
+            own.recording, own.kept, own.shown = was.recording, was.kept, None
+            for plain, x in zip(own.plain, (plain.seen.clone() for plain in was.plain), strict=True):
+                begin = min(begin, gone)
+                x[:, :, begin:gone] = x[:, :, gone : gone + 1]
+                plain.append(x)
 
     @rule(what=st.sampled_from(["all but more", "a positive number", "another batch"]))
     def refused(self, what: str) -> None:
@@ -334,6 +392,7 @@ class CacheMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "patches"):
             self.patches.close()
+            self._siblings_are_as_they_were()
 
 
 TestCacheMachine = CacheMachine.TestCase

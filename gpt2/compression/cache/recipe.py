@@ -1,0 +1,38 @@
+"""What a cache was made from, so that one like it can be made elsewhere: a preset, its model, and exact tokens.
+
+Presets come after the cache in the order of packages, so what makes a cache of one is given from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# Of a preset: what says nothing of how tokens are stored, and the folder on this machine
+LEFT_OUT = {"trials", "refused_on_evaluation_text", "provenance", "folder", "figures"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """preset: its JSON object. model: names the model. fingerprint: of the model, None where it isn't known.
+
+    windows: numbers of exact tokens, `sink_tokens` and `recent_tokens`.
+    """
+
+    preset: dict
+    model: str
+    fingerprint: str | None
+    windows: dict[str, int]
+
+    def record(self) -> dict:
+        """As a JSON object."""
+        preset = {key: value for key, value in self.preset.items() if key not in LEFT_OUT}
+        return {"preset": preset, "model": self.model, "fingerprint": self.fingerprint, "windows": self.windows}
+
+
+class _FromPresets:
+    create: Callable | None = None  # create_cache_from_preset
+    fingerprint_of: Callable | None = None
+
+
+FROM_PRESETS = _FromPresets()
