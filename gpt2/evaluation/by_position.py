@@ -30,7 +30,10 @@ def continuations(loaded: LoadedModel, prompts: Tensor, tokens: int, seed: int =
     Raises PluginError for a context longer than the model's.
     """
     loaded.require_context(prompts.shape[1], "--prompt-tokens", after=tokens)
-    return self_text.sample(loaded, self_text.uniforms(PART, tokens + 1, len(prompts), seed), prompts=prompts)
+    streams = self_text.uniforms(PART, tokens + 1, len(prompts), seed)
+    # One at a time, as a batch rounds differently: the first continuation must be the same however many there are
+    pairs = zip(streams.split(1), prompts.split(1), strict=True)
+    return torch.cat([self_text.sample(loaded, stream, prompts=prompt) for stream, prompt in pairs])
 
 
 def by_position(baseline: Scores, other: Scores, bins: int, first: int = 0, seed: int = 0) -> list[dict]:

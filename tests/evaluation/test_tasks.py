@@ -13,11 +13,13 @@ from script_runs import listing
 from tiny import char_tokenizer, tiny_loaded, word_tokenizer
 
 from gpt2.common.errors import PluginError
+from gpt2.compression.codecs.integer import Int8
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.settings import compressors_for
 from gpt2.evaluation import asking
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
 from gpt2.evaluation.tasks import TASKS, Source, frequent_words, measure
+from gpt2.models.geometry import Geometry
 from gpt2.report import plots, tables
 
 LENGTH = 900  # a token is a character here
@@ -137,8 +139,6 @@ def test_what_makes_no_prompt_is_an_error(source, name):
 
 
 def lossy(bits: int):
-    from gpt2.models.geometry import Geometry
-
     return lambda: CompressedDynamicCache(*compressors_for("kv", bits, Geometry.uniform(3, 2, 12)), sink_tokens=0)
 
 
@@ -152,6 +152,24 @@ def test_compression_shows_in_every_task(long_reader, source):
         assert abs(worse["answer_logprob_nats"] - base_row["answer_logprob_nats"]) > 1e-2, worse["task"]
         assert worse["cache_bytes"] < base_row["cache_bytes"] / 2
     assert {cell["verdict"] for cell in measure.cells(rows) if "verdict" in cell} == {"baseline fails"}, "it is random"
+
+
+def test_one_wrong_offset_in_a_codec_is_caught_by_most_tasks(long_reader, source, monkeypatch):
+    """Int8 loses next to nothing; with each channel shifted by one, the same cache changes the answers' probability."""
+    caches = {BASELINE: baseline_factory(long_reader), "int8": lossy(8)}
+
+    def changes() -> dict[str, float]:
+        rows = measure.measure(long_reader, source.haystack, caches, lengths=[LENGTH], trials=1)
+        both = zip(rows[::2], rows[1::2], strict=True)
+        return {
+            a["task"]: abs(b["answer_logprob_nats"] - a["answer_logprob_nats"]) / a["answer_tokens"] for a, b in both
+        }
+
+    right, dequantize = changes(), Int8.dequantize
+    monkeypatch.setattr(Int8, "dequantize", lambda *args: dequantize(*args).roll(1, -1))
+    wrong = changes()
+    caught = [name for name in TASKS if wrong[name] > 0.5 > 5 * right[name]]
+    assert len(caught) >= 3, (right, wrong)
 
 
 def graded(right: dict[str, dict[str, list[int]]], chance: float) -> list[dict]:
