@@ -29,6 +29,6 @@ def by_position(record: dict, caches: list[str]) -> Table:
         ["cache", *(f"KL, {name} quarter" for name in QUARTERS[: len(kl)]), "last over first", "top-1, first", "last"]
         + ["Δ perplexity, first", "last", "greedy tokens the same"],
         lines,
-        f"{record['model']}, {count} segments of {length - record['first']:,} tokens {over} {record['text']}. KL in "
-        "nats. Greedy tokens: median number before the first that differs from the uncompressed cache's.",
+        f"{record['model']}, {count} segments of {length - 1 - record['first']:,} predictions {over} {record['text']}. "
+        "KL in nats. Greedy tokens: median number before the first that differs from the uncompressed cache's.",
     )
