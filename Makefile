@@ -3,6 +3,7 @@
 # make workflow: calibrate two ranks, tune, needle test, stability check
 # make tables: all tables of results/tables, as far as their results are missing or out of date; TEXT=../wikitext
 # make report: one page with everything measured, results/report.html
+# make replay: a part of every results file measured again with the present code, and compared; TEXT=../wikitext
 # make fuzz, make kills: the same for longer, histories of a cache and scripts that are killed
 # make test-compat: the tests with older PyTorch and transformers     make audit: known vulnerabilities of what is installed
 # Each creates .venv and installs everything on first use; later runs start at once.
@@ -22,7 +23,7 @@ COMPAT := .venv-compat
 COMPAT_PINS := 'torch==2.11.*' 'transformers==5.17.*' 'numpy<2.4'
 COMPAT_PYTHON ?= $(shell python3.12 -c 'print("python3.12")' 2>/dev/null || echo $(PYTHON))
 
-.PHONY: demo workflow tables report test test-all test-compat fuzz kills lint audit benchmark clean
+.PHONY: demo workflow tables replay report test test-all test-compat fuzz kills lint audit benchmark clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -63,6 +64,9 @@ workflow: $(VENV)/.installed
 
 tables: $(VENV)/.installed
 	$(RUN) scripts/reproduce_tables.py $(if $(TEXT),--text $(TEXT))
+
+replay: $(VENV)/.installed
+	$(RUN) scripts/reproduce_tables.py --replay $(if $(TEXT),--text $(TEXT))
 
 report: $(VENV)/.installed
 	$(RUN) scripts/reproduce_tables.py --html

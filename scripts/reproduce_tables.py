@@ -4,6 +4,7 @@
     python scripts/reproduce_tables.py ranks bits --text ../wikitext
     python scripts/reproduce_tables.py --quick --text ../wikitext
     python scripts/reproduce_tables.py --study postgresql://user@host/kv --device cuda:1
+    python scripts/reproduce_tables.py --replay needle --text ../wikitext
     python scripts/reproduce_tables.py --html report.html --results my_results --model qwen2.5-0.5b
 
 A table is defined by a file that names its runs. A run is one script with arguments, which makes
@@ -15,6 +16,10 @@ each with another --device, to share the work. A dead worker's run is taken over
 use a database's URL as --study for all and a shared folder of results. What measures time is of one machine: a CPU with
 AVX-512 makes results/runs/NAME.json, others make NAME_avx2.json and the like, and tables show each with its machine.
 A machine never adds to the results of another.
+
+--replay measures one segment or one prompt of each results file with the present code, and compares it with the file
+within a tolerance (gpt2/runs/replay.py). The outcome is noted in results/replays.json, and --status shows it; the exit
+code is 1 if a figure differs.
 
 These flags start no runs: --status prints for each run whether it is up to date; --pages writes results/tables and the
 tables within README and docs/*.md from existing results; --check fails if any of these, or a figure in the prose of
@@ -30,7 +35,7 @@ from gpt2 import cli
 from gpt2.common import files
 from gpt2.common.errors import PluginError
 from gpt2.models import embedded
-from gpt2.runs import check, config, pages
+from gpt2.runs import check, config, pages, replay
 from gpt2.runs.up_to_date import Matcher
 from gpt2.runs.worker import Worker
 
@@ -48,6 +53,7 @@ def arguments() -> argparse.ArgumentParser:
     how = p.add_mutually_exclusive_group()
     how.add_argument("--quick", action="store_true", help="small runs in results/quick, not for publication")
     how.add_argument("--status", action="store_true", help="only print which runs are stale, and why")
+    how.add_argument("--replay", action="store_true", help="only measure a part of each result again, and compare")
     how.add_argument("--pages", action="store_true", help="only write results/tables and the tables in README and docs")
     how.add_argument("--check", action="store_true", help="only compare README, docs and results/tables with results")
     how.add_argument("--html", nargs="?", type=Path, const=Path(), metavar="FILE", help="only write one HTML page")
@@ -64,7 +70,7 @@ def main() -> None:
     if args.html is not None:
         write_html(args.results, args.model, args.html if args.html.name else args.results / "report.html")
         return
-    if args.model == embedded.EMBEDDED and not (args.text or args.quick or args.status or args.pages):
+    if args.model == embedded.EMBEDDED and not (args.text or args.quick or args.status or args.pages or args.replay):
         raise PluginError("the committed tables are of WikiText-2 and would be replaced by another text's: give --text")
     options = config.RunOptions(args.model, args.text, args.quick, args.device, args.machine)
     tables, runs = config.load(options)
@@ -74,6 +80,8 @@ def main() -> None:
     if args.status:
         print(matcher.status(wanted))
         return
+    if args.replay:
+        sys.exit(1 if replay.replay_all(matcher, wanted) else 0)
     pages.check_writable(options, chosen, args.pages)
     if not args.pages:
         failed = Worker(args.study or options.results / "tables" / "study.db", matcher).work(wanted)

@@ -117,6 +117,14 @@ def for_quality(
     return entries
 
 
+def working(entries: Sequence[Entry]) -> dict[str, CacheFactory]:
+    """Factories by name. Raises PluginError for the first entry that can't be made, with the reason."""
+    for entry in entries:
+        if entry.error:
+            raise PluginError(f"cache {entry.label!r} can't be made: {entry.error}") from entry.error
+    return {entry.label: entry.make for entry in entries}
+
+
 def _of_family(family: str, loaded: LoadedModel) -> list[Entry]:
     """Entries of another family, each tried once: a missing package or a rejected model shows here."""
     entries = []

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gpt2.common.errors import PluginError
+from gpt2.evaluation.prompt_tokens import encode, insert, question_and_answer
 from gpt2.text.texts import start_tokens
 
 NAMES = "Anna Peter Maria Thomas Laura Henry Julia Oscar Simon Emily Victor Diana Martin Sophie George Helen"
@@ -133,7 +134,7 @@ class Needles:
                 f"and answer: use --context-lengths {fixed + 1} or more"
             )
         places = [round(depth * space), *rng.integers(space + 1, size=self.distractors).tolist()]
-        ids, first = _insert(window[:space], sentences, places)
+        ids, first = insert(window[:space], sentences, places)
         needle = (len(start) + first, len(start) + first + len(sentences[0]))
         others = tuple(answer for _, answer in drawn[1:])
         prompt = Prompt(torch.cat((start, ids, question)), drawn[0][1], answer_ids, needle, template.name, others)
@@ -150,21 +151,11 @@ class Needles:
             )
 
     def _tokens(self, text: str) -> Tensor:
-        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+        return encode(self.tokenizer, text)
 
     def _question(self, template: Template, subject: str, answer: str) -> tuple[Tensor, Tensor]:
-        """Tokens of the question, and of the answer as they are when both are tokenized as one text."""
-        text = f"\n{template.question}".format(subject=subject)
-        question, both = self._tokens(text), self._tokens(f"{text} {answer}")
-        answer_ids = both[len(question) :]
-        if not torch.equal(both[: len(question)], question) or self.tokenizer.decode(answer_ids).strip() != answer:
-            raise PluginError(
-                f"needle template {template.name!r}: this tokenizer doesn't encode the answer {answer!r} in separate "
-                "tokens after the question"
-            )
-        if (n := len(answer_ids)) >= self.max_new_tokens:
-            raise PluginError(f"the answer {answer!r} has {n} tokens: use --max-new-tokens {n + 1} or more")
-        return question, answer_ids
+        text, what = f"\n{template.question}".format(subject=subject), f"needle template {template.name!r}"
+        return question_and_answer(self.tokenizer, text, answer, self.max_new_tokens, what)
 
     def _check(self, prompt: Prompt, sentence: Tensor, question: Tensor, length: int) -> None:
         """Raise PluginError for a prompt without its whole needle, with which any cache would fail."""
@@ -178,16 +169,3 @@ class Needles:
         if any(problems.values()):
             what = ", ".join(text for text, there in problems.items() if there)
             raise PluginError(f"needle prompt of {len(prompt.ids)} tokens for a context of {length}: {what}")
-
-
-def _insert(haystack: Tensor, sentences: Sequence[Tensor], places: Sequence[int]) -> tuple[Tensor, int]:
-    """The haystack with sentences inserted before its tokens at `places`, and the position of the first sentence."""
-    parts, done, size, first = [], 0, 0, 0
-    for index in sorted(range(len(places)), key=places.__getitem__):
-        parts += [haystack[done : places[index]], sentences[index]]
-        size += places[index] - done
-        if index == 0:
-            first = size
-        size += len(sentences[index])
-        done = places[index]
-    return torch.cat((*parts, haystack[done:])), first

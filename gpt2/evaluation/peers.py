@@ -15,7 +15,7 @@ from gpt2.common.files import ROOT
 from gpt2.compression.cache.size import held_bytes, plain_bytes
 from gpt2.evaluation import needle
 from gpt2.evaluation.lineup import Entry
-from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
+from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score, segment_sums
 from gpt2.models.loading import LoadedModel
 
 WEIGHED_TOKENS = 2048
@@ -60,7 +60,8 @@ def measure(
             "bytes_per_token": held[entry.label] / WEIGHED_TOKENS,
             "compression_ratio_2048": held[BASELINE] / held[entry.label],
         }
-        rows.append(row | size | unmoved | compare(scores[BASELINE], scores[entry.label], seed))
+        pair = scores[BASELINE], scores[entry.label]
+        rows.append(row | size | unmoved | compare(*pair, seed) | {"segment_sums": segment_sums(*pair)})
     return rows
 
 

@@ -154,3 +154,17 @@ def compare(baseline: Scores, other: Scores, seed: int = 0) -> dict:
     if other.kl is not None:
         record |= {"kl_nats": float(other.kl.mean()), "top1_agreement": float(other.agree.mean())}
     return record
+
+
+def segment_sums(baseline: Scores, other: Scores) -> dict:
+    """The sums over each segment that the figures of `compare` follow from, as results files have them.
+
+    `predictions` per segment, and for each segment the sums in nats of both losses and, unless the cache is the
+    baseline, of KL. With them one segment alone can be measured again and compared.
+    """
+    sums = {
+        "predictions": other.nll.shape[1],
+        "baseline_nll": baseline.nll.sum(1).tolist(),
+        "nll": other.nll.sum(1).tolist(),
+    }
+    return sums if other.kl is None else sums | {"kl_nats": other.kl.sum(1).tolist()}

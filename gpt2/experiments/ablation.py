@@ -17,7 +17,7 @@ from gpt2.compression.codecs import IDENTITY, Compressor, IdentityCompressor, Tr
 from gpt2.compression.named_caches import from_policy
 from gpt2.compression.presets.policies import KVPolicyName
 from gpt2.compression.settings import Setting, compressors_for, fixed_transform
-from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory, compare, score
+from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory, compare, score, segment_sums
 from gpt2.models.loading import LoadedModel
 
 GROUPS = ("control", "basis", "metric", "target", "rank", "bits", "sinks", "layers", "nullspace", "policies")
@@ -208,5 +208,6 @@ def measure(
         known[row.key] = compare(scores[BASELINE], scores[label], seed) | {
             "compression_ratio_2048": compression_ratio(row.make, loaded.geometry),
             "largest_nll_change": float(np.abs(scores[label].nll - scores[BASELINE].nll).max()),
+            "segment_sums": segment_sums(scores[BASELINE], scores[label]),
         }
     return [{"group": row.group, "label": row.label, **row.more, **known[row.key]} for row in rows]

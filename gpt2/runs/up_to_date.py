@@ -1,6 +1,7 @@
 """Whether a results file is up to date: made with the run's arguments, from the same files and texts.
 
-Results stay up to date when the code changes. The commit that made them must be known, so that it can be checked out.
+Results stay up to date when the code changes. The commit that made them must be known, so that it can be checked out,
+or a replay with a known commit must have given the same (`gpt2.runs.replay`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from gpt2.runs.config import Run, RunOptions
 from gpt2.text import sources
 
 IGNORED = {"output", "study", "device"}  # arguments that don't change the results, only where they are made and go
+REPLAYED = "replays.json"  # in the folder of results: a run's name to the outcome of its latest replay
 TEXTS = {"text", "eval_text"}  # compared by their contents
 
 
@@ -48,15 +50,28 @@ class Matcher:
             return None
         return record if isinstance(record, dict) and isinstance(record.get("args"), dict) else None
 
-    def stale(self, name: str) -> str | None:
-        """The reason why a run's results are stale; None if they are up to date."""
+    def stale(self, name: str, any_code: bool = False) -> str | None:
+        """The reason why a run's results are stale; None if they are up to date. any_code: whatever code made them."""
         run, record = self.runs[name], self.record(name)
         if record is None:
             return "missing"
         for need in run.needs:
             if reason := self.stale(need):
                 return f"needs {need}, which is {reason}" if reason == "missing" else f"needs {need}: {reason}"
-        return self._args_differ(run, record) or self._text_differs(run, record) or self._commit_unknown(record)
+        reason = self._args_differ(run, record) or self._text_differs(run, record)
+        return reason or (None if any_code or self._replayed(name) else self._commit_unknown(record))
+
+    def replay(self, name: str) -> dict | None:
+        """The outcome of the latest replay of a run's results; None if there is none, or the file has changed since."""
+        outcome = replays(self.options.results).get(name)
+        path = self.record_path(name)
+        same = isinstance(outcome, dict) and path.is_file() and outcome.get("sha256") == files.file_sha256(path)
+        return outcome if same else None
+
+    def _replayed(self, name: str) -> bool:
+        """Whether code at a known commit has given these results again."""
+        outcome = self.replay(name)
+        return bool(outcome and outcome.get("agrees") and not self._commit_unknown({"git_commit": outcome["commit"]}))
 
     def check_machine(self, run: Run) -> None:
         """Raise PluginError if a run per machine would mix machines: its tag is not this machine's kind, or has results
@@ -100,9 +115,18 @@ class Matcher:
 
     def status(self, wanted: list[str]) -> str:
         """A text with a line per wanted run, up to date or the reason why not, and then the runs to make in order."""
-        lines = [f"{name:<44} {self.stale(name) or 'up to date'}" for name in wanted]
+        lines = [f"{name:<44} {self.stale(name) or self._confirmed(name)}" for name in wanted]
         made = self.to_make(wanted)
         return "\n".join([*lines, "", f"{len(made)} runs to make" + (f": {', '.join(made)}" if made else "")])
+
+    def _confirmed(self, name: str) -> str:
+        """How up-to-date results were confirmed: by a replay, by being made at the present commit, or not since."""
+        outcome, made = self.replay(name), self.record(name).get("git_commit")
+        if outcome and not outcome.get("agrees"):
+            return f"up to date, but its replay at {outcome['commit']} differs"
+        if outcome:
+            return f"up to date, replayed at {outcome['commit']}"
+        return "up to date" if made == provenance.git_commit() else f"up to date, made at {made}, not replayed since"
 
     def parsed(self, run: Run) -> argparse.Namespace:
         """A run's arguments as its script parses them, without --output and --device.
@@ -186,6 +210,15 @@ class Matcher:
         if not provenance.has_commit(self.options.checkout, commit):
             return f"made at commit {_short(commit)}, which is not in this repository"
         return None
+
+
+def replays(results: Path) -> dict[str, dict]:
+    """The outcomes of replays by name of run; none if the file is missing or invalid."""
+    try:
+        record = json.loads((results / REPLAYED).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _plain(value, held: dict[str, str]):

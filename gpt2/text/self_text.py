@@ -106,22 +106,29 @@ def uniforms(part: str, length: int, count: int, seed: int | None) -> Tensor:
     return torch.stack(rows)
 
 
-def sample(loaded: LoadedModel, uniforms: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """Segments [n, T + 1] of token ids, chosen from the model's distribution by random numbers [n, T] in [0, 1)."""
+def sample(
+    loaded: LoadedModel, uniforms: Tensor, temperature: float = TEMPERATURE, prompts: Tensor | None = None
+) -> Tensor:
+    """Segments [n, P + T] of token ids, chosen from the model's distribution by random numbers [n, T] in [0, 1).
+
+    prompts: token ids [n, P] that segments begin with; by default the start token.
+    """
+    if prompts is None:
+        prompts = torch.full((len(uniforms), 1), start_token(loaded))
     batches = uniforms.split(BATCH)
     bar = tqdm(total=uniforms.shape[1] * len(batches), desc="sampling", unit="token", disable=None, leave=False)
     with bar:
-        return torch.cat([_sample_batch(loaded, batch, temperature, bar) for batch in batches])
+        parts = zip(batches, prompts.split(BATCH), strict=True)
+        return torch.cat([_sample_batch(loaded, *part, temperature, bar) for part in parts])
 
 
 @torch.no_grad()
-def _sample_batch(loaded: LoadedModel, uniforms: Tensor, temperature: float, bar: tqdm) -> Tensor:
+def _sample_batch(loaded: LoadedModel, uniforms: Tensor, prompts: Tensor, temperature: float, bar: tqdm) -> Tensor:
     cache = DynamicCache(config=loaded.model.config)
     plain = [type(layer) is DynamicLayer for layer in cache.layers]  # the others have a sliding window and stay
-    cache.layers = [
-        _RoomyLayer(uniforms.shape[1]) if roomy else layer for roomy, layer in zip(plain, cache.layers, strict=True)
-    ]
-    ids = [torch.full((len(uniforms), 1), start_token(loaded))]
+    tokens = prompts.shape[1] + uniforms.shape[1] - 1  # the last one that is chosen isn't read
+    cache.layers = [_RoomyLayer(tokens) if roomy else layer for roomy, layer in zip(plain, cache.layers, strict=True)]
+    ids = [prompts]
     for column in uniforms.split(1, dim=1):
         newest = ids[-1].to(loaded.device)
         logits = loaded.model(newest, past_key_values=cache, use_cache=True).logits[:, -1]

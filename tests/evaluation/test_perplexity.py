@@ -12,7 +12,7 @@ from gpt2.common.errors import PluginError
 from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.settings import compressors_for
-from gpt2.evaluation.perplexity import BASELINE, Scores, baseline_factory, compare, score
+from gpt2.evaluation.perplexity import BASELINE, Scores, baseline_factory, compare, score, segment_sums
 from gpt2.models.geometry import Geometry
 
 SEGMENTS = torch.randint(2, 97, (3, 65), generator=torch.Generator().manual_seed(0))
@@ -116,3 +116,14 @@ def test_perplexity_and_delta_by_hand():
     assert record["baseline_ppl"] == pytest.approx(4) and record["ppl"] == pytest.approx(4.4)
     assert record["ppl_delta"] == pytest.approx(0.1) and record["ppl_delta_interval"] == pytest.approx([0.1, 0.1])
     assert record["tokens"] == 4
+
+
+def test_figures_follow_from_the_sums_of_segments():
+    nll = np.random.default_rng(0).random((3, 3, 20))
+    baseline, other = Scores(nll[0]), Scores(nll[1], nll[2], nll[2] < 0.5)
+    record, sums = compare(baseline, other), segment_sums(baseline, other)
+    assert len(sums["nll"]) == 3 and sums["predictions"] == 20
+    assert np.exp(sum(sums["nll"]) / record["tokens"]) == pytest.approx(record["ppl"])
+    assert np.exp(sum(sums["baseline_nll"]) / record["tokens"]) == pytest.approx(record["baseline_ppl"])
+    assert sum(sums["kl_nats"]) / record["tokens"] == pytest.approx(record["kl_nats"])
+    assert "kl_nats" not in segment_sums(baseline, baseline)

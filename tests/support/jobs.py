@@ -88,6 +88,14 @@ JOBS = {
     "needle": Job(
         "eval_long_context_needle", [*TEXT, *PRESET, "--context-lengths", 256, *NEEDLE, "--needle-positions", 0.5, *RUN]
     ),
+    "tasks": Job(
+        "eval_tasks",
+        [*TEXT, *PRESET, "--context-lengths", 300, "--num-trials", 1, "--tasks", "passkey", *RUN],
+    ),
+    "positions": Job(
+        "eval_by_position",
+        [*TEXT, *PRESET, "--segments", 1, "--prompt-tokens", 20, "--new-tokens", 20, "--greedy-tokens", 4, *RUN],
+    ),
     "stability": Job(
         "eval_stability",
         [*TEXT, *PRESET, *SMALL_EVAL, "--num-runs", 2, "--vary", "text", "--needle-length", 256]

@@ -1,7 +1,8 @@
 """Figures from results records, one function each. Matplotlib only; no window is ever opened."""
 
+from gpt2.report.plots.by_position import by_position
 from gpt2.report.plots.calibration import spectra
-from gpt2.report.plots.needle import needles
+from gpt2.report.plots.needle import needles, tasks
 from gpt2.report.plots.quality import codec_variations, peers, perplexity_changes, stability
 from gpt2.report.plots.scaling import growth
 from gpt2.report.plots.side_by_side import side_by_side
@@ -11,6 +12,7 @@ from gpt2.report.plots.tuning import codec_frontier, grid_frontier, layer_losses
 __all__ = [
     "append_times",
     "attention_times",
+    "by_position",
     "codec_frontier",
     "codec_variations",
     "grid_frontier",
@@ -25,4 +27,5 @@ __all__ = [
     "side_by_side",
     "spectra",
     "stability",
+    "tasks",
 ]

@@ -1,6 +1,8 @@
-"""The figure of the needle test."""
+"""The figures of the needle test and of tasks: heat maps of what each cache answers."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,32 +13,41 @@ from gpt2.report.plots.figure import new_figure
 
 
 def needles(cells: list[dict], title: str) -> Figure:
-    """Heat maps over context length and depth, a row of three per cache.
+    """Heat maps over context length and depth, a row of three per cache. cells: as `evaluation.needle.cells`."""
+    return _maps(cells, title, "depth", lambda depth: f"{100 * depth:g}%", "depth of the needle")
 
-    They show the baseline's exact match, the cache's, and the change of the answer's log-probability. cells: as
-    `evaluation.needle.cells` makes them.
+
+def tasks(cells: list[dict], title: str) -> Figure:
+    """Heat maps over context length and task, a row of three per cache. cells: as `evaluation.tasks.measure.cells`."""
+    return _maps(cells, title, "task", lambda name: name.replace("_", " "), "")
+
+
+def _maps(cells: list[dict], title: str, key: str, named: Callable[..., str], label: str) -> Figure:
+    """For each cache the baseline's exact match, its own, and the change of the answer's log-probability.
+
+    key: of the cells, by which panels have rows; named: what a row's tick says; label: of the axis.
     """
     reference = next(cell["cache"] for cell in cells if "verdict" not in cell)
     names = list(dict.fromkeys(cell["cache"] for cell in cells if "verdict" in cell))
-    lengths, depths = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("context_tokens", "depth"))
-    size = (3 * max(1.5 + 0.85 * len(lengths), 3.2), (1.1 + max(0.45 * len(depths), 1)) * len(names) + 0.6)
+    lengths, kinds = (list(dict.fromkeys(cell[name] for cell in cells)) for name in ("context_tokens", key))
+    size = (3 * max(1.5 + 0.85 * len(lengths), 3.2), (1.1 + max(0.45 * len(kinds), 1)) * len(names) + 0.6)
     figure, axes = new_figure(len(names), 3, figsize=size, grid="", squeeze=False)
-    found = {(cell["cache"], cell["depth"], cell["context_tokens"]): cell for cell in cells}
+    found = {(cell["cache"], cell[key], cell["context_tokens"]): cell for cell in cells}
     largest = max(1, *(abs(cell.get("logprob_change_nats", 0)) for cell in cells))
     for row, name in zip(axes, names, strict=True):
         panels = ((reference, "exact_match"), (name, "exact_match"), (name, "logprob_change_nats"))
-        for axis, (cache, key) in zip(row, panels, strict=True):
-            grid = [[found[cache, depth, length] for length in lengths] for depth in depths]
-            if key == "exact_match":
-                image = _heat_map(axis, grid, key, "{:.0%}", cmap="viridis", vmin=0, vmax=1)
+        for axis, (cache, shown) in zip(row, panels, strict=True):
+            grid = [[found[cache, kind, length] for length in lengths] for kind in kinds]
+            if shown == "exact_match":
+                image = _heat_map(axis, grid, shown, "{:.0%}", cmap="viridis", vmin=0, vmax=1)
                 figure.colorbar(image, ax=axis, label="prompts answered", format="{x:.0%}")
             else:
-                image = _heat_map(axis, grid, key, "{:+.2f}", cmap="RdBu", vmin=-largest, vmax=largest)
+                image = _heat_map(axis, grid, shown, "{:+.2f}", cmap="RdBu", vmin=-largest, vmax=largest)
                 figure.colorbar(image, ax=axis, label="nats per answer")
-            axis.set_title(f"{cache}: {'exact match' if key == 'exact_match' else 'change of log p'}", fontsize=9)
+            axis.set_title(f"{cache}: {'exact match' if shown == 'exact_match' else 'change of log p'}", fontsize=9)
             axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-            axis.set_yticks(range(len(depths)), [f"{100 * depth:g}%" for depth in depths])
-        row[0].set_ylabel("depth of the needle")
+            axis.set_yticks(range(len(kinds)), [named(kind) for kind in kinds])
+        row[0].set_ylabel(label)
     for axis in axes[-1]:
         axis.set_xlabel("context, tokens")
     figure.suptitle(title)

@@ -14,6 +14,7 @@ from pathlib import Path
 from gpt2.common.errors import PluginError, brief
 from gpt2.report.table import Table
 from gpt2.report.tables.architectures import architectures
+from gpt2.report.tables.by_position import by_position
 from gpt2.report.tables.gpu_roofline import attention_bound, gpu_roofline
 from gpt2.report.tables.guide import beside_guide
 from gpt2.report.tables.needle import needle, needle_cells, needle_pairs
@@ -39,6 +40,7 @@ from gpt2.report.tables.speed import (
     profile_of_machines,
     profile_steps,
 )
+from gpt2.report.tables.tasks import tasks, tasks_pairs
 
 # Start of a results file's name to its table; a kind that no file name starts with is shown by `as` or by a script
 TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
@@ -49,11 +51,13 @@ TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
     "benchmark_append": appending,
     "benchmark_calibration": calibrating,
     "beside_guide": beside_guide,
+    "by_position": by_position,
     "cache_bytes": cache_bytes,
     "explore_codecs": codec_variations,
     "gpu_roofline": gpu_roofline,
     "largest_batch": largest_batch,
     "layer_ablation": layer_ablation,
+    "long_context": by_position,
     "needle_cells": needle_cells,
     "needle_pairs": needle_pairs,
     "needle": needle,
@@ -64,6 +68,8 @@ TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
     "scaling": scaling,
     "side_by_side": side_by_side,
     "stability": stability,
+    "tasks_pairs": tasks_pairs,
+    "tasks": tasks,
     "validate_ppl": validation,
 }
 

@@ -81,8 +81,13 @@ def needle_cells(record: dict, _: list[str]) -> Table:
 
 def needle_pairs(record: dict, _: list[str]) -> Table:
     """Each cache over all prompts, paired with the baseline's answers to the same prompts."""
+    return pairs(record["summary"])
+
+
+def pairs(summary: list[dict]) -> Table:
+    """A table of what `evaluation.asking.summarize` makes, a row per cache."""
     lines = []
-    for row in record["summary"]:
+    for row in summary:
         edges = row["logprob_change_nats_interval"]
         lines.append([
             row["cache"],
@@ -99,6 +104,6 @@ def needle_pairs(record: dict, _: list[str]) -> Table:
         ["cache", "cells matched", "exact match", "baseline's", "only the baseline right", "only the cache right",
          "sign test p", "change of log p, nats", "95 % interval"],
         lines,
-        f"{record['summary'][0]['prompts']} prompts per cache in {record['summary'][0]['cells']} cells; only those "
+        f"{summary[0]['prompts']} prompts per cache in {summary[0]['cells']} cells; only those "
         "where the baseline works can be matched.",
     )  # fmt: skip

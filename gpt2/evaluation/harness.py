@@ -1,0 +1,69 @@
+"""lm-evaluation-harness through a compressed cache.
+
+The harness scores log-likelihoods by one forward pass over context and continuation, in which no token reads a cache:
+such figures say nothing about a compressed cache, and "no loss" measured that way is empty. Here the tokens are fed
+chunk by chunk through a cache, as in `evaluation.perplexity`, and generation uses one too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpt2.common.errors import PluginError
+from gpt2.evaluation.perplexity import CacheFactory
+from gpt2.models.loading import LoadedModel
+
+NAME = "hf-kv"  # in the harness's registry
+
+
+def streaming(base: type) -> type:
+    """A subclass of lm-eval's HFLM, or of a class with the same two methods, whose forward passes read a cache.
+
+    Its instances need `make_cache`, a factory, and `chunk`, the number of tokens fed at a time.
+    """
+
+    class StreamingLM(base):
+        make_cache: CacheFactory
+        chunk: int = 64
+
+        @torch.no_grad()
+        def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+            """Logits [batch, T, vocabulary] of token ids [batch, T], padded on the right."""
+            cache = self.make_cache()
+            parts = [
+                self.model(part, past_key_values=cache, use_cache=True).logits for part in inps.split(self.chunk, dim=1)
+            ]
+            return torch.cat(parts, dim=1)
+
+        def _model_generate(self, context: Tensor, *args, **kwargs) -> Tensor:
+            return super()._model_generate(context, *args, past_key_values=self.make_cache(), **kwargs)
+
+    return StreamingLM
+
+
+def harness_class() -> type:
+    """The class, registered in the harness as `hf-kv`. Raises PluginError if lm-eval isn't installed."""
+    try:
+        from lm_eval.api.registry import register_model
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise PluginError(f"lm-evaluation-harness can't be imported ({error}): pip install 'lm_eval[hf]'") from error
+    global _registered
+    if _registered is None:  # a name can be registered once
+        _registered = register_model(NAME)(streaming(HFLM))
+    return _registered
+
+
+_registered: type | None = None
+
+
+def harness_model(loaded: LoadedModel, make: CacheFactory, chunk: int = 64, batch_size: int = 1):
+    """A model as the harness takes it, whose log-likelihoods and generations read caches that `make` gives.
+
+    chunk: tokens fed at a time. batch_size: sequences together; a batch is padded, which caches with one scale per
+    batch, such as fp8, don't leave without effect.
+    """
+    made = harness_class()(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+    made.make_cache, made.chunk = make, chunk
+    return made

@@ -1,0 +1,169 @@
+"""Replay: measure one segment or one prompt of a results file again with the present code, and compare.
+
+Results stay up to date when code changes, as making all of them again takes days. A replay shows in seconds to minutes
+whether the present code still gives what a file says: the file's own script runs with the file's arguments, but for
+flags that leave one segment or one prompt of each cache, and every figure that both have is compared. The outcome is
+noted with the commit in results/replays.json, beside the hash of the results file, so that it counts for no other.
+
+A script that can be replayed has a line in REPLAYS. Times are of their machine and are never replayed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt2.common import files, provenance
+from gpt2.common.errors import PluginError
+from gpt2.runs.config import Run
+from gpt2.runs.up_to_date import REPLAYED, Matcher, replays
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """How results of one script are replayed.
+
+    flags: from a record to the flags that differ in a replay. figures: from a record to its figures, by names that are
+    the same in a replay. absolute, relative: a replayed figure may differ by `absolute + relative · |recorded|`; other
+    threads and batches change the last bits of float32, which may move a value into the next code.
+    """
+
+    flags: Callable[[dict], dict]
+    figures: Callable[[dict], Figures]
+    absolute: float
+    relative: float
+
+    def allowed(self, recorded: float) -> float:
+        return self.absolute + self.relative * abs(recorded)
+
+
+def _answers(record: dict) -> Figures:
+    """Log-probability of the answer for each cache and prompt, in nats."""
+    keys = ("cache", "task", "context_tokens", "depth", "trial")
+    rows = [row | ({"depth": ""} if "task" in row else {}) for row in record["rows"]]  # a task's depth is a result
+    return {
+        " ".join(str(row[key]) for key in keys if row.get(key, "") != ""): row["answer_logprob_nats"] for row in rows
+    }
+
+
+def _segments(record: dict) -> Figures:
+    """Mean loss and KL of the first segment for each cache, in nats per token."""
+    return {
+        f"{row['label']}, {name} of the first segment": sums[name][0] / sums["predictions"]
+        for row in record["rows"] if (sums := row.get("segment_sums")) for name in ("nll", "kl_nats") if name in sums
+    }  # fmt: skip
+
+
+def _quarters(record: dict) -> Figures:
+    """KL of the first segment by quarter of its positions for each cache, in nats."""
+    return {
+        f"{row['cache']}, KL of the first segment from {cell['position']}": cell["kl_nats_by_segment"][0]
+        for row in record["rows"] for cell in row["quarters"]
+    }  # fmt: skip
+
+
+def _first(record: dict, *names: str) -> dict:
+    """The first of a list that a flag has, for each of some flags."""
+    return {name.replace("_", "-"): str(record["args"][name][0]) for name in names}
+
+
+def _one_segment(record: dict) -> dict:
+    return {"eval-tokens": record["segments"][1]}
+
+
+ONE_PROMPT = {"num-trials": 1}
+REPLAYS = {
+    "eval_long_context_needle": Replay(
+        lambda record: ONE_PROMPT | _first(record, "context_lengths", "needle_positions"), _answers, 0.02, 0.01
+    ),
+    "eval_tasks": Replay(lambda record: ONE_PROMPT | _first(record, "context_lengths"), _answers, 0.02, 0.01),
+    "eval_by_position": Replay(lambda record: {"segments": 1, "greedy-tokens": 0}, _quarters, 1e-5, 0.05),
+    "compare_peers": Replay(
+        lambda record: _one_segment(record) | {"needle-context-lengths": "none"}, _segments, 1e-4, 0.02
+    ),
+    "validate_ppl_postbugfix": Replay(_one_segment, _segments, 1e-4, 0.02),
+}
+
+
+def replay_all(matcher: Matcher, wanted: Sequence[str], say: Callable[[str], None] = print) -> list[str]:
+    """Replay those of some runs that can be; returns the names of those that differ or fail.
+
+    say: called with a line on each run, and below it one for each figure that differs.
+    """
+    wrong = []
+    for name in wanted:
+        if reason := replayable(matcher, name):
+            say(f"{name:<44} not replayed: {reason}")
+            continue
+        try:
+            differing = replay(matcher, name)
+        except PluginError as error:
+            differing = [str(error)]
+        say("\n  ".join([f"{name:<44} {'differs' if differing else 'agrees'}", *differing]))
+        wrong += [name] * bool(differing)
+    return wrong
+
+
+def replayable(matcher: Matcher, name: str) -> str | None:
+    """Why a run's results can't be replayed; None if they can."""
+    run, record = matcher.runs[name], matcher.record(name)
+    if record is None:
+        return "missing"
+    if run.script not in REPLAYS:
+        return f"results of {run.script}.py have no replay"
+    if reason := matcher.stale(name, any_code=True):
+        return reason
+    try:
+        figures = REPLAYS[run.script].figures(record)
+        REPLAYS[run.script].flags(record)
+    except (KeyError, IndexError, TypeError) as error:
+        return f"its record lacks what a replay needs ({type(error).__name__}: {error})"
+    return None if figures else "made before sums of segments were kept: make it again"
+
+
+def replay(matcher: Matcher, name: str) -> list[str]:
+    """Replay a run's results and note the outcome; returns a line for each figure that differs.
+
+    Raises PluginError if the script fails, or gives no figure of the results file.
+    """
+    run, record = matcher.runs[name], matcher.record(name)
+    how = REPLAYS[run.script]
+    recorded, measured = how.figures(record), how.figures(_small(matcher, run, how.flags(record)))
+    both = [key for key in measured if key in recorded]
+    if not both:
+        raise PluginError(f"{name}: the replay has no figure of the results file")
+    shares = {key: abs(measured[key] - recorded[key]) / how.allowed(recorded[key]) for key in both}
+    differing = [
+        f"{key} is {measured[key]:.6g}, recorded {recorded[key]:.6g}, allowed ± {how.allowed(recorded[key]):.2g}"
+        for key, share in shares.items() if not share <= 1  # also NaN
+    ]  # fmt: skip
+    _note(matcher, name, {
+        "commit": provenance.git_commit(), "agrees": not differing, "figures": len(both),
+        "largest_share_of_tolerance": max(shares.values()),
+        "absolute": how.absolute, "relative": how.relative, "sha256": files.file_sha256(matcher.record_path(name)),
+    })  # fmt: skip
+    return differing
+
+
+def _small(matcher: Matcher, run: Run, flags: dict) -> dict:
+    """The record that a run's script makes with some flags changed, in a folder that is removed afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "runs" / f"{run.name}.json"
+        command = matcher.command(dataclasses.replace(run, args=run.args | flags, output=str(output)))
+        done = subprocess.run(command, capture_output=True, text=True)
+        if not output.is_file():
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise PluginError(f"{run.name}: its script made no results, exit code {done.returncode}: {last}")
+        return json.loads(output.read_text(encoding="utf-8"))
+
+
+def _note(matcher: Matcher, name: str, outcome: dict) -> None:
+    folder = matcher.options.results
+    files.write_json(folder / REPLAYED, dict(sorted((replays(folder) | {name: outcome}).items())))

@@ -1,0 +1,112 @@
+"""Replay: results that today's code still gives are confirmed, and an error planted in a codec is named."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from pictures import small_pictures  # noqa: F401
+from script_runs import INT4_PRESET, run
+
+from gpt2.common import files, provenance
+from gpt2.common.errors import PluginError
+from gpt2.compression.codecs.integer import Int4
+from gpt2.runs import replay
+from gpt2.runs.config import RunOptions, load
+from gpt2.runs.up_to_date import REPLAYED, Matcher
+
+PEERS = {"peers": "kivi", "preset": ["p.json"], "needle-context-lengths": "none", "text": "words.txt",
+         "eval-tokens": 192, "eval-seq-len": 64, "chunk": 16}  # fmt: skip
+POSITIONS = {"preset": ["p.json"], "text": "words.txt", "segments": 2, "prompt-tokens": 20, "new-tokens": 40}
+RUNS = {
+    "peers_x": {"script": "compare_peers", "args": PEERS},
+    "by_position_x": {"script": "eval_by_position", "args": POSITIONS | {"greedy-tokens": 4, "chunk": 16}},
+    "attention_step_x": {"script": "benchmarks/append", "args": {}},
+}
+
+
+def in_this_process(command: list[str], **_) -> SimpleNamespace:
+    code = run(Path(command[1]).stem, *command[2:])
+    return SimpleNamespace(returncode=code, stderr="")
+
+
+@pytest.fixture
+def matcher(tmp_path, tiny_flags, model_folder, monkeypatch):
+    """A checkout with results of two runs that can be replayed, and one whose times can't."""
+    (tmp_path / "p.json").write_text(json.dumps(INT4_PRESET))
+    (tmp_path / "scripts").symlink_to(files.ROOT / "scripts")
+    (tmp_path / "configs" / "tables").mkdir(parents=True)
+    table = {"title": "t", "about": "", "runs": RUNS, "show": [{"results": name} for name in RUNS], "plots": []}
+    (tmp_path / "configs/tables/t.json").write_text(json.dumps(table))
+    options = RunOptions(model=str(model_folder), checkout=tmp_path)
+    made = Matcher(options, load(options)[1])
+    monkeypatch.setattr(replay, "subprocess", SimpleNamespace(run=in_this_process))
+    for name in ("peers_x", "by_position_x"):
+        in_this_process(made.command(made.runs[name]))
+    return made
+
+
+def test_results_are_confirmed_until_a_codec_has_one_wrong_offset(matcher, monkeypatch, capsys):
+    said = []
+    assert replay.replay_all(matcher, list(RUNS), said.append) == []
+    assert [line.split()[1] for line in said] == ["agrees", "agrees", "not"] and "missing" in said[2]
+    outcome = matcher.replay("peers_x")
+    assert outcome["agrees"] and outcome["commit"] == provenance.git_commit() and outcome["figures"] == 3
+    assert outcome["largest_share_of_tolerance"] < 0.5
+    assert f"up to date, replayed at {outcome['commit']}" in matcher.status(["peers_x"])
+
+    monkeypatch.setattr(Int4, "dequantize", wrong_offset(Int4.dequantize))
+    said.clear()
+    assert replay.replay_all(matcher, list(RUNS), said.append) == ["peers_x", "by_position_x"]
+    assert "int4, kl_nats of the first segment is" in said[0] and "recorded" in said[0] and "baseline" not in said[0]
+    assert f"its replay at {outcome['commit']} differs" in matcher.status(["peers_x"])
+    path = matcher.record_path("peers_x")
+    path.write_text(path.read_text() + "\n")
+    assert matcher.replay("peers_x") is None, "the outcome was of another file"
+
+
+def wrong_offset(dequantize):
+    """Every channel gets the code of the channel before it."""
+    return lambda self, encoded, rank: dequantize(self, encoded, rank).roll(1, -1)
+
+
+def test_a_replay_at_a_known_commit_stands_for_the_one_that_made_the_results(matcher):
+    path = matcher.record_path("peers_x")
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"git_commit": "0" * 12}))
+    assert "not in this repository" in matcher.stale("peers_x")
+    assert replay.replay(matcher, "peers_x") == [] and matcher.stale("peers_x") is None
+    noted = json.loads((matcher.options.results / REPLAYED).read_text())
+    noted["peers_x"]["commit"] = "f" * 12
+    (matcher.options.results / REPLAYED).write_text(json.dumps(noted))
+    assert "not in this repository" in matcher.stale("peers_x"), "nor is the commit of the replay"
+
+
+def test_what_can_not_be_replayed_says_why(matcher, monkeypatch):
+    path = matcher.record_path("peers_x")
+    record = json.loads(path.read_text())
+    for row in record["rows"]:
+        row.pop("segment_sums", None)  # a cache that was not run has none
+    path.write_text(json.dumps(record))
+    assert "before sums of segments were kept" in replay.replayable(matcher, "peers_x")
+    del record["segments"]
+    path.write_text(json.dumps(record))
+    assert "its record lacks what a replay needs (KeyError: 'segments')" in replay.replayable(matcher, "peers_x")
+    path.write_text(json.dumps(record | {"args": record["args"] | {"chunk": 3}}))
+    assert replay.replayable(matcher, "peers_x") == "made with --chunk 3, now 16"
+    broken = SimpleNamespace(run=lambda *args, **how: SimpleNamespace(returncode=2, stderr="error: no model\n"))
+    monkeypatch.setattr(replay, "subprocess", broken)
+    with pytest.raises(PluginError, match="its script made no results, exit code 2: error: no model"):
+        replay.replay(matcher, "by_position_x")
+
+
+def test_committed_prompts_can_be_replayed():
+    """Of every prompt and cache in a file there is a figure, and the flags choose a prompt that it has."""
+    record = json.loads((files.RESULTS / "runs" / "needle_smollm2-135m.json").read_text())
+    how = replay.REPLAYS["eval_long_context_needle"]
+    figures = how.figures(record)
+    assert len(figures) == len(record["rows"])
+    flags = how.flags(record)
+    assert f"baseline {flags['context-lengths']} {flags['needle-positions']} 0" in figures
+    row = {"cache": "a", "task": "copying", "context_tokens": 512, "trial": 0, "depth": 0.3, "answer_logprob_nats": -1}
+    assert replay.REPLAYS["eval_tasks"].figures({"rows": [row]}) == {"a copying 512 0": -1}
