@@ -42,7 +42,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--num-trials", type=cli.positive_int, default=5, help="prompts per length and position")
     p.add_argument("--distractors", type=cli.natural, default=1, help="other needles in each prompt")
     p.add_argument("--max-new-tokens", type=cli.positive_int, default=12, help="tokens to generate")
-    p.add_argument("--prefill-chunk", type=cli.positive_int, help="prompt tokens fed at a time; all if omitted")
+    cli.add_prefill_chunk_flag(p)
     cli.add_output_flag(p)
     return p
 

@@ -35,7 +35,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--tasks", type=cli.word_list(tuple(tasks.TASKS)), default=list(tasks.TASKS), help="by comma")
     p.add_argument("--context-lengths", type=cli.int_list, default=[512, 1024], help="tokens, answer included")
     p.add_argument("--num-trials", type=cli.positive_int, default=5, help="prompts per task and length")
-    p.add_argument("--prefill-chunk", type=cli.positive_int, help="prompt tokens fed at a time; all if omitted")
+    cli.add_prefill_chunk_flag(p)
     cli.add_output_flag(p)
     return p
 

@@ -160,6 +160,11 @@ def add_cache_flags(p: argparse.ArgumentParser, *, several: bool = False) -> Non
     group.add_argument("--policy", choices=policies, help="a policy instead of a preset", **how)
 
 
+def add_prefill_chunk_flag(p: argparse.ArgumentParser) -> None:
+    """--prefill-chunk, for a script that gives prompts to a cache."""
+    p.add_argument("--prefill-chunk", type=positive_int, help="prompt tokens fed at a time; all if omitted")
+
+
 def add_evaluation_flags(p: argparse.ArgumentParser, tokens: int) -> None:
     """--eval-tokens, --eval-seq-len, --chunk and --batch-size. tokens: default of --eval-tokens."""
     p.add_argument("--eval-tokens", type=positive_int, default=tokens, help="tokens to measure perplexity on")

@@ -188,7 +188,7 @@ def kind(machine: dict) -> str:
 def tag(machine: dict | None = None, gpu: str | None = None) -> str:
     """The tag of a machine's results files, this one's by default: its kind, or the GPU's slug where there is one.
 
-    Kernels that KV_CPU_ISA lowers are told apart: `avx512-as-avx2`, whose 16-bit rows still have AVX-512.
+    Where KV_CPU_ISA lowers the kernels the tag says so: `avx512-as-avx2`, whose 16-bit rows still use AVX-512.
     """
     machine = machine or describe("cpu")
     lowered = machine.get("kernels_for", "native")

@@ -23,7 +23,7 @@ class Compressor:
         if transform is not None and transform.frame and quantizer.block_tokens % transform.frame:
             raise PluginError(
                 f"quantizer {quantizer.name} codes {quantizer.block_tokens} tokens together, but keys of this codec "
-                f"are turned back in frames of {transform.frame}: use mixed, or another one with blocks of as many"
+                f"are un-rotated in frames of {transform.frame}: use mixed, or another with blocks of as many tokens"
             )
         self.quantizer = quantizer
         self.transform = transform

@@ -106,11 +106,11 @@ class MultiHead(Fisher):
 
     def transform(self, side: str, E: Tensor, D: Tensor, mean: Tensor, rotary: Rotary) -> Transform:
         """The transform of a layer's K or V from matrices that were fitted; rotary: the layer's rotation."""
-        turned = {"rotary": rotary if self.unrotated else NONE, "shared": self.frame}
+        how = {"rotary": rotary if self.unrotated else NONE, "shared": self.frame}
         if self.joint:
-            return JointTransform(E, D, mean, **turned)
+            return JointTransform(E, D, mean, **how)
         if self.unrotated and side == "k":
-            return UnrotatedTransform(E, D, mean, **turned)
+            return UnrotatedTransform(E, D, mean, **how)
         return Transform(E, D, mean)
 
 
@@ -146,7 +146,7 @@ class UnrotatedTransform(Transform):
 
     @property
     def frame(self) -> int | None:
-        return self.shared if self.rotary.turns else None
+        return self.shared if self.rotary.rotates else None
 
     def forward(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
         return super().forward(self.rotary.unrotate(x.to(self.E.dtype), start, self.shared))
@@ -164,8 +164,8 @@ class UnrotatedTransform(Transform):
         D = self._read(q.shape[-1])
         middle = starts.to(q.device).float() + (self.shared - 1) / 2
         middle = middle[..., None] if middle.ndim == 1 else middle[:, None, :, None]  # [n, 1], or [B, 1, n, 1]
-        turned = self.rotary.turn(q.to(D.dtype)[:, :, None], middle, -1)  # [B, H, n, M, d]
-        absorbed = turned.flatten(2, 3).unflatten(1, (-1, D.shape[1])) @ D.mT  # [B, G, H/G, n · M, r + 1]
+        rotated = self.rotary.rotate_by(q.to(D.dtype)[:, :, None], middle, -1)  # [B, H, n, M, d]
+        absorbed = rotated.flatten(2, 3).unflatten(1, (-1, D.shape[1])) @ D.mT  # [B, G, H/G, n · M, r + 1]
         return absorbed.unflatten(3, (-1, q.shape[2])).transpose(2, 3).flatten(3, 4)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Transform:

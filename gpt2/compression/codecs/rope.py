@@ -23,7 +23,7 @@ class Rotary:
     layout: str = "half"
 
     @property
-    def turns(self) -> bool:
+    def rotates(self) -> bool:
         """Whether it rotates any channel."""
         return self.layout != "none" and len(self.frequencies) > 0
 
@@ -32,13 +32,13 @@ class Rotary:
 
         frame: tokens that all rotate by the position of their middle (`middles`).
         """
-        if not self.turns:
+        if not self.rotates:
             return x
-        return self.turn(x, middles(x.shape[-2], start, frame, x.device), sign)
+        return self.rotate_by(x, middles(x.shape[-2], start, frame, x.device), sign)
 
-    def turn(self, x: Tensor, positions: Tensor, sign: int = 1) -> Tensor:
+    def rotate_by(self, x: Tensor, positions: Tensor, sign: int = 1) -> Tensor:
         """x [..., d] rotated by sign · positions, which broadcast to its dimensions before the last."""
-        if not self.turns:
+        if not self.rotates:
             return x
         n = 2 * len(self.frequencies)
         angle = positions[..., None] * self.frequencies.to(x.device, torch.float32)

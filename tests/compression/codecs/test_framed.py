@@ -1,4 +1,4 @@
-"""The framed basis: keys of a block turned back by one angle, which a query takes instead."""
+"""The framed basis: keys of a block un-rotated by one position, by which the query is rotated instead."""
 
 import pytest
 import torch
@@ -37,14 +37,14 @@ def basis(groups: int, width: int, kind: type = JointTransform, **how) -> Unrota
 @pytest.mark.parametrize("frame", [1, 4, 64])
 def test_all_keys_of_a_frame_turn_by_the_angle_of_its_middle(frame):
     keys = vectors(H, 150, d=8)
-    turned = ROTARY.unrotate(keys, 0, frame)
-    torch.testing.assert_close(ROTARY.rotate(turned, 0, frame=frame), keys, rtol=1e-5, atol=1e-5)
+    unrotated = ROTARY.unrotate(keys, 0, frame)
+    torch.testing.assert_close(ROTARY.rotate(unrotated, 0, frame=frame), keys, rtol=1e-5, atol=1e-5)
     for t in (0, 3, 63, 64, 149):
         middle = t // frame * frame + (frame - 1) / 2
-        alone = ROTARY.turn(keys[:, :, t : t + 1], torch.tensor(middle), -1)
-        torch.testing.assert_close(turned[:, :, t : t + 1], alone, rtol=1e-5, atol=1e-5)
+        alone = ROTARY.rotate_by(keys[:, :, t : t + 1], torch.tensor(middle), -1)
+        torch.testing.assert_close(unrotated[:, :, t : t + 1], alone, rtol=1e-5, atol=1e-5)
     parts = [ROTARY.unrotate(part, start, frame) for start, part in ((0, keys[:, :, :7]), (7, keys[:, :, 7:]))]
-    torch.testing.assert_close(torch.cat(parts, dim=2), turned), "however they are cut"
+    torch.testing.assert_close(torch.cat(parts, dim=2), unrotated), "however they are cut"
 
 
 def test_where_rows_have_positions_of_their_own_a_frame_begins_with_the_first_token():
