@@ -54,8 +54,9 @@ def scores(store: TokenStore | Half, q: Tensor) -> Tensor:
     """q · k̂ of every token of K's store, [B, H, M, T] float32; q [B, H, M, d], M queries per KV head."""
     out = q.new_empty((*q.shape[:3], len(store)), dtype=torch.float32)
     absorbed = absorb_query(store, q)
-    exact, blocks = _parts(store)
+    blocks = _blocks(store)
     if cpu.usable(q) and blocks is not None and (not blocks or cpu.reads_frames(store.compressor.frame)):
+        exact = _exact(store)
         cpu.scores(exact + blocks, [q] * len(exact) + absorbed, out)
     else:
         _scores(store, q, absorbed, out)
@@ -81,8 +82,9 @@ def absorb_query(store: TokenStore | Half, q: Tensor) -> list[Tensor]:
 def weighted_sum(store: TokenStore | Half, p: Tensor) -> Tensor:
     """Σ p v̂ over the tokens of V's store, [B, H, M, d] float32; p [B, H, M, T] float32, which it may overwrite."""
     own = store.own_sinks.take(p, store.forgotten, store.heads) if store.own_sinks else None
-    exact, blocks = _parts(store)
+    blocks = _blocks(store)
     if cpu.usable(p) and blocks is not None:
+        exact = _exact(store)
         total = _total(store, cpu.weighted_sums(exact + blocks, p, _outs(exact, blocks)), bool(exact))
     else:
         total = _total(store, _weighted_sum(store, p), True)
@@ -102,16 +104,30 @@ def _in_one_pass(
         return None
     if mask is not None and mask.shape[:-1] not in ((1, 1, 1), (B, 1, 1)):
         return None
-    (k_exact, k_blocks), (v_exact, v_blocks) = _parts(k), _parts(v)
+    k_blocks = _blocks(k)
+    v_blocks = k_blocks if k.whole is v.whole else _blocks(v)
     if k_blocks is None or v_blocks is None or k_blocks and not cpu.reads_frames(k.compressor.frame):
         return None
+    k_exact, v_exact = _exact(k), _exact(v)
     q = (query * scaling).reshape(B, k.sinks.shape[1], -1, d)
+    frames = _frames(k, d) if k_blocks else None
+    absorbed = [q] * len(k_blocks) if frames else absorb_query(k, q)
     sums = cpu.attend(
-        k_exact + k_blocks, [q] * len(k_exact) + absorb_query(k, q), v_exact + v_blocks,
-        _outs(v_exact, v_blocks), len(k),
+        k_exact + k_blocks, [q] * len(k_exact) + absorbed, v_exact + v_blocks, _outs(v_exact, v_blocks), len(k),
         bias=None if mask is None else _bias(mask, B, len(k)), sinks=None if sinks is None else sinks.float(),
+        frames=frames,
     )  # fmt: skip
     return None if sums is None else _total(v, sums, bool(v_exact)).view(B, heads, Q, -1).to(query.dtype)
+
+
+def _frames(store: TokenStore | Half, head_dim: int) -> cpu.Frames | None:
+    """How the kernel absorbs queries for K's frames by itself; None where it takes queries that are absorbed."""
+    transform = store.compressor.transform
+    rotation = None if store.compressor.frame is None else transform.frame_rotation(store.frame_starts())
+    if rotation is None:
+        return None
+    read = transform.read_basis(head_dim)
+    return cpu.Frames(transform.derived("panels", head_dim, lambda: cpu.panels(read)), *rotation)
 
 
 def _bias(mask: Tensor, batch: int, tokens: int) -> Tensor:
@@ -137,14 +153,19 @@ def _total(store: TokenStore | Half, sums: Sequence[Tensor], exact: bool) -> Ten
     return y if total is None else total + y
 
 
-def _parts(store: TokenStore | Half) -> tuple[list[cpu.Part], list[cpu.Part] | None]:
-    """A store's exact parts and its compressed parts, as kernels take them; None for those that no kernel reads."""
+def _exact(store: TokenStore | Half) -> list[cpu.Part]:
+    """A store's exact parts, as kernels take them."""
+    rest = store.tail.shape[2]
+    return [cpu.exact(start, x) for start, x in ((0, store.sinks), (len(store) - rest, store.tail)) if x.shape[2]]
+
+
+def _blocks(store: TokenStore | Half) -> list[cpu.Part] | None:
+    """A store's compressed parts, as kernels take them; None where no kernel reads them, or the exact ones beside."""
     if store.sinks.dtype not in cpu.EXACT_DTYPES:
-        return [], None
-    rest, compressor = store.tail.shape[2], store.compressor
-    exact = [cpu.exact(start, x) for start, x in ((0, store.sinks), (len(store) - rest, store.tail)) if x.shape[2]]
+        return None
+    compressor = store.compressor
     if not cpu.reads(store.memory_format):
-        return exact, [] if not store.compressed_tokens else None
+        return [] if not store.compressed_tokens else None
     rank, blocks = _rank(store), []
     for start, encoded in store.chunks():
         part = cpu.coded(
@@ -152,7 +173,7 @@ def _parts(store: TokenStore | Half) -> tuple[list[cpu.Part], list[cpu.Part] | N
             skip=0 if blocks else store.lead, affine=compressor.affine,
         )  # fmt: skip
         blocks.append(part)
-    return exact, blocks
+    return blocks
 
 
 def _rank(store: TokenStore | Half) -> int:

@@ -68,6 +68,11 @@ class TokenStore:
         self.keep_reconstructed = False
         self.clear()
 
+    @property
+    def whole(self) -> TokenStore:
+        """The store itself: what a `Half` of it is half of."""
+        return self
+
     def clear(self) -> None:
         self.sinks: Tensor | None = None
         self.tail: Tensor | None = None
@@ -352,21 +357,21 @@ class Half:
     def __init__(self, store: TokenStore, index: int):
         """index: 0 for K, 1 for V."""
         heads = store.sinks.shape[1] // 2
-        self._store, self.heads = store, slice(index * heads, (index + 1) * heads)
+        self.whole, self.heads = store, slice(index * heads, (index + 1) * heads)
 
     def __getattr__(self, name: str):
-        return getattr(self._store, name)
+        return getattr(self.whole, name)
 
     def __len__(self) -> int:
-        return len(self._store)
+        return len(self.whole)
 
     @property
     def sinks(self) -> Tensor:
-        return self._store.sinks[:, self.heads]
+        return self.whole.sinks[:, self.heads]
 
     @property
     def tail(self) -> Tensor:
-        return self._store.tail[:, self.heads]
+        return self.whole.tail[:, self.heads]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

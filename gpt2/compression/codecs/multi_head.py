@@ -161,12 +161,19 @@ class UnrotatedTransform(Transform):
         """
         if self.frame is None:
             return super().absorb_query(q)
-        D = self._read(q.shape[-1])
-        middle = starts.to(q.device).float() + (self.shared - 1) / 2
+        D = self.read_basis(q.shape[-1])
+        middle = self._middles(starts.to(q.device))
         middle = middle[..., None] if middle.ndim == 1 else middle[:, None, :, None]  # [n, 1], or [B, 1, n, 1]
         rotated = self.rotary.rotate_by(q.to(D.dtype)[:, :, None], middle, -1)  # [B, H, n, M, d]
         absorbed = rotated.flatten(2, 3).unflatten(1, (-1, D.shape[1])) @ D.mT  # [B, G, H/G, n · M, r + 1]
         return absorbed.unflatten(3, (-1, q.shape[2])).transpose(2, 3).flatten(3, 4)
+
+    def frame_rotation(self, starts: Tensor) -> tuple[Tensor, bool] | None:
+        return self.rotary.angles(self._middles(starts)), self.rotary.layout == "interleaved"
+
+    def _middles(self, starts: Tensor) -> Tensor:
+        """Positions of the middles of frames whose first tokens are at `starts`."""
+        return starts.float() + (self.shared - 1) / 2
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Transform:
         return replace(super().to(device, dtype), rotary=self.rotary.to(device))
@@ -187,7 +194,7 @@ class JointTransform(UnrotatedTransform):
         k, v = apart(z.to(self.D.dtype) @ self.D + self.mean[:, None], head_dim)
         return torch.cat((self.rotary.rotate(k, start, frame=self.shared), v), dim=1)
 
-    def _read(self, head_dim: int) -> Tensor:
+    def read_basis(self, head_dim: int) -> Tensor:
         return self._affine(head_dim).chunk(2, dim=1)[0]
 
     def _summed(self, head_dim: int) -> Tensor:

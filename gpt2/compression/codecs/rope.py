@@ -41,13 +41,18 @@ class Rotary:
         if not self.rotates:
             return x
         n = 2 * len(self.frequencies)
-        angle = positions[..., None] * self.frequencies.to(x.device, torch.float32)
-        cos, sin = angle.cos().to(x.dtype), sign * angle.sin().to(x.dtype)
+        cos, sin = self.angles(positions.to(x.device)).to(x.dtype).unbind(-2)
+        sin = sign * sin
         head = x[..., :n]
         a, b = head.chunk(2, dim=-1) if self.layout == "half" else (head[..., 0::2], head[..., 1::2])
         pair = (a * cos - b * sin, b * cos + a * sin)
         rotated = torch.cat(pair, dim=-1) if self.layout == "half" else torch.stack(pair, dim=-1).flatten(-2)
         return torch.cat((rotated, x[..., n:].expand(*rotated.shape[:-1], -1)), dim=-1)
+
+    def angles(self, positions: Tensor) -> Tensor:
+        """Cosines and sines of the angles at positions [...], float32 [..., 2, n / 2]."""
+        angle = positions.float()[..., None] * self.frequencies.to(positions.device, torch.float32)
+        return torch.stack((angle.cos(), angle.sin()), dim=-2)
 
     def unrotate(self, x: Tensor, start: int | Tensor, frame: int = 1) -> Tensor:
         """The inverse of `rotate`; with frames of one token, pre-RoPE keys."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -57,16 +58,24 @@ class Transform:
         starts: position of the first token of each, [n], or [B, n] where rows have their own. k̂ of a joint transform
         are the keys, and H their heads.
         """
-        D = self._read(q.shape[-1])
+        D = self.read_basis(q.shape[-1])
         return (q.to(D.dtype).unflatten(1, (-1, D.shape[1])) @ D.mT).flatten(2, 3)
+
+    def frame_rotation(self, starts: Tensor) -> tuple[Tensor, bool] | None:
+        """How `absorb_query` rotates queries for each frame before it multiplies them with `read_basis`.
+
+        Cosines and sines, [n, 2, pairs] or [B, n, 2, pairs], and whether channels 2i and 2i + 1 rotate together, rather
+        than i and i + pairs. None where it does something else: kernels then take what it returns.
+        """
+        return None
 
     def reconstruct_sum(self, y: Tensor, head_dim: int) -> Tensor:
         """Weighted sums of [ẑ, 1], y [B, G, H/G · M, r + 1] → the same sums of v̂, [B, H, M, d]."""
         D = self._summed(head_dim)
         return (y.to(D.dtype).unflatten(2, (D.shape[1], -1)) @ D).flatten(1, 2)
 
-    def _read(self, head_dim: int) -> Tensor:
-        """`_affine` of what queries are compared with."""
+    def read_basis(self, head_dim: int) -> Tensor:
+        """`_affine` of what queries are compared with: keys of h heads are [ẑ, 1] @ it, [G, h, r + 1, d]."""
         return self._affine(head_dim)
 
     def _summed(self, head_dim: int) -> Tensor:
@@ -75,20 +84,27 @@ class Transform:
 
     def _affine(self, head_dim: int) -> Tensor:
         """[D; mean] of the h heads of each group, [G, h, r + 1, d]: x̂ = [ẑ, 1] @ it. Computed once."""
-        made = self.__dict__.get("_by_head")  # the dataclass is frozen, and this is not one of its fields
-        if made is None or made.shape[-1] != head_dim:
+
+        def make() -> Tensor:
             whole = torch.cat((self.D, self.mean[:, None]), dim=1).unflatten(-1, (-1, head_dim))
-            made = self.__dict__["_by_head"] = whole.transpose(1, 2).contiguous()
-        return made
+            return whole.transpose(1, 2).contiguous()
+
+        return self.derived("by head", head_dim, make)
+
+    def derived(self, name: str, head_dim: int, make: Callable[[], Tensor]) -> Tensor:
+        """What is made of the basis for heads of `head_dim` channels: by `make` at first, then as it is kept."""
+        kept = self.__dict__.setdefault("_derived", {})  # the dataclass is frozen, and this is not one of its fields
+        if (name, head_dim) not in kept:
+            kept[name, head_dim] = make()
+        return kept[name, head_dim]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Transform:
         E, D, mean = (part.to(device=device, dtype=dtype) for part in (self.E, self.D, self.mean))
         return replace(self, E=E, D=D, mean=mean)
 
     def nbytes(self) -> int:
-        """Bytes held, with the matrix that queries absorb once there is one."""
-        parts = (self.E, self.D, self.mean, self.__dict__.get("_by_head"))
-        return sum(part.nbytes for part in parts if part is not None)
+        """Bytes held, with what queries absorb once that is made."""
+        return sum(part.nbytes for part in (self.E, self.D, self.mean, *self.__dict__.get("_derived", {}).values()))
 
 
 def join_heads(x: Tensor, width: int) -> Tensor:

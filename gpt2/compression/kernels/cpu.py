@@ -68,6 +68,18 @@ class Part(NamedTuple):
     tensors: list[Tensor]
 
 
+class Frames(NamedTuple):
+    """How a decode step absorbs queries by itself, for each frame of FRAME tokens: rotated back, then in a basis.
+
+    basis: of `panels`. angles: cosines and sines of each frame's rotation, [n, 2, pairs], or [B, n, 2, pairs] where
+    rows have their own. interleaved: whether channels 2i and 2i + 1 rotate together, rather than i and i + pairs.
+    """
+
+    basis: Tensor
+    angles: Tensor
+    interleaved: bool
+
+
 def reads(memory_format: Format | None) -> bool:
     """Whether the kernels can read codes in a format."""
     return memory_format is not None and memory_format.kind in CODED
@@ -126,15 +138,22 @@ def weighted_sums(parts: list[Part], p: Tensor, outs: list[int]) -> list[Tensor]
 
 def attend(
     ks: list[Part], qs: list[Tensor], vs: list[Part], outs: list[int], tokens: int, *,
-    bias: Tensor | None = None, sinks: Tensor | None = None,
+    bias: Tensor | None = None, sinks: Tensor | None = None, frames: Frames | None = None,
 ) -> list[Tensor] | None:  # fmt: skip
     """Sums Σ p ẑ as of `weighted_sums` over the parts of V, p the softmax of `scores` over the parts of K, in one pass.
 
     For one query per head. bias [B, tokens] float32 is added to scores. sinks: logits of query heads, [Hq] float32,
-    which take weight without a token of their own. None where blocks of K and of V overlap so that it takes two passes.
+    which take weight without a token of their own. frames: how queries are absorbed, where qs of coded parts are
+    queries as the model has them, [B, H, M, d]. None where blocks of K and of V overlap so that it takes two passes.
     """
-    arguments = (*_arguments(ks), *_arguments(vs), outs, tokens, bias, sinks)
+    arguments = (*_arguments(ks), *_arguments(vs), outs, tokens, bias, sinks, *(frames or (None, None, False)))
+    qs = [q.contiguous() for q in qs] if frames else qs
     return torch.ops.kv_compression.attend(_queries(qs), *arguments) or None
+
+
+def panels(read: Tensor) -> Tensor:
+    """A basis read [G, h, r + 1, d] as `Frames` has it: keys of h heads are [ẑ, 1] @ read."""
+    return torch.ops.kv_compression.panels(read.float())
 
 
 def quantized(encoding: WidthSearch, z: Tensor) -> Encoded:

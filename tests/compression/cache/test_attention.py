@@ -15,8 +15,10 @@ from gpt2.common.errors import UnsupportedModel
 from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention, is_enabled
 from gpt2.compression.cache import attention, direct_attention
 from gpt2.compression.cache.layers import StoredKV
-from gpt2.compression.cache.token_store import TokenStore
-from gpt2.compression.codecs import QUANTIZERS, Compressor, Transform
+from gpt2.compression.cache.token_store import Half, TokenStore
+from gpt2.compression.codecs import QUANTIZERS, Compressor, JointTransform, Transform
+from gpt2.compression.codecs.multi_head import UnrotatedTransform
+from gpt2.compression.codecs.rope import Rotary
 from gpt2.compression.compressed_cache import identity_cache
 from gpt2.compression.kernels import cpu, dispatch
 from gpt2.evaluation.instruments import Stopwatch, watched
@@ -252,6 +254,33 @@ def test_a_decode_step_in_one_pass(k, v, shape, mask, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(cpu, "attend", lambda *args, **kwargs: None)
     assert (found - direct_attention.attend(*stores, query, **how)).abs().max() <= 1e-5 * found.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "layout", "heads", "d", "M", "sinks", "joint"),
+    covering(["mixed", "int4_channel", "int8_channel"], ["half", "interleaved"], [(4, 1), (4, 2), (2, 2)], [64, 80],
+             [1, 3, 7], [0, 4], [True, False], times=2),
+)  # fmt: skip
+def test_a_decode_step_absorbs_queries_for_every_frame(quantizer, layout, heads, d, M, sinks, joint, monkeypatch):
+    """Of more blocks than are absorbed together, in several chunks; part of the channels has no position."""
+    if not cpu.loaded():
+        pytest.skip("no compiler on this machine")
+    generator = torch.Generator().manual_seed(d + M)
+    (H, groups), B, T = heads, 2, 64 * 17 + 9
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    q, w = QUANTIZERS[quantizer], (2 if joint else 1) * H // groups * d
+    E = torch.linalg.qr(draw(groups, w, w)).Q
+    how = {"rotary": Rotary(torch.logspace(0, -3, 24), layout), "shared": 64}
+    kind = JointTransform if joint else UnrotatedTransform
+    transform = kind(E, E.mT.contiguous(), draw(groups, w), **how)
+    compressor = Compressor(q.at(5.0) if q.adjustable else q, transform)
+    parts = draw(B, 2 * H if joint else H, T, d).split([700, T - 700], dim=2)
+    store = filled(compressor, (sinks, 0), parts)
+    stores = (Half(store, 0), Half(store, 1)) if joint else (store, filled(Compressor(q), (sinks, 0), parts))
+    query = draw(B, H * M, 1, d)
+    found = direct_attention.attend(*stores, query, None, d**-0.5)
+    monkeypatch.setattr(cpu, "attend", lambda *args, **kwargs: None)
+    assert (found - direct_attention.attend(*stores, query, None, d**-0.5)).abs().max() <= 3e-5 * found.abs().max()
 
 
 @pytest.mark.parametrize("bits", [0.5, 1, 2, 3, 4, 6, 8, 10])

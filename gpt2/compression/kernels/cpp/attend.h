@@ -4,6 +4,7 @@
 // context is stored. At the end the sums of all threads are brought to a common maximum (as in FlashDecoding).
 #pragma once
 
+#include "frames.h"
 #include "parts.h"
 
 #include <cmath>
@@ -118,26 +119,30 @@ struct Attention {
   const std::vector<Part> ks, vs;
   const at::TensorList qs;
   const at::IntArrayRef outs;
+  const std::optional<Frames>& frames;  // of K's coded parts, whose queries these absorb; else they are absorbed already
   const int64_t B, rows;  // rows: queries of one sequence, of all heads
   std::vector<Sum> sums;
   int64_t units = 0;  // ranges of heads that no group of heads crosses
+  int64_t first_coded = 0;  // position of the first slot of K's coded parts
 
   Attention(at::TensorList qs, at::TensorList k_fields, at::IntArrayRef k_layout, at::TensorList v_fields,
-            at::IntArrayRef v_layout, at::IntArrayRef outs)
-      : ks(parts_of(k_fields, k_layout)), vs(parts_of(v_fields, v_layout)), qs(qs), outs(outs), B(qs[0].size(0)),
-        rows(qs[0].numel() / qs[0].size(-1) / B / (qs[0].dim() == 5 ? qs[0].size(2) : 1)) {
+            at::IntArrayRef v_layout, at::IntArrayRef outs, const std::optional<Frames>& frames)
+      : ks(parts_of(k_fields, k_layout)), vs(parts_of(v_fields, v_layout)), qs(qs), outs(outs), frames(frames),
+        B(qs[0].size(0)), rows(qs[0].numel() / qs[0].size(-1) / B) {
     for (const auto* parts : {&ks, &vs})
       for (const Part& part : *parts) units = std::gcd(units, part.groups);
+    const auto coded = std::find_if(ks.begin(), ks.end(), [](const Part& part) { return part.affine; });
+    if (coded != ks.end()) first_coded = coded->start;
     for (size_t i = 0; i < vs.size(); i++)
       if (outs[i] == int64_t(sums.size())) sums.emplace_back(vs[i], B, rows, qs[0].options());
   }
 
-  // bias: added to the scores of a sequence's tokens
-  void run(const Span& span, int64_t b, int64_t unit, const float* bias, Running& to, Queries& queries,
-           std::vector<float>& weights, Scratch& scratch) const {
+  // bias: added to the scores of a sequence's tokens. ahead: spans from this one on that the thread will be given
+  void run(const Span& span, int64_t b, int64_t unit, int64_t ahead, const float* bias, Running& to, Queries& queries,
+           Absorbed& absorbed, std::vector<float>& weights, Scratch& scratch) const {
     const int64_t first_row = unit * (rows / units), own_rows = rows / units;
     weights.resize(own_rows * kBlock);
-    score(span, b, unit, queries, weights.data(), scratch);
+    score(span, b, unit, ahead, queries, absorbed, weights.data(), scratch);
     for (int64_t m = 0; m < own_rows; m++) {
       float* x = &weights[m * kBlock];
       for (int t = 0; bias && t < span.tokens; t++) x[span.k_offset + t] += bias[span.position + t];
@@ -159,15 +164,21 @@ struct Attention {
   }
 
   // Scores of a span's block of K, for the queries of one unit
-  void score(const Span& span, int64_t b, int64_t unit, Queries& queries, float* out, Scratch& scratch) const {
-    const int64_t groups = span.k->groups / units, M = rows / span.k->groups, columns = span.k->columns();
+  void score(const Span& span, int64_t b, int64_t unit, int64_t ahead, Queries& queries, Absorbed& absorbed, float* out,
+             Scratch& scratch) const {
+    const int64_t groups = span.k->groups / units, M = rows / span.k->groups;
     const Tensor& q = qs[span.k - ks.data()];
     for (int64_t g = 0; g < groups; g++, out += M * kBlock) {
       const Block at{b, unit * groups + g, span.k_first, span.k_offset + span.tokens};
-      const float* from = queries.of(*span.k, at, q);
-      span.k->codec->scores(at, from, queries.row, M, out, scratch);
+      if (frames && span.k->affine) {
+        const int64_t frame = (span.k->start - first_coded) / kBlock + at.index();
+        queries.take(*span.k, absorbed.of(*frames, q, b, at.g, frame, ahead), frames->columns(), M);
+      } else {
+        queries.of(*span.k, at, q);
+      }
+      span.k->codec->scores(at, queries.rows, queries.row, M, out, scratch);
       for (int64_t m = 0; span.k->affine && m < M; m++)
-        for (int t = 0; t < kBlock; t++) out[m * kBlock + t] += queries.raw[m * columns + span.k->codec->r];
+        for (int t = 0; t < kBlock; t++) out[m * kBlock + t] += queries.constant(m);
     }
   }
 
@@ -197,11 +208,15 @@ struct Attention {
 };
 
 // outs: for each part of V the index of the sum to which it is added. bias [B, T] and sinks [heads] may be empty.
+// basis: of `panels`, where every block of K has queries of its own, which are absorbed here; angles as of `Frames`.
 // Returns nothing if K's and V's blocks overlap in a way that one pass can't follow
 std::vector<Tensor> attend(at::TensorList qs, at::TensorList k_fields, at::IntArrayRef k_layout,
                            at::TensorList v_fields, at::IntArrayRef v_layout, at::IntArrayRef outs, int64_t tokens,
-                           const std::optional<Tensor>& bias, const std::optional<Tensor>& sinks) {
-  Attention attention(qs, k_fields, k_layout, v_fields, v_layout, outs);
+                           const std::optional<Tensor>& bias, const std::optional<Tensor>& sinks,
+                           const std::optional<Tensor>& basis, const std::optional<Tensor>& angles, bool interleaved) {
+  std::optional<Frames> frames;
+  if (basis) frames.emplace(*basis, *angles, interleaved);
+  Attention attention(qs, k_fields, k_layout, v_fields, v_layout, outs, frames);
   const auto spans = spans_of(attention.ks, attention.vs, tokens);
   if (spans.empty()) return {};
   const int64_t count = spans.size(), B = attention.B, units = attention.units;
@@ -210,12 +225,13 @@ std::vector<Tensor> attend(at::TensorList qs, at::TensorList k_fields, at::IntAr
   at::parallel_for(0, B * units * count, 2, [&](int64_t begin, int64_t end) {
     Running& own = threads[at::get_thread_num()];
     Queries queries;
+    Absorbed absorbed;
     std::vector<float> weights;
     Scratch scratch;
     for (int64_t i = begin; i < end; i++) {
-      const int64_t b = i / (units * count);
-      attention.run(spans[i % count], b, i / count % units, added ? added + b * tokens : nullptr, own, queries, weights,
-                    scratch);
+      const int64_t b = i / (units * count), ahead = std::min(end - i, count - i % count);
+      attention.run(spans[i % count], b, i / count % units, ahead, added ? added + b * tokens : nullptr, own, queries,
+                    absorbed, weights, scratch);
     }
   });
   return attention.total(threads, sinks ? sinks->const_data_ptr<float>() : nullptr, sinks ? sinks->numel() : 1);

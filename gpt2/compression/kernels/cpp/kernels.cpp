@@ -3,6 +3,7 @@
 //     scores         q [B, G, M, r], out [B, H, M', T]   out = q · ẑ
 //     weighted_sums  p [B, H, M', T]  → [B, G, M, r]     Σ p ẑ
 //     attend         both and the softmax between them, for one query per head
+//     panels         a basis as `attend` takes it to absorb queries itself
 //
 // One call handles all parts: chunks of blocks, exact sinks, exact tail. G groups of M rows are the same rows as H heads
 // of M' queries. Where a block has queries of its own, q is [B, G, blocks, M, r]. Fields are the tensors that quantizers
@@ -39,13 +40,13 @@ void scores(at::TensorList qs, at::TensorList fields, at::IntArrayRef layout, Te
       const Place& at = places[i];
       const Codec& codec = *at.part->codec;
       const Tensor& q = qs[at.part - parts.data()];
-      const int64_t M = q.size(-2), columns = at.part->columns();
-      const float* from = queries.of(*at.part, at, q);
+      const int64_t M = q.size(-2);
+      queries.of(*at.part, at, q);
       sums.resize(M * kBlock);
-      codec.scores(at, from, queries.row, M, sums.data(), scratch);
+      codec.scores(at, queries.rows, queries.row, M, sums.data(), scratch);
       float* own = to + (at.b * rows + at.g * M) * T + at.part->start + at.first;
       for (int64_t m = 0; m < M; m++) {
-        const float constant = at.part->affine ? queries.raw[m * columns + codec.r] : 0.f;
+        const float constant = at.part->affine ? queries.constant(m) : 0.f;
         for (int t = at.skip; t < at.tokens; t++) own[m * T + t] = sums[m * kBlock + t] + constant;
       }
     }
@@ -104,6 +105,7 @@ TORCH_LIBRARY(kv_compression, m) {
   m.def("scores(Tensor[] qs, Tensor[] fields, int[] layout, Tensor(a!) out) -> ()", &scores);
   m.def("weighted_sums(Tensor p, Tensor[] fields, int[] layout, int[] outs) -> Tensor[]", &weighted_sums);
   m.def("attend(Tensor[] qs, Tensor[] k_fields, int[] k_layout, Tensor[] v_fields, int[] v_layout, int[] outs, int tokens, "
-        "Tensor? bias, Tensor? sinks) -> Tensor[]", &attend);
+        "Tensor? bias, Tensor? sinks, Tensor? basis, Tensor? angles, bool interleaved) -> Tensor[]", &attend);
+  m.def("panels(Tensor read) -> Tensor", &panels);
   m.def("encode_planes(Tensor y, int payload, float[] narrow, float[] wide) -> (Tensor, Tensor)", &encode_planes);
 }

@@ -73,25 +73,33 @@ std::vector<Place> places_of(const std::vector<Part>& parts, int64_t batch) {
 // The queries of a block, in the order in which its codec wants them. Blocks that follow each other mostly share them
 class Queries {
  public:
-  const float* of(const Part& part, const Block& at, const Tensor& q) {
-    const bool framed = q.dim() == 5;  // whether every block has queries of its own
-    const int64_t M = q.size(-2), columns = part.columns();
-    const float* from = q.const_data_ptr<float>() + at.b * q.stride(0) + at.g * q.stride(1) +
-                        (framed ? at.index() * q.stride(2) : 0);
-    raw = from, row = columns;
-    const Codec& codec = *part.codec;
-    if (!codec.order) return from;
-    row = codec.r;
-    if (from == last && &codec == last_codec) return reordered.data();
-    last = from, last_codec = &codec;
-    reordered.resize(M * row);
-    for (int64_t m = 0; m < M; m++) codec.order->to(from + m * columns, &reordered[m * row]);
-    return reordered.data();
-  }
-  const float* raw = nullptr;
+  const float* rows = nullptr;
   int64_t row = 0;  // floats from one query to the next
 
+  // Those of a block in q [B, G, M, columns], or [B, G, blocks, M, columns] where every block has its own
+  void of(const Part& part, const Block& at, const Tensor& q) {
+    const int64_t frame = q.dim() == 5 ? at.index() * q.stride(2) : 0;
+    const float* from = q.const_data_ptr<float>() + at.b * q.stride(0) + at.g * q.stride(1) + frame;
+    if (from == last && part.codec.get() == last_codec) return;
+    take(part, from, q.size(-1), q.size(-2));
+    last = from, last_codec = part.codec.get();
+  }
+
+  // M queries from an address on, with so many floats from one to the next
+  void take(const Part& part, const float* from, int64_t columns, int64_t M) {
+    const Codec& codec = *part.codec;
+    raw = rows = from, row = raw_row = columns, r = codec.r, last = nullptr;
+    if (!codec.order) return;
+    row = r, reordered.resize(M * row), rows = reordered.data();
+    for (int64_t m = 0; m < M; m++) codec.order->to(from + m * columns, &reordered[m * row]);
+  }
+
+  // What a query's score of any token has added, where vectors have an additional last coordinate
+  float constant(int64_t m) const { return raw[m * raw_row + r]; }
+
  private:
+  const float* raw = nullptr;
+  int64_t raw_row = 0, r = 0;
   std::vector<float> reordered;
   const float* last = nullptr;
   const Codec* last_codec = nullptr;

@@ -1,0 +1,99 @@
+// Queries that a basis of un-rotated keys absorbs: for every block of K one of its own, rotated back by the position of
+// the block's middle.
+//
+// A thread absorbs queries for the next few blocks together, so that each number of the basis is loaded once for all.
+#pragma once
+
+#include "parts.h"
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+namespace {
+
+constexpr int kTogether = 6;  // blocks
+constexpr int kPanel = kLanes * power_up_to(std::min(kSet.widest, kSet.sums / kTogether));  // columns of a basis
+
+// What reads the keys of heads that share a basis, read [G, h, r + 1, d], as panels of columns [G, h, panels, d, kPanel]
+Tensor panels(const Tensor& read) {
+  const int64_t columns = read.size(2), count = (columns + kPanel - 1) / kPanel, d = read.size(3);
+  Tensor out = at::empty({read.size(0), read.size(1), count, d, kPanel}, read.options());
+  const Tensor from = read.contiguous();
+  const float* x = from.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  std::fill_n(to, out.numel(), 0.f);
+  for (int64_t head = 0; head < read.size(0) * read.size(1); head++)
+    for (int64_t c = 0; c < columns; c++)
+      for (int64_t i = 0; i < d; i++)
+        to[((head * count + c / kPanel) * d + i) * kPanel + c % kPanel] = x[(head * columns + c) * d + i];
+  return out;
+}
+
+// How queries are absorbed for each block
+struct Frames {
+  const Tensor panels;     // of `panels`
+  const Tensor angles;     // [frames, 2, pairs], or [B, frames, 2, pairs] where rows have their own: cosines, and sines
+  const bool interleaved;  // whether channels 2i and 2i + 1 rotate together, rather than i and i + pairs
+
+  int64_t columns() const { return panels.size(2) * kPanel; }
+
+  // out[i] of x [d], rotated back by the angles of one frame
+  void rotate_back(const float* x, const float* cos, float* out) const {
+    const int64_t pairs = angles.size(-1), d = panels.size(3);
+    const float* sin = cos + pairs;
+    std::copy(x + 2 * pairs, x + d, out + 2 * pairs);
+    for (int64_t i = 0; i < pairs; i++) {
+      const int64_t a = interleaved ? 2 * i : i, b = interleaved ? a + 1 : i + pairs;
+      const float one = x[a], other = x[b];
+      out[a] = one * cos[i] + other * sin[i];
+      out[b] = other * cos[i] - one * sin[i];
+    }
+  }
+
+  // q: the queries of a group of heads, [h, M, d] → out [count, h · M, columns] for `count` frames from `frame` on
+  void absorb(const float* q, int64_t b, int64_t g, int64_t frame, int count, int64_t M, float* rotated, float* out) const {
+    const int64_t h = panels.size(1), P = panels.size(2), d = panels.size(3), rows = h * M;
+    const float* own = angles.const_data_ptr<float>() +
+                       (frame + (angles.dim() == 4 ? b * angles.size(1) : 0)) * 2 * angles.size(-1);
+    for (int64_t row = 0; row < rows; row++)
+      for (int f = 0; f < count; f++)
+        rotate_back(q + row * d, own + f * 2 * angles.size(-1), rotated + (row * count + f) * d);
+    std::fill_n(out, count * rows * columns(), 0.f);
+    const float* panel = panels.const_data_ptr<float>() + g * h * P * d * kPanel;
+    for (int64_t head = 0; head < h; head++)
+      for (int64_t p = 0; p < P; p++, panel += d * kPanel)
+        for (int64_t row = head * M; row < (head + 1) * M; row++)
+          along(rotated + row * count * d, d, panel, d, kPanel, count, out + row * columns() + p * kPanel,
+                rows * columns());
+  }
+};
+
+// What a thread has absorbed for the blocks ahead, of each group of heads
+class Absorbed {
+ public:
+  // Absorbed queries of one frame, [h · M, columns]. q: M queries for each KV head, [B, H, M, d], contiguous;
+  // ahead: how many frames from this one on the thread will ask for
+  const float* of(const Frames& frames, const Tensor& q, int64_t b, int64_t g, int64_t frame, int64_t ahead) {
+    if (int64_t(groups.size()) <= g) groups.resize(g + 1);
+    Group& own = groups[g];
+    const int64_t h = frames.panels.size(1), M = q.size(2), d = q.size(3), size = h * M * frames.columns();
+    if (b != own.b || frame < own.first || frame >= own.first + own.count) {
+      own.b = b, own.first = frame, own.count = std::min<int64_t>(ahead, kTogether);
+      rotated.resize(kTogether * h * M * d), own.queries.resize(kTogether * size);
+      const float* from = q.const_data_ptr<float>() + (b * q.size(1) + g * h) * M * d;
+      frames.absorb(from, b, g, frame, own.count, M, rotated.data(), own.queries.data());
+    }
+    return &own.queries[(frame - own.first) * size];
+  }
+
+ private:
+  struct Group {
+    std::vector<float> queries;
+    int64_t b = -1, first = 0, count = 0;
+  };
+  std::vector<Group> groups;
+  std::vector<float> rotated;
+};
+
+}  // namespace
