@@ -41,7 +41,7 @@ demo: $(VENV)/.installed
 	$(RUN) scripts/generate_with_preset.py --preset configs/demo/v-rank-60.json kv4 kv-4x --direct --document embedded \
 		--question "What is the with statement used for?" --max-new-tokens 20 --output $(DEMO)/side_by_side.json
 	@echo
-	@echo "kv-4x loses least for its bytes; take fast-4x, of the same size, where the time per token counts: it is read as stored."
+	@echo "kv4 needs no calibration; kv-4x, calibrated for this model, loses less in fewer bytes. Attention reads both as stored."
 	@echo "Next: your model and document:  $(VENV)/bin/python scripts/generate_with_preset.py --model MODEL --preset kv4 --document FILE"
 	@echo "      presets for your model:   $(VENV)/bin/python scripts/make_presets.py --model MODEL --text FOLDER"
 	@echo "      the guide's whole way:    make workflow"

@@ -46,8 +46,8 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument(
         "--compact",
         action="store_true",
-        help=f"fit and store only one codec ({' or '.join(several)}; {several[0]} if --codec is omitted), in half "
-        "precision: a file of a few MB, for presets",
+        help=f"fit and store only one codec ({' or '.join(several)}; {several[0]} if --codec is omitted), in eight "
+        "bits: a file of a few MB, for presets",
     )
     p.add_argument(
         "--output",

@@ -2,7 +2,7 @@
 
     python scripts/eval_by_position.py --preset kv4 --segments 2 --new-tokens 128 --greedy-tokens 32
     python scripts/eval_by_position.py --model YourOrg/YourModel --preset kv8 kv4 --segments 16 --new-tokens 1024
-    python scripts/eval_by_position.py --preset kv4 kv-4x fast-4x --over text --segments 4 --context-length 8192
+    python scripts/eval_by_position.py --preset kv4 kv-4x kv-8x --over text --segments 4 --context-length 8192
 
 --over generated samples continuations of --new-tokens tokens with the uncompressed cache, after prompts from the
 evaluation part of --text, and feeds them through each cache. KL and top-1 agreement are those of the predictions of the

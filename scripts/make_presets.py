@@ -1,8 +1,9 @@
 """Make presets by compression ratio for a model: kv-2x, kv-3.5x, kv-4x, kv-4.6x, kv-5.3x, kv-6.4x and kv-8x.
 
-With --codec grouped they are called fast-2x … fast-8x: at the same ratio they lose more, but attention reads their
-codes without reconstructing K and V. With --codec framed they are called frame-2x … frame-8x and are read as well; they
-lose less than fast-*. Any multi-head basis can be given.
+Attention reads their codes without reconstructing K and V. With --codec grouped they are called fast-2x … fast-8x and
+are read faster; at the same ratio they lose more, most of all in texts longer than those of the calibration. With
+--codec joint they are called store-2x … store-8x: they lose least, and decoding from them is slow, so that they are for
+caches in files. Any multi-head basis can be given.
 
     python scripts/make_presets.py --model Qwen/Qwen2.5-0.5B
     python scripts/make_presets.py --text ../wikitext+embedded+self --eval-text ../wikitext
@@ -19,7 +20,7 @@ several GPUs share the calibration, and the first one measures. Afterwards
 
 works wherever results/presets and results/calibrations are. --text may be several texts joined by +; `self` is sampled
 from the model. With --tag the presets are measured but not written, to compare calibration texts, quantizers or seeds.
-Writes results/runs/ratio_presets_MODEL[_TAG].json (ratio_presets_grouped_MODEL… with --codec grouped) and a PNG of the
+Writes results/runs/ratio_presets_MODEL[_TAG].json (ratio_presets_joint_MODEL… with --codec joint) and a PNG of the
 frontier; with --output, the same folders below that one.
 """
 
@@ -32,7 +33,15 @@ from gpt2.common.processes import Processes
 from gpt2.compression.calibration.file import calibration_folders
 from gpt2.compression.codecs import adjustable_quantizers, multi_head_bases
 from gpt2.report import plots, tables
-from gpt2.tuning.ratio_presets import RATIOS, Outputs, compact_calibration, make_ratio_preset, measure, write_presets
+from gpt2.tuning.ratio_presets import (
+    RATIOS,
+    Outputs,
+    compact_calibration,
+    first_fitting,
+    make_ratio_preset,
+    measure,
+    write_presets,
+)
 
 DEFAULT_CODEC = next(iter(multi_head_bases()))
 
@@ -44,7 +53,8 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--ratios", type=cli.ratio_list, default=list(RATIOS), help="compression ratios, such as 2,4,8")
     bases, quantizers = multi_head_bases(), adjustable_quantizers()
     prefixes = ", ".join(f"{basis.preset_prefix}-* ({name})" for name, basis in bases.items())
-    p.add_argument("--codec", choices=list(bases), default=DEFAULT_CODEC, help=f"basis; it names presets {prefixes}")
+    p.add_argument("--codec", choices=list(bases),
+                   help=f"basis; it names presets {prefixes}; the first that fits the layers if omitted")  # fmt: skip
     p.add_argument("--quantizer", choices=quantizers, default=quantizers[0], help="widths per block (mixed) or fixed")
     whole = "ratios of the whole cache of so many tokens, with windows and states, not of K and V in every layer"
     p.add_argument("--whole-cache", type=cli.positive_int, metavar="TOKENS", help=whole)
@@ -59,6 +69,7 @@ def main(processes: Processes) -> None:
     args = arguments().parse_args()
     script = cli.open_script(args)
     loaded, text, eval_text = script.loaded, script.text, script.eval_text
+    args.codec = args.codec or first_fitting(loaded.geometry)
     slug = loaded.slug + (f"_{args.tag}" if args.tag else "")
     kinds = [args.codec] * (args.codec != DEFAULT_CODEC) + ["whole"] * bool(args.whole_cache)
     record_name = "_".join(["ratio_presets", *kinds, slug])

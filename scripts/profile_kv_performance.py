@@ -2,7 +2,7 @@
 
     python scripts/profile_kv_performance.py --preset int4-vonly
     python scripts/profile_kv_performance.py --preset int8-vonly int4-vonly --identity --batch-sizes 1,8 --repeats 9
-    python scripts/profile_kv_performance.py --preset kv4 fast-4x --direct --identity --peers quanto,hqq
+    python scripts/profile_kv_performance.py --preset kv4 kv-4x --direct --identity --peers quanto,hqq
     python scripts/profile_kv_performance.py --model configs/models/qwen2.5-0.5b.json --layers 2 --policy default
 
 --direct measures each of our caches twice: reconstructing the history at every step, and with attention over the

@@ -29,7 +29,7 @@ from gpt2.common.errors import BadArtefact
 SUFFIXES = (".pt", ".safetensors")
 MOST_STRUCTURE = 2**16  # bytes beside the tensors: a pickle of empty lists takes 80 times its size in memory
 MOST_VALUES = 100_000  # lists that hold one list twice, thirty levels deep, are a billion values in a kilobyte
-DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64}
+DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int32, torch.int64}
 TENSOR = "$tensor"  # in JSON, {TENSOR: name} stands for a tensor
 # What a pickle may call. weights_only allows more, such as bytearray(10**10), which allocates ten gigabytes
 STORAGES = ("Bool", "Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double")

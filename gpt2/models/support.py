@@ -61,8 +61,9 @@ def warn_of_positions(config) -> None:
     if "dynamic" in rotary_types(config):
         longest = config_field(text, "max_position_embeddings")
         log.warning(
-            "%s: dynamic NTK changes the rotation of keys past %s tokens, so codecs that un-rotate keys (kv-*, joint) "
-            "lose more there: use fast-* or kv4 for longer texts", config.model_type, longest,
+            "%s: dynamic NTK changes the rotation of keys past %s tokens, so codecs that un-rotate keys (framed, "
+            "joint: presets kv-* and store-*) lose more there: use kv4, or grouped (fast-*), for longer texts",
+            config.model_type, longest,
         )  # fmt: skip
 
 

@@ -1,11 +1,11 @@
 """Presets by ratio: one multi-head basis, and the quantizer's bits chosen for each compression ratio.
 
-    calibration = compact_calibration(loaded, text, path, codec="joint", samples=48)
+    calibration = compact_calibration(loaded, text, path, codec="framed", samples=48)
     presets = [make_ratio_preset(loaded, calibration, ratio) for ratio in RATIOS]
 
-The basis determines the presets' names: kv-4x is made with `joint`, which loses least, fast-4x with `grouped` and
-frame-4x with `framed`, whose codes attention reads without reconstructing K and V. Presets of one basis share one
-compact calibration file.
+The basis determines the presets' names: kv-4x is made with `framed`, fast-4x with `grouped`, whose codes attention reads
+without reconstructing K and V, and store-4x with `joint`, which loses least. Presets of one basis share one compact
+calibration file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gpt2.compression.calibration.calibrate import calibrate, calibration_key
 from gpt2.compression.calibration.file import load_calibration, save_calibration
 from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.calibration.reuse import find_reusable
-from gpt2.compression.codecs import BASES, adjustable_quantizers
+from gpt2.compression.codecs import BASES, adjustable_quantizers, multi_head_bases
 from gpt2.compression.presets import calibration_lookup
 from gpt2.compression.presets.build import new_preset
 from gpt2.compression.settings import compressors_for
@@ -110,6 +110,20 @@ class RatioPreset:
         whole = {"whole_cache": {"ratio": round(self.reached, 4), "context_length": self.whole_at}}
         own = {} if loaded.geometry.alike else {"attention_ratio": self.attention_ratio}
         return own | (whole if self.whole_at else {})
+
+
+def first_fitting(geometry: Geometry) -> str:
+    """The first multi-head basis that a model's layers can have, with a note where it isn't the usual one.
+
+    The usual one where none fits, for which `calibrate` says why.
+    """
+    bases = multi_head_bases()
+    usual, *others = bases
+    reason = bases[usual].misfit(geometry)
+    found = next((name for name in others if reason and not bases[name].misfit(geometry)), usual)
+    if found != usual:
+        print(f"note: {reason}; presets are called {bases[found].preset_prefix}-*", flush=True)
+    return found
 
 
 def compact_calibration(

@@ -1,7 +1,7 @@
 """Bytes of whole caches at several context lengths, and their compression ratio to a 16-bit cache.
 
     python scripts/benchmarks/cache_bytes.py
-    python scripts/benchmarks/cache_bytes.py --preset kv4 kv-4x fast-4x --context-lengths 128,2048,32768
+    python scripts/benchmarks/cache_bytes.py --preset kv4 kv-4x --context-lengths 128,2048,32768
     python scripts/benchmarks/cache_bytes.py --model configs/models/deepseek-v3.json --preset kv8 kv4
 
 Real caches are filled with noise, as sizes don't depend on values: half of the tokens as a prompt, the rest 64 at a

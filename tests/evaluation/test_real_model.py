@@ -153,7 +153,7 @@ def test_a_needle_is_found_by_the_baseline_and_by_four_bit_values(loaded, text):
 
 @torch.no_grad()
 def test_a_preset_of_4x_is_read_as_it_is_stored(loaded, text):
-    """Logits of fast-4x by attention over codes are those of its reconstruction, and near the uncompressed ones."""
+    """Logits of kv-4x by attention over codes are those of its reconstruction, and near the uncompressed ones."""
     ids = text.segments("evaluation", loaded, 124, 1)
     model = loaded.model
 
@@ -162,7 +162,7 @@ def test_a_preset_of_4x_is_read_as_it_is_stored(loaded, text):
         return torch.cat([model(x, past_key_values=cache).logits for x in parts], dim=1)[0, 74:].log_softmax(-1)
 
     def cache():
-        return create_cache_from_preset(get_preset_info("smollm2-135m", "fast-4x"))
+        return create_cache_from_preset(get_preset_info("smollm2-135m", "kv-4x"))
 
     exact, reconstructed = logits(identity_cache(30)), logits(cache())
     enable_compressed_attention(model)

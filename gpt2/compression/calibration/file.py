@@ -1,7 +1,7 @@
 """The calibration file: written atomically, and read with every key, shape and number checked.
 
 A whole file has statistics, from which any codec can be fitted, and bases. A compact one has one multi-head basis, in
-half precision: small enough to be kept beside the presets that share it. A name that ends in `.pt` gives PyTorch's
+eight bits: small enough to be kept beside the presets that share it. A name that ends in `.pt` gives PyTorch's
 format, one that ends in `.safetensors` the same record as safetensors.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from gpt2.common import files, tensor_file
 from gpt2.common.errors import BadArtefact, CalibrationNotFound, PluginError
 from gpt2.common.schema import Anything, Checked, Default, Kind, OneOf, Plain, Record, String, TensorOf, Whole, parse
 from gpt2.compression.calibration.fit import Calibration, described_geometry
-from gpt2.compression.calibration.multi_head_fit import LARGEST, multi_head_from, multi_head_schema
+from gpt2.compression.calibration.multi_head_fit import LARGEST, STORED, multi_head_from, multi_head_schema
 from gpt2.compression.calibration.stacks import Stacks
 from gpt2.compression.calibration.statistics import Statistics
 from gpt2.compression.codecs import basis_of, full_rank, multi_head_bases, needs_calibration
@@ -97,13 +98,14 @@ def _calibration_from(record: dict, path: Path) -> Calibration:
         raise BadArtefact(f"{path}: {reason}: {REMEDY}")
     widest = max(shape.width for _, _, shape in geometry.sides())
     fields: dict[str, Kind] = {"meta": Record({"rank": Whole(1, widest)}, Anything())}
-    fields |= {name: multi_head_schema(basis, geometry) for name, basis in bases.items()}
+    stored = {name: _stored(record.get(name)) for name in bases}
+    fields |= {name: multi_head_schema(basis, geometry, stored[name]) for name, basis in bases.items()}
     compact = bool(bases) and "statistics" not in record
     if not compact:
         fields |= _whole_schema(meta["codec"], geometry)
     parsed = parse(record, Record(fields, Anything()), path, remedy=REMEDY)
     multi_head = {
-        name: multi_head_from(parsed[name], basis, geometry, _half(record[name]["E"]), str(path))
+        name: multi_head_from(parsed[name], basis, geometry, stored[name], str(path))
         for name, basis in bases.items()
     }
     if compact:
@@ -118,9 +120,11 @@ def _calibration_from(record: dict, path: Path) -> Calibration:
     return Calibration(meta, Statistics(**statistics), bases, multi_head)
 
 
-def _half(E: Tensor | list[Tensor]) -> bool:
-    """Whether a multi-head basis is held in half precision."""
-    return (E if isinstance(E, Tensor) else E[0]).dtype == torch.float16
+def _stored(fit: Any) -> torch.dtype:
+    """The dtype in which a record holds the E of a multi-head basis; single precision for what is none of them."""
+    E = fit.get("E") if isinstance(fit, dict) else None
+    E = E[0] if isinstance(E, list) and E else E
+    return E.dtype if isinstance(E, Tensor) and E.dtype in STORED else torch.float32
 
 
 def _check_layers(geometry: Geometry, meta: dict) -> None:

@@ -114,7 +114,7 @@ class Calibration:
         return self.multi_head[codec]
 
     def compact(self, codec: str) -> Calibration:
-        """One multi-head basis alone, in half precision."""
+        """One multi-head basis alone, in eight bits."""
         kept = {codec: self.fit_of(codec).compact()}
         return Calibration(self.meta | {"codec": codec, "compact": True}, None, {}, kept)
 

@@ -20,6 +20,8 @@ from gpt2.compression.codecs.mixed import COSTS, errors
 from gpt2.compression.codecs.rope import LAYOUTS, NONE, Rotary
 from gpt2.models.geometry import Geometry, LayerGeometry
 
+LARGEST_CODE = 127  # of E in eight bits
+STORED = (torch.float32, torch.float16, torch.int8)  # in half precision: compact files made before there were eight bits
 LARGEST = 1e15  # numbers in a file must be below it: those of real models are far smaller
 # Where K and V hardly vary, coordinates of other texts are taken to be at least so large: against the means, and
 # against channels
@@ -31,8 +33,8 @@ class MultiHeadFit:
     """The bases of all layers, as `basis` numbers them, each for G groups of heads with w channels, in its own shape.
 
     Of every basis mean [G, w], E [G, w, w] and spectrum [G, w], the variance of each coordinate; None for layers that
-    keep no K and V. rotary: each layer's rotation, empty where keys aren't un-rotated. half: whether a file holds E in
-    half precision. where: the file that it is from, for messages.
+    keep no K and V. rotary: each layer's rotation, empty where keys aren't un-rotated. stored: the dtype in which a file
+    holds E, one of `STORED`. where: the file that it is from, for messages.
     """
 
     basis: MultiHead
@@ -41,7 +43,7 @@ class MultiHeadFit:
     spectrum: Sequence[Tensor | None]
     rotary: list[Rotary]
     allocation: BitAllocation
-    half: bool = False
+    stored: torch.dtype = torch.float32
     where: str = "the calibration"
 
     @cached_property
@@ -81,30 +83,48 @@ class MultiHeadFit:
         return {side: list(self.spectrum[place :: len(sides)]) for place, side in enumerate(sides)}
 
     def compact(self) -> MultiHeadFit:
-        """The same, with E as a file in half precision holds it."""
-        return replace(self, E=_of_each(lambda E: (E / _scale(E)).half().float() * _scale(E), self.E), half=True)
+        """The same as a file in eight bits holds it: E as integers with a scale per column, errors as bfloat16.
+
+        The decoder is the inverse of the rounded E, so that rounding adds no error to what is decoded: coordinates only
+        depend on each other a little more.
+        """
+        E = _of_each(lambda E: _integers(E).float() * _scale(E, torch.int8), self.E)
+        errors = _of_each(lambda own: own.bfloat16().float(), self.allocation.errors)
+        return replace(self, E=E, allocation=replace(self.allocation, errors=errors), stored=torch.int8)
 
     def record(self, geometry: Geometry) -> dict:
         """Tensors and plain types for a calibration file of a model with these layers."""
         stacks = Stacks(self.basis.shape(geometry))
-        E = _of_each(lambda E: (E / _scale(E)).to(torch.float16 if self.half else E.dtype), self.E)
+        compact = self.stored == torch.int8
+        E = _of_each(_integers if compact else lambda E: (E / _scale(E, self.stored)).to(self.stored), self.E)
+        errors = _of_each(Tensor.bfloat16, self.allocation.errors) if compact else self.allocation.errors
         return {
             "mean": stacks.stacked(self.mean),
             "E": stacks.stacked(E),
-            "scale": stacks.stacked(_of_each(_scale, self.E)),
+            "scale": stacks.stacked(_of_each(lambda E: _scale(E, self.stored), self.E)),
             "spectrum": stacks.stacked(self.spectrum),
             "frequencies": [rotary.frequencies for rotary in self.rotary],
             "layouts": [rotary.layout for rotary in self.rotary],
             "widths": list(WIDTHS),
-            "errors": stacks.stacked(self.allocation.errors),
+            "errors": stacks.stacked(errors),
             "prices": self.allocation.prices,
             "demand": self.allocation.demand,
         }
 
 
-def _scale(E: Tensor) -> Tensor:
-    """A power of two not below any number of a group's E, [G, 1, 1]: half precision then has range enough."""
+def _scale(E: Tensor, stored: torch.dtype) -> Tensor:
+    """What numbers of E are divided by in a file that holds them as `stored`.
+
+    Integers: the largest of a column is 127, [G, 1, w]. Else a power of two not below any number of a group's,
+    [G, 1, 1]: half precision then has range enough.
+    """
+    if stored == torch.int8:
+        return E.abs().amax(-2, keepdim=True).clamp_min(1e-30) / LARGEST_CODE
     return E.abs().amax((-1, -2), keepdim=True).clamp_min(1e-30).log2().ceil().exp2()
+
+
+def _integers(E: Tensor) -> Tensor:
+    return (E / _scale(E, torch.int8)).round().to(torch.int8)
 
 
 def _of_each(change: Callable[[Tensor], Tensor], parts: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -145,8 +165,8 @@ def _unit(Es: list[Tensor], means: list[Tensor], spectra: list[Tensor]) -> Tenso
     return torch.stack((spread, SMALLEST_SPREAD**2 * of_mean, SMALLEST_SIZE**2 * of_metric)).amax().sqrt()
 
 
-def multi_head_schema(basis: MultiHead, geometry: Geometry) -> Kind:
-    """What a calibration file must hold of a codec, as `MultiHeadFit.record` writes it.
+def multi_head_schema(basis: MultiHead, geometry: Geometry, stored: torch.dtype) -> Kind:
+    """What a calibration file must hold of a codec, as `MultiHeadFit.record` writes it. stored: the dtype of its E.
 
     Raises PluginError where the layers can't have such a basis.
     """
@@ -170,11 +190,13 @@ def multi_head_schema(basis: MultiHead, geometry: Geometry) -> Kind:
         if not 1 < len(record["prices"]) == len(record["demand"]):
             raise PluginError("expected two or more prices, and the demand at each")
 
+    integers = {"below": LARGEST_CODE + 1, "least": -LARGEST_CODE, "dtype": torch.int8}
+    numbers = integers if stored == torch.int8 else {"below": LARGEST}
     # Every block of a cache takes as many bytes as demand says; the widest codes of all channels take the most
     fields = {
         "mean": stacks.kind(lambda s: (s.heads, s.width), LARGEST),
-        "E": stacks.kind(lambda s: (s.heads, s.width, s.width), LARGEST),
-        "scale": stacks.kind(lambda s: (s.heads, 1, 1), LARGEST),
+        "E": stacks.kind(lambda s: (s.heads, s.width, s.width), **numbers),
+        "scale": stacks.kind(lambda s: (s.heads, 1, s.width if stored == torch.int8 else 1), LARGEST),
         "spectrum": stacks.kind(lambda s: (s.heads, s.width), LARGEST),
         "widths": Checked(ListOf(Whole(0)), check_widths),
         "errors": stacks.kind(lambda s: (s.heads, s.width, len(WIDTHS)), LARGEST),
@@ -187,8 +209,10 @@ def multi_head_schema(basis: MultiHead, geometry: Geometry) -> Kind:
     return Checked(Record(fields, Anything()), check_prices)
 
 
-def multi_head_from(record: dict, basis: MultiHead, geometry: Geometry, half: bool, where: str) -> MultiHeadFit:
-    """The codec of a record that fits `multi_head_schema`. half, where: as MultiHeadFit has them."""
+def multi_head_from(
+    record: dict, basis: MultiHead, geometry: Geometry, stored: torch.dtype, where: str
+) -> MultiHeadFit:
+    """The codec of a record that fits `multi_head_schema`. stored, where: as MultiHeadFit has them."""
     stacks = Stacks(basis.shape(geometry))
     mean, E, scale, spectrum, errors = (
         stacks.apart(record[name]) for name in ("mean", "E", "scale", "spectrum", "errors")
@@ -197,5 +221,5 @@ def multi_head_from(record: dict, basis: MultiHead, geometry: Geometry, half: bo
     rotary = zip(record["frequencies"], record["layouts"], strict=True) if basis.unrotated else ()
     return MultiHeadFit(
         basis, mean, E, spectrum, [Rotary(*own) for own in rotary],
-        BitAllocation(errors, record["prices"], record["demand"]), half=half, where=where,
+        BitAllocation(errors, record["prices"], record["demand"]), stored=stored, where=where,
     )  # fmt: skip

@@ -28,7 +28,7 @@ from gpt2.compression.codecs.transform import Transform
 
 BASES: dict[str, Basis] = {
     basis.name: basis()
-    for basis in (PCA, Attention, Fisher, Joint, Grouped, Framed, RandomProjection, LayerNormNullspace, Hadamard)
+    for basis in (PCA, Attention, Fisher, Framed, Grouped, Joint, RandomProjection, LayerNormNullspace, Hadamard)
 }
 QUANTIZERS: dict[str, Quantizer] = {
     q.name: q() for q in (Unquantized, Int8, Int4, Int8Channel, Int4Channel, Mixed, MixedFixed)

@@ -19,7 +19,7 @@ class Framed(MultiHead):
     """K and V of neighbouring heads together, keys un-rotated by the position of their block's middle."""
 
     name = "framed"
-    preset_prefix = "frame"
+    preset_prefix = "kv"
     joint = True
     unrotated = True
     frame = BLOCK

@@ -4,7 +4,7 @@ K before its rotation and V are both linear in the same hidden state: their join
 channel less than those of single heads (KVTC un-rotates keys as well; MLA stores one latent for K and V by training).
 
 The price is arithmetic: reconstruction is a w × w product per token, and keys must be rotated to their positions before
-a query can read them.
+a query can read them. So it is for caches that are kept, in files or parked, more than for decoding.
 """
 
 from gpt2.compression.codecs.multi_head import MultiHead
@@ -14,6 +14,6 @@ class Joint(MultiHead):
     """K and V of neighbouring heads together, keys without positions."""
 
     name = "joint"
-    preset_prefix = "kv"
+    preset_prefix = "store"
     joint = True
     unrotated = True
