@@ -3,9 +3,9 @@
     calibration = compact_calibration(loaded, text, path, codec="framed", samples=48)
     presets = [make_ratio_preset(loaded, calibration, ratio) for ratio in RATIOS]
 
-The basis determines the presets' names: kv-4x is made with `framed`, fast-4x with `grouped`, whose codes attention reads
-without reconstructing K and V, and store-4x with `joint`, which loses least. Presets of one basis share one compact
-calibration file.
+The basis determines the presets' names: kv-4x is made with `framed`, fast-4x with `grouped`, whose codes attention
+reads without reconstructing K and V, and store-4x with `joint`, which loses least. Presets of one basis share one
+compact calibration file.
 """
 
 from __future__ import annotations

@@ -105,8 +105,7 @@ def _calibration_from(record: dict, path: Path) -> Calibration:
         fields |= _whole_schema(meta["codec"], geometry)
     parsed = parse(record, Record(fields, Anything()), path, remedy=REMEDY)
     multi_head = {
-        name: multi_head_from(parsed[name], basis, geometry, stored[name], str(path))
-        for name, basis in bases.items()
+        name: multi_head_from(parsed[name], basis, geometry, stored[name], str(path)) for name, basis in bases.items()
     }
     if compact:
         return Calibration(meta, None, {}, multi_head)

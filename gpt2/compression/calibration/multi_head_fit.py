@@ -21,7 +21,7 @@ from gpt2.compression.codecs.rope import LAYOUTS, NONE, Rotary
 from gpt2.models.geometry import Geometry, LayerGeometry
 
 LARGEST_CODE = 127  # of E in eight bits
-STORED = (torch.float32, torch.float16, torch.int8)  # in half precision: compact files made before there were eight bits
+STORED = (torch.float32, torch.float16, torch.int8)  # compact files were in half precision before
 LARGEST = 1e15  # numbers in a file must be below it: those of real models are far smaller
 # Where K and V hardly vary, coordinates of other texts are taken to be at least so large: against the means, and
 # against channels
@@ -33,8 +33,8 @@ class MultiHeadFit:
     """The bases of all layers, as `basis` numbers them, each for G groups of heads with w channels, in its own shape.
 
     Of every basis mean [G, w], E [G, w, w] and spectrum [G, w], the variance of each coordinate; None for layers that
-    keep no K and V. rotary: each layer's rotation, empty where keys aren't un-rotated. stored: the dtype in which a file
-    holds E, one of `STORED`. where: the file that it is from, for messages.
+    keep no K and V. rotary: each layer's rotation, empty where keys aren't un-rotated. stored: the dtype in which a
+    file holds E, one of `STORED`. where: the file that it is from, for messages.
     """
 
     basis: MultiHead
