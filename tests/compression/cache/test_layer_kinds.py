@@ -15,7 +15,7 @@ from gpt2.common.errors import PluginError
 from gpt2.compression.codecs import QUANTIZERS, Compressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 
-NEW = 10  # generated tokens
+NEW = 8  # generated tokens
 every_family = pytest.mark.parametrize("family", KINDS)
 
 
@@ -88,7 +88,7 @@ def test_logits_are_those_of_transformers(family):
     assert len(expected(family, "greedy")[0, LENGTH:].unique()) >= 4, "a model that repeats itself would prove nothing"
 
 
-@pytest.mark.parametrize(("family", "mode"), covering(KINDS, MODES, times=3))
+@pytest.mark.parametrize(("family", "mode"), covering(KINDS, MODES, times=2))
 def test_an_exact_cache_gives_the_same_tokens_or_the_same_refusal(family, mode):
     model, wanted = model_of(family), expected(family, mode)
     if not isinstance(wanted, Exception):
