@@ -37,7 +37,7 @@ CODECS = {
     "mixed": lambda: Compressor(Mixed(4.0), transform(H * D, groups=1, width=H * D)),
     "int4": lambda: Compressor(QUANTIZERS["int4"]),
 }
-LENGTHS = {"int4_channel": TOKENS // 8, "kv-mixed": TOKENS // 4, "identity": TOKENS // 8, "mixed": TOKENS // 8}
+LENGTHS = {"int4_channel": TOKENS // 4, "kv-mixed": TOKENS // 2, "identity": TOKENS // 8, "mixed": TOKENS // 4}
 FEW = 2**14  # bytes of Python's own, which come and go
 STEPS = 4000 if LONG else 100  # of a model
 
