@@ -11,7 +11,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
-TESTS := -m pytest -n auto --maxprocesses 4 --dist loadfile
+TESTS := -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 DEMO := results/demo
 WORKFLOW := results/workflow
 # As a user has it: in a folder of their own, with the scripts somewhere else

@@ -1,6 +1,7 @@
 """Set before anything is imported: tests never reach for the network, and tiny tensors gain nothing from threads."""
 
 import json
+import multiprocessing
 import os
 import signal
 
@@ -16,6 +17,36 @@ from deprecations import DEPRECATIONS  # noqa: E402
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Two threads on a shared machine spend their time waiting for each other: 20 times slower for tensors this small
 torch.set_num_threads(1)
+
+
+# Files of ten seconds and more, the longest first: with `--no-loadscope-reorder` they are begun in this order, so that
+# no process is left with a long one at the end. First those that don't need the kernels for CPUs, which are being built
+LONG = """
+    scripts/test_kills.py evaluation/test_real_model.py common/test_processes.py common/test_trial_queue.py
+    kernels/test_kernels.py scripts/test_scripts.py cache/test_attention.py codecs/test_numerics.py
+    codecs/test_numerics_calibrated.py cache/test_generation.py cache/test_windows.py cache/test_layer_kinds.py
+    cache/test_endurance.py cache/test_operations.py codecs/test_multi_head.py evaluation/test_tasks.py
+    evaluation/test_stability.py scripts/test_gpu_check.py cache/test_cache_machine.py experiments/test_scaling.py
+    models/test_shapes.py evaluation/test_bytes_by_context.py experiments/test_codec_variations.py
+    experiments/test_architectures.py tuning/test_codec_search.py cache/test_compiled.py models/test_devices.py
+"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: at for at, name in enumerate(LONG.split())}
+    items.sort(key=lambda item: rank.get("/".join(item.path.parts[-2:]), len(rank)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where several processes run tests: build the kernels for CPUs meanwhile, before one waits for another's build."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        multiprocessing.get_context("fork").Process(target=build_kernels, daemon=True).start()
+
+
+def build_kernels() -> None:
+    from gpt2.compression.kernels import cpu
+
+    cpu.loaded()
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,18 @@
 """Several processes that share a calibration: the file of one, whatever the number; and none left hanging."""
 
-import json
+import os
+import signal
 import socket
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from calibrations import TEXT
+from forked import Child, start
+from sampling import ALL
 from script_runs import CALIBRATE, ONE_THREAD, listing, run
 from tiny import tiny_loaded, tiny_model, word_text, word_tokenizer
 from torch import Tensor
@@ -17,6 +21,7 @@ from gpt2.common import files, processes
 from gpt2.common.errors import PluginError
 from gpt2.common.processes import ALONE, Processes
 from gpt2.compression.calibration.calibrate import calibrate
+from gpt2.compression.codecs.moments import Moments
 from gpt2.models import loading
 from gpt2.tuning import ratio_presets
 
@@ -32,55 +37,45 @@ def tensors(record, name: str = "") -> dict[str, Tensor]:
     return {key: tensor for part, own in inner for key, tensor in tensors(own, f"{name}.{part}").items()}
 
 
-# Runs two scripts, each in a fork of both processes; in the second the second process fails amid its windows
-DRIVER = """
-import json, os, runpy, sys
-from gpt2.compression.codecs.moments import Moments
-from gpt2.common.errors import PluginError
-
-def failing(self, layer, x, update=Moments.update):
-    if os.environ["RANK"] == "1" and layer == 2:
-        raise PluginError("layer 2 is of no use")
-    update(self, layer, x)
-
-for sys.argv in json.loads(sys.argv[1]):
-    child = os.fork()
-    if not child:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    Moments.update = failing
-    # A place of their own to meet: at the first one lie addresses of processes that are gone
-    os.environ |= {"MASTER_PORT": os.environ["SECOND_PORT"], "TORCHELASTIC_USE_AGENT_STORE": "False"}
-sys.exit(code)
-"""
-
-
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """In two processes a calibration, then presets that fail: the folder, what was made in it, what was printed."""
+def space(tmp_path_factory):
+    """A folder with the tiny model and a text."""
     space = tmp_path_factory.mktemp("launched")
     tiny_model("llama").save_pretrained(space / "tiny")
     word_tokenizer().save_pretrained(space / "tiny")
     (space / "words.txt").write_text(word_text(6000))
-    (space / "driver.py").write_text(DRIVER)
-    before = listing(space)
-    commands = [[str(files.ROOT / "scripts" / f"{CALIBRATE}.py"), *FLAGS, "--output", "two.pt"],
-                [str(files.ROOT / "scripts" / "make_presets.py"), *FLAGS[:-2], "--output", "out"]]  # fmt: skip
+    return space
+
+
+def launch(space: Path, script: str, *flags, before=lambda: None) -> tuple[list[int], str, str]:
+    """A script in two processes that find their places in the environment: exit codes, what both print, errors."""
     with socket.create_server(("localhost", 0)) as free:
-        environment = ONE_THREAD | {"SECOND_PORT": str(free.getsockname()[1])}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "driver.py"]
-    done = subprocess.run([*launcher, json.dumps(commands)], cwd=space, capture_output=True, text=True, env=environment,
-                          timeout=300)  # fmt: skip
-    return space, listing(space) - before, done
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+
+    def run_as(rank: str) -> Child:
+        own = shared | {"RANK": rank, "LOCAL_RANK": rank}
+        said = space.parent / f"{space.name} {script} {rank}"
+        return start(script, flags, space, said, lambda: os.environ.update(own), before)
+
+    both = [run_as(rank) for rank in "01"]
+    codes = [child.wait() for child in both]
+    codes = [child.send(signal.SIGKILL) if code is None else code for child, code in zip(both, codes, strict=True)]
+    return codes, "".join(child.out for child in both), "".join(child.err for child in both)
 
 
-def test_two_processes_make_the_file_of_one(launched, monkeypatch):
-    space, _, done = launched
-    assert done.stdout.count("wrote two.pt") == done.stdout.count("variance kept") == 1, "the first one alone"
+@pytest.fixture(scope="module")
+def two(space):
+    """The file that two processes make."""
+    codes, out, err = launch(space, CALIBRATE, *FLAGS, "--output", "two.pt")
+    assert codes == [0, 0], err
+    assert out.count("wrote two.pt") == out.count("variance kept") == 1, "the first one alone"
+    return torch.load(space / "two.pt", weights_only=True)
+
+
+def test_two_processes_make_the_file_of_one(space, two, monkeypatch):
     monkeypatch.chdir(space)
     assert run(CALIBRATE, *FLAGS, "--output", "one.pt") == 0
-    one, two = (torch.load(f"{name}.pt", weights_only=True) for name in ("one", "two"))
+    one = torch.load("one.pt", weights_only=True)
     assert one["meta"] == two["meta"]
     ours, theirs = tensors(two), tensors(one)
     assert ours.keys() == theirs.keys()
@@ -89,12 +84,31 @@ def test_two_processes_make_the_file_of_one(launched, monkeypatch):
         assert (tensor - theirs[name]).norm() <= 1e-6 * theirs[name].norm(), name
 
 
-def test_one_that_fails_takes_the_others_down_and_says_why(launched):
-    """While the first waits for its sums."""
-    _, made, done = launched
-    assert done.returncode != 0
-    assert done.stderr.count("error: layer 2 is of no use") == 1 and "another process stopped" not in done.stderr
-    assert made == {"two.pt", "two.png"} and done.stdout.count("wrote") == 1, "nothing of the second script"
+@pytest.mark.skipif(not ALL, reason="three processes that import for seconds")
+def test_torchrun_starts_them(space, two):
+    """Which has a store of its own where they meet."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(files.ROOT / "scripts" / f"{CALIBRATE}.py"), *FLAGS, "--output", "torchrun.pt"]
+    subprocess.run(command, cwd=space, check=True, env=ONE_THREAD, timeout=300)
+    found, wanted = (tensors(made) for made in (torch.load(space / "torchrun.pt", weights_only=True), two))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
+
+
+def test_one_that_fails_takes_the_others_down_and_says_why(space):
+    """The second fails amid its windows, while the first waits for its sums."""
+
+    def fails() -> None:
+        def failing(self, layer, x, update=Moments.update):
+            if os.environ["RANK"] == "1" and layer == 2:
+                raise PluginError("layer 2 is of no use")
+            update(self, layer, x)
+
+        Moments.update = failing
+
+    before = listing(space)
+    codes, out, err = launch(space, "make_presets", *FLAGS[:-2], "--output", "out", before=fails)
+    assert 0 not in codes and err.count("error: layer 2 is of no use") == 1 and "another process stopped" not in err
+    assert listing(space) == before and "wrote" not in out
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ import optuna
 import pytest
 from databases import lines, postgresql, wait_for  # noqa: F401
 from optuna.trial import TrialState
+from sampling import covering
 
 from gpt2.common import trial_queue
 from gpt2.common.errors import PluginError
 from gpt2.common.trial_queue import Pace, TrialFailed, TrialQueue, key_of
 
-FAST = Pace(heartbeat=1, silence=2, look=0.02)
+FAST = Pace(heartbeat=1, silence=2, look=0.1)
+PATIENT = Pace(heartbeat=1, silence=100, look=0.1)  # nobody who is only slow is taken for dead
 FORK = multiprocessing.get_context("fork")  # nothing to import again
 KEYS = {key: {"x": number} for number, key in enumerate("abcdef")}
 
@@ -27,8 +29,8 @@ KEYS = {key: {"x": number} for number, key in enumerate("abcdef")}
 class Worker:
     """A queue and the keys that it tried. log: those of all processes; before: called with a key that is tried."""
 
-    def __init__(self, storage, name: str = "q", *, log: Path | None = None, before=lambda key: None):
-        self.queue = TrialQueue(storage, name, pace=FAST, sampler=optuna.samplers.RandomSampler(seed=0))
+    def __init__(self, storage, name: str = "q", *, log: Path | None = None, before=lambda key: None, pace=FAST):
+        self.queue = TrialQueue(storage, name, pace=pace, sampler=optuna.samplers.RandomSampler(seed=0))
         self.log, self.before = log, before
         self.tried: list[str] = []
         self.notes: list[str] = []
@@ -60,10 +62,11 @@ def process(*args):
     return FORK.Process(target=work, args=args, daemon=True)
 
 
-def work(storage, name: str, log: Path) -> None:
+def work(storage, name: str, log: Path, pace: Pace = FAST) -> None:
     """Its first key takes as long as there is a file `hang` beside the log."""
     hang = log.with_name("hang")
-    Worker(storage, name, log=log, before=lambda key: key == "a" and wait_for(lambda: not hang.exists())).work()
+    wait = lambda key: key == "a" and wait_for(lambda: not hang.exists())  # noqa: E731
+    Worker(storage, name, log=log, before=wait, pace=pace).work()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -82,12 +85,15 @@ def together(workers: list) -> None:
 
 def test_workers_that_start_together_try_each_key_once(storage, tmp_path):
     log = tmp_path / "log"
-    together([process(storage, "together", log) for _ in range(3)])
+    together([process(storage, "together", log, PATIENT) for _ in range(3)])
     assert Counter(lines(log)) == Worker(storage, "together").done() == Counter([*KEYS])
 
 
-@pytest.mark.parametrize(("storage", "sent"), [("sqlite", signal.SIGKILL), ("sqlite", signal.SIGSTOP),
-                                               ("postgresql", signal.SIGKILL)], indirect=["storage"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("storage", "sent"),
+    covering(["sqlite", "postgresql"], [signal.SIGSTOP, signal.SIGKILL]),
+    indirect=["storage"],
+)
 def test_a_silent_workers_key_is_taken_over_once(storage, sent, tmp_path):
     """Of one that was only stopped, and goes on later, nothing counts."""
     log, hang = tmp_path / "log", tmp_path / "hang"

@@ -80,7 +80,7 @@ def space(tmp_path, monkeypatch, reader_folder):
     monkeypatch.chdir(tmp_path)
     letters = torch.randint(0, 10, (9000,), generator=torch.Generator().manual_seed(0)).tolist()
     (tmp_path / "t.txt").write_text("".join("abcdefg  \n"[i] for i in letters))
-    flags = ["--model", str(reader_folder), "--text", "t.txt", "--output", "s.json", "--needle-length", "256"]
+    flags = ["--model", str(reader_folder), "--text", "t.txt", "--output", "s.json", "--needle-length", "160"]
     return [*flags, "--needle-trials", "1", "--eval-tokens", "64", "--eval-seq-len", "64", "--chunk", "32"]
 
 

@@ -23,7 +23,7 @@ def record(tmp_path_factory):
     for path, hidden in zip(shapes, (64, 96, 128), strict=True):
         path.write_text(json.dumps(config | {"hidden_size": hidden, "head_dim": hidden // 4}))
     flags = ["--model", folder / "m", "--shapes", shapes[0], "--timed-shapes", ",".join(map(str, shapes)),
-             "--cache-shapes", shapes[0], "--timed-presets", "kv4,fast-4x", "--context-lengths", "128,256",
+             "--cache-shapes", shapes[0], "--timed-presets", "kv4,fast-4x", "--context-lengths", "64,128",
              "--quick", "--repeats", "1", "--output", folder / "scaling.json"]  # fmt: skip
     assert run("benchmarks/scaling", *flags) == 0 and (folder / "scaling.png").is_file()
     return json.loads((folder / "scaling.json").read_text())

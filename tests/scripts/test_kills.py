@@ -35,7 +35,7 @@ from gpt2.report import plots
 
 KILLS = int(os.environ.get("KILLS", "1"))
 # `make test` kills some of the scripts, `make test-all` all but the longest, `make kills` all of them ten times
-WANTED = list(JOBS) if KILLS > 1 else sampled([name for name, job in JOBS.items() if not job.long], 8)
+WANTED = list(JOBS) if KILLS > 1 else sampled([name for name, job in JOBS.items() if not job.long], 5)
 # Shown where a test fails. The long version draws another one each time
 SEED = int(os.environ.get("KILLS_SEED", time.time_ns() % 2**32 if KILLS > 1 else 0))
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")

@@ -101,7 +101,18 @@ def test_tune_per_layer(tiny_flags, tmp_path, capsys):
 
 
 def test_validate_proves_that_the_cache_is_on_the_path(tiny_flags, tmp_path, capsys):
-    code = run("validate_ppl_postbugfix", *tiny_flags, *SMALL, *SMALL_EVAL, "--layer-groups", 2, "--output", "v.json")
+    code = run(
+        "validate_ppl_postbugfix",
+        *tiny_flags,
+        *SMALL,
+        *SMALL_EVAL,
+        "--chunk",
+        64,
+        "--layer-groups",
+        2,
+        "--output",
+        "v.json",
+    )
     said = capsys.readouterr().out
     assert code == 0 and "the model reads the cache: identity changes no token" in said
     record = json.loads((tmp_path / "v.json").read_text())

@@ -12,7 +12,7 @@ from tiny import tiny_model
 from torch import Tensor
 from transformers import DynamicCache
 
-NEW = 20  # generated tokens: prompt and answer together are four windows of the sliding families
+NEW = 12  # generated tokens: prompt and answer together are three windows of the sliding families
 
 model_of = functools.cache(tiny_model)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton.language as tl
 from hostile import hostile
-from sampling import covering, sampled
+from sampling import ALL, covering, sampled
 from tiny import tiny_model
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -135,7 +135,9 @@ def test_mixed_widths_far_from_zero(d, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        *covering(("int4", "int4_channel"), [(64, 60), (80, None), (96, 90), (128, None), (256, None), (64, None)]),
+        *covering(
+            ("int4", "int4_channel"), sampled([(64, 60), (80, None), (96, 90), (128, None), (256, None), (64, None)], 4)
+        ),
         *sampled([(name, (64, 60)) for name in ("mixed", "none", "int8")], 1),
     ],
 )
@@ -188,7 +190,7 @@ def test_one_basis_for_two_heads_and_a_mask_of_each_query_head(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), sampled([("none", torch.float16), *((name, torch.bfloat16) for name in NAMES)], 4)
+    ("name", "dtype"), sampled([("none", torch.float16), *((name, torch.bfloat16) for name in NAMES)], 3)
 )
 def test_16_bit_models(name, dtype, monkeypatch):
     own = compressor(name, 32, 30)
@@ -231,10 +233,12 @@ def test_codes_that_k_and_v_share_and_a_query_for_every_frame(name, sinks, queri
     own = Compressor(quantizer(name, 32), JointTransform(*vars(basis).values(), Rotary(torch.logspace(0, -2, 3)), 64))
     x = tokens(300, d, 2, heads=8) + 3
     held = store(own, x[:, :, :200], (70, 130), sinks=sinks)
+    query = tokens(queries, d, 2, heads=8, seed=3)
     for change in (lambda: None, lambda: held.append(x[:, :, 200:]), lambda: held.drop_front(held.droppable(150))):
         change()
-        query = tokens(queries, d, 2, heads=8, seed=3)
-        compare(monkeypatch, Half(held, 0), Half(held, 1), query)
+        if ALL:
+            compare(monkeypatch, Half(held, 0), Half(held, 1), query)
+    compare(monkeypatch, Half(held, 0), Half(held, 1), query)
 
 
 def test_a_kernel_that_does_not_fit(monkeypatch):
@@ -306,6 +310,8 @@ def test_windows_that_have_forgotten(names, sinks):
     g = torch.Generator().manual_seed(sinks)
     for n in (300, 1, 64, 130, 1):
         layer.store(*torch.randn(2, 1, H, n, 32, generator=g))
+        if not ALL and n in (1, 64):
+            continue
         q = torch.randn(1, 2 * H, 1, 32, generator=g)
         k, v = layer.stores["K"], layer.stores["V"]
         mask = attention_math.behind_hidden(None, k.hidden, 1, len(k), q.device) if k.hidden else None

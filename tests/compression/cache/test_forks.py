@@ -9,7 +9,7 @@ import pytest
 import torch
 from generation import assistant_of, generate
 from kept import cache_of
-from kinds import KINDS, WINDOWED, feed, geometry_of, ids_of, model_of
+from kinds import KINDS, WINDOWED, cut, feed, geometry_of, ids_of, model_of
 from sampling import covering
 from tiny import tiny_model
 from transformers import DynamicCache
@@ -60,8 +60,7 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", ["kv4", "exact"])
-@pytest.mark.parametrize("what", OPERATIONS)
+@pytest.mark.parametrize(("what", "name"), covering(OPERATIONS, ["kv4", "exact"]))
 def test_what_happens_to_one_does_not_happen_to_the_other(what, name, model):
     """Both ways, and each is what a copy of its own would be."""
     for changed_one in ("fork", "origin"):
@@ -82,12 +81,13 @@ def test_what_happens_to_one_does_not_happen_to_the_other(what, name, model):
 def test_every_kind_of_layer_is_forked(family):
     model = model_of(family)
     cache = cache_of(model, "kv4", family, geometry_of(family))
-    feed(model, cache, ids_of(HELD))
+    held, one, other = (cut(family, ids) for ids in (ids_of(HELD), ids_of(80, seed=1), ids_of(80, seed=2)))
+    feed(model, cache, held)
     fork, expected = cache.fork(), copy.deepcopy(cache)
-    feed(model, fork, ids_of(80, seed=1))
+    feed(model, fork, one)
+    wanted = feed(model, expected, other)
     for each in (cache, cache.fork()):
-        again = copy.deepcopy(expected)
-        assert torch.equal(feed(model, each.fork(), ids_of(80, seed=2)), feed(model, again, ids_of(80, seed=2)))
+        assert torch.equal(feed(model, each.fork(), other), wanted)
 
 
 @pytest.mark.parametrize("how", ["beams", "assisted", "lookup"])

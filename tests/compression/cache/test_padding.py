@@ -4,6 +4,7 @@ import pytest
 import torch
 from direct import SETTINGS
 from generation import generate, model_of, prompt
+from sampling import covering
 from tiny import tiny_loaded, tiny_model
 from transformers import DynamicCache
 
@@ -47,9 +48,10 @@ def stored(model, cache, chunk: int = 150):
     return cache
 
 
-@pytest.mark.parametrize("chunk", [150, 64, 7])
-@pytest.mark.parametrize("sinks", [0, 4, 66])
-@pytest.mark.parametrize("name", ["int4", "int4_channel", "joint", "framed"])
+@pytest.mark.parametrize(
+    ("name", "sinks", "chunk"),
+    covering(["int4", "int4_channel", "joint", "framed"], [0, 4, 66], [150, 64, 7], times=3),
+)
 def test_each_row_has_sinks_of_its_own(name, sinks, chunk):
     """However the prompt is fed; a row of one padding slot is known from the others."""
     model = model_of("llama")
@@ -81,17 +83,23 @@ def test_a_padded_row_loses_what_it_loses_alone(name):
         assert own < 1.35 * its + 0.02, "other blocks, and so other steps, but no more than that"
 
 
-@pytest.mark.parametrize("name", ["int4", "int4_channel", "identity", "framed"])
-@pytest.mark.parametrize("operate", [
-    lambda cache: None, lambda cache: cache.reorder_cache(torch.tensor([1, 0, 3, 2])),
-    lambda cache: cache.batch_repeat_interleave(2), lambda cache: cache.crop(-9),
-], ids=["as it is", "reordered", "repeated", "cropped"])  # fmt: skip
-def test_direct_attention_reads_the_rows_own_sinks(name, operate):
+OPERATIONS = {
+    "as it is": lambda cache: None,
+    "reordered": lambda cache: cache.reorder_cache(torch.tensor([1, 0, 3, 2])),
+    "repeated": lambda cache: cache.batch_repeat_interleave(2),
+    "cropped": lambda cache: cache.crop(-9),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "operation"), covering(["int4", "int4_channel", "identity", "framed"], OPERATIONS, times=2)
+)
+def test_direct_attention_reads_the_rows_own_sinks(name, operation):
     model = tiny_model("llama")
     rows = {}
     for direct in (False, True):
         cache = stored(model, cache_of(model, name))
-        operate(cache)
+        OPERATIONS[operation](cache)
         if direct:
             enable_compressed_attention(model)
         count, length = len(cache.layers[0].keys), cache.get_seq_length()

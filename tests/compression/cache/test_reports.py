@@ -171,6 +171,23 @@ def test_attention_weights_are_given_where_they_are_asked_for(family):
             torch.testing.assert_close(own, its, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("weights", [False, True])
+def test_modules_that_are_not_causal_see_what_follows(weights):
+    """They get no mask: the first tokens attend to all of themselves, also over what a compressed cache holds."""
+    model, ids = tiny_model("llama"), PROMPT[:, :12]
+    causal = model(ids).logits
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    expected = model(ids, past_key_values=DynamicCache(config=model.config)).logits
+    assert (expected - causal).abs().max() > 1e-2 * causal.abs().max()
+    enable_compressed_attention(model)
+    found = model(ids, past_key_values=cache_of("identity", model), output_attentions=weights)
+    torch.testing.assert_close(found.logits, expected, rtol=1e-4, atol=1e-4)
+    if weights:
+        assert all((own[:, :, 0, 1:] > 0).all() for own in found.attentions)
+
+
 def stored_singly(quantizer: str, x: torch.Tensor) -> CompressedDynamicCache:
     """A cache of one layer with K and V as x [1, H, n, d], a token at a time from the 60th on."""
     compressor = Compressor(QUANTIZERS[quantizer])

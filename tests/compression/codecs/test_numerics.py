@@ -71,8 +71,7 @@ def test_finite_and_never_worse_than_int4_per_token(shape, case):
     assert not worse
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize(("case", "dtype"), covering(HOSTILE, [torch.float16, torch.bfloat16]), ids=str)
 def test_16_bit_models(case, dtype):
     x = hostile(case, SMALL, dtype=dtype)
     for codec, quantizer in [*((IDENTITY, q) for q in CODED), ("hadamard", "int4_channel"), ("pca", "mixed")]:
@@ -100,9 +99,9 @@ def test_massive_tokens_in_the_sinks_touch_nothing_else(codec):
         assert torch.equal(other[:, :, :4], spoiled[:, :, :4]) and torch.equal(other[:, :, 4:], plain[:, :, 4:])
 
 
-@pytest.mark.parametrize("codec", [IDENTITY, "hadamard", "pca"])
-@pytest.mark.parametrize("quantizer", BY_BLOCK)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"d{shape[3]}")
+@pytest.mark.parametrize(
+    ("codec", "quantizer", "shape"), covering([IDENTITY, "hadamard", "pca"], BY_BLOCK, SHAPES, times=3)
+)
 def test_a_massive_token_outside_the_sinks_costs_its_own_block_alone(codec, quantizer, shape):
     """In a block the others may become their mean, and itself is off by a step of 16."""
     x = hostile("plain", shape)
@@ -120,8 +119,7 @@ def test_a_massive_token_outside_the_sinks_costs_its_own_block_alone(codec, quan
     assert error <= TOLERANCE * collapsed + (step / 2).square().sum()
 
 
-@pytest.mark.parametrize("quantizer", CODED)
-@pytest.mark.parametrize("case", CHANNELS)
+@pytest.mark.parametrize(("case", "quantizer"), covering(CHANNELS, CODED, times=2))
 def test_a_cut_rank_loses_what_it_drops_and_what_quantizing_loses(case, quantizer):
     x = hostile(case, SMALL).double()
     full = compressor("pca", quantizer, case, SMALL)
@@ -177,8 +175,10 @@ def test_kernels_store_mixed_widths_as_pytorch_does(case, monkeypatch):
         assert one == pytest.approx(other, rel=1e-2, abs=1e-6 * float(x.double().square().sum()) * HALF_ULP)
 
 
-@pytest.mark.parametrize("case", ["plain", "biases up to 400 in all", "massive activations", "constant"])
-@pytest.mark.parametrize("codec", [IDENTITY, "pca", "joint"])
+@pytest.mark.parametrize(
+    ("case", "codec"),
+    covering(["plain", "biases up to 400 in all", "massive activations", "constant"], [IDENTITY, "pca", "joint"]),
+)
 def test_the_same_bytes_whatever_else_is_stored(codec, case):
     """Twice, alone or in a batch, all at once or in parts, with one thread or two; by PyTorch and by kernels."""
     x = given(codec, hostile(case, SMALL), case)
