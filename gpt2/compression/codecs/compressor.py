@@ -80,6 +80,10 @@ class Compressor:
             x = x.clamp(-HALF_MAX, HALF_MAX)
         return x.to(dtype)
 
+    def block_layout(self, heads: int, head_dim: int, dtype: torch.dtype) -> Encoded:
+        """What `compress` stores of one block of x [1, H, block_tokens, d], without values: on the meta device."""
+        return self.quantizer.block_layout(self.groups(heads, head_dim), self.rank(head_dim), dtype)
+
     def absorb_query(self, q: Tensor, starts: Tensor | None = None) -> Tensor:
         """As `Transform.absorb_query`, q itself where there is no transform."""
         return q if self.transform is None else self.transform.absorb_query(q, starts)
