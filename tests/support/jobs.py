@@ -117,6 +117,15 @@ JOBS = {
         ["--model", "tiny", *PRESET, "--context-length", 64, "--most", 2, "--decode-tokens", 2, *RUN],
         timed=timed("token_ms tokens_per_s"),
     ),
+    "parking": Job(
+        "benchmarks/parking",
+        ["--model", "tiny", "--shapes", "h64.json", "--presets", "kv4", "--context-lengths", "150,400"]
+        + ["--shape-tokens", 130, "--repeats", 1, *RUN],
+        timed=timed(
+            "read_s load_ms load_ms_median load_ms_quartiles first_token_ms first_token_ms_median "
+            "first_token_ms_quartiles wake_ms_median wake_ms_quartiles times_faster"
+        ),
+    ),
     "architectures": Job("benchmarks/architectures", ["--families", "llama", *RUN]),
     "presets": Job(
         "make_presets",

@@ -18,6 +18,7 @@ from gpt2.report.tables.by_position import by_position
 from gpt2.report.tables.gpu_roofline import attention_bound, gpu_roofline
 from gpt2.report.tables.guide import beside_guide
 from gpt2.report.tables.needle import needle, needle_cells, needle_pairs
+from gpt2.report.tables.parking import parking
 from gpt2.report.tables.quality import (
     codec_variations,
     layer_ablation,
@@ -61,6 +62,7 @@ TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
     "needle_cells": needle_cells,
     "needle_pairs": needle_pairs,
     "needle": needle,
+    "parking": parking,
     "peers": peers,
     "profile_steps": profile_steps,
     "profile": profile,
