@@ -39,7 +39,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("command", nargs="?", choices=list(NEEDS), help="what to do")
     cli.add_model_flags(p)
     p.add_argument("--cache", type=Path, help="file that read or transcode wrote")
-    p.add_argument("--output", type=Path, help="file to write")
+    p.add_argument("--output", type=cli.output_file(".safetensors"), help="file to write")
     p.add_argument("--preset", help="preset file, built-in name, or kv8 or kv4, which fit any model")
     p.add_argument("--document", help="a text file, or embedded or wikitext2: the evaluation part of these")
     p.add_argument("--document-tokens", type=positive_int, help="read so many first tokens of it; all if omitted")

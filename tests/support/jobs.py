@@ -21,6 +21,7 @@ TUNING = [*TEXT, *SMALL, *SMALL_EVAL, "--target-ppl-delta", 0.9, "--study", "s.d
 GRID = [*TUNING, "--rank-grid", "12,10", "--bits", 8]
 RUN = ["--output", "out/r.json"]
 NEEDLE = ["--num-trials", 1]
+DOCUMENT = "out/doc.kv.safetensors"
 
 
 def soon_stale() -> None:
@@ -111,6 +112,12 @@ JOBS = {
         "generate_with_preset",
         ["--model", "tiny", *PRESET, "--document", "words.txt", "--document-tokens", 200, "--max-new-tokens", 3, *RUN],
         timed=timed("token_ms token_ms_median"),
+    ),
+    "document": Job(
+        "cache_tool",
+        ["read", "--model", "tiny", "--preset", "kv4", "--document", "words.txt", "--document-tokens", 300]
+        + ["--prefill-chunk", 64, "--save-every", 0, "--output", DOCUMENT],
+        record=DOCUMENT,
     ),
     "batch": Job(
         "benchmarks/largest_batch",
