@@ -33,6 +33,14 @@ def test_what_fits(record):
     assert rows[1]["fit"] > rows[2]["fit"] > rows[0]["fit"] > 0
 
 
+def test_the_basis_takes_its_room_once():
+    configs = {"tiny": tiny_model("llama").config}
+    row = parking.fitting_rows(configs, 300, ["kv4"], 0)[1]
+    needed = row["basis_bytes"] + 2 * row["bytes"]
+    found = [parking.fitting_rows(configs, 300, ["kv4"], memory)[1]["fit"] for memory in (needed - 1, needed)]
+    assert row["basis_bytes"] and found == [1, 2]
+
+
 def test_what_wakes(record):
     """A prompt beyond the model's context isn't read, and neither is that of a shape."""
     rows = record["woken"]
@@ -61,7 +69,7 @@ def test_a_grown_cache_repeats_its_codes(name):
     repeated = coded // 64 * 64  # tokens between a code and its copy; the first block has padding in place of sinks
     assert torch.equal(more[:, :, 64:128], v[:, :, 64:128]) and coded >= 128
     if name == "kv4":
-        assert torch.equal(more[:, :, 64 + repeated : 128 + repeated], v[:, :, 64:128])
+        assert torch.equal(more[:, :, 128 + repeated : 192 + repeated], v[:, :, 128:192])
     assert feed(model, grown, ids_of(3)).isfinite().all()
     assert parking.grown(cache, 100).get_seq_length() == 200
 

@@ -39,6 +39,7 @@ from gpt2.report.tables.speed import (
     largest_batch,
     profile,
     profile_of_machines,
+    profile_parking,
     profile_steps,
 )
 from gpt2.report.tables.tasks import tasks, tasks_pairs
@@ -64,6 +65,7 @@ TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
     "needle": needle,
     "parking": parking,
     "peers": peers,
+    "profile_parking": profile_parking,
     "profile_steps": profile_steps,
     "profile": profile,
     "ratio_presets": ratio_presets,
