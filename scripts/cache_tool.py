@@ -8,7 +8,7 @@
 
 read      runs the document through the model and saves the cache. What is read so far is saved every minute, and the
           same command goes on from there.
-ask       loads the file, which takes as long as reading its bytes, and streams the answer. The file stays as it is.
+ask       loads the file, in little more time than reading its bytes, and streams the answer. The file stays as it is.
 info      says what is in a file, without the model: preset, model, tokens, bytes.
 transcode codes a cache anew with another preset. From a lossy one, its loss stays and the new one is added.
 verify    recomputes some blocks of 64 tokens from the document's tokens, compares what the file has of them, and
@@ -39,7 +39,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("command", nargs="?", choices=list(NEEDS), help="what to do")
     cli.add_model_flags(p)
     p.add_argument("--cache", type=Path, help="file that read or transcode wrote")
-    p.add_argument("--output", type=Path, help="file to write")
+    p.add_argument("--output", type=cli.output_file(".safetensors"), help="file to write")
     p.add_argument("--preset", help="preset file, built-in name, or kv8 or kv4, which fit any model")
     p.add_argument("--document", help="a text file, or embedded or wikitext2: the evaluation part of these")
     p.add_argument("--document-tokens", type=positive_int, help="read so many first tokens of it; all if omitted")

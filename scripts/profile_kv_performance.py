@@ -12,7 +12,8 @@ how many tokens on codes are read faster than reconstructed, for enable_compress
 without repeating KV heads. --peers adds transformers' quantized caches.
 Caches take turns in one process, in alternating order, each time with a fresh cache after a warm-up. Figures are
 medians with quartiles, ratios are paired by repeat. Tokens per second are of the whole batch. The parts of a step's
-time and the peak of memory are measured in a separate pass, as the instruments take time. A model's shape from
+time and the peak of memory are measured in a separate pass, as the instruments take time, and so is parking: moving one
+of our caches to the CPU's memory and back, with the bytes moved; on a CPU nothing moves. A model's shape from
 configs/models gets random weights, as speed and memory don't depend on them.
 Writes results/runs/profile_MODEL.json and results/plots/profile_MODEL.png, or where --output says; the kind of machine
 follows the name unless it is a CPU with AVX-512: profile_MODEL_avx2.
@@ -78,6 +79,10 @@ def main() -> None:
             rows += found
             tables.show("profile", record | {"rows": found}, note=False)
     tables.show("profile_steps", record)
+    if any("parking" in row for row in rows):
+        tables.show("profile_parking", record)
+    else:
+        print("parking: nothing is moved, as these caches are in the CPU's memory or can't be parked as a whole")
     print(f"\n{tables.profile(record, []).note}")
     if slower := lineup.slower_directly(rows):
         print(slower)

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 
 from gpt2.common.errors import is_out_of_memory
 from gpt2.compression.cache.attention import AUTO, enable_compressed_attention
+from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.compression.cache.size import cache_bytes
 from gpt2.evaluation.instruments import SAMPLING, Memory, Stopwatch, cuda_devices, peak_memory, synchronizer, watched
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory
@@ -107,6 +108,7 @@ class _Measured:
     """Measurements of one cache in one cell."""
 
     inside: Inside | None = None
+    parking: dict | None = None
     runs: list[Run] = field(default_factory=list)
     too_large: bool = False
 
@@ -116,7 +118,9 @@ class _Measured:
             if turn:
                 self.runs.append(run_once(model, make(), prompt, steps))
             else:
-                self.inside = look_inside(model, make(), prompt, steps)
+                cache = make()
+                self.inside = look_inside(model, cache, prompt, steps)
+                self.parking = park(model, cache)
         except Exception as error:  # out of memory has another type on each device
             if not is_out_of_memory(error):
                 raise
@@ -128,7 +132,7 @@ class _Measured:
         """Figures as results files have them, with ratios to the baseline's runs if there are any."""
         if self.too_large:
             return {"out_of_memory": True}
-        figures = _figures(self.runs, self.inside)
+        figures = _figures(self.runs, self.inside) | ({"parking": self.parking} if self.parking else {})
         if baseline and not baseline.too_large:
             figures["ratio_to_baseline"] = _ratios(self.runs, baseline.runs)
         return figures
@@ -164,6 +168,26 @@ def look_inside(model: PreTrainedModel, cache: Cache, prompt: Tensor, steps: int
     with watched(model, watch):
         _decode(model, cache, token, steps, watch.timed(SAMPLING)(_most_likely))
     return Inside(memory, watch.shares(), 1000 * sum(watch.seconds.values()) / steps)
+
+
+def park(model: PreTrainedModel, cache: Cache) -> dict | None:
+    """Bytes that parking a filled cache moves to the CPU's memory, and milliseconds of the way there and back.
+
+    The second of two rounds is timed: the first allocates pinned memory. None for caches that can't be parked as a
+    whole, and for a model on the CPU, where nothing moves.
+    """
+    if not cuda_devices(model) or not isinstance(cache, CompressedDynamicCache):
+        return None
+    wait = synchronizer(model)
+    for _ in range(2):
+        found = {}
+        for name, move in (("offload", cache.offload), ("prefetch", cache.prefetch)):
+            wait()
+            start = clock()
+            found["moved_bytes"] = move()
+            wait()
+            found[f"{name}_ms"] = 1000 * (clock() - start)
+    return found
 
 
 @contextmanager

@@ -175,3 +175,15 @@ def test_a_preset_of_4x_is_read_as_it_is_stored(loaded, text):
     # The two round differently, which changes a few codes of later layers: well below the codec's error
     assert kl(reconstructed, stored) < 0.1 * kl(exact, reconstructed)
     assert 1e-4 < kl(exact, stored) < 0.05
+
+
+@torch.no_grad()
+def test_a_calibrated_preset_goes_through_a_file(loaded, text, tmp_path):
+    """The basis isn't in the file, which is as large as what the cache holds, and is found again with the preset."""
+    ids, more = text.segments("evaluation", loaded, 648, 1).split([640, 8], dim=1)
+    cache = create_cache_from_preset(get_preset_info("smollm2-135m", "kv-4x"), model=loaded)
+    loaded.model(ids, past_key_values=cache, logits_to_keep=1)
+    path = cache.save(tmp_path / "c.kv.safetensors", token_ids=ids)
+    assert path.stat().st_size == pytest.approx(cache.nbytes(), rel=0.02)
+    again = CompressedDynamicCache.load(path, model=loaded)
+    assert torch.equal(*(loaded.model(more, past_key_values=each).logits for each in (again, cache)))

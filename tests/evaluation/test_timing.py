@@ -6,6 +6,7 @@ from tiny import tiny_loaded
 from transformers import DynamicCache
 
 from gpt2.compression.cache.size import cache_bytes
+from gpt2.compression.codecs import IdentityCompressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.evaluation import instruments, timing
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
@@ -123,3 +124,35 @@ def test_a_cache_without_room_is_recorded_and_the_others_go_on(culprit, llama, c
     assert good["token_ms_median"] > 0 and "ratio_to_baseline" not in good
     with pytest.raises(RuntimeError, match="something else"):
         timing.measure_cell(llama, {BASELINE: lambda: Exploding(RuntimeError("something else"))}, 20, 2)
+
+
+class Parked(CompressedDynamicCache):
+    """On a device that isn't there: moving takes two ticks of the clock there, one back."""
+
+    def __init__(self, ticks):
+        super().__init__([IdentityCompressor()], [IdentityCompressor()])
+        self.ticks = ticks
+
+    def offload(self):
+        self.ticks.append(2)
+        return 300
+
+    def prefetch(self):
+        self.ticks.append(1)
+        return 300
+
+
+def test_parking_is_timed_in_both_directions_after_a_warm_up(llama, monkeypatch):
+    ticks, waited = [], []
+    monkeypatch.setattr(timing, "cuda_devices", lambda model: ["cuda:0"])
+    monkeypatch.setattr(timing, "synchronizer", lambda model: lambda: waited.append(1))
+    monkeypatch.setattr(timing, "clock", lambda: sum(ticks))
+    found = timing.park(llama.model, Parked(ticks))
+    assert found == {"moved_bytes": 300, "offload_ms": 2000, "prefetch_ms": 1000}
+    assert ticks == [2, 1, 2, 1] and len(waited) == 8, "before and after every move"
+    assert timing.park(llama.model, DynamicCache()) is None
+
+
+def test_on_a_cpu_nothing_is_parked(llama, caches, caplog):
+    rows = timing.measure_cell(llama, caches, 20, 1, decode_tokens=2, repeats=1)
+    assert not any("parking" in row for row in rows) and not caplog.records

@@ -31,6 +31,7 @@ def test_the_script_writes_figures_a_plot_and_a_table(shape, tmp_path, capsys):
     assert run(PROFILE, *shape, *SMALL, "--identity", "--output", "out/r.json") == 0
     said = capsys.readouterr().out
     assert said.count("tokens/s") == 4 and "compress  expand" in said and "the weights are random" in said
+    assert said.count("parking: nothing is moved") == 1
     record = json.loads((tmp_path / "out/r.json").read_text())
     assert is_drawn(tmp_path / "out/r.png")
     assert record["weights"] == "random" and record["model"] == "tiny-shape.json (random weights, 3 layers)"
@@ -84,6 +85,13 @@ def test_bad_input_is_one_clear_line_before_any_work(flags, message, advice, sha
     assert run(PROFILE, *shape, "--context-lengths", 16, *flags) == 2
     err = capsys.readouterr().err
     assert message in err and advice in err and "Traceback" not in err
+
+
+def test_parked_caches_have_a_table():
+    parking = {"moved_bytes": 3 << 20, "offload_ms": 2.0, "prefetch_ms": 1.0}
+    record = {"rows": [row(batch=2), row(batch=2, parking=parking)], "device": "cuda"}
+    lines = tables.TABLES["profile_parking"](record, ["2"]).markdown().splitlines()
+    assert lines[2] == "| 2 | 512 | int4 | 3.0 MiB | 2.0 ms, 1.6 GB/s | 1.0 ms, 3.1 GB/s |" and not lines[3]
 
 
 LOST = {"cache": "baseline", "context_tokens": 1024, "batch_size": 4, "out_of_memory": True}

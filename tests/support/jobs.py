@@ -21,6 +21,7 @@ TUNING = [*TEXT, *SMALL, *SMALL_EVAL, "--target-ppl-delta", 0.9, "--study", "s.d
 GRID = [*TUNING, "--rank-grid", "12,10", "--bits", 8]
 RUN = ["--output", "out/r.json"]
 NEEDLE = ["--num-trials", 1]
+DOCUMENT = "out/doc.kv.safetensors"
 
 
 def soon_stale() -> None:
@@ -112,10 +113,25 @@ JOBS = {
         ["--model", "tiny", *PRESET, "--document", "words.txt", "--document-tokens", 200, "--max-new-tokens", 3, *RUN],
         timed=timed("token_ms token_ms_median"),
     ),
+    "document": Job(
+        "cache_tool",
+        ["read", "--model", "tiny", "--preset", "kv4", "--document", "words.txt", "--document-tokens", 300]
+        + ["--prefill-chunk", 64, "--save-every", 0, "--output", DOCUMENT],
+        record=DOCUMENT,
+    ),
     "batch": Job(
         "benchmarks/largest_batch",
         ["--model", "tiny", *PRESET, "--context-length", 64, "--most", 2, "--decode-tokens", 2, *RUN],
         timed=timed("token_ms tokens_per_s"),
+    ),
+    "parking": Job(
+        "benchmarks/parking",
+        ["--model", "tiny", "--shapes", "h64.json", "--presets", "kv4", "--context-lengths", "150,400"]
+        + ["--shape-tokens", 130, "--repeats", 1, *RUN],
+        timed=timed(
+            "read_s load_ms load_ms_median load_ms_quartiles first_token_ms first_token_ms_median "
+            "first_token_ms_quartiles wake_ms_median wake_ms_quartiles times_faster"
+        ),
     ),
     "architectures": Job("benchmarks/architectures", ["--families", "llama", *RUN]),
     "presets": Job(

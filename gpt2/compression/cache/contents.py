@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -144,9 +145,14 @@ def _sketch(store: TokenStore) -> list[float]:
     encoded = {name: stored.last(blocks) for name, stored in store.blocks.items()}
     with without_autocast(store.sinks):
         x = store.reconstruct(encoded, store.compressed_blocks - blocks).double().flatten().cpu()
-    angle = torch.arange(len(x), dtype=torch.float64)
-    sums = [float(x.norm()), *(float(x @ torch.cos(k * angle)) for k in (1, 2, 3))]
+    sums = torch.cat((x.norm()[None], _waves(len(x)) @ x)).tolist()
     return sums if all(map(math.isfinite, sums)) else []
+
+
+@lru_cache(maxsize=4)  # layers of a model have few shapes
+def _waves(count: int) -> Tensor:
+    """Three weights for each of so many numbers, [3, count]."""
+    return torch.cos(torch.arange(1, 4, dtype=torch.float64)[:, None] * torch.arange(count, dtype=torch.float64))
 
 
 def _fill_layer(layer, own: dict, take: _Taken, geometry: LayerGeometry) -> None:
@@ -212,17 +218,17 @@ def _fill_store(store: TokenStore, own: dict, take: _Taken, heads: int | None, w
 
 
 def _fill_blocks(store: TokenStore, fields: list[str], take: _Taken) -> None:
-    """Codes of the shapes and kinds that the store's codec makes of a block of nothing."""
+    """Codes of the shapes and kinds that the store's codec makes."""
     if not fields:
         return
-    x = store.sinks.new_zeros((*store.sinks.shape[:2], store.compressor.block_tokens, store.sinks.shape[3]))
-    made = store.compressor.compress(x)
+    rows, heads, _, width = store.sinks.shape
+    made = store.compressor.block_layout(heads, width, store.sinks.dtype)
     _expect(list(made) == fields, f"{take.prefix}: its codec stores {', '.join(made)}, found {', '.join(fields)}")
     count = None
     for name, example in made.items():
         stored = take(name)
         same = stored.dtype == example.dtype or (stored.is_floating_point() and example.is_floating_point())
-        shape = [*example.shape[:2], stored.shape[2] if stored.dim() > 2 else 0, *example.shape[3:]]
+        shape = [rows, example.shape[1], stored.shape[2] if stored.dim() > 2 else 0, *example.shape[3:]]
         _expect(same and list(stored.shape) == shape and count in (None, shape[2]) and shape[2] > 0,
                 f"{take.prefix}.{name}: {str(stored.dtype)[6:]} {list(stored.shape)} where its codec stores "
                 f"{str(example.dtype)[6:]} {shape}")  # fmt: skip

@@ -14,15 +14,15 @@ from gpt2.models.geometry import Geometry
 class SizeOnly(Quantizer):
     """Stands for a compressor of tokens on the meta device: what it stores has the size of what that one stores.
 
-    Known from one block that it really stores, as every block takes the same bytes. x: its tokens [1, H, n, d].
+    Every block takes the same bytes. heads, width, dtype: of its tokens.
     """
 
     name = "size only"
     lossless = True  # so that nobody looks for values to warn of
 
-    def __init__(self, compressor: Compressor, x: Tensor):
+    def __init__(self, compressor: Compressor, heads: int, width: int, dtype: torch.dtype):
         self.bits, self.block_tokens = compressor.quantizer.bits, compressor.block_tokens
-        self.fields = compressor.compress(x)
+        self.fields = compressor.block_layout(heads, width, dtype)
 
     @property
     def signature(self) -> tuple:
@@ -55,8 +55,7 @@ def without_values(cache: CompressedDynamicCache, geometry: Geometry, dtype: tor
                 heads, width = (2 * own.k.heads, own.k.width) if side == "KV" else _shape(own.side(side.lower()))
                 key = id(store.compressor), heads, width
                 if key not in known:
-                    x = torch.zeros(1, heads, store.compressor.block_tokens, width, dtype=dtype)
-                    known[key] = SizeOnly(store.compressor, x)
+                    known[key] = SizeOnly(store.compressor, heads, width, dtype)
                 store.compressor = Compressor(known[key])
                 found.append(known[key].signature)
         signatures[index] = tuple(found)

@@ -306,7 +306,8 @@ class TokenStore:
 
     def reconstruct(self, encoded: Encoded, start_block: int) -> Tensor:
         """Tokens [B, H, n · block_tokens, d] of n encoded blocks, of which the first is block `start_block`."""
-        return self.compressor.reconstruct(encoded, self.sinks.shape[3], self.sinks.dtype, self._position(start_block))
+        start = self._position(start_block)
+        return dispatch.reconstruct(self.compressor, encoded, self.sinks.shape[3], self.sinks.dtype, start)
 
     def crop(self, tokens: int) -> None:
         """Remove the last `tokens` tokens. Of a block that is cut, what stays becomes the tail, as reconstructed."""

@@ -26,6 +26,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -101,6 +102,13 @@ class Quantizer(ABC):
     def dequantize(self, encoded: Encoded, rank: int) -> Tensor:
         """What `quantize` returned → ẑ [B, G, T, r]."""
 
+    def block_layout(self, groups: int, rank: int, dtype: torch.dtype) -> Encoded:
+        """What `quantize` stores of one block of so many coordinates [1, G, block_tokens, r], on the meta device.
+
+        By default known from a block of zeros that is really quantized; a quantizer that searches states it instead.
+        """
+        return _of_zeros(self, groups, rank, dtype)
+
     def encoding(self, rank: int) -> Encoding | None:
         """How codes are chosen, for kernels that can do it in the place of `quantize`; None: PyTorch does it."""
         return None
@@ -125,6 +133,12 @@ class Quantizer(ABC):
         """Σ p ẑ over tokens, [B, G, M, r]; p [B, G, M, T] float32."""
         z = self.dequantize(encoded, rank)
         return p.to(z.dtype) @ z
+
+
+@lru_cache(maxsize=64)  # layers of a model share quantizers and shapes
+def _of_zeros(quantizer: Quantizer, groups: int, rank: int, dtype: torch.dtype) -> Encoded:
+    made = quantizer.quantize(torch.zeros(1, groups, quantizer.block_tokens, rank, dtype=dtype))
+    return {name: field.to("meta") for name, field in made.items()}
 
 
 def waits(z: Tensor) -> bool:

@@ -75,10 +75,11 @@ class Compressor:
     def reconstruct(self, encoded: Encoded, head_dim: int, dtype: torch.dtype, start: int = 0) -> Tensor:
         """What `compress` returned → x̂ [B, H, T, d] in `dtype`; start: position of the first token."""
         z = self.quantizer.dequantize(encoded, self.rank(head_dim))
-        x = z if self.transform is None else self.transform.inverse(z, head_dim, start)
-        if dtype == torch.float16 and x.dtype != dtype:  # a step beyond the largest number would be infinite
-            x = x.clamp(-HALF_MAX, HALF_MAX)
-        return x.to(dtype)
+        return in_dtype(z if self.transform is None else self.transform.inverse(z, head_dim, start), dtype)
+
+    def block_layout(self, heads: int, head_dim: int, dtype: torch.dtype) -> Encoded:
+        """What `compress` stores of one block of x [1, H, block_tokens, d], without values: on the meta device."""
+        return self.quantizer.block_layout(self.groups(heads, head_dim), self.rank(head_dim), dtype)
 
     def absorb_query(self, q: Tensor, starts: Tensor | None = None) -> Tensor:
         """As `Transform.absorb_query`, q itself where there is no transform."""
@@ -135,6 +136,13 @@ class Compressor:
     def __repr__(self) -> str:
         rank = f", rank={self.transform.rank}" if self.transform else ""
         return f"{type(self).__name__}({self.quantizer.name}{rank})"
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Reconstructed numbers in a cache's dtype."""
+    if dtype == torch.float16 and x.dtype != dtype:  # a step beyond the largest number would be infinite
+        x = x.clamp(-HALF_MAX, HALF_MAX)
+    return x.to(dtype)
 
 
 class IdentityCompressor(Compressor):

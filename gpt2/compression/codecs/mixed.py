@@ -84,6 +84,10 @@ class Mixed(Quantizer):
     def dequantize(self, encoded: Encoded, rank: int) -> Tensor:
         return _unpack(encoded["block"], _width(unpack_indices(encoded["widths"], rank)))
 
+    def block_layout(self, groups: int, rank: int, dtype: torch.dtype) -> Encoded:
+        sizes = {"block": self.block_bytes(rank), "widths": width_bytes(rank)}
+        return {name: _bytes(groups, size) for name, size in sizes.items()}
+
     def encoding(self, rank: int) -> WidthSearch | None:
         return WidthSearch(self.block_bytes(rank), NARROW, WIDE)
 
@@ -117,11 +121,13 @@ class MixedFixed(Mixed):
         for index, (_, own_scale, own_offset) in enumerate(grids(y)):
             scale = torch.where(choice == index, own_scale, scale)
             offset = torch.where(choice == index, own_offset, offset)
-        longest = int(torch.tensor(COSTS)[self.widths.cpu()].sum(-1).max())
-        return {"block": _pack(y, scale, offset, _width(choice), longest)}
+        return {"block": _pack(y, scale, offset, _width(choice), self._longest())}
 
     def dequantize(self, encoded: Encoded, rank: int) -> Tensor:
         return _unpack(encoded["block"], _width(self._choice(encoded["block"])))
+
+    def block_layout(self, groups: int, rank: int, dtype: torch.dtype) -> Encoded:
+        return {"block": _bytes(groups, self._longest())}
 
     def encoding(self, rank: int) -> None:
         return None
@@ -133,6 +139,10 @@ class MixedFixed(Mixed):
         return [block, self._indices]
 
     _indices: Tensor | None = None  # widths as kernels take them, on the device that was used last
+
+    def _longest(self) -> int:
+        """Bytes of the largest group's block, which all groups take."""
+        return int(torch.tensor(COSTS)[self.widths.cpu()].sum(-1).max())
 
     def _choice(self, like: Tensor) -> Tensor:
         """Width indices for blocks [B, G, n, …]: [B, G, n, r]."""
@@ -271,6 +281,11 @@ def _pack(y: Tensor, scale: Tensor, offset: Tensor, widths: Tensor, block_bytes:
     block[in_metadata] = metadata[widths > 0].flatten()
     block[in_far] = far_offsets
     return block
+
+
+def _bytes(groups: int, size: int) -> Tensor:
+    """One block's bytes [1, G, 1, size] without values."""
+    return torch.empty(1, groups, 1, size, dtype=torch.uint8, device="meta")
 
 
 def _unpack(block: Tensor, widths: Tensor) -> Tensor:

@@ -151,8 +151,8 @@ class UnrotatedTransform(Transform):
     def forward(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
         return super().forward(self.rotary.unrotate(x.to(self.E.dtype), start, self.shared))
 
-    def inverse(self, z: Tensor, head_dim: int, start: int | Tensor = 0) -> Tensor:
-        return self.rotary.rotate(super().inverse(z, head_dim), start, frame=self.shared)
+    def heads_of(self, x: Tensor, head_dim: int, start: int | Tensor = 0) -> Tensor:
+        return self.rotary.rotate(super().heads_of(x, head_dim), start, frame=self.shared)
 
     def absorb_query(self, q: Tensor, starts: Tensor | None = None) -> Tensor:
         """As Transform's: a key is rotated by the position of its frame, or the query back by it.
@@ -190,8 +190,8 @@ class JointTransform(UnrotatedTransform):
         grouped = side_by_side(self.rotary.unrotate(k, start, self.shared), v, groups=self.E.shape[0])
         return (grouped - self.mean[:, None]) @ self.E
 
-    def inverse(self, z: Tensor, head_dim: int, start: int | Tensor = 0) -> Tensor:
-        k, v = apart(z.to(self.D.dtype) @ self.D + self.mean[:, None], head_dim)
+    def heads_of(self, x: Tensor, head_dim: int, start: int | Tensor = 0) -> Tensor:
+        k, v = apart(x, head_dim)
         return torch.cat((self.rotary.rotate(k, start, frame=self.shared), v), dim=1)
 
     def read_basis(self, head_dim: int) -> Tensor:

@@ -49,7 +49,11 @@ class Transform:
 
     def inverse(self, z: Tensor, head_dim: int, start: int = 0) -> Tensor:
         """z [B, G, T, r] → x̂ [B, H, T, d]."""
-        return _split_heads(z.to(self.D.dtype) @ self.D + self.mean[:, None], head_dim)
+        return self.heads_of(z.to(self.D.dtype) @ self.D + self.mean[:, None], head_dim, start)
+
+    def heads_of(self, x: Tensor, head_dim: int, start: int = 0) -> Tensor:
+        """ẑ @ D + mean of each group, [B, G, T, w] → x̂ [B, H, T, d]: the last step of `inverse`."""
+        return _split_heads(x, head_dim)
 
     def absorb_query(self, q: Tensor, starts: Tensor | None = None) -> Tensor:
         """q [B, H, M, d] → q' [B, G, H/G · M, r + 1], such that q · k̂ = q' · [ẑ, 1].

@@ -128,6 +128,25 @@ def scores(parts: list[Part], qs: list[Tensor], out: Tensor) -> None:
     torch.ops.kv_compression.scores(_queries(qs), *_arguments(parts), out)
 
 
+def decodes(memory_format: Format | None) -> bool:
+    """Whether `decoded` is faster than PyTorch: it takes long to unpack bit planes, and little time for integers."""
+    return memory_format is not None and memory_format.kind in (PLANES, FIXED_PLANES)
+
+
+def decoded(quantizer: Quantizer, encoded: Encoded, D: Tensor, mean: Tensor) -> Tensor:
+    """ẑ @ D + mean of whole blocks, [B, G, T, w] float32; D [G or 1, r, w], mean [G or 1, w].
+
+    Channels are computed as the scores of queries, which are the columns of D.
+    """
+    B, G, blocks = encoded["block"].shape[:3]
+    columns = torch.cat((D, mean[:, None]), dim=1).mT.expand(B, G, -1, -1)  # [B, G, w, r + 1]
+    length = blocks * quantizer.block_tokens
+    part = coded(quantizer, encoded, rank=D.shape[1], start=0, length=length, skip=0, affine=True)
+    out = torch.empty(B, G, D.shape[2], length)
+    scores([part], [columns], out)
+    return out.mT
+
+
 def weighted_sums(parts: list[Part], p: Tensor, outs: list[int]) -> list[Tensor]:
     """Sums Σ p ẑ over tokens, each [B, G, H/G · M, r], or r + 1 for affine parts; p [B, H, M, T] float32.
 

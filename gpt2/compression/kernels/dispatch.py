@@ -13,9 +13,10 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from gpt2.compression.codecs.base import Encoded, Quantizer, beyond_half
-from gpt2.compression.codecs.compressor import Compressor
+from gpt2.compression.codecs.compressor import Compressor, in_dtype
 from gpt2.compression.kernels import cpu
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,19 @@ def quantize(quantizer: Quantizer, z: Tensor) -> Encoded:
     if cpu.encodes(encoding) and cpu.usable(z):
         return cpu.quantized(encoding, z)
     return quantizer.quantize(z)
+
+
+def reconstruct(
+    compressor: Compressor, encoded: Encoded, head_dim: int, dtype: torch.dtype, start: int | Tensor = 0
+) -> Tensor:
+    """As `compressor.reconstruct` of what is stored, with a kernel if there is one that is faster."""
+    quantizer, transform = compressor.quantizer, compressor.transform
+    known = transform is not None and transform.D.dtype == torch.float32 and cpu.decodes(quantizer.memory_format)
+    codes = next(iter(encoded.values()))
+    if not known or isinstance(codes, FakeTensor) or not cpu.usable(codes):
+        return compressor.reconstruct(encoded, head_dim, dtype, start)
+    x = cpu.decoded(quantizer, encoded, transform.D, transform.mean)
+    return in_dtype(transform.heads_of(x, head_dim, start), dtype)
 
 
 def interpreted() -> bool:

@@ -18,6 +18,7 @@ from gpt2.report.tables.by_position import by_position
 from gpt2.report.tables.gpu_roofline import attention_bound, gpu_roofline
 from gpt2.report.tables.guide import beside_guide
 from gpt2.report.tables.needle import needle, needle_cells, needle_pairs
+from gpt2.report.tables.parking import parking
 from gpt2.report.tables.quality import (
     codec_variations,
     layer_ablation,
@@ -38,6 +39,7 @@ from gpt2.report.tables.speed import (
     largest_batch,
     profile,
     profile_of_machines,
+    profile_parking,
     profile_steps,
 )
 from gpt2.report.tables.tasks import tasks, tasks_pairs
@@ -61,7 +63,9 @@ TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
     "needle_cells": needle_cells,
     "needle_pairs": needle_pairs,
     "needle": needle,
+    "parking": parking,
     "peers": peers,
+    "profile_parking": profile_parking,
     "profile_steps": profile_steps,
     "profile": profile,
     "ratio_presets": ratio_presets,

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from gpt2.common import machine
 from gpt2.report.table import Table, select
 
+MOVES = ("offload_ms", "prefetch_ms")  # of a parked cache
+
 
 def appending(record: dict, _: list[str]) -> Table:
     """Time to append one token: a row per codec, a column per number of tokens held.
@@ -211,6 +213,22 @@ def profile_steps(record: dict, words: list[str]) -> Table:
     return Table(
         ["batch", "context", "cache", *parts], lines,
         f"Shares of a decode step, measured in a pass of its own. {machine.caption(record)}",
+    )  # fmt: skip
+
+
+def profile_parking(record: dict, words: list[str]) -> Table:
+    """Moving whole caches to the CPU's memory and back, of some batch sizes or of all; no rows where nothing moves."""
+    rows = [row for row in select(record["rows"], "batch_size", [int(word) for word in words]) if "parking" in row]
+    lines = []
+    for row in rows:
+        own = row["parking"]
+        speeds = (f"{own[key]:,.1f} ms, {own['moved_bytes'] / own[key] / 1e6:,.1f} GB/s" for key in MOVES)
+        start = [str(row["batch_size"]), f"{row['context_tokens']:,}", row["cache"]]
+        lines.append([*start, f"{own['moved_bytes'] / 2**20:,.1f} MiB", *speeds])
+    return Table(
+        ["batch", "context", "cache", "moved", "offload", "prefetch"], lines,
+        "Parking: a whole cache is moved to the CPU's pinned memory and back, each waited for. "
+        f"{machine.caption(record)}",
     )  # fmt: skip
 
 

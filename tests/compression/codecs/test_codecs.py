@@ -332,3 +332,25 @@ def test_int8_is_as_precise_on_small_vectors(size):
     """The step is a float16: below its normal range it must not stop shrinking while it still has digits."""
     x = vectors() * size
     assert error(Compressor(QUANTIZERS["int8"]), x) < 1e-4
+
+
+@pytest.mark.parametrize("shared", [None, "all heads", "K and V"])
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_the_layout_of_a_block_is_that_of_what_is_stored(name, shared):
+    """A file of a cache is checked against it, and long contexts are counted by it."""
+    quantizer, width = QUANTIZERS[name], {None: D, "all heads": H * D, "K and V": 2 * H * D}[shared]
+    if quantizer.calibrated:
+        quantizer = MixedFixed(4.0, torch.arange(H * width).reshape(-1, width)[: H if shared is None else 1] % 8)
+    E = torch.linalg.qr(
+        torch.randn(H if shared is None else 1, width, width, generator=torch.Generator().manual_seed(0))
+    ).Q
+    matrices = E, E.mT.contiguous(), torch.zeros(E.shape[:2])
+    transform = JointTransform(*matrices) if shared == "K and V" else Transform(*matrices)
+    compressor, heads = Compressor(quantizer, transform), 2 * H if shared == "K and V" else H
+    x = vectors(heads=heads, tokens=2 * compressor.block_tokens)
+    stored, layout = compressor.compress(x), compressor.block_layout(heads, D, x.dtype)
+    assert list(layout) == list(stored)
+    for field, own in stored.items():
+        assert layout[field].is_meta and layout[field].dtype == own.dtype
+        assert (2, 2, *own.shape[3:]) == (len(own), own.shape[2], *layout[field].shape[3:])
+        assert layout[field].shape[:3] == (1, own.shape[1], 1)

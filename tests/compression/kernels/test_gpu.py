@@ -18,7 +18,9 @@ pytest.importorskip("triton", reason="kernels need Triton, which isn't installed
 from direct import SETTINGS, both, cache_of, close  # noqa: E402
 from kernels_interpreted import ENCODED, NAMES, bfloat16_products, compare, compressor, store, tokens  # noqa: E402, F401
 
+from gpt2.common.errors import PluginError  # noqa: E402
 from gpt2.compression.cache import triton_attention
+from gpt2.compression.cache.storages import storages_of  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -149,3 +151,32 @@ def test_all_of_a_cache_is_on_the_device(model):
     held = [x for own in stores for stored in own.blocks.values() for x in stored.chunks]
     held += [x for own in stores for x in (own.sinks, own.tail)]
     assert {x.device.type for x in held} == {DEVICE}
+
+
+@only_cuda
+@pytest.mark.parametrize("name", ("identity", "int4_channel", "mixed"))
+def test_parking(name, model):
+    """All of a cache leaves the GPU and comes back as it was, and the stream waits for it."""
+    cache = cache_of(model, SETTINGS[name], SETTINGS[name])
+    fed(model)(cache)
+    before = [x.clone() for x in cache.layers[1].read()]
+    held = cache.nbytes()
+    assert cache.offload() == held and cache.parked
+    torch.cuda.synchronize()
+    assert {device.type for device, _ in storages_of(cache.layers)} == {"cpu"}
+    with pytest.raises(PluginError, match="prefetch"):
+        fed(model, (1,))(cache)
+    assert cache.prefetch() == held and not cache.parked
+    assert all(map(torch.equal, cache.layers[1].read(), before))
+    fed(model, (70, 1))(cache)
+
+
+@only_cuda
+def test_a_parked_fork_leaves_the_other_where_it_is(model):
+    cache = cache_of(model, SETTINGS["int8"], SETTINGS["int8"])
+    fed(model)(cache)
+    before, fork = [x.clone() for x in cache.layers[1].read()], cache.fork()
+    assert fork.offload() > 0
+    assert all(map(torch.equal, cache.layers[1].read(), before))
+    fork.prefetch()
+    assert all(map(torch.equal, fork.layers[1].read(), before))

@@ -18,8 +18,8 @@ from stores import filled
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache.token_store import Half
-from gpt2.compression.codecs import QUANTIZERS, Compressor, JointTransform
-from gpt2.compression.codecs.mixed import MixedFixed
+from gpt2.compression.codecs import QUANTIZERS, Compressor, JointTransform, Transform
+from gpt2.compression.codecs.mixed import Mixed, MixedFixed
 from gpt2.compression.codecs.rope import Rotary
 from gpt2.compression.kernels import cpu, dispatch
 
@@ -156,3 +156,27 @@ def test_every_instruction_set_has_its_build(monkeypatch):
     assert len(set(named)) == len(named) > 1
     monkeypatch.setattr(cpu.platform, "machine", lambda: "aarch64")
     assert cpu.instruction_sets() == {"native": ["-march=native"], "generic": []}
+
+
+@pytest.mark.parametrize("basis", ["each head", "one for all", "K and V"])
+@pytest.mark.parametrize("name", ["mixed", "mixed_fixed"])
+def test_bit_planes_are_reconstructed_as_by_pytorch(name, basis):
+    """By a kernel where there is one, also of some blocks alone."""
+    heads, d, generator = 4, 12, torch.Generator().manual_seed(0)
+    groups, width = {"each head": (heads, d), "one for all": (1, d), "K and V": (2, 2 * d)}[basis]
+    E = torch.linalg.qr(torch.randn(groups, width, width, generator=generator)).Q
+    matrices = E, E.mT.contiguous(), torch.randn(groups, width, generator=generator)
+    rotary = Rotary(torch.logspace(0, -1, d // 2))
+    transform = JointTransform(*matrices, rotary=rotary) if basis == "K and V" else Transform(*matrices)
+    coded = 2 if basis == "K and V" else heads  # groups of codes
+    widths = torch.arange(coded * width).reshape(coded, width) % 8
+    own = Compressor(Mixed(5.0) if name == "mixed" else MixedFixed(5.0, widths), transform)
+    x = torch.randn(2, heads, 4 * 64, d, generator=generator) + 3
+    encoded = own.compress(x, 64)
+    for dtype in (torch.float32, torch.float16):
+        expected = own.reconstruct(encoded, d, dtype, 64)
+        found = dispatch.reconstruct(own, encoded, d, dtype, 64)
+        assert found.dtype == dtype and found.shape == x.shape
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3 if dtype == torch.float16 else 1e-4)
+        later = {field: stored[:, :, 1:3] for field, stored in encoded.items()}
+        assert torch.equal(dispatch.reconstruct(own, later, d, dtype, 128), found[:, :, 64:192])
