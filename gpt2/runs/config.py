@@ -52,6 +52,7 @@ class RunOptions:
     model: embedded model's name, local folder or hub id. text: --text of every run; None for the model's default text.
     quick: small runs, with a separate folder of results. device: of every run; None for each script's default.
     machine: tag of the results that runs per machine make; THIS for this machine's own.
+    run_generated_code: whether runs may run code that a model has generated.
     checkout: folder with scripts, configs and results.
     """
 
@@ -60,6 +61,7 @@ class RunOptions:
     quick: bool = False
     device: str | None = None
     machine: str = machine.REFERENCE
+    run_generated_code: bool = False
     checkout: Path = field(default_factory=lambda: files.ROOT)
 
     @property

@@ -53,6 +53,11 @@ def _answers(record: dict) -> Figures:
     }
 
 
+def _generated(record: dict) -> Figures:
+    """Log-probability of the first tokens of the answer for each cache and problem, in nats."""
+    return {f"{row['cache']} {row['task_id']}": row["first_tokens_logprob_nats"] for row in record["rows"]}
+
+
 def _segments(record: dict) -> Figures:
     """Mean loss and KL of the first segment for each cache, in nats per token."""
     return {
@@ -84,6 +89,7 @@ REPLAYS = {
         lambda record: ONE_PROMPT | _first(record, "context_lengths", "needle_positions"), _answers, 0.02, 0.01
     ),
     "eval_tasks": Replay(lambda record: ONE_PROMPT | _first(record, "context_lengths"), _answers, 0.02, 0.01),
+    "eval_code": Replay(lambda record: {"limit": 1}, _generated, 0.02, 0.01),
     "eval_by_position": Replay(lambda record: {"segments": 1, "greedy-tokens": 0}, _quarters, 1e-5, 0.05),
     "compare_peers": Replay(
         lambda record: _one_segment(record) | {"needle-context-lengths": "none"}, _segments, 1e-4, 0.02
@@ -118,7 +124,7 @@ def replayable(matcher: Matcher, name: str) -> str | None:
         return "missing"
     if run.script not in REPLAYS:
         return f"results of {run.script}.py have no replay"
-    if reason := matcher.stale(name, any_code=True):
+    if reason := matcher.stale(name, any_code=True) or matcher.not_allowed(run):
         return reason
     try:
         figures = REPLAYS[run.script].figures(record)

@@ -13,7 +13,7 @@ from gpt2.runs.up_to_date import Matcher
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_table_can_be_made_from_its_runs(quick):
     """Every run's arguments are those of its script, and every way to show results exists."""
-    options = RunOptions(text="embedded", quick=quick)
+    options = RunOptions(text="embedded", quick=quick, run_generated_code=True)
     known, runs = load(options)
     matcher = Matcher(options, runs)
     assert len(known) >= 12
