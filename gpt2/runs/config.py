@@ -12,6 +12,9 @@ A table is one JSON file, whose stem is the table's name:
                    of `gpt2.report.tables.TABLES`; by default the one that the results' name starts with. Of a run
                    per machine, the results of all machines are shown, one below the other, each with its machine
     plots          names of pictures in results/plots
+    figures        [{name, plot, results}]: pictures that are drawn when the page is written, from results of several
+                   models, and shown before `plots`. plot: a function of gpt2.report.plots that takes a list of records.
+                   results: names of results, or patterns such as peers_*; those that aren't there are left out
 
 Names of runs are global: a table may show results of a run that another file defines. {model} stands for the model's
 name in file names, {text} for --text and {results} for the folder of results.
@@ -42,7 +45,17 @@ RUN = Record(
     }
 )
 SHOW = Record({"results": String(), "rows": Default(Plain()), "as": Default(String()), "heading": Default(String())})
-TABLE = Record({"title": String(), "about": String(), "runs": Record(others=RUN), "show": ListOf(SHOW), "plots": NAMES})
+FIGURE = Record({"name": String(), "plot": OneOf(("frontier",)), "results": NAMES})
+TABLE = Record(
+    {
+        "title": String(),
+        "about": String(),
+        "runs": Record(others=RUN),
+        "show": ListOf(SHOW),
+        "plots": NAMES,
+        "figures": Default(ListOf(FIGURE), []),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -124,7 +137,7 @@ class Run:
 @dataclass(frozen=True)
 class TableDefinition:
     """The definition of a table, with placeholders replaced in names. show: dicts as in SHOW, with `run`: the
-    name of the run that makes these results on the options's machine.
+    name of the run that makes these results on the options's machine. figures: dicts as in FIGURE.
     """
 
     name: str
@@ -132,6 +145,7 @@ class TableDefinition:
     about: str
     show: list[dict]
     plots: list[str]
+    figures: list[dict] = field(default_factory=list)
 
     @property
     def results(self) -> list[str]:
@@ -153,7 +167,7 @@ def load(options: RunOptions) -> tuple[dict[str, TableDefinition], dict[str, Run
             of_base[run.base] = run.name
         show = [{key: options.fill(value) for key, value in item.items()} for item in record["show"]]
         tables[path.stem] = TableDefinition(
-            path.stem, record["title"], record["about"], show, options.fill(record["plots"])
+            path.stem, record["title"], record["about"], show, options.fill(record["plots"]), record["figures"]
         )
     for item in (item for table in tables.values() for item in table.show):
         item["run"] = of_base.get(item["results"], item["results"])
