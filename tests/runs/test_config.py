@@ -27,6 +27,22 @@ def test_every_table_can_be_made_from_its_runs(quick):
         assert {item.get("as") or tables.kind_of(item["results"]) for item in table.show} <= tables.TABLES.keys()
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_no_run_of_another_model_asks_for_what_only_the_embedded_model_has(quick):
+    """Its presets are the calibration-free ones, or files that other runs of the same tables make."""
+    other = RunOptions(model="org/other-1b", text="embedded", quick=quick)
+    _, runs = load(other)
+    assert runs["needle_other-1b"].args["preset"] == ["kv8", "kv4"]
+    for run in runs.values():
+        presets = run.args.get("preset", [])
+        for preset in [presets] if isinstance(presets, str) else presets:
+            made = preset.startswith(("results/presets/other-1b-", "results/quick/presets/other-1b-"))
+            assert preset in ("kv8", "kv4") or made and run.needs, f"{run.name}: {preset}"
+        assert "smollm2" not in " ".join(run.words()), run.name
+    own = load(RunOptions(text="embedded", quick=quick))[1]["needle_smollm2-135m"]
+    assert own.args["preset"] == ["int4-vonly", "r60-vonly"], "the committed results are of these"
+
+
 def test_every_committed_result_is_of_a_run_and_on_a_page():
     known, runs = load(RunOptions())
     committed = {machine.untagged(path.stem) for path in (files.RESULTS / "runs").glob("*.json")}
