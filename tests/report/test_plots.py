@@ -40,9 +40,10 @@ def test_table_has_a_line_per_cache():
 
 def test_the_frontier_has_a_panel_per_model():
     second = {**RECORD, "model": "folder/two", "rows": [*RECORD["rows"], figures("kv4", "ours", 300, 0.2)]}
+    second["rows"].append(figures("worse", "ours", 400, 0.3))
     figure = plots.frontier([record | {"segments": [2, 512]} for record in (RECORD, second)])
     assert [axis.get_title() for axis in figure.axes] == ["m, 1,024 tokens of t", "two, 1,024 tokens of t"]
-    for axis, names in zip(figure.axes, (["fp8", "kv8"], ["fp8", "kv8", "kv4"]), strict=True):
+    for axis, names in zip(figure.axes, (["fp8", "kv8"], ["fp8", "kv8", "kv4", "worse"]), strict=True):
         assert [text.get_text() for text in axis.texts] == names and axis.get_yscale() == "log"
     last = next(line for line in figure.axes[1].lines if line.get_linestyle() == "-")
     assert list(last.get_xdata()) == [300, 500], "the frontier of our presets is joined"
