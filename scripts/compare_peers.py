@@ -4,13 +4,15 @@
     python scripts/compare_peers.py --text ../wikitext --eval-tokens 4096 --peers kivi,fp8 --preset int4-vonly
     python scripts/compare_peers.py --model YourOrg/YourModel --preset kv_preset_yourmodel_v9.json
 
-Peers: transformers' QuantizedCache with quanto and hqq (pip install -r requirements-peers.txt), fp8, KIVI with 4, 3 and
-2 bits, and the guide's low rank if the model has such a preset. Ours: --preset, by default every built-in preset of the
-model. A cache that isn't installed or fails gets a row 'not run' with the reason; the others are still measured.
+Peers: transformers' QuantizedCache with quanto and hqq (pip install -r requirements-peers.txt), fp8, KIVI and
+TurboQuant with 4, 3 and 2 bits, and the guide's low rank if the model has such a preset. Ours: --preset, by default
+every built-in preset of the model. A cache that isn't installed or fails gets a row 'not run' with the reason; the
+others are still measured.
 
 transformers' caches keep the newest chunk exact, and beside it a residual of exact latest tokens: one row has their
-default of 128, another has none. KIVI and our caches compress the newest chunk before attention reads it. Bytes are
-those of a cache of 2048 tokens of a 16-bit model, fed --chunk tokens at a time. Needle prompts are fed in chunks too.
+default of 128, another has none. KIVI, TurboQuant and our caches compress the newest chunk before attention reads it.
+Bytes are those of a cache of 2048 tokens of a 16-bit model, fed --chunk tokens at a time. Needle prompts are fed in
+chunks too.
 Writes results/runs/peers_MODEL.json and results/plots/peers_MODEL.png, or where --output says.
 """
 

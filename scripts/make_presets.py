@@ -33,15 +33,8 @@ from gpt2.common.processes import Processes
 from gpt2.compression.calibration.file import calibration_folders
 from gpt2.compression.codecs import adjustable_quantizers, multi_head_bases
 from gpt2.report import plots, tables
-from gpt2.tuning.ratio_presets import (
-    RATIOS,
-    Outputs,
-    compact_calibration,
-    first_fitting,
-    make_ratio_preset,
-    measure,
-    write_presets,
-)
+from gpt2.tuning import ratio_presets
+from gpt2.tuning.ratio_presets import RATIOS, Outputs, compact_calibration, make_ratio_preset, measure, write_presets
 
 DEFAULT_CODEC = next(iter(multi_head_bases()))
 
@@ -69,14 +62,14 @@ def main(processes: Processes) -> None:
     args = arguments().parse_args()
     script = cli.open_script(args)
     loaded, text, eval_text = script.loaded, script.text, script.eval_text
-    args.codec = args.codec or first_fitting(loaded.geometry)
+    args.codec = args.codec or ratio_presets.first_fitting(loaded.geometry)
     slug = loaded.slug + (f"_{args.tag}" if args.tag else "")
     kinds = [args.codec] * (args.codec != DEFAULT_CODEC) + ["whole"] * bool(args.whole_cache)
     record_name = "_".join(["ratio_presets", *kinds, slug])
     # Read before calibrating, so that a text that is too short shows early; only the first process measures
     segments = script.evaluation_segments() if processes.first else None
     calibrations = args.output / "calibrations" if args.output else calibration_folders()[0]
-    path = args.calibration_file or calibrations / f"kv_{args.codec}_{slug}.pt"
+    path = args.calibration_file or calibrations / ratio_presets.calibration_name(args.codec, slug)
     outputs = Outputs.under(args.output or files.RESULTS, path, record_name)
     calibration = compact_calibration(
         loaded, text, path, codec=args.codec, samples=args.samples, seq_len=args.seq_len, seed=args.seed,
@@ -92,7 +85,8 @@ def main(processes: Processes) -> None:
     measured = measure(loaded, segments, presets, args.seed, **scoring)
     codec_bytes = presets[0].make().codec_bytes()
     rows = [preset.row(measured[preset.name]) for preset in presets]
-    record = script.record(calibration=calibration.meta, codec_bytes=codec_bytes, rows=rows)
+    shape = list(segments.shape)
+    record = script.record(calibration=calibration.meta, codec_bytes=codec_bytes, segments=shape, rows=rows)
     tables.show("ratio_presets", record)
     print(*presets, sep="\n")
     print(f"not in the ratio: {codec_bytes:,} bytes of the basis, held once by all caches that share their compressors")

@@ -50,6 +50,7 @@ def arguments() -> argparse.ArgumentParser:
                    help="tag of results that measure time: by default this machine's kind, else KIND-NAME")  # fmt: skip
     p.add_argument("--study", help="SQLite file or database URL; results/tables/study.db if omitted")
     p.add_argument("--any-code", action="store_true", help="also reuse results of code that was never committed")
+    p.add_argument("--run-generated-code", action="store_true", help="allow runs of eval_code.py, which need this flag")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--quick", action="store_true", help="small runs in results/quick, not for publication")
     how.add_argument("--status", action="store_true", help="only print which runs are stale, and why")
@@ -72,7 +73,7 @@ def main() -> None:
         return
     if args.model == embedded.EMBEDDED and not (args.text or args.quick or args.status or args.pages or args.replay):
         raise PluginError("the committed tables are of WikiText-2 and would be replaced by another text's: give --text")
-    options = config.RunOptions(args.model, args.text, args.quick, args.device, args.machine)
+    options = config.RunOptions(args.model, args.text, args.quick, args.device, args.machine, args.run_generated_code)
     tables, runs = config.load(options)
     chosen, wanted = config.select(args.tables, tables, runs)
     matcher = Matcher(options, runs, args.any_code)

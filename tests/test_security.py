@@ -18,6 +18,8 @@ RUN_CODE = (
     "eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads", "dill.load",
     "marshal.loads", "yaml.load", "joblib.load", "shelve.open", "torch.hub.load", "pd.read_pickle",
 )  # fmt: skip
+# The one file that does, in a process of its own with limits; scripts/eval_code.py starts it only with a flag
+RUNS_GENERATED_CODE = {"gpt2/evaluation/humaneval/runner.py": ["compile", "exec", "exec", "compile"]}
 
 
 def findings(source: str) -> list[str]:
@@ -40,7 +42,8 @@ def findings(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(files.ROOT).as_posix())
 def test_no_code_out_of_data(path):
-    assert findings(path.read_text(encoding="utf-8")) == []
+    allowed = RUNS_GENERATED_CODE.get(path.relative_to(files.ROOT).as_posix(), [])
+    assert findings(path.read_text(encoding="utf-8")) == allowed
 
 
 @pytest.mark.parametrize(

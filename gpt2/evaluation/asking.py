@@ -79,13 +79,19 @@ def _answer_log_p(loaded: LoadedModel, cache: Cache, ids: Tensor, answer_ids: Te
     return float(torch.log_softmax(logits, dim=-1).gather(-1, wanted).sum())
 
 
-def greedy(loaded: LoadedModel, cache: Cache, ids: Tensor, max_new_tokens: int, **more) -> Tensor:
-    """Tokens [1, n] that the model generates greedily after ids [1, T]; its own generation settings are overridden."""
+def greedy(
+    loaded: LoadedModel, cache: Cache, ids: Tensor, max_new_tokens: int, mask: Tensor | None = None, **more
+) -> Tensor:
+    """Tokens [B, n] that the model generates greedily after ids [B, T]; its own generation settings are overridden.
+
+    mask: of rows with left padding, [B, T]. more: further arguments of `generate`.
+    """
     tokenizer = loaded.tokenizer
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     tokens = loaded.model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True, do_sample=False, num_beams=1,
-        repetition_penalty=1.0, max_new_tokens=max_new_tokens, pad_token_id=padding or 0, **more,
+        ids, attention_mask=torch.ones_like(ids) if mask is None else mask, past_key_values=cache, use_cache=True,
+        do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
+        pad_token_id=padding or 0, **more,
     )  # fmt: skip
     return tokens[:, ids.shape[1] :]
 

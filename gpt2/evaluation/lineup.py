@@ -117,6 +117,14 @@ def for_quality(
     return entries
 
 
+def only(entries: Sequence[Entry], labels: Sequence[str] | None) -> list[Entry]:
+    """The entries with these labels, or all for None. Raises PluginError for a label that none has."""
+    known = [entry.label for entry in entries]
+    if unknown := [label for label in labels or () if label not in known]:
+        raise PluginError(f"no cache is called {unknown[0]!r}: there are {'; '.join(known) or 'none, give --peers'}")
+    return [entry for entry in entries if labels is None or entry.label in labels]
+
+
 def working(entries: Sequence[Entry]) -> dict[str, CacheFactory]:
     """Factories by name. Raises PluginError for the first entry that can't be made, with the reason."""
     for entry in entries:

@@ -5,6 +5,7 @@ quanto, hqq    transformers' QuantizedCache: groups of 64 adjacent numbers, whic
                residual is full, everything held is quantized again.
 fp8            transformers' QuantizedCache: one scale per layer and side, fixed by the first chunk.
 kivi           KIVI (Liu et al. 2024, arXiv:2402.02750), see `evaluation.kivi`.
+turboquant     TurboQuant (Zandieh et al. 2025, arXiv:2504.19874), see `evaluation.turboquant`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from transformers.cache_utils import QuantizedCache
 from gpt2.common.errors import PluginError
 from gpt2.evaluation.kivi import kivi_cache
 from gpt2.evaluation.perplexity import CacheFactory
+from gpt2.evaluation.turboquant import turboquant_cache
 from gpt2.models.loading import LoadedModel
 
 PACKAGES = {"quanto": ("optimum.quanto", "optimum-quanto"), "hqq": ("hqq.core.quantize", "hqq")}  # module, package
-FAMILIES = (*PACKAGES, "fp8", "kivi")
+FAMILIES = (*PACKAGES, "fp8", "kivi", "turboquant")
 AXES = {"quanto": 0, "hqq": 1}  # each backend's number for groups along the last dimension
 RESIDUALS = (128, 0)  # exact latest tokens: transformers' default, and the fewest it allows
-KIVI_BITS, KIVI_SINKS = (4, 3, 2), (4, 0)
+PAPER_BITS, PAPER_SINKS = (4, 3, 2), (4, 0)  # of methods that are written from their papers
+PAPERS = {"kivi": ("KIVI", kivi_cache), "turboquant": ("TurboQuant", turboquant_cache)}
 
 
 class SharedCache(QuantizedCache):
@@ -46,11 +49,12 @@ def factories(family: str, loaded: LoadedModel) -> Iterator[tuple[str, CacheFact
     config, L = loaded.model.config, loaded.geometry.num_layers
     if family == "fp8":
         yield "fp8, a scale per layer", partial(SharedCache, "fp8", config)
-    elif family == "kivi":
-        for bits in KIVI_BITS:
-            for sinks in KIVI_SINKS:
+    elif family in PAPERS:
+        name, make = PAPERS[family]
+        for bits in PAPER_BITS:
+            for sinks in PAPER_SINKS:
                 exact = "" if sinks else ", no exact sinks"
-                yield f"KIVI {bits} bits{exact}", partial(kivi_cache, L, bits, sinks)
+                yield f"{name} {bits} bits{exact}", partial(make, L, bits, sinks)
     else:
         axes = {"axis_key": AXES[family], "axis_value": AXES[family]}
         for bits in (4, 2):

@@ -3,8 +3,10 @@
 A table is one JSON file, whose stem is the table's name:
 
     title, about   a heading, and two or three sentences on what the table shows and how to read it
-    runs           name to {script, args, quick?, needs?, output?, per_machine?}: one script with arguments, which makes
-                   results/runs/NAME.json. quick: other values of args for small runs. needs: runs whose files it reads.
+    runs           name to {script, args, other_models?, quick?, needs?, output?, per_machine?}: one script with
+                   arguments, which makes results/runs/NAME.json. other_models: other values of args for models other
+                   than the embedded one, which have none of its built-in presets. quick: other values of args for small
+                   runs. needs: runs whose files it reads.
                    output: value of --output, relative to the folder of results; default runs/NAME.json.
                    per_machine: whether it measures time: each kind of machine then has results of its own, NAME.json
                    on the reference machine and NAME_TAG.json on others (`gpt2.common.machine`)
@@ -12,6 +14,9 @@ A table is one JSON file, whose stem is the table's name:
                    of `gpt2.report.tables.TABLES`; by default the one that the results' name starts with. Of a run
                    per machine, the results of all machines are shown, one below the other, each with its machine
     plots          names of pictures in results/plots
+    figures        [{name, plot, results}]: pictures that are drawn when the page is written, from results of several
+                   models, and shown before `plots`. plot: a function of gpt2.report.plots that takes a list of records.
+                   results: names of results, or patterns such as peers_*; those that aren't there are left out
 
 Names of runs are global: a table may show results of a run that another file defines. {model} stands for the model's
 name in file names, {text} for --text and {results} for the folder of results.
@@ -35,6 +40,7 @@ RUN = Record(
     {
         "script": String(),
         "args": Record(others=Plain()),
+        "other_models": Default(Record(others=Plain()), {}),
         "quick": Default(Record(others=Plain()), {}),
         "needs": Default(NAMES, []),
         "output": Default(String()),
@@ -42,7 +48,17 @@ RUN = Record(
     }
 )
 SHOW = Record({"results": String(), "rows": Default(Plain()), "as": Default(String()), "heading": Default(String())})
-TABLE = Record({"title": String(), "about": String(), "runs": Record(others=RUN), "show": ListOf(SHOW), "plots": NAMES})
+FIGURE = Record({"name": String(), "plot": OneOf(("frontier",)), "results": NAMES})
+TABLE = Record(
+    {
+        "title": String(),
+        "about": String(),
+        "runs": Record(others=RUN),
+        "show": ListOf(SHOW),
+        "plots": NAMES,
+        "figures": Default(ListOf(FIGURE), []),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,7 @@ class RunOptions:
     model: embedded model's name, local folder or hub id. text: --text of every run; None for the model's default text.
     quick: small runs, with a separate folder of results. device: of every run; None for each script's default.
     machine: tag of the results that runs per machine make; THIS for this machine's own.
+    run_generated_code: whether runs may run code that a model has generated.
     checkout: folder with scripts, configs and results.
     """
 
@@ -60,6 +77,7 @@ class RunOptions:
     quick: bool = False
     device: str | None = None
     machine: str = machine.REFERENCE
+    run_generated_code: bool = False
     checkout: Path = field(default_factory=lambda: files.ROOT)
 
     @property
@@ -122,7 +140,7 @@ class Run:
 @dataclass(frozen=True)
 class TableDefinition:
     """The definition of a table, with placeholders replaced in names. show: dicts as in SHOW, with `run`: the
-    name of the run that makes these results on the options's machine.
+    name of the run that makes these results on the options's machine. figures: dicts as in FIGURE.
     """
 
     name: str
@@ -130,6 +148,7 @@ class TableDefinition:
     about: str
     show: list[dict]
     plots: list[str]
+    figures: list[dict] = field(default_factory=list)
 
     @property
     def results(self) -> list[str]:
@@ -151,7 +170,7 @@ def load(options: RunOptions) -> tuple[dict[str, TableDefinition], dict[str, Run
             of_base[run.base] = run.name
         show = [{key: options.fill(value) for key, value in item.items()} for item in record["show"]]
         tables[path.stem] = TableDefinition(
-            path.stem, record["title"], record["about"], show, options.fill(record["plots"])
+            path.stem, record["title"], record["about"], show, options.fill(record["plots"]), record["figures"]
         )
     for item in (item for table in tables.values() for item in table.show):
         item["run"] = of_base.get(item["results"], item["results"])
@@ -187,7 +206,8 @@ def _references(tables: dict[str, TableDefinition], runs: dict[str, Run]):
 def _run(options: RunOptions, name: str, defined: dict, path: Path) -> Run:
     if not (options.checkout / "scripts" / f"{defined['script']}.py").is_file():
         raise PluginError(f"{path.name}: run {name}: no script {defined['script']}.py in scripts")
-    args = defined["args"] | (defined["quick"] if options.quick else {})
+    others = {} if loading.slug_of(options.model) == embedded.EMBEDDED else defined["other_models"]
+    args = defined["args"] | (defined["quick"] if options.quick else {}) | others
     base = name = options.fill(name)
     tag = options.tag(args) if defined["per_machine"] else None
     if tag:

@@ -8,7 +8,7 @@ from pathlib import Path
 from gpt2.common import files, machine
 from gpt2.common.errors import PluginError
 from gpt2.models import embedded, loading
-from gpt2.report import html, regions, tables
+from gpt2.report import html, plots, regions, tables
 from gpt2.runs.config import RunOptions, TableDefinition, load
 
 COMMAND = "scripts/reproduce_tables.py --pages"
@@ -25,7 +25,8 @@ def page(options: RunOptions, table: TableDefinition) -> str:
     """A page in Markdown: the table's text, its parts with their sources, and its pictures."""
     parts = [f"# {table.title}", table.about]
     parts += [part for item in table.show for part in _parts(options, table, item)]
-    pictures = [name for plot in table.plots for name in machine.siblings(options.results / "plots", plot, ".png")]
+    named = [*(figure["name"] for figure in table.figures), *table.plots]
+    pictures = [name for plot in named for name in machine.siblings(options.results / "plots", plot, ".png")]
     parts += [f"![{name}](../plots/{name}.png)" for name in pictures]
     return "\n\n".join([MADE_BY, *parts]) + "\n"
 
@@ -50,8 +51,21 @@ def _part(options: RunOptions, name: str, item: dict) -> str:
 
 
 def write(options: RunOptions, table: TableDefinition) -> Path:
-    """Write a table's page to results/tables; returns its path."""
+    """Write a table's page to results/tables, and the figures that are made of several results; returns its path."""
+    for figure in table.figures:
+        draw(options.results, figure)
     return _write(page_path(options, table.name), page(options, table))
+
+
+def draw(results: Path, figure: dict) -> None:
+    """Draw a figure of a table from those of its results that are there; without any it isn't drawn."""
+    found = [path for name in figure["results"] for path in sorted((results / "runs").glob(f"{name}.json"))]
+    records = [tables.read(path) for path in dict.fromkeys(found)]
+    if not records:
+        return
+    records.sort(key=lambda record: record.get("model") != embedded.EMBEDDED)  # the others in the order of their names
+    with tables.shown_of(figure["name"]):
+        files.write_figure(results / "plots" / f"{figure['name']}.png", getattr(plots, figure["plot"])(records))
 
 
 def write_regions(checkout: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,8 +21,10 @@ from pathlib import Path
 
 from gpt2.common import files, provenance
 from gpt2.common.errors import PluginError
-from gpt2.runs.config import Run
+from gpt2.models import loading
+from gpt2.runs.config import Run, RunOptions
 from gpt2.runs.up_to_date import REPLAYED, Matcher, replays
+from gpt2.tuning import ratio_presets
 
 Figures = dict[str, float]
 
@@ -32,13 +35,16 @@ class Replay:
 
     flags: from a record to the flags that differ in a replay. figures: from a record to its figures, by names that are
     the same in a replay. absolute, relative: a replayed figure may differ by `absolute + relative · |recorded|`; other
-    threads and batches change the last bits of float32, which may move a value into the next code.
+    threads and batches change the last bits of float32, which may move a value into the next code. reads: from the
+    options and a record to files, relative to the folder of results, that the script finds in its output folder; in a
+    replay it finds copies.
     """
 
     flags: Callable[[dict], dict]
     figures: Callable[[dict], Figures]
     absolute: float
     relative: float
+    reads: Callable[[RunOptions, dict], list[Path]] = lambda options, record: []
 
     def allowed(self, recorded: float) -> float:
         return self.absolute + self.relative * abs(recorded)
@@ -53,12 +59,29 @@ def _answers(record: dict) -> Figures:
     }
 
 
+def _generated(record: dict) -> Figures:
+    """Log-probability of the first tokens of the answer for each cache and problem, in nats."""
+    return {f"{row['cache']} {row['task_id']}": row["first_tokens_logprob_nats"] for row in record["rows"]}
+
+
 def _segments(record: dict) -> Figures:
     """Mean loss and KL of the first segment for each cache, in nats per token."""
     return {
         f"{row['label']}, {name} of the first segment": sums[name][0] / sums["predictions"]
         for row in record["rows"] if (sums := row.get("segment_sums")) for name in ("nll", "kl_nats") if name in sums
     }  # fmt: skip
+
+
+def _of_presets(record: dict) -> Figures:
+    """Bits, and mean loss and KL of the first segment, for each preset by ratio."""
+    return _segments(record) and _segments(record) | {f"{row['label']}, bits": row["bits"] for row in record["rows"]}
+
+
+def _calibration(options: RunOptions, record: dict) -> list[Path]:
+    """The calibration that a file of presets by ratio was made with."""
+    args, slug = record["args"], loading.slug_of(options.model)
+    slug += f"_{args['tag']}" if args.get("tag") else ""
+    return [Path("calibrations") / ratio_presets.calibration_name(args["codec"], slug)]
 
 
 def _quarters(record: dict) -> Figures:
@@ -84,9 +107,13 @@ REPLAYS = {
         lambda record: ONE_PROMPT | _first(record, "context_lengths", "needle_positions"), _answers, 0.02, 0.01
     ),
     "eval_tasks": Replay(lambda record: ONE_PROMPT | _first(record, "context_lengths"), _answers, 0.02, 0.01),
+    "eval_code": Replay(lambda record: {"limit": 1}, _generated, 0.02, 0.01),
     "eval_by_position": Replay(lambda record: {"segments": 1, "greedy-tokens": 0}, _quarters, 1e-5, 0.05),
     "compare_peers": Replay(
         lambda record: _one_segment(record) | {"needle-context-lengths": "none"}, _segments, 1e-4, 0.02
+    ),
+    "make_presets": Replay(
+        lambda record: _one_segment(record) | {"calibration-file": None}, _of_presets, 1e-4, 0.02, _calibration
     ),
     "validate_ppl_postbugfix": Replay(_one_segment, _segments, 1e-4, 0.02),
 }
@@ -118,13 +145,16 @@ def replayable(matcher: Matcher, name: str) -> str | None:
         return "missing"
     if run.script not in REPLAYS:
         return f"results of {run.script}.py have no replay"
-    if reason := matcher.stale(name, any_code=True):
+    if reason := matcher.stale(name, any_code=True) or matcher.not_allowed(run):
         return reason
     try:
         figures = REPLAYS[run.script].figures(record)
         REPLAYS[run.script].flags(record)
+        read = REPLAYS[run.script].reads(matcher.options, record)
     except (KeyError, IndexError, TypeError) as error:
         return f"its record lacks what a replay needs ({type(error).__name__}: {error})"
+    if missing := [path for path in read if not (matcher.options.results / path).is_file()]:
+        return f"{missing[0]}, which it was made with, isn't there: make it again"
     return None if figures else "made before sums of segments were kept: make it again"
 
 
@@ -135,7 +165,7 @@ def replay(matcher: Matcher, name: str) -> list[str]:
     """
     run, record = matcher.runs[name], matcher.record(name)
     how = REPLAYS[run.script]
-    recorded, measured = how.figures(record), how.figures(_small(matcher, run, how.flags(record)))
+    recorded, measured = how.figures(record), how.figures(_small(matcher, run, record))
     both = [key for key in measured if key in recorded]
     if not both:
         raise PluginError(f"{name}: the replay has no figure of the results file")
@@ -152,11 +182,16 @@ def replay(matcher: Matcher, name: str) -> list[str]:
     return differing
 
 
-def _small(matcher: Matcher, run: Run, flags: dict) -> dict:
+def _small(matcher: Matcher, run: Run, record: dict) -> dict:
     """The record that a run's script makes with some flags changed, in a folder that is removed afterwards."""
+    how = REPLAYS[run.script]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "runs" / f"{run.name}.json"
-        command = matcher.command(dataclasses.replace(run, args=run.args | flags, output=str(output)))
+        for path in how.reads(matcher.options, record):
+            (Path(folder) / path).parent.mkdir(parents=True)
+            shutil.copy(matcher.options.results / path, Path(folder) / path)
+        given = str(output if Path(run.output).suffix else folder)  # some scripts take the folder of results
+        command = matcher.command(dataclasses.replace(run, args=run.args | how.flags(record), output=given))
         done = subprocess.run(command, capture_output=True, text=True)
         if not output.is_file():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]

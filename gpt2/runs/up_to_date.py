@@ -20,7 +20,12 @@ from gpt2.models import loading
 from gpt2.runs.config import Run, RunOptions
 from gpt2.text import sources
 
-IGNORED = {"output", "study", "device"}  # arguments that don't change the results, only where they are made and go
+IGNORED = {
+    "output",
+    "study",
+    "device",
+    "run_generated_code",
+}  # arguments that don't change the results, only where they are made and go
 REPLAYED = "replays.json"  # in the folder of results: a run's name to the outcome of its latest replay
 TEXTS = {"text", "eval_text"}  # compared by their contents
 
@@ -138,9 +143,20 @@ class Matcher:
     def command(self, run: Run) -> list[str]:
         """The command that makes a run's results. Raises PluginError if the script rejects its arguments."""
         parsed, words = self._parse(run)
+        if reason := self.not_allowed(run):
+            raise PluginError(reason)
+        if hasattr(parsed, "run_generated_code"):
+            words += ["--run-generated-code"]
         if self.options.device and hasattr(parsed, "device") and "device" not in run.args:
             words += ["--device", self.options.device]
         return [sys.executable, str(self._script(run)), *words, "--output", str(self.options.results / run.output)]
+
+    def not_allowed(self, run: Run) -> str | None:
+        """Why a run must not be made with these options: it runs code that a model has written; None if it may."""
+        without_flag = self._parser(run).get_default("run_generated_code") is None  # False where the script has it
+        if self.options.run_generated_code or without_flag:
+            return None
+        return f"{run.name} runs code that a model has generated: give --run-generated-code to allow it"
 
     def _script(self, run: Run) -> Path:
         return self.options.checkout / "scripts" / f"{run.script}.py"

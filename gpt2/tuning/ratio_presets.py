@@ -31,7 +31,7 @@ from gpt2.compression.codecs import BASES, adjustable_quantizers, multi_head_bas
 from gpt2.compression.presets import calibration_lookup
 from gpt2.compression.presets.build import new_preset
 from gpt2.compression.settings import compressors_for
-from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory, compare, score
+from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory, compare, score, segment_sums
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel
 from gpt2.text.texts import Text
@@ -124,6 +124,11 @@ def first_fitting(geometry: Geometry) -> str:
     if found != usual:
         print(f"note: {reason}; presets are called {bases[found].preset_prefix}-*", flush=True)
     return found
+
+
+def calibration_name(codec: str, slug: str) -> str:
+    """File name of the compact calibration of a model's presets. slug: the model's, with the tag of other results."""
+    return f"kv_{codec}_{slug}.pt"
 
 
 def compact_calibration(
@@ -228,12 +233,16 @@ def write_presets(
     loaded: LoadedModel, presets: Sequence[RatioPreset], calibration: Calibration, outputs: Outputs,
     measured: dict[str, dict], **more,
 ) -> list[Path]:  # fmt: skip
-    """Write each preset as MODEL-NAME.json. measured: by name, as `measure` returns it; more: further keys."""
+    """Write each preset as MODEL-NAME.json. measured: by name, as `measure` returns it; more: further keys.
+
+    The sums over segments stay in results files.
+    """
     written = []
     for preset in presets:
         path = outputs.presets / f"{loaded.slug}-{preset.name}.json"
         reference = calibration_lookup.reference_to(outputs.calibration, path)
-        record = preset.preset(loaded, calibration, reference, measured=measured[preset.name], **more)
+        figures = {key: value for key, value in measured[preset.name].items() if key != "segment_sums"}
+        record = preset.preset(loaded, calibration, reference, measured=figures, **more)
         written.append(files.write_json(path, record))
     return written
 
@@ -253,7 +262,11 @@ def factory(
 def measure(
     loaded: LoadedModel, segments: Tensor, presets: Sequence[RatioPreset], seed: int, **scoring
 ) -> dict[str, dict]:
-    """Each preset's name to its loss against the uncompressed cache. segments, scoring: as for `perplexity.score`."""
+    """Each preset's name to its loss against the uncompressed cache, with the sums over segments that it follows from.
+
+    segments, scoring: as for `perplexity.score`.
+    """
     caches = {BASELINE: baseline_factory(loaded)} | {preset.name: preset.make for preset in presets}
     scores = score(loaded, segments, caches, **scoring)
-    return {preset.name: compare(scores[BASELINE], scores[preset.name], seed) for preset in presets}
+    pairs = {preset.name: (scores[BASELINE], scores[preset.name]) for preset in presets}
+    return {name: compare(*pair, seed) | {"segment_sums": segment_sums(*pair)} for name, pair in pairs.items()}

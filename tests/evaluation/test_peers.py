@@ -110,7 +110,7 @@ def flags(tmp_path, monkeypatch, prose):
 def test_the_script_compares(flags, tmp_path, capsys, monkeypatch):
     ask, chunks = needle.ask, set()
     monkeypatch.setattr(needle, "ask", lambda *args: chunks.add(args[-1]) or ask(*args))
-    monkeypatch.setattr(other_caches, "KIVI_SINKS", (4,))
+    monkeypatch.setattr(other_caches, "PAPER_SINKS", (4,))
     monkeypatch.setattr(peers, "WEIGHED_TOKENS", 256)
     monkeypatch.setitem(sys.modules, "optimum.quanto", None)
     more = ["--peers", "quanto,kivi,lowrank", "--preset", "kv4", "--needle-context-lengths", 320, "--num-trials", 1]

@@ -38,6 +38,21 @@ def test_table_has_a_line_per_cache():
         tables.peers(RECORD, ["kivi"])
 
 
+def test_the_frontier_has_a_panel_per_model():
+    second = {**RECORD, "model": "folder/two", "rows": [*RECORD["rows"], figures("kv4", "ours", 300, 0.2)]}
+    second["rows"].append(figures("worse", "ours", 400, 0.3))
+    figure = plots.frontier([record | {"segments": [2, 512]} for record in (RECORD, second)])
+    assert [axis.get_title() for axis in figure.axes] == ["m, 1,024 tokens of t", "two, 1,024 tokens of t"]
+    for axis, names in zip(figure.axes, (["fp8", "kv8"], ["fp8", "kv8", "kv4", "worse"]), strict=True):
+        assert [text.get_text() for text in axis.texts] == names and axis.get_yscale() == "log"
+    last = next(line for line in figure.axes[1].lines if line.get_linestyle() == "-")
+    assert list(last.get_xdata()) == [300, 500], "the frontier of our presets is joined"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["16-bit cache", "fp8", "ours"]
+    figure.canvas.draw()
+    four = plots.frontier([RECORD | {"segments": [2, 512]}] * 4)
+    assert sum(axis.get_visible() for axis in four.axes) == 4
+
+
 def test_labels_of_the_frontier_lie_apart():
     rng = np.random.default_rng(0)
     sizes, changes = rng.uniform(300, 500, 12), rng.uniform(-0.02, 0.02, 12)

@@ -13,7 +13,7 @@ from gpt2.runs.up_to_date import Matcher
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_table_can_be_made_from_its_runs(quick):
     """Every run's arguments are those of its script, and every way to show results exists."""
-    options = RunOptions(text="embedded", quick=quick)
+    options = RunOptions(text="embedded", quick=quick, run_generated_code=True)
     known, runs = load(options)
     matcher = Matcher(options, runs)
     assert len(known) >= 12
@@ -25,6 +25,22 @@ def test_every_table_can_be_made_from_its_runs(quick):
     for table in known.values():
         assert table.title and table.about.endswith(".") and "{" not in table.about
         assert {item.get("as") or tables.kind_of(item["results"]) for item in table.show} <= tables.TABLES.keys()
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_no_run_of_another_model_asks_for_what_only_the_embedded_model_has(quick):
+    """Its presets are the calibration-free ones, or files that other runs of the same tables make."""
+    other = RunOptions(model="org/other-1b", text="embedded", quick=quick)
+    _, runs = load(other)
+    assert runs["needle_other-1b"].args["preset"] == ["kv8", "kv4"]
+    for run in runs.values():
+        presets = run.args.get("preset", [])
+        for preset in [presets] if isinstance(presets, str) else presets:
+            made = preset.startswith(("results/presets/other-1b-", "results/quick/presets/other-1b-"))
+            assert preset in ("kv8", "kv4") or made and run.needs, f"{run.name}: {preset}"
+        assert "smollm2" not in " ".join(run.words()), run.name
+    own = load(RunOptions(text="embedded", quick=quick))[1]["needle_smollm2-135m"]
+    assert own.args["preset"] == ["int4-vonly", "r60-vonly"], "the committed results are of these"
 
 
 def test_every_committed_result_is_of_a_run_and_on_a_page():

@@ -9,6 +9,7 @@ from checkouts import fake, make_checkout, write_table
 
 from gpt2.common import files
 from gpt2.common.errors import PluginError
+from gpt2.report.plots.figure import new_figure
 from gpt2.runs import pages
 from gpt2.runs.config import RunOptions, load
 
@@ -51,6 +52,27 @@ def test_a_page_that_was_edited_is_noticed(checkout):
     ]
     page.rename(page.with_name("gone.md"))
     assert pages.differing(checkout) == ["results/tables/gone.md has no table in configs/tables: remove it"]
+
+
+def test_a_figure_of_several_models_is_drawn_with_the_page(checkout, monkeypatch):
+    """From all results that its patterns find, the embedded model's first; again when a model is added."""
+    drawn = []
+    monkeypatch.setattr(
+        pages.plots,
+        "frontier",
+        lambda records: (drawn.append([r["model"] for r in records]), new_figure(figsize=(1, 1)))[1][0],
+    )
+    path = checkout / "configs" / "tables" / "t.json"
+    figure = {"name": "models", "plot": "frontier", "results": ["peers_*"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"figures": [figure]}))
+    assert "plots/models.png" not in write(checkout).read_text() and not drawn
+    runs = checkout / "results" / "runs"
+    runs.mkdir(parents=True)
+    for model in ("smollm2-135m", "a-model", "org/b-model"):
+        (runs / f"peers_{model.rpartition('/')[2]}.json").write_text(json.dumps({"model": model}))
+        assert "![models](../plots/models.png)" in write(checkout).read_text()
+    assert drawn[-1] == ["smollm2-135m", "a-model", "org/b-model"] and len(drawn[0]) == 1
+    assert (checkout / "results" / "plots" / "models.png").is_file()
 
 
 def test_each_machine_has_a_table_of_its_own(checkout):

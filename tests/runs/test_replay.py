@@ -11,6 +11,7 @@ from script_runs import INT4_PRESET, run
 from gpt2.common import files, provenance
 from gpt2.common.errors import PluginError
 from gpt2.compression.codecs.integer import Int4
+from gpt2.compression.codecs.mixed import Mixed
 from gpt2.runs import replay
 from gpt2.runs.config import RunOptions, load
 from gpt2.runs.up_to_date import REPLAYED, Matcher
@@ -18,6 +19,9 @@ from gpt2.runs.up_to_date import REPLAYED, Matcher
 PEERS = {"peers": "kivi", "preset": ["p.json"], "needle-context-lengths": "none", "text": "words.txt",
          "eval-tokens": 192, "eval-seq-len": 64, "chunk": 16}  # fmt: skip
 POSITIONS = {"preset": ["p.json"], "text": "words.txt", "segments": 2, "prompt-tokens": 20, "new-tokens": 40}
+PRESETS = {"text": "words.txt", "samples": 3, "seq-len": 100, "eval-tokens": 300, "eval-seq-len": 100, "chunk": 20,
+           "ratios": "4,6.4"}  # fmt: skip
+PRESETS_RUN = "ratio_presets_tiny-llama"
 RUNS = {
     "peers_x": {"script": "compare_peers", "args": PEERS},
     "by_position_x": {"script": "eval_by_position", "args": POSITIONS | {"greedy-tokens": 4, "chunk": 16}},
@@ -36,7 +40,14 @@ def matcher(tmp_path, tiny_flags, model_folder, monkeypatch):
     (tmp_path / "p.json").write_text(json.dumps(INT4_PRESET))
     (tmp_path / "scripts").symlink_to(files.ROOT / "scripts")
     (tmp_path / "configs" / "tables").mkdir(parents=True)
-    table = {"title": "t", "about": "", "runs": RUNS, "show": [{"results": name} for name in RUNS], "plots": []}
+    presets = {PRESETS_RUN: {"script": "make_presets", "args": PRESETS, "output": "."}}
+    table = {
+        "title": "t",
+        "about": "",
+        "runs": RUNS | presets,
+        "show": [{"results": name} for name in RUNS],
+        "plots": [],
+    }
     (tmp_path / "configs/tables/t.json").write_text(json.dumps(table))
     options = RunOptions(model=str(model_folder), checkout=tmp_path)
     made = Matcher(options, load(options)[1])
@@ -44,6 +55,28 @@ def matcher(tmp_path, tiny_flags, model_folder, monkeypatch):
     for name in ("peers_x", "by_position_x"):
         in_this_process(made.command(made.runs[name]))
     return made
+
+
+def test_presets_by_ratio_are_measured_again_with_their_calibration(matcher, monkeypatch, capsys):
+    """One segment of each preset, its bits too; the calibration is read, neither made again nor replaced."""
+    in_this_process(matcher.command(matcher.runs[PRESETS_RUN]))
+    (calibration,) = (matcher.options.results / "calibrations").glob("*.pt")
+    made, preset = calibration.stat().st_mtime_ns, next((matcher.options.results / "presets").glob("*.json"))
+    assert "segment_sums" not in preset.read_text(), "sums are of results files"
+    capsys.readouterr()
+    assert replay.replay(matcher, PRESETS_RUN) == []
+    assert "calibration: using" in capsys.readouterr().out
+    outcome = matcher.replay(PRESETS_RUN)
+    assert outcome["agrees"] and outcome["figures"] == 2 * 3 and outcome["largest_share_of_tolerance"] < 0.5
+    assert calibration.stat().st_mtime_ns == made
+    monkeypatch.setattr(Mixed, "dequantize", wrong_offset(Mixed.dequantize))
+    differing = replay.replay(matcher, PRESETS_RUN)
+    assert any(line.startswith("kv-4x, kl_nats of the first segment is") for line in differing)
+    assert not any("bits" in line for line in differing)
+    calibration.unlink()
+    assert f"calibrations/{calibration.name}, which it was made with, isn't there" in replay.replayable(
+        matcher, PRESETS_RUN
+    )
 
 
 def test_results_are_confirmed_until_a_codec_has_one_wrong_offset(matcher, monkeypatch, capsys):

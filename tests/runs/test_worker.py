@@ -14,7 +14,7 @@ from databases import wait_for
 
 from gpt2.common import machine
 from gpt2.common.trial_queue import Pace
-from gpt2.runs import worker
+from gpt2.runs import replay, worker
 from gpt2.runs.config import RunOptions, load
 from gpt2.runs.up_to_date import Matcher
 
@@ -34,6 +34,26 @@ def checkout(tmp_path):
     reads = {"reads": str(tmp_path / "results" / "runs" / "peers_one.json")}
     runs = {"peers_one": fake({"hangs": True}), "peers_two": fake(), "peers_three": fake(reads, needs=["peers_one"])}
     return make_checkout(tmp_path, t=runs)
+
+
+def test_code_that_a_model_has_generated_is_run_only_where_that_is_allowed(tmp_path, storage, monkeypatch):
+    checkout = make_checkout(tmp_path, t={"peers_one": fake(), "code_x": fake()})
+    script = checkout / "scripts" / "fake.py"
+    flag = 'p.add_argument("--run-generated-code", action="store_true")\n    p.add_argument("--reads")'
+    (checkout / "scripts" / "generating.py").write_text(script.read_text().replace('p.add_argument("--reads")', flag))
+    path = checkout / "configs" / "tables" / "t.json"
+    path.write_text(path.read_text().replace('"code_x": {"script": "fake"', '"code_x": {"script": "generating"'))
+    failed = work(checkout, storage)
+    assert list(failed) == ["code_x"] and "give --run-generated-code to allow it" in failed["code_x"]
+    assert started(checkout) == ["peers_one"]
+    options = RunOptions(checkout=checkout, run_generated_code=True)
+    allowed = Matcher(options, load(options)[1])
+    assert worker.Worker(storage, allowed, Pace(1, 2, 0.1), lambda line: None).work(["code_x"]) == {}
+    assert started(checkout) == ["peers_one", "code_x"]
+    forbidden = Matcher(RunOptions(checkout=checkout), load(options)[1])
+    assert forbidden.stale("code_x") is None, "results are up to date whether new ones may be made or not"
+    monkeypatch.setitem(replay.REPLAYS, "generating", replay.REPLAYS["eval_code"])
+    assert "give --run-generated-code" in replay.replayable(forbidden, "code_x")
 
 
 @pytest.fixture

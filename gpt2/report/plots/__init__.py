@@ -3,7 +3,7 @@
 from gpt2.report.plots.by_position import by_position
 from gpt2.report.plots.calibration import spectra
 from gpt2.report.plots.needle import needles, tasks
-from gpt2.report.plots.quality import codec_variations, peers, perplexity_changes, stability
+from gpt2.report.plots.quality import codec_variations, frontier, peers, perplexity_changes, stability
 from gpt2.report.plots.scaling import growth
 from gpt2.report.plots.side_by_side import side_by_side
 from gpt2.report.plots.speed import append_times, attention_times, profiles, ratios_by_context
@@ -15,6 +15,7 @@ __all__ = [
     "by_position",
     "codec_frontier",
     "codec_variations",
+    "frontier",
     "grid_frontier",
     "growth",
     "layer_losses",

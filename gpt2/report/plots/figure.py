@@ -65,12 +65,13 @@ def spread_labels(axis: Axes, labels: list[str], points: list[tuple], bars: list
     axis.figure.canvas.draw()  # positions on the canvas are known only after drawing
     renderer, inside = axis.figure.canvas.get_renderer(), axis.get_window_extent()
     spots, ends = axis.transData.transform(points), axis.transData.transform(bars).reshape(-1, 2, 2)
-    zero = axis.transData.transform((points[0][0], 0))[1]
+    linear = axis.get_yscale() != "log"  # which has no zero line
+    zero = [axis.transData.transform((points[0][0], 0))[1]] if linear else []
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in spots]
     if axis.get_legend():
         taken.append(axis.get_legend().get_window_extent(renderer))
     lines = [Bbox([low - 2, high + 2]) for low, high in ends]  # may be overlapped if nothing else is free
-    lines.append(Bbox([(inside.x0, zero - 1), (inside.x1, zero + 1)]))
+    lines += [Bbox([(inside.x0, y - 1), (inside.x1, y + 1)]) for y in zero]
     line = {"arrowstyle": "-", "color": "tab:gray", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
     pixels = axis.figure.dpi / 72  # per point, the unit of offsets
     directions = np.radians([0, 30, -30, 60, -60, 180, 150, -150, 120, -120])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, PercentFormatter, StrMethodFormatter
 
@@ -10,7 +11,8 @@ from gpt2.report.plots.figure import KL, PERPLEXITY, bar_lengths, blank_figure, 
 
 FAMILY_STYLES = {
     "baseline": ("black", "*"), "quanto": ("tab:orange", "s"), "hqq": ("tab:green", "D"), "fp8": ("tab:brown", "P"),
-    "kivi": ("tab:purple", "^"), "lowrank": ("tab:gray", "v"), "ours": ("tab:blue", "o"),
+    "kivi": ("tab:purple", "^"), "turboquant": ("tab:red", "X"), "lowrank": ("tab:gray", "v"),
+    "ours": ("tab:blue", "o"),
 }  # fmt: skip
 
 
@@ -59,12 +61,7 @@ def peers(rows: list[dict], title: str) -> Figure:
     axes["kl"].set_ylabel(KL)
     axes["top1"].set_ylabel("top-1 agreement, %")
     for axis in axes.values():
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))
-        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axis.tick_params(axis="x", labelsize=8)
-        axis.set_xlabel("bytes per token of one sequence of 2,048, as of a 16-bit model")
-        axis.margins(x=0.15, y=0.1)
+        _bytes_axis(axis)
         axis.grid(alpha=0.3)
     axes["ppl"].axhline(0, color="black", linewidth=0.8)
     axes["ppl"].legend(loc="upper right")
@@ -72,6 +69,60 @@ def peers(rows: list[dict], title: str) -> Figure:
     bars = [(x, 100 * edge) for (x, _), row in zip(points, rows, strict=True) for edge in row["ppl_delta_interval"]]
     spread_labels(axes["ppl"], [row["label"] for row in rows], points, bars)
     return figure
+
+
+def frontier(records: list[dict]) -> Figure:
+    """Bytes of the whole cache against KL, a panel per results file of `peers`, which is one per model.
+
+    A color and a marker per family, the same in all panels; our presets that lie on the frontier of ours are joined.
+    """
+    across = min(3, len(records))
+    down = -(-len(records) // across)
+    figure, axes = new_figure(down, across, figsize=(7.2 * across, 5.8 * down), squeeze=False)
+    shown = {}
+    for axis, record in zip(axes.flat, records, strict=False):
+        rows = [row for row in record["rows"] if "not_run" not in row]
+        for family in (name for name in FAMILY_STYLES if name in {row["family"] for row in rows}):
+            own = [_bytes_and_kl(row) for row in rows if row["family"] == family]
+            color, marker = FAMILY_STYLES[family]
+            if family == "baseline":  # its KL is 0, which a logarithmic axis can't show
+                shown["16-bit cache"] = axis.axvline(own[0][0], color=color, linestyle="--", linewidth=1)
+                continue
+            style = {"color": color, "marker": marker, "linestyle": "", "markersize": 6, "zorder": 3}
+            (shown[family],) = axis.plot(*zip(*own, strict=True), **style)
+            if family == "ours":
+                axis.plot(*zip(*_best(own), strict=True), color=color, linewidth=1, alpha=0.6)
+        _bytes_axis(axis)
+        axis.set_yscale("log")
+        model = record["model"].rpartition("/")[2]
+        axis.set(title=f"{model}, {record['segments'][0] * record['segments'][1]:,} tokens of {record['text']}")
+        axis.set_ylabel(KL)
+        named = [row for row in rows if row["family"] != "baseline"]
+        points = [_bytes_and_kl(row) for row in named]
+        spread_labels(axis, [row["label"] for row in named], points, [])
+    for axis in axes.flat[len(records) :]:
+        axis.set_visible(False)
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=len(shown), frameon=False)
+    return figure
+
+
+def _bytes_and_kl(row: dict) -> tuple[float, float]:
+    """A point of the frontier; KL that rounding has made 0 or less is drawn at 1e-6."""
+    return row["bytes_per_token"], max(row["kl_nats"], 1e-6)
+
+
+def _best(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points (bytes, KL) for which no other has both fewer bytes and less KL, by bytes."""
+    return sorted(p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points))
+
+
+def _bytes_axis(axis: Axes) -> None:
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axis.tick_params(axis="x", labelsize=8)
+    axis.set_xlabel("bytes per token of one sequence of 2,048, as of a 16-bit model")
+    axis.margins(x=0.15, y=0.1)
 
 
 def codec_variations(rows: list[dict], title: str) -> Figure:

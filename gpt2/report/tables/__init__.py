@@ -15,6 +15,7 @@ from gpt2.common.errors import PluginError, brief
 from gpt2.report.table import Table
 from gpt2.report.tables.architectures import architectures
 from gpt2.report.tables.by_position import by_position
+from gpt2.report.tables.code import code
 from gpt2.report.tables.gpu_roofline import attention_bound, gpu_roofline
 from gpt2.report.tables.guide import beside_guide
 from gpt2.report.tables.needle import needle, needle_cells, needle_pairs
@@ -55,6 +56,7 @@ TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
     "beside_guide": beside_guide,
     "by_position": by_position,
     "cache_bytes": cache_bytes,
+    "code": code,
     "explore_codecs": codec_variations,
     "gpu_roofline": gpu_roofline,
     "largest_batch": largest_batch,

