@@ -22,11 +22,13 @@ from gpt2.common.errors import PluginError
 from gpt2.compression.cache import attention_math, direct_attention
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.compression.cache.size import fill, noise
-from gpt2.compression.cache.token_store import TokenStore
-from gpt2.compression.codecs import QUANTIZERS, Compressor
+from gpt2.compression.cache.token_store import Half, TokenStore
+from gpt2.compression.calibration.fit import Calibration, geometry_record
+from gpt2.compression.calibration.stand_in import multi_head_stand_in
+from gpt2.compression.codecs import BASES, QUANTIZERS, Compressor, adjustable_quantizers, multi_head_bases
 from gpt2.compression.kernels import cpu
 from gpt2.compression.presets.any_model import ANY_MODEL, SINK_TOKENS
-from gpt2.compression.settings import Setting, build
+from gpt2.compression.settings import Setting, build, compressors_for
 from gpt2.evaluation.statistics import spread
 from gpt2.experiments.compiled_attention import CompiledInt4Channel
 from gpt2.models.geometry import Geometry
@@ -37,8 +39,10 @@ COPIES = 10  # number of copies that bandwidth is measured with
 SHARPNESS = 2.0  # standard deviation of the scores, so that some tokens get much more weight than others
 SIXTEEN, FLOAT32, OURS, COMPILED = "16-bit", "float32", "compressed", "torch.compile"
 SDPA = "sdpa"
-# Codecs to choose from: a quantizer for both K and V, or a calibration-free preset
-CODECS = (*(name for name, quantizer in QUANTIZERS.items() if not quantizer.calibrated), *ANY_MODEL)
+# Bases that heads share whose codes are read directly: those here are random
+SHARED = [name for name, basis in multi_head_bases().items() if not basis.unrotated or basis.frame > 1]
+# Codecs to choose from: a quantizer for both K and V, a calibration-free preset, or such a basis
+CODECS = (*(name for name, q in QUANTIZERS.items() if not q.calibrated), *ANY_MODEL, *SHARED)
 clock = time.perf_counter
 
 
@@ -234,6 +238,13 @@ def compressors(
         k, v = build(dict(zip(("k", "v"), ([setting] for setting in ANY_MODEL[name]), strict=True)), layer)
         yield name, (k[0], v[0])
         return
+    if name in SHARED:
+        fit = multi_head_stand_in(BASES[name], layer)
+        calibration = Calibration({"codec": name, **geometry_record(layer)}, None, {}, {name: fit})
+        for each in bits:
+            k, v = compressors_for("kv", each, None, calibration, quantizer=adjustable_quantizers()[0])
+            yield f"{name}, {each:g} bits", (k[0], v[0])
+        return
     adjustable = QUANTIZERS[name].adjustable
     for each in bits if adjustable else [QUANTIZERS[name].bits]:
         setting = Setting(bits=each, quantizer=name)
@@ -243,13 +254,18 @@ def compressors(
 
 def _stored_row(label: str, pair: tuple[Compressor, Compressor], q: Tensor, k: Tensor, v: Tensor) -> Row:
     stores = filled_stores(pair, k, v)
-    expected = exact(q, *(store.read() for store in stores))
+    read = [store.read() for store in stores]
+    expected = exact(q, *(read if len(read) == 2 else read[0].chunk(2, dim=1)))
     held = sum(store.nbytes() for store in stores)
-    return Row(label, OURS, _bound(direct_attention.attend, *stores, q, None, q.shape[-1] ** -0.5), held, expected)
+    sides = stores if len(stores) == 2 else [Half(stores[0], index) for index in range(2)]
+    return Row(label, OURS, _bound(direct_attention.attend, *sides, q, None, q.shape[-1] ** -0.5), held, expected)
 
 
 def filled_stores(pair: tuple[Compressor, Compressor], k: Tensor, v: Tensor) -> list[TokenStore]:
-    """Token stores filled with K and V, [B, H, T, d] each: a prompt, and then GENERATED tokens."""
+    """Token stores filled with K and V, [B, H, T, d] each: a prompt, and then GENERATED tokens.
+
+    One for both where they share a codec.
+    """
     cache = CompressedDynamicCache(pair[:1], pair[1:], sink_tokens=SINK_TOKENS)
     parts = [k.shape[2] - GENERATED, GENERATED]
     fill(cache, zip(k.split(parts, dim=2), v.split(parts, dim=2), strict=True))

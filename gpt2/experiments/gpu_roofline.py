@@ -6,19 +6,22 @@ tokens, G groups of KV heads in the batch, M queries per group and r channels, i
 
     scores         reads codes of K; 2 T r' M' per group on tensor cores, twice where queries need more than 16 bits
     weighted sums  reads codes of V; 2 T r' M' per group on tensor cores. One launch does both (`attend_tiles`)
+    absorb         where blocks have queries of their own (frames): PyTorch's product in float32 of every query with
+                   the basis for every block, 2 d (r + 1) per query and block, written and read again
     split decode   writes, reads and merges 4 M (r + 2) bytes per group and split (`merge_splits`)
     quantize       of a prompt: reads 16-bit K and V, writes codes, searches scales (`triton_quantize`)
 
 r' and M' are rounded up to a power of two of at least 16, which tensor cores take. A code costs DECODE instructions and
 a score SCORE of them, a lower bound from the kernels' source with 16-bit operations in pairs. 16-bit attention is given
 the same bound without any rounding up. Partial results of splits count as memory traffic, though they may stay in a
-cache. Exact sinks and tail, a few dozen tokens, launches, and products with a codec's basis aren't counted.
+cache. Of codes that K and V share, what is read twice counts once. Exact sinks and tail, a few dozen tokens, launches,
+and products with a basis that are needed once per step aren't counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -135,6 +138,8 @@ def step_works(
 ) -> dict[str, Work] | None:
     """The work of each kernel for one step over codes, and of quantizing a prompt; None where no kernel reads them."""
     k, v = (_side(compressor, shape) for compressor in pair)
+    if v is not None and pair[1].joint:
+        v = replace(v, nbytes=0.0)  # K's codes
     if k is None or v is None or k.groups != v.groups:
         return None
     groups, queries = shape.batch * k.groups, shape.heads // k.groups
@@ -149,6 +154,9 @@ def step_works(
         "weighted sums": Work(each * v.nbytes, 2 * each * padded(v.rank) * rows, each * v.rank * v.decode),
         "split decode": Work(2 * 4 * partial, 0.0, MERGE * partial),
     }
+    if frame := pair[0].frame:
+        absorbed = shape.batch * shape.heads * (k.rank + 1) * (tokens / frame)  # numbers
+        works["absorb"] = Work(2 * 4 * absorbed, 0.0, absorbed * shape.head_dim)
     if k.coding is not None and v.coding is not None:
         moved = sum(side.rank * HALF + side.nbytes for side in (k, v))
         works["quantize"] = Work(each * moved, 0.0, each * sum(side.rank * side.coding for side in (k, v)))
@@ -163,9 +171,10 @@ def plain_work(shape: AttentionShape, tokens: int) -> Work:
 
 
 def attend_bound(works: dict[str, Work], device: Device) -> dict:
-    """The bound of a whole step: scores and sums share a launch, then splits are merged."""
-    attend, merge = (work.bound(device) for work in (works["scores"] + works["weighted sums"], works["split decode"]))
-    return attend | {"bound_us": attend["bound_us"] + merge["bound_us"]}
+    """The bound of a whole step: scores and sums share a launch; before it queries are absorbed, then splits merged."""
+    attend = (works["scores"] + works["weighted sums"]).bound(device)
+    others = sum(works[name].bound(device)["bound_us"] for name in ("absorb", "split decode") if name in works)
+    return attend | {"bound_us": attend["bound_us"] + others}
 
 
 def rows(
@@ -221,7 +230,8 @@ def _side(compressor: Compressor, shape: AttentionShape) -> Side | None:
         return None
     groups, rank = compressor.groups(shape.kv_heads, shape.head_dim), compressor.rank(shape.head_dim)
     generator = torch.Generator().manual_seed(0)
-    x = noise(shape.kv_heads, TOKENS, shape.head_dim, batch=1, dtype=torch.float32, generator=generator)
+    heads = shape.kv_heads * (2 if compressor.joint else 1)
+    x = noise(heads, TOKENS, shape.head_dim, batch=1, dtype=torch.float32, generator=generator)
     nbytes = sum(part.nbytes for part in compressor.compress(x).values()) / (TOKENS * groups)
     encoding = compressor.quantizer.encoding(rank)
     coding = {TokenRange: lambda: CODING, ChannelGrid: lambda: CODING + SHARE * (len(encoding.shares) - 1)}

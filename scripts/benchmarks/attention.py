@@ -30,7 +30,7 @@ from gpt2.experiments import attention_speed, gpu_roofline
 from gpt2.models import loading
 from gpt2.report import plots, tables
 
-CODECS = "int4_channel,int8_channel,int4,int8,mixed,kv4,kv8"
+CODECS = "int4_channel,int8_channel,int4,int8,mixed,framed,kv4,kv8"
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -43,7 +43,8 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of the 16-bit rows")
     p.add_argument("--quantizers", type=cli.word_list(attention_speed.CODECS), default=CODECS.split(","),
-                   help="for both K and V; kv4 and kv8 are the calibration-free presets")  # fmt: skip
+                   help="for both K and V; kv4 and kv8 are the calibration-free presets, framed and "
+                        "grouped bases that heads share")  # fmt: skip
     p.add_argument("--bits", type=bits_list, default=[4.0], help="bits per coordinate of adjustable quantizers (mixed)")
     p.add_argument("--compiled", action="store_true", help="add int4_channel by torch.compile; only on a CPU")
     p.add_argument("--bound", action="store_true", help="also print the least time by bytes and operations")

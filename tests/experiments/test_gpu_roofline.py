@@ -44,6 +44,18 @@ def test_operations_are_those_of_the_kernels():
     assert batch["scores"].nbytes == 4 * works("int4", 1280)["scores"].nbytes
 
 
+def test_queries_of_frames_are_absorbed_for_every_block_and_shared_codes_are_read_once():
+    """A basis for K and V of each of 8 heads, 256 channels, of which queries absorb half."""
+    found = works("framed", 1280)
+    assert found["weighted sums"].nbytes == 0 < found["scores"].nbytes
+    assert found["absorb"] == Work(2 * 4 * 32 * 257 * 20, 0, 32 * 257 * 20 * 128)
+    assert "absorb" not in works("grouped", 1280) and works("grouped", 1280)["weighted sums"].nbytes > 0
+    without = {name: work for name, work in found.items() if name != "absorb"}
+    absorbed = found["absorb"].bound(UNIT)["bound_us"]
+    bounds = [gpu_roofline.attend_bound(each, UNIT)["bound_us"] for each in (found, without)]
+    assert bounds[0] == pytest.approx(bounds[1] + absorbed)
+
+
 def test_padding_is_that_of_the_kernels():
     triton = pytest.importorskip("triton")
     from gpt2.compression.cache.triton_attention import PROGRAMS, slots
