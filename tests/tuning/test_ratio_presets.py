@@ -75,7 +75,7 @@ def test_the_script_makes_presets_that_work(tiny_flags, tmp_path, capsys):
         preset = load_preset(tmp_path / f"out/presets/{slug}-{row['label']}.json")
         assert preset["compression_ratio"] == pytest.approx(row["compression_ratio_2048"], abs=1e-3)
         assert preset["ppl_delta"] == pytest.approx(row["ppl_delta"], abs=1e-6)
-        assert "make_presets.py" in preset["made_by"] and preset["bits"] == row["bits"]
+        assert "--codec framed" in preset["made_by"] and preset["bits"] == row["bits"]
         prompt = (torch.arange(100) % 20 + 2)[None]
         out = model.generate(prompt, past_key_values=create_cache_from_preset(preset), max_new_tokens=4)
         assert out.shape == (1, 104)
