@@ -31,6 +31,7 @@ from gpt2 import cli
 from gpt2.common import files, provenance
 from gpt2.common.processes import Processes
 from gpt2.compression.calibration.file import calibration_folders
+from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.codecs import adjustable_quantizers, multi_head_bases
 from gpt2.report import plots, tables
 from gpt2.tuning import ratio_presets
@@ -62,17 +63,17 @@ def main(processes: Processes) -> None:
     args = arguments().parse_args()
     script = cli.open_script(args)
     loaded, text, eval_text = script.loaded, script.text, script.eval_text
-    args.codec = args.codec or ratio_presets.first_fitting(loaded.geometry)
+    codec = args.codec or ratio_presets.first_fitting(loaded.geometry)
     slug = loaded.slug + (f"_{args.tag}" if args.tag else "")
-    kinds = [args.codec] * (args.codec != DEFAULT_CODEC) + ["whole"] * bool(args.whole_cache)
+    kinds = [codec] * (codec != DEFAULT_CODEC) + ["whole"] * bool(args.whole_cache)
     record_name = "_".join(["ratio_presets", *kinds, slug])
     # Read before calibrating, so that a text that is too short shows early; only the first process measures
     segments = script.evaluation_segments() if processes.first else None
     calibrations = args.output / "calibrations" if args.output else calibration_folders()[0]
-    path = args.calibration_file or calibrations / ratio_presets.calibration_name(args.codec, slug)
+    path = args.calibration_file or calibrations / ratio_presets.calibration_name(codec, slug)
     outputs = Outputs.under(args.output or files.RESULTS, path, record_name)
     calibration = compact_calibration(
-        loaded, text, path, codec=args.codec, samples=args.samples, seq_len=args.seq_len, seed=args.seed,
+        loaded, text, path, codec=codec, samples=args.samples, seq_len=args.seq_len, seed=args.seed,
         sink_tokens=args.sink_tokens, checkpointing=args.gradient_checkpointing, progress=cli.bar("calibrating", "seq"),
         processes=processes,
     )  # fmt: skip
@@ -92,17 +93,18 @@ def main(processes: Processes) -> None:
     print(f"not in the ratio: {codec_bytes:,} bytes of the basis, held once by all caches that share their compressors")
     if not args.tag:
         made = provenance.provenance(args, text=eval_text.name, text_sha256=eval_text.sha256("evaluation"))
-        about = {"made_by": command(args, calibration.meta["text_spec"]), "provenance": made}
+        about = {"made_by": command(args, calibration), "provenance": made}
         for file in write_presets(loaded, presets, calibration, outputs, measured, **about):
             print(f"wrote {file}")
     files.write_run(outputs.record, record, outputs.picture, lambda: plots.ratio_presets(record))  # after the presets
     print(f"wrote {outputs.record} and {outputs.picture}")
 
 
-def command(args: argparse.Namespace, text: str) -> str:
-    """The command that makes the same presets again. text: spec of the calibration's text."""
-    names = ("samples", "seq_len", "seed", "sink_tokens", "eval_text", "codec", "quantizer", "calibration_file")
-    flags = {name.replace("_", "-"): getattr(args, name) for name in (*names, "whole_cache")}
+def command(args: argparse.Namespace, calibration: Calibration) -> str:
+    """The command that makes the same presets again, whichever basis comes first then."""
+    text, codec = calibration.meta["text_spec"], calibration.meta["codec"]
+    names = ("samples", "seq_len", "seed", "sink_tokens", "eval_text", "quantizer", "calibration_file")
+    flags = {"codec": codec} | {name.replace("_", "-"): getattr(args, name) for name in (*names, "whole_cache")}
     ratios = ",".join(f"{ratio:g}" for ratio in args.ratios)
     return cli.command_line("make_presets", {"model": args.model, "text": text, **flags, "ratios": ratios})
 

@@ -323,7 +323,9 @@ class TensorOf(Kind):
         if value.is_floating_point() != self.dtype.is_floating_point or value.is_complex():
             wanted = "floating-point numbers" if self.dtype.is_floating_point else "integers"
             raise Mismatch(at, wanted, str(value.dtype))
-        low, high = map(float, value.to(self.dtype).aminmax()) if value.numel() else (least, least)
+        # Integers in their own dtype: those that are too large for self.dtype would wrap around
+        numbers = value.to(self.dtype) if self.dtype.is_floating_point else value
+        low, high = map(float, numbers.aminmax()) if value.numel() else (least, least)
         if not least <= low <= high < self.below:  # NaN is neither
             raise Mismatch(at, f"finite numbers from {least:g} to less than {self.below:g}", f"{low:g} to {high:g}")
         return value.to(self.dtype)

@@ -81,7 +81,7 @@ def _calibration(options: RunOptions, record: dict) -> list[Path]:
     """The calibration that a file of presets by ratio was made with."""
     args, slug = record["args"], loading.slug_of(options.model)
     slug += f"_{args['tag']}" if args.get("tag") else ""
-    return [Path("calibrations") / ratio_presets.calibration_name(args["codec"], slug)]
+    return [Path("calibrations") / ratio_presets.calibration_name(record["calibration"]["codec"], slug)]
 
 
 def _quarters(record: dict) -> Figures:

@@ -97,6 +97,7 @@ def test_defaults_are_filled_in_and_the_value_given_is_not_changed():
 
 BELOW_10 = TensorOf((2, None), below=10, dtype=torch.float64)
 IDS = TensorOf((2,), below=100, least=0, dtype=torch.int64)
+CODES = TensorOf((2,), below=128, least=-127, dtype=torch.int8)
 POSITIVE = TensorOf((1,), below=1e15, least=0)
 
 
@@ -124,16 +125,18 @@ def test_a_tensor_is_returned_in_the_precision_to_work_with(dtype):
     assert found.dtype == torch.float64 and found.tolist() == [[1, -9], [2, 3]]
     assert parse(torch.ones(2, 0), BELOW_10, "f").shape == (2, 0) and parse(torch.zeros(1), POSITIVE, "f") == 0
     assert parse(torch.tensor([0, 99], dtype=torch.int32), IDS, "f").tolist() == [0, 99]
+    assert parse(torch.tensor([-127, 127], dtype=torch.int32), CODES, "f").dtype == torch.int8
 
 
 @pytest.mark.parametrize(("value", "kind"), [
     *((value, IDS) for value in (torch.tensor([0, 100]), torch.tensor([-1, 0]), torch.ones(2))),
     (torch.ones(2, dtype=torch.complex64), IDS),
+    *((torch.tensor([0, code], dtype=torch.int32), CODES) for code in (-128, 128, 256)),
     (torch.full((1,), -1e-9), POSITIVE),
     (torch.full((1,), 1e300, dtype=torch.float64), POSITIVE),
 ])  # fmt: skip
 def test_numbers_of_another_kind_or_beyond_the_bounds_are_rejected(value, kind):
-    with pytest.raises(BadArtefact, match="expected (finite numbers from 0 to less than (100|1e)|integers)"):
+    with pytest.raises(BadArtefact, match="expected (finite numbers from (0|-127) to less than 1(00|28|e)|integers)"):
         parse(value, kind, "f")
 
 

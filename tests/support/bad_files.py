@@ -183,16 +183,20 @@ def put(record, at: tuple, value):
 def wrong_tensors(record: dict) -> Iterator[tuple[str, dict]]:
     for at, tensor in places(record):
         name = ".".join(map(str, at))
+        fractional = tensor if tensor.is_floating_point() else tensor.float()
         wrong = {
             "cut": tensor[..., :-1],
             "longer": torch.cat((tensor, tensor), dim=-1),
             "one more dimension": tensor[None],
-            "NaN": tensor.clone().index_fill_(0, torch.tensor([0]), float("nan")),
-            "infinite": tensor.clone().index_fill_(0, torch.tensor([len(tensor) - 1]), float("inf")),
+            "NaN": fractional.clone().index_fill_(0, torch.tensor([0]), float("nan")),
+            "infinite": fractional.clone().index_fill_(0, torch.tensor([len(tensor) - 1]), float("inf")),
             "one number for all": torch.ones((1,) * tensor.ndim, dtype=tensor.dtype).expand_as(tensor),
             "missing": None,
             "words": "tensor",
         }
+        if tensor.dtype == torch.int8:  # codes of a basis, from -127 to 127
+            wrong["least integer"] = tensor.clone().index_fill_(0, torch.tensor([0]), -128)
+            wrong["wider integers"] = tensor.int() + 256  # the same in eight bits
         for what, value in wrong.items():
             if what != "one number for all" or tensor.numel() > 1:
                 yield f"{name} {what}", put(record, at, value)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from calibrations import TEXT
+from layer_shapes import model_of
 from sampling import sampled
 from script_runs import listing, run
 from tiny import tiny_loaded, tiny_model, word_tokenizer
@@ -23,11 +24,13 @@ from gpt2.models.loading import wrap
 from gpt2.tuning import ratio_presets
 
 SMALL = {"samples": 3, "seq_len": 100, "seed": 0, "sink_tokens": 4}
+TINY_RUN = ["--samples", 2, "--seq-len", 100, "--eval-tokens", 256, "--eval-seq-len", 128, "--ratios", "4",
+            "--output", "out"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def calibration(llama):
-    return calibrate(llama, TEXT, rank=12, codec="joint", **SMALL)
+    return calibrate(llama, TEXT, rank=12, codec="framed", **SMALL)
 
 
 @pytest.mark.parametrize(("ratio", "quantizer"), [(2.0, "mixed"), (8.0, "mixed"), (4.6, "mixed_fixed")])
@@ -48,14 +51,14 @@ def test_sinks_are_counted_and_a_ratio_out_of_reach_is_named(llama, calibration)
 
 
 def test_the_calibration_is_compact_and_used_again(llama, calibration, tmp_path, capsys):
-    path = save_calibration(calibration, tmp_path / "joint.pt")  # with statistics: not a compact one
-    made = ratio_presets.compact_calibration(llama, TEXT, path, codec="joint", **SMALL)
+    path = save_calibration(calibration, tmp_path / "framed.pt")  # with statistics: not a compact one
+    made = ratio_presets.compact_calibration(llama, TEXT, path, codec="framed", **SMALL)
     assert "will be replaced" in capsys.readouterr().out
     assert made.statistics is None and load_calibration(path).statistics is None
-    again = ratio_presets.compact_calibration(llama, TEXT, path, codec="joint", **SMALL)
+    again = ratio_presets.compact_calibration(llama, TEXT, path, codec="framed", **SMALL)
     assert "using" in capsys.readouterr().out
-    assert all(map(torch.equal, again.multi_head["joint"].E, made.multi_head["joint"].E))
-    ratio_presets.compact_calibration(llama, TEXT, path, codec="joint", **SMALL | {"seed": 1})
+    assert all(map(torch.equal, again.multi_head["framed"].E, made.multi_head["framed"].E))
+    ratio_presets.compact_calibration(llama, TEXT, path, codec="framed", **SMALL | {"seed": 1})
     assert "will be replaced" in capsys.readouterr().out and load_calibration(path).meta["seed"] == 1
 
 
@@ -65,14 +68,14 @@ def test_the_script_makes_presets_that_work(tiny_flags, tmp_path, capsys):
     flags += ["--ratios", "2,6.4", "--output", "out"]
     before = listing(tmp_path)
     assert run("make_presets", *flags) == 0
-    names = {f"runs/ratio_presets_{slug}.json", f"plots/ratio_presets_{slug}.png", f"calibrations/kv_joint_{slug}.pt"}
+    names = {f"runs/ratio_presets_{slug}.json", f"plots/ratio_presets_{slug}.png", f"calibrations/kv_framed_{slug}.pt"}
     names |= {f"presets/{slug}-kv-2x.json", f"presets/{slug}-kv-6.4x.json"}
     assert listing(tmp_path) - before == {f"out/{name}" for name in names}
     for row in json.loads((tmp_path / f"out/runs/ratio_presets_{slug}.json").read_text())["rows"]:
         preset = load_preset(tmp_path / f"out/presets/{slug}-{row['label']}.json")
         assert preset["compression_ratio"] == pytest.approx(row["compression_ratio_2048"], abs=1e-3)
         assert preset["ppl_delta"] == pytest.approx(row["ppl_delta"], abs=1e-6)
-        assert "make_presets.py" in preset["made_by"] and preset["bits"] == row["bits"]
+        assert "--codec framed" in preset["made_by"] and preset["bits"] == row["bits"]
         prompt = (torch.arange(100) % 20 + 2)[None]
         out = model.generate(prompt, past_key_values=create_cache_from_preset(preset), max_new_tokens=4)
         assert out.shape == (1, 104)
@@ -85,17 +88,53 @@ def test_the_script_makes_presets_that_work(tiny_flags, tmp_path, capsys):
     assert run("make_presets", *flags, "--tag", "b", "--whole-cache", 512) == 0
     assert "bits per coordinate, 2.0" in (out := capsys.readouterr().out) and "the whole cache at 512 tokens" in out
     names = {f"runs/ratio_presets_whole_{slug}_b.json", f"plots/ratio_presets_whole_{slug}_b.png"}
-    names |= {f"calibrations/kv_joint_{slug}_b.pt"}
+    names |= {f"calibrations/kv_framed_{slug}_b.pt"}
     assert listing(tmp_path) - before == {f"out/{name}" for name in names}, "a tag measures only"
     assert run("make_presets", *flags, "--ratios", "0.5") == 2
     assert "lies between 1 and 64" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("codec", "prefix"), [("joint", "store"), ("grouped", "fast")])
+def test_another_basis_gives_other_names(tiny_flags, codec, prefix, tmp_path, capsys):
+    """Of presets, of the calibration and of the results; a basis that was asked for comes without a note."""
+    slug = Path(tiny_flags[1]).name
+    before = listing(tmp_path)
+    assert run("make_presets", *tiny_flags, *TINY_RUN, "--codec", codec) == 0
+    names = {f"runs/ratio_presets_{codec}_{slug}.json", f"plots/ratio_presets_{codec}_{slug}.png"}
+    names |= {f"presets/{slug}-{prefix}-4x.json", f"calibrations/kv_{codec}_{slug}.pt"}
+    assert listing(tmp_path) - before == {f"out/{name}" for name in names}
+    assert load_preset(tmp_path / f"out/presets/{slug}-{prefix}-4x.json")["codec"] == codec
+    assert "note: " not in capsys.readouterr().out
+
+
+def test_layers_without_the_usual_basis_get_the_first_that_fits(tiny_flags, tmp_path, capsys):
+    """Of latent attention, K and V have two shapes: framed can't be made, and grouped is next."""
+    model_of("deepseek_v3").model.save_pretrained(tmp_path / "latent")
+    word_tokenizer().save_pretrained(tmp_path / "latent")
+    flags = ["--model", tmp_path / "latent", *tiny_flags[2:], *TINY_RUN]
+    before = listing(tmp_path)
+    assert run("make_presets", *flags) == 0
+    note = "note: layer 0: codec framed needs K and V of one shape, got 1 x 16 and 1 x 8: use grouped; "
+    note += "presets are called fast-*"
+    assert note in capsys.readouterr().out.splitlines()
+    names = {"runs/ratio_presets_grouped_latent.json", "plots/ratio_presets_grouped_latent.png"}
+    names |= {"presets/latent-fast-4x.json", "calibrations/kv_grouped_latent.pt"}
+    assert listing(tmp_path) - before == {f"out/{name}" for name in names}
+    preset = load_preset(tmp_path / "out/presets/latent-fast-4x.json")
+    assert (preset["codec"], preset["name"]) == ("grouped", "fast-4x") and "--codec grouped" in preset["made_by"]
+    loaded, prompt = model_of("deepseek_v3"), (torch.arange(140) % 20 + 2)[None]
+    cache = create_cache_from_preset(preset)
+    assert loaded.model.generate(prompt, past_key_values=cache, max_new_tokens=4).shape == (1, 144)
+    assert run("make_presets", *flags, "--codec", "framed") == 2, "a basis that was asked for isn't exchanged"
+    assert "codec framed needs K and V of one shape" in capsys.readouterr().err
+
+
 WINDOW = {"sliding_window": 130, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
-# Codecs: joint needs K and V of one shape
+# Bases: framed and joint need K and V of one shape
+PREFIXES = {"framed": "kv", "joint": "store", "grouped": "fast"}
 MIXED = {
-    "windowed": (lambda: tiny_loaded("gemma3_text", **WINDOW), ("joint", "grouped")),
-    "hybrid": (lambda: wrap(tiny_family("qwen3_next"), word_tokenizer(), "tiny-hybrid"), ("joint", "grouped")),
+    "windowed": (lambda: tiny_loaded("gemma3_text", **WINDOW), tuple(PREFIXES)),
+    "hybrid": (lambda: wrap(tiny_family("qwen3_next"), word_tokenizer(), "tiny-hybrid"), tuple(PREFIXES)),
     "shapes": (lambda: wrap(tiny_family("mimo_v2_flash"), word_tokenizer(), "tiny-shapes"), ("grouped",)),
 }
 
@@ -126,7 +165,7 @@ def test_layers_that_differ_have_the_ratio_over_k_and_v(mixed, ratio, quantizer)
     loaded, calibration = mixed
     geometry, tokens = loaded.geometry, ratio_presets.TOKENS
     preset = ratio_presets.make_ratio_preset(loaded, calibration, ratio, quantizer=quantizer)
-    assert preset.name == f"{'kv' if preset.codec == 'joint' else 'fast'}-{ratio:g}x"
+    assert preset.name == f"{PREFIXES[preset.codec]}-{ratio:g}x"
     held, states = held_bytes(preset.make, geometry, tokens), geometry.uncompressed_bytes(tokens)
     assert preset.attention_ratio == pytest.approx(geometry.attention_bytes(tokens) / (held - states))
     assert preset.compression_ratio == pytest.approx(plain_bytes(geometry, tokens) / held)

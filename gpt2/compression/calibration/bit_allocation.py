@@ -38,8 +38,11 @@ class BitAllocation:
     prices: Tensor
     demand: Tensor
     weights: tuple[float, ...] | None = None
-    _widths: dict[float, list[Tensor | None]] = field(default_factory=dict, repr=False, compare=False)
-    _weighted: dict[tuple[float, ...], BitAllocation] = field(default_factory=dict, repr=False, compare=False)
+    # Not copied by `replace`: they follow from the errors and weights
+    _widths: dict[float, list[Tensor | None]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _weighted: dict[tuple[float, ...], BitAllocation] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def measured(cls, errors: Sequence[Tensor | None]) -> BitAllocation:
@@ -59,8 +62,7 @@ class BitAllocation:
         if all(weight == 1 for weight in weights):
             return self
         if weights not in self._weighted:
-            own = replace(self, weights=weights, _widths={}, _weighted={})
-            self._weighted[weights] = own
+            self._weighted[weights] = replace(self, weights=weights)
         return self._weighted[weights]
 
     def bits_of_each(self, bits: float) -> list[float]:

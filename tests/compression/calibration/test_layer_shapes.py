@@ -130,7 +130,7 @@ def test_what_is_loaded_is_what_was_saved(family, suffix, tmp_path):
     back = load_calibration(path)
     assert back.geometry == calibration.geometry == model_of(family).geometry
     assert identical(tensor_file.read(save_calibration(back, tmp_path / f"again{suffix}")), tensor_file.read(path))
-    assert list(back.multi_head) == (["joint", "grouped", "framed"] if family in ONE_SHAPE else ["grouped"])
+    assert list(back.multi_head) == (["framed", "grouped", "joint"] if family in ONE_SHAPE else ["grouped"])
     for layer in calibration.geometry.attention:
         for side in "kv":
             for codec in ("pca", "fisher", *back.multi_head):
@@ -140,13 +140,23 @@ def test_what_is_loaded_is_what_was_saved(family, suffix, tmp_path):
                 assert len(bits) == 1
 
 
+def as_list(stacks: Tensor | list[Tensor]) -> list[Tensor]:
+    """What a file has in place of one tensor by layer: a stack, or a list of them where layers differ in shape."""
+    return stacks if isinstance(stacks, list) else [stacks]
+
+
 @pytest.mark.parametrize("family", MODELS)
-def test_a_compact_calibration_has_half_the_bytes_of_its_basis(family, tmp_path):
+def test_a_compact_calibration_has_a_quarter_of_the_bytes_of_its_basis(family, tmp_path):
     whole = made(family)
     compact = calibrate(model_of(family), TEXT, rank=4, codec="grouped", samples=3, seq_len=150, compact=True)
     back = load_calibration(save_calibration(compact, tmp_path / "c.pt"))
     assert back.geometry == whole.geometry and back.statistics is None and list(back.multi_head) == ["grouped"]
-    assert {E.dtype for E in tensor_file.read(tmp_path / "c.pt")["grouped"]["E"]} == {torch.float16}
+    stored, single = tensor_file.read(tmp_path / "c.pt")["grouped"], whole.multi_head["grouped"].record(whole.geometry)
+    E, errors, scale, single_E = map(as_list, (stored["E"], stored["errors"], stored["scale"], single["E"]))
+    assert {own.dtype for own in E} == {torch.int8} and {own.dtype for own in errors} == {torch.bfloat16}
+    assert [4 * own.nbytes for own in E] == [own.nbytes for own in single_E]
+    assert [tuple(own.shape) for own in scale] == [(*own.shape[:2], 1, own.shape[3]) for own in E]
+    assert identical(tensor_file.read(save_calibration(back, tmp_path / "again.pt"))["grouped"], stored)
     variance = back.kept_variance()
     for layer, (keys, values) in vectors(family).items():
         assert close(back.transform("k", layer).E, whole.transform("k", layer, codec="grouped").E, 1e-2)

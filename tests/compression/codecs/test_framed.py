@@ -152,7 +152,7 @@ def test_its_presets_by_ratio_are_read_as_they_are_stored(tmp_path):
     how = {"codec": "framed", "samples": 4, "seq_len": 200, "seed": 0, "sink_tokens": 4}
     made = compact_calibration(loaded, TEXT, tmp_path / "f.pt", **how)
     found = make_ratio_preset(loaded, made, 3.5)
-    assert found.name == "frame-3.5x" and found.compression_ratio >= 3.5
+    assert found.name == "kv-3.5x" and found.compression_ratio >= 3.5
     preset = preset_of(made, tmp_path / "f.pt")
     cache = create_cache_from_preset(preset, dtype=torch.float64)
     reads_like_the_reference(loaded, cache, prompt, max_new_tokens=8)

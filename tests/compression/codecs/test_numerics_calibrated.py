@@ -188,11 +188,11 @@ def test_presets_by_ratio_and_the_search_twice_are_the_same(tiny_flags, tmp_path
     common, found = [*tiny_flags, *FEW[:2], "--seq-len", 100], []
     scored = ["--eval-tokens", 128, "--eval-seq-len", 64]
     for name in ("one", "other"):
-        calibration = f"{name}/calibrations/kv_joint_tiny-llama.pt"
+        calibration = f"{name}/calibrations/kv_framed_tiny-llama.pt"
         assert run("make_presets", *common, *scored, "--ratios", "6.4", "--output", name) == 0
-        assert run("calibrate_kv_lowrank", *common, "--codec", "joint", "--rank", 12, "--output", calibration) == 0
+        assert run("calibrate_kv_lowrank", *common, "--codec", "framed", "--rank", 12, "--output", calibration) == 0
         flags = [*common, *SMALL_EVAL, "--target-ppl-delta", 0.5, "--calibration", calibration]
-        flags += ["--search", "codec", "--codecs", "joint+mixed,pca", "--num-trials", 4, "--study", f"{name}/s.db"]
+        flags += ["--search", "codec", "--codecs", "framed+mixed,pca", "--num-trials", 4, "--study", f"{name}/s.db"]
         assert run("auto_tune_kv_compression", *flags, "--output", f"{name}/preset.json") == 0
         (study,) = optuna.get_all_study_names(f"sqlite:///{name}/s.db")
         rows = json.loads((tmp_path / name / "runs/ratio_presets_tiny-llama.json").read_text())["rows"]

@@ -1,0 +1,161 @@
+"""Compact fits of multi-head bases: eight bits in memory and in files, and files of before in half precision."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from calibrations import TEXT, identical
+from tiny import tiny_loaded
+from torch import Tensor
+
+from gpt2.common import tensor_file
+from gpt2.common.errors import BadArtefact
+from gpt2.compression.calibration.bit_allocation import BitAllocation
+from gpt2.compression.calibration.calibrate import calibrate
+from gpt2.compression.calibration.file import load_calibration, save_calibration
+from gpt2.compression.calibration.fit import Calibration
+from gpt2.compression.calibration.multi_head_fit import MultiHeadFit
+from gpt2.compression.calibration.stand_in import multi_head_stand_in
+from gpt2.compression.codecs import multi_head_bases
+from gpt2.models.geometry import Geometry
+
+GEOMETRY = Geometry.uniform(3, 4, 32)
+BASES = multi_head_bases()
+
+
+def fit_of(name: str) -> MultiHeadFit:
+    """A basis for `GEOMETRY`: a rotation and some noise, whose columns have lengths near 0.1 to 10."""
+    fit, generator = multi_head_stand_in(BASES[name], GEOMETRY), torch.Generator().manual_seed(0)
+
+    def noise(E: Tensor) -> Tensor:
+        return (E + 0.02 * torch.randn(E.shape, generator=generator)) * torch.logspace(-1, 1, E.shape[-1])
+
+    means = [torch.randn(mean.shape, generator=generator) for mean in fit.mean]
+    return replace(fit, E=[noise(E) for E in fit.E], mean=means)
+
+
+@pytest.fixture(scope="module")
+def llama_fit() -> Calibration:
+    return calibrate(tiny_loaded("llama"), TEXT, rank=6, samples=3, seq_len=100, codec="joint")
+
+
+def widest_step(E: Tensor, rounded: Tensor) -> Tensor:
+    """The largest difference of each column, in 127ths of the column's largest number."""
+    return (E - rounded).abs().amax(-2) / (E.abs().amax(-2) / 127)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_compact_basis_is_rounded_to_eight_bits_of_each_columns_largest(name):
+    fit = fit_of(name)
+    compact = fit.compact()
+    for E, rounded in zip(fit.E, compact.E, strict=True):
+        assert 0.1 < float(widest_step(E, rounded).amax()) <= 0.5 + 1e-4
+    stored = compact.record(GEOMETRY)
+    assert stored["E"].dtype == torch.int8 and (stored["E"].abs().amax(-2) == 127).all()
+    for errors, rounded in zip(fit.allocation.errors, compact.allocation.errors, strict=True):
+        assert torch.equal(rounded, errors.bfloat16().float()) and not torch.equal(rounded, errors)
+
+
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_the_decoder_of_a_compact_basis_is_the_inverse_of_its_rounded_encoder(name, side):
+    """Rounding costs nothing by itself: coordinates without quantizer error give K and V back, and the other way."""
+    fit = fit_of(name)
+    compact = fit.compact()
+    transform, exact = compact.transform(1, side), fit.transform(1, side)
+    assert not torch.equal(transform.E, exact.E)
+    shape = BASES[name].shape(GEOMETRY).layers[BASES[name].basis_index(1, side)].k
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(2, shape.heads, 40, shape.width, generator=generator)
+    heads = GEOMETRY.layers[1].k.heads * (2 if transform.joint else 1)
+    x = transform.inverse(z, GEOMETRY.layers[1].k.width, start=64)
+    assert x.shape == (2, heads, 40, 32)
+    assert torch.allclose(transform.forward(x, start=64), z, atol=1e-3)
+    x = torch.randn(2, heads, 40, 32, generator=generator)
+    assert torch.allclose(transform.inverse(transform.forward(x, start=64), 32, start=64), x, atol=1e-3)
+    # The decoder of the basis before it was rounded would lose far more
+    mixed = replace(transform, D=exact.D)
+    assert float((mixed.inverse(mixed.forward(x, start=64), 32, start=64) - x).abs().amax()) > 0.02
+
+
+@pytest.mark.parametrize("suffix", tensor_file.SUFFIXES)
+@pytest.mark.parametrize("name", BASES)
+def test_a_compact_fit_is_in_its_file_what_it_was_in_memory(name, suffix, tmp_path):
+    """Also its scales, which are computed from E again when a fit is written."""
+    meta = {
+        "model": "noise", "fingerprint": "0", "num_layers": 3, "num_kv_heads": 4, "head_dim": 32, "rank": 32,
+        "codec": name, "sink_tokens": 4, "samples": 1, "seq_len": 64, "seed": 0, "text": "t", "text_spec": "t",
+        "text_sha256": "0", "tokens": 64, "dtype": "float32", "versions": {}, "compact": True,
+    }  # fmt: skip
+    fit = fit_of(name).compact()
+    path = save_calibration(Calibration(meta, None, {}, {name: fit}), tmp_path / f"c{suffix}")
+    back = load_calibration(path).multi_head[name]
+    assert all(map(torch.equal, back.E, fit.E)) and all(map(torch.equal, back.D, fit.D))
+    assert all(map(torch.equal, back.allocation.errors, fit.allocation.errors))
+    again = save_calibration(load_calibration(path), tmp_path / f"again{suffix}")
+    assert identical(tensor_file.read(again), tensor_file.read(path))
+
+
+def test_widths_of_a_compact_fit_are_those_of_its_rounded_errors(llama_fit):
+    """Not those that the whole fit had computed before."""
+    fit = replace(llama_fit.multi_head["joint"])
+    bits, weights = 3.0, (0.5,) + (1.0,) * (len(fit.E) - 1)
+    for own in (fit.allocation, fit.allocation.weighted(weights)):
+        own.widths(bits)
+    compact = fit.compact()
+    for own in (compact.allocation, compact.allocation.weighted(weights)):
+        fresh = BitAllocation(compact.allocation.errors, own.prices, own.demand, own.weights)
+        assert own.errors is compact.allocation.errors
+        assert all(map(torch.equal, own.widths(bits), fresh.widths(bits)))
+
+
+def in_half_precision(record: dict) -> dict:
+    """A record of a compact basis as it was written before there were eight bits."""
+    E = record["E"] * record["scale"]
+    scale = E.abs().amax((-1, -2), keepdim=True).log2().ceil().exp2()
+    return record | {"E": (E / scale).half(), "scale": scale, "errors": record["errors"].float()}
+
+
+@pytest.mark.parametrize("suffix", tensor_file.SUFFIXES)
+def test_a_compact_file_in_half_precision_is_read_and_written_as_it_is(llama_fit, suffix, tmp_path):
+    record = tensor_file.read(save_calibration(llama_fit.compact("joint"), tmp_path / "c.pt"))
+    old = in_half_precision(record["joint"])
+    assert old["E"].dtype == torch.float16 and old["scale"].shape == (*old["E"].shape[:2], 1, 1)
+    path = tensor_file.write(tmp_path / f"old{suffix}", record | {"joint": old})
+    back = load_calibration(path)
+    assert back.statistics is None
+    for layer in range(back.geometry.num_layers):
+        transform = back.transform("k", layer)
+        assert torch.equal(transform.E, old["E"][layer].float() * old["scale"][layer])
+        assert torch.allclose(transform.E @ transform.D, torch.eye(transform.rank), atol=1e-4)
+        assert torch.equal(back.multi_head["joint"].allocation.errors[layer], old["errors"][layer])
+    again = tensor_file.read(save_calibration(back, tmp_path / f"again{suffix}"))
+    assert identical(again, tensor_file.read(path)) and again["joint"]["E"].dtype == torch.float16
+
+
+def changed(own: dict, name: str, change) -> dict:
+    return own | {name: change(own[name].clone())}
+
+
+def with_code(value: int):
+    def change(E: Tensor) -> Tensor:
+        E[0, 0, 0, 0] = value
+        return E
+
+    return change
+
+
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("E", with_code(-128), r"field 'joint.E': expected finite numbers from -127 to less than 128, found -128"),
+    ("E", lambda E: E.int() + 256, "field 'joint.E': expected floating-point numbers, found torch.int32"),
+    ("E", lambda E: E[..., :-1], r"field 'joint.E': expected a tensor \[3, 1, 48, 48\]"),
+    ("scale", lambda scale: scale[..., :1], r"field 'joint.scale': expected a tensor \[3, 1, 1, 48\], found .*1, 1\]"),
+    ("scale", lambda scale: scale.mT, r"field 'joint.scale': expected a tensor \[3, 1, 1, 48\], found .*48, 1\]"),
+    ("scale", lambda scale: scale * float("inf"), "field 'joint.scale': expected finite numbers"),
+    ("E", lambda E: E.float(), r"field 'joint.scale': expected a tensor \[3, 1, 1, 1\]"),
+])  # fmt: skip
+def test_codes_and_scales_that_no_compact_basis_has_are_rejected(llama_fit, name, change, message, tmp_path):
+    record = tensor_file.read(save_calibration(llama_fit.compact("joint"), tmp_path / "c.pt"))
+    path = tensor_file.write(tmp_path / "bad.pt", record | {"joint": changed(record["joint"], name, change)})
+    with pytest.raises(BadArtefact, match=message):
+        load_calibration(path)
