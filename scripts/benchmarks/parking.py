@@ -25,7 +25,7 @@ def arguments():
     cli.add_model_flags(p)
     p.add_argument("--shapes", type=names, default="llama-3.1-8b.json,qwen3.5-4b.json",
                    help="models without weights: files of configs/models, or none")  # fmt: skip
-    p.add_argument("--presets", type=names, default="kv8,kv4,kv-4x,store-4x", help="caches to park")
+    p.add_argument("--presets", type=names, default="kv8,kv4,kv-4x", help="caches to park")
     p.add_argument("--context-lengths", type=cli.int_list, default=[4096, 8192, 32768], help="tokens of conversations")
     p.add_argument("--memory-gb", type=float, default=64, help="memory for parked conversations, in 10⁹ bytes")
     p.add_argument("--shape-tokens", type=cli.positive_int, default=1024, help="tokens that a shape's layers read")
