@@ -117,7 +117,7 @@ def recounted(llama, texts, gathered, monkeypatch):
 SOME = [f"{question}: {label}" for question, rows in QUESTIONS.items() for label in sampled(rows, 2)]
 
 
-@pytest.mark.parametrize("row", map(ROWS.get, SOME), ids=SOME)
+@pytest.mark.parametrize("row", [ROWS[name] for name in SOME], ids=SOME)
 def test_every_row_takes_the_bits_that_were_asked_for(row, recounted):
     believed, counted = recounted(row)
     assert believed == pytest.approx(counted, rel=1e-9)
