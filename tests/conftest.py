@@ -23,12 +23,13 @@ torch.set_num_threads(1)
 # no process is left with a long one at the end. First those that don't need the kernels for CPUs, which are being built
 LONG = """
     scripts/test_kills.py evaluation/test_real_model.py common/test_processes.py common/test_trial_queue.py
-    kernels/test_kernels.py scripts/test_scripts.py cache/test_attention.py codecs/test_numerics.py
-    codecs/test_numerics_calibrated.py cache/test_generation.py cache/test_windows.py cache/test_layer_kinds.py
-    cache/test_endurance.py cache/test_operations.py codecs/test_multi_head.py evaluation/test_tasks.py
-    evaluation/test_stability.py scripts/test_gpu_check.py cache/test_cache_machine.py experiments/test_scaling.py
-    models/test_shapes.py evaluation/test_bytes_by_context.py experiments/test_codec_variations.py
-    experiments/test_architectures.py tuning/test_codec_search.py cache/test_compiled.py models/test_devices.py
+    kernels/test_kernels.py scripts/test_scripts.py cache/test_attention.py cache/test_direct_attention.py
+    codecs/test_numerics.py codecs/test_numerics_calibrated.py cache/test_generation.py cache/test_windows.py
+    cache/test_layer_kinds.py cache/test_endurance.py cache/test_operations.py codecs/test_multi_head.py
+    evaluation/test_tasks.py evaluation/test_stability.py scripts/test_gpu_check.py cache/test_cache_machine.py
+    experiments/test_scaling.py models/test_shapes.py evaluation/test_bytes_by_context.py
+    experiments/test_codec_variations.py experiments/test_architectures.py tuning/test_codec_search.py
+    cache/test_compiled.py models/test_devices.py
 """
 
 

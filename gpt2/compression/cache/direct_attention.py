@@ -126,8 +126,8 @@ def _frames(store: TokenStore | Half, head_dim: int) -> cpu.Frames | None:
     rotation = None if store.compressor.frame is None else transform.frame_rotation(store.frame_starts())
     if rotation is None:
         return None
-    read = transform.read_basis(head_dim)
-    return cpu.Frames(transform.derived("panels", head_dim, lambda: cpu.panels(read)), *rotation)
+    panels = transform.derived("panels", head_dim, lambda: cpu.panels(transform.read_basis(head_dim)))
+    return cpu.Frames(panels, *rotation)
 
 
 def _bias(mask: Tensor, batch: int, tokens: int) -> Tensor:

@@ -1,13 +1,10 @@
 """Attention over what is stored: the same logits as reconstruction, whatever the model asks of its attention."""
 
-import logging
-
 import pytest
 import torch
 from direct import SETTINGS, both, cache_of, close, joint_cache_of, streamed
 from generation import MODES, SAME_TOKENS, with_dynamic_cache
 from sampling import covering
-from stores import filled
 from tiny import FAMILIES, tiny_model, windows
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
@@ -15,12 +12,8 @@ from gpt2.common.errors import UnsupportedModel
 from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention, is_enabled
 from gpt2.compression.cache import attention, direct_attention
 from gpt2.compression.cache.layers import StoredKV
-from gpt2.compression.cache.token_store import Half, TokenStore
-from gpt2.compression.codecs import QUANTIZERS, Compressor, JointTransform, Transform
-from gpt2.compression.codecs.multi_head import UnrotatedTransform
-from gpt2.compression.codecs.rope import Rotary
+from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.compressed_cache import identity_cache
-from gpt2.compression.kernels import cpu, dispatch
 from gpt2.evaluation.instruments import Stopwatch, watched
 from gpt2.experiments.miniatures import tiny_family
 
@@ -184,138 +177,6 @@ def test_many_chunks(llama, kernels):
     assert all(len(list(cache.layers[0].stores["V"].chunks())) > 1 for cache in caches)
 
 
-# --- the algebra, and the kernels
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "quantizer", "heads", "M"),
-    covering(
-        [20, 64, 80, 96, 128, 256], ["int8", "int4", "int8_channel", "int4_channel", "mixed", "none"], [1, 2],
-        range(1, 8), times=2,
-    ),
-)  # fmt: skip
-def test_scores_and_sums(quantizer, head_dim, heads, M, kernels):
-    """Ranks of any length, heads that share a basis, a mean, sinks that a block shares, few and many queries."""
-    generator = torch.Generator().manual_seed(head_dim)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    B, H, T, w = 2, 4, 64 * 3 + 9, head_dim * heads
-    q = QUANTIZERS[quantizer]
-    rank = min(w - 3, 200) if M % 2 else min(w, 256)  # rows of codes that fill whole vectors, and others
-    transform = Transform(draw(H // heads, w, rank), draw(H // heads, rank, w) / w, draw(H // heads, w))
-    store = filled(Compressor(q.at(5.0) if q.adjustable else q, transform), (4, 0), [draw(B, H, T, head_dim)])
-    held, queries, p = store.read(), draw(B, H, M, head_dim), draw(B, H, M, T).softmax(-1)
-    for found, expected in (
-        (direct_attention.scores(store, queries), queries @ held.mT),
-        (direct_attention.weighted_sum(store, p.clone()), p @ held),
-    ):
-        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-STORED = ["int8", "int4", "int8_channel", "int4_channel", "mixed"]
-
-
-@pytest.mark.parametrize(
-    ("k", "v", "shape", "mask"),
-    covering(
-        STORED, STORED, [(64, 1), (128, 4), (80, 3), (256, 7), (64, 11)], [None, "bool", "float", "sink logits"],
-        times=2,
-    ),
-)  # fmt: skip
-def test_a_decode_step_in_one_pass(k, v, shape, mask, monkeypatch):
-    """Blocks of K beside single tokens of V and the other way round, groups of heads, several sequences, any mask."""
-    if not cpu.loaded():
-        pytest.skip("no compiler on this machine")
-    d, M = shape
-    generator = torch.Generator().manual_seed(d + M)
-    B, H, T = 2, 4, 64 * 3 + 9
-    stores = []
-    for name, heads in ((k, 1), (v, 2)):
-        quantizer, w = QUANTIZERS[name], d * heads
-        E = torch.linalg.qr(torch.randn(H // heads, w, w, generator=generator)).Q
-        transform = Transform(E, E.mT.contiguous(), torch.randn(H // heads, w, generator=generator))
-        compressor = Compressor(quantizer.at(5.0) if quantizer.adjustable else quantizer, transform)
-        stores.append(filled(compressor, (4, 0), [torch.randn(B, H, T, d, generator=generator)]))
-    query = torch.randn(B, H * M, 1, d, generator=generator)
-    hidden = torch.arange(T) < torch.tensor([[0], [70]])
-    how = {"mask": None, "scaling": d**-0.5}
-    if mask == "sink logits":
-        how["sinks"] = torch.randn(H * M, generator=generator)
-    elif mask:
-        lowest = torch.finfo(torch.float32).min
-        how["mask"] = ~hidden[:, None, None] if mask == "bool" else (hidden * lowest)[:, None, None]
-    found = direct_attention.attend(*stores, query, **how)
-    monkeypatch.setattr(direct_attention, "scores", None)
-    assert torch.equal(found, direct_attention.attend(*stores, query, **how)), "one pass needs no scores"
-    monkeypatch.undo()
-    monkeypatch.setattr(cpu, "attend", lambda *args, **kwargs: None)
-    assert (found - direct_attention.attend(*stores, query, **how)).abs().max() <= 1e-5 * found.abs().max()
-
-
-@pytest.mark.parametrize(
-    ("quantizer", "layout", "heads", "d", "M", "sinks", "joint"),
-    covering(["mixed", "int4_channel", "int8_channel"], ["half", "interleaved"], [(4, 1), (4, 2), (2, 2)], [64, 80],
-             [1, 3, 7], [0, 4], [True, False], times=2),
-)  # fmt: skip
-def test_a_decode_step_absorbs_queries_for_every_frame(quantizer, layout, heads, d, M, sinks, joint, monkeypatch):
-    """Of more blocks than are absorbed together, in several chunks; part of the channels has no position."""
-    if not cpu.loaded():
-        pytest.skip("no compiler on this machine")
-    generator = torch.Generator().manual_seed(d + M)
-    (H, groups), B, T = heads, 2, 64 * 17 + 9
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    q, w = QUANTIZERS[quantizer], (2 if joint else 1) * H // groups * d
-    E = torch.linalg.qr(draw(groups, w, w)).Q
-    how = {"rotary": Rotary(torch.logspace(0, -3, 24), layout), "shared": 64}
-    kind = JointTransform if joint else UnrotatedTransform
-    transform = kind(E, E.mT.contiguous(), draw(groups, w), **how)
-    compressor = Compressor(q.at(5.0) if q.adjustable else q, transform)
-    parts = draw(B, 2 * H if joint else H, T, d).split([700, T - 700], dim=2)
-    store = filled(compressor, (sinks, 0), parts)
-    stores = (Half(store, 0), Half(store, 1)) if joint else (store, filled(Compressor(q), (sinks, 0), parts))
-    query = draw(B, H * M, 1, d)
-    found = direct_attention.attend(*stores, query, None, d**-0.5)
-    monkeypatch.setattr(cpu, "attend", lambda *args, **kwargs: None)
-    assert (found - direct_attention.attend(*stores, query, None, d**-0.5)).abs().max() <= 3e-5 * found.abs().max()
-
-
-@pytest.mark.parametrize("bits", [0.5, 1, 2, 3, 4, 6, 8, 10])
-def test_every_width(bits, kernels):
-    x = torch.randn(1, 3, 64 * 5, 37, generator=torch.Generator().manual_seed(0)) * torch.logspace(2, -3, 37)
-    store = filled(Compressor(QUANTIZERS["mixed"].at(float(bits))), (0, 0), [x])
-    q = torch.randn(1, 3, 2, 37)
-    expected = q @ store.read().mT
-    assert (direct_attention.scores(store, q) - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-def test_any_number_of_threads_gives_the_same(kernels):
-    x = torch.randn(1, 3, 640, 64, generator=torch.Generator().manual_seed(0))
-    store = filled(Compressor(QUANTIZERS["int4_channel"]), (4, 0), [x])
-    q, p = torch.randn(1, 3, 3, 64), torch.rand(1, 3, 3, 640)
-    found, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append((direct_attention.scores(store, q), direct_attention.weighted_sum(store, p.clone())))
-    finally:
-        torch.set_num_threads(before)
-    for scores, sums in found[1:]:
-        assert torch.allclose(scores, found[0][0], atol=1e-5) and torch.allclose(sums, found[0][1], atol=1e-4)
-
-
-def test_without_a_compiler_one_line_says_so(monkeypatch, caplog):
-    def fails(*args, **kwargs):
-        raise RuntimeError("no compiler here\nand a long story")
-
-    monkeypatch.setattr("torch.utils.cpp_extension.load", fails)
-    with caplog.at_level(logging.WARNING):
-        assert cpu.loaded.__wrapped__() is False
-    (record,) = caplog.records
-    assert record.message.startswith("no CPU kernels (") and record.message.endswith(": no compiler here")
-
-
 # --- switching it on and off
 
 
@@ -438,14 +299,3 @@ def test_models_in_training_and_without_a_head():
     enable_compressed_attention(decoder)
     cache = cache_of(decoder, SETTINGS["int8"], SETTINGS["int4"])
     assert decoder(windows(1, 9), past_key_values=cache).last_hidden_state.isfinite().all()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_values_that_are_not_finite_dont_crash_the_kernels(value):
-    quantizer = QUANTIZERS["mixed"].at(4.0)
-    for token in (0, 5):
-        x = torch.randn(1, 2, 128, 16)
-        x[0, 0, token, 3] = value
-        encoded = dispatch.quantize(quantizer, x)
-        assert encoded["block"].shape[2] == 2
-        assert torch.isfinite(quantizer.dequantize(encoded, 16)[0, 1]).all(), "other heads are as they were"

@@ -135,8 +135,9 @@ def test_every_instruction_set(name):
     """As the other tests compare the processor's own with PyTorch. In a process of its own, which loads one build."""
     if not cpu.loaded():
         pytest.skip("no compiler on this machine")
-    attention = "tests/compression/cache/test_attention.py"
-    tests = [f"{attention}::{test}" for test in ("test_scores_and_sums", "test_every_width", "test_sixteen_bit_models")]
+    direct = ("scores_and_sums", "every_width", "a_decode_step_absorbs_queries_for_every_frame")
+    tests = [f"tests/compression/cache/test_direct_attention.py::test_{test}" for test in direct]
+    tests += ["tests/compression/cache/test_attention.py::test_sixteen_bit_models"]
     tests += ["tests/compression/codecs/test_numerics.py::test_kernels_store_mixed_widths_as_pytorch_does"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not PyTorch", *tests]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"KV_CPU_ISA": name}, capture_output=True, text=True)

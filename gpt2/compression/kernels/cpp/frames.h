@@ -73,13 +73,14 @@ struct Frames {
 class Absorbed {
  public:
   // Absorbed queries of one frame, [h · M, columns]. q: M queries for each KV head, [B, H, M, d], contiguous;
-  // ahead: how many frames from this one on the thread will ask for
+  // ahead: how many parts of tokens from this one on the thread has to do, each a frame but for the exact tail
   const float* of(const Frames& frames, const Tensor& q, int64_t b, int64_t g, int64_t frame, int64_t ahead) {
     if (int64_t(groups.size()) <= g) groups.resize(g + 1);
     Group& own = groups[g];
     const int64_t h = frames.panels.size(1), M = q.size(2), d = q.size(3), size = h * M * frames.columns();
     if (b != own.b || frame < own.first || frame >= own.first + own.count) {
-      own.b = b, own.first = frame, own.count = std::min<int64_t>(ahead, kTogether);
+      own.b = b, own.first = frame;
+      own.count = std::min<int64_t>({ahead, kTogether, frames.angles.size(-3) - frame});
       rotated.resize(kTogether * h * M * d), own.queries.resize(kTogether * size);
       const float* from = q.const_data_ptr<float>() + (b * q.size(1) + g * h) * M * d;
       frames.absorb(from, b, g, frame, own.count, M, rotated.data(), own.queries.data());
