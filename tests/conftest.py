@@ -57,6 +57,16 @@ def no_deprecated_calls():
     DEPRECATIONS.check()
 
 
+@pytest.fixture(autouse=True)
+def same_working_folder():
+    """A test that leaves another working folder changes relative paths in all that follow it in this process."""
+    before = os.getcwd()
+    yield
+    after = os.getcwd()
+    os.chdir(before)
+    assert after == before, f"the test left the working folder {after}: change it with monkeypatch.chdir"
+
+
 @pytest.fixture(params=[True, False], ids=["kernels", "PyTorch"])
 def kernels(request, monkeypatch):
     """With CPU kernels and without; whether there are any on this machine is another test's matter."""

@@ -205,14 +205,14 @@ def test_another_model(good, tmp_path):
     assert load(path, config=tiny_model("llama", seed=1).config).get_seq_length() == 150, "a config tells layers alone"
 
 
-def test_a_calibrated_preset_needs_its_own_calibration(llama, calibration, tmp_path):
+def test_a_calibrated_preset_needs_its_own_calibration(llama, calibration, tmp_path, monkeypatch):
     """Looked for beside the file, as beside a preset; one that was changed since reads the codes otherwise."""
     kept = save_calibration(calibration, tmp_path / "there" / "c.pt")
     preset = PRESET | {"calibration_file": str(kept), "target": "kv"}
     cache = create_cache_from_preset(preset, model=llama)
     feed(llama.model, cache, ids_of(150))
     path = cache.save(tmp_path / "there" / "doc.safetensors", token_ids=ids_of(150))
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     moved = (tmp_path / "there").rename(tmp_path / "elsewhere")
     again = load(moved / path.name, model=llama)
     assert torch.equal(feed(llama.model, again, ids_of(5)), feed(llama.model, cache, ids_of(5)))
