@@ -3,10 +3,12 @@
 A table is one JSON file, whose stem is the table's name:
 
     title, about   a heading, and two or three sentences on what the table shows and how to read it
-    runs           name to {script, args, other_models?, quick?, needs?, output?, per_machine?}: one script with
-                   arguments, which makes results/runs/NAME.json. other_models: other values of args for models other
-                   than the embedded one, which have none of its built-in presets. quick: other values of args for small
-                   runs. needs: runs whose files it reads.
+    runs           name to {script, args, other_models?, models?, quick?, needs?, output?, per_machine?}: one script
+                   with arguments, which makes results/runs/NAME.json. other_models: other values of args for models
+                   other than the embedded one, which have none of its built-in presets. models: the same for single
+                   models, by their names in file names, such as fewer tokens for a model that is slow on the machines
+                   where its committed results were made. quick: other values of args for small runs. needs: runs whose
+                   files it reads.
                    output: value of --output, relative to the folder of results; default runs/NAME.json.
                    per_machine: whether it measures time: each kind of machine then has results of its own, NAME.json
                    on the reference machine and NAME_TAG.json on others (`gpt2.common.machine`)
@@ -41,6 +43,7 @@ RUN = Record(
         "script": String(),
         "args": Record(others=Plain()),
         "other_models": Default(Record(others=Plain()), {}),
+        "models": Default(Record(others=Record(others=Plain())), {}),
         "quick": Default(Record(others=Plain()), {}),
         "needs": Default(NAMES, []),
         "output": Default(String()),
@@ -206,8 +209,10 @@ def _references(tables: dict[str, TableDefinition], runs: dict[str, Run]):
 def _run(options: RunOptions, name: str, defined: dict, path: Path) -> Run:
     if not (options.checkout / "scripts" / f"{defined['script']}.py").is_file():
         raise PluginError(f"{path.name}: run {name}: no script {defined['script']}.py in scripts")
-    others = {} if loading.slug_of(options.model) == embedded.EMBEDDED else defined["other_models"]
-    args = defined["args"] | (defined["quick"] if options.quick else {}) | others
+    model = loading.slug_of(options.model)
+    others = {} if model == embedded.EMBEDDED else defined["other_models"]
+    own = {} if options.quick else defined["models"].get(model, {})
+    args = defined["args"] | (defined["quick"] if options.quick else {}) | others | own
     base = name = options.fill(name)
     tag = options.tag(args) if defined["per_machine"] else None
     if tag:

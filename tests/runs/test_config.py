@@ -98,3 +98,15 @@ def test_names_are_filled_in_and_selected(tmp_path):
     assert select(["t", "peers_u"], known, runs) == ([known["t"]], ["peers_u", "peers_my-model"])
     with pytest.raises(PluginError, match="no table v in configs/tables: there are t, u"):
         select(["v"], known, runs)
+
+
+def test_a_model_may_have_arguments_of_its_own(tmp_path):
+    run = fake({"tokens": 8, "seed": 1}, models={"slow-1b": {"tokens": 4}}, quick={"tokens": 2})
+    checkout = make_checkout(tmp_path, one={"r_{model}": run})
+
+    def args(model: str, quick: bool = False) -> dict:
+        return load(RunOptions(model=model, text="embedded", quick=quick, checkout=checkout))[1][f"r_{model}"].args
+
+    assert args("slow-1b") == {"tokens": 4, "seed": 1}
+    assert args("other-1b")["tokens"] == 8
+    assert args("slow-1b", quick=True)["tokens"] == 2, "small runs are small for every model"
