@@ -64,7 +64,7 @@ def test_invalid_tables_are_named(tmp_path):
 
     rejected("t.json: missing: about, runs, show, plots", t={"title": "x"})
     runs = {"peers_a": fake() | {"argz": {}}}
-    rejected("t.json: key 'runs.peers_a.argz': unknown: the keys are args, needs", t=rest | {"runs": runs})
+    rejected("t.json: key 'runs.peers_a.argz': unknown: the keys are args, models, needs", t=rest | {"runs": runs})
     rejected("t.json: run r: no script no.py", t=rest | {"runs": {"r": {"script": "no", "args": {}}}})
     needing = {"peers_x": fake(needs=["peers_y"])}
     rejected("run peers_x: no table defines a run peers_y", t=rest | {"runs": needing})
