@@ -112,18 +112,18 @@ def _in_one_pass(
     q = (query * scaling).reshape(B, k.sinks.shape[1], -1, d)
     frames = _frames(k, d) if k_blocks else None
     absorbed = [q] * len(k_blocks) if frames else absorb_query(k, q)
-    sums = cpu.attend(
+    out = cpu.attend(
         k_exact + k_blocks, [q] * len(k_exact) + absorbed, v_exact + v_blocks, _outs(v_exact, v_blocks), len(k),
         bias=None if mask is None else _bias(mask, B, len(k)), sinks=None if sinks is None else sinks.float(),
-        frames=frames,
+        values=v.compressor.summed_basis(v.sinks.shape[3]) if v_blocks else None, frames=frames,
     )  # fmt: skip
-    return None if sums is None else _total(v, sums, bool(v_exact)).view(B, heads, Q, -1).to(query.dtype)
+    return None if out is None else out.view(B, heads, Q, -1).to(query.dtype)
 
 
 def _frames(store: TokenStore | Half, head_dim: int) -> cpu.Frames | None:
     """How the kernel absorbs queries for K's frames by itself; None where it takes queries that are absorbed."""
-    transform = store.compressor.transform
-    rotation = None if store.compressor.frame is None else transform.frame_rotation(store.frame_starts())
+    store, transform = store.whole, store.compressor.transform
+    rotation = None if store.compressor.frame is None else transform.frame_rotation(*store.frames())
     if rotation is None:
         return None
     panels = transform.derived("panels", head_dim, lambda: cpu.panels(transform.read_basis(head_dim)))
@@ -161,6 +161,7 @@ def _exact(store: TokenStore | Half) -> list[cpu.Part]:
 
 def _blocks(store: TokenStore | Half) -> list[cpu.Part] | None:
     """A store's compressed parts, as kernels take them; None where no kernel reads them, or the exact ones beside."""
+    store = store.whole
     if store.sinks.dtype not in cpu.EXACT_DTYPES:
         return None
     compressor = store.compressor

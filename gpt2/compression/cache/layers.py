@@ -22,7 +22,7 @@ class StoredKV:
     It has no operation of a tensor, so a model that uses K or V before attention does fails at once.
     """
 
-    __slots__ = ("_layer",)
+    __slots__ = ("_layer", "_stores")
 
     def __getattr__(self, name: str):
         raise AttributeError(
@@ -32,6 +32,8 @@ class StoredKV:
 
     def __init__(self, layer: CompressedLayer):
         self._layer = layer
+        stores = list(layer.stores.values())
+        self._stores = tuple(stores) if len(stores) == 2 else (Half(stores[0], 0), Half(stores[0], 1))
 
     @property
     def reader(self):
@@ -45,8 +47,7 @@ class StoredKV:
 
     def stores(self) -> tuple[TokenStore | Half, TokenStore | Half]:
         """Stores of K and of V: halves of one where K and V are stored together."""
-        stores = list(self._layer.stores.values())
-        return tuple(stores) if len(stores) == 2 else (Half(stores[0], 0), Half(stores[0], 1))
+        return self._stores
 
     def read(self) -> tuple[Tensor, Tensor]:
         """K and V, reconstructed."""

@@ -194,10 +194,14 @@ class TokenStore:
         padding = self.own_sinks.padding
         return self._slot(block) if padding is None else self._slot(block) - padding
 
+    def frames(self) -> tuple[int | Tensor, int]:
+        """Position of the first slot in the compressed blocks, with left padding of each row, [B]; number of frames."""
+        return self._position(0), self.compressed_blocks * self.compressor.block_tokens // self.compressor.frame
+
     def frame_starts(self) -> Tensor:
         """Position of the first slot of every frame in the compressed blocks, [n], or [B, n] with left padding."""
-        starts = torch.arange(0, self.compressed_blocks * self.compressor.block_tokens, self.compressor.frame)
-        first = self._position(0)
+        first, frames = self.frames()
+        starts = self.compressor.frame * torch.arange(frames)
         return starts.to(first.device) + first[:, None] if isinstance(first, Tensor) else starts + first
 
     def _slot(self, block: int) -> int:
@@ -359,6 +363,7 @@ class Half:
         """index: 0 for K, 1 for V."""
         heads = store.sinks.shape[1] // 2
         self.whole, self.heads = store, slice(index * heads, (index + 1) * heads)
+        self._parts: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __getattr__(self, name: str):
         return getattr(self.whole, name)
@@ -368,11 +373,18 @@ class Half:
 
     @property
     def sinks(self) -> Tensor:
-        return self.whole.sinks[:, self.heads]
+        return self._own("sinks", self.whole.sinks)
 
     @property
     def tail(self) -> Tensor:
-        return self.whole.tail[:, self.heads]
+        return self._own("tail", self.whole.tail)
+
+    def _own(self, name: str, x: Tensor) -> Tensor:
+        """This half of x, which the store replaces when it changes; a view is made once, as each costs microseconds."""
+        kept = self._parts.get(name)
+        if kept is None or kept[0] is not x:
+            kept = self._parts[name] = (x, x[:, self.heads])
+        return kept[1]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

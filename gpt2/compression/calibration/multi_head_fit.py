@@ -219,7 +219,9 @@ def multi_head_from(
     )
     E = [None if own is None else own * by for own, by in zip(E, scale, strict=True)]
     rotary = zip(record["frequencies"], record["layouts"], strict=True) if basis.unrotated else ()
+    shared = {}  # one object for all layers that rotate alike, because it keeps the angles of the latest step
+    rotations = [shared.setdefault((tuple(of.tolist()), how), Rotary(of, how)) for of, how in rotary]
     return MultiHeadFit(
-        basis, mean, E, spectrum, [Rotary(*own) for own in rotary],
+        basis, mean, E, spectrum, rotations,
         BitAllocation(errors, record["prices"], record["demand"]), stored=stored, where=where,
     )  # fmt: skip

@@ -168,8 +168,8 @@ class UnrotatedTransform(Transform):
         absorbed = rotated.flatten(2, 3).unflatten(1, (-1, D.shape[1])) @ D.mT  # [B, G, H/G, n · M, r + 1]
         return absorbed.unflatten(3, (-1, q.shape[2])).transpose(2, 3).flatten(3, 4)
 
-    def frame_rotation(self, starts: Tensor) -> tuple[Tensor, bool] | None:
-        return self.rotary.angles(self._middles(starts)), self.rotary.layout == "interleaved"
+    def frame_rotation(self, first: int | Tensor, frames: int) -> tuple[Tensor, bool] | None:
+        return self.rotary.frame_angles(first, frames, self.shared), self.rotary.layout == "interleaved"
 
     def _middles(self, starts: Tensor) -> Tensor:
         """Positions of the middles of frames whose first tokens are at `starts`."""
@@ -197,5 +197,5 @@ class JointTransform(UnrotatedTransform):
     def read_basis(self, head_dim: int) -> Tensor:
         return self._affine(head_dim).chunk(2, dim=1)[0]
 
-    def _summed(self, head_dim: int) -> Tensor:
+    def summed_basis(self, head_dim: int) -> Tensor:
         return self._affine(head_dim).chunk(2, dim=1)[1]

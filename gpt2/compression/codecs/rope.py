@@ -54,6 +54,22 @@ class Rotary:
         angle = positions.float()[..., None] * self.frequencies.to(positions.device, torch.float32)
         return torch.stack((angle.cos(), angle.sin()), dim=-2)
 
+    def frame_angles(self, first: int | Tensor, frames: int, frame: int) -> Tensor:
+        """`angles` at the middles of frames of `frame` tokens, [frames, 2, n / 2], or [B, frames, 2, n / 2].
+
+        first: position of the first frame's first token; [B] where rows have their own. All layers ask for the same, at
+        every step until another block is full, so that the latest answer is kept.
+        """
+        kept, asked = self.__dict__.get("_kept"), (first, frames, frame)
+        if not isinstance(first, Tensor) and kept is not None and kept[0] == asked:
+            return kept[1]
+        middle = (frame - 1) / 2 + frame * torch.arange(frames, dtype=torch.float32)
+        if isinstance(first, Tensor):
+            return self.angles(middle.to(first.device) + first[:, None])
+        angles = self.angles(middle + first)
+        self.__dict__["_kept"] = (asked, angles)  # the dataclass is frozen, and this is not one of its fields
+        return angles
+
     def unrotate(self, x: Tensor, start: int | Tensor, frame: int = 1) -> Tensor:
         """The inverse of `rotate`; with frames of one token, pre-RoPE keys."""
         return self.rotate(x, start, -1, frame)

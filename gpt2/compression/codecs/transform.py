@@ -65,25 +65,25 @@ class Transform:
         D = self.read_basis(q.shape[-1])
         return (q.to(D.dtype).unflatten(1, (-1, D.shape[1])) @ D.mT).flatten(2, 3)
 
-    def frame_rotation(self, starts: Tensor) -> tuple[Tensor, bool] | None:
-        """How `absorb_query` rotates queries for each frame before it multiplies them with `read_basis`.
+    def frame_rotation(self, first: int | Tensor, frames: int) -> tuple[Tensor, bool] | None:
+        """How `absorb_query` rotates queries for each of n frames before it multiplies them with `read_basis`.
 
         Cosines and sines, [n, 2, pairs] or [B, n, 2, pairs], and whether channels 2i and 2i + 1 rotate together, rather
-        than i and i + pairs. None where it does something else: kernels then take what it returns.
+        than i and i + pairs. first: position of the first frame's first token, [B] where rows have their own. None where it does something else: kernels then take what it returns.
         """
         return None
 
     def reconstruct_sum(self, y: Tensor, head_dim: int) -> Tensor:
         """Weighted sums of [ẑ, 1], y [B, G, H/G · M, r + 1] → the same sums of v̂, [B, H, M, d]."""
-        D = self._summed(head_dim)
+        D = self.summed_basis(head_dim)
         return (y.to(D.dtype).unflatten(2, (D.shape[1], -1)) @ D).flatten(1, 2)
 
     def read_basis(self, head_dim: int) -> Tensor:
         """`_affine` of what queries are compared with: keys of h heads are [ẑ, 1] @ it, [G, h, r + 1, d]."""
         return self._affine(head_dim)
 
-    def _summed(self, head_dim: int) -> Tensor:
-        """`_affine` of what attention sums."""
+    def summed_basis(self, head_dim: int) -> Tensor:
+        """`_affine` of what attention sums, [G, h, r + 1, d]."""
         return self._affine(head_dim)
 
     def _affine(self, head_dim: int) -> Tensor:

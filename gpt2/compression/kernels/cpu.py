@@ -157,17 +157,21 @@ def weighted_sums(parts: list[Part], p: Tensor, outs: list[int]) -> list[Tensor]
 
 def attend(
     ks: list[Part], qs: list[Tensor], vs: list[Part], outs: list[int], tokens: int, *,
-    bias: Tensor | None = None, sinks: Tensor | None = None, frames: Frames | None = None,
-) -> list[Tensor] | None:  # fmt: skip
-    """Sums Σ p ẑ as of `weighted_sums` over the parts of V, p the softmax of `scores` over the parts of K, in one pass.
+    bias: Tensor | None = None, sinks: Tensor | None = None, values: Tensor | None = None, frames: Frames | None = None,
+) -> Tensor | None:  # fmt: skip
+    """Σ p v̂ [B, H, M, d] float32 over the parts of V, p the softmax of `scores` over the parts of K, in one pass.
 
-    For one query per head. bias [B, tokens] float32 is added to scores. sinks: logits of query heads, [Hq] float32,
-    which take weight without a token of their own. frames: how queries are absorbed, where qs of coded parts are
-    queries as the model has them, [B, H, M, d]. None where blocks of K and of V overlap so that it takes two passes.
+    For one query per head. outs: as of `weighted_sums`. bias [B, tokens] float32 is added to scores. sinks: logits of
+    query heads, [Hq] float32, which take weight without a token of their own. values: the basis of V's affine parts,
+    [G or 1, h, r + 1, d], v̂ of a group's h heads being [ẑ, 1] @ it. frames: how queries are absorbed, where qs of coded
+    parts are queries as the model has them, [B, H, M, d]. None where blocks of K and V overlap so that it takes two
+    passes.
     """
-    arguments = (*_arguments(ks), *_arguments(vs), outs, tokens, bias, sinks, *(frames or (None, None, False)))
+    values = None if values is None else values.float()
+    arguments = (*_arguments(ks), *_arguments(vs), outs, tokens, bias, sinks, values, *(frames or (None, None, False)))
     qs = [q.contiguous() for q in qs] if frames else qs
-    return torch.ops.kv_compression.attend(_queries(qs), *arguments) or None
+    found = torch.ops.kv_compression.attend(_queries(qs), *arguments)
+    return found[0] if found else None
 
 
 def panels(read: Tensor) -> Tensor:

@@ -83,23 +83,26 @@ def test_a_decode_step_in_one_pass(k, v, shape, mask, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("quantizer", "layout", "heads", "d", "M", "sinks", "joint"),
+    ("quantizer", "layout", "heads", "d", "M", "sinks", "joint", "bits"),
     covering(["mixed", "int4_channel", "int8_channel"], ["half", "interleaved"], [(4, 1), (4, 2), (2, 2)], [64, 80],
-             [1, 3, 7], [0, 4], [True, False], times=2),
+             [1, 3, 7], [0, 4], [True, False], [5.0, 1.0], times=2),
 )  # fmt: skip
-def test_a_decode_step_absorbs_queries_for_every_frame(quantizer, layout, heads, d, M, sinks, joint, monkeypatch):
-    """Of more blocks than are absorbed together, in several chunks; part of the channels has no position."""
+def test_a_decode_step_absorbs_queries_for_every_frame(quantizer, layout, heads, d, M, sinks, joint, bits, monkeypatch):
+    """Of more blocks than are absorbed together, in several chunks; part of the channels has no position.
+
+    Coordinates spread less and less, so that at one bit the last of them have no codes in any block.
+    """
     if not cpu.loaded():
         pytest.skip("no compiler on this machine")
     generator = torch.Generator().manual_seed(d + M)
     (H, groups), B, T = heads, 2, 64 * 17 + 9
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     q, w = QUANTIZERS[quantizer], (2 if joint else 1) * H // groups * d
-    E = torch.linalg.qr(draw(groups, w, w)).Q
+    Q, spread = torch.linalg.qr(draw(groups, w, w)).Q, torch.logspace(0, -2, w)
     how = {"rotary": Rotary(torch.logspace(0, -3, 24), layout), "shared": 64}
     kind = JointTransform if joint else UnrotatedTransform
-    transform = kind(E, E.mT.contiguous(), draw(groups, w), **how)
-    compressor = Compressor(q.at(5.0) if q.adjustable else q, transform)
+    transform = kind(Q * spread, (Q / spread).mT.contiguous(), draw(groups, w), **how)
+    compressor = Compressor(q.at(bits) if q.adjustable else q, transform)
     parts = draw(B, 2 * H if joint else H, T, d).split([700, T - 700], dim=2)
     store = filled(compressor, (sinks, 0), parts)
     stores = (Half(store, 0), Half(store, 1)) if joint else (store, filled(Compressor(q), (sinks, 0), parts))

@@ -7,6 +7,9 @@
 #include "frames.h"
 #include "parts.h"
 
+#include <ATen/ops/add.h>
+#include <ATen/ops/zeros.h>
+
 #include <cmath>
 #include <limits>
 
@@ -171,8 +174,9 @@ struct Attention {
     for (int64_t g = 0; g < groups; g++, out += M * kBlock) {
       const Block at{b, unit * groups + g, span.k_first, span.k_offset + span.tokens};
       if (frames && span.k->affine) {
-        const int64_t frame = (span.k->start - first_coded) / kBlock + at.index();
-        queries.take(*span.k, absorbed.of(*frames, q, b, at.g, frame, ahead), frames->columns(), M);
+        const auto used = [&](int& count) { return used_ahead(&span, ahead, b, at.g, count); };
+        const int r = span.k->codec->r;
+        queries.take(*span.k, absorbed.of(*frames, q, b, at.g, frame_of(span), r, used), frames->columns(), M);
       } else {
         queries.of(*span.k, at, q);
       }
@@ -180,6 +184,21 @@ struct Attention {
       for (int64_t m = 0; span.k->affine && m < M; m++)
         for (int t = 0; t < kBlock; t++) out[m * kBlock + t] += queries.constant(m);
     }
+  }
+
+  int64_t frame_of(const Span& span) const { return (span.k->start - first_coded + span.k_first) / kBlock; }
+
+  // How many coordinates have codes in any of the frames that begin at `span`: of `count` at most, and of those only
+  // that are among the next `ahead` spans, to which number `count` is reduced
+  int used_ahead(const Span* span, int64_t ahead, int64_t b, int64_t g, int& count) const {
+    const int64_t first = frame_of(*span), end = first + count;
+    int used = 0;
+    count = 0;
+    for (const Span* last = span + ahead; span < last && span->k->affine && frame_of(*span) < end; span++) {
+      used = std::max(used, span->k->codec->used({b, g, span->k_first, kBlock}));
+      count = frame_of(*span) - first + 1;
+    }
+    return used;
   }
 
   // The sums of all threads, divided by all weights. sinks: a logit for each of `heads` that takes weight of its own
@@ -207,13 +226,33 @@ struct Attention {
   }
 };
 
-// outs: for each part of V the index of the sum to which it is added. bias [B, T] and sinks [heads] may be empty.
+// Σ p v̂ [B, H, M, d] of sums over exact tokens, if there are any, and then over coded ones, if any. values: the basis
+// of what is coded, [G, h, r + 1, d], or one for all groups; the heads of a group are contiguous
+Tensor output(const std::vector<Tensor>& sums, const std::optional<Tensor>& values) {
+  if (!values) return sums.size() > 1 ? at::add(sums[0], sums[1]) : sums[0];
+  const Tensor& y = sums.back();  // [B, G, h · M, r + 1]
+  const int64_t B = y.size(0), G = y.size(1), h = values->size(1), rank = y.size(3), d = values->size(3);
+  const int64_t M = y.size(2) / h, group = values->size(0) > 1 ? values->stride(0) : 0;
+  const Tensor out = sums.size() > 1 ? sums[0] : at::zeros({B, G * h, M, d}, y.options());
+  const float* from = y.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  for (int64_t b = 0; b < B; b++)
+    for (int64_t g = 0; g < G; g++)
+      for (int64_t head = 0; head < h; head++, from += M * rank, to += M * d) {
+        const float* basis = values->const_data_ptr<float>() + g * group + head * rank * d;
+        along(from, rank, basis, rank, d, M, to, d);
+      }
+  return out;
+}
+
+// outs: for each part of V the index of the sum to which it is added: exact parts have one and coded parts have one.
+// bias [B, T] and sinks [heads] may be empty. values: as of `output`, where the coded sum is in coordinates of a basis.
 // basis: of `panels`, where every block of K has queries of its own, which are absorbed here; angles as of `Frames`.
-// Returns nothing if K's and V's blocks overlap in a way that one pass can't follow
+// Returns one tensor, or none if K's and V's blocks overlap in a way that one pass can't follow
 std::vector<Tensor> attend(at::TensorList qs, at::TensorList k_fields, at::IntArrayRef k_layout,
                            at::TensorList v_fields, at::IntArrayRef v_layout, at::IntArrayRef outs, int64_t tokens,
                            const std::optional<Tensor>& bias, const std::optional<Tensor>& sinks,
-                           const std::optional<Tensor>& basis, const std::optional<Tensor>& angles, bool interleaved) {
+                           const std::optional<Tensor>& values, const std::optional<Tensor>& basis, const std::optional<Tensor>& angles, bool interleaved) {
   std::optional<Frames> frames;
   if (basis) frames.emplace(*basis, *angles, interleaved);
   Attention attention(qs, k_fields, k_layout, v_fields, v_layout, outs, frames);
@@ -234,7 +273,11 @@ std::vector<Tensor> attend(at::TensorList qs, at::TensorList k_fields, at::IntAr
                     absorbed, weights, scratch);
     }
   });
-  return attention.total(threads, sinks ? sinks->const_data_ptr<float>() : nullptr, sinks ? sinks->numel() : 1);
+  const auto sums =
+      attention.total(threads, sinks ? sinks->const_data_ptr<float>() : nullptr, sinks ? sinks->numel() : 1);
+  return {output(sums, std::any_of(attention.vs.begin(), attention.vs.end(), [](const Part& part) { return part.affine; })
+                           ? values
+                           : std::nullopt)};
 }
 
 }  // namespace

@@ -95,6 +95,8 @@ struct Codec {
   Codec(int r, bool by_token) : r(r), by_token(by_token) {}
   virtual ~Codec() = default;
 
+  // Coordinates of a block beyond which all are 0
+  virtual int used(const Block& at) const { return r; }
   // out[m][t] = q[m] · ẑ of the block's token t; out has rows of 64
   virtual void scores(const Block& at, const float* q, int64_t q_row, int M, float* out, Scratch& scratch) const = 0;
   // out[m] += Σ_t p[m][t] ẑ of token t; p has rows of 64, with 0 beyond the block's tokens

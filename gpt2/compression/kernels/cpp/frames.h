@@ -51,8 +51,10 @@ struct Frames {
     }
   }
 
-  // q: the queries of a group of heads, [h, M, d] → out [count, h · M, columns] for `count` frames from `frame` on
-  void absorb(const float* q, int64_t b, int64_t g, int64_t frame, int count, int64_t M, float* rotated, float* out) const {
+  // q: the queries of a group of heads, [h, M, d] → out [count, h · M, columns] for `count` frames from `frame` on. Of
+  // the columns only the first `used` are computed, and what every token's score has added, column r
+  void absorb(const float* q, int64_t b, int64_t g, int64_t frame, int count, int64_t M, int used, int r, float* rotated,
+              float* out) const {
     const int64_t h = panels.size(1), P = panels.size(2), d = panels.size(3), rows = h * M;
     const float* own = angles.const_data_ptr<float>() +
                        (frame + (angles.dim() == 4 ? b * angles.size(1) : 0)) * 2 * angles.size(-1);
@@ -63,7 +65,7 @@ struct Frames {
     const float* panel = panels.const_data_ptr<float>() + g * h * P * d * kPanel;
     for (int64_t head = 0; head < h; head++)
       for (int64_t p = 0; p < P; p++, panel += d * kPanel)
-        for (int64_t row = head * M; row < (head + 1) * M; row++)
+        for (int64_t row = head * M; row < (head + 1) * M && (p * kPanel < used || p == r / kPanel); row++)
           along(rotated + row * count * d, d, panel, d, kPanel, count, out + row * columns() + p * kPanel,
                 rows * columns());
   }
@@ -72,18 +74,21 @@ struct Frames {
 // What a thread has absorbed for the blocks ahead, of each group of heads
 class Absorbed {
  public:
-  // Absorbed queries of one frame, [h · M, columns]. q: M queries for each KV head, [B, H, M, d], contiguous;
-  // ahead: how many parts of tokens from this one on the thread has to do, each a frame but for the exact tail
-  const float* of(const Frames& frames, const Tensor& q, int64_t b, int64_t g, int64_t frame, int64_t ahead) {
+  // Absorbed queries of one frame, [h · M, columns]. q: M queries for each KV head, [B, H, M, d], contiguous; r:
+  // coordinates of a token; used_ahead(n): how many of them have codes in any of the next n frames, of which n is made
+  // the number that the thread has to do
+  template <typename Used>
+  const float* of(const Frames& frames, const Tensor& q, int64_t b, int64_t g, int64_t frame, int r,
+                  const Used& used_ahead) {
     if (int64_t(groups.size()) <= g) groups.resize(g + 1);
     Group& own = groups[g];
     const int64_t h = frames.panels.size(1), M = q.size(2), d = q.size(3), size = h * M * frames.columns();
     if (b != own.b || frame < own.first || frame >= own.first + own.count) {
-      own.b = b, own.first = frame;
-      own.count = std::min<int64_t>({ahead, kTogether, frames.angles.size(-3) - frame});
+      own.b = b, own.first = frame, own.count = kTogether;
+      const int used = used_ahead(own.count);
       rotated.resize(kTogether * h * M * d), own.queries.resize(kTogether * size);
       const float* from = q.const_data_ptr<float>() + (b * q.size(1) + g * h) * M * d;
-      frames.absorb(from, b, g, frame, own.count, M, rotated.data(), own.queries.data());
+      frames.absorb(from, b, g, frame, own.count, M, used, r, rotated.data(), own.queries.data());
     }
     return &own.queries[(frame - own.first) * size];
   }
@@ -91,7 +96,8 @@ class Absorbed {
  private:
   struct Group {
     std::vector<float> queries;
-    int64_t b = -1, first = 0, count = 0;
+    int64_t b = -1, first = 0;
+    int count = 0;
   };
   std::vector<Group> groups;
   std::vector<float> rotated;

@@ -24,10 +24,21 @@ struct Planes final : Codec {
 
   void scores(const Block& at, const float* q, int64_t q_row, int M, float* out, Scratch& scratch) const override {
     std::fill_n(out, M * kBlock, 0.f);
-    along(q, q_row, decoded(at, scratch), r, kBlock, M, out, kBlock);
+    along(q, q_row, decoded(at, scratch), used(at), kBlock, M, out, kBlock);
   }
   void add_sums(const Block& at, const float* p, int M, float* out, int64_t out_row, Scratch& scratch) const override {
-    across(p, kBlock, decoded(at, scratch), r, kBlock, M, out, out_row);
+    across(p, kBlock, decoded(at, scratch), used(at), kBlock, M, out, out_row);
+  }
+
+  // Channels up to the last one that has codes. Bases have their channels sorted by how far they spread, so that those
+  // behind it are often many
+  int used(const Block& at) const override {
+    const uint8_t* packed = widths.at(at.b, at.g, at.index());
+    const int bytes = (r + 7) / 8;
+    for (int i = bytes - 1; i >= 0; i--)
+      if (const int any = packed[i] | packed[bytes + i] | packed[2 * bytes + i])
+        return std::min(r, 8 * i + 32 - __builtin_clz(any));
+    return 0;
   }
 
  private:
