@@ -69,7 +69,8 @@ class Transform:
         """How `absorb_query` rotates queries for each of n frames before it multiplies them with `read_basis`.
 
         Cosines and sines, [n, 2, pairs] or [B, n, 2, pairs], and whether channels 2i and 2i + 1 rotate together, rather
-        than i and i + pairs. first: position of the first frame's first token, [B] where rows have their own. None where it does something else: kernels then take what it returns.
+        than i and i + pairs. first: position of the first frame's first token, [B] where rows have their own. None
+        where it does something else: kernels then take what it returns.
         """
         return None
 
