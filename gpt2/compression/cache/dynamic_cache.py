@@ -293,9 +293,12 @@ class CompressedDynamicCache(Keeping):
         return all(s.compressor.exact for layer in self.compressed for s in layer.stores.values())
 
     def nbytes(self) -> int:
-        """Bytes of K and V held: exact tokens, codes with their scales, and memory allocated but unused."""
-        stores = [store for layer in self.compressed for store in layer.stores.values()]
-        return sum(storages_of(*(store.tensors() for store in stores)).values())
+        """Bytes of all that is held: exact tokens, codes with their scales, states, and memory allocated but unused."""
+        stores = [store.tensors() for layer in self.compressed for store in layer.stores.values()]
+        beside = [
+            part for layer in self.layers for name, part in vars(layer).items() if name not in ("stores", "reader")
+        ]
+        return sum(storages_of(stores, beside).values())
 
     def codec_bytes(self) -> int:
         """Bytes of the transforms, each once. Caches of the same compressors share them, as they share weights."""

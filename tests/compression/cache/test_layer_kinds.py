@@ -136,3 +136,4 @@ def test_the_memory_is_that_of_the_kinds(family):
         if getattr(layer, "is_sliding", False):
             held = {len(store) for store in layer.stores.values()}
             assert len(held) == 1 and layer.sliding_window - 1 <= held.pop() < layer.sliding_window - 1 + 64
+    assert cache.nbytes() == cache_bytes(cache), "states and indexers are counted"
