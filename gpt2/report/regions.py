@@ -7,7 +7,8 @@ A region names a results file and, if it shows only some of its rows, the words 
     <!-- end -->
 
 Of results that were measured on several machines, the first word is `each` to show a table for every machine, or
-`machines` for one table with the machines side by side.
+`machines` for one table with the machines side by side. Results of several models, NAME+NAME, are one table with the
+models side by side.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ def fill(text: str, runs: Path) -> str:
 
     def region(match: re.Match) -> str:
         start, name, words, end = match.groups()
+        if "+" in name:
+            records = [tables.read(runs / f"{each}.json") for each in name.split("+")]
+            return f"{start}{tables.of_models(name, records, words).markdown()}\n{end}"
         how, _, rest = (words or "").partition(",")
         names = machine.siblings(runs, name) if how in (EACH, BESIDE) else []
         if not names:  # one file, which is missed where it isn't there

@@ -66,6 +66,23 @@ def test_machines_stand_side_by_side_or_one_below_the_other_and_never_in_one_tab
         regions.fill("<!-- results: benchmark_append machines -->\n<!-- end -->", tmp_path)
 
 
+def test_models_stand_side_by_side(tmp_path):
+    record = json.loads((files.RESULTS / "runs" / "ratio_presets_smollm2-135m.json").read_text())
+    other = record | {"model": "../Other-1B", "rows": [row | {"kl_nats": 0.5} for row in record["rows"][1:]]}
+    for name, each in {"one": record, "other": other}.items():
+        (tmp_path / f"ratio_presets_{name}.json").write_text(json.dumps(each))
+    both = "<!-- results: ratio_presets_one+ratio_presets_other{} -->\n<!-- end -->"
+    text = regions.fill(both.format(""), tmp_path)
+    assert "Other-1B: Δ perplexity" in text and text.count("| 0.50000 |") == len(other["rows"])
+    assert "kv-2x" not in text, "presets that every model has"
+    assert "| kv-8x |" not in regions.fill(both.format(" kv-4x"), tmp_path)
+    with pytest.raises(PluginError, match="'kv-2x'"):
+        regions.fill(both.format(" kv-2x"), tmp_path)
+    with pytest.raises(PluginError, match="no table shows needle_a"):
+        (tmp_path / "needle_a.json").write_text("{}")
+        regions.fill("<!-- results: needle_a+needle_a -->\n<!-- end -->", tmp_path)
+
+
 def test_missing_results_are_named(tmp_path):
     region = "<!-- results: validate_ppl_x sinks -->\n<!-- end -->"
     with pytest.raises(PluginError, match="validate_ppl_x.json"):

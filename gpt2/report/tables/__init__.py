@@ -25,6 +25,7 @@ from gpt2.report.tables.quality import (
     layer_ablation,
     peers,
     ratio_presets,
+    ratio_presets_of_models,
     stability,
     tuned,
     validation,
@@ -85,6 +86,9 @@ OF_MACHINES: dict[str, Callable[[list[dict], list[str]], Table]] = {
     "profile": profile_of_machines,
 }
 
+# The same for tables that show several models side by side
+OF_MODELS: dict[str, Callable[[list[dict], list[str]], Table]] = {"ratio_presets": ratio_presets_of_models}
+
 
 def show(kind: str, record: dict, *words: str, note: bool = True) -> None:
     """Print a table of TABLES for a terminal, after an empty line. words: as its function takes them."""
@@ -116,6 +120,15 @@ def of_machines(names: list[str], records: list[dict], words: str | None = None)
     if make is None:
         raise PluginError(f"no table shows {names[0]} of several machines side by side: take `each`")
     with shown_of(" and ".join(names)):
+        return make(records, words.split(",") if words else [])
+
+
+def of_models(name: str, records: list[dict], words: str | None = None) -> Table:
+    """One table of the same measurement of several models, side by side. name: of the results, NAME+NAME."""
+    make = OF_MODELS.get(kind_of(name))
+    if make is None:
+        raise PluginError(f"no table shows {name} side by side: name one results file")
+    with shown_of(name):
         return make(records, words.split(",") if words else [])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from gpt2.report.table import Table, interval, select
 
 
@@ -93,6 +95,24 @@ def ratio_presets(record: dict, _: list[str]) -> Table:
         f"{record['model']}, {tokens:,} evaluation tokens of {record['text']}, uncompressed perplexity "
         f"{baseline:.3f}; calibrated on {meta['tokens']:,} calibration tokens of {meta['text']}.",
     )
+
+
+def ratio_presets_of_models(records: list[dict], names: list[str]) -> Table:
+    """Presets by ratio of several models side by side: those of `names`, or all that every model has."""
+    rows = [{row["label"]: row for row in record["rows"]} for record in records]
+    lines = [[label] for label in names or [label for label in rows[0] if all(label in own for own in rows)]]
+    columns, notes = ["preset"], []
+    for record, own in zip(records, rows, strict=True):
+        model, first = Path(record["model"]).name, record["rows"][0]
+        columns += [f"{model}: Δ perplexity (95 % interval)", "KL, nats", "top-1"]
+        notes.append(
+            f"{model}: {first['tokens']:,} evaluation tokens of {record['text']}, uncompressed perplexity "
+            f"{first['baseline_ppl']:.3f}."
+        )
+        for line in lines:
+            change, bounds, *rest = loss_cells(own[line[0]], kl_digits=5)
+            line += [f"{change} ({bounds})", *rest]
+    return Table(columns, lines, " ".join(notes))
 
 
 def tuned(record: dict, _: list[str]) -> Table:

@@ -12,6 +12,7 @@ from sampling import covering
 from torch import Tensor
 
 from gpt2.common.errors import PluginError
+from gpt2.compression.cache.size import cache_bytes
 from gpt2.compression.codecs import QUANTIZERS, Compressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 
