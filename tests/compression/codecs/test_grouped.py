@@ -2,22 +2,14 @@
 
 import pytest
 import torch
-from calibrations import TEXT, D, H, L
+from calibrations import TEXT, D, L
 from tiny import tiny_loaded, windows
 
 from gpt2.compression.attention import enable_compressed_attention
-from gpt2.compression.codecs import QUANTIZERS, basis_of
+from gpt2.compression.codecs import QUANTIZERS
 from gpt2.compression.presets import create_cache_from_preset
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
 from gpt2.tuning.ratio_presets import compact_calibration, make_ratio_preset
-
-
-def test_a_basis_for_k_and_one_for_v(made):
-    assert basis_of("grouped").multi_head and not basis_of("grouped").joint
-    k, v = (made.transform(side, 1, codec="grouped") for side in "kv")
-    assert k.frame is None and k.E.shape == v.E.shape == (1, H * D, H * D) and not torch.equal(k.E, v.E)
-    x = torch.randn(2, H, 20, D)
-    torch.testing.assert_close(k.inverse(k.forward(x), D), x, rtol=1e-3, atol=1e-3)
 
 
 def test_bits_are_shared_out_between_keys_and_values_of_all_layers(made):

@@ -1,11 +1,10 @@
 """The joint basis: bases in a metric, one for K and V, from calibration to beam search."""
 
-from functools import partial
-
 import pytest
 import torch
 from calibrations import OF_HEADS, TEXT, D, H, L
 from multi_head import prompts, reads_like_the_reference, vectors
+from sampling import covering
 from tiny import windows
 from torch import Tensor
 
@@ -62,6 +61,8 @@ def m_norm(error: Tensor, metric: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", ["attention", "fisher"])
 def test_squared_error_of_coordinates_is_the_error_in_the_metric(name):
+    with pytest.raises(PluginError, match=f"codec {name} needs statistics .*--metric {name}"):
+        BASES[name].fit(Moments.zeros(Geometry.uniform(1, 2, 8)), 0)
     metric, x = metric_and_vectors()
     transform, variances = BASES[name].fit(moments_of(x, metric, name), 0)
     torch.testing.assert_close(transform.D @ transform.E, torch.eye(8, dtype=torch.float64).expand(2, 8, 8))
@@ -95,23 +96,14 @@ def test_directions_that_nothing_reads_come_back_all_the_same():
     assert torch.isfinite(nothing[0].D).all(), "where nothing reads any of them"
 
 
-@pytest.mark.parametrize("name", ["attention", "fisher"])
-def test_a_basis_without_its_statistics_says_what_to_do(name):
-    with pytest.raises(PluginError, match=f"codec {name} needs statistics .*--metric {name}"):
-        BASES[name].fit(Moments.zeros(Geometry.uniform(1, 2, 8)), 0)
-
-
 # --- the transform
-
-
-@pytest.mark.parametrize(("heads", "d", "per_group"), [(3, 64, 3), (4, 64, 4), (8, 64, 4), (8, 128, 2), (4, 256, 1),
-                                                       (2, 512, 1), (6, 64, 3), (5, 128, 1), (1, 12, 1)])  # fmt: skip
-def test_as_many_heads_share_a_basis_as_fit(heads, d, per_group):
-    assert heads_per_group(heads, d) == per_group
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 6])
 def test_side_by_side_and_apart_are_inverse(groups):
+    """As many heads share a basis as fit."""
+    fits = {(3, 64): 3, (4, 64): 4, (8, 64): 4, (8, 128): 2, (4, 256): 1, (2, 512): 1, (6, 64): 3, (5, 128): 1}
+    assert {shape: heads_per_group(*shape) for shape in fits} == fits and heads_per_group(1, 12) == 1
     k, v = vectors(6, 5), vectors(6, 5, seed=1)
     x = side_by_side(k, v, groups)
     assert x.shape == (2, groups, 5, 12 * D // groups)
@@ -122,8 +114,7 @@ def test_side_by_side_and_apart_are_inverse(groups):
     assert all(map(torch.equal, apart(x, D), (k, v)))
 
 
-@pytest.mark.parametrize("start", [0, 9, 5000])
-@pytest.mark.parametrize("layer", range(L))
+@pytest.mark.parametrize(("start", "layer"), [(0, 0), (9, 1), (5000, 2)])
 def test_the_round_trip_is_exact_wherever_it_starts(codec, start, layer):
     transform, x = codec.transform(layer), vectors(2 * H, 70)
     assert transform.D.dtype == torch.float32
@@ -146,8 +137,9 @@ def test_groups_of_heads_have_a_basis_each(llama, monkeypatch):
 # --- from calibration to generation
 
 
-@pytest.mark.parametrize("quantizer", ["mixed", "mixed_fixed"])
-@pytest.mark.parametrize(("length", "beams"), [(3, 1), (30, 1), (62, 1), (150, 1), (126, 2)])
+@pytest.mark.parametrize(
+    ("length", "quantizer", "beams"), covering([3, 150, 30, 126, 62], ["mixed", "mixed_fixed"], [1, 2])
+)
 def test_from_a_file_to_tokens(llama, preset, quantizer, length, beams):
     """Prompts shorter than the sinks, than a block, that fill a block while they go on, and of several blocks."""
     cache = create_cache_from_preset(preset | {"quantizer": quantizer}, model=llama, dtype=torch.float64)
@@ -161,26 +153,18 @@ def test_from_a_file_to_tokens(llama, preset, quantizer, length, beams):
 
 
 def test_without_quantization_it_is_the_model_itself(llama, preset):
-    """Also with beams, whose caches are reordered, and with padding."""
+    """Also with beams, whose caches are reordered, and with padding; and beside layers of other codecs."""
     for generation in ({}, {"num_beams": 3}):
-        make = partial(create_cache_from_preset, preset | {"quantizer": None, "bits": 16}, dtype=torch.float64)
+        cache = create_cache_from_preset(preset | {"quantizer": None, "bits": 16}, dtype=torch.float64)
         prompt = prompts(150)
-        ours = reads_like_the_reference(llama, make(), **prompt, max_new_tokens=12, **generation)
+        ours = reads_like_the_reference(llama, cache, **prompt, max_new_tokens=12, **generation)
         plain = llama.model.generate(prompt.pop("tokens"), **prompt, max_new_tokens=12, do_sample=False, **generation)
         assert torch.equal(ours, plain)
-
-
-def test_layers_with_and_without_a_joint_codec(llama, preset):
     setting = {"codec": "joint", "rank": D, "bits": 3.5, "quantizer": "mixed"}
-    int8 = {"codec": "identity", "rank": D, "bits": 8}
-    layers = {"k": [setting, int8, None], "v": [setting, None, None]}
+    layers = {"k": [setting, {"codec": "identity", "rank": D, "bits": 8}, None], "v": [setting, None, None]}
     cache = create_cache_from_preset(preset | {"layers": layers}, dtype=torch.float64)
     assert [sorted(layer.stores) for layer in cache.layers] == [["KV"], ["K", "V"], ["K", "V"]]
     assert reads_like_the_reference(llama, cache, windows(2, 150)).shape == (2, 155)
-    cache.crop(-60)
-    assert {layer.get_seq_length() for layer in cache.layers} == {94}
-    cache.batch_select_indices(torch.tensor([1]))
-    assert llama.model(windows(1, 3), past_key_values=cache).logits.shape[0] == 1
 
 
 # --- what is rejected
@@ -197,36 +181,19 @@ def test_a_joint_codec_is_one_object_for_both_sides(made, compressors):
             build(uniform(side, L, Setting("joint", None, 4, "mixed")), made.geometry, made)
     assert k[0].joint and not Compressor(QUANTIZERS["int8"]).joint and repr(k[0]) == "Compressor(mixed, rank=48)"
     assert k[0].to(torch.device("cpu")) is k[0] and k[0].to(torch.device("meta")).joint
-
-
-@pytest.mark.parametrize(
-    ("layer", "heads", "d", "message"),
-    [
-        (1, 2, 6, r"layer 1: .* K and V of one shape, .*\[2, 2, 5, 12\] and \[2, 2, 5, 6\]"),
-        (0, 4, D, r"layer 0, KV: .*1 groups of 48 channels"),
-    ],
-)
-def test_values_of_another_shape_and_another_models_heads_are_rejected(compressors, layer, heads, d, message):
-    cache = CompressedDynamicCache(*compressors)
-    for earlier in range(layer):
-        cache.update(vectors(H, 5), vectors(H, 5), earlier)
-    with pytest.raises(PluginError, match=message):
-        cache.update(vectors(heads, 5), vectors(heads, 5, d=d), layer)
-
-
-@pytest.mark.parametrize("name", ["joint+pca", "pca+joint", "ln_nullspace+joint", "grouped+pca"])
-def test_a_basis_of_several_heads_combines_with_none(name):
-    with pytest.raises(PluginError, match="a basis that heads share doesn't combine with another"):
-        basis_of(codec_name(name))
+    for name in ("joint+pca", "pca+joint", "ln_nullspace+joint", "grouped+pca"):
+        with pytest.raises(PluginError, match="a basis that heads share doesn't combine with another"):
+            basis_of(codec_name(name))
+    cache, x = CompressedDynamicCache(*compressors), vectors(H, 5)
+    cache.update(x, x, 0)
+    with pytest.raises(PluginError, match=r"layer 1: .* K and V of one shape, .*\[2, 2, 5, 12\] and \[2, 2, 5, 6\]"):
+        cache.update(x, x[..., :6], 1)
+    with pytest.raises(PluginError, match=r"layer 0, KV: .*1 groups of 48 channels"):
+        CompressedDynamicCache(*compressors).update(vectors(4, 5), vectors(4, 5), 0)
 
 
 def test_a_calibration_without_gradients_has_none(llama):
     plain = calibrate(llama, TEXT, rank=9, samples=2, seq_len=48)
-    calls = (
-        lambda: plain.fit_of("joint"),
-        lambda: plain.compact("joint"),
-        lambda: plain.transform("k", 0, codec="joint"),
-    )
-    for call in calls:
+    for call in (plain.fit_of, plain.compact, lambda codec: plain.transform("k", 0, codec=codec)):
         with pytest.raises(PluginError, match="joint is not in this calibration, it has no gradients.*--metric fisher"):
-            call()
+            call("joint")
