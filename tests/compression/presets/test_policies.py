@@ -1,6 +1,8 @@
 """Policies: the guide's names, sizes by KV heads, a choice that is explained, and caches made of it."""
 
+import functools
 import json
+import re
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ QWEN = AutoConfig.for_model(
     "qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
     num_key_value_heads=4, vocab_size=152064, max_position_embeddings=32768,
 )  # fmt: skip
-RUN = {"batch_size": 8, "max_context": 32768}
+MEASURED_ONCE = functools.cache(policies.policy_bytes)  # each takes half a second
 PROMPT = torch.arange(2, 42)[None]
 
 
@@ -36,6 +38,7 @@ def figures(tmp_path, monkeypatch):
     rows = [{"policy": name, "ppl_delta": delta} for name, delta in zip(KVPolicyName, (0.001, 0.02, 0.1), strict=True)]
     (tmp_path / "v.json").write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr(policies, "MEASURED", tmp_path / "v.json")
+    monkeypatch.setattr(policies, "policy_bytes", MEASURED_ONCE)
 
 
 @pytest.fixture(scope="module")
@@ -44,31 +47,22 @@ def tiny_config():
 
 
 def test_the_guides_snippet(tiny_config):
+    """Plain data in the model's shape."""
     config = build_compressor_config_for_policy(tiny_config, model_id="tiny", policy_name=KVPolicyName.MEMORY_EMERGENCY)
     assert config["use_ln_nullspace_v"] is True and config["use_ln_nullspace_k"] is False
-    for milder in ("default", KVPolicyName.HIGH_COMPRESSION):
-        assert build_compressor_config_for_policy(tiny_config, "tiny", milder)["use_ln_nullspace_v"] is False
-
-
-def test_the_config_is_plain_data_in_the_models_shape(tiny_config):
-    config = build_compressor_config_for_policy(tiny_config, "tiny", "memory_emergency")
     assert json.loads(json.dumps(config)) == config
     assert (config["num_layers"], config["num_kv_heads"], config["head_dim"]) == (3, 2, 12)
     assert config["v"] == {"codec": "ln_nullspace", "rank": 11, "bits": 4}
-
-
-def test_policies_get_stronger_in_order(tiny_config):
+    for milder in ("default", KVPolicyName.HIGH_COMPRESSION):
+        assert build_compressor_config_for_policy(tiny_config, "tiny", milder)["use_ln_nullspace_v"] is False
     ratios = [build_compressor_config_for_policy(QWEN, "q", name)["compression_ratio"] for name in KVPolicyName]
-    assert 1.5 < ratios[0] < ratios[1] < ratios[2] < 4
-
-
-def test_an_unknown_policy_is_named(tiny_config):
+    assert 1.5 < ratios[0] < ratios[1] < ratios[2] < 4, "stronger in order"
     with pytest.raises(PluginError, match="unknown policy 'fast': use default, high_compression, memory_emergency"):
         build_compressor_config_for_policy(tiny_config, "tiny", "fast")
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), sampled([(family, name) for family in FAMILIES for name in KVPolicyName], 5)
+    ("family", "name"), sampled([(family, name) for family in FAMILIES for name in KVPolicyName], 3)
 )
 def test_a_cache_in_one_call_for_every_family(family, name):
     model = tiny_model(family)
@@ -105,28 +99,30 @@ def test_where_a_config_does_not_tell_the_shape_the_loaded_model_does():
 # --- choosing
 
 
+def chosen(**how):
+    """For a run of 8 sequences of 32,768 tokens, where a test doesn't say otherwise."""
+    return choose_policy_for_run(QWEN, "q", **{"batch_size": 8, "max_context": 32768} | how)
+
+
 def test_the_cache_is_sized_by_kv_heads():
     """Seven query heads share a KV head here: by query heads the cache would be taken for seven times its size."""
     geometry, weights = geometry_of(QWEN, "q")
     assert (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim) == (28, 4, 128)
     assert geometry.bytes_per_token() == 57_344
     assert 7.5e9 < weights / 2 < 7.7e9, "Qwen2.5-7B has 7.6 billion parameters"
-    assert "would take 14.00 GiB" in choose_policy_for_run(QWEN, "q", vram_gb=80, **RUN).explanation
+    choice, plain = chosen(vram_gb=80), 57_344 * 8 * 32768 / GIB
+    assert "would take 14.00 GiB" in choice.explanation
+    default = choice.estimates[0]
+    assert default.kv_gib == pytest.approx(plain / default.compression_ratio + 4 * plain / 28), "and one layer expanded"
+    assert default.total_gib == pytest.approx(default.kv_gib + weights / GIB)
 
 
 def test_the_mildest_that_fits_is_chosen():
-    assert choose_policy_for_run(QWEN, "q", vram_gb=80, **RUN).policy == KVPolicyName.DEFAULT
-    tight = choose_policy_for_run(QWEN, "q", vram_gb=25.5, **RUN)
+    assert chosen(vram_gb=80).policy == KVPolicyName.DEFAULT
+    tight = chosen(vram_gb=25.5)
     assert tight.policy == KVPolicyName.HIGH_COMPRESSION and tight.fits
     assert [e.fits_memory for e in tight.estimates] == [False, True, True]
-    assert choose_policy_for_run(QWEN, "q", vram_gb=23, ppl_budget=0.15, **RUN).policy == KVPolicyName.MEMORY_EMERGENCY
-
-
-def test_needs_are_weights_cache_and_one_layers_expansion():
-    default = choose_policy_for_run(QWEN, "q", vram_gb=80, **RUN).estimates[0]
-    plain = 57_344 * 8 * 32768 / GIB
-    assert default.kv_gib == pytest.approx(plain / default.compression_ratio + 4 * plain / 28)
-    assert default.total_gib == pytest.approx(default.kv_gib + geometry_of(QWEN, "q")[1] / GIB)
+    assert chosen(vram_gb=23, ppl_budget=0.15).policy == KVPolicyName.MEMORY_EMERGENCY
 
 
 def test_windows_count_as_what_both_caches_hold_of_them():
@@ -140,38 +136,35 @@ def test_windows_count_as_what_both_caches_hold_of_them():
     assert 1 < short < 1.5 < long < 2
 
 
-def test_a_budget_that_no_policy_meets_where_the_plain_cache_fits():
-    choice = choose_policy_for_run(QWEN, "q", vram_gb=80, ppl_budget=0.0001)
-    assert choice.policy is None and "uncompressed cache fits: use DynamicCache" in choice.explanation
+NONE = [
+    ({"vram_gb": 80, "ppl_budget": 0.0001, "batch_size": 1, "max_context": 2048}, "cache fits: use DynamicCache"),
+    ({"vram_gb": 25.5, "ppl_budget": 0.01}, r"\+2.00% perplexity.*over the perplexity budget"),
+    ({"vram_gb": 12, "batch_size": 1, "max_context": 2048}, "the weights alone"),
+    ({"vram_gb": 20}, r"about [\d,]+ tokens"),
+]
 
 
-def test_a_policy_over_the_budget_is_not_chosen_and_that_is_said():
-    choice = choose_policy_for_run(QWEN, "q", vram_gb=25.5, ppl_budget=0.01, **RUN)
+@pytest.mark.parametrize(("run", "message"), NONE)
+def test_where_no_policy_does_it_is_said_why(run, message):
+    choice = chosen(**run)
     assert choice.policy is None and not choice.fits
-    assert "over the perplexity budget" in choice.explanation and "+2.00% perplexity" in choice.explanation
+    assert re.search(message, choice.explanation, re.DOTALL), choice.explanation
 
 
-def test_when_nothing_fits_it_says_what_would():
-    choice = choose_policy_for_run(QWEN, "q", vram_gb=20, **RUN)
-    assert choice.policy is None
-    would = int(choice.explanation.split("about ")[1].split(" tokens")[0].replace(",", ""))
+def test_when_nothing_fits_what_is_said_to_fit_does():
+    would = int(chosen(vram_gb=20).explanation.split("about ")[1].split(" tokens")[0].replace(",", ""))
     assert 1000 < would < 8 * 32768
-    again = choose_policy_for_run(QWEN, "q", vram_gb=20, batch_size=1, max_context=int(would * 0.95), ppl_budget=0.5)
-    assert again.policy == KVPolicyName.MEMORY_EMERGENCY, "and that does fit"
-
-
-def test_weights_that_fill_the_device_leave_nothing():
-    choice = choose_policy_for_run(QWEN, "q", vram_gb=12)
-    assert choice.policy is None and "the weights alone" in choice.explanation
+    again = chosen(vram_gb=20, batch_size=1, max_context=int(would * 0.95), ppl_budget=0.5)
+    assert again.policy == KVPolicyName.MEMORY_EMERGENCY
 
 
 def test_without_figures_it_says_so_and_goes_by_what_policies_are_meant_for(monkeypatch, tmp_path):
     monkeypatch.setattr(policies, "MEASURED", tmp_path / "none.json")
-    choice = choose_policy_for_run(QWEN, "q", vram_gb=80, **RUN)
+    choice = chosen(vram_gb=80)
     assert choice.policy == KVPolicyName.DEFAULT and "perplexity not measured" in choice.explanation
 
 
-@pytest.mark.parametrize("bad", [{"vram_gb": 0}, {"batch_size": 0}, {"max_context": 0}, {"ppl_budget": 0}])
-def test_runs_that_make_no_sense_are_rejected(bad):
-    with pytest.raises(PluginError, match="all must be positive"):
-        choose_policy_for_run(QWEN, "q", **{"vram_gb": 8} | bad)
+def test_runs_that_make_no_sense_are_rejected():
+    for bad in ({"vram_gb": 0}, {"batch_size": 0}, {"max_context": 0}, {"ppl_budget": 0}):
+        with pytest.raises(PluginError, match="all must be positive"):
+            chosen(**{"vram_gb": 8} | bad)
