@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from direct import SETTINGS, cache_of, close
+from direct import SETTINGS, cache_of
 from tiny import tiny_model, windows
 
 from gpt2.common.errors import PluginError
@@ -106,17 +106,6 @@ def test_each_step_takes_the_faster_way_for_what_it_holds(table, pretend, llama)
     assert ways(llama, pretended, lengths) == expected and pretended.measured == 1
 
 
-def test_both_ways_give_the_same_logits(pretend, llama):
-    pretend("from 12 on")
-    found = []
-    for when in ("auto", "always"):
-        enable_compressed_attention(llama, when=when)
-        cache = a_cache(llama)
-        with torch.no_grad():
-            found.append(torch.cat([llama(x, past_key_values=cache).logits for x in windows(2, 20).split(4, 1)], 1))
-    assert close(*found)
-
-
 def test_a_crossover_is_measured_once_and_read_by_later_processes(pretend, llama, monkeypatch, tmp_path, caplog):
     pretended = pretend("from 12 on")
     enable_compressed_attention(llama, when="auto")
@@ -159,12 +148,14 @@ DAMAGED = {
 def test_a_damaged_file_counts_as_empty_and_is_replaced(content, pretend, llama, tmp_path):
     pretended, path = pretend("from 12 on"), tmp_path / "kept" / "crossovers.json"
     enable_compressed_attention(llama, when="auto")
-    ways(llama, pretended, [5])
     if isinstance(content, dict):
+        ways(llama, pretended, [5])
         content = json.dumps({"crossovers": dict.fromkeys(json.loads(path.read_text())["crossovers"], content)})
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     crossover.KNOWN.__init__(lambda: path)
-    assert ways(llama, pretended, [11, 13]) == [RECONSTRUCTED, DIRECT] and pretended.measured == 2
+    pretended.measured = 0
+    assert ways(llama, pretended, [11, 13]) == [RECONSTRUCTED, DIRECT] and pretended.measured == 1
     (held,) = json.loads(path.read_text())["crossovers"].values()
     assert held["tokens"] == [8, 16, 32]
 
@@ -196,9 +187,8 @@ def test_what_other_processes_have_measured_stays_in_the_file(pretend, llama, tm
     assert len(held) == 2 and held["of another"] == TIMES
 
 
-@pytest.mark.parametrize("seconds", [0.1, 10.0])
-def test_a_slow_machine_is_measured_at_fewer_lengths(seconds, pretend, llama, monkeypatch):
-    monkeypatch.setitem(TABLES, "slow", ([seconds] * 3, [seconds / 2] * 3, None))
+def test_a_slow_machine_is_measured_at_fewer_lengths(pretend, llama, monkeypatch):
+    monkeypatch.setitem(TABLES, "slow", ([0.1] * 3, [0.05] * 3, None))
     pretended = pretend("slow")
     enable_compressed_attention(llama, when="auto")
     assert ways(llama, pretended, [5]) == [RECONSTRUCTED]
@@ -212,39 +202,31 @@ def test_out_of_memory_reads_codes_and_keeps_nothing(pretend, llama, monkeypatch
     enable_compressed_attention(llama, when="auto")
     assert ways(llama, pretended, [5, 6]) == [DIRECT] * 2
     assert pretended.measured == 1 and not list(tmp_path.iterdir())
+    assert Crossover().pays(0) and Crossover([8], [1.0], [1.0]).pays(1), "nothing says that it is slower"
 
 
 # --- "always"
 
 
-def measured_elsewhere(model, pretended: Pretended, monkeypatch, tmp_path) -> None:
-    """Let another process measure, and then enable the default, as in a process that has just started."""
-    enable_compressed_attention(model, when="auto")
-    ways(model, pretended, [5])
-    disable_compressed_attention(model)
-    fresh(monkeypatch, tmp_path / "kept" / "crossovers.json")
-    enable_compressed_attention(model)
-
-
 @pytest.mark.parametrize(("table", "told_at"), [("never", 5), ("from 12 on", 5), ("always", None)])
 def test_who_reads_codes_where_that_is_slower_is_told_once(table, told_at, pretend, monkeypatch, tmp_path, caplog):
+    """Another process has measured it; above the crossover nothing is told."""
     llama, pretended = tiny_model("llama"), pretend(table)
-    measured_elsewhere(llama, pretended, monkeypatch, tmp_path)
+    enable_compressed_attention(llama, when="auto")
+    ways(llama, pretended, [5])
+    disable_compressed_attention(llama)
+    fresh(monkeypatch, tmp_path / "kept" / "crossovers.json")
+    enable_compressed_attention(llama)
     caplog.clear()
+    if table != "never":
+        ways(llama, pretended, [12, 13, 30])
+        assert not caplog.records
     assert set(ways(llama, pretended, [5, 6, 30])) == {DIRECT}, "always reads codes"
     ways(llama, pretended, [5])
     said = [record.message for record in caplog.records]
     assert len(said) == (told_at is not None)
     assert all(f"at {told_at} tokens" in line and "when='auto'" in line for line in said)
     assert pretended.measured == 1
-
-
-def test_nothing_is_told_above_the_crossover(pretend, llama, monkeypatch, tmp_path, caplog):
-    pretended = pretend("from 12 on")
-    measured_elsewhere(llama, pretended, monkeypatch, tmp_path)
-    caplog.clear()
-    ways(llama, pretended, [12, 13, 30])
-    assert not caplog.records
 
 
 def test_by_default_nothing_is_measured_and_codes_are_read(pretend, llama, tmp_path, caplog):
@@ -258,24 +240,22 @@ def test_by_default_nothing_is_measured_and_codes_are_read(pretend, llama, tmp_p
 # --- `when` of a model
 
 
-@pytest.mark.parametrize("when", ["sometimes", "", None, True, "AUTO"])
-def test_a_wrong_choice_names_the_right_ones(when, llama):
-    with pytest.raises(PluginError, match=r"^when=.*: expected 'always' \(.*\) or 'auto' \(.*\)$") as caught:
-        enable_compressed_attention(llama, when=when)
-    assert repr(when) in str(caught.value) and not is_enabled(llama)
+def test_a_wrong_choice_names_the_right_ones(llama):
+    for when in ("sometimes", "", None, True, "AUTO"):
+        with pytest.raises(PluginError, match=r"^when=.*: expected 'always' \(.*\) or 'auto' \(.*\)$") as caught:
+            enable_compressed_attention(llama, when=when)
+        assert repr(when) in str(caught.value) and not is_enabled(llama)
 
 
-@pytest.mark.parametrize("copied", [
-    copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)),
-], ids=["copy", "pickle"])  # fmt: skip
-def test_a_copy_keeps_its_choice_when_the_original_changes(copied, pretend, llama):
+def test_a_copy_keeps_its_choice_when_the_original_changes(pretend, llama):
     pretended = pretend("never")
     enable_compressed_attention(llama, when="auto")
-    other = copied(llama)
+    copies = copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))
     enable_compressed_attention(llama)
-    assert ways(llama, pretended, [5]) == [DIRECT] and ways(other, pretended, [5]) == [RECONSTRUCTED]
+    assert ways(llama, pretended, [5]) == [DIRECT]
     disable_compressed_attention(llama)
-    assert ways(other, pretended, [5]) == [RECONSTRUCTED] and getattr(other, attention._STATE).when == "auto"
+    for other in copies:
+        assert ways(other, pretended, [5]) == [RECONSTRUCTED] and getattr(other, attention._STATE).when == "auto"
 
 
 def test_enabling_again_takes_what_the_last_call_says(pretend, llama):
@@ -286,7 +266,3 @@ def test_enabling_again_takes_what_the_last_call_says(pretend, llama):
     disable_compressed_attention(llama)
     enable_compressed_attention(llama)
     assert ways(llama, pretended, [5]) == [DIRECT], "a disabled model has no choice left"
-
-
-def test_a_crossover_without_times_reads_codes():
-    assert Crossover().pays(0) and Crossover([8], [1.0], [1.0]).pays(1), "nothing says that it is slower"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sampling import covering
 from tiny import tiny_model, windows
-from transformers import DynamicCache
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
@@ -42,8 +42,7 @@ def cut_off(model, cache, ids, layer: int = 1) -> None:
     hook.remove()
 
 
-@pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize(("n", "layer"), [(1, 1), (3, 2)])
 def test_a_run_cut_off_between_layers(model, n, layer):
     """To go on would attend to its tokens twice in the first layers, and once in the others."""
     more, whole, cache = windows(1, n, seed=1), identity_cache(3), identity_cache(3)
@@ -74,8 +73,7 @@ def coded() -> CompressedDynamicCache:
     return CompressedDynamicCache(*[[Compressor(QUANTIZERS["int8"])] * 3] * 2)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("change", ["append", "crop", "map_"])
+@pytest.mark.parametrize(("change", "error"), covering(["append", "crop", "map_"], [KeyboardInterrupt, MemoryError]))
 def test_a_change_cut_off_halfway(monkeypatch, change, error):
     """K has it and V hasn't: nothing that is held can be told from what isn't."""
     model, cache, rows = tiny_model("llama"), coded(), torch.tensor([1, 0])
@@ -103,15 +101,14 @@ def test_a_change_cut_off_halfway(monkeypatch, change, error):
     assert torch.equal(fed(model, cache, windows(2, 3)), fed(model, coded(), windows(2, 3)))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
-        lambda cache: cache.batch_select_indices(torch.tensor([1, 0])),
-        lambda cache: cache.batch_repeat_interleave(1),
-    ],
-    ids=["reorder", "select", "repeat"],
-)
+ROWS = {
+    "reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+    "select": lambda cache: cache.batch_select_indices(torch.tensor([1, 0])),
+    "repeat": lambda cache: cache.batch_repeat_interleave(1),
+}
+
+
+@pytest.mark.parametrize("change", ROWS.values(), ids=ROWS)
 def test_rows_changed_in_the_first_layers_only(monkeypatch, change):
     """Beams of one layer would read those of another."""
     model, cache = tiny_model("llama"), coded()
@@ -130,29 +127,18 @@ def test_rows_changed_in_the_first_layers_only(monkeypatch, change):
     assert torch.equal(fed(model, cache, windows(2, 3)), fed(model, coded(), windows(2, 3)))
 
 
-@pytest.mark.parametrize("wrong", [lambda c: c.reorder_cache(torch.tensor([0, 7])), lambda c: c.crop(-HELD - 1),
-                                   lambda c: c.batch_select_indices(torch.tensor([2])),
-                                   lambda c: c.batch_repeat_interleave(-1)])  # fmt: skip
-def test_what_is_refused_changes_nothing(wrong):
+def test_what_is_refused_changes_nothing():
+    """A single KV head of another model would spread over all that are held."""
     model, cache, other = tiny_model("llama"), coded(), coded()
     for each in (cache, other):
         fed(model, each, windows(2, HELD))
-    with pytest.raises((IndexError, PluginError, RuntimeError)):
-        wrong(cache)
-    assert torch.equal(fed(model, cache, windows(2, 3)), fed(model, other, windows(2, 3)))
-
-
-def test_a_model_with_other_heads_is_refused():
-    """A single KV head would spread over all that are held."""
-    cache = identity_cache(3)
-    fed(tiny_model("llama"), cache, windows(1, HELD))
+    wrong = (
+        lambda: cache.reorder_cache(torch.tensor([0, 7])), lambda: cache.crop(-HELD - 1),
+        lambda: cache.batch_select_indices(torch.tensor([2])), lambda: cache.batch_repeat_interleave(-1),
+    )  # fmt: skip
+    for call in wrong:
+        with pytest.raises((IndexError, PluginError, RuntimeError)):
+            call()
     with pytest.raises(PluginError, match="holds 2 KV heads of 12 channels, got 1 of 12"):
-        fed(tiny_model("llama", num_key_value_heads=1), cache, windows(1, 3))
-    assert torch.equal(fed(tiny_model("llama"), cache, windows(1, 3)), again(windows(1, HELD), windows(1, 3)))
-
-
-def again(*pieces):
-    """What transformers' own cache gives for the last piece."""
-    model = tiny_model("llama")
-    cache = DynamicCache(config=model.config)
-    return [fed(model, cache, ids) for ids in pieces][-1]
+        fed(tiny_model("llama", num_key_value_heads=1), cache, windows(2, 3))
+    assert torch.equal(fed(model, cache, windows(2, 3)), fed(model, other, windows(2, 3)))

@@ -17,7 +17,6 @@ from gpt2.compression.codecs import QUANTIZERS, Compressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 
 NEW = 10  # generated tokens
-every_family = pytest.mark.parametrize("family", KINDS)
 
 
 def answer(model, cache, ids: Tensor | None = None, **how) -> Tensor:
@@ -74,23 +73,24 @@ def expected(family: str, mode: str) -> Tensor | Exception:
         return error
 
 
-@every_family
+@pytest.mark.parametrize("family", KINDS)
 def test_logits_are_those_of_transformers(family):
     """In prompts, chunks and steps; and a lossy cache changes them, so it is what attention reads."""
     geometry = geometry_of(family)
     coarse = [Compressor(QUANTIZERS["int4"])] * geometry.num_layers
     lossy = CompressedDynamicCache(coarse, coarse, geometry=geometry, sink_tokens=0)
-    sizes = [20, 10, 1, 1, 7] if family in STEPWISE else [100, 60, 1, 1, 7, 64]
+    sizes = [20, 10, 1, 1, 7] if family in STEPWISE else [100, 60, 1, 1, 7]
     parts = ids_of(sum(sizes)).split(sizes, dim=1)
     caches = (theirs(family), ours(family), lossy)
     wanted, exact, changed = (torch.cat([feed(model_of(family), each, x) for x in parts], dim=1) for each in caches)
     assert torch.equal(exact, wanted)
     assert (changed - wanted).abs().max() > 1e-3 * wanted.abs().max()
     assert caches[1].get_seq_length() == caches[0].get_seq_length() == sum(sizes)
+    assert caches[1].nbytes() == cache_bytes(caches[1]), "states and indexers are counted"
     assert len(expected(family, "greedy")[0, LENGTH:].unique()) >= 4, "a model that repeats itself would prove nothing"
 
 
-@pytest.mark.parametrize(("family", "mode"), covering(KINDS, MODES, times=2))
+@pytest.mark.parametrize(("family", "mode"), covering(KINDS, MODES))
 def test_an_exact_cache_gives_the_same_tokens_or_the_same_refusal(family, mode):
     model, wanted = model_of(family), expected(family, mode)
     if not isinstance(wanted, Exception):
@@ -120,21 +120,3 @@ def test_assisted_decoding_takes_tokens_back_behind_the_window(family, monkeypat
     monkeypatch.setattr(cache, "crop", lambda n: (removed.append(int(-n)), crop(n)))
     MODES["assisted"](model_of(family), cache)
     assert max(removed) > 0 and len(removed) < NEW and cache.get_seq_length() >= LENGTH + NEW - 1
-
-
-@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_next", "falcon_h1", "inkling_text", "glm_moe_dsa"])
-def test_the_memory_is_that_of_the_kinds(family):
-    """Windows hold no more than a block more than transformers; states are as many."""
-    cache, own = ours(family), theirs(family)
-    for each in (cache, own):
-        answer(model_of(family), each, ids_of(300))
-    for layer, other in zip(cache.layers, own.layers, strict=True):
-        for name in ("conv_states", "recurrent_states"):
-            found, wanted = (getattr(x, name, {}) for x in (layer, other))
-            assert {i: None if s is None else s.shape for i, s in found.items()} == {
-                i: None if s is None else s.shape for i, s in wanted.items()
-            }
-        if getattr(layer, "is_sliding", False):
-            held = {len(store) for store in layer.stores.values()}
-            assert len(held) == 1 and layer.sliding_window - 1 <= held.pop() < layer.sliding_window - 1 + 64
-    assert cache.nbytes() == cache_bytes(cache), "states and indexers are counted"

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from sampling import ALL
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from gpt2.compression.cache import size
@@ -36,8 +37,8 @@ def measured(make, geometry: Geometry, tokens: int) -> int:
 def test_bytes_of_a_long_sequence_are_those_of_a_real_cache(setting):
     assert min(LENGTHS) > size.LONGEST_MEASURED
     make = factory(GEOMETRY, setting)
-    found = [size.held_bytes(make, GEOMETRY, tokens) for tokens in LENGTHS]
-    assert found == [measured(make, GEOMETRY, tokens) for tokens in LENGTHS]
+    for tokens in LENGTHS if ALL else LENGTHS[:1]:
+        assert size.held_bytes(make, GEOMETRY, tokens) == measured(make, GEOMETRY, tokens)
 
 
 @pytest.mark.parametrize("exact", [{"sink_tokens": 0}, {"sink_tokens": 7, "recent_tokens": 100}])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from direct import SETTINGS
 from generation import assistant_of, generate, model_of, prompt
+from sampling import covering, sampled
 from tiny import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
@@ -58,9 +59,9 @@ def alibi():
 # --- tokens that repeat, or look as if they did
 
 
-@every_way
-@pytest.mark.parametrize("name", ["kv8", "int8"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "mistral"])
+@pytest.mark.parametrize(
+    ("family", "name", "direct"), covering(["llama", "gpt2", "qwen2", "mistral"], ["kv8", "int8"], [False, True])
+)
 def test_a_prompt_of_one_token(family, name, direct):
     """As where a model begins from its first token alone, by ids or by inputs_embeds."""
     model = enabled(tiny_model(family), direct)
@@ -77,9 +78,9 @@ def test_a_prompt_of_one_token(family, name, direct):
     assert found.shape == expected.shape and torch.equal(found[:, :4], expected[:, :4]), "within the sinks"
 
 
-@pytest.mark.parametrize("sinks", [4, 0])
-@pytest.mark.parametrize("repeats", [5, 64, 80])
-@pytest.mark.parametrize("name", ["kv8", "int8_channel", "int8"])
+@pytest.mark.parametrize(
+    ("name", "repeats", "sinks"), covering(["kv8", "int8_channel", "int8"], [80, 64, 5], [4, 0], times=2)
+)
 def test_a_text_that_begins_with_one_token_many_times(name, repeats, sinks):
     """Where keys have no positions it looks like padding, and is read as it is nevertheless."""
     model = alibi()
@@ -123,9 +124,9 @@ def test_a_key_bias_as_large_as_that_of_qwen2_is_no_padding(bias):
 # --- cutting off
 
 
-@every_way
-@pytest.mark.parametrize("kept", [0, 10, 22, 70])
-@pytest.mark.parametrize("name", ["int8", "int8_channel", "kv8"])
+@pytest.mark.parametrize(
+    ("name", "kept", "direct"), covering(["int8", "int8_channel", "kv8"], [0, 10, 22, 70], [False, True])
+)
 def test_other_tokens_after_a_crop_of_padded_rows(name, kept, direct):
     """The first tokens of a row, kept exact, go with the tokens that are cut off."""
     model, ids = enabled(tiny_model("llama"), direct), prompt(150, batch=2)
@@ -146,7 +147,7 @@ def test_other_tokens_after_a_crop_of_padded_rows(name, kept, direct):
     assert lost(*found) < 0.08
 
 
-@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("length", sampled([1, 3, 2], 2))
 def test_guesses_that_are_taken_back_behind_a_short_padded_prompt(length):
     """They were among the first tokens of the row. The same tokens as without guesses."""
     model = model_of("llama")
@@ -163,10 +164,12 @@ def test_guesses_that_are_taken_back_behind_a_short_padded_prompt(length):
 # --- conversions
 
 
-@every_way
-@pytest.mark.parametrize("name", ["identity", "kv8"])
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32),
-                                    (torch.float32, torch.float16)], ids=str)  # fmt: skip
+CONVERSIONS = [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float16)]
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "name", "direct"), covering(CONVERSIONS, ["identity", "kv8"], [False, True], times=2), ids=str
+)
 def test_a_model_converted_after_its_cache_was_filled(dtypes, name, direct):
     """transformers' own cache fails where the model becomes narrower; one that was filled in one dtype tells."""
     expected = model_of("llama")(torch.cat((PROMPT, prompt(80, seed=1)), dim=1)).logits[:, 60:]
@@ -194,15 +197,14 @@ def test_a_cache_goes_back_to_transformers_own():
 # --- other tools, and arguments that don't fit
 
 
-@pytest.mark.parametrize("side", ["keys", "values"])
-def test_what_is_written_to_k_and_v_would_be_lost(side):
+def test_what_is_written_to_k_and_v_would_be_lost():
     """As tools do that drop tokens of a cache, or quantize it in place."""
     model = model_of("llama")
     cache = cache_of("kv8", model)
     model(PROMPT, past_key_values=cache)
-    layer = cache.layers[0]
-    with pytest.raises(PluginError, match="would be lost"):
-        setattr(layer, side, getattr(layer, side)[:, :, :10])
+    for side in ("keys", "values"):
+        with pytest.raises(PluginError, match="would be lost"):
+            setattr(cache.layers[0], side, getattr(cache.layers[0], side)[:, :, :10])
     assert cache.get_seq_length() == 60
 
 
@@ -258,8 +260,7 @@ def test_a_mask_of_the_new_tokens_alone(by):
     assert model(ids, past_key_values=cache).logits.isfinite().all()
 
 
-@every_way
-@pytest.mark.parametrize("name", ["kv8", "kv4"])
+@pytest.mark.parametrize(("name", "direct"), covering(["kv8", "kv4"], [False, True]))
 def test_what_is_no_number_stays_in_its_row(name, direct):
     """Other rows are what they are without it; its own doesn't hide it behind numbers."""
     model = enabled(tiny_model("llama"), direct)

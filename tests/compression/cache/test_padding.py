@@ -50,7 +50,7 @@ def stored(model, cache, chunk: int = 150):
 
 @pytest.mark.parametrize(
     ("name", "sinks", "chunk"),
-    covering(["int4", "int4_channel", "joint", "framed"], [0, 4, 66], [150, 64, 7], times=3),
+    covering(["int4", "int4_channel", "joint", "framed"], [0, 4, 66], [150, 64, 7], times=2),
 )
 def test_each_row_has_sinks_of_its_own(name, sinks, chunk):
     """However the prompt is fed; a row of one padding slot is known from the others."""
@@ -91,9 +91,7 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "operation"), covering(["int4", "int4_channel", "identity", "framed"], OPERATIONS, times=2)
-)
+@pytest.mark.parametrize(("name", "operation"), covering(["int4", "int4_channel", "identity", "framed"], OPERATIONS))
 def test_direct_attention_reads_the_rows_own_sinks(name, operation):
     model = tiny_model("llama")
     rows = {}
@@ -121,16 +119,15 @@ def test_a_conversation_of_padded_rows_goes_on_and_starts_again():
         cache.reset()
 
 
-@pytest.mark.parametrize(("runs", "expected"), [
-    ([0, 0], None), ([3, 0], [3, 0]), ([3, 1], [3, 1]), ([1, 1], None), ([9, 5], [9, 5]),
-])  # fmt: skip
 @pytest.mark.parametrize("chunk", [12, 4, 1])
-def test_padding_is_found_by_keys_that_repeat(runs, expected, chunk):
+def test_padding_is_found_by_keys_that_repeat(chunk):
+    """One token that two rows begin with says nothing."""
     g = torch.Generator().manual_seed(0)
-    keys, pad = torch.randn(2, 2, 12, 8, generator=g), torch.randn(1, 2, 1, 8, generator=g)
-    for row, run in enumerate(runs):
-        keys[row, :, :run] = pad
-    finder = PaddingFinder()
-    for part in keys.split(chunk, dim=2):
-        finder.see(part)
-    assert finder.rows is None if expected is None else finder.rows.tolist() == expected
+    for runs, found in (([0, 0], None), ([3, 0], [3, 0]), ([3, 1], [3, 1]), ([1, 1], None), ([9, 5], [9, 5])):
+        keys, pad = torch.randn(2, 2, 12, 8, generator=g), torch.randn(1, 2, 1, 8, generator=g)
+        for row, run in enumerate(runs):
+            keys[row, :, :run] = pad
+        finder = PaddingFinder()
+        for part in keys.split(chunk, dim=2):
+            finder.see(part)
+        assert (finder.rows is None) == (found is None) and (found is None or finder.rows.tolist() == found)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from generation import generate, model_of, prompt
+from sampling import covering, sampled
 from tiny import tiny_model
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, EncoderDecoderCache
@@ -37,18 +38,19 @@ def cache_of(name: str, model):
 # --- a used cache
 
 
-@pytest.mark.parametrize("name", ["identity", "kv8", "kv4"])
-@pytest.mark.parametrize("steps", [1, 20])
+@pytest.mark.parametrize(("name", "steps"), [("identity", 1), ("kv8", 20), ("kv4", 1)])
 def test_the_same_prompt_again(name, steps):
-    """Also after a run that Ctrl-C ended between steps: some tokens of an answer are held."""
+    """Also after a run that Ctrl-C ended between steps: some tokens of an answer are held. Or a shorter prompt."""
     model = model_of("llama")
     cache = cache_of(name, model)
     generate(model, cache, PROMPT, max_new_tokens=steps + 1)
     with pytest.raises(PluginError, match="a prompt of 60 tokens was given to a cache that holds it and"):
         generate(model, cache, PROMPT)
+    with pytest.raises(PluginError, match=f"the cache holds {60 + steps} tokens and the model is fed none"):
+        generate(model, cache, PROMPT[:, :30])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", sampled(["llama", "qwen2", "gpt_neox", "gpt2"], 2))
 def test_what_follows_a_conversation_is_not_taken_for_it(family):
     """Texts whose lengths are those of a prompt that is given again."""
     model = model_of(family)
@@ -58,13 +60,6 @@ def test_what_follows_a_conversation_is_not_taken_for_it(family):
         longer = torch.cat((answer, extra), dim=1)
         expected = generate(model, DynamicCache(config=model.config), longer)
         assert torch.equal(generate(model, copy.deepcopy(cache), longer), expected)
-
-
-def test_a_shorter_prompt():
-    model, cache = model_of("llama"), identity_cache(3)
-    generate(model, cache, PROMPT)
-    with pytest.raises(PluginError, match="the cache holds 71 tokens and the model is fed none"):
-        generate(model, cache, PROMPT[:, :30])
 
 
 def test_a_text_said_twice_where_keys_have_no_positions():
@@ -102,16 +97,15 @@ def reads_codes(model) -> bool:
     return len(calls) == 3
 
 
-@pytest.mark.parametrize("copied", [
-    copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)),
-], ids=["copy", "pickle"])  # fmt: skip
-def test_a_copy_is_enabled_by_itself(copied):
+def test_a_copy_is_enabled_by_itself():
     model = enable_compressed_attention(tiny_model("llama"))
-    other = copied(model)
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     disable_compressed_attention(model)
-    assert is_enabled(other) and reads_codes(other) and not is_enabled(model) and not reads_codes(model)
-    disable_compressed_attention(other)
-    assert not is_enabled(other) and not other._forward_hooks and not reads_codes(other)
+    assert not is_enabled(model) and not reads_codes(model)
+    for other in copies:
+        assert is_enabled(other) and reads_codes(other)
+        disable_compressed_attention(other)
+        assert not is_enabled(other) and not other._forward_hooks and not reads_codes(other)
 
 
 @pytest.mark.parametrize("wrap", [
@@ -138,8 +132,7 @@ def test_prefix_tuning_is_told_that_the_cache_would_not_be_used():
 # --- gradients, weights, sizes
 
 
-@pytest.mark.parametrize("direct", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize(("direct", "family"), covering([False, True], ["llama", "gemma3_text"]))
 def test_gradients_reach_keys_and_values(family, direct):
     """Those of DynamicCache, from a cache that loses nothing; the same direction, from one that rounds."""
     gradients = {}
@@ -197,9 +190,11 @@ def stored_singly(quantizer: str, x: torch.Tensor) -> CompressedDynamicCache:
     return cache
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["int8", "int4", "int8_channel", "int4_channel"])
-@pytest.mark.parametrize("first", [0, 100], ids=["from the first", "later"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "first"),
+    covering(["int8", "int4", "int8_channel", "int4_channel"], [torch.float32, torch.bfloat16], [0, 100], times=2),
+    ids=str,
+)
 def test_values_beyond_float16_are_stored_and_read_directly(name, dtype, first, caplog):
     x = torch.randn(1, 2, 192, 12, generator=torch.Generator().manual_seed(0))
     x[:, :, first:, 3:5] -= 1e5
@@ -272,16 +267,15 @@ def test_positions_that_change_with_length_are_warned_of(caplog, family, rope, s
     assert [said in text for text in ours(caplog)] == [True] * (said is not None)
 
 
-@pytest.mark.parametrize("way", [
-    lambda folder, model: create_cache_from_preset(get_preset_info(folder, "kv8")),
-    lambda folder, model: create_cache_from_policy(model.config, "default"),
-    lambda folder, model: enable_compressed_attention(model),
-], ids=["preset", "policy", "enabling"])  # fmt: skip
-def test_each_way_in_warns_that_a_cache_will_be_dropped(way, tmp_path, caplog):
+def test_each_way_in_warns_that_a_cache_will_be_dropped(tmp_path, caplog):
     model = phi3()
     model.config.save_pretrained(tmp_path)
-    way(str(tmp_path), model)
-    assert ["past 40 tokens, transformers drops the cache" in text for text in ours(caplog)] == [True]
+    for way in (lambda: create_cache_from_preset(get_preset_info(str(tmp_path), "kv8")),
+                lambda: create_cache_from_policy(model.config, "default"),
+                lambda: enable_compressed_attention(model)):  # fmt: skip
+        caplog.clear()
+        way()
+        assert ["past 40 tokens, transformers drops the cache" in text for text in ours(caplog)] == [True]
 
 
 def test_a_cache_near_the_length_at_which_it_is_dropped_says_so_once(tmp_path, caplog):

@@ -23,12 +23,6 @@ def with_codecs(target: str, bits: int, **windows):
     return lambda: CompressedDynamicCache(*compressors_for(target, bits, SHAPE), **windows)
 
 
-@pytest.mark.parametrize("tokens", [512, 2048, 3000])
-def test_the_identity_cache_is_no_smaller_and_hardly_larger(tokens):
-    ratio = compression_ratio(lambda: identity_cache(2), SHAPE, tokens)
-    assert 0.95 <= ratio <= 1
-
-
 RATIOS = [
     (target, bits, per_vector, windows)
     for target in ("v", "k", "kv")
@@ -37,7 +31,7 @@ RATIOS = [
 ]
 
 
-@pytest.mark.parametrize(("target", "bits", "per_vector", "windows"), sampled(RATIOS, 8))
+@pytest.mark.parametrize(("target", "bits", "per_vector", "windows"), sampled(RATIOS, 5))
 def test_the_ratio_is_arithmetic(target, bits, per_vector, windows):
     """16-bit vectors of 64 channels are 128 bytes; codes have a scale and an offset of two bytes each beside them."""
     exact = (windows | {"sink_tokens": windows.get("sink_tokens", 4)}).values()
@@ -62,10 +56,14 @@ def test_low_rank_stores_rank_coordinates(rank):
 
 
 def test_the_ratio_is_of_a_16_bit_model_at_a_stated_length():
-    """At 64 tokens the sinks weigh more, and room that is allocated but unused counts."""
+    """At 64 tokens the sinks weigh more, and room that is allocated but unused counts, as in an exact cache."""
     short, long = (compression_ratio(with_codecs("kv", 4), SHAPE, tokens) for tokens in (64, 2048))
     assert short < long - 0.2
     assert compression_ratio(lambda: identity_cache(2), SHAPE, 64, torch.float32) == pytest.approx(0.5, rel=0.3)
+    assert all(0.95 <= compression_ratio(lambda: identity_cache(2), SHAPE, tokens) <= 1 for tokens in (512, 2048, 3000))
+    mistral = tiny_loaded("mistral").geometry
+    ratio = compression_ratio(lambda: identity_cache(3), mistral, 512)
+    assert 7 / 512 <= ratio < 0.2, "of its window of 8 transformers keeps 7 tokens: storing all is no compression"
 
 
 def test_bytes_count_storages_once_and_whole():
@@ -85,13 +83,6 @@ def test_bytes_of_a_cache_that_a_model_filled():
         llama.model(tokens, past_key_values=cache)
     assert cache_bytes(models) == 3 * 65 * llama.geometry.bytes_per_token(4)
     assert 1 <= cache_bytes(ours) / cache_bytes(models) < 1.05
-
-
-def test_the_ratio_knows_that_transformers_drops_what_a_window_hides():
-    """Mistral's own cache keeps 7 tokens of its window of 8: storing all of them is no compression."""
-    loaded = tiny_loaded("mistral")
-    ratio = compression_ratio(lambda: identity_cache(3), loaded.geometry, 512)
-    assert 7 / 512 <= ratio < 0.2
 
 
 def test_exact_and_unused_bytes_are_those_of_sinks_tail_and_room():

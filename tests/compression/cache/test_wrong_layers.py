@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 from kinds import feed, geometry_of, ids_of, model_of, ours
+from presets import PRESET
+from sampling import covering, sampled
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
@@ -16,25 +18,19 @@ ADVICE = "give model= or config= to create_cache_from_preset"
 def bare_preset(family: str) -> dict:
     """The guide's keys alone, which say nothing of kinds of layers."""
     geometry = geometry_of(family)
-    return {
-        "model": family, "rank": geometry.head_dim, "target": "kv", "bits": 8, "codec": "identity",
-        "compression_ratio": 2.0, "baseline_ppl": 20.0, "compressed_ppl": 21.0, "calibration_file": "",
-        "head_dim": geometry.head_dim, "num_layers": geometry.num_layers,
-    }  # fmt: skip
+    own = {"num_layers": geometry.num_layers, "head_dim": geometry.head_dim, "rank": geometry.head_dim}
+    return PRESET | own | {"model": family, "target": "kv", "codec": "identity", "calibration_file": ""}
 
 
-@pytest.mark.parametrize(
-    ("family", "message"),
-    [
-        ("qwen3_next", "the model has linear attention in layer 0, but this cache was made for attention alone"),
-        ("lfm2", "the model has linear attention in layer 0, but this cache was made for attention alone"),
-        ("jamba", "the model has linear attention in layer 0, but this cache was made for attention alone"),
-        ("falcon_h1", "the model has linear attention in layer 0, but this cache was made for attention alone"),
-        ("inkling_text", "the model has linear attention in layer 0, but this cache was made for attention alone"),
-        ("recurrent_gemma", "the model has no attention in layer 0, where this cache expects it"),
-        ("glm_moe_dsa", "the model has an indexer in layer 0, for which this cache has no place"),
-    ],
-)
+LINEAR_FIRST = "the model has linear attention in layer 0, but this cache was made for attention alone"
+HYBRID = {
+    **dict.fromkeys(sampled(("qwen3_next", "lfm2", "jamba", "falcon_h1", "inkling_text"), 3), LINEAR_FIRST),
+    "recurrent_gemma": "the model has no attention in layer 0, where this cache expects it",
+    "glm_moe_dsa": "the model has an indexer in layer 0, for which this cache has no place",
+}
+
+
+@pytest.mark.parametrize(("family", "message"), HYBRID.items())
 def test_a_bare_preset_with_a_hybrid_model(family, message):
     model = model_of(family)
     with pytest.raises(PluginError, match=message) as error:
@@ -54,8 +50,9 @@ def test_a_bare_cache_with_a_model_whose_last_layers_keep_nothing(family):
         feed(model_of(family), cache, ids_of(1))
 
 
-@pytest.mark.parametrize("kind", [NOTHING, LINEAR])
-@pytest.mark.parametrize("family", ["mistral", "qwen3_next", "deepseek_v3", "glm_moe_dsa"])
+@pytest.mark.parametrize(
+    ("family", "kind"), covering(["mistral", "qwen3_next", "deepseek_v3", "glm_moe_dsa"], [NOTHING, LINEAR])
+)
 def test_a_layer_that_attends_where_the_cache_keeps_nothing(family, kind):
     geometry = geometry_of(family)
     for index in geometry.attention:
@@ -69,7 +66,7 @@ def test_a_layer_that_attends_where_the_cache_keeps_nothing(family, kind):
             feed(model_of(family), identity_cache(Geometry(tuple(layers))), ids_of(20))
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "qwen3_next", "falcon_h1", "glm_moe_dsa"])
+@pytest.mark.parametrize("family", sampled(["mistral", "gemma3_text", "falcon_h1", "qwen3_next", "glm_moe_dsa"], 3))
 def test_a_model_with_more_layers_than_the_cache(family):
     fewer = Geometry(geometry_of(family).layers[:-1])
     with pytest.raises(PluginError, match=rf"layer {fewer.num_layers}\b"):
