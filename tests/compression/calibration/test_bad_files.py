@@ -72,7 +72,7 @@ def good(request, folder):
 @pytest.mark.parametrize("damage", [flipped, overwritten])
 def test_changed_bits_are_noticed(damage, good, space):
     """The file is rejected, or the bits have no meaning (padding and dates of an archive) and all is read as it was."""
-    whole, unharmed, rng, count = tensor_file.read(good), 0, random.Random(1), 60 if ALL else 20
+    whole, unharmed, rng, count = tensor_file.read(good), 0, random.Random(1), 60 if ALL else 12
     for number in range(count):
         (space / "bad.pt").write_bytes(damage(good.read_bytes(), rng))
         try:
@@ -126,7 +126,7 @@ def test_wrong_tensors(which, folder, space):
         name = re.sub(".prices|.[0-9]+$", "", what.split()[0])
         return "" if what.endswith("one number for all") else f"field '{name}"
 
-    assert check(space, wrong(), most=40 if which == "whole.pt" else 20, message=message) > 65
+    assert check(space, wrong(), most=30 if which == "whole.pt" else 15, message=message) > 65
 
 
 def test_headers_of_safetensors_that_dont_fit_the_file(folder, space):
@@ -157,7 +157,7 @@ def test_wrong_metadata(folder, space):
         for other in ([], {}, torch.ones(3), [record], {"model": {"weight": torch.ones(3)}}, None, 5):
             yield f"{other!r:.40} in place of all", other
 
-    assert check(space, wrong(), most=80) > 250
+    assert check(space, wrong(), most=50) > 250
 
 
 def test_tensors_where_plain_values_belong(folder, space):
@@ -220,7 +220,7 @@ def test_numbers_of_other_kinds(folder, space):
 
 def test_pickles_that_would_run_code(folder, space):
     record = tensor_file.read(folder / "compact.pt")
-    assert check(space, hostile((folder / "compact.pt").read_bytes(), record), most=50) == 9 * len(PAYLOADS)
+    assert check(space, hostile((folder / "compact.pt").read_bytes(), record), most=33) == 9 * len(PAYLOADS)
 
 
 def test_memory_goes_by_a_files_own_size(folder, space):

@@ -17,14 +17,13 @@ from gpt2.compression.codecs.moments import Moments
 from gpt2.models.geometry import Geometry
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
-def test_moments_reject_what_is_not_finite(value):
-    x = torch.zeros(1, 2, 5, 6)
-    x[0, 1, 3, 2] = value
-    moments = Moments.zeros(Geometry.uniform(2, 2, 6))
-    with pytest.raises(PluginError, match="layer 1: NaN or infinite"):
-        moments.update(1, x)
-    assert not moments.count.any() and not any(own.any() for own in moments.scatter), "and are left as they were"
+def test_moments_reject_what_is_not_finite():
+    x, moments = torch.zeros(1, 2, 5, 6), Moments.zeros(Geometry.uniform(2, 2, 6))
+    for value in (float("nan"), float("inf"), -float("inf"), 1e30):
+        x[0, 1, 3, 2] = value
+        with pytest.raises(PluginError, match="layer 1: NaN or infinite"):
+            moments.update(1, x)
+        assert not moments.count.any() and not any(own.any() for own in moments.scatter), "and are left as they were"
 
 
 @torch.no_grad()
@@ -63,36 +62,28 @@ def test_collect_equals_a_direct_computation_without_the_sinks(llama, sinks):
             assert torch.allclose(seen[layer][head], expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
 
 
-@pytest.mark.parametrize("sinks", [20, 50])
-def test_collect_rejects_sequences_that_are_all_sinks(llama, sinks):
-    with pytest.raises(PluginError, match=f"longer than the {sinks} sink tokens"):
-        collect(llama, windows(2, 20), sinks)
+def test_windows_that_are_all_sinks(llama):
+    """They add nothing, and all windows can't be such ones."""
+    for sinks in (20, 50):
+        with pytest.raises(PluginError, match=f"longer than the {sinks} sink tokens"):
+            collect(llama, windows(2, 20), sinks)
+    short, long = windows(1, 4)[0], windows(1, 20)[0]
+    found = collect(llama, [short, long], 4)
+    assert all(map(torch.equal, found.k.mean, collect(llama, [long], 4).k.mean))
 
 
-@pytest.mark.parametrize("projection", ["k_proj", "v_proj"])
+@pytest.mark.parametrize("projection", ["k_proj", "v_proj", "q_proj"])
 def test_nan_activations_are_rejected_by_layer_and_nothing_is_written(projection, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(files, "RESULTS", tmp_path / "checkout")
     broken, made_from = tiny_loaded("llama"), {"rank": 9, "samples": 3, "seq_len": 48, "seed": 0, "sink_tokens": 4}
-    attention = broken.model.config._attn_implementation
-    getattr(broken.model.model.layers[1].self_attn, projection).weight[0, 0] = float("nan")
-    with pytest.raises(PluginError, match="^layer 1: NaN or infinite activations.*--dtype float32"):
+    attention, layer = broken.model.config._attn_implementation, 2 if projection == "q_proj" else 1
+    # After the last layer's queries comes no K or V that would show them
+    getattr(broken.model.model.layers[layer].self_attn, projection).weight[0, 0] = float("nan")
+    with pytest.raises(PluginError, match=f"^layer {layer}: NaN or infinite activations.*--dtype float32"):
         reuse.obtain_calibration(broken, TEXT, given=None, output=tmp_path / "c.pt", **made_from)
     assert not list(tmp_path.rglob("*.*"))
     assert broken.model.config._attn_implementation == attention
-
-
-def test_nan_queries_are_rejected_as_well():
-    broken = tiny_loaded("llama")
-    broken.model.model.layers[-1].self_attn.q_proj.weight[0, 0] = float("nan")  # no K or V comes after it
-    with pytest.raises(PluginError, match="layer 2: NaN"):
-        collect(broken, windows(1, 20), 4)
-
-
-def test_a_window_without_a_vector_after_the_sinks_adds_nothing(llama):
-    short, long = windows(1, 4)[0], windows(1, 20)[0]
-    found = collect(llama, [short, long], 4)
-    assert all(map(torch.equal, found.k.mean, collect(llama, [long], 4).k.mean))
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sampling import covering
 
 from gpt2.compression.calibration.bit_allocation import BitAllocation
 from gpt2.compression.codecs.formats import BLOCK, PLANE, WIDTHS
@@ -21,8 +22,9 @@ def sizes_of(found: BitAllocation) -> list[tuple[int, int]]:
     return [(0, 0) if errors is None else errors.shape[:2] for errors in found.errors]
 
 
-@pytest.mark.parametrize("weights", [None, (1.0, 1.0, 0.125, 1.0), (0.5, 1.0, 0.02, 1.0)])
-@pytest.mark.parametrize("bits", [1.5, 3.0, 5.0])
+@pytest.mark.parametrize(
+    ("weights", "bits"), covering([None, (1.0, 1.0, 0.125, 1.0), (0.5, 1.0, 0.02, 1.0)], [1.5, 3.0, 5.0], times=2)
+)
 def test_bits_are_meant_on_average_over_what_is_held(weights, bits):
     found = allocation(weights)
     each, sizes, weights = found.bits_of_each(bits), sizes_of(found), weights or (1.0,) * 4
