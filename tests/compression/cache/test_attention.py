@@ -3,7 +3,6 @@
 import pytest
 import torch
 from direct import SETTINGS, both, cache_of, close, joint_cache_of, streamed
-from generation import MODES, SAME_TOKENS, with_dynamic_cache
 from sampling import covering, sampled
 from tiny import FAMILIES, tiny_model, windows
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -13,7 +12,6 @@ from gpt2.compression.attention import disable_compressed_attention, enable_comp
 from gpt2.compression.cache import attention, direct_attention
 from gpt2.compression.cache.layers import StoredKV
 from gpt2.compression.cache.token_store import TokenStore
-from gpt2.compression.compressed_cache import identity_cache
 from gpt2.evaluation.instruments import Stopwatch, watched
 from gpt2.experiments.miniatures import tiny_family
 
@@ -109,17 +107,6 @@ def test_sixteen_bit_models(dtype, name, kernels):
     assert (stored - exact).abs().mean() <= 1.2 * rounding, "no further from float32 than reconstruction is"
 
 
-@pytest.mark.parametrize(("mode", "family"), covering(sampled(MODES, 8), ["llama", "mistral", "gpt2"]))
-def test_generation_with_identity_gives_the_same_tokens(family, mode):
-    model = tiny_model(family)
-    if mode == "reset":  # not every version of transformers resets its own cache
-        expected = SAME_TOKENS[mode](model, DynamicCache(config=model.config))
-    else:
-        expected = with_dynamic_cache(family, mode)
-    enable_compressed_attention(model)
-    assert torch.equal(MODES[mode](model, identity_cache(3)), expected)
-
-
 @pytest.mark.parametrize(
     ("name", "family", "on"),
     covering(["identity", "int8", "int8_channel", "mixed", "low rank"], ["llama", "gpt2", "gemma3_text"],
@@ -156,7 +143,7 @@ def test_after_crop_reorder_and_selection(llama, kernels):
         cache.reorder_cache(torch.tensor([1, 1]))
         return llama(ids[:2, :2], past_key_values=cache).logits
 
-    for name in ("int4", "mixed", "int8_channel", "mixed, no basis"):
+    for name in sampled(("mixed", "int8_channel", "int4", "mixed, no basis"), 1):
         assert same_logits(llama, name, name, run)
     assert close(*both(llama, lambda: joint_cache_of(llama, "framed"), run))
 

@@ -90,8 +90,8 @@ REJECTED = [
 
 
 def test_calibrate_rejects(llama):
-    for change, message in REJECTED:
-        settings = SMALL | {"rank": 9, "text": TEXT} | change
+    for changed, message in REJECTED:
+        settings = SMALL | {"rank": 9, "text": TEXT} | changed
         with pytest.raises(PluginError, match=message):
             calibrate(llama, settings.pop("text"), **settings)
 
@@ -230,9 +230,9 @@ def test_reuse_is_only_on_a_full_match(folders, llama, made):
     old = save_calibration(made, folders / "old.pt")
     others = [{"samples": 2}, {"seq_len": 40}, {"seed": 1}, {"sink_tokens": 3}, {"layers": 2},
               {"text": by_position("words", "words.txt", word_text(3000, seed=1))}]  # fmt: skip
-    for change in others:
-        loaded = tiny_loaded("llama", num_hidden_layers=change.pop("layers", 3))
-        found, path = obtain(loaded, **change)
+    for changed in others:
+        loaded = tiny_loaded("llama", num_hidden_layers=changed.pop("layers", 3))
+        found, path = obtain(loaded, **changed)
         assert path != old and load_calibration(old).meta == made.meta, "the old one stays"
         assert found.geometry == loaded.geometry
 
