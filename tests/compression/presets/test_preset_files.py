@@ -70,21 +70,18 @@ def test_a_built_in_preset_is_the_callers_own(built_in, calibration, tmp_path):
     assert get_preset_info("tiny-llama", "int8-vonly")["rank"] == 9
 
 
-@pytest.mark.parametrize(
-    ("model", "name", "message"),
-    [
-        ("tiny-lama", "int8-vonly", r"model 'tiny-lama', did you mean 'tiny-llama'\? \(there are some for: "),
-        ("zzz", "int8-vonly", r"model 'zzz' \(there are some for: tiny-llama, other-model\)|other-model, tiny-llama\)"),
-        ("tiny-llama", "int8-v", r"'int8-v' for tiny-llama, .*mean 'int8-vonly'\? .*int8-vonly, kv8, kv4\)"),
-        ("other-model", "zzz", r"no preset 'zzz' for other-model \(there are: only, kv8, kv4\)"),
-    ],
-)  # fmt: skip
-def test_unknown_names_list_what_exists(built_in, model, name, message):
-    with pytest.raises(PluginError, match=message):
-        get_preset_info(model, name)
+UNKNOWN = [
+    ("tiny-lama", "int8-vonly", r"model 'tiny-lama', did you mean 'tiny-llama'\? \(there are some for: "),
+    ("zzz", "int8-vonly", r"model 'zzz' \(there are some for: tiny-llama, other-model\)|other-model, tiny-llama\)"),
+    ("tiny-llama", "int8-v", r"'int8-v' for tiny-llama, .*mean 'int8-vonly'\? .*int8-vonly, kv8, kv4\)"),
+    ("other-model", "zzz", r"no preset 'zzz' for other-model \(there are: only, kv8, kv4\)"),
+]
 
 
-def test_resolve_takes_a_file_or_a_name(built_in, space):
+def test_resolve_takes_a_file_or_a_name_and_unknown_names_list_what_exists(built_in, space):
+    for model, name, message in UNKNOWN:
+        with pytest.raises(PluginError, match=message):
+            get_preset_info(model, name)
     for path in (space / "work" / "mine.json", space / "work" / "mine"):
         assert resolve_preset(write(path, PRESET | {"rank": 3}), "tiny-llama").record["rank"] == 3
     assert resolve_preset("int8-vonly", "tiny-llama").record["rank"] == 9
