@@ -16,7 +16,7 @@ from gpt2.compression.calibration.file import load_calibration, save_calibration
 from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.calibration.statistics import Statistics
 from gpt2.compression.codecs import QUANTIZERS, IdentityCompressor
-from gpt2.compression.compressed_cache import CompressedDynamicCache, load_calibrated_compressors
+from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache, load_calibrated_compressors
 from gpt2.text.sources import by_position
 
 SMALL = {"samples": 3, "seq_len": 48, "seed": 0, "sink_tokens": 4}
@@ -176,6 +176,11 @@ def test_guide_use(path, llama, bits, name):
     assert out.shape == (1, 25)
     exact = [(layer.stores["K"].compressor.exact, layer.stores["V"].compressor.exact) for layer in cache.layers]
     assert exact == [(True, True), (True, False), (True, False)]
+    plain = identity_cache(3)
+    llama.model(out[:, :-1], past_key_values=plain)
+    stores = [[layer.stores["V"].read() for layer in each.layers] for each in (cache, plain)]
+    same = [torch.allclose(ours, models, atol=1e-4) for ours, models in zip(*stores, strict=True)]
+    assert same[0] and not same[2], "of rank 9 of 12"
 
 
 def test_the_transforms_dtype_is_asked_for(path, llama):

@@ -119,6 +119,15 @@ def test_the_cache_takes_the_bytes_that_were_asked_for(made, quantizer, bits):
     assert bits - 0.2 < 8 * cache.nbytes() / (2 * L * x.numel()) <= bits * 1.0001
 
 
+def test_bits_are_shared_out_between_keys_and_values_of_all_layers(made):
+    codec = made.fit_of("grouped")
+    shares = codec.allocation.bits_of_each(3)
+    assert len(shares) == 2 * L and sum(shares) / len(shares) == pytest.approx(3, abs=0.2) and len(set(shares)) > 2
+    assert codec.quantizer(QUANTIZERS["mixed"].at(3), 1, "v").bits == shares[3]
+    fixed = codec.quantizer(QUANTIZERS["mixed_fixed"].at(3), 1, "k")
+    assert torch.equal(fixed.widths, codec.allocation.widths(3)[2])
+
+
 def test_errors_are_those_of_the_reservoir(llama):
     batches = windows(3, 200)
     gradients = collect_fisher(llama, batches, None, 4, {"joint": BASES["joint"]})["joint"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 
 import pytest
@@ -21,8 +22,13 @@ from gpt2.models.loading import wrap
 WHERE = ["model", "config", "loaded"]
 
 
-def preset_of(family: str) -> dict:
+@functools.cache
+def measured(family: str) -> dict:
     return preset_for_any_model("kv4", family, geometry_of(family))
+
+
+def preset_of(family: str) -> dict:
+    return copy.deepcopy(measured(family))
 
 
 def told(family: str, where: str) -> dict:
@@ -119,9 +125,8 @@ WRONG = [
 
 def test_what_is_no_layer_is_rejected_by_name():
     """Other values of its keys, or a key that is missing; and what is no list of layers."""
-    good = preset_of("gemma3_text")
     for index, change, message in WRONG:
-        preset = copy.deepcopy(good)
+        preset = preset_of("gemma3_text")
         if isinstance(change, str):
             del preset["cache_layers"][index][change]
         else:
@@ -130,7 +135,7 @@ def test_what_is_no_layer_is_rejected_by_name():
             create_cache_from_preset(preset)
     for wrong in ({}, [], "layers", 3, [None], [3]):
         with pytest.raises(BadArtefact, match="cache_layers"):
-            create_cache_from_preset(good | {"cache_layers": wrong})
+            create_cache_from_preset(preset_of("gemma3_text") | {"cache_layers": wrong})
 
 
 def test_layers_that_keep_nothing_have_no_setting_and_states_dont_tell_them_apart():
