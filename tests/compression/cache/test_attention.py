@@ -46,11 +46,14 @@ def test_every_family_and_pair_of_codecs(family, k, v, sinks, kernels):
     assert same_logits(model, k, v or k, streamed(model, padding=5), sink_tokens=sinks)
 
 
-@pytest.mark.parametrize(("family", "shape", "padding", "sinks"), [
-    ("llama", {}, 5, 4), ("llama", {}, 70, 70), ("mistral", {"sliding_window": 130}, 0, 4), ("mistral", {}, 5, 0),
+SHARED = [
+    ("llama", {}, 5, 4), ("mistral", {"sliding_window": 130}, 0, 4), ("llama", {}, 70, 70), ("phi", {}, 5, 0),
     ("gemma2", {"attn_logit_softcapping": 2.0, "head_dim": 16, "sliding_window": 150, "attn_implementation": "eager"},
-     0, 4), ("phi", {}, 5, 0),
-])  # fmt: skip
+     0, 4), ("mistral", {}, 5, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "shape", "padding", "sinks"), sampled(SHARED, 4))
 def test_codes_that_k_and_v_share(family, shape, padding, sinks, kernels, attended, monkeypatch):
     """A query for every block of keys, in windows that forget, with rows of their own positions."""
     monkeypatch.setitem(FAMILIES, family, FAMILIES.get(family, FAMILIES["llama"]))
@@ -97,7 +100,7 @@ def test_softcap_and_sink_logits(family, chunks, kernels):
     assert same_logits(model, "int8", "mixed", streamed(model, chunks, padding=2))
 
 
-@pytest.mark.parametrize(("dtype", "name"), covering([torch.bfloat16, torch.float16], SETTINGS))
+@pytest.mark.parametrize(("dtype", "name"), covering([torch.bfloat16, torch.float16], sampled(SETTINGS, 5)))
 def test_sixteen_bit_models(dtype, name, kernels):
     model = tiny_model("llama").to(dtype)
     make = lambda: cache_of(model, SETTINGS[name], SETTINGS[name])  # noqa: E731

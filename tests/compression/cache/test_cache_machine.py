@@ -20,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from sampling import ALL
 from stores import BlockInt8, Plain, joint, transform
 from torch import Tensor
 from torch.nn.functional import pad
@@ -33,7 +34,7 @@ from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.kernels import cpu
 from gpt2.models.geometry import FULL, LINEAR, NOTHING, SLIDING, Geometry, LayerGeometry, Shape
 
-HISTORIES = int(os.environ.get("FUZZ_HISTORIES", 40))
+HISTORIES = int(os.environ.get("FUZZ_HISTORIES", 100 if ALL else 30))
 H, D = 2, 16
 LAYOUTS = [(0, 0), (4, 0), (5, 6), (64, 0), (70, 40)]  # exact sinks, exact latest tokens
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -397,6 +398,6 @@ class CacheMachine(RuleBasedStateMachine):
 
 TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(
-    max_examples=HISTORIES, stateful_step_count=40, deadline=None, derandomize=HISTORIES == 40, database=None,
-    suppress_health_check=list(HealthCheck),
+    max_examples=HISTORIES, stateful_step_count=40, deadline=None, derandomize="FUZZ_HISTORIES" not in os.environ,
+    database=None, suppress_health_check=list(HealthCheck),
 )  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 import torch
 from generation import assistant_of, generate, sample
 from kinds import KINDS, LENGTH, RECURRENT, STEPWISE, feed, geometry_of, ids_of, model_of, ours, theirs
-from sampling import covering
+from sampling import covering, sampled
 from torch import Tensor
 
 from gpt2.common.errors import PluginError
@@ -105,9 +105,10 @@ def test_an_exact_cache_gives_the_same_tokens_or_the_same_refusal(family, mode):
 
 def test_transformers_does_what_is_compared():
     """Otherwise the same refusal would be all that is seen."""
-    refused = {(f, m) for f in KINDS for m in ("assisted", "prompt-lookup") if isinstance(expected(f, m), Exception)}
+    some = {*RECURRENT, *sampled(KINDS, 4)}
+    refused = {(f, m) for f in some for m in ("assisted", "prompt-lookup") if isinstance(expected(f, m), Exception)}
     families = {family for family, _ in refused}  # older versions can't take tokens back behind a window either
-    assert set(RECURRENT) <= families < set(KINDS), "recurrent states can't be put back"
+    assert set(RECURRENT) <= families < some, "recurrent states can't be put back"
     assert not any(isinstance(expected(family, "greedy"), Exception) for family in KINDS)
 
 
