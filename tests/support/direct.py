@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 from tiny import windows
+from transformers import DynamicCache
 
 from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention, is_enabled
 from gpt2.compression.calibration.stand_in import multi_head_stand_in
 from gpt2.compression.codecs import BASES, QUANTIZERS, Compressor
-from gpt2.compression.compressed_cache import CompressedDynamicCache
+from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
+from gpt2.compression.presets import create_cache_from_preset
+from gpt2.compression.presets.any_model import preset_for_any_model
 from gpt2.compression.settings import Setting, build
 from gpt2.models.geometry import Geometry
 from gpt2.models.probe import probe_geometry
@@ -34,6 +37,19 @@ def cache_of(model, k: Setting | None, v: Setting | None, **how) -> CompressedDy
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     L = config.num_hidden_layers
     return CompressedDynamicCache(*build({"k": [k] * L, "v": [v] * L}, Geometry.uniform(L, 1, head_dim)), **how)
+
+
+def named_cache(name: str, model, **how):
+    """A preset's cache or one of `SETTINGS`; `plain` is transformers' own, `identity` ours without loss."""
+    geometry = probe_geometry(model, "tiny")
+    if name == "plain":
+        return DynamicCache(config=model.config)
+    if name == "identity":
+        return identity_cache(geometry)
+    if name in SETTINGS:
+        settings = {side: [SETTINGS[name]] * len(geometry.layers) for side in ("k", "v")}
+        return CompressedDynamicCache(*build(settings, geometry), geometry=geometry, **how)
+    return create_cache_from_preset(preset_for_any_model(name, "tiny", geometry), **how)
 
 
 def joint_cache_of(model, codec: str, bits: float = 4.0, **how) -> CompressedDynamicCache:

@@ -77,10 +77,9 @@ def test_direct_attention_is_what_runs(llama, attended):
     """Short chunks read codes in every layer; long ones share a reconstruction. Also of a model without its head."""
     both(llama, lambda: cache_of(llama, SETTINGS["int4"], SETTINGS["int4"]), streamed(llama))
     assert attended[-9:] == [7] * 3 + [1] * 6
-    attended.clear()
     make = lambda: cache_of(llama, SETTINGS["int8"], None)  # noqa: E731
     both(llama, make, lambda cache: llama.base_model(windows(1, 5), past_key_values=cache))
-    assert attended == [5] * 3
+    assert attended[-3:] == [5] * 3
 
 
 @pytest.mark.parametrize(("chunks", "family"), covering([(70, 1, 1, 3), (3, 1), (130, 64)], ["gemma2", "gpt_oss"]))

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from direct import SETTINGS
+from direct import named_cache as cache_of
 from generation import assistant_of, generate, model_of, prompt
 from sampling import covering, sampled
 from tiny import tiny_model
@@ -14,27 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from gpt2.common.errors import PluginError
 from gpt2.compression.attention import enable_compressed_attention
 from gpt2.compression.cache import direct_attention
-from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
-from gpt2.compression.presets import create_cache_from_preset
-from gpt2.compression.presets.any_model import preset_for_any_model
-from gpt2.compression.settings import build
-from gpt2.models.probe import probe_geometry
 
 PROMPT = prompt(60)
 every_way = pytest.mark.parametrize("direct", [False, True], ids=["reconstructed", "direct"])
-
-
-def cache_of(name: str, model, **how):
-    """A preset's cache or one of a test's codec; `plain` is transformers' own, `identity` ours without loss."""
-    geometry = probe_geometry(model, "tiny")
-    if name == "plain":
-        return DynamicCache(config=model.config)
-    if name == "identity":
-        return identity_cache(geometry)
-    if name in SETTINGS:
-        settings = {side: [SETTINGS[name]] * len(geometry.layers) for side in ("k", "v")}
-        return CompressedDynamicCache(*build(settings, geometry), geometry=geometry, **how)
-    return create_cache_from_preset(preset_for_any_model(name, "tiny", geometry), **how)
 
 
 def enabled(model, direct: bool):

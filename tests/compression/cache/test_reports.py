@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from direct import named_cache as cache_of
 from generation import generate, model_of, prompt
 from sampling import covering, sampled
 from tiny import tiny_model
@@ -20,19 +21,11 @@ from gpt2.compression.codecs import QUANTIZERS, Compressor, integer
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.kv_policies import create_cache_from_policy
 from gpt2.compression.presets import create_cache_from_preset, get_preset_info
-from gpt2.compression.presets.any_model import preset_for_any_model
 from gpt2.experiments.miniatures import tiny_family
 from gpt2.models import support
 from gpt2.models.probe import fingerprint, geometry_of, probe_geometry
 
 PROMPT = prompt(60)
-
-
-def cache_of(name: str, model):
-    geometry = probe_geometry(model, "tiny")
-    return identity_cache(geometry) if name == "identity" else create_cache_from_preset(
-        preset_for_any_model(name, "tiny", geometry)
-    )  # fmt: skip
 
 
 # --- a used cache
@@ -164,7 +157,7 @@ def test_attention_weights_are_given_where_they_are_asked_for(family):
             torch.testing.assert_close(own, its, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("weights", sampled([True, False], 1))
 def test_modules_that_are_not_causal_see_what_follows(weights):
     """They get no mask: the first tokens attend to all of themselves, also over what a compressed cache holds."""
     model, ids = tiny_model("llama"), PROMPT[:, :12]

@@ -44,10 +44,15 @@ def is_second_moment(statistics: Statistics, gradients: dict[int, list[Tensor]])
             assert close(getattr(statistics, side).metrics["fisher"][layer], expected) and expected.norm() > 0
 
 
-@pytest.mark.parametrize("family", ["ctrl", "git"])
-def test_models_may_change_embedded_tokens_in_place(family):
+@pytest.mark.parametrize("family", ["ctrl", "git", "hrm_text"])
+def test_models_that_change_embedded_tokens_or_loop_without_gradients(family):
+    """CTRL and GIT change them in place; HRM leaves out the gradients of all loops over its layers but the last."""
     loaded, batches = wrap(miniatures.tiny_family(family), None, family), windows(2, 40)
-    is_second_moment(fisher_of(loaded, batches)[0], direct_gradients(loaded, batches))
+    statistics, _ = fisher_of(loaded, batches)
+    if family == "hrm_text":
+        config = loaded.model.config
+        loaded.model.base_model.L_bp_cycles_padded = [config.L_cycles] * config.H_cycles
+    is_second_moment(statistics, direct_gradients(loaded, batches))
 
 
 def test_states_that_modules_keep_themselves_belong_to_one_window():
@@ -57,15 +62,6 @@ def test_states_that_modules_keep_themselves_belong_to_one_window():
     assert layers and all(found.k.metrics["fisher"][layer].norm() > 0 for layer in layers)
     kept = [value for module in loaded.model.modules() for value in vars(module).values() if torch.is_tensor(value)]
     assert kept and all(value.grad_fn is None for value in kept)
-
-
-def test_loops_that_a_model_runs_without_gradients_have_them():
-    """HRM runs its layers several times, and leaves out the gradients of all loops but the last."""
-    loaded, batches = wrap(miniatures.tiny_family("hrm_text"), None, "hrm_text"), windows(2, 40)
-    statistics, _ = fisher_of(loaded, batches)
-    config = loaded.model.config
-    loaded.model.base_model.L_bp_cycles_padded = [config.L_cycles] * config.H_cycles
-    is_second_moment(statistics, direct_gradients(loaded, batches))
 
 
 def test_the_reservoir_has_whole_blocks_of_real_vectors(llama):
