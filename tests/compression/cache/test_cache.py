@@ -54,7 +54,23 @@ def test_any_head_dim(name, d):
     torch.testing.assert_close(filled(COMPRESSORS[name], USUAL, x.split(2, dim=2)).read(), reference.seen)
 
 
-# What is cut off (which tokens are read then: test_cache_machine)
+# What is cut off
+
+LENGTHS = [0, 2, 3, 4, 7, 8, 10, 11, 20, 24, 26, 29, 30]
+
+
+@pytest.mark.parametrize(("name", "layout", "length"), covering(COMPRESSORS, LAYOUTS, LENGTHS, times=4), ids=str)
+def test_crop(name, layout, length):
+    """In the tail, on a block's edge, inside a block, into the sinks, everything: then it grows again."""
+    x, reference = tokens(30), Plain(COMPRESSORS[name], *layout)
+    store = filled(COMPRESSORS[name], layout, x.split(11, dim=2))
+    reference.append(x)
+    for side in (store, reference):
+        side.crop(30 - length)
+    for chunk in (x[:, :, :0], *tokens(20, seed=1).split(3, dim=2)):
+        store.append(chunk)
+        reference.append(chunk)
+        torch.testing.assert_close(store.read(), reference.seen)
 
 
 def test_crop_of_nothing_and_of_too_much():
