@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -12,6 +13,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
 from deprecations import DEPRECATIONS  # noqa: E402
+
+# SQLite and atomic writes wait for the disk: 26 ms where memory takes 0.2 ms. In memory, where it has ample room
+if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 2 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
 # A shell that starts the tests in the background has Ctrl-C ignored, and all that they start would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -74,21 +74,17 @@ def test_kv4_is_never_larger_than_transformers(window):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("tokens", [70, 400, 1499])
-def test_a_layer_stands_for_all_that_are_like_it(family, tokens):
+def test_a_layer_stands_for_all_that_are_like_it(family):
     loaded = tiny_loaded(family)
     make = from_preset("kv4", loaded).make
-    cache, row = size.filled(make, loaded.geometry, tokens), measure(make, loaded.geometry, tokens)
-    assert row["attention_bytes"] == row["bytes"] == size.cache_bytes(cache)
-    assert (row["exact_bytes"], row["unused_bytes"]) == size.exact_and_unused_bytes(cache)
-    assert row["codec_bytes"] == cache.codec_bytes()
-
-
-def test_layers_of_different_bits_are_not_alike():
-    geometry = tiny_loaded().geometry
-    bits = [Compressor(quantizer_for_bits(b)) for b in (8, 4, 8)]
+    for tokens in (70, 400, 1499):
+        cache, row = size.filled(make, loaded.geometry, tokens), measure(make, loaded.geometry, tokens)
+        assert row["attention_bytes"] == row["bytes"] == size.cache_bytes(cache)
+        assert (row["exact_bytes"], row["unused_bytes"]) == size.exact_and_unused_bytes(cache)
+        assert row["codec_bytes"] == cache.codec_bytes()
+    bits, geometry = [Compressor(quantizer_for_bits(b)) for b in (8, 4, 8)], loaded.geometry
     make = partial(CompressedDynamicCache, bits, bits, geometry=geometry)
-    assert size.layers_alike(make, geometry) == {0: 2, 1: 1}
+    assert size.layers_alike(make, geometry) == {0: 2, 1: 1}, "layers of different bits are not alike"
     assert measure(make, geometry, 300)["bytes"] == size.held_bytes(make, geometry, 300)
 
 
@@ -101,14 +97,13 @@ def test_longer_contexts_are_counted_without_values(monkeypatch):
     assert measure(make, loaded.geometry, 1499) == stored
 
 
-@pytest.mark.parametrize("name", ["kv4", "kv8"])
-def test_a_batch_has_the_ratio_of_one_sequence(name):
-    loaded = tiny_loaded()
-    make = from_preset(name, loaded).make
-    one, three = (
-        size.fill(make(), [[size.noise(2, n, 12, batch=batch)] * 2 for n in (150, 64, 64)]) for batch in (1, 3)
-    )
-    assert size.cache_bytes(three) == 3 * size.cache_bytes(one)
+def test_a_batch_has_the_ratio_of_one_sequence(llama):
+    for name in ("kv4", "kv8"):
+        make = from_preset(name, llama).make
+        one, three = (
+            size.fill(make(), [[size.noise(2, n, 12, batch=batch)] * 2 for n in (150, 64, 64)]) for batch in (1, 3)
+        )
+        assert size.cache_bytes(three) == 3 * size.cache_bytes(one)
 
 
 def test_a_shape_needs_no_weights(tmp_path):

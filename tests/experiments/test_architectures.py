@@ -29,7 +29,6 @@ from gpt2.experiments.architectures import DIRECT, FAILED, NEW, NOT_TRIED, PROMP
 from gpt2.experiments.miniatures import tiny_family
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import wrap
-from gpt2.report import tables
 
 COMMITTED = files.RESULTS / "runs" / "architectures.json"
 
@@ -148,10 +147,11 @@ def test_a_fault_of_ours_is_noticed(name, fault, message, monkeypatch):
     assert row["mode"] == FAILED and message in row["reason"]
 
 
-def test_an_error_of_ours_is_held_against_us_only_where_transformers_does_better(monkeypatch):
-    def broken(*args):
-        raise KeyError("ours")
+def broken(*args):
+    raise KeyError("ours")
 
+
+def test_an_error_of_ours_is_held_against_us_only_where_transformers_does_better(monkeypatch):
     monkeypatch.setattr(architectures, "wrap", broken)
     row = architectures.examine("llama")
     assert (row["mode"], row["reason"]) == (FAILED, "KeyError: 'ours'")
@@ -185,25 +185,3 @@ def test_the_script_writes_a_row_for_each_family(tmp_path, capsys):
     output.unlink()
     assert run("benchmarks/architectures", "--families", "llama,lama", "--output", output) == 2
     assert "unknown lama" in capsys.readouterr().err and not output.exists()
-
-
-def test_the_table_groups_by_mode_and_kind_of_reason():
-    rows = [
-        ("a", REFUSED, "it has layers of another kind (conv)"), ("b", DIRECT, None), ("c", FAILED, "TypeError: x | y"),
-        ("d", REFUSED, "it has layers of another kind (mlp)"), ("e", DIRECT, None), ("f", RECONSTRUCT, "no: x (y)"),
-        ("g", NOT_TRIED, "transformers doesn't: KeyError: 'x'"),
-    ]  # fmt: skip
-    record = {"versions": {"transformers": "5.0"}, "rows": [dict(zip(("model_type", "mode", "reason"), r, strict=True))
-                                                            for r in rows]}  # fmt: skip
-    assert tables.architectures(record, []).markdown().splitlines() == [
-        "| what happens | families | which |",
-        "|---|---|---|",
-        "| works; its attention can be replaced | 2 | b, e |",
-        "| works; its attention can't | 1 | f |",
-        "| refused: it has layers of another kind | 2 | a, d |",
-        "| not tried: transformers doesn't | 1 | g |",
-        "| failed: TypeError: x \\| y | 1 | c |",
-        "",
-        "7 families of transformers 5.0, each tried as a small random model of its default config: 3 work, 2 of them "
-        "by reading codes directly.",
-    ]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from script_runs import run
-from tiny import tiny_model, word_tokenizer
+from tiny import save_tiny
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.presets import get_preset_info
@@ -17,8 +17,7 @@ from gpt2.report import tables
 def record(tmp_path_factory):
     """The script's own output, on a tiny model, everything small."""
     folder = tmp_path_factory.mktemp("scaling")
-    tiny_model("llama", num_hidden_layers=4).save_pretrained(folder / "m")
-    word_tokenizer().save_pretrained(folder / "m")
+    save_tiny(folder / "m", num_hidden_layers=4)
     config = json.loads((folder / "m" / "config.json").read_text())
     shapes = [folder / f"h{hidden}.json" for hidden in (64, 96, 128)]
     for path, hidden in zip(shapes, (64, 96, 128), strict=True):
@@ -48,9 +47,8 @@ def test_what_is_counted_alone_has_no_times(tmp_path):
     shape, output = tmp_path / "latent.json", tmp_path / "paper.json"
     shape.write_text(json.dumps(random_weights.changed(random_weights.read_shapes(["deepseek-v3.json"])["deepseek-v3"],
                                                        1).to_dict()))  # fmt: skip
-    tiny_model("gemma3_text").save_pretrained(tmp_path / "m")
-    word_tokenizer().save_pretrained(tmp_path / "m")
-    flags = ["--model", tmp_path / "m", "--shapes", shape, "--context-lengths", "300", "--presets", "kv4,kv-4x"]
+    flags = ["--model", save_tiny(tmp_path / "m", "gemma3_text"), "--shapes", shape]
+    flags += ["--context-lengths", "300", "--presets", "kv4,kv-4x"]
     assert run("benchmarks/scaling", *flags, "--counted-only", "--output", output) == 0
     record = json.loads(output.read_text())
     assert "slopes" not in record and {row["fitting_s"] for row in record["calibrations"]} == {None}

@@ -8,9 +8,9 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import TrialState
-from tiny import tiny_loaded, windows
+from searches import search_of
+from tiny import tiny_loaded
 
-from gpt2 import cli
 from gpt2.common.trial_queue import Pace, TrialQueue
 from gpt2.compression.settings import Setting
 from gpt2.tuning import codec_search
@@ -162,9 +162,7 @@ def test_two_workers_that_draw_the_same_measure_it_once(late, tmp_path, monkeypa
 
 
 def test_another_budget_or_other_codecs_are_another_search():
-    parts = {"loaded": tiny_loaded(), "calibration": None, "tuning": windows(2, 48), "evaluation": windows(2, 48)}
-    parts |= {"chunk": 16, "batch_size": 2, "seed": 0, "bar": cli.bar}
-    choices = ((0.05, ("identity",)), (0.06, ("identity",)), (0.05, ("identity", "hadamard")))
-    keys = [CodecSearch(**parts, space=Space(families, 12, (12,)), budget=budget).key("text")
+    loaded, choices = tiny_loaded(), ((0.05, ("identity",)), (0.06, ("identity",)), (0.05, ("identity", "hadamard")))
+    keys = [search_of(loaded, CodecSearch, space=Space(families, 12, (12,)), budget=budget).key("text")
             for budget, families in choices]  # fmt: skip
     assert all(keys.count(key) == 1 for key in keys)

@@ -3,9 +3,9 @@
 import math
 
 import pytest
+from searches import search_of
 from tiny import tiny_loaded, windows
 
-from gpt2 import cli
 from gpt2.common.errors import PluginError
 from gpt2.common.trial_queue import TrialQueue
 from gpt2.compression.cache import size
@@ -13,7 +13,7 @@ from gpt2.compression.codecs.integer import Int4
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.settings import Setting
 from gpt2.tuning import grid_search
-from gpt2.tuning.grid_search import Cell, GridSearch, run_grid
+from gpt2.tuning.grid_search import Cell, run_grid
 from gpt2.tuning.trials import Trial, confirm_best
 
 INT4, INT8 = Setting("identity", 12, 4), Setting("identity", 12, 8)
@@ -61,25 +61,20 @@ def test_every_cell_is_measured_once_and_comes_back_as_it_was(tmp_path):
     assert trials == [evaluate(cell) for cell in cells]
 
 
-def search(**changes) -> GridSearch:
-    parts = {"loaded": tiny_loaded(), "calibration": None, "tuning": windows(2, 48), "seed": 0, "bar": cli.bar}
-    parts |= {"evaluation": windows(2, 48, seed=1), "chunk": 16, "batch_size": 2}
-    return GridSearch(**parts | {"target": "kv", "codec": "identity", "sink_tokens": 4} | changes)
-
-
-def test_the_key_has_all_that_figures_depend_on():
-    base = search()
+def test_the_key_has_all_that_figures_depend_on(llama):
+    base = search_of(llama)
     others = [{"target": "v"}, {"codec": "hadamard"}, {"sink_tokens": 0}, {"chunk": 8}, {"seed": 1}]
     others += [{"tuning": windows(1, 48)}, {"loaded": tiny_loaded("qwen2")}]
-    keys = [base.key("text"), base.key("other text"), *(search(**change).key("text") for change in others)]
-    assert all(keys.count(key) == 1 for key in keys) and search().key("text") == base.key("text")
+    keys = [base.key("text"), base.key("other text")]
+    keys += [search_of(**{"loaded": llama} | own).key("text") for own in others]
+    assert all(keys.count(key) == 1 for key in keys) and search_of(llama).key("text") == base.key("text")
 
 
-def test_a_loss_that_is_not_finite_is_recorded_and_others_are_measured(monkeypatch):
+def test_a_loss_that_is_not_finite_is_recorded_and_others_are_measured(llama, monkeypatch):
     """Codes of 4 bits that are dequantized to NaN: their cell is over any budget on both texts."""
     real = Int4.dequantize
     monkeypatch.setattr(Int4, "dequantize", lambda self, codes, rank: real(self, codes, rank) * math.nan)
-    own = search()
+    own = search_of(llama)
     good, lost = own.evaluate(Cell(12, 8)), own.evaluate(Cell(12, 4))
     assert math.isfinite(good.ppl_delta) and math.isinf(lost.ppl_delta) and "NaN" in lost.details["note"]
     assert lost.record()["ppl_delta"] is None and lost.compression_ratio > good.compression_ratio
@@ -88,8 +83,8 @@ def test_a_loss_that_is_not_finite_is_recorded_and_others_are_measured(monkeypat
     assert chosen is good and [trial.candidate for trial, _ in failed] == [lost.candidate]
 
 
-def test_reconstructions_are_kept_while_scoring_and_not_counted(monkeypatch):
-    own, kept = search(), []
+def test_reconstructions_are_kept_while_scoring_and_not_counted(llama, monkeypatch):
+    own, kept = search_of(llama), []
     real = CompressedDynamicCache.keep_reconstructed
     monkeypatch.setattr(CompressedDynamicCache, "keep_reconstructed", lambda self: kept.append(1) or real(self))
     trial = own.evaluate(Cell(12, 8))

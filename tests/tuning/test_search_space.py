@@ -3,6 +3,7 @@
 import optuna
 import pytest
 import torch
+from searches import search_of
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.codecs import CODECS, needs_calibration
@@ -42,18 +43,16 @@ def test_a_choice_comes_back_from_its_record():
 
 def test_where_layers_differ_in_width_codecs_that_need_no_calibration_keep_all_of_each():
     space, uniform = (Space(("hadamard", "pca"), 16, (16, 8), mixed=mixed) for mixed in (True, False))
-    trials = [optuna.trial.FixedTrial(point | {"target": "kv", "rank": 8}) for point in space.starts()]
-    assert [space.suggest(trial).setting.rank for trial in trials] == [None, 8]
-    trials = [optuna.trial.FixedTrial(point | {"target": "kv", "rank": 8}) for point in space.starts()]
-    assert [uniform.suggest(trial).setting.rank for trial in trials] == [16, 8]
+    for own, ranks in ((space, [None, 8]), (uniform, [16, 8])):
+        trials = [optuna.trial.FixedTrial(point | {"target": "kv", "rank": 8}) for point in own.starts()]
+        assert [own.suggest(trial).setting.rank for trial in trials] == ranks
     assert space.key() != uniform.key() and "mixed" not in uniform.key()
 
 
 def test_a_preset_of_such_a_choice_has_the_whole_width_in_every_layer():
     loaded = wrap(tiny_family("mimo_v2_flash"), None, "mimo")
     space = Space(("hadamard",), 16, (16,), mixed=True)
-    parts = {"loaded": loaded, "calibration": None, "tuning": None, "evaluation": None, "chunk": 1, "batch_size": 1}
-    search = CodecSearch(**parts, seed=0, bar=None, space=space, budget=0.1)
+    search = search_of(loaded, CodecSearch, space=space)
     choice = Choice("hadamard", Setting("hadamard", None, 4, "int4_channel"), "kv", 4)
     measured = {"baseline_ppl": 1.0, "ppl": 1.0, "ppl_delta": 0.0}
     preset = new_preset(loaded, None, "", compression_ratio=2.0, measured=measured, **search.preset_keys(choice))
