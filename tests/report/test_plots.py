@@ -47,9 +47,6 @@ def test_the_frontier_has_a_panel_per_model():
     last = next(line for line in figure.axes[1].lines if line.get_linestyle() == "-")
     assert list(last.get_xdata()) == [300, 500], "the frontier of our presets is joined"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["16-bit cache", "fp8", "ours"]
-    figure.canvas.draw()
-    four = plots.frontier([RECORD | {"segments": [2, 512]}] * 4)
-    assert sum(axis.get_visible() for axis in four.axes) == 4
 
 
 def test_labels_of_the_frontier_lie_apart():
