@@ -94,12 +94,9 @@ def llama():
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A folder with the tiny Llama and its tokenizer of words, for scripts that load a model."""
-    from tiny import tiny_model, word_tokenizer
+    from tiny import save_tiny
 
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tiny_model("llama").save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture
@@ -121,12 +118,9 @@ def prose() -> str:
 @pytest.fixture(scope="session")
 def reader_folder(tmp_path_factory):
     """The tiny Llama that reads characters, saved as `tiny`."""
-    from tiny import char_tokenizer, tiny_model
+    from tiny import char_tokenizer, save_tiny
 
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model("llama").save_pretrained(folder)
-    char_tokenizer().save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", tokenizer=char_tokenizer())
 
 
 @pytest.fixture

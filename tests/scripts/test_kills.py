@@ -68,7 +68,7 @@ class Run:
     def __init__(self, name: str, home: Path, folder: Path, source: Path | None = None):
         self.job, self.home, self.folder = JOBS[name], home, folder
         shutil.copytree(source or home / "space", folder, symlinks=True)
-        self.flags = [str(flag).replace("{home}", str(home)) for flag in self.job.flags]
+        self.flags = self.job.flags.replace("{home}", str(home)).split()
 
     def start(self, *before) -> Child:
         said = self.folder.parent / f"{self.folder.name} said"
