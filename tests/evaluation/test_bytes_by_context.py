@@ -92,10 +92,6 @@ def test_a_layer_stands_for_all_that_are_like_it(family):
         assert row["attention_bytes"] == row["bytes"] == size.cache_bytes(cache)
         assert (row["exact_bytes"], row["unused_bytes"]) == size.exact_and_unused_bytes(cache)
         assert row["codec_bytes"] == cache.codec_bytes()
-    bits, geometry = [Compressor(quantizer_for_bits(b)) for b in (8, 4, 8)], loaded.geometry
-    make = partial(CompressedDynamicCache, bits, bits, geometry=geometry)
-    assert size.layers_alike(make, geometry) == {0: 2, 1: 1}, "layers of different bits are not alike"
-    assert measure(make, geometry, 300)["bytes"] == size.held_bytes(make, geometry, 300)
 
 
 def test_longer_contexts_are_counted_without_values(monkeypatch):
@@ -107,7 +103,11 @@ def test_longer_contexts_are_counted_without_values(monkeypatch):
     assert measure(make, loaded.geometry, 1499) == stored
 
 
-def test_a_batch_has_the_ratio_of_one_sequence(llama):
+def test_layers_of_different_bits_are_not_alike_and_a_batch_has_the_ratio_of_one_sequence(llama):
+    bits, geometry = [Compressor(quantizer_for_bits(b)) for b in (8, 4, 8)], llama.geometry
+    make = partial(CompressedDynamicCache, bits, bits, geometry=geometry)
+    assert size.layers_alike(make, geometry) == {0: 2, 1: 1}
+    assert measure(make, geometry, 300)["bytes"] == size.held_bytes(make, geometry, 300)
     for name in ("kv4", "kv8"):
         make = from_preset(name, llama).make
         one, three = (

@@ -93,7 +93,7 @@ def test_a_cache_is_read_as_stored_where_that_is_enabled_and_few_tokens_show_no_
     assert not read(llama, conversation, exact, max_new_tokens=2).direct
     enable_compressed_attention(llama.model)
     assert read(llama, conversation, exact, max_new_tokens=2).direct
-    reading = read(llama, conversation, None, max_new_tokens=2)
+    reading = read(llama, conversation, None, max_new_tokens=1)
     assert not reading.direct
     record = {"model": "m", "dtype": "float32", "device": "cpu", "rows": [reading.record(reading)]}
     (row,) = tables.side_by_side(record, []).rows
