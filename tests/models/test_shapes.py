@@ -53,7 +53,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", sampled(LAYERS, 2))
 def test_an_outline_has_the_layers_of_a_model_and_no_weights(name):
     loaded = random_weights.outline(f"{name}.json")
     assert str(loaded.geometry) == LAYERS[name]
