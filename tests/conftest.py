@@ -27,14 +27,15 @@ torch.set_num_threads(1)
 # Files of ten seconds and more, the longest first: with `--no-loadscope-reorder` they are begun in this order, so that
 # no process is left with a long one at the end. First those that don't need the kernels for CPUs, which are being built
 LONG = """
-    scripts/test_kills.py evaluation/test_real_model.py common/test_processes.py common/test_trial_queue.py
+    evaluation/test_real_model.py scripts/test_kills.py tuning/test_codec_search.py common/test_trial_queue.py
     kernels/test_kernels.py scripts/test_scripts.py cache/test_attention.py cache/test_direct_attention.py
     codecs/test_numerics.py codecs/test_numerics_calibrated.py cache/test_generation.py cache/test_windows.py
+    runs/test_replay.py evaluation/test_tasks.py experiments/test_scaling.py experiments/test_architectures.py
     cache/test_layer_kinds.py cache/test_endurance.py cache/test_operations.py codecs/test_multi_head.py
-    evaluation/test_tasks.py evaluation/test_stability.py scripts/test_gpu_check.py cache/test_cache_machine.py
-    experiments/test_scaling.py models/test_shapes.py evaluation/test_bytes_by_context.py
-    experiments/test_codec_variations.py experiments/test_architectures.py tuning/test_codec_search.py
-    cache/test_compiled.py models/test_devices.py
+    evaluation/test_stability.py scripts/test_gpu_check.py cache/test_cache_machine.py tuning/test_ratio_presets.py
+    experiments/test_codec_variations.py models/test_shapes.py experiments/test_cost_model.py
+    evaluation/test_bytes_by_context.py models/test_devices.py tuning/test_context_length.py
+    evaluation/test_largest_batch.py cache/test_compiled.py
 """
 
 
