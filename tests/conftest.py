@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 # Files of ten seconds and more, the longest first: with `--no-loadscope-reorder` they are begun in this order, so that
 # no process is left with a long one at the end. First those that don't need the kernels for CPUs, which are being built
 LONG = """
-    evaluation/test_real_model.py scripts/test_kills.py tuning/test_codec_search.py common/test_trial_queue.py
+    scripts/test_kills.py tuning/test_codec_search.py common/test_trial_queue.py evaluation/test_real_model.py
     kernels/test_kernels.py scripts/test_scripts.py cache/test_attention.py cache/test_direct_attention.py
     codecs/test_numerics.py codecs/test_numerics_calibrated.py cache/test_generation.py cache/test_windows.py
     runs/test_replay.py evaluation/test_tasks.py experiments/test_scaling.py experiments/test_architectures.py
