@@ -7,7 +7,7 @@ import time
 import pytest
 from bad_files import DONE, REACHES, watching
 from script_runs import SMALL, run
-from tiny import tiny_model, word_text, word_tokenizer
+from tiny import save_tiny, word_text
 
 from gpt2.common import files
 from gpt2.compression.presets import get_preset_info
@@ -84,10 +84,8 @@ def reached() -> list[str]:
 def test_no_network_for_what_lies_here(tmp_path, monkeypatch, online):
     """A model's folder, a text file, presets and calibrations: nothing is asked of anybody."""
     monkeypatch.chdir(tmp_path)
-    tiny_model("llama").save_pretrained("model")
-    word_tokenizer().save_pretrained("model")
     (tmp_path / "words.txt").write_text(word_text(3000))
-    model, text = ["--model", str(tmp_path / "model")], ["--text", "words.txt"]
+    model, text = ["--model", save_tiny(tmp_path / "model")], ["--text", "words.txt"]
     with watching():
         assert run("calibrate_kv_lowrank", *model, *text, *SMALL, "--output", "c.pt") == 0
         assert run("generate_with_preset", *model, "--preset", "kv4", "--prompt", "w2 w3", "--max-new-tokens", "2") == 0
@@ -99,10 +97,10 @@ def test_a_hub_id_is_asked_for_where_one_is_given(monkeypatch, online, capsys):
     """Otherwise the test above could not fail."""
     import huggingface_hub.constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{filename}"
-    )
+    nobody = "http://127.0.0.1:9"  # nobody listens there
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", nobody)
+    template = f"{nobody}/{{repo_id}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between attempts
     with watching():
         assert run("calibrate_kv_lowrank", "--model", "nobody/nothing", "--text", "embedded") == 2

@@ -6,17 +6,19 @@ import multiprocessing
 import os
 import signal
 import stat
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from checkouts import git
 
 from gpt2.common import files, provenance
 from gpt2.common.errors import PluginError
 from gpt2.common.files import atomic, check_writable, write_json, write_torch
 from gpt2.report import plots
+
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
@@ -24,10 +26,6 @@ def path(tmp_path):
     path = tmp_path / "r.json"
     path.write_text("old")
     return path
-
-
-def full(*args):
-    raise OSError(28, "No space left on device")
 
 
 def interrupted(path, error):
@@ -38,10 +36,13 @@ def interrupted(path, error):
 
 @pytest.mark.parametrize(("write", "what", "error"), [
     *((interrupted, error, error) for error in (ZeroDivisionError, KeyboardInterrupt, SystemExit)),
-    *((write_json, {"deep": [{"ppl": x}]}, ValueError) for x in (float("nan"), float("inf"), -float("inf"))),
+    *((write_json, {"deep": [{"ppl": float(x)}]}, ValueError) for x in ("nan", "inf", "-inf")),
     (write_torch, {}, PluginError),
 ])  # fmt: skip
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(write, what, error, path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(error, match="can't write .*r.json: No space left on device" if error is PluginError else None):
         write(path, what)
@@ -57,15 +58,21 @@ def test_until_the_end_of_the_block_the_old_file_is_there_and_writers_share_noth
     assert path.read_text() == "a" and list(path.parent.iterdir()) == [path], "the outer one ends last"
 
 
-def test_folders_are_made_and_the_file_is_readable_by_others(tmp_path):
+def test_folders_are_made_rights_and_links_stay(tmp_path):
     path = write_json(tmp_path / "a" / "b" / "r.json", {"x": 1})
     assert json.loads(path.read_text()) == {"x": 1} and path.stat().st_mode & 0o777 == 0o644
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "r.json", tmp_path / "r.json"
+    link.symlink_to(target)
+    for number, rights in ((1, 0o644), (2, 0o600)):  # before there is anything at its end, and after
+        write_json(link, {"a": number})
+        assert link.is_symlink() and json.loads(target.read_text()) == {"a": number}
+        assert target.stat().st_mode & 0o777 == rights
+        target.chmod(0o600)
+    assert list(target.parent.iterdir()) == [target]
 
 
-WRITES = [lambda p: write_json(p, {}), lambda p: write_torch(p, {}), check_writable]
-
-
-@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("write", [lambda p: write_json(p, {}), lambda p: write_torch(p, {}), check_writable])
 def test_paths_where_no_file_can_be_are_rejected(write, path, tmp_path):
     """Root may write into read-only folders, but nobody below a file."""
     os.mkfifo(tmp_path / "pipe")
@@ -80,13 +87,12 @@ def test_paths_where_no_file_can_be_are_rejected(write, path, tmp_path):
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
-def written_while_another_dies(path: Path, die: bool) -> None:
-    """A process that begins to write; it waits for a file `go`, then ends by a signal or in good order."""
+def writes_and_dies(path: Path, begun, go, die: bool) -> None:
+    """A process that is in the middle of writing when `begun` is set; on `go` it ends by a signal or in good order."""
     with atomic(path) as part:
         part.write_text("half")
-        (path.parent / "begun").touch()
-        while not (path.parent / "go").exists():
-            time.sleep(0.01)
+        begun.set()
+        assert go.wait(60)
         if die:
             os.kill(os.getpid(), signal.SIGKILL)
         part.write_text("theirs")
@@ -94,35 +100,31 @@ def written_while_another_dies(path: Path, die: bool) -> None:
 
 @pytest.mark.parametrize("die", [True, False])
 def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(path, die):
-    folder = path.parent
-    other = multiprocessing.get_context("fork").Process(target=written_while_another_dies, args=(path, die))
+    begun, go = FORK.Event(), FORK.Event()
+    other = FORK.Process(target=writes_and_dies, args=(path, begun, go, die), daemon=True)
     other.start()
-    until = time.monotonic() + 60
-    while not (folder / "begun").exists():
-        assert other.is_alive() and time.monotonic() < until
-        time.sleep(0.01)
+    assert begun.wait(60)
     write_json(path, {})
-    assert len(list(folder.glob(".r.json.*.tmp"))) == 1, "the other one lives, and its file is left to it"
-    (folder / "go").touch()
+    assert len(list(path.parent.glob(".r.json.*.tmp"))) == 1, "the other one lives, and its file is left to it"
+    go.set()
     other.join(30)
     assert other.exitcode == (-signal.SIGKILL if die else 0)
-    assert len(list(folder.glob(".r.json.*.tmp"))) == die and path.read_text() == ("{}\n" if die else "theirs")
-    neighbour, foreign = folder / ".r.jsonx.0123abcd.tmp", folder / ".r.json.mine.tmp"
-    for kept in (neighbour, foreign):
+    assert len(list(path.parent.glob(".r.json.*.tmp"))) == die and path.read_text() == ("{}\n" if die else "theirs")
+    foreign = {path.with_name(name) for name in (".r.jsonx.0123abcd.tmp", ".r.json.mine.tmp")}
+    for kept in foreign:
         kept.touch()
     check_writable(path)
-    assert set(folder.glob(".*")) == {neighbour, foreign}, "of this path, and of this name alone"
+    assert set(path.parent.glob(".*")) == foreign, "of this path, and of this name alone"
 
 
 def write_again_and_again(path: Path, number: int) -> None:
-    for turn in range(200):
+    for turn in range(100):
         write_json(path, {"number": number, "turn": turn, "long": list(range(500))})
 
 
 def test_many_processes_that_write_the_same_path_dont_take_each_others_files_for_abandoned(path):
     path.unlink()
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=write_again_and_again, args=(path, n)) for n in range(4)]
+    writers = [FORK.Process(target=write_again_and_again, args=(path, n), daemon=True) for n in range(4)]
     for writer in writers:
         writer.start()
     while any(writer.is_alive() for writer in writers):
@@ -139,13 +141,10 @@ def test_a_record_is_written_after_its_picture_and_also_without_it(tmp_path):
         assert not record.exists()
         return plots.append_times([1, 2], {"a": [1, 2]}, "t")
 
-    def bad():
-        raise ZeroDivisionError
-
     files.write_run(record, {"x": 1}, picture, draw)
     assert json.loads(record.read_text()) == {"x": 1} and picture.exists()
     with pytest.raises(ZeroDivisionError):
-        files.write_run(record, {"x": 2}, picture, bad)
+        files.write_run(record, {"x": 2}, picture, lambda: 1 / 0)
     assert json.loads(record.read_text()) == {"x": 2}, "it took the work"
 
 
@@ -167,50 +166,28 @@ def test_provenance_has_what_a_result_was_made_from(monkeypatch):
     json.dumps(record, allow_nan=False)
 
 
-def git(folder, *words):
-    who = ("-c", "user.name=t", "-c", "user.email=t@example.org")
-    run = subprocess.run(("git", "-C", str(folder), *who, *words), capture_output=True, text=True, check=True)
-    return run.stdout.strip()
-
-
-@pytest.fixture
-def asked():
+def asked() -> str | None:
     """The commit as a new process finds it: a run asks once, before the work, and remembers."""
-
-    def ask():
-        provenance.git_commit.cache_clear()
-        return provenance.git_commit()
-
-    yield ask
     provenance.git_commit.cache_clear()
+    return provenance.git_commit()
 
 
-def test_the_commit_says_when_code_differs_from_it(tmp_path, monkeypatch, asked):
+def test_the_commit_says_when_code_differs_from_it(tmp_path, monkeypatch, request):
+    request.addfinalizer(provenance.git_commit.cache_clear)
     monkeypatch.setattr(files, "ROOT", tmp_path)
     assert asked() is None, "no checkout"
     git(tmp_path, "init", "-q")
     assert asked() is None, "no commit"
-    (tmp_path / "gpt2").mkdir()
-    (tmp_path / "gpt2" / "a.py").write_text("1")
-    (tmp_path / "README").write_text("1")
+    code, readme = tmp_path / "gpt2" / "a.py", tmp_path / "README"
+    code.parent.mkdir()
+    code.write_text("1")
+    readme.write_text("1")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "first")
     commit = git(tmp_path, "rev-parse", "--short=12", "HEAD")
     assert asked() == commit == provenance.provenance()["git_commit"]
-    (tmp_path / "README").write_text("2")
+    readme.write_text("2")
     assert asked() == commit, "only code counts"
-    (tmp_path / "gpt2" / "a.py").write_text("2")
+    code.write_text("2")
     assert provenance.git_commit() == commit, "what a run began with"
     assert asked() == f"{commit}-dirty"
-
-
-def test_a_link_stays_a_link_and_rights_stay(tmp_path):
-    (tmp_path / "there").mkdir()
-    target, link = tmp_path / "there" / "r.json", tmp_path / "r.json"
-    link.symlink_to(target)
-    write_json(link, {"a": 1})  # before there is anything at its end
-    assert link.is_symlink() and json.loads(target.read_text()) == {"a": 1}
-    target.chmod(0o600)
-    write_json(link, {"a": 2})
-    assert link.is_symlink() and json.loads(target.read_text()) == {"a": 2} and target.stat().st_mode & 0o777 == 0o600
-    assert [path.name for path in (tmp_path / "there").iterdir()] == ["r.json"]

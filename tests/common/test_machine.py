@@ -68,8 +68,7 @@ def test_names_of_results_are_told_apart_and_found(tmp_path):
     (tmp_path / "append.json").unlink()
     assert machine.siblings(tmp_path, "append")[0] == "append_avx2" and machine.siblings(tmp_path, "none") == []
 
-
-def test_machines_are_the_same_only_where_both_recorded_it():
+    # Machines are the same only where both recorded it
     one = {"processor": "a", "cores": 2, "kernels_for": "native", "load_average_before": 0.1}
     assert machine.same(one, one | {"load_average_before": 3.0})
     assert not machine.same(one, one | {"processor": "b"}) and not machine.same(one, one | {"gpu": "x"})

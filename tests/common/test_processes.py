@@ -14,7 +14,7 @@ from calibrations import TEXT
 from forked import Child, start
 from sampling import ALL
 from script_runs import CALIBRATE, ONE_THREAD, listing, run
-from tiny import tiny_loaded, tiny_model, word_text, word_tokenizer
+from tiny import save_tiny, tiny_loaded, word_text
 from torch import Tensor
 
 from gpt2.common import files, processes
@@ -41,8 +41,7 @@ def tensors(record, name: str = "") -> dict[str, Tensor]:
 def space(tmp_path_factory):
     """A folder with the tiny model and a text."""
     space = tmp_path_factory.mktemp("launched")
-    tiny_model("llama").save_pretrained(space / "tiny")
-    word_tokenizer().save_pretrained(space / "tiny")
+    save_tiny(space / "tiny")
     (space / "words.txt").write_text(word_text(6000))
     return space
 
@@ -63,35 +62,26 @@ def launch(space: Path, script: str, *flags, before=lambda: None) -> tuple[list[
     return codes, "".join(child.out for child in both), "".join(child.err for child in both)
 
 
-@pytest.fixture(scope="module")
-def two(space):
-    """The file that two processes make."""
+def test_two_processes_make_the_file_of_one(space, monkeypatch):
+    """So does torchrun, which has a store of its own where they meet; it takes seconds, so in `make test-all`."""
     codes, out, err = launch(space, CALIBRATE, *FLAGS, "--output", "two.pt")
     assert codes == [0, 0], err
     assert out.count("wrote two.pt") == out.count("variance kept") == 1, "the first one alone"
-    return torch.load(space / "two.pt", weights_only=True)
-
-
-def test_two_processes_make_the_file_of_one(space, two, monkeypatch):
     monkeypatch.chdir(space)
     assert run(CALIBRATE, *FLAGS, "--output", "one.pt") == 0
-    one = torch.load("one.pt", weights_only=True)
+    one, two = (torch.load(name, weights_only=True) for name in ("one.pt", "two.pt"))
     assert one["meta"] == two["meta"]
     ours, theirs = tensors(two), tensors(one)
     assert ours.keys() == theirs.keys()
     assert {".joint.E", ".grouped.errors", ".statistics.metrics.k.attention"} <= ours.keys()
     for name, tensor in ours.items():
         assert (tensor - theirs[name]).norm() <= 1e-6 * theirs[name].norm(), name
-
-
-@pytest.mark.skipif(not ALL, reason="three processes that import for seconds")
-def test_torchrun_starts_them(space, two):
-    """Which has a store of its own where they meet."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(files.ROOT / "scripts" / f"{CALIBRATE}.py"), *FLAGS, "--output", "torchrun.pt"]
-    subprocess.run(command, cwd=space, check=True, env=ONE_THREAD, timeout=300)
-    found, wanted = (tensors(made) for made in (torch.load(space / "torchrun.pt", weights_only=True), two))
-    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
+    if ALL:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*launcher, str(files.ROOT / "scripts" / f"{CALIBRATE}.py"), *FLAGS, "--output", "torchrun.pt"]
+        subprocess.run(command, check=True, env=ONE_THREAD, timeout=300)
+        found = tensors(torch.load("torchrun.pt", weights_only=True))
+        assert found.keys() == ours.keys() and all(torch.equal(found[name], ours[name]) for name in found)
 
 
 def test_one_that_fails_takes_the_others_down_and_says_why(space):
@@ -124,32 +114,23 @@ class Second(Processes):
         return self.said
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 8])
-@pytest.mark.parametrize("count", [0, 1, 2, 7, 100])
-def test_every_item_is_somebodys_and_shares_are_even(count, size):
-    shares = [Processes(rank, size).share(count) for rank in range(size)]
-    assert [item for share in shares for item in share] == list(range(count))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def test_alone_nothing_is_sent():
+def test_every_item_is_somebodys_and_shares_are_even():
+    for count, size in ((count, size) for count in (0, 1, 2, 7, 100) for size in (1, 2, 3, 8)):
+        shares = [Processes(rank, size).share(count) for rank in range(size)]
+        assert [item for share in shares for item in share] == list(range(count))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
     x = torch.randn(3)
-    assert ALONE.total(x) is x and ALONE.agreed(x) is x and ALONE.first and ALONE.first_to_fail()
+    assert ALONE.total(x) is x and ALONE.agreed(x) is x and ALONE.first and ALONE.first_to_fail(), "nothing is sent"
 
 
-def test_more_processes_than_sequences_are_rejected():
+def test_the_second_takes_what_the_first_has_and_needs_a_sequence_of_its_own(tmp_path):
     with pytest.raises(PluginError, match="2 processes are too many for 1 sequences: start fewer, or .*--samples"):
         calibrate(tiny_loaded(), TEXT, rank=9, samples=1, seq_len=80, processes=Second(said=torch.zeros(1, 80)))
-
-
-def test_a_calibration_made_before_is_the_first_ones(tmp_path):
-    made_from = {"codec": "joint", "samples": 2, "seq_len": 80, "seed": 0, "sink_tokens": 4}
+    how = {"codec": "joint", "samples": 2, "seq_len": 80, "seed": 0, "sink_tokens": 4}
     path = tmp_path / "c.pt"
-    made = ratio_presets.compact_calibration(tiny_loaded(), TEXT, path, **made_from)
+    made = ratio_presets.compact_calibration(tiny_loaded(), TEXT, path, **how)
     path.write_bytes(b"")  # what another machine has there is not read
-    assert (
-        ratio_presets.compact_calibration(tiny_loaded(), TEXT, path, **made_from, processes=Second(said=made)) is made
-    )
+    assert ratio_presets.compact_calibration(tiny_loaded(), TEXT, path, **how, processes=Second(said=made)) is made
 
 
 def test_a_process_that_is_alone_at_the_meeting_says_so(monkeypatch):
@@ -159,10 +140,8 @@ def test_a_process_that_is_alone_at_the_meeting_says_so(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(processes.dist, "rendezvous", refused)
-    with (
-        pytest.raises(PluginError, match="process 1 of 2 can't meet the others: connection to 10.0.0.1 refused$"),
-        processes.together(),
-    ):
+    message = "process 1 of 2 can't meet the others: connection to 10.0.0.1 refused$"
+    with pytest.raises(PluginError, match=message), processes.together():
         pass
 
 

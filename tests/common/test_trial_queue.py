@@ -23,7 +23,7 @@ from gpt2.common.trial_queue import Pace, TrialFailed, TrialQueue, key_of
 FAST = Pace(heartbeat=1, silence=2, look=0.1)
 PATIENT = Pace(heartbeat=1, silence=100, look=0.1)  # nobody who is only slow is taken for dead
 FORK = multiprocessing.get_context("fork")  # nothing to import again
-KEYS = {key: {"x": number} for number, key in enumerate("abcdef")}
+KEYS = {key: {"x": number} for number, key in enumerate("abcd")}
 
 
 class Worker:
@@ -75,18 +75,24 @@ def storage(request, tmp_path):
     return tmp_path / "study.db" if request.param == "sqlite" else request.getfixturevalue("postgresql")
 
 
-def together(workers: list) -> None:
+def hold(storage, log: Path) -> None:
+    with TrialQueue(storage, "lock", pace=FAST).lock(), log.open("a", buffering=1) as file:
+        file.write("in\n")
+        time.sleep(0.1)
+        file.write("out\n")
+
+
+def test_workers_that_start_together_try_each_key_once_and_a_lock_has_one_holder(storage, tmp_path):
+    log, locked = tmp_path / "log", tmp_path / "locked"
+    workers = [process(storage, "together", log, PATIENT) for _ in range(3)]
+    workers += [FORK.Process(target=hold, args=(storage, locked), daemon=True) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(60)
     assert {worker.exitcode for worker in workers} == {0}
-
-
-def test_workers_that_start_together_try_each_key_once(storage, tmp_path):
-    log = tmp_path / "log"
-    together([process(storage, "together", log, PATIENT) for _ in range(3)])
     assert Counter(lines(log)) == Worker(storage, "together").done() == Counter([*KEYS])
+    assert lines(locked) == ["in", "out"] * 3
 
 
 @pytest.mark.parametrize(
@@ -102,7 +108,7 @@ def test_a_silent_workers_key_is_taken_over_once(storage, sent, tmp_path):
     first.start()
     wait_for(lambda: lines(log) == ["a"])
     second.start()
-    wait_for(lambda: len(lines(log)) == len(KEYS))  # the second has done the others, and waits for the first
+    wait_for(lambda: len(lines(log)) >= len(KEYS))  # the second has done the others, and waits for the first
     os.kill(first.pid, sent)
     wait_for(lambda: len(lines(log)) > len(KEYS))
     hang.unlink()
@@ -137,49 +143,45 @@ def test_a_claim_without_a_heartbeat_is_taken_over_after_the_silence(tmp_path, m
     lost.queue.study.enqueue_trial({"x": 0}, user_attrs={"key": "a"})
     lost.queue.study.ask()
     other.work()
-    assert other.tried == ["b", "c", "d", "e", "f", "a"], "a fresh claim is left to its worker"
+    assert other.tried == ["b", "c", "d", "a"], "a fresh claim is left to its worker"
     assert other.notes[-2:] == ["waiting for other workers, which are trying a", ""]
     assert clock.now == FAST.silence + 1
 
 
-def test_an_interrupted_key_is_tried_again_first_and_as_it_was(tmp_path):
-    def interrupt(key):
-        if key == "c":
-            raise KeyboardInterrupt
+def fails_at(wanted: str, error: BaseException):
+    def fail(key: str) -> None:
+        if key == wanted:
+            raise error
 
-    first = Worker(tmp_path / "s.db", before=interrupt)
+    return fail
+
+
+def test_an_interrupted_key_is_tried_again_first_and_as_it_was(tmp_path):
+    first = Worker(tmp_path / "s.db", before=fails_at("c", KeyboardInterrupt()))
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             first.work(dict.fromkeys(KEYS, {}))  # the sampler chooses
     second = Worker(tmp_path / "s.db")
     second.work(dict.fromkeys(KEYS, {}))
-    assert first.tried == ["a", "b", "c", "c"] and second.tried == ["c", "d", "e", "f"]
+    assert first.tried == ["a", "b", "c", "c"] and second.tried == ["c", "d"]
     once, again, other = (trial.params["x"] for trial in second.queue.trials() if key_of(trial) == "c")
     assert once == again != other, "what has killed two workers is replaced"
     second.work(dict.fromkeys(KEYS, {}))
-    assert len(second.tried) == 4, "all is done"
+    assert len(second.tried) == 2, "all is done"
 
 
 def test_a_key_that_kills_three_workers_is_given_up(tmp_path):
-    def die(key):
-        if key == "b":
-            raise MemoryError
-
     survivor = Worker(tmp_path / "s.db")
     for _ in range(3):
         with pytest.raises(MemoryError):
-            Worker(tmp_path / "s.db", before=die).work()
+            Worker(tmp_path / "s.db", before=fails_at("b", MemoryError())).work()
     assert survivor.work() == {"b": "3 workers died while trying it"}
-    assert survivor.tried == ["c", "d", "e", "f"]
+    assert survivor.tried == ["c", "d"]
     assert Worker(tmp_path / "s.db").work() == {}, "a worker that begins now tries it again"
 
 
 def test_a_failed_key_is_reported_by_all_and_tried_again_by_the_next(tmp_path):
-    def fail(key):
-        if key == "b":
-            raise TrialFailed("no luck")
-
-    first, beside = Worker(tmp_path / "s.db", before=fail), Worker(tmp_path / "s.db")
+    first, beside = Worker(tmp_path / "s.db", before=fails_at("b", TrialFailed("no luck"))), Worker(tmp_path / "s.db")
     assert first.work() == beside.work() == {"b": "no luck"}
     assert first.tried == list(KEYS) and beside.tried == []
     later = Worker(tmp_path / "s.db")
@@ -201,19 +203,6 @@ def test_two_trials_of_one_key_are_tried_once(tmp_path):
     third, looks = Worker(tmp_path / "s.db", "third"), iter([{"a": {}}])
     third.queue.work(lambda: next(looks, {}), third.objective)
     assert third.tried == [] and third.states("a") == ["PRUNED"]
-
-
-def hold(storage, log: Path) -> None:
-    with TrialQueue(storage, "lock", pace=FAST).lock(), log.open("a") as file:
-        file.write("in\n")
-        file.flush()
-        time.sleep(0.2)
-        file.write("out\n")
-
-
-def test_the_lock_is_one_process_at_a_time(storage, tmp_path):
-    together([FORK.Process(target=hold, args=(storage, tmp_path / "log"), daemon=True) for _ in range(3)])
-    assert lines(tmp_path / "log") == ["in", "out"] * 3
 
 
 def test_a_heartbeat_that_cant_be_written_is_no_traceback(tmp_path, monkeypatch):

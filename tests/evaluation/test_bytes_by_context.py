@@ -21,10 +21,12 @@ from gpt2.models import random_weights
 from gpt2.models.geometry import FULL, SLIDING, Geometry, LayerGeometry, Shape
 from gpt2.report import plots, tables
 
+outline = functools.cache(random_weights.outline)
 TOKEN = 2 * 3 * 2 * 12 * 2  # bytes of a token of the tiny model, K and V, in 16 bits
 
 
 def test_the_script_and_its_table(tmp_path, model_folder):
+    """A shape needs no weights: 671 billion of them would fit nowhere. K and V have a ratio where it differs."""
     output = tmp_path / "runs" / "cache_bytes_x.json"
     flags = ["--model", model_folder, "--preset", "kv4", "--context-lengths", "70,300", "--output", output]
     assert run("benchmarks/cache_bytes", *flags) == 0
@@ -36,11 +38,19 @@ def test_the_script_and_its_table(tmp_path, model_folder):
     assert all(row["compression_ratio"] >= row["ratio_with_codec"] > 0 for row in (short, long))
     assert record["git_commit"] and record["inputs"] == {}
     assert f"| kv4 | 300 | {long['bytes']:,} |" in tables.table("cache_bytes_x", record).markdown()
-    assert "K and V alone" not in tables.table("cache_bytes_x", record).markdown(), "a model that caches nothing else"
+    for shape, other in (("deepseek-v3", False), ("qwen3.5-4b", True)):
+        flags = ["--model", f"{shape}.json", "--preset", "kv8", "--context-lengths", "128", "--output", output]
+        assert run("benchmarks/cache_bytes", *flags) == 0
+        record = json.loads(output.read_text())
+        assert record["model"] == shape
+        assert len(record["cache_layers"]) == len(outline(f"{shape}.json").geometry.layers)
+        table = tables.table("cache_bytes_x", record).markdown()
+        assert ("K and V alone" in table) == other and "with the basis" not in table
+        labels = [text.get_text() for text in plots.ratios_by_context(record["rows"], shape).legends[0].get_texts()]
+        assert ("K and V alone, without states" in labels) == other
 
 
 SHAPES = ["deepseek-v3", "gemma-3-4b", "gpt-oss-20b", "qwen3.5-4b"]
-outline = functools.cache(random_weights.outline)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -74,22 +84,14 @@ def test_kv4_is_never_larger_than_transformers(window):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("tokens", [70, 400, 1499])
-def test_a_layer_stands_for_all_that_are_like_it(family, tokens):
+def test_a_layer_stands_for_all_that_are_like_it(family):
     loaded = tiny_loaded(family)
     make = from_preset("kv4", loaded).make
-    cache, row = size.filled(make, loaded.geometry, tokens), measure(make, loaded.geometry, tokens)
-    assert row["attention_bytes"] == row["bytes"] == size.cache_bytes(cache)
-    assert (row["exact_bytes"], row["unused_bytes"]) == size.exact_and_unused_bytes(cache)
-    assert row["codec_bytes"] == cache.codec_bytes()
-
-
-def test_layers_of_different_bits_are_not_alike():
-    geometry = tiny_loaded().geometry
-    bits = [Compressor(quantizer_for_bits(b)) for b in (8, 4, 8)]
-    make = partial(CompressedDynamicCache, bits, bits, geometry=geometry)
-    assert size.layers_alike(make, geometry) == {0: 2, 1: 1}
-    assert measure(make, geometry, 300)["bytes"] == size.held_bytes(make, geometry, 300)
+    for tokens in (70, 400, 1499):
+        cache, row = size.filled(make, loaded.geometry, tokens), measure(make, loaded.geometry, tokens)
+        assert row["attention_bytes"] == row["bytes"] == size.cache_bytes(cache)
+        assert (row["exact_bytes"], row["unused_bytes"]) == size.exact_and_unused_bytes(cache)
+        assert row["codec_bytes"] == cache.codec_bytes()
 
 
 def test_longer_contexts_are_counted_without_values(monkeypatch):
@@ -101,29 +103,17 @@ def test_longer_contexts_are_counted_without_values(monkeypatch):
     assert measure(make, loaded.geometry, 1499) == stored
 
 
-@pytest.mark.parametrize("name", ["kv4", "kv8"])
-def test_a_batch_has_the_ratio_of_one_sequence(name):
-    loaded = tiny_loaded()
-    make = from_preset(name, loaded).make
-    one, three = (
-        size.fill(make(), [[size.noise(2, n, 12, batch=batch)] * 2 for n in (150, 64, 64)]) for batch in (1, 3)
-    )
-    assert size.cache_bytes(three) == 3 * size.cache_bytes(one)
-
-
-def test_a_shape_needs_no_weights(tmp_path):
-    """671 billion of them would fit nowhere. The table and the picture have a ratio of K and V where it differs."""
-    output = tmp_path / "cache_bytes_x.json"
-    for shape, other in (("deepseek-v3", False), ("qwen3.5-4b", True)):
-        flags = ["--model", f"{shape}.json", "--preset", "kv8", "--context-lengths", "128", "--output", output]
-        assert run("benchmarks/cache_bytes", *flags) == 0
-        record = json.loads(output.read_text())
-        assert record["model"] == shape
-        assert len(record["cache_layers"]) == len(outline(f"{shape}.json").geometry.layers)
-        table = tables.table("cache_bytes_x", record).markdown()
-        assert ("K and V alone" in table) == other and "with the basis" not in table
-        labels = [text.get_text() for text in plots.ratios_by_context(record["rows"], shape).legends[0].get_texts()]
-        assert ("K and V alone, without states" in labels) == other
+def test_layers_of_different_bits_are_not_alike_and_a_batch_has_the_ratio_of_one_sequence(llama):
+    bits, geometry = [Compressor(quantizer_for_bits(b)) for b in (8, 4, 8)], llama.geometry
+    make = partial(CompressedDynamicCache, bits, bits, geometry=geometry)
+    assert size.layers_alike(make, geometry) == {0: 2, 1: 1}
+    assert measure(make, geometry, 300)["bytes"] == size.held_bytes(make, geometry, 300)
+    for name in ("kv4", "kv8"):
+        make = from_preset(name, llama).make
+        one, three = (
+            size.fill(make(), [[size.noise(2, n, 12, batch=batch)] * 2 for n in (150, 64, 64)]) for batch in (1, 3)
+        )
+        assert size.cache_bytes(three) == 3 * size.cache_bytes(one)
 
 
 def test_a_basis_that_latents_cant_have_is_refused():

@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import subprocess
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from tiny import char_tokenizer, tiny_loaded
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.named_caches import from_preset
-from gpt2.evaluation import lineup
 from gpt2.evaluation.humaneval import measure, problems, prompts, sandbox
 from gpt2.evaluation.humaneval.completions import Completion, Kept, complete
 from gpt2.evaluation.humaneval.measure import Compared, Setting
@@ -84,12 +82,6 @@ def test_prompts_in_both_styles(reader, own):
     assert whole == f"{problem.prompt.strip()}\n\ndef double(x):\n    return 2 * x\n"
 
 
-@pytest.fixture(scope="module")
-def short_programs():
-    """Programs that end at once, each run once."""
-    return partial(sandbox.run, test=DOUBLE["test"], entry_point="double", limits=FAST)
-
-
 def body(*lines: str) -> str:
     return "\n    ".join(["def double(x):", *lines]) + "\n"
 
@@ -114,8 +106,8 @@ def body(*lines: str) -> str:
     (body("open('written', 'w'); return 2 * x"), "failed: PermissionError"),
     (body("return int(input())"), "failed: EOFError"),
 ])  # fmt: skip
-def test_what_a_program_can_do(short_programs, source, outcome):
-    assert short_programs(source) == outcome
+def test_what_a_program_can_do(source, outcome):
+    assert sandbox.run(source, DOUBLE["test"], "double", FAST) == outcome
 
 
 def test_a_program_that_loops_is_killed_with_all_it_started(monkeypatch):
@@ -130,22 +122,17 @@ def test_a_program_that_loops_is_killed_with_all_it_started(monkeypatch):
         kill(group, 0)
 
 
-@pytest.mark.skipif(not sandbox.network().startswith("own"), reason="no network namespace for this user")
-def test_the_process_has_a_network_of_its_own():
+def test_the_process_has_a_network_of_its_own_and_where_that_cant_be_sockets_are_rejected(monkeypatch, request):
     """Its only interface is a loopback that is down, whatever the audit hook lets through."""
-    found = subprocess.run([*sandbox.UNSHARE, "cat", "/proc/net/route"], capture_output=True, text=True, check=True)
-    assert len(found.stdout.splitlines()) <= 1, "no route to anywhere"
-
-
-def test_without_a_network_namespace_sockets_are_rejected(monkeypatch):
+    if sandbox.network().startswith("own"):  # not for every user
+        found = subprocess.run([*sandbox.UNSHARE, "cat", "/proc/net/route"], capture_output=True, text=True, check=True)
+        assert len(found.stdout.splitlines()) <= 1, "no route to anywhere"
     monkeypatch.setattr(sandbox, "UNSHARE", ["no-such-command"])
     sandbox.network.cache_clear()
-    try:
-        assert sandbox.network() == "sockets rejected"
-        source = body("import socket; socket.socket(); return 2 * x")
-        assert sandbox.run(source, DOUBLE["test"], "double", FAST) == "failed: PermissionError"
-    finally:
-        sandbox.network.cache_clear()
+    request.addfinalizer(sandbox.network.cache_clear)
+    assert sandbox.network() == "sockets rejected"
+    source = body("import socket; socket.socket(); return 2 * x")
+    assert sandbox.run(source, DOUBLE["test"], "double", FAST) == "failed: PermissionError"
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +141,13 @@ def answering(reader):
     return {BASELINE: baseline_factory(reader), "int4": from_preset(INT4_PRESET, reader).make}
 
 
-@pytest.mark.parametrize("chunk", [None, 7])
-@pytest.mark.parametrize("name", [BASELINE, "int4"])
-def test_a_batch_answers_as_each_prompt_alone(reader, answering, own, name, chunk):
-    asked = [prompts.prompt_ids(reader, problem, "plain").repeat(3) for problem in problems.read_problems(own)]
+@pytest.fixture
+def asked(reader, own):
+    return [prompts.prompt_ids(reader, problem, "plain").repeat(3) for problem in problems.read_problems(own)]
+
+
+@pytest.mark.parametrize(("name", "chunk"), [(BASELINE, None), ("int4", None), ("int4", 7)])
+def test_a_batch_answers_as_each_prompt_alone(reader, answering, asked, name, chunk):
     assert len({len(ids) for ids in asked}) == 3, "rows of a batch are padded"
     how = (("\ndef",), 20, chunk)
     batch = complete(reader, answering[name], asked, *how)
@@ -170,23 +160,17 @@ def test_a_batch_answers_as_each_prompt_alone(reader, answering, own, name, chun
         assert batch != complete(reader, answering[BASELINE], asked, *how), "the answers depend on the cache"
 
 
-def test_an_answer_ends_at_its_stop_or_its_end_token(reader, answering, own):
-    asked = [prompts.prompt_ids(reader, problem, "plain").repeat(3) for problem in problems.read_problems(own)]
+def test_an_answer_ends_at_its_stop_or_its_end_token(reader, answering, asked, monkeypatch):
     whole = complete(reader, answering[BASELINE], asked, (), 20)
     stop = whole[0].text[5:7]
     for row, full in zip(complete(reader, answering[BASELINE], asked, (stop,), 20), whole, strict=True):
         at = full.text.find(stop)
         assert row.text == (full.text if at < 0 else full.text[:at]) and row.finished == (at >= 0)
         assert row.tokens == (20 if at < 0 else at + len(stop))
-    config = reader.model.generation_config
     tokens = reader.tokenizer(whole[0].text, add_special_tokens=False).input_ids
-    before = config.eos_token_id
-    config.eos_token_id = [tokens[8]]
-    try:
-        row = complete(reader, answering[BASELINE], asked, (), 20)[0]
-        assert row.finished and row.tokens == tokens.index(tokens[8]) + 1
-    finally:
-        config.eos_token_id = before
+    monkeypatch.setattr(reader.model.generation_config, "eos_token_id", [tokens[8]])
+    row = complete(reader, answering[BASELINE], asked, (), 20)[0]
+    assert row.finished and row.tokens == tokens.index(tokens[8]) + 1
 
 
 def test_an_interrupted_run_goes_on_with_the_problem_where_it_stopped(reader, answering, own, tmp_path, monkeypatch):
@@ -233,13 +217,6 @@ def test_caches_are_compared_problem_by_problem(own):
     many = [{"cache": cache, "task_id": str(n), "passed": (cache == BASELINE) or n >= 6, "finished": True,
              "same_as_baseline": True} for cache in (BASELINE, "a") for n in range(20)]  # fmt: skip
     assert measure.summarize(many)[1]["mcnemar_p"] == pytest.approx(2 / 2**6)
-
-
-def test_only_some_of_the_peers(reader):
-    entries = [lineup.Entry("kivi", "KIVI 4 bits"), lineup.Entry("kivi", "KIVI 2 bits")]
-    assert lineup.only(entries, None) == entries and lineup.only(entries, ["KIVI 2 bits"]) == entries[1:]
-    with pytest.raises(PluginError, match="no cache is called 'KIVI 9 bits': there are KIVI 4 bits; KIVI 2 bits"):
-        lineup.only(entries, ["KIVI 9 bits"])
 
 
 def test_the_script_runs_nothing_unless_it_is_asked_to(script, own, tmp_path, capsys, monkeypatch):

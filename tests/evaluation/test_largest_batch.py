@@ -1,4 +1,4 @@
-"""The largest batch that fits: the search, what is filled, and what is reported when memory runs out."""
+"""The largest batch that fits: the search, what is filled, what is said when memory runs out. Times of appending."""
 
 import json
 
@@ -8,9 +8,12 @@ from script_runs import run
 
 from gpt2.common.errors import is_out_of_memory
 from gpt2.compression.attention import is_enabled
+from gpt2.compression.cache.size import cache_bytes
+from gpt2.compression.compressed_cache import identity_cache
 from gpt2.compression.named_caches import from_preset
-from gpt2.evaluation import largest_batch
+from gpt2.evaluation import append_times, largest_batch
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
+from gpt2.models.geometry import Shape
 from gpt2.report import tables
 
 SCRIPT = "benchmarks/largest_batch"
@@ -31,12 +34,11 @@ def caches(llama):
     return {BASELINE: baseline_factory(llama), "kv4": from_preset("kv4", llama).make}
 
 
-@pytest.mark.parametrize("name", [BASELINE, "kv4"])
-def test_every_layer_is_filled(name, llama, caches, monkeypatch):
+def test_every_layer_is_filled(llama, caches, monkeypatch):
     monkeypatch.setattr(largest_batch, "CHUNK_VALUES", 1)
-    cache = caches[name]()
-    largest_batch.fill(cache, llama, context=150, batch=2)
-    assert cache.get_seq_length() == 150 and len(cache.layers) == 3
+    for make in caches.values():
+        largest_batch.fill(cache := make(), llama, context=150, batch=2)
+        assert cache.get_seq_length() == 150 and len(cache.layers) == 3
     assert list(largest_batch.chunks(150, 1000)) == [64, 64, 22]
 
 
@@ -83,7 +85,7 @@ def flags(tmp_path, model_folder):
     return ["--model", model_folder, "--device", "cpu", "--preset", "kv4", *more]
 
 
-def test_the_script_and_its_table(flags, tmp_path, capsys):
+def test_the_script_and_its_table(flags, tmp_path, capsys, monkeypatch):
     assert run(SCRIPT, *flags, "--most", 2) == 0
     record = json.loads((tmp_path / "out/x.json").read_text())
     assert [row["cache"] for row in record["rows"]] == [BASELINE, "kv4"]
@@ -93,11 +95,29 @@ def test_the_script_and_its_table(flags, tmp_path, capsys):
     assert "| baseline | at least 2 | 1.00x |" in table and "| kv8 | not even one | | | | |" in table
     assert {line.count("|") for line in table.splitlines()[:5]} == {7}
     assert "sequences of 80 tokens, 2 tokens decoded" in table
-
-
-def test_where_nothing_fits_the_script_says_so(flags, monkeypatch, capsys):
     monkeypatch.setattr(largest_batch, "attempt", lambda *args: None)
     assert run(SCRIPT, *flags) == 2
     assert "not one sequence of 80 tokens fits: use a shorter --context-length" in capsys.readouterr().err
     assert run(SCRIPT, *flags, "--context-length", 510) == 2
     assert "--context-length" in capsys.readouterr().err
+
+
+def test_every_appended_token_is_timed_and_counted(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(append_times.time, "perf_counter", lambda: next(clock) ** 2 / 1e6)
+    made = []
+    row = append_times.measure(
+        lambda: made.append(identity_cache(2)) or made[-1], Shape(2, 8), 30, 4, torch.device("cpu")
+    )
+    assert made[0].get_seq_length() == row["tokens_held"] + 4 == 34
+    # Steps between squares: 1, 5, 9 and 13 microseconds
+    assert (row["append_ms_median"], row["append_ms_mean"]) == pytest.approx((0.007, 0.007))
+    assert row["cache_bytes"] == cache_bytes(made[0]) == pytest.approx(34 * row["bytes_per_token"])
+
+
+def test_the_script_has_a_row_for_every_codec_and_number_of_tokens(tmp_path):
+    flags = ["--tokens", "16,32", "--layers", 2, "--repeats", 4, "--output", tmp_path / "a.json"]
+    assert run("benchmarks/append", *flags, "--window", 20) == 0
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [row["tokens_held"] for row in rows] == [16, 32] * 5 and len({row["codec"] for row in rows}) == 5
+    assert (tmp_path / "a.png").exists()

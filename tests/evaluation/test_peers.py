@@ -1,5 +1,8 @@
-"""Peers: rows instead of crashes, figures of score and needle, and the script."""
+"""Which caches are compared, those of other packages among them: made, copied and counted; rows instead of crashes."""
 
+import copy
+import importlib
+import itertools
 import json
 import sys
 
@@ -7,25 +10,151 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from script_runs import listing, run
-from tiny import char_tokenizer, tiny_loaded, tiny_model, windows
-from transformers import DynamicCache
+from script_runs import FREE_PRESET, listing, run
+from tiny import char_tokenizer, save_tiny, tiny_loaded, windows
+from transformers import AutoConfig, DynamicCache, cache_utils
 
 from gpt2.common import files
-from gpt2.common.errors import CalibrationNotFound
-from gpt2.compression.cache.size import held_bytes
-from gpt2.evaluation import kivi, needle, other_caches, peers
+from gpt2.common.errors import CalibrationNotFound, PluginError
+from gpt2.compression.cache.size import cache_bytes, held_bytes
+from gpt2.compression.compressed_cache import identity_cache
+from gpt2.compression.named_caches import from_preset
+from gpt2.compression.presets import preset_files
+from gpt2.evaluation import kivi, lineup, needle, other_caches, peers
 from gpt2.evaluation.lineup import Entry
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
 from gpt2.report import plots, regions
 
+H, D, T = 2, 64, 300
 SHAPE = {"hidden_size": 64}  # head_dim 16: groups of 64 and packing by 8 fit
-SCRIPT = "compare_peers"
+PRESET = FREE_PRESET | {"rank": 16, "bits": 4, "head_dim": 16, "calibration_file": "nowhere.pt"}
+needs_fp8 = pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="no fp8 in this transformers")
 
 
 @pytest.fixture(scope="module")
 def llama():
     return tiny_loaded("llama", char_tokenizer(), **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def x():
+    return torch.randn(1, H, T, D, generator=torch.Generator().manual_seed(0))
+
+
+def peer(family: str, **overrides):
+    """A cache of transformers for two layers of [B, 2, n, 64]; the test is skipped where its package isn't there."""
+    config = AutoConfig.for_model("llama", num_hidden_layers=2, num_attention_heads=H, hidden_size=H * D)
+    if family == "fp8":
+        return other_caches.SharedCache("fp8", config)
+    module, package = other_caches.PACKAGES[family]
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        pytest.skip(f"{package} is not installed (requirements-peers.txt)")
+    axis = other_caches.AXES[family]
+    settings = {"nbits": 4, "axis_key": axis, "axis_value": axis, "q_group_size": 64, "residual_length": 0} | overrides
+    return other_caches.SharedCache(family, config, **settings)
+
+
+def fed(cache, x, chunk: int):
+    """What the last update of layer 0 returns for K, after x has gone into every layer."""
+    for part in x.split(chunk, dim=2):
+        returned = [cache.update(part, part, index)[0] for index in range(len(cache.layers))]
+    return returned[0]
+
+
+@pytest.mark.parametrize("family", ["quanto", "hqq"])
+def test_inner_tensors_of_quantized_caches_are_counted(family, x):
+    for bits, residual in itertools.product((4, 2), (0, 128)):
+        cache = peer(family, nbits=bits, residual_length=residual)
+        fed(cache, x[:, :, :256].bfloat16(), 64)
+        exact = 64 if residual else 0  # 64 at first, 128 more at once, then 64 in the residual
+        numbers = H * D * (256 - exact)
+        side = numbers * bits // 8 + numbers // 64 * (2 + 2) + H * D * exact * 2
+        assert cache_bytes(cache) == 2 * 2 * side, (bits, residual)
+
+
+@needs_fp8
+def test_fp8_is_counted_and_a_model_that_it_rejects_gives_a_row(x):
+    cache = peer("fp8")
+    fed(cache, x.bfloat16(), 64)
+    assert cache_bytes(cache) == 2 * 2 * (H * D * T + 4)
+    found = lineup.for_quality(tiny_loaded("mistral"), ["fp8", "kivi"], [])
+    assert "only full attention" in peers.reason(found[0].error) and all(entry.make for entry in found[1:])
+
+
+def test_everybody_is_filled_alike(llama):
+    """By chunks of 64, in 16 bits; a cache of ours that keeps all and transformers' own are then as large."""
+    own = held_bytes(baseline_factory(llama), llama.geometry, 256, chunk=64)
+    assert own == 256 * llama.geometry.bytes_per_token()
+    assert held_bytes(lambda: identity_cache(3), llama.geometry, 256, chunk=64) == own
+    assert held_bytes(lambda: kivi.kivi_cache(3, 4, 0), llama.geometry, 256, chunk=64) < own / 2
+
+
+@pytest.mark.parametrize("family", ["quanto", "hqq", pytest.param("fp8", marks=needs_fp8)])
+def test_a_copy_keeps_what_it_held(family, x):
+    cache = peer(family)
+    fed(cache, x[:, :, :64], 32)
+    twin = copy.deepcopy(cache)
+    fed(cache, x[:, :, 64:128], 64)
+    assert (cache.get_seq_length(), twin.get_seq_length()) == (128, 64)
+    returned = fed(twin, x[:, :, 64:96], 32)
+    assert returned.shape[2] == 96 and (returned[:, :, :64] - x[:, :, :64]).abs().max() < 1
+    assert twin.get_seq_length() == 96 and cache.get_seq_length() == 128
+
+
+def test_a_package_that_is_missing_gives_entries_with_errors(llama, monkeypatch):
+    for module, _ in other_caches.PACKAGES.values():
+        monkeypatch.setitem(sys.modules, module, None)
+    found = lineup.for_quality(llama, ["quanto", "hqq", "kivi"], [])
+    assert [entry.make is None for entry in found] == [True] * 8 + [False] * 6
+    assert peers.reason(found[0].error) == "optimum-quanto is not installed: pip install -r requirements-peers.txt"
+    with pytest.raises(PluginError, match="--peers hqq: hqq is not installed"):
+        lineup.for_speed(llama, [], packages=["hqq"])
+
+
+def test_built_in_presets_are_compared_unless_others_are_given(llama, tmp_path, monkeypatch):
+    assert "no preset rN-vonly" in peers.reason(lineup.for_quality(llama, ["lowrank"])[0].error)
+    for name, own in {"r12-vonly": {"rank": 12, "bits": 16, "codec": "pca"}, "int4-vonly": {}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(PRESET | own | {"model": llama.spec, "name": name}))
+    monkeypatch.setattr(preset_files, "BUILT_IN", (tmp_path,))
+    found = lineup.for_quality(llama, ["lowrank"])
+    assert [(entry.family, entry.label) for entry in found] == [("lowrank", "r12-vonly"), ("ours", "int4-vonly")]
+    assert isinstance(found[0].error, CalibrationNotFound) and found[1].preset["bits"] == 4
+    assert [entry.label for entry in lineup.for_quality(llama, [], [])] == []
+    for names, message in ((["int5-vonly"], "did you mean 'int4-vonly'"),
+                           (["int4-vonly"] * 2, "two caches are called 'int4-vonly'")):  # fmt: skip
+        with pytest.raises(PluginError, match=message):
+            lineup.for_quality(llama, [], names)
+    with pytest.raises(PluginError, match="no cache is called 'KIVI 9 bits': there are r12-vonly; int4-vonly"):
+        lineup.only(found, ["KIVI 9 bits"])
+    assert lineup.only(found, None) == found and lineup.only(found, ["int4-vonly"]) == found[1:]
+
+
+def test_caches_for_speed_come_by_name_with_the_baseline_first(llama):
+    choices = [from_preset("kv4", llama)]
+    assert list(lineup.for_speed(llama, choices)) == [BASELINE, "kv4"]
+    caches = lineup.for_speed(llama, choices, identity=True, direct=True)
+    assert list(caches) == [BASELINE, "identity", "identity, direct", "kv4", "kv4, direct"]
+    assert [caches[name]().direct for name in ("kv4", "kv4, direct")] == [False, True]
+    alone = lineup.for_speed(llama, choices, direct=True, reconstruct=False)
+    assert list(alone) == [BASELINE, "kv4, direct"], "what can be read is not reconstructed as well"
+
+
+def test_rows_that_read_codes_slower_than_the_baseline_are_named():
+    def row(cache: str, low: float, median: float, high: float, context: int = 8000) -> dict:
+        ratio = {"tokens_per_s_median": median, "tokens_per_s_quartiles": [low, high]}
+        return {"cache": cache, "context_tokens": context, "batch_size": 4, "ratio_to_baseline": ratio}
+
+    rows = [
+        {"cache": BASELINE, "context_tokens": 8000, "batch_size": 4}, row("kv4", 0.4, 0.5, 0.6),
+        row("int8, direct", 0.9, 0.97, 1.02), row("kv8, direct", 1.1, 1.2, 1.3),
+        {"cache": "kv2, direct", "context_tokens": 8000, "batch_size": 4, "out_of_memory": True},
+    ]  # fmt: skip
+    assert lineup.slower_directly(rows) is None
+    said = lineup.slower_directly([*rows, row("kv4, direct", 0.9, 0.931, 0.95), row("a, direct", 0.4, 0.5, 0.6, 256)])
+    assert "kv4, direct 0.93x at 8,000 tokens, batch of 4; a, direct 0.50x at 256 tokens" in said
+    assert "\n" not in said and "when='auto'" in said and "int8" not in said
 
 
 class Breaks(DynamicCache):
@@ -51,8 +180,7 @@ def test_one_cache_that_fails_does_not_stop_the_others(llama):
     scores = score(llama, segments, broken | caches, chunk=32, batch_size=2, failed=failed)
     assert list(scores) == [BASELINE, "kivi"] and set(failed) == set(broken)
     alone = score(llama, segments, caches, chunk=32, batch_size=2)
-    for name in caches:
-        assert np.array_equal(scores[name].nll, alone[name].nll)
+    assert all(np.array_equal(scores[name].nll, alone[name].nll) for name in caches)
     assert "NaN" in peers.reason(failed["nan"]) and peers.reason(failed["breaks"]) == "RuntimeError: kernel exploded"
     for name, how in ((BASELINE, {"failed": {}}), (BASELINE, {}), ("peer", {})):
         with pytest.raises(RuntimeError, match="exploded"):
@@ -80,8 +208,7 @@ def test_needles_go_on_without_the_cache_that_fails(llama):
     grid = {"lengths": [320], "depths": [0.2, 0.8], "trials": 1, "prefill_chunk": 64}
     asked = peers.ask_needles(llama, haystack, compared, rows, **grid)
     assert "exploded" in rows[1]["needle_not_run"] and "needle_exact_match" not in rows[1] and len(rows[3]) == 2
-    caches = {BASELINE: baseline_factory(llama), "KIVI": compared[1].make}
-    alone = needle.measure(llama, haystack, caches, **grid)
+    alone = needle.measure(llama, haystack, {BASELINE: baseline_factory(llama), "KIVI": compared[1].make}, **grid)
     assert asked["summary"] == needle.summarize(alone)
     assert sorted(map(str, asked["cells"])) == sorted(map(str, needle.cells(alone)))
     assert rows[2]["needle_exact_match"] == asked["summary"][0]["exact_match"]
@@ -102,8 +229,7 @@ def flags(tmp_path, monkeypatch, prose):
     monkeypatch.setattr(files, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(plots, "peers", lambda rows, title: Figure())  # drawn by tests/report/test_plots.py
     (tmp_path / "prose.txt").write_text(prose)
-    tiny_model("llama", **SHAPE).save_pretrained("tiny")
-    char_tokenizer().save_pretrained("tiny")
+    save_tiny(tmp_path / "tiny", tokenizer=char_tokenizer(), **SHAPE)
     return ["--model", "tiny", "--text", "prose.txt", "--eval-tokens", 128, "--eval-seq-len", 64, "--chunk", 32]
 
 
@@ -114,7 +240,7 @@ def test_the_script_compares(flags, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(peers, "WEIGHED_TOKENS", 256)
     monkeypatch.setitem(sys.modules, "optimum.quanto", None)
     more = ["--peers", "quanto,kivi,lowrank", "--preset", "kv4", "--needle-context-lengths", 320, "--num-trials", 1]
-    assert run(SCRIPT, *flags, *more) == 0 and chunks == {32}
+    assert run("compare_peers", *flags, *more) == 0 and chunks == {32}
     said = capsys.readouterr().out
     assert "quanto 4 bits, residual 128  not run: optimum-quanto is not installed" in said and "KIVI 3 bits" in said
     assert listing(tmp_path / "results") == {"runs/peers_tiny.json", "plots/peers_tiny.png"}
@@ -128,18 +254,17 @@ def test_the_script_compares(flags, tmp_path, capsys, monkeypatch):
     table = regions.fill("<!-- results: peers_tiny kivi -->\n<!-- end -->", tmp_path / "results/runs")
     assert table.count("| KIVI") == 3 and "quanto" not in table and "| 16-bit cache | 384 | 1.00x |" in table
     more = ["--peers", "fp8", "--preset", "--needle-context-lengths", "none", "--output", "p.json"]
-    assert run(SCRIPT, *flags, *more) == 0
+    assert run("compare_peers", *flags, *more) == 0
     record = json.loads((tmp_path / "p.json").read_text())
     assert record["needle"] is None and [row["label"] for row in record["rows"]] == [BASELINE, "fp8, a scale per layer"]
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    (["--peers", "kivi,nope"], "unknown nope"),
-    (["--preset", "none.json"], "no preset file none.json"),
-    (["--needle-context-lengths", "64"], "a context of 64 tokens has no room"),
-])  # fmt: skip
-def test_bad_input_is_one_clear_line_before_any_work(flags, more, message, capsys, tmp_path, monkeypatch):
+def test_bad_input_is_one_clear_line_before_any_work(flags, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "measure", lambda *args, **kwargs: pytest.fail("it measures"))
-    assert run(SCRIPT, *flags, *more) == 2
-    assert message in (err := capsys.readouterr().err) and "Traceback" not in err
+    for more, message in (
+        (["--peers", "kivi,nope"], "unknown nope"), (["--preset", "none.json"], "no preset file none.json"),
+        (["--needle-context-lengths", "64"], "a context of 64 tokens has no room"),
+    ):  # fmt: skip
+        assert run("compare_peers", *flags, *more) == 2
+        assert message in (err := capsys.readouterr().err) and "Traceback" not in err
     assert not list(tmp_path.rglob("*.png"))

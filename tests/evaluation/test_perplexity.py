@@ -1,25 +1,31 @@
-"""Perplexity through a real cache, its interval, and bytes: figures that are checked against arithmetic."""
+"""Perplexity through a real cache, loss by position, intervals and tests: figures checked against arithmetic."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_loaded
+from pictures import is_drawn
+from sampling import covering
+from script_runs import listing
+from tiny import tiny_loaded, windows
 from transformers import DynamicCache
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
-from gpt2.compression.settings import compressors_for
+from gpt2.evaluation.by_position import by_position, continuations, divergence
 from gpt2.evaluation.perplexity import BASELINE, Scores, baseline_factory, compare, score, segment_sums
-from gpt2.models.geometry import Geometry
+from gpt2.evaluation.statistics import mean_interval, paired_bootstrap, sign_test, spread
+from gpt2.report import tables
 
 SEGMENTS = torch.randint(2, 97, (3, 65), generator=torch.Generator().manual_seed(0))
 
 
-def lossy(bits: int = 4, target: str = "kv"):
-    return lambda: CompressedDynamicCache(*compressors_for(target, bits, Geometry.uniform(3, 2, 12)))
+@pytest.fixture(scope="module")
+def caches(llama, lossy):
+    return {BASELINE: baseline_factory(llama), "x": lossy(4, sink_tokens=4)}
 
 
 @torch.no_grad()
@@ -29,8 +35,9 @@ def direct_nll(loaded, segments):
     return -log_p.gather(-1, segments[:, 1:, None])[..., 0].numpy()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt2"])
-@pytest.mark.parametrize("chunk", [1, 7, 64, 65, 1000])
+@pytest.mark.parametrize(
+    ("family", "chunk"), covering(["llama", "mistral", "gemma3_text", "gpt2"], [1, 7, 64, 65, 1000], times=2)
+)
 def test_streaming_equals_one_forward_pass(llama, family, chunk):
     """65 tokens: chunks of 7 leave a remainder, chunks of 64 a last token that predicts nothing."""
     loaded = llama if family == "llama" else tiny_loaded(family)
@@ -39,47 +46,46 @@ def test_streaming_equals_one_forward_pass(llama, family, chunk):
     assert nll.shape == (len(segments), 64) and np.abs(nll - direct_nll(loaded, segments)).max() < 1e-4
 
 
-@pytest.mark.parametrize("chunk", [7, 64])
-def test_the_identity_cache_changes_nothing(llama, chunk):
-    scores = score(llama, SEGMENTS, {"ours": lambda: identity_cache(3), BASELINE: baseline_factory(llama)}, chunk=chunk)
-    ours = scores["ours"]
-    assert np.array_equal(ours.nll, scores[BASELINE].nll) and not ours.kl.any() and ours.agree.all()
-    record = compare(scores[BASELINE], ours)
-    assert record["ppl_delta"] == 0 and record["ppl_delta_interval"] == [0, 0]
-    assert record["kl_nats"] == 0 and record["top1_agreement"] == 1
+def test_the_identity_cache_changes_nothing(llama):
+    for chunk in (7, 64):
+        made = {"ours": lambda: identity_cache(3), BASELINE: baseline_factory(llama)}
+        scores = score(llama, SEGMENTS, made, chunk=chunk)
+        ours = scores["ours"]
+        assert np.array_equal(ours.nll, scores[BASELINE].nll) and not ours.kl.any() and ours.agree.all()
+        record = compare(scores[BASELINE], ours)
+        assert record["ppl_delta"] == 0 and record["ppl_delta_interval"] == [0, 0]
+        assert record["kl_nats"] == 0 and record["top1_agreement"] == 1
 
 
-def test_a_lossy_cache_changes_predictions_and_fewer_bits_change_them_more(llama):
-    caches = {BASELINE: baseline_factory(llama), "8": lossy(8), "4": lossy(4)}
-    scores = score(llama, SEGMENTS, caches, chunk=16)
-    records = {bits: compare(scores[BASELINE], scores[bits]) for bits in ("8", "4")}
-    assert 0 < records["8"]["kl_nats"] < records["4"]["kl_nats"]
-    assert records["8"]["top1_agreement"] > records["4"]["top1_agreement"] and records["4"]["top1_agreement"] < 1
-    assert all(np.abs(scores[bits].nll - scores[BASELINE].nll).max() > 1e-3 for bits in ("8", "4"))
+def test_a_lossy_cache_changes_predictions_and_fewer_bits_change_them_more(llama, caches, lossy):
+    scores = score(llama, SEGMENTS, caches | {"8": lossy(8, sink_tokens=4)}, chunk=16)
+    eight, four = (compare(scores[BASELINE], scores[name]) for name in ("8", "x"))
+    assert 0 < eight["kl_nats"] < four["kl_nats"] and eight["top1_agreement"] > four["top1_agreement"] < 1
+    assert all(np.abs(scores[name].nll - scores[BASELINE].nll).max() > 1e-3 for name in ("8", "x"))
     # KL is a sum that float32 may round below zero, by no more than its own rounding
-    assert all(scores[bits].kl.min() > -1e-5 for bits in ("8", "4"))
+    assert all(scores[name].kl.min() > -1e-5 for name in ("8", "x"))
 
 
-def test_kl_is_from_the_baseline_and_sinks_are_exact(llama):
+def test_kl_is_from_the_baseline_and_sinks_are_exact(llama, caches):
     """KL(baseline ‖ cache), computed apart; the other direction differs."""
-    scores = score(llama, SEGMENTS[:1], {BASELINE: baseline_factory(llama), "x": lossy()}, chunk=65)["x"]
+    scores = score(llama, SEGMENTS[:1], caches, chunk=65)["x"]
     with torch.no_grad():
         p, q = (
             llama.model(SEGMENTS[:1], past_key_values=c).logits[0, :-1].double().log_softmax(-1)
-            for c in (DynamicCache(), lossy()())
+            for c in (DynamicCache(), caches["x"]())
         )
     assert np.abs(scores.kl[0] - (p.exp() * (p - q)).sum(-1).numpy()).max() < 1e-5
     assert np.abs(scores.kl[0] - (q.exp() * (q - p)).sum(-1).numpy()).max() > 1e-3
     assert np.array_equal(scores.agree[0], (p.argmax(-1) == q.argmax(-1)).numpy())
     # Token 4 is the first that is coded: predictions made at tokens 0 to 3 can't change, later ones do
-    scores = score(llama, SEGMENTS, {BASELINE: baseline_factory(llama), "x": lossy()}, chunk=65)
+    scores = score(llama, SEGMENTS, caches, chunk=65)
     changed = np.abs(scores["x"].nll - scores[BASELINE].nll)
     assert changed[:, :4].max() < 1e-5 < changed[:, 4:].max(axis=1).min(), "also within one chunk"
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
-def test_batch_size_doesnt_matter_and_every_batch_has_a_fresh_cache(llama, batch_size):
-    caches, batches = {BASELINE: baseline_factory(llama), "x": lossy()}, []
+def test_batch_size_doesnt_matter_and_every_batch_has_a_fresh_cache(llama, caches, batch_size):
+    batches = []
     together = score(llama, SEGMENTS, caches, chunk=16, batch_size=3)
     same = SEGMENTS[[0, 1, 2, 0, 1, 2]]
     other = score(llama, same, caches, chunk=16, batch_size=batch_size,
@@ -90,15 +96,13 @@ def test_batch_size_doesnt_matter_and_every_batch_has_a_fresh_cache(llama, batch
     assert len(batches) == math.ceil(6 / batch_size), "progress wraps the batches"
 
 
-def test_the_baseline_runs_first_whatever_the_order_and_may_be_left_out(llama):
-    scores = score(llama, SEGMENTS, {"a": lossy(), BASELINE: baseline_factory(llama)})
-    assert scores["a"].kl is not None and scores[BASELINE].kl is None
-    alone = score(llama, SEGMENTS, {"a": lossy()})["a"]
-    assert alone.kl is None and alone.agree is None and np.array_equal(alone.nll, scores["a"].nll)
+def test_the_baseline_runs_first_and_may_be_left_out_and_a_loss_that_is_not_finite_is_rejected(llama, caches):
+    scores = score(llama, SEGMENTS, dict(reversed(caches.items())))
+    assert scores["x"].kl is not None and scores[BASELINE].kl is None
+    alone = score(llama, SEGMENTS, {"x": caches["x"]})["x"]
+    assert alone.kl is None and alone.agree is None and np.array_equal(alone.nll, scores["x"].nll)
     assert "kl_nats" not in compare(scores[BASELINE], alone)
 
-
-def test_a_loss_that_is_not_finite_is_rejected_by_cache(llama):
     class Broken(type(QUANTIZERS["int8"])):
         def dequantize(self, parts, rank):
             return super().dequantize(parts, rank) * float("nan")
@@ -107,18 +111,15 @@ def test_a_loss_that_is_not_finite_is_rejected_by_cache(llama):
         return CompressedDynamicCache([Compressor(Broken())] * 3, [IdentityCompressor()] * 3)
 
     with pytest.raises(PluginError, match="loss with cache 'broken' is NaN or infinite: try --dtype float32"):
-        score(llama, SEGMENTS, {BASELINE: baseline_factory(llama), "broken": broken})
+        score(llama, SEGMENTS, caches | {"broken": broken})
 
 
-def test_perplexity_and_delta_by_hand():
+def test_figures_by_hand_and_from_the_sums_of_segments():
     baseline, other = (Scores(np.log(np.array([[2.0, 8.0], [4.0, 4.0]]) * factor)) for factor in (1, 1.1))
     record = compare(baseline, other)
     assert record["baseline_ppl"] == pytest.approx(4) and record["ppl"] == pytest.approx(4.4)
     assert record["ppl_delta"] == pytest.approx(0.1) and record["ppl_delta_interval"] == pytest.approx([0.1, 0.1])
     assert record["tokens"] == 4
-
-
-def test_figures_follow_from_the_sums_of_segments():
     nll = np.random.default_rng(0).random((3, 3, 20))
     baseline, other = Scores(nll[0]), Scores(nll[1], nll[2], nll[2] < 0.5)
     record, sums = compare(baseline, other), segment_sums(baseline, other)
@@ -127,3 +128,121 @@ def test_figures_follow_from_the_sums_of_segments():
     assert np.exp(sum(sums["baseline_nll"]) / record["tokens"]) == pytest.approx(record["baseline_ppl"])
     assert sum(sums["kl_nats"]) / record["tokens"] == pytest.approx(record["kl_nats"])
     assert "kl_nats" not in segment_sums(baseline, baseline)
+
+
+@pytest.mark.parametrize("shape", [(1, 10), (3, 64), (2, 2047)])
+def test_a_constant_shift_has_no_width(shape):
+    """Also where the last block of a segment is shorter than the others."""
+    for shift in (0.0, 0.05, -0.3):
+        assert paired_bootstrap(np.full(shape, shift)) == pytest.approx([math.expm1(shift)] * 2, abs=1e-9)
+    assert mean_interval(np.full(7, -0.3)) == pytest.approx((-0.3, -0.3))
+
+
+def test_the_interval_covers_the_mean_and_narrows_with_tokens():
+    noise = np.random.default_rng(0).normal(0, 1, (16, 2047))
+    noise -= noise.mean()
+    low, high = paired_bootstrap(noise)
+    assert low < 0 < high
+    # ± 1.96 σ / √n for independent tokens
+    assert high - low == pytest.approx(2 * 1.96 / math.sqrt(noise.size), rel=0.2)
+    few_low, few_high = paired_bootstrap(noise[:2])
+    assert few_high - few_low > 2 * (high - low)
+    assert paired_bootstrap(noise, level=0.5)[1] < high
+    few = noise[:4, :200]
+    assert paired_bootstrap(few, 1) == paired_bootstrap(few, 1) != paired_bootstrap(few, 2), "by seed"
+    assert mean_interval(few[0], 1) == mean_interval(few[0], 1) != mean_interval(few[0], 2)
+    rng = np.random.default_rng(0)
+    covered = [low <= 1 <= high for low, high in (mean_interval(rng.normal(1, 2, 60), seed) for seed in range(200))]
+    assert 0.88 < np.mean(covered) <= 0.99
+
+
+def test_tokens_of_a_block_move_together():
+    """Neighbours that agree are one observation, not 64: the interval is eight times as wide."""
+    blocks = np.random.default_rng(0).normal(0, 1, (4, 32))
+    together, apart = np.repeat(blocks, 64, axis=1), np.random.default_rng(0).normal(0, 1, (4, 2048))
+    widths = [np.subtract(*paired_bootstrap(x)) for x in (together, apart)]
+    assert widths[0] / widths[1] == pytest.approx(8, rel=0.25)
+
+
+def test_the_sign_test_and_quartiles_are_exact():
+    assert sign_test(0, 0) == 1 and sign_test(5, 5) == 1 and sign_test(0, 1) == 1
+    assert sign_test(0, 6) == sign_test(6, 0) == pytest.approx(2 / 64)
+    assert sign_test(1, 8) == pytest.approx(2 * (1 + 9) / 512)
+    assert spread("ms", [4, 1, 3, 2, 5]) == {"ms_median": 3, "ms_quartiles": [2, 4]}
+
+
+def test_continuations_are_sampled_from_the_model_and_repeat(llama):
+    prompts = windows(2, 10)
+    sampled = continuations(llama, prompts, 12, seed=3)
+    assert sampled.shape == (2, 22) and torch.equal(sampled[:, :10], prompts)
+    assert torch.equal(continuations(llama, prompts, 12, seed=3), sampled)
+    assert not torch.equal(continuations(llama, prompts, 12, seed=4), sampled)
+    with torch.no_grad():
+        log_p = llama.model(sampled).logits.log_softmax(-1)[:, 9:-1]
+    chosen = log_p.gather(-1, sampled[:, 10:, None]).mean()
+    assert chosen > log_p.mean() + 1, "what is sampled is likelier than the average token"
+    with pytest.raises(PluginError, match="use --prompt-tokens 12 or less"):
+        continuations(llama, windows(1, 20), 500)
+
+
+def test_bins_are_those_of_the_scores():
+    rng = np.random.default_rng(0)
+    nll, kl, agree = rng.random((3, 49)), rng.random((3, 49)), rng.random((3, 49)) < 0.5
+    worse = rng.random((3, 49))
+    base, other = Scores(nll), Scores(nll + worse, kl, agree)
+    rows = by_position(base, other, 4, first=9)
+    assert [row["position"] for row in rows] == [0, 10, 20, 30] and {row["tokens"] for row in rows} == {30}
+    part = slice(29, 39)
+    assert rows[2]["kl_nats"] == pytest.approx(kl[:, part].mean())
+    assert rows[2]["kl_nats_by_segment"] == pytest.approx(kl[:, part].mean(1).tolist())
+    assert rows[2]["top1_agreement"] == pytest.approx(agree[:, part].mean())
+    assert rows[2]["ppl_delta"] == pytest.approx(math.expm1(worse[:, part].mean()))
+    low, high = rows[2]["kl_nats_interval"]
+    assert low <= rows[2]["kl_nats"] <= high
+    (row,) = by_position(base, Scores(nll[:1], kl[:1], agree[:1]), 1)
+    assert row["kl_nats_interval"] is None and row["tokens"] == 49
+
+
+class Drifting(DynamicCache):
+    """Wrong by ever more: what it gives back is scaled with the number of tokens held, from 24 on."""
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        k, v = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return k, v * (1 + max(0, k.shape[2] - 24) / 8)
+
+
+def test_drift_shows_where_it_begins(llama, caches):
+    """Both in KL by position and in greedy decoding, which a cache that loses nothing never leaves."""
+    compared = {BASELINE: caches[BASELINE], "identity": lambda: identity_cache(3), "drifting": Drifting}
+    scores = score(llama, windows(2, 64), compared, chunk=8, batch_size=1)
+    kl = [row["kl_nats"] for row in by_position(scores[BASELINE], scores["drifting"], 4)]
+    assert kl[0] == pytest.approx(0, abs=1e-5) and kl[1] < kl[3]
+    same = divergence(llama, windows(2, 20), compared, 12)
+    assert same["identity"] == [12, 12] and all(4 <= count < 12 for count in same["drifting"])
+
+
+FLAGS = ["--text", "prose.txt", "--preset", "p.json", "--segments", 2, "--chunk", 16, "--bins", 8]
+
+
+def test_the_script_writes_generated_text_and_long_context(script, tmp_path, capsys):
+    assert script("eval_by_position", *FLAGS, "--prompt-tokens", 30, "--new-tokens", 64, "--greedy-tokens", 8) == 0
+    assert script("eval_by_position", *FLAGS, "--over", "text", "--context-length", 100) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 segments of 64 predictions sampled by the model after prompts of prose.txt" in said and " of 8" in said
+    names = ("by_position_tiny", "long_context_tiny")
+    assert listing(tmp_path / "results") == {f"{kind}" for n in names for kind in (f"runs/{n}.json", f"plots/{n}.png")}
+    generated, text = (json.loads((tmp_path / f"results/runs/{name}.json").read_text()) for name in names)
+    assert all(is_drawn(tmp_path / f"results/plots/{name}.png") for name in names)
+    (row,) = generated["rows"]
+    assert len(row["bins"]) == 8 and sum(cell["tokens"] for cell in row["quarters"]) == 2 * 64
+    assert len(row["greedy_tokens_same"]) == 2 and text["rows"][0]["greedy_tokens_same"] == []
+    assert tables.table("long_context_tiny", text).rows[0][-1] == "–"
+
+
+def test_bad_input_is_one_clear_line(script, capsys):
+    for flags, message in (
+        (["--new-tokens", "600"], "a context of 30 tokens with 600 after it is longer than the 512"),
+        (["--over", "text", "--context-length", "600"], "use --context-length 512 or less"),
+    ):
+        assert script("eval_by_position", *FLAGS, "--prompt-tokens", 30, *flags) == 2
+        assert message in capsys.readouterr().err

@@ -5,27 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 from script_runs import listing, run
-from tiny import tiny_loaded, word_text
+from tiny import word_text
 
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.named_caches import from_preset
 from gpt2.evaluation import saved_documents
 
 
-@pytest.fixture(scope="module")
-def loaded():
-    return tiny_loaded("llama")
-
-
 @pytest.fixture
-def ids(loaded, tmp_path):
+def ids(llama, tmp_path):
     (tmp_path / "words.txt").write_text(word_text(300))
-    return saved_documents.document_ids(str(tmp_path / "words.txt"), loaded, 290)
+    return saved_documents.document_ids(str(tmp_path / "words.txt"), llama, 290)
 
 
-def test_an_interrupted_reading_goes_on(loaded, ids, tmp_path, caplog):
+def test_an_interrupted_reading_goes_on(llama, ids, tmp_path, caplog):
     """With the same tokens as one that wasn't interrupted; of another document it starts again."""
-    path, choice, fed = tmp_path / "doc.safetensors", from_preset("kv4", loaded), []
+    path, choice, fed = tmp_path / "doc.safetensors", from_preset("kv4", llama), []
 
     def interrupted(chunks):
         for at in chunks:
@@ -36,25 +31,25 @@ def test_an_interrupted_reading_goes_on(loaded, ids, tmp_path, caplog):
 
     how = {"chunk": 64, "save_every_s": 0}
     with pytest.raises(KeyboardInterrupt):
-        saved_documents.read(loaded, choice, ids, path, progress=interrupted, **how)
+        saved_documents.read(llama, choice, ids, path, progress=interrupted, **how)
     assert not path.exists() and len(fed) == 3
     went_on = []
-    saved_documents.read(loaded, choice, ids, path, progress=lambda c: went_on.extend(c) or went_on, **how)
+    saved_documents.read(llama, choice, ids, path, progress=lambda c: went_on.extend(c) or went_on, **how)
     assert went_on[0] == 192 and listing(tmp_path) == {"words.txt", "doc.safetensors"}
-    whole = saved_documents.read(loaded, choice, ids, tmp_path / "whole", **how)
-    again = CompressedDynamicCache.load(path, model=loaded)
+    whole = saved_documents.read(llama, choice, ids, tmp_path / "whole", **how)
+    again = CompressedDynamicCache.load(path, model=llama)
     assert torch.equal(again.token_ids[0], ids) and "going on behind the 192 tokens" in caplog.text
     assert all(map(torch.equal, again.layers[1].read(), whole.layers[1].read()))
 
 
-def test_blocks_are_those_of_the_tokens_or_not(loaded, ids, tmp_path):
+def test_blocks_are_those_of_the_tokens_or_not(llama, ids, tmp_path):
     path = tmp_path / "doc.safetensors"
-    saved_documents.read(loaded, from_preset("kv8", loaded), ids, path, chunk=64)
-    cache = CompressedDynamicCache.load(path, model=loaded)
-    right = saved_documents.verify(loaded, cache, 2)
+    saved_documents.read(llama, from_preset("kv8", llama), ids, path, chunk=64)
+    cache = CompressedDynamicCache.load(path, model=llama)
+    right = saved_documents.verify(llama, cache, 2)
     assert len(right) == 2 and max(difference for _, difference in right) < 0.1
     cache.held_tokens.ids = cache.held_tokens.ids.flip(1)
-    assert min(difference for _, difference in saved_documents.verify(loaded, cache, 2)) > saved_documents.SAME
+    assert min(difference for _, difference in saved_documents.verify(llama, cache, 2)) > saved_documents.SAME
     assert cache.get_seq_length() == len(ids), "forks were recomputed, not the cache"
 
 
@@ -62,8 +57,7 @@ def test_the_script(tmp_path, monkeypatch, capsys, model_folder):
     """From a document to an answer, to another preset, and to messages."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "words.txt").write_text(word_text(300))
-    model = ["--model", model_folder, "--cache", "doc.safetensors"]
-    tool = "cache_tool"
+    tool, model = "cache_tool", ["--model", model_folder, "--cache", "doc.safetensors"]
     reading = ["read", *model[:2], "--preset", "kv8", "--document", "words.txt", "--output", "doc.safetensors"]
     assert run(tool, *reading, "--document-tokens", 200) == 0
     assert "200 tokens, 1 rows" in capsys.readouterr().out

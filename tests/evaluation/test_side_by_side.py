@@ -8,7 +8,7 @@ from script_runs import FREE_PRESET, GENERATE, listing, run
 from tiny import tiny_loaded, word_text
 
 from gpt2.common.errors import PluginError
-from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
+from gpt2.compression.attention import enable_compressed_attention
 from gpt2.compression.cache.size import held_bytes, plain_bytes
 from gpt2.compression.named_caches import from_preset
 from gpt2.evaluation import side_by_side
@@ -87,14 +87,19 @@ def test_bytes_are_those_of_a_16_bit_model(llama, document):
     assert record["compression_ratio"] == plain / held > 1 and record["ppl_delta"] != 0
 
 
-def test_a_cache_is_read_as_stored_where_that_is_enabled(document, exact):
+def test_a_cache_is_read_as_stored_where_that_is_enabled_and_few_tokens_show_no_change_of_perplexity(exact):
     llama = tiny_loaded()
     conversation = to_continue(llama, word_text(80))
     assert not read(llama, conversation, exact, max_new_tokens=2).direct
     enable_compressed_attention(llama.model)
     assert read(llama, conversation, exact, max_new_tokens=2).direct
-    assert not read(llama, conversation, None, max_new_tokens=2).direct
-    disable_compressed_attention(llama.model)
+    reading = read(llama, conversation, None, max_new_tokens=1)
+    assert not reading.direct
+    record = {"model": "m", "dtype": "float32", "device": "cpu", "rows": [reading.record(reading)]}
+    (row,) = tables.side_by_side(record, []).rows
+    assert row[:3] == [side_by_side.UNCOMPRESSED, row[1], "0.00"] and row[4:6] == ["–", "–"]
+    record["rows"][0]["tokens"] = 600
+    assert tables.side_by_side(record, []).rows[0][4] == "+0.00%"
 
 
 def test_the_script_shows_one_table_and_writes_what_it_shows(tiny_flags, tmp_path, capsys):
@@ -109,21 +114,10 @@ def test_the_script_shows_one_table_and_writes_what_it_shows(tiny_flags, tmp_pat
     assert listing(tmp_path) == {"words.txt", "free.json", "o.json", "o.png"}
     assert run(GENERATE, *flags[:-1], "--document", "words.txt", "--document-tokens", 510) == 2
     assert "use --document-tokens" in capsys.readouterr().err
-
-
-def test_a_prompt_is_continued(tiny_flags, tmp_path, capsys):
-    flags = [*tiny_flags[:2], "--preset", "kv8", "--prompt"]
+    flags = [*tiny_flags[:2], "--preset", "kv8", "--prompt"]  # a prompt is continued, and nothing is written
+    before = listing(tmp_path)
     assert run(GENERATE, *flags, "w2 w3 w4", "--max-new-tokens", "4") == 0
     out = capsys.readouterr().out
-    assert "[uncompressed] w" in out and "[kv8] w" in out and listing(tmp_path) == {"words.txt"}
+    assert "[uncompressed] w" in out and "[kv8] w" in out and listing(tmp_path) == before
     for bad, message in (([*flags, "w2"], "expected at least 2"), (tiny_flags[:2], "give --preset")):
         assert run(GENERATE, *bad) == 2 and message in capsys.readouterr().err
-
-
-def test_few_tokens_show_no_change_of_perplexity(llama):
-    reading = read(llama, to_continue(llama, word_text(80)), None, max_new_tokens=1)
-    record = {"model": "m", "dtype": "float32", "device": "cpu", "rows": [reading.record(reading)]}
-    (row,) = tables.side_by_side(record, []).rows
-    assert row[:3] == [side_by_side.UNCOMPRESSED, row[1], "0.00"] and row[4:6] == ["–", "–"]
-    record["rows"][0]["tokens"] = 600
-    assert tables.side_by_side(record, []).rows[0][4] == "+0.00%"

@@ -24,9 +24,6 @@ def test_each_run_changes_one_factor_and_every_value_is_another():
         changed = {name for name in fields if getattr(one, name) != getattr(first, name)}
         assert changed == {"text_window" if one.factor == "text" else one.factor}
     assert stability.schedule(["text"], 1) == [Run("as given")]
-
-
-def test_windows_do_not_overlap():
     segments = torch.arange(7 * 4).view(7, 4)
     taken = stability.windows_of(segments, num_runs=3, segments_per_run=2)
     assert taken.shape == (3, 2, 4) and len(taken.flatten().unique()) == 24
@@ -124,18 +121,16 @@ def test_the_script_calibrates_anew(space, tmp_path, capsys):
     assert "made from another text than 'other.txt': give --text t.txt" in said and "no verdict" in said
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--num-runs", "1"], "varies nothing"),
-    (["--num-runs", "99"], "use fewer --num-runs"),
-    (["--needle-length", "510"], "use --needle-length 504 or less"),
-    (["--vary", "weather"], "unknown weather"),
-    (["--max-std", "2"], "out of range"),
-])  # fmt: skip
-def test_bad_flags_stop_before_the_first_run(space, tmp_path, capsys, monkeypatch, flags, message):
+def test_bad_flags_stop_before_the_first_run(space, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(stability, "measure", lambda *args: pytest.fail("measured"))
     preset(tmp_path / "p.json")
-    assert run("eval_stability", *space, "--preset", "p.json", *flags) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "s.json").exists()
+    for flags, message in (
+        (["--num-runs", "1"], "varies nothing"), (["--num-runs", "99"], "use fewer --num-runs"),
+        (["--needle-length", "510"], "use --needle-length 504 or less"), (["--vary", "weather"], "unknown weather"),
+        (["--max-std", "2"], "out of range"),
+    ):  # fmt: skip
+        assert run("eval_stability", *space, "--preset", "p.json", *flags) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "s.json").exists()
 
 
 def test_recalibration_draws_other_samples_also_where_all_were_used(llama):

@@ -1,23 +1,34 @@
-"""Timing: one loop for every cache, turns that alternate, figures that add up."""
+"""Timing: one loop for every cache, turns that alternate, figures that add up; instruments that leave no trace."""
+
+import gc
 
 import pytest
 import torch
 from tiny import tiny_loaded
 from transformers import DynamicCache
 
+from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
 from gpt2.compression.cache.size import cache_bytes
+from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.codecs import IdentityCompressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
+from gpt2.compression.kernels import cpu
+from gpt2.compression.named_caches import from_preset
 from gpt2.evaluation import instruments, timing
+from gpt2.evaluation.instruments import PARTS, Stopwatch, peak_memory, watched
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def no_garbage_collection(monkeypatch):
     """Before each measurement it takes longer than the tiny model."""
     monkeypatch.setattr("gc.collect", lambda: 0)
 
 
+quickly = pytest.mark.usefixtures("no_garbage_collection")
+
+
+@quickly
 @pytest.mark.parametrize("family", ["gpt2", "mistral"])
 def test_a_run_makes_the_tokens_that_generate_makes(family):
     loaded = tiny_loaded(family)
@@ -33,7 +44,8 @@ def test_a_run_makes_the_tokens_that_generate_makes(family):
         assert run.prefill_s > 0 and run.decode_s > 0
 
 
-def test_caches_take_turns_in_alternating_order_and_are_always_fresh(llama, caches):
+@quickly
+def test_caches_take_turns_in_alternating_order_and_are_always_fresh(llama, caches, caplog):
     made, held, seen = [], [], []
 
     def recorded(name, make):
@@ -41,7 +53,7 @@ def test_caches_take_turns_in_alternating_order_and_are_always_fresh(llama, cach
 
     caches = caches | {"identity": lambda: identity_cache(3)}
     recording = {name: recorded(name, make) for name, make in caches.items()}
-    timing.measure_cell(
+    rows = timing.measure_cell(
         llama, recording, 20, 2, decode_tokens=3, repeats=3, progress=lambda turns: seen.extend(turns) or turns
     )
     there = [BASELINE, "int4", "identity"]
@@ -49,8 +61,10 @@ def test_caches_take_turns_in_alternating_order_and_are_always_fresh(llama, cach
     assert made == [*there, *there, *back, *there, *back], "warm-up, instruments, three repeats"
     assert len(seen) == 12 and len({id(cache) for cache in held}) == 15
     assert [cache.get_seq_length() for cache in held] == 3 * [16 + 2] + 12 * [20 + 3]
+    assert not any("parking" in row for row in rows) and not caplog.records, "on a CPU nothing is parked"
 
 
+@quickly
 def test_figures_are_medians_quartiles_and_paired_ratios(llama, caches, monkeypatch):
     """Times are scripted: the second repeat is slow for both caches, which a ratio of medians would get wrong."""
     prefill = {BASELINE: [1.0, 10.0, 2.0], "int4": [3.0, 20.0, 4.0]}
@@ -68,8 +82,8 @@ def test_figures_are_medians_quartiles_and_paired_ratios(llama, caches, monkeypa
     monkeypatch.setattr(timing, "run_once", scripted)
     inside = timing.Inside(instruments.Memory(start=10, peak=70), {"rest": 1.0}, 5.0)
     monkeypatch.setattr(timing, "look_inside", lambda *args: inside)
-    baseline, int4 = timing.measure_cell(llama, caches, 24, 2, decode_tokens=4, repeats=3)
-    assert (baseline["cache"], baseline["context_tokens"], baseline["batch_size"]) == (BASELINE, 24, 2)
+    baseline, int4 = timing.measure_cell(llama, caches, 300, 2, decode_tokens=4, repeats=3)
+    assert (baseline["cache"], baseline["context_tokens"], baseline["batch_size"]) == (BASELINE, 300, 2)
     assert int4["ttft_ms"] == [3000, 20000, 4000] and int4["ttft_ms_median"] == 4000
     assert int4["ttft_ms_quartiles"] == [3500, 12000]
     assert baseline["token_ms"] == [100, 1000, 200] and baseline["token_ms_median"] == 200
@@ -79,22 +93,17 @@ def test_figures_are_medians_quartiles_and_paired_ratios(llama, caches, monkeypa
     ratio = int4["ratio_to_baseline"]
     assert ratio["ttft_median"] == 2 and ratio["ttft_quartiles"] == [2, 2.5]
     assert ratio["token_time_median"] == 2 and ratio["token_time_quartiles"] == [1.5, 3]
-    assert ratio["tokens_per_s_median"] == 0.5
-    assert ratio["cache_bytes"] == int4["cache_bytes"] / baseline["cache_bytes"]
-    assert "ratio_to_baseline" not in baseline
+    assert ratio["tokens_per_s_median"] == 0.5 and "ratio_to_baseline" not in baseline
+    assert ratio["cache_bytes"] == int4["cache_bytes"] / baseline["cache_bytes"] < 1
+    assert baseline["cache_bytes"] == 2 * 304 * llama.geometry.bytes_per_token(4)
 
 
-def test_bytes_of_the_baseline_are_what_the_geometry_says(llama, caches):
-    baseline, int4 = timing.measure_cell(llama, caches, 300, 2, decode_tokens=2, repeats=1)
-    assert baseline["cache_bytes"] == 2 * 302 * llama.geometry.bytes_per_token(4)
-    assert int4["cache_bytes"] < baseline["cache_bytes"] and int4["ratio_to_baseline"]["cache_bytes"] < 1
-    a, b, c = (timing.random_tokens(llama, 3, 50, seed) for seed in (0, 0, 1))
-    assert a.shape == (3, 50) and torch.equal(a, b) and not torch.equal(a, c) and (a < 97).all()
-
-
+@quickly
 def test_a_prefill_makes_logits_of_its_last_token_only(monkeypatch):
     """And where a model can't leave out the others, what it says about the last one counts."""
     shapes_seen, llama = [], tiny_loaded("llama")
+    a, b, c = (timing.random_tokens(llama, 3, 50, seed) for seed in (0, 0, 1))
+    assert a.shape == (3, 50) and torch.equal(a, b) and not torch.equal(a, c) and (a < 97).all()
     llama.model.lm_head.register_forward_hook(lambda m, a, out: shapes_seen.append(tuple(out.shape)))
     prompt = timing.random_tokens(llama, 2, 20, 0)
     short = timing.run_once(llama.model, DynamicCache(), prompt, 2)
@@ -116,6 +125,7 @@ class Exploding(DynamicCache):
         return super().update(keys, *args, **kwargs)
 
 
+@quickly
 @pytest.mark.parametrize("culprit", [BASELINE, "int4"])
 def test_a_cache_without_room_is_recorded_and_the_others_go_on(culprit, llama, caches):
     rows = timing.measure_cell(llama, caches | {culprit: Exploding}, 20, 2, decode_tokens=2, repeats=1)
@@ -126,33 +136,150 @@ def test_a_cache_without_room_is_recorded_and_the_others_go_on(culprit, llama, c
         timing.measure_cell(llama, {BASELINE: lambda: Exploding(RuntimeError("something else"))}, 20, 2)
 
 
-class Parked(CompressedDynamicCache):
-    """On a device that isn't there: moving takes two ticks of the clock there, one back."""
-
-    def __init__(self, ticks):
-        super().__init__([IdentityCompressor()], [IdentityCompressor()])
-        self.ticks = ticks
-
-    def offload(self):
-        self.ticks.append(2)
-        return 300
-
-    def prefetch(self):
-        self.ticks.append(1)
-        return 300
-
-
 def test_parking_is_timed_in_both_directions_after_a_warm_up(llama, monkeypatch):
+    """On a device that isn't there: moving takes two ticks of the clock there, one back."""
     ticks, waited = [], []
+    cache = CompressedDynamicCache([IdentityCompressor()], [IdentityCompressor()])
+    monkeypatch.setattr(cache, "offload", lambda: ticks.append(2) or 300)
+    monkeypatch.setattr(cache, "prefetch", lambda: ticks.append(1) or 300)
     monkeypatch.setattr(timing, "cuda_devices", lambda model: ["cuda:0"])
     monkeypatch.setattr(timing, "synchronizer", lambda model: lambda: waited.append(1))
     monkeypatch.setattr(timing, "clock", lambda: sum(ticks))
-    found = timing.park(llama.model, Parked(ticks))
+    found = timing.park(llama.model, cache)
     assert found == {"moved_bytes": 300, "offload_ms": 2000, "prefetch_ms": 1000}
     assert ticks == [2, 1, 2, 1] and len(waited) == 8, "before and after every move"
     assert timing.park(llama.model, DynamicCache()) is None
 
 
-def test_on_a_cpu_nothing_is_parked(llama, caches, caplog):
-    rows = timing.measure_cell(llama, caches, 20, 1, decode_tokens=2, repeats=1)
-    assert not any("parking" in row for row in rows) and not caplog.records
+def test_a_stopwatch_gives_each_second_to_one_part():
+    now, waits = [0.0], []
+    watch = Stopwatch(lambda: waits.append(now[0]), lambda: now[0])
+
+    def work(seconds: float) -> None:
+        now[0] += seconds
+
+    expand = watch.timed("expand")(lambda: work(4))
+
+    @watch.timed("copies")
+    def update():
+        work(1)
+        expand()
+        work(2)
+
+    @watch.timed("compress")
+    def fail():
+        work(1)
+        raise ValueError
+
+    work(100)  # before the watch runs
+    with watch.part("rest"):
+        work(8)
+        update()
+        update()
+        work(16)
+    work(100)
+    assert watch.seconds == dict.fromkeys(PARTS, 0.0) | {"expand": 8, "copies": 6, "rest": 24}
+    assert watch.shares()["rest"] == 24 / 38 and sum(watch.shares().values()) == pytest.approx(1)
+    assert len(waits) == 10, "the devices are waited for whenever the clock is read"
+    with watch.part("rest"):
+        with pytest.raises(ValueError):
+            fail()
+        work(2)
+    assert watch.seconds["compress"] == 1 and watch.seconds["rest"] == 26, "it goes on after an error"
+
+
+def test_every_part_of_a_step_is_seen(llama, caches, monkeypatch):
+    prompt = timing.random_tokens(llama, 2, 40, 0)
+    baseline, int4 = (timing.look_inside(llama.model, caches[name](), prompt, 8) for name in (BASELINE, "int4"))
+    direct = {"folding", "kernels"}  # of caches whose codes are read
+    assert set(int4.share) == set(PARTS)
+    assert {part for part, share in int4.share.items() if share > 0} - direct == set(PARTS) - direct
+    assert int4.share["kernels"] == 0
+    assert baseline.share["compress"] == baseline.share["expand"] == 0
+    assert baseline.share["attention"] > 0 and baseline.share["copies"] > 0
+    # Of a model whose attention can't be replaced it stays in the rest
+    monkeypatch.setattr(type(llama.model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    hard_wired = timing.look_inside(llama.model, caches["int4"](), prompt, 3)
+    assert set(hard_wired.share) == set(PARTS) - {"attention"}
+    for inside in (baseline, int4, hard_wired):
+        assert sum(inside.share.values()) == pytest.approx(1) and inside.token_ms > 0
+
+
+def test_a_part_is_counted_as_often_as_it_runs(llama, caches):
+    """Per step and layer: one update, one attention; K as it is and V in int4 are both stored and read."""
+    calls = []
+
+    class Counting(Stopwatch):
+        def timed(self, name):
+            return lambda fn: lambda *args, **kwargs: calls.append(name) or fn(*args, **kwargs)
+
+    cache, token = caches["int4"](), torch.tensor([[5]])
+    llama.model(torch.randint(2, 97, (1, 20)), past_key_values=cache, use_cache=True)
+    with watched(llama.model, Counting()):
+        llama.model(token, past_key_values=cache, use_cache=True)
+    layers = llama.geometry.num_layers
+    assert calls.count("attention") == layers and calls.count("compress") == calls.count("expand") == 2 * layers
+    linear = sum(isinstance(module, torch.nn.Linear) for module in llama.model.modules())
+    assert calls.count("matmuls") == linear and "kernels" not in calls
+    assert calls.count("copies") == 2 * layers, "our update calls the one it overrides; the inner one takes no second"
+
+
+def test_a_step_over_codes_shows_its_kernels_and_what_goes_through_the_basis(llama, kernels):
+    enable_compressed_attention(llama.model)
+    try:
+        prompt = timing.random_tokens(llama, 1, 90, 0)
+        share = timing.look_inside(llama.model, from_preset("kv4", llama).make(), prompt, 4).share
+    finally:
+        disable_compressed_attention(llama.model)
+    assert share["folding"] > 0 and share["matmuls"] > 0 and share["sampling"] > 0 and share["attention"] > 0
+    assert (share["kernels"] > 0) == cpu.loaded() and share["expand"] == 0
+
+
+@quickly
+def test_instruments_change_no_token_and_are_only_in_the_pass_that_isnt_timed(llama, caches):
+    """And gone afterwards, also after an error."""
+    prompt = timing.random_tokens(llama, 2, 30, 0)
+    run = timing.run_once(llama.model, caches["int4"](), prompt, 5)
+    replaced = [(TokenStore, "compress"), (TokenStore, "reconstruct"), (DynamicCache, "update")]
+    replaced += [(CompressedDynamicCache, "update")]
+    before = [getattr(*place) for place in replaced]
+    with pytest.raises(KeyboardInterrupt), watched(llama.model, Stopwatch()):
+        assert torch.equal(timing.run_once(llama.model, caches["int4"](), prompt, 5).tokens, run.tokens)
+        assert TokenStore.compress is not before[0]
+        assert llama.model.config._attn_implementation != "sdpa"
+        raise KeyboardInterrupt
+    assert [getattr(*place) for place in replaced] == before
+    assert llama.model.config._attn_implementation == "sdpa"
+    plain, seen = TokenStore.reconstruct, []
+
+    class Spying(DynamicCache):
+        def update(self, keys, *args, **kwargs):
+            seen.append((keys.shape[2], TokenStore.reconstruct is plain))
+            return super().update(keys, *args, **kwargs)
+
+    timing.measure_cell(llama, {"spy": Spying}, 20, 1, decode_tokens=4, repeats=2)
+    assert [(n, clean) for n, clean in seen if not clean] == llama.geometry.num_layers * 4 * [(1, False)]
+
+
+def test_peak_memory_sees_what_is_gone_at_the_end():
+    size = 200 << 20
+    with peak_memory([]) as memory:
+        block = torch.ones(size // 4)
+        del block
+    gc.collect()
+    assert 0.9 * size < memory.peak - memory.start < 2 * size
+    with peak_memory([]) as after:
+        pass
+    assert after.peak - after.start < size / 4
+
+
+def test_peak_memory_of_gpus_is_the_sum_of_their_own_counts(monkeypatch):
+    reset = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 70 + device.index)
+    devices = [torch.device("cuda:0"), torch.device("cuda:1")]
+    with peak_memory(devices) as memory:
+        assert reset == devices
+    assert (memory.start, memory.peak) == (20, 141)
+    assert "summed" in instruments.memory_method(devices) and "sampled every 2 ms" in instruments.memory_method([])

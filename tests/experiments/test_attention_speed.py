@@ -29,6 +29,7 @@ def measured(timer, codecs=("int8",), bits=(4.0,), **how) -> list[dict]:
 
 
 def test_every_codec_gives_what_its_stores_hold(timer):
+    """Of a cache with a tail and compressed blocks."""
     rows = measured(timer, attention_speed.CODECS, bits=(3.0, 4.5))
     labels = [row["row"] for row in rows]
     assert labels[:2] == ["sdpa", "sdpa, heads packed"] and len(set(labels)) == len(labels)
@@ -38,9 +39,6 @@ def test_every_codec_gives_what_its_stores_hold(timer):
     assert held["sdpa"] == 2 * (2 * 2 * T * 16) * 2 and held["sdpa, float32"] == 2 * held["sdpa"]
     assert held["kv4"] < held["kv8"] < held["sdpa"]
     assert {row["tokens_held"] for row in rows} == {T} and {row["batch_size"] for row in rows} == {2}
-
-
-def test_a_cache_has_a_tail_and_compressed_blocks():
     k, v = (torch.randn(2, 2, 128 + attention_speed.GENERATED, 16).bfloat16() for _ in "kv")
     store, _ = attention_speed.filled_stores((Compressor(Int4Channel()),) * 2, k, v)
     assert (store.sinks.shape[2], store.compressed_tokens, store.tail.shape[2]) == (4, 124, 33)
@@ -180,16 +178,14 @@ def test_the_script_writes_figures_a_plot_and_a_table(tmp_path, capsys, monkeypa
     assert "| 64 | sdpa" in regions.fill(text, tmp_path / "runs").replace("**", "")
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--quantizers", "int5"], "unknown int5"),
-    (["--heads", 5], "5 query heads don't share 2 KV heads"),
-    (["--quantizers", "mixed", "--bits", 99], "bits 99.0"),
-    (["--dtype", "float32"], "invalid choice"),
-])  # fmt: skip
-def test_bad_input_is_one_clear_line(flags, message, tmp_path, capsys):
-    assert run(SCRIPT, *SMALL, "--context-lengths", 64, *flags, "--output", tmp_path / "x.json") == 2
-    err = capsys.readouterr().err
-    assert message in err and "Traceback" not in err
+def test_bad_input_is_one_clear_line(tmp_path, capsys):
+    for flags, message in (
+        (["--quantizers", "int5"], "unknown int5"), (["--heads", 5], "5 query heads don't share 2 KV heads"),
+        (["--quantizers", "mixed", "--bits", 99], "bits 99.0"), (["--dtype", "float32"], "invalid choice"),
+    ):  # fmt: skip
+        assert run(SCRIPT, *SMALL, "--context-lengths", 64, *flags, "--output", tmp_path / "x.json") == 2
+        err = capsys.readouterr().err
+        assert message in err and "Traceback" not in err
 
 
 def test_devices_in_file_names(monkeypatch):

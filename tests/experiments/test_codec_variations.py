@@ -169,7 +169,7 @@ def test_a_basis_keeps_to_its_parts(gathered):
         assert mixes_k_and_v == (parts in ("pair", "joint"))
 
 
-def test_the_nearest_point_of_e8():
+def test_the_nearest_point_of_e8_and_its_index_into_the_ball():
     """Against all points of squared norm 4 at most: 1 + 240 + 2160."""
     whole = torch.tensor(list(itertools.product((-2, -1, 0, 1, 2), repeat=8)), dtype=torch.float32)
     half = torch.tensor(list(itertools.product((-1.5, -0.5, 0.5, 1.5), repeat=8)))
@@ -178,9 +178,6 @@ def test_the_nearest_point_of_e8():
     x = 0.3 * gaussian(300, 8)  # so near to zero that the nearest point is among them
     expected = torch.cdist(x, lattice).min(-1).values
     torch.testing.assert_close((x - nearest_e8(x)).norm(dim=-1), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_an_index_into_the_ball_fits_its_bits():
     assert [ball(bits) for bits in (1, 2)] == [2, 10], "241 of 256 and 56,881 of 65,536 points"
     for radius in (2, 10, 44):
         points = nearest_in_ball(2 * gaussian(2000, 8), radius)
@@ -197,21 +194,17 @@ def test_levels_of_a_gaussian_and_a_lattice_lose_less_in_the_same_bits():
         assert own <= gain * ours
 
 
-@pytest.mark.parametrize("metadata", ["half", "nibbles", "scale"])
-def test_metadata_is_what_fits_its_bits(metadata):
+def test_metadata_is_what_fits_its_bits():
     """Steps and middles that a block can have: as many as its bits can tell apart, at most."""
     y = 3 * gaussian(5000, BLOCK) * gaussian(5000, 1, seed=1).exp()
-    low, high = y.amin(-1), y.amax(-1)
-    step, middle = codec_simulation.GRIDS[metadata](low, high, 1 / 7, 3, torch.ones(5000))
-    if metadata == "half":
-        assert torch.equal(step, step.half().float()) and torch.equal(middle, middle.half().float())
-        return
-    assert len(step.unique()) <= {"nibbles": 16, "scale": 256}[metadata]
-    offsets = (middle / step).mul(2).round().unique()  # a sixteenth of 8 levels is half a step
-    assert len(offsets) <= {"nibbles": 16, "scale": 1}[metadata]
-
-
-def test_rotating_channels_of_a_width_and_back_loses_nothing_else():
+    made = {name: codec_simulation.GRIDS[name](y.amin(-1), y.amax(-1), 1 / 7, 3, torch.ones(5000))
+            for name in ("half", "nibbles", "scale")}  # fmt: skip
+    assert all(torch.equal(part, part.half().float()) for part in made["half"])
+    for name, steps, offsets in (("nibbles", 16, 16), ("scale", 256, 1)):
+        step, middle = made[name]
+        assert len(step.unique()) <= steps
+        assert len((middle / step).mul(2).round().unique()) <= offsets, "a sixteenth of 8 levels is half a step"
+    # Rotating channels of a width and back loses nothing else
     y, choice = gaussian(2, 30, BLOCK), torch.tensor([7, 1, 0]).repeat(2, 10)
     back = codec_simulation.read_back(y, choice, Variation(rotated=True), torch.ones(2, 30))
     wide = choice == 7

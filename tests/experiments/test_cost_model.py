@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_loaded, tiny_model, windows
+from tiny import tiny_model, windows
 from transformers import AutoConfig, PretrainedConfig
 
 from gpt2.common.errors import PluginError
@@ -80,11 +80,6 @@ def test_bases_are_at_most_512_wide():
     assert dims.layers[5].weights == pytest.approx(2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336, rel=1e-4)
 
 
-@pytest.fixture(scope="module")
-def loaded():
-    return tiny_loaded("llama")
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_5_text", "deepseek_v3", "mimo_v2_flash"])
 def test_counted_statistics_are_those_that_passes_leave(family):
     """Of one shape, with windows, with recurrent layers, of latents, and of several shapes."""
@@ -104,9 +99,9 @@ def test_counted_statistics_are_those_that_passes_leave(family):
     assert sum(map(measured_bytes, found.values())) - sum(moments.values()) == counted["blocks"] // 8
 
 
-def test_counted_activations_are_those_that_are_kept(loaded):
-    dims = cost_model.dimensions(loaded.model.config, loaded.spec)
-    assert saved_bytes(loaded, 64) == cost_model.activation_bytes(dims, 64, element=4)
+def test_counted_activations_are_those_that_are_kept(llama):
+    dims = cost_model.dimensions(llama.model.config, llama.spec)
+    assert saved_bytes(llama, 64) == cost_model.activation_bytes(dims, 64, element=4)
     kept = cost_model.activation_bytes(dims, 64, element=4, checkpointing=True)
     assert 3 * 64 * 48 * 4 < kept < cost_model.activation_bytes(dims, 64, element=4)
 
@@ -145,17 +140,14 @@ def test_calibration_on_paper_adds_up():
     assert row["seconds"]["gradient_pass"] == 10 * cost_model.gradient_pass_flops(dims, 100) / 1e12
     assert row["in_forward_passes"]["first_pass"] == pytest.approx(1, abs=0.1) and "256" in row["bases"]
     assert row["fitting_s"] == sum(width * count for width, count in cost_model.bases(dims).items())
-
-
-def test_changed_configs_are_cut():
-    config = tiny_model("qwen2").config
+    config = tiny_model("qwen2").config  # changed configs are cut
     cut = random_weights.changed(config, 2, vocab_size=50)
     assert (cut.num_hidden_layers, cut.vocab_size, config.num_hidden_layers) == (2, 50, 3)
     assert torch.is_tensor(random_weights.from_config(cut, "cut").model.lm_head.weight)
 
 
 @pytest.mark.parametrize("shape", MIXED)
-def test_bytes_of_mixed_layers_are_those_of_a_real_cache(shape):
+def test_costs_of_mixed_layers_are_those_of_a_real_cache(shape):
     """Windows have forgotten, states count on both sides, and a codec that latents can't have is left out by name."""
     config = config_of(shape, MIXED[shape])
     plain, coded, *others = predictions.cache_rows({shape: config}, [1500], ["kv4", "kv-4x"][: 1 + ("deep" in shape)])
@@ -165,11 +157,6 @@ def test_bytes_of_mixed_layers_are_those_of_a_real_cache(shape):
     assert [row.keys() for row in others] == [{"shape", "cache", "reason"}] * ("deep" in shape)
     codec = get_preset_info("smollm2-135m", "kv-4x")["codec"]
     assert all(f"codec {codec} needs K and V of one shape" in row["reason"] for row in others)
-
-
-@pytest.mark.parametrize("shape", MIXED)
-def test_calibration_of_mixed_layers_is_counted(shape):
-    config = config_of(shape, MIXED[shape])
     row = predictions.calibration_rows({shape: config}, 2, 1024, 1e12, lambda width: 1.0)[0]
     assert row["layers"] == MIXED[shape] and 1 < row["in_forward_passes"]["first_pass"] < 1.1
     assert 2 < row["in_forward_passes"]["gradient_pass"] == row["in_forward_passes"]["gradient_pass_checkpointing"] - 1

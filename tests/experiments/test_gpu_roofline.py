@@ -20,14 +20,11 @@ def works(name: str, tokens: int, shape: AttentionShape = SHAPE) -> dict[str, Wo
     return gpu_roofline.step_works(pair, shape, tokens, 132)
 
 
-@pytest.mark.parametrize(("name", "each"), [("int4", 68), ("int8", 132), ("int4_channel", 70), ("none", 512)])
-def test_bytes_are_what_is_stored(name, each):
+def test_bytes_and_operations_are_what_is_stored_and_what_kernels_do():
     """Per token, KV head and side, of 128 channels: half a byte or one each, scale and offset by token or by block."""
-    found = works(name, 6400)
-    assert found["scores"].nbytes == found["weighted sums"].nbytes == 6400 * 8 * each
-
-
-def test_operations_are_those_of_the_kernels():
+    for name, each in (("int4", 68), ("int8", 132), ("int4_channel", 70), ("none", 512)):
+        found = works(name, 6400)
+        assert found["scores"].nbytes == found["weighted sums"].nbytes == 6400 * 8 * each
     found = works("int4_channel", 1280)
     product = 2 * 1280 * 128 * 16 * 8  # four queries per KV head are padded to 16
     assert found["weighted sums"].tensor == product and found["scores"].tensor == 2 * product
@@ -57,37 +54,31 @@ def test_queries_of_frames_are_absorbed_for_every_block_and_shared_codes_are_rea
 
 
 def test_padding_is_that_of_the_kernels():
-    triton = pytest.importorskip("triton")
+    pytest.importorskip("triton")
     from gpt2.compression.cache.triton_attention import PROGRAMS, slots
     from gpt2.compression.kernels.triton_tiles import DECODERS, TILE
 
-    assert triton and gpu_roofline.PROGRAMS == PROGRAMS and TILE.value == gpu_roofline.TILE
+    assert gpu_roofline.PROGRAMS == PROGRAMS and TILE.value == gpu_roofline.TILE
     assert {tuple(held) for held in DECODERS} == gpu_roofline.DECODE.keys(), "every format has a cost"
     for rank in (16, 48, 64, 100, 128, 200):
         assert all(slots(rank, decoder) == gpu_roofline.padded(rank) for decoder in DECODERS.values())
 
 
-@pytest.mark.parametrize(("work", "seconds", "by"), [
-    (Work(5, 2, 3), 5, "memory"), (Work(1, 9, 3), 9, "tensor cores"), (Work(1, 2, 7), 7, "vector units"),
-])  # fmt: skip
-def test_what_takes_longest_counts(work, seconds, by):
-    found = work.bound(UNIT)
-    assert found["bound_us"] == pytest.approx(1e6 * seconds) and found["bound_by"] == by
-    memory = work.bound(Device("unknown", 1.0))
-    assert memory["bound_us"] == pytest.approx(1e6 * work.nbytes) and list(memory["us"]) == ["memory"]
-
-
-def test_a_step_is_one_launch_and_the_merging_of_its_splits():
+def test_what_takes_longest_counts_and_a_step_is_one_launch_and_the_merging_of_its_splits():
+    for work, seconds, by in ((Work(5, 2, 3), 5, "memory"), (Work(1, 9, 3), 9, "tensor cores"),
+                              (Work(1, 2, 7), 7, "vector units")):  # fmt: skip
+        found = work.bound(UNIT)
+        assert found["bound_us"] == pytest.approx(1e6 * seconds) and found["bound_by"] == by
+        memory = work.bound(Device("unknown", 1.0))
+        assert memory["bound_us"] == pytest.approx(1e6 * work.nbytes) and list(memory["us"]) == ["memory"]
     found = works("int8", 4096)
-    bound = gpu_roofline.attend_bound(found, UNIT)
     attend = (found["scores"] + found["weighted sums"]).bound(UNIT)["bound_us"]
-    assert bound["bound_us"] == attend + found["split decode"].bound(UNIT)["bound_us"]
-    rows = list(gpu_roofline.rows([DEVICES["A100"]], SHAPE, [4096], ["int8"], [4.0]))
-    assert rows[0]["bytes"] == 4096 * 8 * 512 and rows[0]["bound_us"] == pytest.approx(
-        1e6 * rows[0]["bytes"] / 2.039e12
-    )
-    ratio = rows[0]["bound_us"] / rows[1]["bound_us"]
-    assert rows[1]["speed_against_16_bit"] == pytest.approx(ratio) and 1 < ratio < 2
+    bound = attend + found["split decode"].bound(UNIT)["bound_us"]
+    assert gpu_roofline.attend_bound(found, UNIT)["bound_us"] == bound
+    plain, int8 = gpu_roofline.rows([DEVICES["A100"]], SHAPE, [4096], ["int8"], [4.0])
+    assert plain["bytes"] == 4096 * 8 * 512 and plain["bound_us"] == pytest.approx(1e6 * plain["bytes"] / 2.039e12)
+    ratio = plain["bound_us"] / int8["bound_us"]
+    assert int8["speed_against_16_bit"] == pytest.approx(ratio) and 1 < ratio < 2
 
 
 def test_measured_times_stand_beside_the_bound_of_their_device():
@@ -111,9 +102,8 @@ def test_the_table_says_that_nothing_was_measured(tmp_path, capsys):
     assert "Computed, not measured" in capsys.readouterr().out
     record = json.loads((tmp_path / "r.json").read_text())
     table = tables.table("gpu_roofline_x", record, "16384,A100")
-    assert [row[:3] for row in table.rows] == [
-        ["A100", "16,384", name] for name in ("16-bit attention", "int4", "mixed, 4 bits")
-    ]
+    names = ("16-bit attention", "int4", "mixed, 4 bits")
+    assert [row[:3] for row in table.rows] == [["A100", "16,384", name] for name in names]
     kernels = tables.table("gpu_roofline_x", record, "kernels,16384,A100")
     assert [row[3] for row in kernels.rows[:4]] == ["scores", "weighted sums", "split decode", "quantize"]
     with pytest.raises(PluginError, match="no rows of gpu T4"):

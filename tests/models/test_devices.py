@@ -29,28 +29,31 @@ from gpt2.models.loading import LoadedModel, wrap
 CPU, FIRST, SECOND = (torch.device(name) for name in ("cpu", "cpu:0", "cpu:1"))
 DEVICES = [FIRST, SECOND, FIRST]  # of the layers
 H, D = 2, 12  # KV heads and channels of the tiny models
-
-
-def low_rank() -> Compressor:
-    """A codec with a transform, on the CPU as a preset gives it."""
-    E = torch.linalg.qr(torch.randn(H, D, D, generator=torch.Generator().manual_seed(0))).Q
-    return Compressor(QUANTIZERS["int4"], Transform(E, E.mT.contiguous(), torch.ones(H, D)).truncate(9))
+KINDS = ("low-rank", "identity")
 
 
 def compressors() -> list[Compressor]:
-    return [low_rank() for _ in DEVICES]
+    """Codecs with a transform, on the CPU as a preset gives them."""
+    E = torch.linalg.qr(torch.randn(H, D, D, generator=torch.Generator().manual_seed(0))).Q
+    return [Compressor(QUANTIZERS["int4"], Transform(E, E.mT.contiguous(), torch.ones(H, D)).truncate(9))
+            for _ in DEVICES]  # fmt: skip
 
 
-def cache_of(k: list[Compressor], v: list[Compressor]) -> CompressedDynamicCache:
-    return CompressedDynamicCache(k, v, sink_tokens=2, recent_tokens=1)
+def cache_of(k: list[Compressor], v: list[Compressor], kind: str = "low-rank") -> CompressedDynamicCache:
+    return CompressedDynamicCache(k, v, sink_tokens=2, recent_tokens=1) if kind == "low-rank" else identity_cache(3)
 
 
-def fill(cache: CompressedDynamicCache, batch: int = 3) -> None:
+def loaded_of(model) -> LoadedModel:
+    return LoadedModel(model.requires_grad_(False), None, "spread", Geometry.uniform(3, H, D), "")
+
+
+def fill(cache: CompressedDynamicCache, batch: int = 3) -> CompressedDynamicCache:
     """Seven tokens in every layer, where the layer is: sinks, blocks and a tail."""
     for n in (6, 1):
         for layer, device in enumerate(DEVICES):
             x = torch.zeros(batch, H, n, D, device=device)
             assert {t.device for t in cache.update(x, x, layer)} == {device}
+    return cache
 
 
 def held(store) -> list[Tensor]:
@@ -74,18 +77,14 @@ def apart():
         yield
 
 
-def test_fake_tensors_of_two_devices_cant_be_mixed(apart):
-    """Or nothing below would show anything."""
+def test_every_part_of_a_layer_is_where_the_layer_is(apart):
+    """Also after cropping, a reset, and moving a layer to the CPU and back. Fake tensors of two devices can't be mixed,
+    or nothing here would show anything."""
     x, y = torch.zeros(2, device=FIRST), torch.zeros(2, device=SECOND)
     for a, b in ((x, y), (y, x), (y, torch.zeros(2))):
         with pytest.raises(RuntimeError, match="device"):
             a + b
-
-
-def test_every_part_of_a_layer_is_where_the_layer_is(apart):
-    """Also after cropping, a reset, and moving a layer to the CPU and back."""
-    cache = cache_of(compressors(), compressors())
-    fill(cache)
+    cache = fill(cache_of(compressors(), compressors()))
     assert_in_place(cache, 3)
     cache.crop(-1)
     assert_in_place(cache, 3)
@@ -95,8 +94,7 @@ def test_every_part_of_a_layer_is_where_the_layer_is(apart):
         layer.prefetch()
     assert_in_place(cache, 3)
     cache.reset()
-    fill(cache, batch=1)
-    assert_in_place(cache, 1)
+    assert_in_place(fill(cache, batch=1), 1)
     cache.reset()
     x = torch.zeros(1, H, 7, D, device=SECOND)  # a layer follows its model to another device
     assert {t.device for t in cache.update(x, x, 0)} == {SECOND}
@@ -106,20 +104,15 @@ def test_every_part_of_a_layer_is_where_the_layer_is(apart):
 def test_transforms_are_copied_to_a_device_once(apart):
     """Not once per conversation or layer; the caller's stays where it is, and one that is there is not copied."""
     k, v = compressors(), compressors()
-    caches = [cache_of(k, v) for _ in range(2)]
-    for cache in caches:
-        fill(cache)
-    for layer in range(len(DEVICES)):
+    caches = [fill(cache_of(k, v)) for _ in range(2)]
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
         for side in "KV":
-            a, b = (cache.layers[layer].stores[side].compressor for cache in caches)
-            assert a is b
+            assert layers[0].stores[side].compressor is layers[1].stores[side].compressor
     assert {c.transform.E.device for c in (*k, *v)} == {CPU}
-    cache = cache_of([k[0]] * 3, [k[0]] * 3)
-    fill(cache)
+    cache = fill(cache_of([k[0]] * 3, [k[0]] * 3))
     assert_in_place(cache, 3)
     first, second, third = (layer.stores["K"].compressor for layer in cache.layers)
-    assert first is third and first is not second
-    assert k[0].to(CPU) is k[0]
+    assert first is third and first is not second and k[0].to(CPU) is k[0]
     plain = Compressor(QUANTIZERS["int4"])
     assert plain.to(SECOND) is plain, "and one without a transform is nowhere"
 
@@ -137,8 +130,7 @@ class Indices:
 
 @pytest.mark.parametrize("indices_on", [CPU, FIRST, SECOND], ids=str)
 def test_beams_are_chosen_by_indices_from_any_device(apart, indices_on):
-    cache = cache_of(compressors(), compressors())
-    fill(cache)
+    cache = fill(cache_of(compressors(), compressors()))
     cache.reorder_cache(torch.zeros(3, dtype=torch.long, device=indices_on))
     assert_in_place(cache, 3)
     cache.batch_repeat_interleave(2)
@@ -168,11 +160,11 @@ def spread_llama():
         yield model
 
 
-@pytest.mark.parametrize("kind", ["low-rank", "identity"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_spread_model_runs_with_one_cache(kind):
     k, v = compressors(), compressors()  # on the CPU, before there are devices
     with spread_llama() as model:
-        cache = cache_of(k, v) if kind == "low-rank" else identity_cache(3)
+        cache = cache_of(k, v, kind)
         ids = torch.zeros(2, 7, dtype=torch.long, device=FIRST)
         for part in (ids[:, :5], ids[:, 5:6], ids[:, 6:]):
             logits = model(part, past_key_values=cache, use_cache=True).logits
@@ -202,15 +194,12 @@ def seen(monkeypatch):
 def test_a_spread_model_is_calibrated(seen):
     """The statistics of all layers are gathered on the CPU, queries as well."""
 
-    class Done(Exception):
-        pass
-
     def one_window():
         yield torch.zeros(20, dtype=torch.long)
-        raise Done
+        raise StopAsyncIteration
 
-    with spread_llama() as model, pytest.raises(Done):
-        statistics.collect(LoadedModel(model, None, "spread", Geometry.uniform(3, H, D), ""), one_window(), 4)
+    with spread_llama() as model, pytest.raises(StopAsyncIteration):
+        statistics.collect(loaded_of(model), one_window(), 4)
     assert seen == [(layer, device) for layer, device in enumerate(DEVICES) for _ in "KV"]
 
 
@@ -221,10 +210,8 @@ def test_gradients_are_taken_through_a_spread_model(seen, monkeypatch, checkpoin
     monkeypatch.setattr(fisher, "detect_rotary", lambda *args: rotaries)
     monkeypatch.setattr(fisher, "drawn_labels", lambda logits, *args: logits.argmax(-1))
     with spread_llama() as model:
-        model.requires_grad_(False)
-        loaded = LoadedModel(model, None, "spread", Geometry.uniform(3, H, D), "")
         tokens, bases = torch.zeros(1, 80, dtype=torch.long), {"grouped": BASES["grouped"]}
-        found = collect_fisher(loaded, tokens, None, 4, bases, checkpointing=checkpointing)["grouped"]
+        found = collect_fisher(loaded_of(model), tokens, None, 4, bases, checkpointing=checkpointing)["grouped"]
     assert sorted(seen) == [(2 * layer + side, device) for layer, device in enumerate(DEVICES) for side in (0, 1)]
     assert {t.device for t in (*found.moments.scatter, *found.moments.metrics["fisher"], *found.blocks)} == {CPU}
 
@@ -244,32 +231,26 @@ def dispatched(tmp_path_factory):
     return model, spread.eval()
 
 
-@pytest.mark.parametrize("kind", ["identity", "low-rank"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_a_dispatched_model_gives_the_same_tokens(dispatched, kind, how):
-    k, v = compressors(), compressors()
-    how |= {"max_new_tokens": 12, "do_sample": False}
-    ids = windows(2, 10)
-
-    def tokens(model, cache) -> Tensor:
-        return model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **how)
-
-    model, spread = dispatched
-    make = (lambda: identity_cache(3)) if kind == "identity" else (lambda: cache_of(k, v))
-    expected = tokens(model, make())
-    assert torch.equal(tokens(spread, make()), expected)
+    k, v, ids = compressors(), compressors(), windows(2, 10)
+    how |= {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    one, spread = (model.generate(ids, past_key_values=cache_of(k, v, kind), **how) for model in dispatched)
+    assert torch.equal(one, spread)
     if kind == "identity":
-        assert torch.equal(tokens(model, DynamicCache(config=model.config)), expected)
+        model = dispatched[0]
+        assert torch.equal(model.generate(ids, past_key_values=DynamicCache(config=model.config), **how), one)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_dispatched_model_has_the_same_gradients(dispatched, checkpointing):
-    tokens, found = windows(2, 100), []
-    for model in dispatched:
-        loaded = LoadedModel(model.requires_grad_(False), None, "tiny", Geometry.uniform(3, H, D), "")
-        found.append(collect_fisher(loaded, tokens, None, 4, multi_head_bases(), checkpointing=checkpointing))
-    for name, own in found[0].items():
-        other = found[1][name]
+    one, spread = (
+        collect_fisher(loaded_of(model), windows(2, 100), None, 4, multi_head_bases(), checkpointing=checkpointing)
+        for model in dispatched
+    )
+    for name, own in one.items():
+        other = spread[name]
         assert all(map(torch.equal, own.blocks, other.blocks)) and own.moments.metrics["fisher"][0].norm() > 0
         torch.testing.assert_close(other.moments.metrics["fisher"], own.moments.metrics["fisher"])
 
@@ -292,9 +273,9 @@ def test_all_devices_are_left_to_the_device_map(device, expected, model_folder, 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spied)
     loaded = loading.load(str(model_folder), device=device)
     assert maps == [expected] and bool(moved) == (device == "cpu")
-    x, own = windows(1, 20), tiny_model()
-    found, expected = (m.generate(x, past_key_values=identity_cache(3), max_new_tokens=5) for m in (loaded.model, own))
-    assert torch.equal(found, expected)
+    found, wanted = (model.generate(windows(1, 20), past_key_values=identity_cache(3), max_new_tokens=5)
+                     for model in (loaded.model, tiny_model()))  # fmt: skip
+    assert torch.equal(found, wanted)
 
 
 def test_layers_that_found_no_room_are_rejected(dispatched):

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from generation import generate
+from sampling import covering
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -45,12 +46,8 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 def qwen2_vl() -> PreTrainedModel:
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
-    tokens = {
-        "image_token_id": IMAGE,
-        "video_token_id": 121,
-        "vision_start_token_id": START,
-        "vision_end_token_id": 123,
-    }
+    tokens = {"image_token_id": IMAGE, "video_token_id": 121}
+    tokens |= {"vision_start_token_id": START, "vision_end_token_id": 123}
     config = Qwen2VLConfig(text_config=TEXT | {"rope_parameters": rope}, vision_config=vision, **tokens)
     return Qwen2VLForConditionalGeneration(config)
 
@@ -63,10 +60,8 @@ def llava() -> PreTrainedModel:
 def gemma3() -> PreTrainedModel:
     kinds = ["sliding_attention", "sliding_attention", "full_attention"]
     text = TEXT | {"num_hidden_layers": 3, "layer_types": kinds, "sliding_window": 130, "head_dim": 16}
-    parts = {
-        "text_config": Gemma3TextConfig(**text),
-        "vision_config": SiglipVisionConfig(**VISION, vision_use_head=False),
-    }
+    vision = SiglipVisionConfig(**VISION, vision_use_head=False)
+    parts = {"text_config": Gemma3TextConfig(**text), "vision_config": vision}
     tokens = {"mm_tokens_per_image": 4, "image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": 123}
     return Gemma3ForConditionalGeneration(Gemma3Config(**parts, **tokens, tie_word_embeddings=False))
 
@@ -107,31 +102,16 @@ def theirs(family: str) -> DynamicCache:
     return DynamicCache(config=loaded(family).model.config)
 
 
-@every_family
-def test_the_cache_is_that_of_the_text_part(family):
-    geometry = loaded(family).geometry
-    window = {"gemma3": "2 layers: sliding_attention, window 130, K 2 x 16, V 2 x 16; 1 layer: "}.get(
-        family, "2 layers: "
-    )
-    assert str(geometry) == f"{window}full_attention, K 2 x 16, V 2 x 16"
-    assert len(loaded(family).fingerprint) == 16
+HOW = {
+    "greedy": {}, "sampling": {"do_sample": True}, "beams": {"num_beams": 2, "num_return_sequences": 2},
+    "batch": {"batch": 2}, "prompt-lookup": {"prompt_lookup_num_tokens": 3},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        {},
-        {"do_sample": True},
-        {"num_beams": 2, "num_return_sequences": 2},
-        {"batch": 2},
-        {"prompt_lookup_num_tokens": 3},
-    ],
-    ids=["greedy", "sampling", "beams", "batch", "prompt-lookup"],
-)
-@every_family
+@pytest.mark.parametrize(("family", "how"), covering(FAMILIES, HOW, times=2))
 def test_an_exact_cache_gives_the_same_tokens(family, how):
-    wanted = answer(family, theirs(family), **how)
-    assert torch.equal(answer(family, identity_cache(loaded(family).geometry), **how), wanted)
+    wanted = answer(family, theirs(family), **HOW[how])
+    assert torch.equal(answer(family, identity_cache(loaded(family).geometry), **HOW[how]), wanted)
     assert len(wanted[0, LENGTH:].unique()) > 3
 
 
@@ -139,6 +119,9 @@ def test_an_exact_cache_gives_the_same_tokens(family, how):
 def test_the_image_counts_and_is_read_from_the_cache(family):
     """Behind another image, or from a lossy cache, the same text goes on otherwise."""
     model, geometry = loaded(family).model, loaded(family).geometry
+    layers = {"gemma3": "2 layers: sliding_attention, window 130, K 2 x 16, V 2 x 16; 1 layer: "}
+    assert str(geometry) == layers.get(family, "2 layers: ") + "full_attention, K 2 x 16, V 2 x 16", "of the text part"
+    assert len(loaded(family).fingerprint) == 16
 
     @torch.no_grad()
     def last(cache, seed: int = 0) -> Tensor:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import FAMILIES, SHAPE, tiny_loaded, tiny_model, word_tokenizer
+from tiny import FAMILIES, SHAPE, save_tiny, tiny_loaded, tiny_model, word_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpt2.common.errors import PluginError, UnsupportedModel
@@ -22,15 +22,9 @@ GEOMETRY = {
 WINDOWS = {"mistral": 8, "gemma3_text": 8}  # of all layers; full attention in those of the other families
 
 
-def saved(folder, model=None):
-    (tiny_model() if model is None else model).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def llama_folder(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("models") / "Tiny Llama")
+    return save_tiny(tmp_path_factory.mktemp("models") / "Tiny Llama")
 
 
 def test_a_local_folder(llama_folder, monkeypatch):
@@ -45,15 +39,11 @@ def test_a_local_folder(llama_folder, monkeypatch):
     assert load("./Tiny Llama").geometry == load("Tiny Llama/").geometry == Geometry.uniform(3, 2, 12)
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [
-    ("bf16", torch.bfloat16), ("float16", torch.float16), ("int8", "unknown dtype 'int8': use auto, float32, float16"),
-])  # fmt: skip
-def test_the_dtype_is_asked_for(llama_folder, dtype, expected):
-    if not isinstance(expected, str):
+def test_the_dtype_is_asked_for(llama_folder):
+    for dtype, expected in (("bf16", torch.bfloat16), ("float16", torch.float16)):
         assert load(str(llama_folder), device="cpu", dtype=dtype).model.dtype == expected
-        return
-    with pytest.raises(PluginError, match=expected):
-        load(str(llama_folder), dtype=dtype)
+    with pytest.raises(PluginError, match="unknown dtype 'int8': use auto, float32, float16"):
+        load(str(llama_folder), dtype="int8")
 
 
 @pytest.mark.parametrize("name", ["./empty", "/no/such/folder", "./none", "~/none", ""])
@@ -118,7 +108,7 @@ MESSAGES = {
 @pytest.mark.parametrize("case", DAMAGE)
 def test_a_damaged_folder_is_one_line(tmp_path, monkeypatch, case):
     monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked"))
-    DAMAGE[case](saved(tmp_path))
+    DAMAGE[case](save_tiny(tmp_path))
     one_line(str(tmp_path), *MESSAGES.get(case, ["can't load model"]))
 
 
@@ -150,18 +140,17 @@ def test_auto_takes_cuda_where_there_is_one(available, monkeypatch):
     assert loading.resolve_dtype("auto", device) == ("auto" if available else torch.float32)
 
 
-def test_a_context_longer_than_trained_is_rejected():
-    loaded = tiny_loaded("llama")
-    loaded.require_context(512)
+def test_a_context_longer_than_trained_is_rejected(llama):
+    llama.require_context(512)
     with pytest.raises(PluginError, match="513 tokens is longer than the 512 that tiny-llama .* --seq-len 512"):
-        loaded.require_context(513)
+        llama.require_context(513)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_geometry_and_fingerprint_of_a_model_that_was_saved(family, tmp_path):
     """The geometry is read off the cache: grouped queries, windows, and a head_dim that isn't hidden / heads."""
     model = tiny_model(family)
-    back = load(str(saved(tmp_path, model)))
+    back = load(str(save_tiny(tmp_path, model=model)))
     L, H, d = GEOMETRY[family]
     expected = Geometry.uniform(L, H, d)
     if window := WINDOWS.get(family):
@@ -171,21 +160,18 @@ def test_geometry_and_fingerprint_of_a_model_that_was_saved(family, tmp_path):
     assert back.geometry.bytes_per_token(4) == 2 * L * H * d * 4
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_fingerprint_depends_on_weights_but_not_on_dtype(dtype):
-    """A fine-tune has its base model's config: taken for it, it would get the other's calibration and figures."""
-    a, b = tiny_loaded("llama"), tiny_loaded("llama", seed=1)
-    assert a.fingerprint != b.fingerprint
-    assert a.fingerprint == wrap(a.model.to(dtype), a.tokenizer, "x").fingerprint
-
-
 CHANGES = [
     {"num_hidden_layers": 2}, {"hidden_size": 96}, {"num_attention_heads": 2}, {"num_key_value_heads": 1},
     {"num_key_value_heads": 4}, {"intermediate_size": 32}, {"vocab_size": 98}, {"head_dim": 16},
 ]  # fmt: skip
 
 
-def test_another_shape_has_another_fingerprint():
+def test_the_fingerprint_depends_on_weights_and_shape_but_not_on_dtype():
+    """A fine-tune has its base model's config: taken for it, it would get the other's calibration and figures."""
+    for dtype in (torch.bfloat16, torch.float16):
+        a, b = tiny_loaded("llama"), tiny_loaded("llama", seed=1)
+        assert a.fingerprint != b.fingerprint
+        assert a.fingerprint == wrap(a.model.to(dtype), a.tokenizer, "x").fingerprint
     different = [tiny_model("llama", **change) for change in ({}, *CHANGES)] + [*map(tiny_model, ("qwen2", "mistral"))]
     assert len({probe.fingerprint(model) for model in different}) == len(different)
 
@@ -198,6 +184,7 @@ UNSUPPORTED = {
     "vit": ({}, "no causal language model"),
     "llama": (SHAPE | {"use_cache": False}, "Model doesn't have past_key_values"),
     "qwen2": (SHAPE | {"num_hidden_layers": 1025}, "it has more than 1024 layers"),
+    "deepseek_v4": (SHAPE, "its layers of type 'heavily_compressed_attention'"),
 }
 
 
@@ -206,16 +193,9 @@ def test_unsupported_models_are_rejected_before_any_weight(family, tmp_path):
     """There is nothing but a config in the folder: weights that were looked for would be missed."""
     settings, reason = UNSUPPORTED[family]
     AutoConfig.for_model(family, **settings).save_pretrained(tmp_path)
-    message = rf"\({family}\) can't be compressed: .*{reason}.*; supported: decoder-only"
-    with pytest.raises(UnsupportedModel, match=message):
+    with pytest.raises(UnsupportedModel, match=rf"{family}\)? can't be compressed: .*{reason}") as error:
         load(str(tmp_path))
-
-
-def test_layers_of_unknown_kinds_are_rejected_before_any_weight(tmp_path):
-    AutoConfig.for_model("deepseek_v4", **SHAPE).save_pretrained(tmp_path)
-    kind = "heavily_compressed_attention"
-    with pytest.raises(UnsupportedModel, match=f"deepseek_v4 can't be compressed: its layers of type '{kind}'"):
-        load(str(tmp_path))
+    assert "supported: decoder-only" in str(error.value) or "layers of type" in reason
 
 
 # Family to config and kinds of its layers

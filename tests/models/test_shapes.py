@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from sampling import sampled
 from tiny import FAMILIES, tiny_loaded, tiny_model, write_shape
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -30,7 +31,7 @@ def test_every_shape_is_expected():
     assert {path.stem for path in random_weights.FOLDER.glob("*.json")} == set(PARAMETERS)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", sampled(PARAMETERS, 5))
 def test_a_shape_has_as_many_parameters_as_the_published_model(name):
     path = random_weights.FOLDER / f"{name}.json"
     config, fields = random_weights.read_shape(path), json.loads(path.read_text())
@@ -52,7 +53,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", sampled(LAYERS, 2))
 def test_an_outline_has_the_layers_of_a_model_and_no_weights(name):
     loaded = random_weights.outline(f"{name}.json")
     assert str(loaded.geometry) == LAYERS[name]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 
 import pytest
+from sampling import sampled
 from script_runs import run
 
 from gpt2.common import files
@@ -84,7 +85,7 @@ def write(path, record: dict) -> None:
     path.write_text(json.dumps(record))
 
 
-def test_the_page_is_well_formed_and_accessible(page):
+def test_the_page_is_well_formed_accessible_and_asks_nothing_of_a_network(page):
     read = Reader(page)
     assert not read.wrong and not read.open
     ids = [attributes["id"] for _, attributes in read.elements if "id" in attributes]
@@ -95,11 +96,8 @@ def test_the_page_is_well_formed_and_accessible(page):
     headings = [attributes for tag, attributes in read.elements if tag == "th"]
     assert headings and all(attributes.get("scope") in ("col", "row") for attributes in headings)
     assert '<html lang="en">' in page and page.count("<h1") == 1
-
-
-def test_the_page_asks_nothing_of_a_network(page):
     allowed = ("#", "data:image/png;base64,")
-    for tag, attributes in Reader(page).elements:
+    for tag, attributes in read.elements:
         assert tag not in ("link", "iframe", "base", "object")
         for name in ("src", "srcset", "data", "action", "poster", "xlink:href") + (("href",) if tag != "a" else ()):
             assert attributes.get(name, "#").startswith(allowed), (tag, name)
@@ -127,10 +125,9 @@ def test_every_table_and_headline_is_what_the_results_say(page):
     picture = json.loads((files.RESULTS / "runs" / f"peers_{embedded.EMBEDDED}.json").read_text())
     said = re.findall(r"<g><title>(.*): (.*)x, (.*?) \(", page)
     rows = {row["label"]: row for row in picture["rows"] if "not_run" not in row}
-    assert {label for label, *_ in said} == rows.keys()
-    for label, ratio, change in said:
-        row = rows[label]
-        assert (ratio, change) == (f"{row['compression_ratio_2048']:.2f}", f"{row['ppl_delta']:+.2%}")
+    assert {label: rest for label, *rest in said} == {
+        label: [f"{row['compression_ratio_2048']:.2f}", f"{row['ppl_delta']:+.2%}"] for label, row in rows.items()
+    }
 
 
 def test_what_is_missing_is_named_and_what_is_odd_escaped(space):
@@ -145,9 +142,6 @@ def test_what_is_missing_is_named_and_what_is_odd_escaped(space):
     assert "no row of codec int5" in missing[0] and "ratio_presets_tiny.json" in missing[1] and len(missing) == 3
     assert missing[2] == "not measured yet: `python scripts/reproduce_tables.py one` makes `ratio_presets_tiny`"
     assert re.search(r'class="absent">not measured yet: .* one</code> makes <code>ratio_presets_tiny</code>', page)
-
-
-def test_a_config_that_cannot_be_read_is_named(space):
     for content, message in (('{"title": "x", "about": ""}', "has no plots, show"), ("{", "is not JSON")):
         (space / "tables/one.json").write_text(content)
         with pytest.raises(PluginError, match=rf"one\.json {message}"):
@@ -167,11 +161,9 @@ def test_the_script_writes_the_page_and_says_what_it_lacks(tmp_path, capsys):
 
 
 def test_the_picture_keeps_order_and_stays_inside():
-    def row(ratio, change):
-        return {"family": "ours", "label": f"{ratio}", "compression_ratio_2048": ratio, "ppl_delta": change,
-                "ppl_delta_interval": [change - 0.001, change + 0.001]}  # fmt: skip
-
-    rows = [row(1.9, -0.0001), row(2.0, 0.0), row(4.0, 0.01), row(8.0, 10.0)]
+    points = {1.9: -0.0001, 2.0: 0.0, 4.0: 0.01, 8.0: 10.0}
+    rows = [{"family": "ours", "label": f"{ratio}", "compression_ratio_2048": ratio, "ppl_delta": change,
+             "ppl_delta_interval": [change - 0.001, change + 0.001]} for ratio, change in points.items()]  # fmt: skip
     chart = report_chart.compression_against_loss([*rows, {"family": "hqq", "label": "h", "not_run": "no"}])
     xs, ys = ([point[axis] for point in chart.points] for axis in "xy")
     assert xs == sorted(xs) and ys == sorted(ys, reverse=True) and len(xs) == 4
@@ -213,7 +205,7 @@ def test_a_column_really_sorts_in_a_browser(space, tmp_path):
     ]
 
 
-NO_RECORDS = ("", "{", "[]", '"x"', "3", "{}", "[" * 10**5, "\0", '{"rows": []}', '{"rows": [{}], "args": []}')
+NO_RECORDS = ("", "[]", '"x"', "{}", "[" * 10**5, '{"rows": []}', '{"rows": [{}], "args": []}')
 BROKEN = {"rows": [[], {}, [[]], [{}], "x", 5], "versions": [[3], "x", None], "device": [None], "created_utc": [5],
           "git_commit": [None], "args": [float("inf")]}  # fmt: skip
 
@@ -224,7 +216,7 @@ def test_results_and_pictures_that_are_none_are_named_or_left_out(space):
     good = json.loads(path.read_text())
     lacking = [{name: value for name, value in good.items() if name != key} for key in good]
     others = [good | {key: value} for key, values in BROKEN.items() for value in values]
-    for content in [*NO_RECORDS, *map(json.dumps, lacking + others)]:
+    for content in [*NO_RECORDS, *sampled(map(json.dumps, lacking + others), 8)]:
         path.write_text(content)
         html, missing = report.page(space, space, "smollm2-135m")
         assert not Reader(html).wrong
@@ -232,8 +224,6 @@ def test_results_and_pictures_that_are_none_are_named_or_left_out(space):
     path.write_bytes(b"\xff\xfe")
     _, missing = report.page(space, space, "smollm2-135m")
     assert any("benchmark_append.json doesn't hold what is shown of it (UnicodeDecodeError" in line for line in missing)
-    with pytest.raises(PluginError, match="x.json doesn't hold what is shown of it .KeyError"):
-        tables.table("peers_x", {})
     (space / "tables/one.json").write_text((space / "tables/one.json").read_text().replace("gone", "benchmark_append"))
     for content in (b"", b"x", b"\x89PNG", b"<svg onload=alert(1)>" * 9):
         (space / "plots/benchmark_append.png").write_bytes(content)

@@ -10,31 +10,13 @@ from gpt2.common.errors import PluginError
 from gpt2.report import regions, tables
 
 
-@pytest.mark.parametrize("page", regions.pages(files.ROOT), ids=lambda page: page.name)
-def test_pages_show_what_the_results_say(page):
-    text = page.read_text(encoding="utf-8")
-    assert regions.fill(text, files.RESULTS / "runs") == text, "run scripts/reproduce_tables.py --pages"
-
-
-def test_pages_are_made_of_results():
-    """Regions are found at all: else the test above compares nothing."""
+def test_pages_are_made_of_results_that_have_provenance():
+    """Regions are found at all: else tests/runs/test_check.py, which makes them again, compares nothing."""
     found = {page.name: regions.REGION.findall(page.read_text(encoding="utf-8")) for page in regions.pages(files.ROOT)}
     assert len(found["README.md"]) == 2 and len(found["quality.md"]) >= 10 and len(found["speed.md"]) >= 5
-
-
-def test_a_changed_figure_is_noticed():
-    page = (files.ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
-    start = page.index("| V rank 60")
-    tampered = page[:start] + page[start:].replace("%", "0 %", 1)
-    assert regions.fill(tampered, files.RESULTS / "runs") == page != tampered
-
-
-def test_rows_of_a_speed_table_are_chosen_by_batch_size_and_context():
-    record = tables.read(files.RESULTS / "runs" / "profile_smollm2-135m.json")
-    rows = tables.table("profile_smollm2-135m", record, "1,context=1024").rows
-    assert {(row[0], row[1]) for row in rows} == {("1", "1,024")}
-    with pytest.raises(PluginError, match="no rows of context tokens 77"):
-        tables.table("profile_smollm2-135m", record, "context=77")
+    for path in (files.RESULTS / "runs").glob("*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        assert {"args", "git_commit", "versions", "device"} <= record.keys(), path.name
 
 
 def test_machines_stand_side_by_side_or_one_below_the_other_and_never_in_one_table(tmp_path):
@@ -54,10 +36,8 @@ def test_machines_stand_side_by_side_or_one_below_the_other_and_never_in_one_tab
     each = region("each,context=256")
     assert each.count("Machine: ") == 2 and each.count("| batch |") == 2 and "Machine: Other, AVX2, 4 cores" in each
     beside = region("machines,context=256")
-    assert (
-        beside.count("| batch |") == 1
-        and "| per token, AVX-512 | against baseline, AVX-512 | per token, AVX2 |" in beside
-    )
+    assert beside.count("| batch |") == 1
+    assert "| per token, AVX-512 | against baseline, AVX-512 | per token, AVX2 |" in beside
     assert "AVX2: Machine: Other" in beside and "987.0 ms" in beside and "kv4, direct" in beside
     assert "| kv4 |" not in beside, "only rows that both have measured"
     (tmp_path / "benchmark_append.json").write_text(json.dumps({"rows": [], "args": {}}))
@@ -90,12 +70,8 @@ def test_missing_results_are_named(tmp_path):
     (tmp_path / "validate_ppl_x.json").write_text(json.dumps({"rows": [{"group": "rank"}]}))
     with pytest.raises(PluginError, match="no rows of group sinks"):
         regions.fill(region, tmp_path)
-
-
-def test_committed_results_have_provenance():
-    for path in (files.RESULTS / "runs").glob("*.json"):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        assert {"args", "git_commit", "versions", "device"} <= record.keys(), path.name
+    with pytest.raises(PluginError, match="x.json doesn't hold what is shown of it .KeyError"):
+        tables.table("peers_x", {})
 
 
 def test_nothing_tracked_names_a_folder_of_somebodys_machine():

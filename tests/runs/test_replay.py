@@ -1,12 +1,14 @@
 """Replay: results that today's code still gives are confirmed, and an error planted in a codec is named."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from pictures import small_pictures  # noqa: F401
 from script_runs import INT4_PRESET, run
+from tiny import word_text
 
 from gpt2.common import files, provenance
 from gpt2.common.errors import PluginError
@@ -34,27 +36,39 @@ def in_this_process(command: list[str], **_) -> SimpleNamespace:
     return SimpleNamespace(returncode=code, stderr="")
 
 
-@pytest.fixture
-def matcher(tmp_path, tiny_flags, model_folder, monkeypatch):
+def matcher_of(folder: Path, model_folder: Path) -> Matcher:
+    options = RunOptions(model=str(model_folder), checkout=folder)
+    return Matcher(options, load(options)[1])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, model_folder):
     """A checkout with results of two runs that can be replayed, and one whose times can't."""
-    (tmp_path / "p.json").write_text(json.dumps(INT4_PRESET))
-    (tmp_path / "scripts").symlink_to(files.ROOT / "scripts")
-    (tmp_path / "configs" / "tables").mkdir(parents=True)
+    folder = tmp_path_factory.mktemp("results")
+    (folder / "words.txt").write_text(word_text(3000))
+    (folder / "p.json").write_text(json.dumps(INT4_PRESET))
+    (folder / "scripts").symlink_to(files.ROOT / "scripts")
+    (folder / "configs" / "tables").mkdir(parents=True)
     presets = {PRESETS_RUN: {"script": "make_presets", "args": PRESETS, "output": "."}}
-    table = {
-        "title": "t",
-        "about": "",
-        "runs": RUNS | presets,
-        "show": [{"results": name} for name in RUNS],
-        "plots": [],
-    }
-    (tmp_path / "configs/tables/t.json").write_text(json.dumps(table))
-    options = RunOptions(model=str(model_folder), checkout=tmp_path)
-    made = Matcher(options, load(options)[1])
+    shown = [{"results": name} for name in RUNS]
+    table = {"title": "t", "about": "", "runs": RUNS | presets, "show": shown, "plots": []}
+    (folder / "configs/tables/t.json").write_text(json.dumps(table))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("COMMIT", provenance.git_commit() or "")
+        made = matcher_of(folder, model_folder)
+        for name in ("peers_x", "by_position_x"):
+            in_this_process(made.command(made.runs[name]))
+    return folder
+
+
+@pytest.fixture
+def matcher(results, tmp_path, model_folder, monkeypatch):
+    """A copy of that checkout as the working folder, where scripts run in this process."""
+    shutil.copytree(results, tmp_path / "copy", symlinks=True)
+    monkeypatch.chdir(tmp_path / "copy")
     monkeypatch.setattr(replay, "subprocess", SimpleNamespace(run=in_this_process))
-    for name in ("peers_x", "by_position_x"):
-        in_this_process(made.command(made.runs[name]))
-    return made
+    return matcher_of(tmp_path / "copy", model_folder)
 
 
 def test_presets_by_ratio_are_measured_again_with_their_calibration(matcher, monkeypatch, capsys):

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from checkouts import fake, make_checkout, write_table
+from checkouts import fake, git, make_checkout, write_table
 
 from gpt2.common import files
 from gpt2.runs.config import RunOptions, load
@@ -123,16 +123,10 @@ def test_a_text_is_compared_by_its_hash(tmp_path):
 def test_the_commit_that_made_results_must_be_known(checkout, recorded):
     """Whether today's code gives the same is for a replay; here it is enough that anyone can go back to it."""
     matcher, _, stale = recorded
-
-    def git(*words: str) -> str:
-        config = ("-c", "user.name=x", "-c", "user.email=x@example.com")
-        command = ["git", "-C", str(checkout), *config, *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "first")
-    commit = git("rev-parse", "--short=12", "HEAD").strip()
+    git(checkout, "init", "-q")
+    git(checkout, "add", ".")
+    git(checkout, "commit", "-qm", "first")
+    commit = git(checkout, "rev-parse", "--short=12", "HEAD")
     assert stale(git_commit=commit) is None
     assert stale(git_commit="0123456789ab") == "made at commit 0123456789ab, which is not in this repository"
     for other in (f"{commit}-dirty", "", None, ["x"]):

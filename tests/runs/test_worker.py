@@ -21,10 +21,10 @@ from gpt2.runs.up_to_date import Matcher
 FORK = multiprocessing.get_context("fork")  # nothing to import again
 
 
-def work(checkout: Path, storage: Path) -> dict[str, str]:
-    options = RunOptions(checkout=checkout)
+def work(checkout: Path, storage: Path, wanted: list[str] | None = None, **how) -> dict[str, str]:
+    options = RunOptions(checkout=checkout, **how)
     tables, runs = load(options)
-    wanted = [name for table in tables.values() for name in table.results]
+    wanted = wanted or [name for table in tables.values() for name in table.results]
     return worker.Worker(storage, Matcher(options, runs), Pace(1, 2, 0.1), lambda line: None).work(wanted)
 
 
@@ -46,11 +46,9 @@ def test_code_that_a_model_has_generated_is_run_only_where_that_is_allowed(tmp_p
     failed = work(checkout, storage)
     assert list(failed) == ["code_x"] and "give --run-generated-code to allow it" in failed["code_x"]
     assert started(checkout) == ["peers_one"]
-    options = RunOptions(checkout=checkout, run_generated_code=True)
-    allowed = Matcher(options, load(options)[1])
-    assert worker.Worker(storage, allowed, Pace(1, 2, 0.1), lambda line: None).work(["code_x"]) == {}
+    assert work(checkout, storage, ["code_x"], run_generated_code=True) == {}
     assert started(checkout) == ["peers_one", "code_x"]
-    forbidden = Matcher(RunOptions(checkout=checkout), load(options)[1])
+    forbidden = Matcher(RunOptions(checkout=checkout), load(RunOptions(checkout=checkout))[1])
     assert forbidden.stale("code_x") is None, "results are up to date whether new ones may be made or not"
     monkeypatch.setitem(replay.REPLAYS, "generating", replay.REPLAYS["eval_code"])
     assert "give --run-generated-code" in replay.replayable(forbidden, "code_x")
@@ -93,13 +91,15 @@ def test_what_is_made_is_not_made_again(checkout, storage, tmp_path):
     assert started(checkout)[3:] == ["peers_one"], "the same bytes change nothing for what has read them"
 
 
-def test_a_failed_run_is_reported_with_what_needs_it_and_tried_again_next_time(tmp_path, storage):
+def test_a_failed_run_is_reported_with_what_needs_it_and_tried_again_next_time(tmp_path, storage, monkeypatch):
     runs = {"peers_bad": fake({"fails": True}), "peers_next": fake(needs=["peers_bad"]), "peers_good": fake()}
     checkout = make_checkout(tmp_path / "c", t=runs)
     assert work(checkout, storage) == {"peers_bad": "exit code 2", "peers_next": "it needs a run that failed"}
     assert sorted(started(checkout)) == ["peers_bad", "peers_good"]
     work(checkout, storage)
     assert started(checkout)[2:] == ["peers_bad"]
+    monkeypatch.setattr(Matcher, "command", lambda self, run: ["sh", "-c", "true"])
+    assert "its results are not up to date: missing" in work(checkout, storage)["peers_bad"], "it writes something else"
 
 
 def test_a_machine_adds_nothing_to_the_results_of_another(tmp_path, storage, monkeypatch):
@@ -107,29 +107,19 @@ def test_a_machine_adds_nothing_to_the_results_of_another(tmp_path, storage, mon
     checkout = make_checkout(tmp_path / "c", t=runs)
     here = {"processor": "Here", "instruction_sets": ["avx2"], "cores": 2, "kernels_for": "native"}
     monkeypatch.setattr(machine, "describe", lambda device: here)
-
-    def made(tag: str, wanted: list[str]) -> dict[str, str]:
-        options = RunOptions(machine=tag, checkout=checkout)
-        return worker.Worker(storage, Matcher(options, load(options)[1]), Pace(1, 2, 0.1), lambda line: None).work(
-            wanted
-        )
-
     others = checkout / "results" / "runs" / "peers_one_avx2.json"
     others.parent.mkdir(parents=True)
     for other, shown in (({"machine": here | {"processor": "There"}}, "There, AVX2"), ({}, "machine not recorded")):
         others.write_text(json.dumps({"args": {}} | other))
-        failed = made("avx2", ["peers_two_avx2", "peers_any"])
+        failed = work(checkout, storage, ["peers_two_avx2", "peers_any"], machine="avx2")
         assert failed.keys() == {"peers_two_avx2"}
         assert f"peers_one_avx2.json is of another machine ({shown})" in failed["peers_two_avx2"]
-    assert "this machine is avx2: it makes no results of avx512" in made("avx512", ["peers_two"])["peers_two"]
+    failed = work(checkout, storage, ["peers_two"], machine="avx512")
+    assert "this machine is avx2: it makes no results of avx512" in failed["peers_two"]
     others.write_text(json.dumps({"args": {}, "machine": here}))
-    assert made("avx2", ["peers_two_avx2"]) == made("avx2-second", ["peers_two_avx2-second"]) == {}
+    for tag in ("avx2", "avx2-second"):
+        assert work(checkout, storage, [f"peers_two_{tag}"], machine=tag) == {}
     assert started(checkout) == ["peers_any", "peers_two_avx2", "peers_two_avx2-second"]
-
-
-def test_a_script_that_writes_something_else_has_failed(checkout, storage, monkeypatch):
-    monkeypatch.setattr(Matcher, "command", lambda self, run: ["sh", "-c", "true"])
-    assert "its results are not up to date: missing" in work(checkout, storage)["peers_one"]
 
 
 def test_ctrl_c_stops_the_script_and_the_run_waits_for_the_next_start(checkout, storage):

@@ -68,7 +68,7 @@ class Run:
     def __init__(self, name: str, home: Path, folder: Path, source: Path | None = None):
         self.job, self.home, self.folder = JOBS[name], home, folder
         shutil.copytree(source or home / "space", folder, symlinks=True)
-        self.flags = [str(flag).replace("{home}", str(home)) for flag in self.job.flags]
+        self.flags = self.job.flags.replace("{home}", str(home)).split()
 
     def start(self, *before) -> Child:
         said = self.folder.parent / f"{self.folder.name} said"
@@ -158,9 +158,7 @@ def another_choice(run: Run) -> bool:
             return False
 
 
-def assert_all_whole(
-    run: Run, whole: dict, *, temporary: bool = False, earlier: dict | None = None, drawn: bool = True
-) -> None:
+def assert_all_whole(run: Run, whole: dict, *, temporary=False, earlier: dict | None = None, drawn=True) -> None:
     """Every file is as an uninterrupted run leaves it, or as it was before; where its record is, all is.
 
     temporary: whether files of a killed process may lie there. drawn: whether a record implies its picture.
@@ -181,30 +179,24 @@ def assert_all_whole(
         assert named.items() <= made.items(), "the record was written, but not all that it names"
 
 
-@pytest.fixture(params=WANTED)
-def whole(request, home, tmp_path_factory, draw):
-    """A job, what it makes undisturbed, how long that takes, and what a kill at each of its writes would leave."""
-    folder = tmp_path_factory.mktemp("whole")
-    run, states = Run(request.param, home, folder / "run"), folder / "states"
-    states.mkdir()
-    began = time.monotonic()
-    child, code = run.complete(
-        at_every_write(run.folder, lambda n: shutil.copytree(run.folder, states / str(n), symlinks=True))
-    )
-    took = time.monotonic() - began
-    assert code in (0, 3), child.err
-    return request.param, run.made(), took, sorted(states.iterdir(), key=lambda path: int(path.name)), code
-
-
 @pytest.fixture
 def draw(request):
     return random.Random(f"{SEED} {request.node.name}")
 
 
-def test_killed_and_interrupted(whole, home, tmp_path, draw):
-    name, expected, took, states, code = whole
+@pytest.mark.parametrize("name", WANTED)
+def test_killed_and_interrupted(name, home, tmp_path, draw):
+    whole, left = Run(name, home, tmp_path / "whole"), tmp_path / "states"
+    left.mkdir()
+    began = time.monotonic()
+    child, code = whole.complete(
+        at_every_write(whole.folder, lambda n: shutil.copytree(whole.folder, left / str(n), symlinks=True))
+    )
+    took = time.monotonic() - began
+    assert code in (0, 3), child.err
+    expected, states = whole.made(), sorted(left.iterdir(), key=lambda path: int(path.name))
     assert expected and states
-    for number, state in enumerate(states):
+    for number, state in enumerate(states):  # what a kill at each of its writes would leave
         run = Run(name, home, tmp_path / f"state {number}", state)
         assert_all_whole(run, expected, temporary=True)
     # The folder as a kill at some write has left it, or one in the middle of a write; then killed again and again
@@ -304,12 +296,14 @@ def with_earlier(run: Run, whole: dict) -> dict:
 
 
 @pytest.mark.parametrize("name", ["calibrate", "report"])
-def test_files_that_may_not_grow(name, home, tmp_path):
+def test_files_that_may_not_grow_and_printing_onto_a_full_disk(name, home, tmp_path):
     """A limit that anybody can set, met by PyTorch and by plain files; it takes no right to mount."""
     run = Run(name, home, tmp_path / "run")
     child, code = run.complete(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
     assert_one_line(child, code)
     assert "File too large" in child.err and not run.made()
+    child, code = run.complete(lambda: setattr(sys, "stdout", open("/dev/full", "w")))  # noqa: SIM115
+    assert (code, child.err) == (2, "error: can't write what is printed: No space left on device\n")
 
 
 def test_a_study_that_may_not_grow_any_more(home, tmp_path):
@@ -320,13 +314,6 @@ def test_a_study_that_may_not_grow_any_more(home, tmp_path):
     child, code = run.complete(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
     assert_one_line(child, code)
     assert "can't use s.db as a study ((sqlite3.OperationalError) disk I/O error)" in child.err
-
-
-@pytest.mark.parametrize("name", ["bytes", "report"])
-def test_printing_onto_a_full_disk(name, home, tmp_path):
-    run = Run(name, home, tmp_path / "run")
-    child, code = run.complete(lambda: setattr(sys, "stdout", open("/dev/full", "w")))  # noqa: SIM115
-    assert (code, child.err) == (2, "error: can't write what is printed: No space left on device\n")
 
 
 @pytest.mark.parametrize("name", dict.fromkeys([*WANTED, "tables"]))

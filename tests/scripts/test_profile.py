@@ -68,30 +68,18 @@ def test_codes_read_directly_are_measured_for_later_and_slower_ones_named(shape,
     assert [row["cache"] for row in rows[:3]] == [BASELINE, "int4", "int4, direct"] and len(rows) == 12
 
 
-BAD = [
-    (["--context-lengths", "510"], "510 tokens with 16 after it is longer than the 512", "--context-lengths 496"),
-    (["--context-lengths", "64,1024"], "1024 tokens with 16 after it is longer", "or less"),
-    (["--context-lengths", "0"], "0 is not a positive number", "--context-lengths"),
-    (["--preset", "p.json", "p.json"], "two caches are called 'int4'", "another name"),
-    (["--layers", "9"], "--layers 9: tiny-shape.json has 3 layers", "error"),
-]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message", "advice"), BAD, ids=lambda value: " ".join(value) if type(value) is list else ""
-)
-def test_bad_input_is_one_clear_line_before_any_work(flags, message, advice, shape, capsys, monkeypatch):
+def test_bad_input_is_one_clear_line_before_any_work(shape, capsys, monkeypatch):
     monkeypatch.setattr(timing, "run_once", lambda *args: pytest.fail("measured"))
-    assert run(PROFILE, *shape, "--context-lengths", 16, *flags) == 2
-    err = capsys.readouterr().err
-    assert message in err and advice in err and "Traceback" not in err
-
-
-def test_parked_caches_have_a_table():
-    parking = {"moved_bytes": 3 << 20, "offload_ms": 2.0, "prefetch_ms": 1.0}
-    record = {"rows": [row(batch=2), row(batch=2, parking=parking)], "device": "cuda"}
-    lines = tables.TABLES["profile_parking"](record, ["2"]).markdown().splitlines()
-    assert lines[2] == "| 2 | 512 | int4 | 3.0 MiB | 2.0 ms, 1.6 GB/s | 1.0 ms, 3.1 GB/s |" and not lines[3]
+    for flags, message, advice in (
+        (["--context-lengths", "510"], "510 tokens with 16 after it is longer than the 512", "--context-lengths 496"),
+        (["--context-lengths", "64,1024"], "1024 tokens with 16 after it is longer", "or less"),
+        (["--context-lengths", "0"], "0 is not a positive number", "--context-lengths"),
+        (["--preset", "p.json", "p.json"], "two caches are called 'int4'", "another name"),
+        (["--layers", "9"], "--layers 9: tiny-shape.json has 3 layers", "error"),
+    ):
+        assert run(PROFILE, *shape, "--context-lengths", 16, *flags) == 2
+        err = capsys.readouterr().err
+        assert message in err and advice in err and "Traceback" not in err
 
 
 LOST = {"cache": "baseline", "context_tokens": 1024, "batch_size": 4, "out_of_memory": True}
@@ -119,7 +107,11 @@ def test_the_plot_takes_one_cell_many_and_none(tmp_path):
     assert np.array_equal(line.get_xdata(), [256, 512]) and np.array_equal(line.get_ydata(), [26, 25])
 
 
-def test_a_cache_without_room_has_a_row_in_the_table():
+def test_parked_caches_and_those_without_room_have_rows():
+    parking = {"moved_bytes": 3 << 20, "offload_ms": 2.0, "prefetch_ms": 1.0}
+    record = {"rows": [row(batch=2), row(batch=2, parking=parking)], "device": "cuda"}
+    lines = tables.TABLES["profile_parking"](record, ["2"]).markdown().splitlines()
+    assert lines[2] == "| 2 | 512 | int4 | 3.0 MiB | 2.0 ms, 1.6 GB/s | 1.0 ms, 3.1 GB/s |" and not lines[3]
     record = {"rows": [LOST, row(batch=4)], "args": {"decode_tokens": 3, "repeats": 2}, "weights": "trained"}
     record |= {"model": "m", "dtype": "float32", "device": "cpu", "peak_memory": "sampled"}
     lines = tables.profile(record, []).markdown().splitlines()

@@ -9,34 +9,32 @@ import sys
 
 import pytest
 import torch
-from script_runs import CALIBRATE, SMALL, SMALL_EVAL, TUNE, listing, run
+from script_runs import CALIBRATE, GENERATE, SMALL, SMALL_EVAL, TUNE, VALIDATE, listing, run
 from tiny import tiny_model, word_text
 
 from gpt2.common import files
 from gpt2.compression.calibration.file import load_calibration
+from gpt2.compression.codecs import IdentityCompressor
 from gpt2.compression.presets import create_cache_from_preset
-from gpt2.experiments.ablation import GROUPS
+from gpt2.experiments import ablation
 
 FOLDER = files.ROOT / "scripts"
 SCRIPTS = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.py"))
+NO_BASIS = [*SMALL_EVAL, "--codec", "identity", "--target", "kv", "--study", "s.db"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_a_manual_and_unknown_flags_are_rejected(script, capsys):
+def test_help_is_a_manual_unknown_flags_are_rejected_and_ctrl_c_is_expected(script, capsys):
+    """Of what isn't Python's own a script imports gpt2 first, which takes milliseconds and prepares for Ctrl-C."""
     assert run(script, "--help") == 0
     text = capsys.readouterr().out
     assert f"python scripts/{script}.py" in text, "an example that can be pasted"
     assert "(default:" in text and "(default: None)" not in text
     assert run(script, "--preset", "x", "--no-such-flag") == 2
     assert "--no-such-flag" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_ctrl_c_is_expected_before_anything_slow_is_imported(script):
-    """Of what isn't Python's own a script imports gpt2 first, which takes milliseconds and prepares for Ctrl-C."""
-    body = ast.parse((FOLDER / f"{script}.py").read_text()).body
     names = [
-        name.split(".")[0] for node in body if isinstance(node, (ast.Import, ast.ImportFrom))
+        name.split(".")[0] for node in ast.parse((FOLDER / f"{script}.py").read_text()).body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
         for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module])
     ]  # fmt: skip
     assert next(name for name in names if name not in sys.stdlib_module_names) == "gpt2"
@@ -62,10 +60,10 @@ def test_safetensors_all_the_way(tiny_flags, tmp_path):
                "--study", "s.db", "--calibration", "out/c.safetensors", "--output", "out/p.json") == 0  # fmt: skip
     assert json.loads((tmp_path / "out/p.json").read_text())["calibration_file"] == "c.safetensors"
     flags = [*tiny_flags[:2], "--preset", "out/p.json", "--prompt", "w2 w3 w4", "--max-new-tokens", "3"]
-    assert run("generate_with_preset", *flags) == 0
+    assert run(GENERATE, *flags) == 0
 
 
-def test_tune_writes_a_preset_that_makes_a_cache(tiny_flags, tmp_path, capsys, model_folder):
+def test_tune_writes_a_preset_that_makes_a_cache(tiny_flags, tmp_path, capsys):
     flags = [*tiny_flags, *SMALL, *SMALL_EVAL, "--target-ppl-delta", "0.9", "--rank-grid", "12,10", "--bits", "16,8"]
     flags += ["--study", "s.db", "--output", "p.json"]
     assert run(TUNE, *flags) == 0
@@ -77,17 +75,15 @@ def test_tune_writes_a_preset_that_makes_a_cache(tiny_flags, tmp_path, capsys, m
     assert preset["ppl_delta"] == pytest.approx(preset["compressed_ppl"] / preset["baseline_ppl"] - 1, abs=1e-4)
     inside = [t for t in preset["trials"] if t["ppl_delta"] <= 0.9]
     assert preset["compression_ratio"] == pytest.approx(max(t["compression_ratio"] for t in inside), abs=1e-3)
-    cache = create_cache_from_preset(preset)
-    x = torch.randint(2, 97, (1, 30))
-    model = tiny_model("llama")
-    assert model.generate(x, past_key_values=cache, use_cache=True, max_new_tokens=5).shape == (1, 35)
+    cache, x = create_cache_from_preset(preset), torch.randint(2, 97, (1, 30))
+    assert tiny_model().generate(x, past_key_values=cache, use_cache=True, max_new_tokens=5).shape == (1, 35)
     # The same command again finds the calibration and every trial done
     assert run(TUNE, *flags) == 0
     assert "calibration: using" in (said := capsys.readouterr().out) and "tuning: 3 measured" in said.splitlines()[1]
 
 
 def test_tune_per_layer(tiny_flags, tmp_path, capsys):
-    flags = [*tiny_flags, *SMALL_EVAL, "--codec", "identity", "--bits", "8,4", "--target", "kv", "--study", "s.db"]
+    flags = [*tiny_flags, *NO_BASIS, "--bits", "8,4"]
     assert run(TUNE, *flags, "--layer-ablation", "--output", "a.json") == 0
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert len(rows) == 3 * 2 * 2 and listing(tmp_path) == {"words.txt", "a.json", "a.png"}, "an ablation, no search"
@@ -100,44 +96,9 @@ def test_tune_per_layer(tiny_flags, tmp_path, capsys):
     assert cache.layers[0].stores["V"].compressor.quantizer.bits in (4, 8, 16)
 
 
-def test_validate_proves_that_the_cache_is_on_the_path(tiny_flags, tmp_path, capsys):
-    code = run(
-        "validate_ppl_postbugfix",
-        *tiny_flags,
-        *SMALL,
-        *SMALL_EVAL,
-        "--chunk",
-        64,
-        "--layer-groups",
-        2,
-        "--output",
-        "v.json",
-    )
-    said = capsys.readouterr().out
-    assert code == 0 and "the model reads the cache: identity changes no token" in said
-    record = json.loads((tmp_path / "v.json").read_text())
-    assert (tmp_path / "v.png").exists()
-    assert {row["group"] for row in record["rows"]} == set(GROUPS)
-    identity, lossy = (row for row in record["rows"] if row["group"] == "control")
-    assert identity["largest_nll_change"] == 0 and identity["kl_nats"] == 0
-    assert record["text_sha256"] and record["calibration"]["fingerprint"] == record["fingerprint"]
-
-
-def test_validate_fails_when_its_controls_fail(tiny_flags, capsys, monkeypatch):
-    """A cache that ignores its codec would make every figure look perfect: the script must not succeed then."""
-    from gpt2.compression.codecs import IdentityCompressor
-    from gpt2.experiments import ablation
-
-    monkeypatch.setattr(ablation, "compressors_for", lambda *args, **how: ([IdentityCompressor()] * 3,) * 2)
-    flags = [*tiny_flags, *SMALL, *SMALL_EVAL, "--groups", "control", "--output", "v.json"]
-    assert run("validate_ppl_postbugfix", *flags) == 2
-    assert "the controls failed" in capsys.readouterr().err
-
-
 def test_tune_without_a_basis_and_segments(tiny_flags, tmp_path):
     """No calibration is made; segments are as long as the tiny model's 512; no folder of the machine is recorded."""
-    flags = [*tiny_flags, "--codec", "identity", "--bits", "8", "--target", "kv", "--eval-tokens", "512"]
-    flags += ["--target-ppl-delta", "0.9"]
+    flags = [*tiny_flags, *NO_BASIS[-6:-2], "--bits", "8", "--eval-tokens", "512", "--target-ppl-delta", "0.9"]
     study = files.ROOT / "results/demo/test.db"
     assert run(TUNE, *flags, "--study", study, "--output", "p.json") == 0
     assert not list(tmp_path.rglob("*.pt")) and create_cache_from_preset(tmp_path / "p.json").codec_bytes() == 0
@@ -145,6 +106,22 @@ def test_tune_without_a_basis_and_segments(tiny_flags, tmp_path):
     args = preset["provenance"]["args"]
     assert preset["figures"]["tokens"] == 511
     assert args["study"] == "results/demo/test.db" and args["output"] == "p.json"
+
+
+def test_validate_proves_that_the_cache_is_on_the_path(tiny_flags, tmp_path, capsys, monkeypatch):
+    """A cache that ignores its codec would make every figure look perfect: the script must not succeed then."""
+    flags = [*tiny_flags, *SMALL, *SMALL_EVAL, "--output", "v.json"]
+    assert run(VALIDATE, *flags, "--chunk", 64, "--layer-groups", 2) == 0
+    assert "the model reads the cache: identity changes no token" in capsys.readouterr().out
+    record = json.loads((tmp_path / "v.json").read_text())
+    assert (tmp_path / "v.png").exists()
+    assert {row["group"] for row in record["rows"]} == set(ablation.GROUPS)
+    identity, lossy = (row for row in record["rows"] if row["group"] == "control")
+    assert identity["largest_nll_change"] == 0 and identity["kl_nats"] == 0
+    assert record["text_sha256"] and record["calibration"]["fingerprint"] == record["fingerprint"]
+    monkeypatch.setattr(ablation, "compressors_for", lambda *args, **how: ([IdentityCompressor()] * 3,) * 2)
+    assert run(VALIDATE, *flags, "--groups", "control") == 2
+    assert "the controls failed" in capsys.readouterr().err
 
 
 BAD = [
@@ -170,13 +147,13 @@ BAD = [
     ([CALIBRATE, "--output", "c.json"], "expected a name that ends in .pt or .safetensors, got c.json"),
     ([TUNE, "--output", "p.txt"], "expected a name that ends in .json, got p.txt"),
     (["eval_stability", "--preset", "kv4", "--output", "s"], "expected a name that ends in .json, got s"),
-    (["generate_with_preset", "--preset", "x" * 300 + ".json"], "no preset file"),
+    ([GENERATE, "--preset", "x" * 300 + ".json"], "no preset file"),
     ([TUNE, "--study", "half.db"], "can't use half.db as a study"),
     ([TUNE, "--calibration", "words.txt", *SMALL_EVAL], "not a readable calibration file"),
-    (["validate_ppl_postbugfix", "--groups", "rank,nope"], "unknown nope"),
-    (["generate_with_preset", "--preset", "\x1b[2J.json"], r"no preset file \x1b[2J.json"),
-    (["generate_with_preset", "--preset", "missing.json"], "no preset file missing.json"),
-    (["generate_with_preset", "--preset", "r112-vonly", "--model", "Qwen/Qwen2.5-7B"], "did you mean 'r120-vonly'?"),
+    ([VALIDATE, "--groups", "rank,nope"], "unknown nope"),
+    ([GENERATE, "--preset", "\x1b[2J.json"], r"no preset file \x1b[2J.json"),
+    ([GENERATE, "--preset", "missing.json"], "no preset file missing.json"),
+    ([GENERATE, "--preset", "r112-vonly", "--model", "Qwen/Qwen2.5-7B"], "did you mean 'r120-vonly'?"),
 ]
 
 
@@ -191,7 +168,7 @@ def test_bad_input_is_one_clear_line(command, message, tiny_flags, tmp_path, cap
         bank.execute("CREATE TABLE accounts (money)")
     before = listing(tmp_path)
     script, *flags = command
-    defaults = dict(zip(tiny_flags[::2], tiny_flags[1::2], strict=True)) if script != "generate_with_preset" else {}
+    defaults = dict(zip(tiny_flags[::2], tiny_flags[1::2], strict=True)) if script != GENERATE else {}
     code = run(script, *(word for pair in defaults.items() for word in pair if pair[0] not in flags), *flags)
     err = capsys.readouterr().err
     assert code == 2 and message in err and "Traceback" not in err

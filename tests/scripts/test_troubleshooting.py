@@ -22,7 +22,7 @@ from script_runs import (
     listing,
     run,
 )
-from tiny import tiny_model, word_text, word_tokenizer
+from tiny import save_tiny, tiny_model, word_text
 
 from gpt2.models import loading, random_weights
 
@@ -45,12 +45,9 @@ FLAGS = {
 OUTPUT = {CALIBRATE: "o.pt"}  # a JSON file of the others
 
 
-def saved(folder, family="llama", change=lambda model: None):
-    model = tiny_model(family)
-    change(model)
-    model.save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
+def saved(folder, change) -> None:
+    change(model := tiny_model())
+    save_tiny(folder, model=model)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +121,7 @@ def test_out_of_memory_during_calibration(script, error, space, capsys, monkeypa
 
 @pytest.mark.parametrize("script", EVERY)
 def test_model_without_a_cache(script, space, capsys):
-    saved(space / "no-cache", change=lambda model: setattr(model.config, "use_cache", False))
+    saved(space / "no-cache", lambda model: setattr(model.config, "use_cache", False))
     flag = "--output" if script != GENERATE else "--prompt"
     err = fails(capsys, space, script, flag, OUTPUT.get(script, "o.json"), model="no-cache")
     assert "Model doesn't have past_key_values" in err and "use_cache is False" in err and "supported: " in err
@@ -137,14 +134,14 @@ def test_activations_that_are_not_numbers(script, value, space, capsys):
     def poison(model):
         model.model.layers[1].self_attn.v_proj.weight[0, 0] = value
 
-    saved(space / "poisoned", change=poison)
+    saved(space / "poisoned", poison)
     err = fails(capsys, space, script, "--output", OUTPUT.get(script, "o.json"), model="poisoned")
     assert re.search("NaN or infinit", err) and "--dtype float32" in err
 
 
 @pytest.mark.parametrize("script", [TUNE, VALIDATE, *WITH_PRESET])
 def test_a_calibration_of_another_model(script, space, capsys, calibration):
-    saved(space / "other", change=lambda model: model.model.layers[0].mlp.up_proj.weight.neg_())
+    saved(space / "other", lambda model: model.model.layers[0].mlp.up_proj.weight.neg_())
     (space / "p.json").write_text(json.dumps(PRESET | {"calibration_file": str(calibration)}))
     flags = ["--preset", "p.json"] if script in WITH_PRESET else ["--calibration", calibration, "--output", "o.json"]
     err = fails(capsys, space, script, *flags, model="other")
@@ -157,16 +154,13 @@ def test_an_output_that_can_not_be_written_stops_before_the_work(script, space, 
     for module in (loading, random_weights):
         monkeypatch.setattr(module, "load", lambda *args: pytest.fail("the work began"))
     name = OUTPUT.get(script, "o.json")
-    for output, message in {
-        f"words.txt/{name}": "can't make the folder",
-        ".": "it is a folder",
-        "o.png": "ends in",
-    }.items():
+    outputs = {f"words.txt/{name}": "can't make the folder", ".": "it is a folder", "o.png": "ends in"}
+    for output, message in outputs.items():
         assert message in fails(capsys, space, script, "--output", output)
 
 
 @pytest.mark.parametrize("script", EVERY)
-@pytest.mark.parametrize("flags", [["--device", "tpu"], ["--dtype", "int3"], ["--model", "no/such"]], ids=str)
-def test_bad_flags(script, flags, space, capsys, model_folder):
-    model = None if "--model" in flags else model_folder
-    assert f"'{flags[1]}'" in fails(capsys, space, script, *flags, model=model)
+def test_bad_flags(script, space, capsys, model_folder):
+    for flag, value in {"--device": "tpu", "--dtype": "int3", "--model": "no/such"}.items():
+        model = None if flag == "--model" else model_folder
+        assert f"'{value}'" in fails(capsys, space, script, flag, value, model=model)

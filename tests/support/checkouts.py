@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 SCRIPT = r'''"""A script for tests: python scripts/fake.py"""
@@ -80,3 +81,11 @@ def started(folder: Path) -> list[str]:
     """Names of the runs that were started, in order."""
     log = folder / "log"
     return [line.split()[0] for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def git(folder: Path, *words: str) -> str:
+    """A git command in a folder, by somebody; what it prints."""
+    who = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+    return subprocess.run(
+        ("git", "-C", folder, *who, *words), capture_output=True, text=True, check=True
+    ).stdout.strip()

@@ -10,17 +10,16 @@ from pathlib import Path
 
 from checkouts import fake, make_checkout
 from script_runs import FREE_PRESET, SMALL, SMALL_EVAL
-from tiny import char_tokenizer, tiny_model, word_text
+from tiny import char_tokenizer, save_tiny, word_text
 
 from gpt2.common import files, trial_queue
 from gpt2.runs import worker
 
-TEXT = ["--model", "tiny", "--text", "words.txt"]
-PRESET = ["--preset", "free.json"]
-TUNING = [*TEXT, *SMALL, *SMALL_EVAL, "--target-ppl-delta", 0.9, "--study", "s.db", "--output", "out/r.json"]
-GRID = [*TUNING, "--rank-grid", "12,10", "--bits", 8]
-RUN = ["--output", "out/r.json"]
-NEEDLE = ["--num-trials", 1]
+TEXT = "--model tiny --text words.txt"
+PRESET = "--preset free.json"
+CALIBRATION, SCORES = " ".join(SMALL), " ".join(SMALL_EVAL)
+TUNING = f"{TEXT} {CALIBRATION} {SCORES} --target-ppl-delta 0.9 --study s.db --output out/r.json"
+GRID = f"{TUNING} --rank-grid 12,10 --bits 8"
 DOCUMENT = "out/doc.kv.safetensors"
 
 
@@ -42,142 +41,110 @@ class Job:
     """
 
     script: str
-    flags: list
-    record: str | None = "out/r.json"
+    flags: str
+    record: str | None = None
     timed: frozenset[str] = frozenset()
     before: tuple[Callable[[], None], ...] = ()
     long: bool = False
 
 
-def timed(words: str) -> frozenset[str]:
-    return frozenset(words.split())
+RECORD = "out/r.json"
+
+
+def job(script: str, flags: str, timed: str = "", **how) -> Job:
+    """One that writes a record to `RECORD`."""
+    return Job(script, f"{flags} --output {RECORD}", RECORD, frozenset(timed.split()), **how)
+
+
+def tuner(flags: str, **how) -> Job:
+    return Job("auto_tune_kv_compression", flags, RECORD, before=(soon_stale,), **how)
 
 
 JOBS = {
-    "tune": Job("auto_tune_kv_compression", GRID, before=(soon_stale,)),
-    "tune per layer": Job("auto_tune_kv_compression", [*GRID, "--per-layer"], long=True, before=(soon_stale,)),
-    "tune codecs": Job(
-        "auto_tune_kv_compression",
-        [*TUNING, "--search", "codec", "--codecs", "identity", "--num-trials", 3],
-        before=(soon_stale,),
+    "tune": tuner(GRID),
+    "tune per layer": tuner(f"{GRID} --per-layer", long=True),
+    "tune codecs": tuner(f"{TUNING} --search codec --codecs identity --num-trials 3"),
+    "append": job(
+        "benchmarks/append", "--tokens 16,32 --layers 2 --repeats 4",
+        timed="append_ms_median append_ms_quartiles append_ms_mean",
     ),
-    "append": Job(
-        "benchmarks/append",
-        ["--tokens", "16,32", "--layers", 2, "--repeats", 4, *RUN],
-        timed=timed("append_ms_median append_ms_quartiles append_ms_mean"),
+    "attention": job(
+        "benchmarks/attention", "--context-lengths 128 --heads 4 --kv-heads 2 --head-dim 64 --repeats 2 --flush-mib 1 "
+        "--copy-mib 1 --quantizers int8",
+        timed="best_16_bit copy_bytes_per_s bytes_per_s ms ms_median ms_quartiles share_of_copy host_ms_median "
+        "speed_against_best_16_bit_median speed_against_best_16_bit_quartiles speed_against_sdpa_median "
+        "speed_against_sdpa_quartiles",
     ),
-    "attention": Job(
-        "benchmarks/attention",
-        ["--context-lengths", 128, "--heads", 4, "--kv-heads", 2, "--head-dim", 64, "--repeats", 2, "--flush-mib", 1]
-        + ["--copy-mib", 1, "--quantizers", "int8", *RUN],
-        timed=timed(
-            "best_16_bit copy_bytes_per_s bytes_per_s ms ms_median ms_quartiles share_of_copy host_ms_median "
-            "speed_against_best_16_bit_median speed_against_best_16_bit_quartiles "
-            "speed_against_sdpa_median speed_against_sdpa_quartiles"
-        ),
+    "calibrating": job(
+        "benchmarks/calibration", "--model {home}/tiny --text {home}/words.txt --samples 2 --seq-len 64 --repeats 2",
+        timed="peak_rss_mb_by_samples ratio_to_forward times_s", long=True,
     ),
-    "calibrating": Job(
-        "benchmarks/calibration",
-        ["--model", "{home}/tiny", "--text", "{home}/words.txt", "--samples", 2, "--seq-len", 64, "--repeats", 2, *RUN],
-        timed=timed("peak_rss_mb_by_samples ratio_to_forward times_s"),
-        long=True,
+    "calibrate": Job("calibrate_kv_lowrank", f"{TEXT} {CALIBRATION} --output out/c.pt"),
+    "peers": job("compare_peers", f"{TEXT} {SCORES} --peers kivi {PRESET} --needle-context-lengths none"),
+    "needle": job(
+        "eval_long_context_needle", f"{TEXT} {PRESET} --context-lengths 256 --num-trials 1 --needle-positions 0.5"
     ),
-    "calibrate": Job("calibrate_kv_lowrank", [*TEXT, *SMALL, "--output", "out/c.pt"], record=None),
-    "peers": Job(
-        "compare_peers", [*TEXT, *SMALL_EVAL, "--peers", "kivi", *PRESET, "--needle-context-lengths", "none", *RUN]
+    "tasks": job("eval_tasks", f"{TEXT} {PRESET} --context-lengths 300 --num-trials 1 --tasks passkey"),
+    "positions": job(
+        "eval_by_position", f"{TEXT} {PRESET} --segments 1 --prompt-tokens 20 --new-tokens 20 --greedy-tokens 4"
     ),
-    "needle": Job(
-        "eval_long_context_needle", [*TEXT, *PRESET, "--context-lengths", 256, *NEEDLE, "--needle-positions", 0.5, *RUN]
-    ),
-    "tasks": Job(
-        "eval_tasks",
-        [*TEXT, *PRESET, "--context-lengths", 300, "--num-trials", 1, "--tasks", "passkey", *RUN],
-    ),
-    "positions": Job(
-        "eval_by_position",
-        [*TEXT, *PRESET, "--segments", 1, "--prompt-tokens", 20, "--new-tokens", 20, "--greedy-tokens", 4, *RUN],
-    ),
-    "stability": Job(
+    "stability": job(
         "eval_stability",
-        [*TEXT, *PRESET, *SMALL_EVAL, "--num-runs", 2, "--vary", "text", "--needle-length", 256]
-        + ["--needle-trials", 1, *RUN],
-        timed=timed("speed_ratio token_ms"),
+        f"{TEXT} {PRESET} {SCORES} --num-runs 2 --vary text --needle-length 256 --needle-trials 1",
+        timed="speed_ratio token_ms",
     ),
-    "explore": Job(
+    "explore": job(
         "benchmarks/codec_variations",
-        [*TEXT, *SMALL, "--seq-len", 128, "--eval-tokens", 128, "--eval-seq-len", 128, "--bits", 4]
-        + ["--rows", "rotation", *RUN],
+        f"{TEXT} {CALIBRATION} --seq-len 128 --eval-tokens 128 --eval-seq-len 128 --bits 4 --rows rotation",
     ),
-    "generate": Job(
-        "generate_with_preset",
-        ["--model", "tiny", *PRESET, "--document", "words.txt", "--document-tokens", 200, "--max-new-tokens", 3, *RUN],
-        timed=timed("token_ms token_ms_median"),
+    "generate": job(
+        "generate_with_preset", f"--model tiny {PRESET} --document words.txt --document-tokens 200 --max-new-tokens 3",
+        timed="token_ms token_ms_median",
     ),
     "document": Job(
-        "cache_tool",
-        ["read", "--model", "tiny", "--preset", "kv4", "--document", "words.txt", "--document-tokens", 300]
-        + ["--prefill-chunk", 64, "--save-every", 0, "--output", DOCUMENT],
-        record=DOCUMENT,
+        "cache_tool", "read --model tiny --preset kv4 --document words.txt --document-tokens 300 --prefill-chunk 64 "
+        f"--save-every 0 --output {DOCUMENT}", DOCUMENT,
     ),
-    "batch": Job(
-        "benchmarks/largest_batch",
-        ["--model", "tiny", *PRESET, "--context-length", 64, "--most", 2, "--decode-tokens", 2, *RUN],
-        timed=timed("token_ms tokens_per_s"),
+    "batch": job(
+        "benchmarks/largest_batch", f"--model tiny {PRESET} --context-length 64 --most 2 --decode-tokens 2",
+        timed="token_ms tokens_per_s",
     ),
-    "parking": Job(
-        "benchmarks/parking",
-        ["--model", "tiny", "--shapes", "h64.json", "--presets", "kv4", "--context-lengths", "150,400"]
-        + ["--shape-tokens", 130, "--repeats", 1, *RUN],
-        timed=timed(
-            "read_s load_ms load_ms_median load_ms_quartiles first_token_ms first_token_ms_median "
-            "first_token_ms_quartiles wake_ms_median wake_ms_quartiles times_faster"
-        ),
+    "parking": job(
+        "benchmarks/parking", "--model tiny --shapes h64.json --presets kv4 --context-lengths 150,400 "
+        "--shape-tokens 130 --repeats 1",
+        timed="read_s load_ms load_ms_median load_ms_quartiles first_token_ms first_token_ms_median "
+        "first_token_ms_quartiles wake_ms_median wake_ms_quartiles times_faster",
     ),
-    "architectures": Job("benchmarks/architectures", ["--families", "llama", *RUN]),
+    "architectures": job("benchmarks/architectures", "--families llama"),
     "presets": Job(
-        "make_presets",
-        [*TEXT, *SMALL, *SMALL_EVAL, "--seq-len", 100, "--ratios", "2,6.4", "--output", "out"],
-        record="out/runs/ratio_presets_tiny.json",
+        "make_presets", f"{TEXT} {CALIBRATION} {SCORES} --seq-len 100 --ratios 2,6.4 --output out",
+        "out/runs/ratio_presets_tiny.json",
     ),
-    "report": Job("reproduce_tables", ["--html", "out/r.html", "--results", "results"], record=None),
-    "bytes": Job("benchmarks/cache_bytes", ["--model", "tiny", *PRESET, "--context-lengths", 64, *RUN]),
-    "scaling": Job(
-        "benchmarks/scaling",
-        ["--model", "four", "--quick", "--shapes", "h64.json", "--timed-shapes", "h64.json,h96.json,h128.json"]
-        + ["--cache-shapes", "h64.json", "--context-lengths", 256, "--presets", "kv8", "--timed-presets", "kv4"]
-        + ["--repeats", 1, *RUN],
-        timed=timed(
-            "fitting_s ratio_median ratio_quartiles exponent exponent_interval farthest_from_line medians values"
-        ),
+    "report": Job("reproduce_tables", "--html out/r.html --results results"),
+    "bytes": job("benchmarks/cache_bytes", f"--model tiny {PRESET} --context-lengths 64"),
+    "scaling": job(
+        "benchmarks/scaling", "--model four --quick --shapes h64.json --timed-shapes h64.json,h96.json,h128.json "
+        "--cache-shapes h64.json --context-lengths 256 --presets kv8 --timed-presets kv4 --repeats 1",
+        timed="fitting_s ratio_median ratio_quartiles exponent exponent_interval farthest_from_line medians values",
         long=True,
     ),
-    "profile": Job(
+    "profile": job(
         "profile_kv_performance",
-        ["--model", "tiny", *PRESET, "--context-lengths", 32, "--batch-sizes", 1, "--repeats", 1, "--decode-tokens", 2]
-        + RUN,
-        timed=timed(
-            "instrumented_token_ms peak_memory_bytes peak_memory_over_start_bytes ratio_to_baseline share_of_step "
-            "token_ms token_ms_median token_ms_quartiles tokens_per_s_median tokens_per_s_quartiles ttft_ms "
-            "ttft_ms_median ttft_ms_quartiles"
-        ),
+        f"--model tiny {PRESET} --context-lengths 32 --batch-sizes 1 --repeats 1 --decode-tokens 2",
+        timed="instrumented_token_ms peak_memory_bytes peak_memory_over_start_bytes ratio_to_baseline share_of_step "
+        "token_ms token_ms_median token_ms_quartiles tokens_per_s_median tokens_per_s_quartiles ttft_ms "
+        "ttft_ms_median ttft_ms_quartiles",
     ),
-    "validate": Job("validate_ppl_postbugfix", [*TEXT, *SMALL, *SMALL_EVAL, "--groups", "control", *RUN]),
-    "tables": Job(
-        "reproduce_tables",
-        ["one", "two", "three", "--text", "words.txt"],
-        record=None,
-        before=(in_this_checkout, soon_stale),
-    ),
-    "readme": Job("reproduce_tables", ["--pages"], record=None, before=(in_this_checkout,)),
-}
+    "validate": job("validate_ppl_postbugfix", f"{TEXT} {CALIBRATION} {SCORES} --groups control"),
+    "tables": Job("reproduce_tables", "one two three --text words.txt", before=(in_this_checkout, soon_stale)),
+    "readme": Job("reproduce_tables", "--pages", before=(in_this_checkout,)),
+}  # fmt: skip
 
 
 def make_home(home: Path) -> None:
     """The tiny model and a text, and a folder `space` to be copied for each run."""
-    tiny_model("llama").save_pretrained(home / "tiny")
-    tiny_model("llama", num_hidden_layers=4).save_pretrained(home / "four")
-    for name in ("tiny", "four"):
-        char_tokenizer().save_pretrained(home / name)
+    for name, layers in (("tiny", 3), ("four", 4)):
+        save_tiny(home / name, tokenizer=char_tokenizer(), num_hidden_layers=layers)
     (home / "words.txt").write_text(word_text(3000))
     runs = {name: fake({"size": size}) for size, name in enumerate(("one", "two"))}
     space = make_checkout(home / "space", t=runs | {"three": fake(needs=["one"])})

@@ -78,6 +78,13 @@ def tiny_loaded(family: str = "llama", tokenizer=None, **overrides) -> LoadedMod
     return wrap(tiny_model(family, **overrides), tokenizer or word_tokenizer(), f"tiny-{family}")
 
 
+def save_tiny(folder: Path, family: str = "llama", tokenizer=None, model=None, **overrides) -> Path:
+    """A folder with a tiny model, or the one given, and a tokenizer of words unless given."""
+    (model or tiny_model(family, **overrides)).save_pretrained(folder)
+    (tokenizer or word_tokenizer()).save_pretrained(folder)
+    return folder
+
+
 def word_text(words: int, seed: int = 0) -> str:
     """Random words of the tiny vocabulary, ten a line."""
     ids = torch.randint(2, 97, (words,), generator=torch.Generator().manual_seed(seed)).tolist()

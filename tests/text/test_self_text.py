@@ -17,7 +17,6 @@ from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.calibrate import calibrate, calibration_key, check_samples, recalibrate
 from gpt2.compression.calibration.file import save_calibration
 from gpt2.compression.calibration.reuse import find_reusable
-from gpt2.evaluation.perplexity import BASELINE, baseline_factory, score
 from gpt2.text import self_text
 from gpt2.text.sources import PARTS, by_position, load_text
 from gpt2.text.texts import ENDLESS, Mixture, SelfText, in_turn
@@ -48,6 +47,10 @@ def counted(monkeypatch):
     return calls
 
 
+def segments(loaded, count: int = 5, seed: int | None = 0, part: str = "calibration", length: int = 24):
+    return SELF.segments(part, loaded, length, count, seed=seed)
+
+
 def rows(segments: torch.Tensor) -> set[tuple[int, ...]]:
     return set(map(tuple, segments.tolist()))
 
@@ -63,39 +66,34 @@ def mixture(*texts) -> Mixture:
 def test_tokens_are_drawn_by_the_models_own_distribution(llama):
     """Against a forward pass without a cache: every token is where its random number falls in the distribution."""
     numbers = self_text.uniforms("calibration", 30, 3, 0)
-    segments = self_text.sample(llama, numbers)
-    total = torch.softmax(llama.model(segments).logits.double(), -1).cumsum(-1)[:, :-1]  # [3, 29, V]
-    chosen = segments[:, 1:, None]
+    found = self_text.sample(llama, numbers)
+    total = torch.softmax(llama.model(found).logits.double(), -1).cumsum(-1)[:, :-1]  # [3, 29, V]
+    chosen = found[:, 1:, None]
     above, share = total.gather(-1, chosen)[..., 0], torch.cat((torch.zeros(3, 29, 1), total), -1)
     below = share.gather(-1, chosen)[..., 0]
     assert ((below - 1e-4 <= numbers) & (numbers < above + 1e-4)).all() and (below < above).all()
     cold = self_text.sample(llama, numbers, temperature=1e-5)
-    assert torch.equal(cold[:, 1:], llama.model(cold).logits[:, :-1].argmax(-1)) and not torch.equal(segments, cold)
-
-
-def sampled_from(llama, logits: list[float], numbers) -> list[int]:
-    """What random numbers choose where the model gives these logits for every token."""
-
-    class Constant:
-        config = llama.model.config
-
-        def __call__(self, ids, **_):
-            return SimpleNamespace(logits=torch.tensor(logits).expand(len(ids), 1, -1))
-
-    loaded = SimpleNamespace(model=Constant(), tokenizer=llama.tokenizer, device=llama.device, spec="some/model")
-    return self_text.sample(loaded, torch.as_tensor(numbers, dtype=torch.float64)[:, None])[:, 1].tolist()
+    assert torch.equal(cold[:, 1:], llama.model(cold).logits[:, :-1].argmax(-1)) and not torch.equal(found, cold)
 
 
 def test_shares_of_tokens_are_their_probabilities(llama, monkeypatch):
     """10,000 numbers into four probabilities; the one that is zero is never chosen, though its place has an edge."""
     monkeypatch.setattr(self_text, "BATCH", 10_000)
+
+    def sampled_from(logits: list[float], numbers) -> list[int]:
+        """What random numbers choose where the model gives these logits for every token."""
+        model = lambda ids, **_: SimpleNamespace(logits=torch.tensor(logits).expand(len(ids), 1, -1))  # noqa: E731
+        model.config = llama.model.config
+        loaded = SimpleNamespace(model=model, tokenizer=llama.tokenizer, device=llama.device, spec="some/model")
+        return self_text.sample(loaded, torch.as_tensor(numbers, dtype=torch.float64)[:, None])[:, 1].tolist()
+
     logits = torch.tensor([0.5, 0.2, 0.0, 0.3]).log().tolist()
-    chosen = sampled_from(llama, logits, torch.linspace(0, 1 - 1e-9, 10_000, dtype=torch.float64))
+    chosen = sampled_from(logits, torch.linspace(0, 1 - 1e-9, 10_000, dtype=torch.float64))
     assert np.bincount(chosen, minlength=4).tolist() == pytest.approx([5000, 2000, 0, 3000], abs=2)
-    assert sampled_from(llama, [-math.inf, 0.0], [0]) == [1], "0 falls into the first id that has a probability"
-    assert sampled_from(llama, [0.0] * 3, [1]) == [2], "a product rounded up to the whole sum still falls into an id"
+    assert sampled_from([-math.inf, 0.0], [0]) == [1], "0 falls into the first id that has a probability"
+    assert sampled_from([0.0] * 3, [1]) == [2], "a product rounded up to the whole sum still falls into an id"
     with pytest.raises(PluginError, match="some/model gives NaN or infinite logits.*try --dtype float32"):
-        sampled_from(llama, [0.0, math.nan], [0])
+        sampled_from([0.0, math.nan], [0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,10 +101,10 @@ def test_every_family_is_sampled_in_batches(family):
     """As many rows as one batch has and more: each is what it would be alone."""
     loaded = tiny_loaded(family)
     numbers = self_text.uniforms("calibration", 12, self_text.BATCH + 2, 0)
-    segments = self_text.sample(loaded, numbers)
-    assert segments.shape == (self_text.BATCH + 2, 12) and segments.dtype == torch.long
+    found = self_text.sample(loaded, numbers)
+    assert found.shape == (self_text.BATCH + 2, 12) and found.dtype == torch.long
     for row in (0, self_text.BATCH, self_text.BATCH + 1):
-        assert torch.equal(self_text.sample(loaded, numbers[row : row + 1])[0], segments[row])
+        assert torch.equal(self_text.sample(loaded, numbers[row : row + 1])[0], found[row])
 
 
 @pytest.mark.parametrize(("tokenizer", "config", "expected"), [
@@ -128,60 +126,47 @@ def test_the_start_token_is_bos_or_else_the_end_of_a_text(tokenizer, config, exp
         self_text.start_token(loaded)
 
 
-def test_parts_and_seeds_share_no_segment_and_no_random_number(llama):
+def test_parts_and_seeds_share_nothing_and_segments_repeat_by_seed(llama, cache_folder):
     drawn = [(part, seed) for part in PARTS for seed in (None, 0, 1)]
-    segments = [rows(SELF.segments(part, llama, 24, 4, seed=seed)) for part, seed in drawn]
-    assert len(set.union(*segments)) == 4 * len(drawn)
+    found = [segments(llama, 4, seed, part) for part, seed in drawn]
+    assert len(set.union(*map(rows, found))) == 4 * len(drawn) and all((own[:, 0] == 1).all() for own in found)
+    assert min(own.min() for own in found) >= 0 and max(own.max() for own in found) < 97
     numbers = torch.cat([self_text.uniforms(part, 24, 4, seed).flatten() for part, seed in drawn])
     assert len(numbers.unique()) == len(numbers)
     few, more = (self_text.uniforms("calibration", length, count, 0) for length, count in ((10, 2), (30, 5)))
     assert torch.equal(more[:2, :9], few), "more and longer segments go on from the same numbers"
-
-
-def test_segments_start_with_the_start_token_vary_from_there_and_repeat_by_seed(llama, cache_folder):
-    first = SELF.segments("calibration", llama, 24, 10, seed=3)
-    assert first.shape == (10, 24) and (first[:, 0] == 1).all() and len(rows(first)) == 10
-    assert first.min() >= 0 and first.max() < 97
     for path in cache_folder.glob("*.pt"):
         path.unlink()
     torch.manual_seed(99)
-    assert torch.equal(SELF.segments("calibration", llama, 24, 10, seed=3), first)
+    assert torch.equal(segments(llama, 4, 1), found[drawn.index(("calibration", 1))])
 
 
 @pytest.mark.parametrize(
     "change", [{"part": "tuning"}, {"seed": 1}, {"seed": None}, {"count": 4}, {"length": 23}], ids=str
 )
 def test_segments_are_sampled_once_then_read_and_other_ones_sampled_anew(change, llama, counted, cache_folder):
-    asked = {"part": "calibration", "length": 24, "count": 5, "seed": 0}
-    first, other, again = (SELF.segments(loaded=llama, **wanted) for wanted in (asked, asked | change, asked))
-    assert torch.equal(first, again) and other.shape == tuple((asked | change)[name] for name in ("count", "length"))
+    first, other, again = (segments(llama, **wanted) for wanted in ({}, change, {}))
+    assert torch.equal(first, again) and other.shape == (change.get("count", 5), change.get("length", 24))
     assert len(counted) == 2 and {path.suffix for path in cache_folder.iterdir()} == {".pt"}
 
 
-@pytest.mark.parametrize("field", ["fingerprint", "dtype", "start", "temperature"])
-def test_what_belongs_to_another_model_is_not_read(field, llama, counted, monkeypatch):
-    SELF.segments("calibration", llama, 24, 5, seed=0)
+@pytest.mark.parametrize("change", [
+    lambda other, patch: setattr(other, "fingerprint", "another"),
+    lambda other, patch: other.model.bfloat16(),
+    lambda other, patch: setattr(other.tokenizer, "bos_token", "w7"),
+    lambda other, patch: patch.setattr(self_text, "TEMPERATURE", 0.5),
+], ids=["fingerprint", "dtype", "start", "temperature"])  # fmt: skip
+def test_what_belongs_to_another_model_is_not_read(change, llama, counted, monkeypatch):
+    segments(llama)
     other = tiny_loaded("llama")
     other.fingerprint = llama.fingerprint
-    if field == "fingerprint":
-        other.fingerprint = "another"
-    elif field == "dtype":
-        other.model.bfloat16()
-    elif field == "start":
-        other.tokenizer.bos_token = "w7"
-    else:
-        monkeypatch.setattr(self_text, "TEMPERATURE", 0.5)
-    SELF.segments("calibration", other, 24, 5, seed=0)
+    change(other, monkeypatch)
+    segments(other)
     assert counted == [5, 5]
 
 
 def edited(name, change):
-    def damage(path):
-        record = torch.load(path)
-        record[name] = change(record[name])
-        torch.save(record, path)
-
-    return damage
+    return lambda path: torch.save((held := torch.load(path)) | {name: change(held[name])}, path)
 
 
 DAMAGE = {
@@ -197,29 +182,25 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_is_sampled_again_and_replaced(damage, llama, counted, cache_folder, capsys):
-    first = SELF.segments("calibration", llama, 24, 5, seed=0)
+    first = segments(llama)
     (path,) = cache_folder.glob("*.pt")
     DAMAGE[damage](path)
     for _ in range(2):  # the new file is good
-        assert torch.equal(SELF.segments("calibration", llama, 24, 5, seed=0), first) and counted == [5, 5]
+        assert torch.equal(segments(llama), first) and counted == [5, 5]
     assert f"note: {path.name} in the cache folder is damaged" in capsys.readouterr().out
 
 
-def test_without_a_place_to_keep_it_the_work_goes_on(llama, tmp_path, monkeypatch, capsys):
+def test_without_a_place_to_keep_it_the_work_goes_on_and_an_interrupt_leaves_nothing(
+    llama, tmp_path, monkeypatch, capsys, cache_folder
+):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(self_text, "sample", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        segments(llama)
+    assert not cache_folder.exists()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("KV_PLUGIN_CACHE", str(tmp_path / "file"))
-    assert SELF.segments("calibration", llama, 24, 2, seed=0).shape == (2, 24)
+    assert segments(llama, 2).shape == (2, 24)
     assert "the sampled text is not saved and will be sampled again: can't make the folder" in capsys.readouterr().out
-
-
-def test_an_interrupted_sampling_leaves_nothing(llama, cache_folder, monkeypatch):
-    def interrupt(*args, **how):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(llama.model, "forward", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        SELF.segments("calibration", llama, 24, 2, seed=0)
-    assert not cache_folder.exists()
 
 
 def test_a_text_records_a_hash_per_part_and_a_mixture_those_of_its_texts(tmp_path):
@@ -237,15 +218,11 @@ def test_a_text_records_a_hash_per_part_and_a_mixture_those_of_its_texts(tmp_pat
         assert text.sha256(part) == "+".join(alone) and len(set(alone)) == 3
 
 
-@pytest.mark.parametrize("spec", ["self", "embedded+self"])
-def test_all_of_a_text_without_end_is_rejected(spec, llama):
-    text = load_text(spec)
-    assert text.available("calibration", llama, 24) == ENDLESS
-    with pytest.raises(PluginError, match=f"text '{text.name}' has no end: give the number of segments"):
-        text.segments("calibration", llama, 24)
-
-
-def test_the_haystack_of_a_mixture_is_its_running_texts(llama):
+def test_all_of_a_text_without_end_is_rejected_and_a_haystack_has_running_texts_alone(llama):
+    for text in map(load_text, ("self", "embedded+self")):
+        assert text.available("calibration", llama, 24) == ENDLESS
+        with pytest.raises(PluginError, match=f"text '{text.name}' has no end: give the number of segments"):
+            text.segments("calibration", llama, 24)
     a, b = written("a", 500), written("b", 300, 1)
     tokens = mixture(a, SELF, b).tokens("evaluation", llama)
     assert torch.equal(tokens, torch.cat([text.tokens("evaluation", llama) for text in (a, b)]))
@@ -254,7 +231,7 @@ def test_the_haystack_of_a_mixture_is_its_running_texts(llama):
 
 
 @pytest.mark.parametrize("text", [SELF, mixture(written("a", 900), SELF)], ids=["self", "mixture"])
-def test_calibration_from_self(text, llama, tmp_path, counted):
+def test_calibration_and_evaluation_from_self(text, llama, tmp_path, counted):
     small = {"samples": 4, "seq_len": 32, "seed": 0, "sink_tokens": 4}
     made = calibrate(llama, text, rank=6, **small)
     recorded = {"text": text.name, "text_spec": text.spec, "text_sha256": text.sha256("calibration"), "tokens": 128}
@@ -270,15 +247,9 @@ def test_calibration_from_self(text, llama, tmp_path, counted):
     other = recalibrate(made, llama, text, 1)
     assert other.meta["tokens"] == 128 and other.meta["seed"] == 1
     assert not torch.allclose(other.statistics.v.mean[0], made.statistics.v.mean[0])
-
-
-@pytest.mark.parametrize("text", [SELF, mixture(written("a", 900), written("b", 900, 1), SELF)], ids=["self", "mix"])
-def test_perplexity_on_self_and_mixtures(text, llama):
     args = SimpleNamespace(eval_tokens=96, eval_seq_len=16)
     tuning, evaluation = (cli.evaluation_segments(args, llama, text, part) for part in ("tuning", "evaluation"))
     assert tuning.shape == evaluation.shape == (6, 16) and not rows(tuning) & rows(evaluation)
-    scores = score(llama, evaluation, {BASELINE: baseline_factory(llama)}, chunk=8, batch_size=2)
-    assert torch.isfinite(torch.as_tensor(scores[BASELINE].nll)).all()
 
 
 @pytest.mark.parametrize(("available", "count", "expected"), [
@@ -308,22 +279,19 @@ def test_a_mixture_takes_each_texts_own_draw_in_turn(seed, llama, capsys):
     assert "note" not in capsys.readouterr().out, "no share was asked for that a text hasn't"
 
 
-def test_when_one_text_runs_out_the_others_fill_in_and_a_note_is_printed(llama, capsys):
+def test_when_one_text_runs_out_the_others_fill_in_and_too_few_segments_are_rejected(llama, capsys, counted):
     short, long = written("short", 120), written("long", 3000, 1)
     mixed = mixture(long, short).segments("calibration", llama, 32, 10, seed=0)
     assert len(rows(mixed) & rows(short.segments("calibration", llama, 32))) == 2
     assert len(rows(mixed) & rows(long.segments("calibration", llama, 32))) == 8
     expected = "note: the calibration part of short has only 2 of the 10 segments; the other texts fill in"
     assert capsys.readouterr().out.strip() == expected
-
-
-def test_mixtures_of_too_few_or_too_long_segments_are_rejected_before_sampling(llama, counted):
     with pytest.raises(PluginError, match="calibration part of text 'tiny' has .* one segment of 64.*--eval-seq-len"):
         mixture(SELF, written("tiny", 30)).segments("calibration", llama, 64, 4, flag="--eval-seq-len")
     text = mixture(written("a", 900), written("b", 900, 1), SELF)
     with pytest.raises(PluginError, match=r"2 segments of 32 tokens are too few for 3 texts \(a, b, self\)"):
         text.segments("calibration", llama, 32, 2)
-    assert not counted
+    assert not counted, "rejected before sampling"
 
 
 def test_segments_of_a_mixture_start_alike():

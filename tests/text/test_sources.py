@@ -20,94 +20,75 @@ from gpt2.text.sources import PARTS, by_official_split, by_position, default_tex
 
 # Every word once, so that an overlap shows
 NUMBERED = "\n".join(" ".join(f"n{i}" for i in range(a, a + 10)) for a in range(0, 3000, 10))
-
-
-def reader(tokenizer=None):
-    """What a written text needs of a model."""
-    return SimpleNamespace(tokenizer=tokenizer or word_tokenizer())
+WHOLE = {
+    "lines": NUMBERED, "final newline": NUMBERED + "\n", "leading newlines": "\n" * 5 + NUMBERED,
+    "one line": NUMBERED.replace("\n", " "), "one line and a newline": NUMBERED.replace("\n", " ") + "\n",
+    "CRLF": NUMBERED.replace("\n", "\r\n"), "three letters": "abc",
+}  # fmt: skip
+READER = SimpleNamespace(tokenizer=word_tokenizer())  # what a written text needs of a model
+WORDS = by_position("words", "words.txt", word_text(3000))
 
 
 def parts(text) -> list[str]:
     return [getattr(text, part) for part in PARTS]
 
 
-WHOLE = {
-    "lines": NUMBERED,
-    "one line": NUMBERED.replace("\n", " "),
-    "final newline": NUMBERED + "\n",
-    "one line and a newline": NUMBERED.replace("\n", " ") + "\n",
-    "leading newlines": "\n" * 5 + NUMBERED,
-    "CRLF": NUMBERED.replace("\n", "\r\n"),
-    "three letters": "abc",
-}
-
-
 @pytest.mark.parametrize("whole", WHOLE)
 def test_parts_by_position_cover_the_text_without_overlap(whole):
-    text = by_position("t", "t.txt", WHOLE[whole])
-    assert "".join(parts(text)) == WHOLE[whole], "each part begins where the one before it ends"
-    assert all(part.strip() for part in parts(text))
+    found = parts(by_position("t", "t.txt", WHOLE[whole]))
+    assert "".join(found) == WHOLE[whole], "each part begins where the one before it ends"
+    assert all(part.strip() for part in found)
 
 
-def test_shares_of_parts_by_position_and_by_official_split():
+def test_shares_and_hashes_of_parts_by_position_and_by_official_split():
     text = by_position("t", "t.txt", NUMBERED)
     words = [set(part.split()) for part in parts(text)]
-    assert not words[0] & words[1] and not words[0] & words[2] and not words[1] & words[2]
+    assert len(set.union(*words)) == sum(map(len, words))
     assert [len(part) / len(NUMBERED) for part in parts(text)] == pytest.approx([0.6, 0.2, 0.2], abs=0.01)
     assert text.calibration.endswith("\n") and text.tuning.endswith("\n")
+    tail = by_position("t", "t.txt", NUMBERED[:-1] + "X")
+    assert text.sha256("tuning") == hashlib.sha256(text.tuning.encode()).hexdigest()
+    assert len({text.sha256(part) for part in PARTS}) == 3
+    assert [text.sha256(p) == tail.sha256(p) for p in PARTS] == [True, True, False]
     test = NUMBERED.replace("n", "t")
     text = by_official_split("t", "folder", NUMBERED, test)
     assert text.calibration + text.tuning == NUMBERED and text.evaluation == test
     assert len(text.calibration) / len(NUMBERED) == pytest.approx(0.8, abs=0.01) and text.calibration.endswith("\n")
 
 
-def test_parts_of_tokens_are_the_same_every_time():
+def test_parts_of_tokens_have_no_start_token_in_the_middle_and_every_segment_has_one():
     tokenizer = word_tokenizer()
     bos = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.backend_tokenizer.post_processor = bos  # as most models have it
-    a, b = (by_position("t", "t.txt", word_text(500)) for _ in range(2))
-    assert a == b and all(
-        torch.equal(a.tokens(part, reader(tokenizer)), b.tokens(part, reader(tokenizer))) for part in PARTS
-    )
-    joined = torch.cat([a.tokens(part, reader(tokenizer)) for part in PARTS])
-    assert torch.equal(joined, tokenizer(word_text(500), return_tensors="pt").input_ids[0, 1:]), "no BOS in the middle"
-
-
-def test_sha256_is_of_the_part_and_changes_with_it():
-    text, tail = by_position("t", "t.txt", NUMBERED), by_position("t", "t.txt", NUMBERED[:-1] + "X")
-    assert text.sha256("tuning") == hashlib.sha256(text.tuning.encode()).hexdigest()
-    assert len({text.sha256(part) for part in PARTS}) == 3
-    assert [text.sha256(p) == tail.sha256(p) for p in PARTS] == [True, True, False]
-
-
-@pytest.fixture
-def text():
-    return by_position("words", "words.txt", word_text(3000))
+    reader = SimpleNamespace(tokenizer=tokenizer)
+    text = by_position("t", "t.txt", word_text(500))
+    joined = torch.cat([text.tokens(part, reader) for part in PARTS])
+    assert torch.equal(joined, tokenizer(word_text(500), return_tensors="pt").input_ids[0, 1:])
+    segments = text.segments("calibration", reader, 9)
+    assert (segments[:, 0] == 1).all() and segments.shape[1] == 9
+    found = segments[:, 1:].flatten()
+    assert torch.equal(found, joined[: len(found)]), "no token is lost between segments"
 
 
 @pytest.mark.parametrize(("seed", "length"), [(None, 7), (0, 64), (1, 7), (None, 64)])
-def test_segments_tile_the_part(text, length, seed):
+def test_segments_tile_the_part(length, seed):
     """All of them, sorted by where they begin, are the part's tokens: no overlap and no gap."""
-    ids = text.tokens("calibration", reader())
-    segments = text.segments("calibration", reader(), length, seed=seed)
+    ids = WORDS.tokens("calibration", READER)
+    segments = WORDS.segments("calibration", READER, length, seed=seed)
     assert segments.shape == (len(ids) // length, length)
     tiles = ids[: segments.numel()].view(-1, length)
     assert sorted(map(tuple, segments.tolist())) == sorted(map(tuple, tiles.tolist()))
     assert torch.equal(segments, tiles) == (seed is None), "in reading order without a seed"
 
 
-def test_segments_are_drawn_by_seed(text):
-    drawn = {seed: text.segments("calibration", reader(), 16, 5, seed) for seed in (0, 1)}
-    assert drawn[0].shape == (5, 16) and not torch.equal(drawn[0], drawn[1])
-    assert torch.equal(drawn[0], text.segments("calibration", reader(), 16, 5, seed=0))
-    more = text.segments("calibration", reader(), 16, 9, seed=0)
-    assert torch.equal(more[:5], drawn[0]), "more samples add segments and keep those before"
-
-
-def test_segments_are_fewer_where_the_text_is_short_but_not_none(text):
-    assert text.segments("tuning", reader(), 100, 50).shape == (6, 100)
+def test_segments_are_drawn_by_seed_fewer_where_the_text_is_short_but_not_none():
+    first, other, again = (WORDS.segments("calibration", READER, 16, 5, seed) for seed in (0, 1, 0))
+    assert first.shape == (5, 16) and not torch.equal(first, other) and torch.equal(first, again)
+    more = WORDS.segments("calibration", READER, 16, 9, seed=0)
+    assert torch.equal(more[:5], first), "more samples add segments and keep those before"
+    assert WORDS.segments("tuning", READER, 100, 50).shape == (6, 100)
     with pytest.raises(PluginError, match="tuning part of text 'words' has 600 tokens, fewer than one segment of 601"):
-        text.segments("tuning", reader(), 601)
+        WORDS.segments("tuning", READER, 601)
 
 
 def test_the_default_text_follows_the_model_and_embedded_is_long_english():
@@ -127,12 +108,6 @@ def test_files_of_any_name_and_in_the_home_folder(tmp_path, monkeypatch):
     assert load_text("~/some words.txt") == by_position(path.name, "~/some words.txt", NUMBERED + " é ü 漢")
 
 
-def folder(tmp_path, *names):
-    for name in names:
-        (tmp_path / name).write_text(f"{name} " + NUMBERED)
-    return str(tmp_path)
-
-
 @pytest.mark.parametrize(("names", "message"), [
     (["wiki_valid.txt", "wiki_test.txt", "README.md"], None),
     ([], r"expected one \*valid\*.txt, found 0"),
@@ -141,14 +116,15 @@ def folder(tmp_path, *names):
     (["a_valid.txt", "b_valid.txt", "a_test.txt"], r"expected one \*valid\*.txt, found 2"),
 ])  # fmt: skip
 def test_a_folder_needs_both_official_splits(tmp_path, names, message):
-    spec = folder(tmp_path, *names)
+    for name in names:
+        (tmp_path / name).write_text(f"{name} " + NUMBERED)
     if message is None:
-        text = load_text(spec)
+        text = load_text(str(tmp_path))
         assert text.evaluation.startswith("wiki_test.txt") and text.calibration.startswith("wiki_valid.txt")
-        assert (text.name, text.spec) == ("wiki_valid + wiki_test", spec)
+        assert (text.name, text.spec) == ("wiki_valid + wiki_test", str(tmp_path))
         return
     with pytest.raises(PluginError, match=message):
-        load_text(spec)
+        load_text(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"ab", b"a\n\n\n\n\n", bytes(range(256)), None])
@@ -174,7 +150,7 @@ def test_an_unknown_text_lists_what_there_is(spec, tmp_path, monkeypatch):
         load_text(spec)
 
 
-def test_wikitext2_offline_says_what_to_use_instead(tmp_path, monkeypatch):
+def test_wikitext2_is_cut_at_its_own_splits_and_offline_the_error_says_what_to_use(tmp_path, monkeypatch):
     """conftest set HF_HUB_OFFLINE before `datasets` read it; an empty cache makes it the same on every machine."""
     import datasets
 
@@ -182,34 +158,11 @@ def test_wikitext2_offline_says_what_to_use_instead(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(PluginError, match="can't load wikitext2 .*Give --text embedded, a text file, or a folder"):
         load_text("wikitext2")
-
-
-def test_wikitext2_is_cut_at_its_own_splits(monkeypatch):
-    import datasets
-
     lines = {"validation": ["v\n"] * 100, "test": ["t\n"] * 100, "train": ["x\n"]}
     monkeypatch.setattr(datasets, "load_dataset", lambda *a: {k: {"text": v} for k, v in lines.items()})
     text = load_text(None, "some/model")
     assert (text.name, text.evaluation) == ("wikitext2", "t\n" * 100)
     assert text.calibration + text.tuning == "v\n" * 100
-
-
-class StartingTokenizer:
-    """Puts a start token before every text, as Llama's and Gemma's do."""
-
-    bos_token_id = 1
-
-    def __call__(self, text, add_special_tokens=True, return_tensors=None, **_):
-        ids = [1] * add_special_tokens + [ord(c) for c in text]
-        return type("Encoded", (), {"input_ids": torch.tensor([ids]) if return_tensors else ids})
-
-
-def test_every_segment_starts_as_the_tokenizer_starts_a_text():
-    text = by_position("t", "t", "abcdefgh\n" * 40)
-    segments = text.segments("calibration", reader(StartingTokenizer()), 9)
-    assert (segments[:, 0] == 1).all() and segments.shape[1] == 9
-    joined = "".join(map(chr, segments[:, 1:].flatten().tolist()))
-    assert text.calibration.startswith(joined), "no character is lost between segments"
 
 
 STRANGE = ("x" * 5000, "x/" * 3000, "~nobody-here/x", "~", "x\0y", "\ud800")
@@ -221,16 +174,10 @@ def test_names_that_no_file_can_have(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     loaded = SimpleNamespace(spec="tiny", random_weights=False)
-    reads = (
-        load_text,
-        lambda name: read_config(f"{name}/"),
-        lambda name: random_weights.load(f"{name}.json"),
-        lambda name: resolve_preset(name, loaded),
-        lambda name: resolve_preset(f"{name}.json", loaded),
-    )
-    for read in reads:
+    for read, given in ((load_text, (name,)), (read_config, (f"{name}/",)), (random_weights.load, (f"{name}.json",)),
+                        (resolve_preset, (name, loaded)), (resolve_preset, (f"{name}.json", loaded))):  # fmt: skip
         with pytest.raises(PluginError):
-            read(name)
+            read(*given)
     assert inputs({"prompt": name, "output": name}) == {}
 
 

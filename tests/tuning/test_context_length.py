@@ -5,9 +5,9 @@ import json
 import optuna
 import pytest
 from script_runs import SMALL, SMALL_EVAL, TUNE, run
-from tiny import tiny_loaded, tiny_model, windows, word_text, word_tokenizer
+from searches import search_of
+from tiny import save_tiny, tiny_loaded, word_text
 
-from gpt2 import cli
 from gpt2.compression.cache import size
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.presets import create_cache_from_preset, load_preset
@@ -15,7 +15,7 @@ from gpt2.compression.settings import Setting
 from gpt2.text.sources import by_position
 from gpt2.tuning.codec_search import CodecSearch
 from gpt2.tuning.grid_search import Cell, GridSearch
-from gpt2.tuning.search_space import Choice, Space
+from gpt2.tuning.search_space import Choice
 
 # Two sliding layers of three, with a window that holds a whole block of codes
 MIXED = {"sliding_window": 130, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
@@ -27,25 +27,16 @@ def mixed():
     return tiny_loaded("gemma3_text", **MIXED)
 
 
-def search(loaded, kind=GridSearch, calibration=None, **changes):
-    parts = {"loaded": loaded, "calibration": calibration, "tuning": windows(2, 48), "seed": 0, "bar": cli.bar}
-    parts |= {"evaluation": windows(2, 48, seed=1), "chunk": 16, "batch_size": 2}
-    own = {"target": "kv", "codec": "identity", "sink_tokens": 4}
-    if kind is CodecSearch:
-        own = {"space": Space(("joint+mixed",), 20, (20,)), "budget": 0.05}
-    return kind(**parts | own | changes)
-
-
 def test_the_ratio_is_that_at_the_length(mixed):
     """Of the whole cache. The more tokens, the more of it are codes of the full layer."""
     found = {}
     for length in (256, 2048, 8192):
-        own = search(mixed, context_length=length)
+        own = search_of(mixed, context_length=length)
         found[length] = own.ratio(INT4)
         held = size.cache_bytes(size.filled(own.factory(INT4), mixed.geometry, length))
         assert found[length] == pytest.approx(mixed.geometry.attention_bytes(length) / held)
     assert found[256] < found[2048] - 0.3 and found[2048] < found[8192] - 0.05
-    assert found[2048] == search(mixed).ratio(INT4) == search(mixed).evaluate(INT4).compression_ratio
+    assert found[2048] == search_of(mixed).ratio(INT4) == search_of(mixed).evaluate(INT4).compression_ratio
 
 
 def test_bits_are_shared_out_for_the_length(mixed):
@@ -55,7 +46,7 @@ def test_bits_are_shared_out_for_the_length(mixed):
     choice = Choice("joint+mixed", Setting("joint", 20, 3, "mixed"), "kv", 4)
 
     def bits(length: int) -> list[float]:
-        cache = search(mixed, CodecSearch, made, context_length=length).factory(choice)()
+        cache = search_of(mixed, CodecSearch, calibration=made, context_length=length).factory(choice)()
         return [layer.stores["KV"].compressor.quantizer.bits for layer in cache.layers]
 
     within, short, long = bits(128), bits(1024), bits(8192)
@@ -71,10 +62,10 @@ def test_bits_are_shared_out_for_the_length(mixed):
 def test_another_length_is_another_search(mixed):
     """Where all layers are alike the usual length isn't in the key: studies from before there was a choice go on."""
     for kind in (GridSearch, CodecSearch):
-        keys = [search(mixed, kind, **change).key("text") for change in ({}, {"context_length": 4096})]
+        keys = [search_of(mixed, kind, **change).key("text") for change in ({}, {"context_length": 4096})]
         assert [key.pop("context_length") for key in keys] == [2048, 4096] and keys[0] == keys[1]
         alike = tiny_loaded()
-        keys = [search(alike, kind, **change).key("text") for change in ({}, {"context_length": 4096})]
+        keys = [search_of(alike, kind, **change).key("text") for change in ({}, {"context_length": 4096})]
         assert "context_length" not in keys[0] and keys[1] == keys[0] | {"context_length": 4096}
 
 
@@ -94,9 +85,7 @@ def studies() -> int:
 
 @pytest.fixture
 def mixed_folder(tmp_path, tiny_flags):
-    tiny_model("gemma3_text", **MIXED).save_pretrained(tmp_path / "mixed")
-    word_tokenizer().save_pretrained(tmp_path / "mixed")
-    return tmp_path / "mixed"
+    return save_tiny(tmp_path / "mixed", "gemma3_text", **MIXED)
 
 
 def test_the_script_measures_at_the_length_and_its_preset_says_so(mixed_folder, mixed):

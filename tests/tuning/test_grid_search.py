@@ -1,20 +1,21 @@
-"""The grid: its cells, what each costs on a tiny model, and that each is measured once."""
+"""The grid: its cells, each measured once, what each costs on a tiny model, and the choice among candidates."""
 
+import json
 import math
 
 import pytest
+from searches import search_of
 from tiny import tiny_loaded, windows
 
-from gpt2 import cli
-from gpt2.common.errors import PluginError
+from gpt2.common.errors import BudgetNotMet, PluginError
 from gpt2.common.trial_queue import TrialQueue
 from gpt2.compression.cache import size
 from gpt2.compression.codecs.integer import Int4
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.settings import Setting
 from gpt2.tuning import grid_search
-from gpt2.tuning.grid_search import Cell, GridSearch, run_grid
-from gpt2.tuning.trials import Trial, confirm_best
+from gpt2.tuning.grid_search import Cell, run_grid
+from gpt2.tuning.trials import Trial, confirm_best, percent, within_budget
 
 INT4, INT8 = Setting("identity", 12, 4), Setting("identity", 12, 8)
 
@@ -61,25 +62,20 @@ def test_every_cell_is_measured_once_and_comes_back_as_it_was(tmp_path):
     assert trials == [evaluate(cell) for cell in cells]
 
 
-def search(**changes) -> GridSearch:
-    parts = {"loaded": tiny_loaded(), "calibration": None, "tuning": windows(2, 48), "seed": 0, "bar": cli.bar}
-    parts |= {"evaluation": windows(2, 48, seed=1), "chunk": 16, "batch_size": 2}
-    return GridSearch(**parts | {"target": "kv", "codec": "identity", "sink_tokens": 4} | changes)
-
-
-def test_the_key_has_all_that_figures_depend_on():
-    base = search()
+def test_the_key_has_all_that_figures_depend_on(llama):
+    base = search_of(llama)
     others = [{"target": "v"}, {"codec": "hadamard"}, {"sink_tokens": 0}, {"chunk": 8}, {"seed": 1}]
     others += [{"tuning": windows(1, 48)}, {"loaded": tiny_loaded("qwen2")}]
-    keys = [base.key("text"), base.key("other text"), *(search(**change).key("text") for change in others)]
-    assert all(keys.count(key) == 1 for key in keys) and search().key("text") == base.key("text")
+    keys = [base.key("text"), base.key("other text")]
+    keys += [search_of(**{"loaded": llama} | own).key("text") for own in others]
+    assert all(keys.count(key) == 1 for key in keys) and search_of(llama).key("text") == base.key("text")
 
 
-def test_a_loss_that_is_not_finite_is_recorded_and_others_are_measured(monkeypatch):
+def test_a_loss_that_is_not_finite_is_recorded_and_others_are_measured(llama, monkeypatch):
     """Codes of 4 bits that are dequantized to NaN: their cell is over any budget on both texts."""
     real = Int4.dequantize
     monkeypatch.setattr(Int4, "dequantize", lambda self, codes, rank: real(self, codes, rank) * math.nan)
-    own = search()
+    own = search_of(llama)
     good, lost = own.evaluate(Cell(12, 8)), own.evaluate(Cell(12, 4))
     assert math.isfinite(good.ppl_delta) and math.isinf(lost.ppl_delta) and "NaN" in lost.details["note"]
     assert lost.record()["ppl_delta"] is None and lost.compression_ratio > good.compression_ratio
@@ -88,8 +84,8 @@ def test_a_loss_that_is_not_finite_is_recorded_and_others_are_measured(monkeypat
     assert chosen is good and [trial.candidate for trial, _ in failed] == [lost.candidate]
 
 
-def test_reconstructions_are_kept_while_scoring_and_not_counted(monkeypatch):
-    own, kept = search(), []
+def test_reconstructions_are_kept_while_scoring_and_not_counted(llama, monkeypatch):
+    own, kept = search_of(llama), []
     real = CompressedDynamicCache.keep_reconstructed
     monkeypatch.setattr(CompressedDynamicCache, "keep_reconstructed", lambda self: kept.append(1) or real(self))
     trial = own.evaluate(Cell(12, 8))
@@ -98,3 +94,40 @@ def test_reconstructions_are_kept_while_scoring_and_not_counted(monkeypatch):
     assert trial.compression_ratio == pytest.approx(ratio) and ratio > 1.4
     monkeypatch.setattr(CompressedDynamicCache, "keep_reconstructed", lambda self: self)
     assert own.evaluate(Cell(12, 8)).ppl_delta == pytest.approx(trial.ppl_delta, abs=1e-4)
+
+
+# Fewer ranks and bits compress more and cost more
+TRIALS = [Trial(Cell(rank, bits), 0.4 / (rank * bits), 100 / (rank * bits), {"ppl_delta": 0.4 / (rank * bits)})
+          for rank in (16, 12, 8) for bits in (8, 4)]  # fmt: skip
+
+
+def test_the_most_compressed_within_the_budget_wins_if_it_holds_on_other_text():
+    within = within_budget(TRIALS, 0.005)
+    assert within and all(t.ppl_delta <= 0.005 for t in within)
+    assert within[0].compression_ratio == max(t.compression_ratio for t in within)
+    best, record, failed = confirm_best(TRIALS, 0.005, lambda cell: {"ppl_delta": 0.004}, "")
+    assert (best, failed) == (within[0], [])
+    # The winner on tuning text fails on other text: the next one is taken, and the failure returned
+    worse = {within[0].candidate: {"ppl_delta": 0.006}}
+    best, record, failed = confirm_best(TRIALS, 0.005, lambda cell: worse.get(cell, {"ppl_delta": 0.001}), "")
+    assert best == within[1] and failed == [(within[0], worse[within[0].candidate])] and record["ppl_delta"] == 0.001
+
+
+def test_nothing_within_the_budget_names_the_nearest_and_what_helps():
+    with pytest.raises(BudgetNotMet, match="(?s)PPL degradation too high.*rank 16, 8 bits.*try more") as caught:
+        confirm_best(TRIALS, 0.0001, lambda cell: {"ppl_delta": 0.0}, "try more")
+    assert caught.value.exit_code not in (0, 2)
+    for delta in (1.0, None):
+        with pytest.raises(BudgetNotMet, match="met it on tuning text but not on evaluation text"):
+            confirm_best(TRIALS, 0.005, lambda cell, delta=delta: {"ppl_delta": delta}, "")
+    with pytest.raises(BudgetNotMet, match="(?s)nothing could be measured.*try more"):
+        confirm_best([], 0.005, lambda cell: {}, "try more")
+
+
+def test_a_loss_that_is_not_finite_is_over_any_budget_and_recorded():
+    lost = Trial(Cell(8, 2), math.inf, 9.0, {"ppl_delta": None, "note": "NaN"})
+    assert lost not in within_budget([*TRIALS, lost], 1e9)
+    assert json.loads(json.dumps(lost.record(), allow_nan=False))["ppl_delta"] is None
+    with pytest.raises(BudgetNotMet, match="no finite loss"):
+        confirm_best([lost], 0.05, lambda cell: {}, "")
+    assert (percent(None), percent(0.0123)) == ("no finite loss", "+1.23%")

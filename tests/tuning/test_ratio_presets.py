@@ -10,9 +10,9 @@ import pytest
 import torch
 from calibrations import TEXT
 from layer_shapes import model_of
-from sampling import sampled
+from sampling import ALL, sampled
 from script_runs import listing, run
-from tiny import tiny_loaded, tiny_model, word_tokenizer
+from tiny import save_tiny, tiny_loaded, tiny_model, word_tokenizer
 
 from gpt2.common.errors import BadArtefact, PluginError
 from gpt2.compression.cache.size import attention_ratio, cache_bytes, filled, held_bytes, plain_bytes
@@ -109,8 +109,7 @@ def test_another_basis_gives_other_names(tiny_flags, codec, prefix, tmp_path, ca
 
 def test_layers_without_the_usual_basis_get_the_first_that_fits(tiny_flags, tmp_path, capsys):
     """Of latent attention, K and V have two shapes: framed can't be made, and grouped is next."""
-    model_of("deepseek_v3").model.save_pretrained(tmp_path / "latent")
-    word_tokenizer().save_pretrained(tmp_path / "latent")
+    save_tiny(tmp_path / "latent", model=model_of("deepseek_v3").model)
     flags = ["--model", tmp_path / "latent", *tiny_flags[2:], *TINY_RUN]
     before = listing(tmp_path)
     assert run("make_presets", *flags) == 0
@@ -139,8 +138,12 @@ MIXED = {
 }
 
 
-@pytest.fixture(scope="module", params=[(name, codec) for name, (_, codecs) in MIXED.items() for codec in codecs],
-                ids="-".join)  # fmt: skip
+KINDS = [("windowed", "framed"), ("windowed", "joint"), ("hybrid", "grouped"), ("shapes", "grouped")]
+if ALL:
+    KINDS = [(name, codec) for name, (_, codecs) in MIXED.items() for codec in codecs]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
 def mixed(request):
     """A model whose layers differ, and a compact calibration of it."""
     name, codec = request.param
@@ -184,6 +187,9 @@ def test_layers_that_differ_have_the_ratio_over_k_and_v(mixed, ratio, quantizer)
     assert [index for index, layer in enumerate(cache.layers) if layer in cache.compressed] == geometry.attention
 
 
+MEASURED = {"baseline_ppl": 1.0, "ppl": 1.0, "ppl_delta": 0.0}
+
+
 def test_a_ratio_of_the_whole_cache(mixed, tmp_path):
     """With windows and states as they are at a context length; out of reach, the highest is named and is in reach."""
     loaded, calibration = mixed
@@ -203,7 +209,7 @@ def test_a_ratio_of_the_whole_cache(mixed, tmp_path):
     assert preset.reached == pytest.approx(plain_bytes(geometry, tokens) / held) and preset.reached >= ratio - 1e-9
     assert preset.reached < 1.1 * ratio and preset.name.endswith("-whole")
     path = save_calibration(calibration, tmp_path / "c.pt")
-    record = preset.preset(loaded, calibration, str(path), measured={"baseline_ppl": 1.0, "ppl": 1.0, "ppl_delta": 0.0})
+    record = preset.preset(loaded, calibration, str(path), measured=MEASURED)
     assert record["whole_cache"] == {"ratio": pytest.approx(preset.reached, abs=1e-4), "context_length": tokens}
     assert str(preset).startswith(f"{preset.name}: {preset.bits:g} bits per coordinate")
 
@@ -212,8 +218,7 @@ def test_a_preset_of_layers_that_differ_says_both_ratios(mixed, tmp_path):
     loaded, calibration = mixed
     path = save_calibration(calibration, tmp_path / "c.pt")
     made = ratio_presets.make_ratio_preset(loaded, calibration, 4.0)
-    measured = {"baseline_ppl": 1.0, "ppl": 1.0, "ppl_delta": 0.0}
-    record = made.preset(loaded, calibration, str(path), measured=measured)
+    record = made.preset(loaded, calibration, str(path), measured=MEASURED)
     assert record.get("context_length") is None, "bits don't depend on one"
     assert record["attention_ratio"] == pytest.approx(made.attention_ratio) and record["attention_ratio"] > 2
     assert record["compression_ratio"] == pytest.approx(made.compression_ratio, abs=1e-4)
@@ -237,6 +242,6 @@ def test_a_preset_of_layers_that_differ_says_both_ratios(mixed, tmp_path):
 
 def test_where_all_layers_are_alike_a_preset_says_one_ratio(llama, calibration):
     made = ratio_presets.make_ratio_preset(llama, calibration, 4.0)
-    record = made.preset(llama, calibration, "c.pt", measured={"baseline_ppl": 1.0, "ppl": 1.0, "ppl_delta": 0.0})
+    record = made.preset(llama, calibration, "c.pt", measured=MEASURED)
     assert made.attention_ratio == made.compression_ratio
     assert record.get("attention_ratio") is record.get("context_length") is None
