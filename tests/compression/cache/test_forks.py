@@ -1,7 +1,4 @@
-"""Forks of a cache hold what is common once; caches coded anew, and parked ones.
-
-That what happens to one doesn't happen to the other is tried in test_cache_machine.
-"""
+"""Forks of a cache hold what is common once and go on by themselves; caches coded anew, and parked ones."""
 
 from __future__ import annotations
 
@@ -48,6 +45,36 @@ def test_eight_forks_hold_a_prefix_once():
             fork.update(*torch.randn(2, 1, 3, 70, 64), layer)
     blocks = 8 * 2 * 2 * 3 * (64 * 64 + 70 * 64 * 4)  # their own: less than 70 exact tokens and a block each
     assert one < cache_bytes(cache, *forks) < one + 2 * blocks
+
+
+OPERATIONS = {
+    "append": lambda model, cache: feed(model, cache, ids_of(90, batch=cache.rows, seed=1)),
+    "crop into codes": lambda model, cache: (cache.crop(-70), feed(model, cache, ids_of(99, batch=cache.rows, seed=1))),
+    "crop in the tail": lambda model, cache: (cache.crop(-2), feed(model, cache, ids_of(70, batch=cache.rows))),
+    "reorder": lambda model, cache: cache.reorder_cache(torch.tensor([1, 0])),
+    "select": lambda model, cache: cache.batch_select_indices(torch.tensor([1])),
+    "repeat": lambda model, cache: cache.batch_repeat_interleave(2),
+    "reset": lambda model, cache: cache.reset(),
+    "offload": lambda model, cache: cache.offload(),
+    "keep": lambda model, cache: (cache.keep_reconstructed(), feed(model, cache, ids_of(90, batch=2))),
+}
+
+
+@pytest.mark.parametrize(("what", "name"), covering(OPERATIONS, ["kv4", "exact"]))
+def test_what_happens_to_one_does_not_happen_to_the_other(what, name, model):
+    """Both ways, and each is what a copy of its own would be."""
+    for changed_one in ("fork", "origin"):
+        cache = cache_of(model, name)
+        feed(model, cache, ids_of(HELD, batch=2))
+        copied, expected = copy.deepcopy(cache), copy.deepcopy(cache)
+        changed, other = (cache.fork(), cache) if changed_one == "fork" else (cache, cache.fork())
+        OPERATIONS[what](model, changed)
+        OPERATIONS[what](model, copied)
+        more = ids_of(80, batch=2, seed=2)
+        assert torch.equal(feed(model, other, more), feed(model, expected, more))
+        if changed.rows:
+            more = ids_of(80, batch=changed.rows, seed=3)
+            assert torch.equal(feed(model, changed, more), feed(model, copied, more))
 
 
 @pytest.mark.parametrize("family", KINDS)
