@@ -275,9 +275,7 @@ std::vector<Tensor> attend(at::TensorList qs, at::TensorList k_fields, at::IntAr
   });
   const auto sums =
       attention.total(threads, sinks ? sinks->const_data_ptr<float>() : nullptr, sinks ? sinks->numel() : 1);
-  return {output(sums, std::any_of(attention.vs.begin(), attention.vs.end(), [](const Part& part) { return part.affine; })
-                           ? values
-                           : std::nullopt)};
+  return {output(sums, values)};
 }
 
 }  // namespace

@@ -64,10 +64,12 @@ struct Frames {
     std::fill_n(out, count * rows * columns(), 0.f);
     const float* panel = panels.const_data_ptr<float>() + g * h * P * d * kPanel;
     for (int64_t head = 0; head < h; head++)
-      for (int64_t p = 0; p < P; p++, panel += d * kPanel)
-        for (int64_t row = head * M; row < (head + 1) * M && (p * kPanel < used || p == r / kPanel); row++)
+      for (int64_t p = 0; p < P; p++, panel += d * kPanel) {
+        if (p * kPanel >= used && p != r / kPanel) continue;
+        for (int64_t row = head * M; row < (head + 1) * M; row++)
           along(rotated + row * count * d, d, panel, d, kPanel, count, out + row * columns() + p * kPanel,
                 rows * columns());
+      }
   }
 };
 
