@@ -294,11 +294,7 @@ class CompressedDynamicCache(Keeping):
 
     def nbytes(self) -> int:
         """Bytes of all that is held: exact tokens, codes with their scales, states, and memory allocated but unused."""
-        stores = [store.tensors() for layer in self.compressed for store in layer.stores.values()]
-        beside = [
-            part for layer in self.layers for name, part in vars(layer).items() if name not in ("stores", "reader")
-        ]
-        return sum(storages_of(stores, beside).values())
+        return sum(storages_of(self.layers).values())
 
     def codec_bytes(self) -> int:
         """Bytes of the transforms, each once. Caches of the same compressors share them, as they share weights."""

@@ -28,6 +28,7 @@ from torch.nn.functional import pad
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache import direct_attention, recoding, token_store
 from gpt2.compression.cache.size import cache_bytes
+from gpt2.compression.cache.storages import storages_of
 from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor
 from gpt2.compression.codecs.mixed import Mixed
 from gpt2.compression.compressed_cache import CompressedDynamicCache
@@ -379,7 +380,8 @@ class CacheMachine(RuleBasedStateMachine):
         if not hasattr(self, "watched"):
             return
         assert self.cache.get_seq_length() == self.held
-        assert self.cache.nbytes() == cache_bytes(self.cache), "the account is of all that is kept alive"
+        stores = [store.tensors() for layer in self.cache.compressed for store in layer.stores.values()]
+        assert sum(storages_of(stores).values()) == self.cache.nbytes(), "stores account for all that is held"
         for own in self.watched if self.held else ():
             self._compare(own, self.cache.layers[own.index].read(), own.readable(self._stores(own)[0]))
 

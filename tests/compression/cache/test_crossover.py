@@ -210,7 +210,7 @@ def test_out_of_memory_reads_codes_and_keeps_nothing(pretend, llama, monkeypatch
 
 @pytest.mark.parametrize(("table", "told_at"), [("never", 5), ("from 12 on", 5), ("always", None)])
 def test_who_reads_codes_where_that_is_slower_is_told_once(table, told_at, pretend, monkeypatch, tmp_path, caplog):
-    """Another process has measured it; above the crossover nothing is told."""
+    """Another process has measured it; above the crossover no warning is logged."""
     llama, pretended = tiny_model("llama"), pretend(table)
     enable_compressed_attention(llama, when="auto")
     ways(llama, pretended, [5])
