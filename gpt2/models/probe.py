@@ -1,4 +1,4 @@
-"""Measure a model: the shape of its cache, and a fingerprint that tells it from others."""
+"""Measure a model: the shape of its cache, and what tells it from others: its fingerprint and its sketch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import hashlib
 import json
 from dataclasses import replace
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from gpt2.common.errors import PluginError, UnsupportedModel
@@ -49,6 +51,9 @@ def _uncompressed(layer) -> dict[str, int]:
     return {"state_bytes": size, "index_width": 0 if index is None else index.shape[-1]}
 
 
+SIGNS = 64  # of every matrix
+
+
 def fingerprint(model: PreTrainedModel) -> str:
     """Hash that tells a model from others, also from a fine-tune of itself; the same from a hub id and a local copy.
 
@@ -56,18 +61,55 @@ def fingerprint(model: PreTrainedModel) -> str:
     every matrix: signs survive a change of dtype. An outline, on the meta device, has no weights: the names of its
     matrices count alone.
     """
+    digest = hashlib.sha256(_cache_config(model))
+    for name, weight in _matrices(model):
+        digest.update(name.encode() + bytes(_signs(weight)))
+    return digest.hexdigest()[:16]
+
+
+def sketch(model: PreTrainedModel) -> dict[str, str]:
+    """What tells how much two models have in common, where `fingerprint` says only whether they are the same.
+
+    config: hash of what shapes the cache and of the matrices' names. signs: of the weights that the fingerprint looks
+    at, packed and as hexadecimal digits; empty for an outline.
+    """
+    matrices = _matrices(model)
+    names = "\n".join(name for name, _ in matrices).encode()
+    signs = [sign for _, weight in matrices for sign in _signs(weight)]
+    return {
+        "config": hashlib.sha256(_cache_config(model) + names).hexdigest()[:16],
+        "signs": np.packbits(signs).tobytes().hex(),
+    }
+
+
+def likeness(a: dict[str, str], b: dict[str, str]) -> float:
+    """The share of signs that two models' sketches have in common: 1 of equal weights, about 0.5 of unrelated ones.
+
+    0 where the models' configs or matrices differ.
+    """
+    if a["config"] != b["config"] or len(a["signs"]) != len(b["signs"]) or not a["signs"]:
+        return 0.0
+    different = (int(a["signs"], 16) ^ int(b["signs"], 16)).bit_count()
+    return 1 - different / (4 * len(a["signs"]))
+
+
+def _cache_config(model: PreTrainedModel) -> bytes:
+    """The config fields that shape a cache and the keys in it, as JSON."""
     text = model.config.get_text_config(decoder=True)
     names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     names += ("num_attention_heads", "num_key_value_heads", "head_dim")
     fields = {name: config_field(text, name) for name in names}
     if rotary_types(model.config) != {"default"}:  # scaled positions: keys of other directions and sizes
         fields["rope_parameters"] = config_field(text, "rope_parameters")
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    for name, weight in sorted(model.named_parameters()):
-        if weight.dim() > 1:
-            signs = b"" if weight.is_meta else bytes((weight.flatten()[:64] > 0).tolist())
-            digest.update(name.encode() + signs)
-    return digest.hexdigest()[:16]
+    return json.dumps(fields, sort_keys=True).encode()
+
+
+def _matrices(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    return [(name, weight) for name, weight in sorted(model.named_parameters()) if weight.dim() > 1]
+
+
+def _signs(weight: Tensor) -> list[bool]:
+    return [] if weight.is_meta else (weight.flatten()[:SIGNS] > 0).tolist()
 
 
 _GEOMETRIES: dict[str, tuple[Geometry, int]] = {}

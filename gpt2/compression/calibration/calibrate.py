@@ -21,6 +21,7 @@ from gpt2.compression.codecs import basis_of, full_rank, multi_head_bases, needs
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.codecs.formats import BLOCK
 from gpt2.models.loading import LoadedModel
+from gpt2.models.probe import sketch
 from gpt2.text.sources import Text
 
 
@@ -91,6 +92,7 @@ def calibrate(
         fitted = {name: fit_multi_head(own) for name, own in gathered.items() if own.sampled}
     meta = calibration_key(loaded, text, samples, seq_len, seed, sink_tokens) | {
         "model": loaded.spec,
+        "sketch": sketch(loaded.model),
         **geometry_record(loaded.geometry),
         "rank": rank,
         "codec": codec,

@@ -8,6 +8,7 @@ format, one that ends in `.safetensors` the same record as safetensors.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,18 @@ def _check_calibrated(codec: str) -> None:
         raise PluginError(f"codec {codec} needs no calibration: expected one that does, such as pca")
 
 
+def _check_hexadecimal(text: str) -> None:
+    if re.fullmatch("[0-9a-f]*", text) is None:
+        raise PluginError("expected hexadecimal digits")
+
+
 _NAME = String(printable=False)  # names of text files may have any character
+_HEX = Checked(String(1 << 20), _check_hexadecimal)
 _SIZE = Whole(1, 1024)  # more than any model has, and few enough to loop over before the tensors are known to match
 META = {
     "model": _NAME,
     "fingerprint": _NAME,
+    "sketch": Default(Record({"config": _HEX, "signs": _HEX})),  # files made before it have none
     "num_layers": _SIZE,
     "num_kv_heads": _SIZE,
     "head_dim": _SIZE,

@@ -50,7 +50,7 @@ def obtain_calibration(
             if given:
                 raise
             raise BadArtefact(f"{error}; or move it away, and this command makes another") from error
-        calibration.check_model(loaded.fingerprint, loaded.spec, str(path))
+        calibration.check_model(loaded, str(path))
         return calibration, path
     key = calibration_key(loaded, text, **made_from) | needed
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]

@@ -64,7 +64,7 @@ def check_calibration(calibration: Calibration, preset: Preset, path: Path, mode
                 f"{brief(calibration.meta.get(key))}: the file was made anew; make it as it was: {_remedy(preset)}"
             )
     if model is not None:
-        calibration.check_model(model.fingerprint, model.spec, str(path))
+        calibration.check_model(model, str(path))
 
 
 def _check_layers(calibration: Calibration, preset: Preset, path: Path) -> None:
