@@ -11,7 +11,7 @@ from gpt2.report import regions, tables
 
 
 def test_pages_are_made_of_results_that_have_provenance():
-    """Regions are found at all: else tests/runs/test_check.py, which makes them again, compares nothing."""
+    """Regions are found at all: else tests/runs/test_pages.py, which makes them again, compares nothing."""
     found = {page.name: regions.REGION.findall(page.read_text(encoding="utf-8")) for page in regions.pages(files.ROOT)}
     assert len(found["README.md"]) == 2 and len(found["quality.md"]) >= 10 and len(found["speed.md"]) >= 5
     for path in (files.RESULTS / "runs").glob("*.json"):
