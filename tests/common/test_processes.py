@@ -14,7 +14,7 @@ from calibrations import TEXT
 from forked import Child, start
 from sampling import ALL
 from script_runs import CALIBRATE, ONE_THREAD, listing, run
-from tiny import save_tiny, tiny_loaded, word_text
+from tiny import tiny_loaded, word_text
 from torch import Tensor
 
 from gpt2.common import files, processes
@@ -25,9 +25,6 @@ from gpt2.compression.codecs.moments import Moments
 from gpt2.models import loading
 from gpt2.tuning import ratio_presets
 
-# The sample is full before the last window, and the windows are an odd number
-FLAGS = ["--model", "tiny", "--text", "words.txt", "--samples", "7", "--seq-len", "460", "--metric", "fisher"]
-
 
 def tensors(record, name: str = "") -> dict[str, Tensor]:
     """Every tensor of a file, by where it is."""
@@ -37,24 +34,22 @@ def tensors(record, name: str = "") -> dict[str, Tensor]:
     return {key: tensor for part, own in inner for key, tensor in tensors(own, f"{name}.{part}").items()}
 
 
-@pytest.fixture(scope="module")
-def space(tmp_path_factory):
-    """A folder with the tiny model and a text."""
-    space = tmp_path_factory.mktemp("launched")
-    save_tiny(space / "tiny")
-    (space / "words.txt").write_text(word_text(6000))
-    return space
+@pytest.fixture
+def flags(tiny_flags, tmp_path):
+    """The sample is full before the last window, and the windows are an odd number."""
+    (tmp_path / "words.txt").write_text(word_text(6000))
+    return [*tiny_flags, "--samples", "7", "--seq-len", "460"]
 
 
-def launch(space: Path, script: str, *flags, before=lambda: None) -> tuple[list[int], str, str]:
+def launch(script: str, *flags, before=lambda: None) -> tuple[list[int], str, str]:
     """A script in two processes that find their places in the environment: exit codes, what both print, errors."""
     with socket.create_server(("localhost", 0)) as free:
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
 
     def run_as(rank: str) -> Child:
         own = shared | {"RANK": rank, "LOCAL_RANK": rank}
-        said = space.parent / f"{space.name} {script} {rank}"
-        return start(script, flags, space, said, lambda: os.environ.update(own), before)
+        said = Path.cwd().parent / f"{script} {rank}"
+        return start(script, flags, Path.cwd(), said, lambda: os.environ.update(own), before)
 
     both = [run_as(rank) for rank in "01"]
     codes = [child.wait() for child in both]
@@ -62,13 +57,13 @@ def launch(space: Path, script: str, *flags, before=lambda: None) -> tuple[list[
     return codes, "".join(child.out for child in both), "".join(child.err for child in both)
 
 
-def test_two_processes_make_the_file_of_one(space, monkeypatch):
+def test_two_processes_make_the_file_of_one(flags):
     """So does torchrun, which has a store of its own where they meet; it takes seconds, so in `make test-all`."""
-    codes, out, err = launch(space, CALIBRATE, *FLAGS, "--output", "two.pt")
+    flags = [*flags, "--metric", "fisher"]
+    codes, out, err = launch(CALIBRATE, *flags, "--output", "two.pt")
     assert codes == [0, 0], err
     assert out.count("wrote two.pt") == out.count("variance kept") == 1, "the first one alone"
-    monkeypatch.chdir(space)
-    assert run(CALIBRATE, *FLAGS, "--output", "one.pt") == 0
+    assert run(CALIBRATE, *flags, "--output", "one.pt") == 0
     one, two = (torch.load(name, weights_only=True) for name in ("one.pt", "two.pt"))
     assert one["meta"] == two["meta"]
     ours, theirs = tensors(two), tensors(one)
@@ -78,13 +73,13 @@ def test_two_processes_make_the_file_of_one(space, monkeypatch):
         assert (tensor - theirs[name]).norm() <= 1e-6 * theirs[name].norm(), name
     if ALL:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [*launcher, str(files.ROOT / "scripts" / f"{CALIBRATE}.py"), *FLAGS, "--output", "torchrun.pt"]
+        command = [*launcher, str(files.ROOT / "scripts" / f"{CALIBRATE}.py"), *flags, "--output", "torchrun.pt"]
         subprocess.run(command, check=True, env=ONE_THREAD, timeout=300)
         found = tensors(torch.load("torchrun.pt", weights_only=True))
         assert found.keys() == ours.keys() and all(torch.equal(found[name], ours[name]) for name in found)
 
 
-def test_one_that_fails_takes_the_others_down_and_says_why(space):
+def test_one_that_fails_takes_the_others_down_and_says_why(flags, tmp_path):
     """The second fails amid its windows, while the first waits for its sums."""
 
     def fails() -> None:
@@ -95,10 +90,10 @@ def test_one_that_fails_takes_the_others_down_and_says_why(space):
 
         Moments.update = failing
 
-    before = listing(space)
-    codes, out, err = launch(space, "make_presets", *FLAGS[:-2], "--output", "out", before=fails)
+    before = listing(tmp_path)
+    codes, out, err = launch("make_presets", *flags, "--output", "out", before=fails)
     assert 0 not in codes and err.count("error: layer 2 is of no use") == 1 and "another process stopped" not in err
-    assert listing(space) == before and "wrote" not in out
+    assert listing(tmp_path) == before and "wrote" not in out
 
 
 @dataclass(frozen=True)

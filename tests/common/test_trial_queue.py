@@ -1,7 +1,6 @@
 """The trial queue: every key is tried once, whoever is killed, interrupted or fails; on SQLite, and on PostgreSQL."""
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import sqlite3
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from databases import lines, postgresql, wait_for  # noqa: F401
+from databases import in_a_process, lines, postgresql, wait_for  # noqa: F401
 from optuna.trial import TrialState
 from sampling import covering
 
@@ -22,8 +21,7 @@ from gpt2.common.trial_queue import Pace, TrialFailed, TrialQueue, key_of
 
 FAST = Pace(heartbeat=1, silence=2, look=0.1)
 PATIENT = Pace(heartbeat=1, silence=100, look=0.1)  # nobody who is only slow is taken for dead
-FORK = multiprocessing.get_context("fork")  # nothing to import again
-KEYS = {key: {"x": number} for number, key in enumerate("abcd")}
+KEYS = {key: {"x": number} for number, key in enumerate("abc")}
 
 
 class Worker:
@@ -31,9 +29,7 @@ class Worker:
 
     def __init__(self, storage, name: str = "q", *, log: Path | None = None, before=lambda key: None, pace=FAST):
         self.queue = TrialQueue(storage, name, pace=pace, sampler=optuna.samplers.RandomSampler(seed=0))
-        self.log, self.before = log, before
-        self.tried: list[str] = []
-        self.notes: list[str] = []
+        self.log, self.before, self.tried, self.notes = log, before, [], []
 
     def work(self, wanted: dict = KEYS) -> dict[str, str]:
         def left() -> dict[str, dict]:
@@ -50,29 +46,23 @@ class Worker:
         self.before(key)
         return x
 
-    def done(self) -> Counter:
-        return Counter(key_of(trial) for trial in self.queue.trials() if trial.state == TrialState.COMPLETE)
+    def trials(self, key: str) -> list[optuna.trial.FrozenTrial]:
+        return [trial for trial in self.queue.trials() if key_of(trial) == key]
 
     def states(self, key: str) -> list[str]:
-        return [trial.state.name for trial in self.queue.trials() if key_of(trial) == key]
+        return [trial.state.name for trial in self.trials(key)]
 
-
-def process(*args):
-    """A process that works, and ends with this one, whatever fails here."""
-    return FORK.Process(target=work, args=args, daemon=True)
+    def done(self) -> Counter:
+        return Counter(key_of(trial) for trial in self.queue.trials() if trial.state == TrialState.COMPLETE)
 
 
 def work(storage, name: str, log: Path, pace: Pace = FAST) -> None:
     """Its first key takes as long as there is a file `hang` beside the log."""
-    hang = log.with_name("hang")
-    wait = lambda key: key == "a" and wait_for(lambda: not hang.exists())  # noqa: E731
-    Worker(storage, name, log=log, before=wait, pace=pace).work()
 
+    def hang(key: str) -> None:
+        wait_for(lambda: key != "a" or not log.with_name("hang").exists())
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def storage(request, tmp_path):
-    """A database; on PostgreSQL all tests have the same one, and need names of their own."""
-    return tmp_path / "study.db" if request.param == "sqlite" else request.getfixturevalue("postgresql")
+    Worker(storage, name, log=log, before=hang, pace=pace).work()
 
 
 def hold(storage, log: Path) -> None:
@@ -82,32 +72,34 @@ def hold(storage, log: Path) -> None:
         file.write("out\n")
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def storage(request, tmp_path):
+    """A database; on PostgreSQL all tests have the same one, and need names of their own."""
+    return tmp_path / "study.db" if request.param == "sqlite" else request.getfixturevalue("postgresql")
+
+
 def test_workers_that_start_together_try_each_key_once_and_a_lock_has_one_holder(storage, tmp_path):
     log, locked = tmp_path / "log", tmp_path / "locked"
-    workers = [process(storage, "together", log, PATIENT) for _ in range(3)]
-    workers += [FORK.Process(target=hold, args=(storage, locked), daemon=True) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert {worker.exitcode for worker in workers} == {0}
+    processes = [in_a_process(work, storage, "together", log, PATIENT) for _ in range(2)]
+    processes += [in_a_process(hold, storage, locked) for _ in range(2)]
+    for process in processes:
+        process.join(60)
+    assert {process.exitcode for process in processes} == {0}
     assert Counter(lines(log)) == Worker(storage, "together").done() == Counter([*KEYS])
-    assert lines(locked) == ["in", "out"] * 3
+    assert lines(locked) == ["in", "out"] * 2
 
 
-@pytest.mark.parametrize(
-    ("storage", "sent"),
-    covering(["sqlite", "postgresql"], [signal.SIGSTOP, signal.SIGKILL]),
-    indirect=["storage"],
-)
+SIGNALS = [signal.SIGSTOP, signal.SIGKILL]
+
+
+@pytest.mark.parametrize(("storage", "sent"), covering(["sqlite", "postgresql"], SIGNALS), indirect=["storage"])
 def test_a_silent_workers_key_is_taken_over_once(storage, sent, tmp_path):
     """Of one that was only stopped, and goes on later, nothing counts."""
     log, hang = tmp_path / "log", tmp_path / "hang"
     hang.touch()
-    first, second = (process(storage, "silent", log) for _ in range(2))
-    first.start()
+    first = in_a_process(work, storage, "silent", log)
     wait_for(lambda: lines(log) == ["a"])
-    second.start()
+    second = in_a_process(work, storage, "silent", log)
     wait_for(lambda: len(lines(log)) >= len(KEYS))  # the second has done the others, and waits for the first
     os.kill(first.pid, sent)
     wait_for(lambda: len(lines(log)) > len(KEYS))
@@ -134,78 +126,87 @@ class Clock:
         self.now += 1
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(trial_queue, "time", Clock())
+    return trial_queue.time
+
+
+@pytest.fixture
+def database(tmp_path):
+    return tmp_path / "s.db"
+
+
 @pytest.mark.filterwarnings("ignore:Heartbeat of storage")
-def test_a_claim_without_a_heartbeat_is_taken_over_after_the_silence(tmp_path, monkeypatch):
+def test_a_claim_without_a_heartbeat_is_taken_over_after_the_silence(database, clock):
     """A worker killed between its claim and its first heartbeat leaves what Optuna never takes for stale."""
-    clock = Clock()
-    monkeypatch.setattr(trial_queue, "time", clock)
-    lost, other = Worker(tmp_path / "s.db"), Worker(tmp_path / "s.db")
+    lost, other = Worker(database), Worker(database)
     lost.queue.study.enqueue_trial({"x": 0}, user_attrs={"key": "a"})
     lost.queue.study.ask()
     other.work()
-    assert other.tried == ["b", "c", "d", "a"], "a fresh claim is left to its worker"
+    assert other.tried == ["b", "c", "a"], "a fresh claim is left to its worker"
     assert other.notes[-2:] == ["waiting for other workers, which are trying a", ""]
     assert clock.now == FAST.silence + 1
 
 
-def fails_at(wanted: str, error: BaseException):
+def failing(database: Path, error: BaseException) -> Worker:
+    """A worker that fails at b."""
+
     def fail(key: str) -> None:
-        if key == wanted:
+        if key == "b":
             raise error
 
-    return fail
+    return Worker(database, before=fail)
 
 
-def test_an_interrupted_key_is_tried_again_first_and_as_it_was(tmp_path):
-    first = Worker(tmp_path / "s.db", before=fails_at("c", KeyboardInterrupt()))
+def test_an_interrupted_key_is_tried_again_first_and_as_it_was(database):
+    first, wanted = failing(database, KeyboardInterrupt()), dict.fromkeys(KEYS, {})  # the sampler chooses
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            first.work(dict.fromkeys(KEYS, {}))  # the sampler chooses
-    second = Worker(tmp_path / "s.db")
-    second.work(dict.fromkeys(KEYS, {}))
-    assert first.tried == ["a", "b", "c", "c"] and second.tried == ["c", "d"]
-    once, again, other = (trial.params["x"] for trial in second.queue.trials() if key_of(trial) == "c")
+            first.work(wanted)
+    second = Worker(database)
+    second.work(wanted)
+    assert first.tried == ["a", "b", "b"] and second.tried == ["b", "c"]
+    once, again, other = (trial.params["x"] for trial in second.trials("b"))
     assert once == again != other, "what has killed two workers is replaced"
-    second.work(dict.fromkeys(KEYS, {}))
+    assert [trial.user_attrs["deaths"] for trial in second.trials("b")] == [0, 1, 2], "a sampler may ask for that"
+    second.work(wanted)
     assert len(second.tried) == 2, "all is done"
 
 
-def test_a_key_that_kills_three_workers_is_given_up(tmp_path):
-    survivor = Worker(tmp_path / "s.db")
+def test_a_key_that_kills_three_workers_is_given_up(database):
+    survivor, dying = Worker(database), failing(database, MemoryError())
     for _ in range(3):
         with pytest.raises(MemoryError):
-            Worker(tmp_path / "s.db", before=fails_at("b", MemoryError())).work()
-    assert survivor.work() == {"b": "3 workers died while trying it"}
-    assert survivor.tried == ["c", "d"]
-    assert Worker(tmp_path / "s.db").work() == {}, "a worker that begins now tries it again"
+            dying.work()
+    assert survivor.work() == {"b": "3 workers died while trying it"} and survivor.tried == ["c"]
+    assert Worker(database).work() == {}, "a worker that begins now tries it again"
 
 
-def test_a_failed_key_is_reported_by_all_and_tried_again_by_the_next(tmp_path):
-    first, beside = Worker(tmp_path / "s.db", before=fails_at("b", TrialFailed("no luck"))), Worker(tmp_path / "s.db")
+def test_a_failed_key_is_reported_by_all_and_tried_again_by_the_next(database):
+    first, beside = failing(database, TrialFailed("no luck")), Worker(database)
     assert first.work() == beside.work() == {"b": "no luck"}
     assert first.tried == list(KEYS) and beside.tried == []
-    later = Worker(tmp_path / "s.db")
+    later = Worker(database)
     assert later.work() == {} and later.tried == ["b"]
 
 
-def test_two_trials_of_one_key_are_tried_once(tmp_path):
-    """Two workers that look at once may both put it into the study, and both claim one; other studies lie beside it."""
-    optuna.create_study(storage=f"sqlite:///{tmp_path}/s.db", study_name="mine")
-    Worker(tmp_path / "s.db", "other").work({"a": {}})
-    first, looks = Worker(tmp_path / "s.db"), iter([{"a": {}}, {"a": {}}])
+def test_two_trials_of_one_key_are_tried_once(database):
+    """Two workers that look at once may both put it into the study, and both claim one; another study is beside it."""
+    Worker(database, "other").work({"a": {}})
+    first, second, looks = Worker(database), Worker(database), iter([{"a": {}}, {"a": {}}])
     for _ in range(2):
         first.queue.study.enqueue_trial({"x": 0}, user_attrs={"key": "a"})
-    second = Worker(tmp_path / "s.db")
-    first.before = lambda key: key == "a" and second.queue.work(lambda: next(looks, {}), second.objective)
-    first.work()
-    assert first.tried == list(KEYS) and second.tried == [] and first.states("a") == ["COMPLETE", "PRUNED"]
+    first.before = lambda key: second.queue.work(lambda: next(looks, {}), second.objective)
+    first.work({"a": {}})
+    assert first.tried == ["a"] and second.tried == [] and first.states("a") == ["COMPLETE", "PRUNED"]
     # What is done between a look and a claim is not tried
-    third, looks = Worker(tmp_path / "s.db", "third"), iter([{"a": {}}])
-    third.queue.work(lambda: next(looks, {}), third.objective)
-    assert third.tried == [] and third.states("a") == ["PRUNED"]
+    looks = iter([{"b": {}}])
+    second.queue.work(lambda: next(looks, {}), second.objective)
+    assert second.tried == [] and second.states("b") == ["PRUNED"]
 
 
-def test_a_heartbeat_that_cant_be_written_is_no_traceback(tmp_path, monkeypatch):
+def test_a_heartbeat_that_cant_be_written_is_no_traceback(database, monkeypatch):
     """On a full disk the worker meets the same error; its thread has nothing to add."""
     failed, tracebacks = [], []
 
@@ -215,11 +216,11 @@ def test_a_heartbeat_that_cant_be_written_is_no_traceback(tmp_path, monkeypatch)
 
     monkeypatch.setattr(optuna.storages.RDBStorage, "record_heartbeat", full)
     monkeypatch.setattr(threading, "excepthook", tracebacks.append)
-    Worker(tmp_path / "s.db").work({"a": {}})
+    Worker(database).work({"a": {}})
     assert failed and not tracebacks
 
 
-def test_a_database_that_cant_be_used_is_one_line(tmp_path):
+def test_a_database_that_cant_be_used_is_one_line(tmp_path, clock):
     (tmp_path / "no.db").write_text("no database" * 100)
     with contextlib.closing(sqlite3.connect(tmp_path / "bank.db")) as bank:
         bank.execute("CREATE TABLE accounts (money)")

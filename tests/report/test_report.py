@@ -1,6 +1,7 @@
 """The report: one page that needs no network, whose figures are those of the results."""
 
 import html.parser
+import itertools
 import json
 import re
 import shutil
@@ -41,11 +42,8 @@ class Reader(html.parser.HTMLParser):
         elif tag in ("td", "th"):
             self.tables[-1][-1].append("")
 
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
     def handle_endtag(self, tag):
-        if not self.open or self.open.pop() != tag:
+        if tag not in VOID and (not self.open or self.open.pop() != tag):
             self.wrong.append((tag, self.getpos()))
 
     def handle_data(self, data):
@@ -55,34 +53,30 @@ class Reader(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return report.page(files.RESULTS, report.CONFIGS, embedded.EMBEDDED)[0]
+    """The page of the committed results, without the bytes of its pictures."""
+    page, _ = report.page(files.RESULTS, report.CONFIGS, embedded.EMBEDDED)
+    return re.sub('base64,[^"]+', "base64,", page)
 
 
 @pytest.fixture
 def space(tmp_path):
     """A folder of configs and results with one section of three tables, and headlines of two."""
-    for name in ("tables", "runs", "plots"):
-        (tmp_path / name).mkdir()
     shown = [{"results": "benchmark_append", "heading": "A & B"}, {"results": "ratio_presets_{model}"}]
     section = {"title": "Adding <b>", "about": "Held `x<y`, **now**, kv-* and *so* on.", "runs": {}, "show": shown,
                "plots": ["gone"]}  # fmt: skip
-    write(tmp_path / "tables/one.json", section)
     codecs = {"int8 <i>": 0.002, "int4": 0.0105, "none": 0.001}
     rows = [{"codec": codec, "tokens_held": n, "append_ms_median": n * scale, "bytes_per_token": 1000 * scale}
             for codec, scale in codecs.items() for n in (100, 2000)]  # fmt: skip
     provenance = {"args": {"tokens": "</pre><script>"}, "git_commit": "c0ffee", "versions": {"torch": "2"}}
-    write(tmp_path / "runs/benchmark_append.json", provenance | {"rows": rows, "device": "cpu"})
-    headline = {"figure": "2,000 tokens held", "says": "to add to {100 tokens held}"}
-    headlines = [headline | {"results": "benchmark_append", "row": {"codec": "int4"}},
-                 headline | {"results": "benchmark_append", "row": {"codec": "int5"}},
-                 headline | {"results": "ratio_presets_{model}", "row": {}}]  # fmt: skip
+    headlines = [{"results": results, "row": row, "figure": "2,000 tokens held", "says": "to add to {100 tokens held}"}
+                 for results, row in (("benchmark_append", {"codec": "int4"}), ("benchmark_append", {"codec": "int5"}),
+                                      ("ratio_presets_{model}", {}))]  # fmt: skip
     config = {"title": "T", "about": "A", "order": [], "picture": {"results": "none"}, "headlines": headlines}
-    write(tmp_path / "report.json", config)
+    files.write_json(tmp_path / "tables/one.json", section)
+    files.write_json(tmp_path / "runs/benchmark_append.json", provenance | {"rows": rows, "device": "cpu"})
+    files.write_json(tmp_path / "report.json", config)
+    (tmp_path / "plots").mkdir()
     return tmp_path
-
-
-def write(path, record: dict) -> None:
-    path.write_text(json.dumps(record))
 
 
 def test_the_page_is_well_formed_accessible_and_asks_nothing_of_a_network(page):
@@ -96,11 +90,10 @@ def test_the_page_is_well_formed_accessible_and_asks_nothing_of_a_network(page):
     headings = [attributes for tag, attributes in read.elements if tag == "th"]
     assert headings and all(attributes.get("scope") in ("col", "row") for attributes in headings)
     assert '<html lang="en">' in page and page.count("<h1") == 1
-    allowed = ("#", "data:image/png;base64,")
     for tag, attributes in read.elements:
         assert tag not in ("link", "iframe", "base", "object")
-        for name in ("src", "srcset", "data", "action", "poster", "xlink:href") + (("href",) if tag != "a" else ()):
-            assert attributes.get(name, "#").startswith(allowed), (tag, name)
+        for name in ("src", "srcset", "data", "action", "poster", "xlink:href", *["href"] * (tag != "a")):
+            assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,")), (tag, name)
     assert not re.search(r"url\(|@import|\bimport\b.*from|fetch\(|XMLHttp", page)
     assert "default-src 'none'" in page
 
@@ -113,21 +106,21 @@ def test_every_table_and_headline_is_what_the_results_say(page):
     assert len(shown) == len(made) > 10
     for rows, table in zip(shown, made, strict=True):
         assert rows == [[report.inline(cell).striptags() for cell in row] for row in [table.columns, *table.rows]]
+    records = {path.stem: tables.read(path) for path in (files.RESULTS / "runs").glob("*.json")}
     for name, commit, *_ in provenance[1:]:
-        assert commit == tables.read(files.RESULTS / "runs" / f"{name}.json")["git_commit"]
-    named = {path.stem for path in (files.RESULTS / "runs").glob("*.json") if tables.kind_of(path.stem)}
+        assert commit == records[name]["git_commit"]
+    named = {name for name in records if tables.kind_of(name)}
     assert named <= set(re.findall(r'id="source-([^"]+)"', page)), "nothing that was measured is left out"
     figures = re.findall(r'<li data-results="([^"]+)"><strong>([^<]+)</strong>', page)
     assert len(figures) == len(config["headlines"])
     for name, figure in figures:
-        table = tables.table(name, tables.read(files.RESULTS / "runs" / f"{name}.json"))
-        assert any(cell.split(" (")[0] == figure for row in table.rows for cell in row), figure
-    picture = json.loads((files.RESULTS / "runs" / f"peers_{embedded.EMBEDDED}.json").read_text())
+        cells = itertools.chain(*tables.table(name, records[name]).rows)
+        assert any(cell.split(" (")[0] == figure for cell in cells), figure
     said = re.findall(r"<g><title>(.*): (.*)x, (.*?) \(", page)
-    rows = {row["label"]: row for row in picture["rows"] if "not_run" not in row}
-    assert {label: rest for label, *rest in said} == {
-        label: [f"{row['compression_ratio_2048']:.2f}", f"{row['ppl_delta']:+.2%}"] for label, row in rows.items()
-    }
+    assert set(said) == {
+        (row["label"], f"{row['compression_ratio_2048']:.2f}", f"{row['ppl_delta']:+.2%}")
+        for row in records[f"peers_{embedded.EMBEDDED}"]["rows"] if "not_run" not in row
+    }  # fmt: skip
 
 
 def test_what_is_missing_is_named_and_what_is_odd_escaped(space):
@@ -182,7 +175,7 @@ def test_a_column_really_sorts_in_a_browser(space, tmp_path):
             {"label": "best", "ppl_delta": -0.2} | same, {"label": "better", "ppl_delta": -0.03} | same,
             {"label": "", "ppl_delta": 0.0} | same | {"family": "baseline"}]  # fmt: skip
     record = tables.read(space / "runs/benchmark_append.json")
-    write(space / "runs/peers_m.json", record | {"rows": rows, "model": "m", "text": "t", "needle": None})
+    files.write_json(space / "runs/peers_m.json", record | {"rows": rows, "model": "m", "text": "t", "needle": None})
     page, _ = report.page(space, space, "tiny")
     clicks = """<script>
     const found = [], shown = document.querySelectorAll("table")[1], heads = shown.querySelectorAll("thead button");
@@ -216,7 +209,7 @@ def test_results_and_pictures_that_are_none_are_named_or_left_out(space):
     good = json.loads(path.read_text())
     lacking = [{name: value for name, value in good.items() if name != key} for key in good]
     others = [good | {key: value} for key, values in BROKEN.items() for value in values]
-    for content in [*NO_RECORDS, *sampled(map(json.dumps, lacking + others), 8)]:
+    for content in [*NO_RECORDS, *sampled(map(json.dumps, lacking + others), 6)]:
         path.write_text(content)
         html, missing = report.page(space, space, "smollm2-135m")
         assert not Reader(html).wrong
@@ -224,7 +217,9 @@ def test_results_and_pictures_that_are_none_are_named_or_left_out(space):
     path.write_bytes(b"\xff\xfe")
     _, missing = report.page(space, space, "smollm2-135m")
     assert any("benchmark_append.json doesn't hold what is shown of it (UnicodeDecodeError" in line for line in missing)
-    (space / "tables/one.json").write_text((space / "tables/one.json").read_text().replace("gone", "benchmark_append"))
-    for content in (b"", b"x", b"\x89PNG", b"<svg onload=alert(1)>" * 9):
-        (space / "plots/benchmark_append.png").write_bytes(content)
-        assert "data:image/png" not in report.page(space, space, "smollm2-135m")[0]
+    pictures = {"a": b"", "b": b"x", "c": b"\x89PNG", "d": b"<svg onload=alert(1)>" * 9}
+    for name, content in pictures.items():
+        (space / f"plots/{name}.png").write_bytes(content)
+    section = json.loads((space / "tables/one.json").read_text())
+    files.write_json(space / "tables/one.json", section | {"plots": [*pictures]})
+    assert "data:image/png" not in report.page(space, space, "smollm2-135m")[0]

@@ -25,12 +25,6 @@ def test_long_words_are_wrapped_in_their_column_and_figures_stay_right():
     assert sum(line.count("family") for line in wide[2:]) == 30 and wide[-1] == "       2  x, y"
 
 
-def test_markdown_escapes_pipes_and_fills_short_rows():
-    lines = TABLE.markdown().splitlines()
-    assert lines[:2] == ["| cache | ms | against baseline |", "|---|---|---|"]
-    assert lines[3:] == ["| a\\|b | 12.5 | – |", "| hqq | not run: no package | |", "", TABLE.note]
-
-
 @pytest.mark.parametrize(("cell", "value"), [
     ("+0.14%", 0.14), ("-1,125.6% … +2%", -1125.6), ("0.95x (0.93 … 1.21)", 0.95), ("4.1e-05", 4.1e-5),
     ("12.0 MiB", 12), ("at least 3", 3), ("5 of 5 depths", 5), ("–", None), ("kv4", None), ("**8 bits**", None),

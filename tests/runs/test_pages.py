@@ -14,17 +14,20 @@ from gpt2.runs import pages
 from gpt2.runs.check import check, not_found
 from gpt2.runs.config import RunOptions, load
 
-RUNS = files.RESULTS / "runs"
 RESULT = "ratio_presets_smollm2-135m"
 
 
 @pytest.fixture
 def checkout(tmp_path):
     """A checkout with one table: of the committed presets by ratio, or of another model's."""
+    return define(make_checkout(tmp_path))
+
+
+def define(checkout, **more):
     runs, show = {"ratio_presets_{model}": fake()}, [{"results": "ratio_presets_{model}", "heading": "Presets"}]
-    made = make_checkout(tmp_path)
-    write_table(made, "t", {"title": "A table", "about": "What it shows.", "runs": runs, "show": show, "plots": []})
-    return made
+    table = {"title": "A table", "about": "What it shows.", "runs": runs, "show": show, "plots": []}
+    write_table(checkout, "t", table | more)
+    return checkout
 
 
 def write(checkout, model: str = "smollm2-135m"):
@@ -34,9 +37,8 @@ def write(checkout, model: str = "smollm2-135m"):
 
 def with_results(checkout) -> None:
     (checkout / "results" / "runs").mkdir(parents=True)
-    shutil.copy(RUNS / f"{RESULT}.json", checkout / "results" / "runs")
-    other = checkout / "results" / "runs" / "ratio_presets_other-1b.json"
-    shutil.copy(RUNS / f"{RESULT}.json", other)
+    for name in (RESULT, "ratio_presets_other-1b"):
+        shutil.copy(files.RESULTS / "runs" / f"{RESULT}.json", checkout / "results" / "runs" / f"{name}.json")
 
 
 def test_a_page_that_was_edited_is_noticed(checkout):
@@ -58,14 +60,13 @@ def test_a_page_that_was_edited_is_noticed(checkout):
 def test_a_figure_of_several_models_is_drawn_with_the_page(checkout, monkeypatch):
     """From all results that its patterns find, the embedded model's first; again when a model is added."""
     drawn = []
-    monkeypatch.setattr(
-        pages.plots,
-        "frontier",
-        lambda records: (drawn.append([r["model"] for r in records]), new_figure(figsize=(1, 1)))[1][0],
-    )
-    path = checkout / "configs" / "tables" / "t.json"
-    figure = {"name": "models", "plot": "frontier", "results": ["peers_*"]}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"figures": [figure]}))
+
+    def frontier(records: list[dict]):
+        drawn.append([record["model"] for record in records])
+        return new_figure(figsize=(1, 1))[0]
+
+    monkeypatch.setattr(pages.plots, "frontier", frontier)
+    define(checkout, figures=[{"name": "models", "plot": "frontier", "results": ["peers_*"]}])
     assert "plots/models.png" not in write(checkout).read_text() and not drawn
     runs = checkout / "results" / "runs"
     runs.mkdir(parents=True)
@@ -74,22 +75,6 @@ def test_a_figure_of_several_models_is_drawn_with_the_page(checkout, monkeypatch
         assert "![models](../plots/models.png)" in write(checkout).read_text()
     assert drawn[-1] == ["smollm2-135m", "a-model", "org/b-model"] and len(drawn[0]) == 1
     assert (checkout / "results" / "plots" / "models.png").is_file()
-
-
-def test_each_machine_has_a_table_of_its_own(checkout):
-    with_results(checkout)
-    runs = checkout / "results" / "runs"
-    for tag, processor in {"": "First", "_avx2": "Second"}.items():
-        record = json.loads((RUNS / "benchmark_append.json").read_text())
-        record["machine"] |= {"processor": processor}
-        (runs / f"benchmark_append{tag}.json").write_text(json.dumps(record))
-    show = [{"results": "benchmark_append", "heading": "Appending"}]
-    defined = {"benchmark_append": fake(per_machine=True)}
-    write_table(checkout, "t", {"title": "T", "about": "A.", "runs": defined, "show": show, "plots": []})
-    text = write(checkout).read_text()
-    assert text.count("## Appending") == 1 and text.count("| codec |") == 2
-    first, second = (text.index(f"Machine: {name}") for name in ("First", "Second"))
-    assert first < text.index("Source: `benchmark_append.json`") < second < text.index("`benchmark_append_avx2.json`")
 
 
 def test_regions_are_made_anew_also_where_one_cant_be(checkout):
@@ -104,15 +89,16 @@ def test_regions_are_made_anew_also_where_one_cant_be(checkout):
     assert "| kv-4x |" in text and "old" not in text and text.endswith("<!-- end -->\nProse.\n")
 
 
+def test_this_repository():
+    """Tables of every kind, of several machines and models, as README, docs and results/tables show them."""
+    check(files.ROOT)
+
+
 PROSE = """About {figure} of it.
 <!-- results: ratio_presets_x -->
 | kv-4x | 3.97x | +0.14% | 0.00158 |
 <!-- end -->
 """
-
-
-def test_this_repository():
-    check(files.ROOT)
 
 
 @pytest.mark.parametrize(
@@ -132,11 +118,10 @@ def test_a_figure_that_no_table_shows_is_named_with_its_line(figure):
 
 def test_everything_that_differs_is_named_at_once(tmp_path):
     checkout = make_checkout(tmp_path)
-    (checkout / "results" / "tables").mkdir(parents=True)
-    (checkout / "results" / "tables" / "gone.md").write_text("# Gone\n")
-    (checkout / "docs").mkdir()
-    (checkout / "docs" / "a.md").write_text("It is 9.99x.\n")
-    (checkout / "README.md").write_text("<!-- results: none -->\n<!-- end -->\n")
+    for name, text in {"results/tables/gone.md": "# Gone\n", "docs/a.md": "It is 9.99x.\n",
+                       "README.md": "<!-- results: none -->\n<!-- end -->\n"}.items():  # fmt: skip
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text(text)
     with pytest.raises(PluginError) as caught:
         check(checkout)
     assert str(caught.value).splitlines() == [

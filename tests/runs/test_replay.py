@@ -6,7 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from pictures import small_pictures  # noqa: F401
+from checkouts import matcher_of, write_table
+from pictures import draw_nothing, small_pictures  # noqa: F401
 from script_runs import INT4_PRESET, run
 from tiny import word_text
 
@@ -15,30 +16,23 @@ from gpt2.common.errors import PluginError
 from gpt2.compression.codecs.integer import Int4
 from gpt2.compression.codecs.multi_head import JointTransform
 from gpt2.runs import replay
-from gpt2.runs.config import RunOptions, load
-from gpt2.runs.up_to_date import REPLAYED, Matcher
 
 PEERS = {"peers": "kivi", "preset": ["p.json"], "needle-context-lengths": "none", "text": "words.txt",
          "eval-tokens": 192, "eval-seq-len": 64, "chunk": 16}  # fmt: skip
 POSITIONS = {"preset": ["p.json"], "text": "words.txt", "segments": 2, "prompt-tokens": 20, "new-tokens": 40}
-PRESETS = {"text": "words.txt", "samples": 3, "seq-len": 100, "eval-tokens": 300, "eval-seq-len": 100, "chunk": 20,
+PRESETS = {"text": "words.txt", "samples": 2, "seq-len": 100, "eval-tokens": 200, "eval-seq-len": 100, "chunk": 20,
            "ratios": "4,6.4"}  # fmt: skip
-PRESETS_RUN = "ratio_presets_tiny-llama"
 RUNS = {
     "peers_x": {"script": "compare_peers", "args": PEERS},
     "by_position_x": {"script": "eval_by_position", "args": POSITIONS | {"greedy-tokens": 4, "chunk": 16}},
     "attention_step_x": {"script": "benchmarks/append", "args": {}},
 }
+PRESETS_RUN = "ratio_presets_tiny-llama"
 
 
 def in_this_process(command: list[str], **_) -> SimpleNamespace:
     code = run(Path(command[1]).stem, *command[2:])
     return SimpleNamespace(returncode=code, stderr="")
-
-
-def matcher_of(folder: Path, model_folder: Path) -> Matcher:
-    options = RunOptions(model=str(model_folder), checkout=folder)
-    return Matcher(options, load(options)[1])
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +45,11 @@ def results(tmp_path_factory, model_folder):
     (folder / "configs" / "tables").mkdir(parents=True)
     presets = {PRESETS_RUN: {"script": "make_presets", "args": PRESETS, "output": "."}}
     shown = [{"results": name} for name in RUNS]
-    table = {"title": "t", "about": "", "runs": RUNS | presets, "show": shown, "plots": []}
-    (folder / "configs/tables/t.json").write_text(json.dumps(table))
+    write_table(folder, "t", {"title": "t", "about": "", "runs": RUNS | presets, "show": shown, "plots": []})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("COMMIT", provenance.git_commit() or "")
-        made = matcher_of(folder, model_folder)
+        made = matcher_of(folder, model=str(model_folder))
         for name in ("peers_x", "by_position_x"):
             in_this_process(made.command(made.runs[name]))
     return folder
@@ -68,7 +61,8 @@ def matcher(results, tmp_path, model_folder, monkeypatch):
     shutil.copytree(results, tmp_path / "copy", symlinks=True)
     monkeypatch.chdir(tmp_path / "copy")
     monkeypatch.setattr(replay, "subprocess", SimpleNamespace(run=in_this_process))
-    return matcher_of(tmp_path / "copy", model_folder)
+    draw_nothing(monkeypatch)
+    return matcher_of(tmp_path / "copy", model=str(model_folder))
 
 
 def test_presets_by_ratio_are_measured_again_with_their_calibration(matcher, monkeypatch, capsys):
@@ -121,18 +115,6 @@ def wrong_offset(dequantize):
 def wrong_channel(heads_of):
     """Every channel gets what the channel before it was reconstructed to."""
     return lambda self, x, head_dim, start=0: heads_of(self, x.roll(1, -1), head_dim, start)
-
-
-def test_a_replay_at_a_known_commit_stands_for_the_one_that_made_the_results(matcher):
-    path = matcher.record_path("peers_x")
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"git_commit": "0" * 12}))
-    assert "not in this repository" in matcher.stale("peers_x")
-    assert replay.replay(matcher, "peers_x") == [] and matcher.stale("peers_x") is None
-    noted = json.loads((matcher.options.results / REPLAYED).read_text())
-    noted["peers_x"]["commit"] = "f" * 12
-    (matcher.options.results / REPLAYED).write_text(json.dumps(noted))
-    assert "not in this repository" in matcher.stale("peers_x"), "nor is the commit of the replay"
 
 
 def test_what_can_not_be_replayed_says_why(matcher, monkeypatch):

@@ -6,17 +6,12 @@ import shutil
 import subprocess
 
 import pytest
-from checkouts import fake, git, make_checkout, write_table
+from checkouts import fake, git, make_checkout, matcher_of, write_table
 
 from gpt2.common import files
-from gpt2.runs.config import RunOptions, load
 from gpt2.runs.record import write_record
-from gpt2.runs.up_to_date import Matcher
+from gpt2.runs.up_to_date import REPLAYED, Matcher
 from gpt2.text import sources
-
-
-def matcher_of(checkout, **how) -> Matcher:
-    return Matcher(RunOptions(checkout=checkout), load(RunOptions(checkout=checkout))[1], **how)
 
 
 def make(checkout, name: str = "peers_x") -> Matcher:
@@ -62,8 +57,7 @@ def test_results_are_up_to_date_until_an_argument_changes(checkout):
 
 def test_an_argument_that_older_results_lack_had_its_default_and_what_is_no_record_is_missing(checkout, recorded):
     matcher, record, stale = recorded
-    without = {key: value for key, value in record["args"].items() if key != "hangs"}
-    assert stale(args=without) is None
+    assert stale(args={key: value for key, value in record["args"].items() if key != "hangs"}) is None
     hangs = redefine(checkout, peers_x=fake({"size": 3, "hangs": True}))
     assert hangs.stale("peers_x") == "made with --hangs False, now True"
     for content in ("", "{", "[]", "3", "{}", '{"args": []}', "[" * 10**5):
@@ -97,14 +91,11 @@ def test_a_text_is_compared_by_its_hash(tmp_path):
     """As validation records it: evaluation text beside arguments, calibration text in what was calibrated."""
     checkout = make_checkout(tmp_path)
     script = (checkout / "scripts" / "fake.py").read_text()
-    with_text = script.replace('"--reads")', '"--reads")\n    p.add_argument("--text")')
-    (checkout / "scripts" / "reader.py").write_text(with_text)
+    (checkout / "scripts" / "reader.py").write_text(script.replace('"--reads")', '"--text")'))
     redefine(checkout, peers_x={"script": "reader", "args": {"text": "{text}"}})
-    for name in ("one.txt", "two.txt"):
-        (tmp_path / name).write_text("\n".join(f"{name} line {i}" for i in range(50)))
+    (tmp_path / "one.txt").write_text("\n".join(f"line {i}" for i in range(50)))
     text = sources.load_text(str(tmp_path / "one.txt"))
-    options = RunOptions(text=str(tmp_path / "one.txt"), checkout=checkout)
-    matcher = Matcher(options, load(options)[1], any_code=True)
+    matcher = matcher_of(checkout, any_code=True, text=str(tmp_path / "one.txt"))
     record = {"args": vars(matcher.parsed(matcher.runs["peers_x"])) | {"text": "../elsewhere/one.txt"}}
 
     def stale(**more):
@@ -120,13 +111,17 @@ def test_a_text_is_compared_by_its_hash(tmp_path):
     assert "(calibration part)" in stale(**own, calibration={"text_sha256": "other"})
 
 
-def test_the_commit_that_made_results_must_be_known(checkout, recorded):
+@pytest.fixture
+def commit(checkout):
+    """A commit of the checkout."""
+    for words in ("init -q", "add .", "commit -qm first"):
+        git(checkout, *words.split())
+    return git(checkout, "rev-parse", "--short=12", "HEAD")
+
+
+def test_the_commit_that_made_results_must_be_known(checkout, recorded, commit):
     """Whether today's code gives the same is for a replay; here it is enough that anyone can go back to it."""
-    matcher, _, stale = recorded
-    git(checkout, "init", "-q")
-    git(checkout, "add", ".")
-    git(checkout, "commit", "-qm", "first")
-    commit = git(checkout, "rev-parse", "--short=12", "HEAD")
+    _, _, stale = recorded
     assert stale(git_commit=commit) is None
     assert stale(git_commit="0123456789ab") == "made at commit 0123456789ab, which is not in this repository"
     for other in (f"{commit}-dirty", "", None, ["x"]):
@@ -137,6 +132,15 @@ def test_the_commit_that_made_results_must_be_known(checkout, recorded):
         assert "is not in this repository" in stale(git_commit=word), word
     assert victim.read_text() == "as it was"
     assert matcher_of(checkout, any_code=True).stale("peers_x") is None
+
+
+def test_a_replay_at_a_known_commit_stands_for_the_one_that_made_the_results(recorded, commit):
+    matcher, _, stale = recorded
+    assert "not in this repository" in stale(git_commit="0" * 12)
+    replayed = {"agrees": True, "commit": commit, "sha256": files.file_sha256(matcher.record_path("peers_x"))}
+    for changes in ({}, {"agrees": False}, {"commit": "f" * 12}, {"sha256": "that of another file"}):
+        files.write_json(matcher.options.results / REPLAYED, {"peers_x": replayed | changes})
+        assert (matcher.stale("peers_x") is None) == (changes == {}), changes
 
 
 def test_a_preset_that_is_made_has_a_record_of_its_own(tmp_path):
@@ -161,7 +165,6 @@ def test_a_preset_that_is_made_has_a_record_of_its_own(tmp_path):
 
 def test_a_run_of_a_shape_is_of_that_shape_whatever_the_model():
     """The tables' --model is for runs that name no model of their own."""
-    runs = load(RunOptions(model="some/model"))[1]
-    matcher = Matcher(RunOptions(model="some/model"), runs)
-    own, other = (matcher.parsed(runs[name]).model for name in ("cache_bytes_gemma-3-4b", "cache_bytes_model"))
+    matcher = matcher_of(files.ROOT, model="some/model")
+    own, other = (matcher.parsed(matcher.runs[name]).model for name in ("cache_bytes_gemma-3-4b", "cache_bytes_model"))
     assert (own, other) == ("configs/models/gemma-3-4b.json", "some/model")

@@ -1,31 +1,25 @@
 """Runs as trials of a queue: made once, shared, taken over, and reported where they fail."""
 
 import contextlib
-import json
-import multiprocessing
 import os
 import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from checkouts import fake, make_checkout, started
-from databases import wait_for
+from checkouts import fake, make_checkout, matcher_of, started
+from databases import in_a_process, wait_for
 
-from gpt2.common import machine
+from gpt2.common import files, machine
+from gpt2.common.errors import PluginError
 from gpt2.common.trial_queue import Pace
 from gpt2.runs import replay, worker
-from gpt2.runs.config import RunOptions, load
 from gpt2.runs.up_to_date import Matcher
-
-FORK = multiprocessing.get_context("fork")  # nothing to import again
 
 
 def work(checkout: Path, storage: Path, wanted: list[str] | None = None, **how) -> dict[str, str]:
-    options = RunOptions(checkout=checkout, **how)
-    tables, runs = load(options)
-    wanted = wanted or [name for table in tables.values() for name in table.results]
-    return worker.Worker(storage, Matcher(options, runs), Pace(1, 2, 0.1), lambda line: None).work(wanted)
+    matcher = matcher_of(checkout, **how)
+    return worker.Worker(storage, matcher, Pace(1, 2, 0.1), lambda line: None).work(wanted or [*matcher.runs])
 
 
 @pytest.fixture
@@ -37,18 +31,16 @@ def checkout(tmp_path):
 
 
 def test_code_that_a_model_has_generated_is_run_only_where_that_is_allowed(tmp_path, storage, monkeypatch):
-    checkout = make_checkout(tmp_path, t={"peers_one": fake(), "code_x": fake()})
-    script = checkout / "scripts" / "fake.py"
-    flag = 'p.add_argument("--run-generated-code", action="store_true")\n    p.add_argument("--reads")'
-    (checkout / "scripts" / "generating.py").write_text(script.read_text().replace('p.add_argument("--reads")', flag))
-    path = checkout / "configs" / "tables" / "t.json"
-    path.write_text(path.read_text().replace('"code_x": {"script": "fake"', '"code_x": {"script": "generating"'))
+    checkout = make_checkout(tmp_path, t={"peers_one": fake(), "code_x": fake() | {"script": "generating"}})
+    script = (checkout / "scripts" / "fake.py").read_text()
+    flag = '"--reads")\n    p.add_argument("--run-generated-code", action="store_true")'
+    (checkout / "scripts" / "generating.py").write_text(script.replace('"--reads")', flag))
     failed = work(checkout, storage)
     assert list(failed) == ["code_x"] and "give --run-generated-code to allow it" in failed["code_x"]
     assert started(checkout) == ["peers_one"]
     assert work(checkout, storage, ["code_x"], run_generated_code=True) == {}
     assert started(checkout) == ["peers_one", "code_x"]
-    forbidden = Matcher(RunOptions(checkout=checkout), load(RunOptions(checkout=checkout))[1])
+    forbidden = matcher_of(checkout)
     assert forbidden.stale("code_x") is None, "results are up to date whether new ones may be made or not"
     monkeypatch.setitem(replay.REPLAYS, "generating", replay.REPLAYS["eval_code"])
     assert "give --run-generated-code" in replay.replayable(forbidden, "code_x")
@@ -61,10 +53,9 @@ def storage(tmp_path):
 
 def test_a_killed_workers_run_is_taken_over(checkout, storage):
     (checkout / "hang").touch()
-    first, second = (FORK.Process(target=work, args=(checkout, storage), daemon=True) for _ in range(2))
-    first.start()
+    first = in_a_process(work, checkout, storage)
     wait_for(lambda: started(checkout) == ["peers_one"])
-    second.start()
+    second = in_a_process(work, checkout, storage)
     wait_for(lambda: len(started(checkout)) == 2)  # the second makes the other, and waits for the first
     os.kill(first.pid, signal.SIGKILL)
     script = int((checkout / "log").read_text().split()[1])
@@ -83,8 +74,8 @@ def alive(process: int) -> bool:
 
 
 def test_what_is_made_is_not_made_again(checkout, storage, tmp_path):
-    assert work(checkout, storage) == {} and Counter(started(checkout)).total() == 3
-    assert work(checkout, storage) == {} and work(checkout, tmp_path / "other.db") == {}
+    assert work(checkout, storage) == {} and len(started(checkout)) == 3
+    assert work(checkout, tmp_path / "other.db") == {}
     assert len(started(checkout)) == 3, "results decide, not the study"
     (checkout / "results" / "runs" / "peers_one.json").unlink()
     assert work(checkout, storage) == {}
@@ -107,25 +98,29 @@ def test_a_machine_adds_nothing_to_the_results_of_another(tmp_path, storage, mon
     checkout = make_checkout(tmp_path / "c", t=runs)
     here = {"processor": "Here", "instruction_sets": ["avx2"], "cores": 2, "kernels_for": "native"}
     monkeypatch.setattr(machine, "describe", lambda device: here)
-    others = checkout / "results" / "runs" / "peers_one_avx2.json"
-    others.parent.mkdir(parents=True)
-    for other, shown in (({"machine": here | {"processor": "There"}}, "There, AVX2"), ({}, "machine not recorded")):
-        others.write_text(json.dumps({"args": {}} | other))
-        failed = work(checkout, storage, ["peers_two_avx2", "peers_any"], machine="avx2")
-        assert failed.keys() == {"peers_two_avx2"}
-        assert f"peers_one_avx2.json is of another machine ({shown})" in failed["peers_two_avx2"]
-    failed = work(checkout, storage, ["peers_two"], machine="avx512")
-    assert "this machine is avx2: it makes no results of avx512" in failed["peers_two"]
-    others.write_text(json.dumps({"args": {}, "machine": here}))
-    for tag in ("avx2", "avx2-second"):
-        assert work(checkout, storage, [f"peers_two_{tag}"], machine=tag) == {}
-    assert started(checkout) == ["peers_any", "peers_two_avx2", "peers_two_avx2-second"]
+    other = checkout / "results" / "runs" / "peers_one_avx2.json"
+
+    def rejected(name: str, tag: str) -> str | None:
+        matcher = matcher_of(checkout, machine=tag)
+        try:
+            matcher.check_machine(matcher.runs[name])
+        except PluginError as error:
+            return str(error)
+
+    for more, shown in (({"machine": here | {"processor": "There"}}, "There, AVX2"), ({}, "machine not recorded")):
+        files.write_json(other, {"args": {}} | more)
+        assert f"peers_one_avx2.json is of another machine ({shown})" in rejected("peers_two_avx2", "avx2")
+    failed = work(checkout, storage, ["peers_two_avx2", "peers_any"], machine="avx2")
+    assert failed == {"peers_two_avx2": rejected("peers_two_avx2", "avx2")} and started(checkout) == ["peers_any"]
+    assert "this machine is avx2: it makes no results of avx512" in rejected("peers_two", "avx512")
+    assert rejected("peers_two_avx2-second", "avx2-second") is None
+    files.write_json(other, {"args": {}, "machine": here})
+    assert rejected("peers_two_avx2", "avx2") is None
 
 
 def test_ctrl_c_stops_the_script_and_the_run_waits_for_the_next_start(checkout, storage):
     (checkout / "hang").touch()
-    process = FORK.Process(target=stopped_by_ctrl_c, args=(checkout, storage), daemon=True)
-    process.start()
+    process = in_a_process(stopped_by_ctrl_c, checkout, storage)
     wait_for(lambda: started(checkout) == ["peers_one"])
     os.killpg(process.pid, signal.SIGINT)
     process.join(30)

@@ -77,6 +77,15 @@ def fake(args: dict | None = None, **more) -> dict:
     return {"script": "fake", "args": args or {}} | more
 
 
+def matcher_of(checkout: Path, any_code: bool = False, **options):
+    """The `Matcher` of a checkout. any_code: as it takes it; options: as `RunOptions` takes them."""
+    from gpt2.runs.config import RunOptions, load
+    from gpt2.runs.up_to_date import Matcher
+
+    options = RunOptions(checkout=checkout, **options)
+    return Matcher(options, load(options)[1], any_code)
+
+
 def started(folder: Path) -> list[str]:
     """Names of the runs that were started, in order."""
     log = folder / "log"

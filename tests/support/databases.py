@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import pwd
 import shutil
@@ -20,6 +21,13 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "it never happened"
         time.sleep(0.02)
+
+
+def in_a_process(target: Callable, *args) -> multiprocessing.Process:
+    """A function at work in a process of its own, which ends with this one; forked, so nothing is imported again."""
+    process = multiprocessing.get_context("fork").Process(target=target, args=args, daemon=True)
+    process.start()
+    return process
 
 
 def lines(path: Path) -> list[str]:

@@ -9,12 +9,13 @@ from tiny import tiny_loaded, windows
 
 from gpt2.common.errors import BudgetNotMet, PluginError
 from gpt2.common.trial_queue import TrialQueue
-from gpt2.compression.cache import size
 from gpt2.compression.codecs.integer import Int4
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.settings import Setting
 from gpt2.tuning import grid_search
-from gpt2.tuning.grid_search import Cell, run_grid
+from gpt2.tuning.codec_search import CodecSearch
+from gpt2.tuning.grid_search import Cell, GridSearch, run_grid
+from gpt2.tuning.search_space import Space
 from gpt2.tuning.trials import Trial, confirm_best, percent, within_budget
 
 INT4, INT8 = Setting("identity", 12, 4), Setting("identity", 12, 8)
@@ -62,38 +63,54 @@ def test_every_cell_is_measured_once_and_comes_back_as_it_was(tmp_path):
     assert trials == [evaluate(cell) for cell in cells]
 
 
+def keys(of: list[dict], kind=GridSearch) -> list[dict]:
+    return [search_of(**own, kind=kind).key("text") for own in of]
+
+
 def test_the_key_has_all_that_figures_depend_on(llama):
-    base = search_of(llama)
+    base = {"loaded": llama}
     others = [{"target": "v"}, {"codec": "hadamard"}, {"sink_tokens": 0}, {"chunk": 8}, {"seed": 1}]
     others += [{"tuning": windows(1, 48)}, {"loaded": tiny_loaded("qwen2")}]
-    keys = [base.key("text"), base.key("other text")]
-    keys += [search_of(**{"loaded": llama} | own).key("text") for own in others]
-    assert all(keys.count(key) == 1 for key in keys) and search_of(llama).key("text") == base.key("text")
+    found = [*keys([base, *(base | own for own in others)]), search_of(llama).key("other text")]
+    assert all(found.count(key) == 1 for key in found) and keys([base]) == found[:1]
+    spaces = [{"space": Space(names, 12, (12,))} for names in (("identity",), ("identity", "hadamard"))]
+    found = keys([base | own for own in (spaces[0], spaces[0] | {"budget": 0.06}, spaces[1])], CodecSearch)
+    assert all(found.count(key) == 1 for key in found)
 
 
-def test_a_loss_that_is_not_finite_is_recorded_and_others_are_measured(llama, monkeypatch):
+@pytest.mark.parametrize("kind", [GridSearch, CodecSearch])
+def test_another_context_length_is_another_search(llama, kind):
+    """Where all layers are alike the usual length isn't in the key: studies from before there was a choice go on."""
+    lengths = [{}, {"context_length": 4096}]
+    differ, alike = (keys([{"loaded": loaded} | own for own in lengths], kind)
+                     for loaded in (tiny_loaded("gemma3_text"), llama))  # fmt: skip
+    assert [key.pop("context_length") for key in differ] == [2048, 4096] and differ[0] == differ[1]
+    assert "context_length" not in alike[0] and alike[1] == alike[0] | {"context_length": 4096}
+
+
+def test_a_loss_that_is_not_finite_is_recorded_and_over_any_budget(llama, monkeypatch):
     """Codes of 4 bits that are dequantized to NaN: their cell is over any budget on both texts."""
     real = Int4.dequantize
     monkeypatch.setattr(Int4, "dequantize", lambda self, codes, rank: real(self, codes, rank) * math.nan)
     own = search_of(llama)
     good, lost = own.evaluate(Cell(12, 8)), own.evaluate(Cell(12, 4))
     assert math.isfinite(good.ppl_delta) and math.isinf(lost.ppl_delta) and "NaN" in lost.details["note"]
-    assert lost.record()["ppl_delta"] is None and lost.compression_ratio > good.compression_ratio
+    assert json.loads(json.dumps(lost.record(), allow_nan=False))["ppl_delta"] is None
+    assert lost.compression_ratio > good.compression_ratio and within_budget([lost, good], 1e9) == [good]
     held_on_tuning_text = Trial(lost.candidate, 0.0, 9.0, {})
     chosen, _, failed = confirm_best([held_on_tuning_text, good], 0.9, own.confirm, "")
     assert chosen is good and [trial.candidate for trial, _ in failed] == [lost.candidate]
+    with pytest.raises(BudgetNotMet, match="no finite loss"):
+        confirm_best([lost], 0.05, lambda cell: {}, "")
+    assert (percent(None), percent(0.0123)) == ("no finite loss", "+1.23%")
 
 
 def test_reconstructions_are_kept_while_scoring_and_not_counted(llama, monkeypatch):
-    own, kept = search_of(llama), []
-    real = CompressedDynamicCache.keep_reconstructed
+    own, kept, real = search_of(llama), [], CompressedDynamicCache.keep_reconstructed
     monkeypatch.setattr(CompressedDynamicCache, "keep_reconstructed", lambda self: kept.append(1) or real(self))
     trial = own.evaluate(Cell(12, 8))
-    assert kept
-    ratio = size.compression_ratio(own.factory(trial.candidate), own.loaded.geometry)
-    assert trial.compression_ratio == pytest.approx(ratio) and ratio > 1.4
-    monkeypatch.setattr(CompressedDynamicCache, "keep_reconstructed", lambda self: self)
-    assert own.evaluate(Cell(12, 8)).ppl_delta == pytest.approx(trial.ppl_delta, abs=1e-4)
+    ratio = own.ratio(trial.candidate)
+    assert kept and trial.compression_ratio == pytest.approx(ratio) and ratio > 1.4
 
 
 # Fewer ranks and bits compress more and cost more
@@ -122,12 +139,3 @@ def test_nothing_within_the_budget_names_the_nearest_and_what_helps():
             confirm_best(TRIALS, 0.005, lambda cell, delta=delta: {"ppl_delta": delta}, "")
     with pytest.raises(BudgetNotMet, match="(?s)nothing could be measured.*try more"):
         confirm_best([], 0.005, lambda cell: {}, "try more")
-
-
-def test_a_loss_that_is_not_finite_is_over_any_budget_and_recorded():
-    lost = Trial(Cell(8, 2), math.inf, 9.0, {"ppl_delta": None, "note": "NaN"})
-    assert lost not in within_budget([*TRIALS, lost], 1e9)
-    assert json.loads(json.dumps(lost.record(), allow_nan=False))["ppl_delta"] is None
-    with pytest.raises(BudgetNotMet, match="no finite loss"):
-        confirm_best([lost], 0.05, lambda cell: {}, "")
-    assert (percent(None), percent(0.0123)) == ("no finite loss", "+1.23%")
