@@ -34,7 +34,7 @@ LONG = """
     cache/test_layer_kinds.py cache/test_endurance.py cache/test_operations.py codecs/test_multi_head.py
     evaluation/test_stability.py scripts/test_gpu_check.py cache/test_cache_machine.py tuning/test_ratio_presets.py
     experiments/test_codec_variations.py models/test_shapes.py experiments/test_cost_model.py
-    evaluation/test_bytes_by_context.py models/test_devices.py tuning/test_context_length.py
+    evaluation/test_bytes_by_context.py models/test_devices.py
     evaluation/test_largest_batch.py cache/test_compiled.py
 """
 
