@@ -257,10 +257,11 @@ def test_killed(name, home, whole, tmp_path, draw):
 
 @pytest.mark.parametrize("name", stopped("interrupt"))
 def test_interrupted(name, home, whole, tmp_path, draw):
-    """It says so in one line and cleans up."""
-    expected, run = whole(name), Run(name, home, tmp_path / "run")
-    for _ in range(KILLS):
-        child, ended = stop(run, expected, signal.SIGINT, draw)
+    """At one of its writes, and at random moments: it says so in one line and cleans up."""
+    expected, run, write = whole(name), Run(name, home, tmp_path / "run"), draw.randrange(1, 4)
+    at_a_write = at_every_write(run.folder, lambda number: number == write and os.kill(os.getpid(), signal.SIGINT))
+    for random_moment in [False] + [True] * KILLS:
+        child, ended = stop(run, expected, signal.SIGINT, draw) if random_moment else run.complete(at_a_write)
         assert ended in (130, expected.code), child.err
         if ended == 130:
             assert "Traceback" not in child.err, child.err
