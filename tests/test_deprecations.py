@@ -7,7 +7,7 @@ import transformers
 from deprecations import DEPRECATIONS
 
 
-@pytest.mark.parametrize("module", ["gpt2.cli", "gpt2.compression.cache.token_store", "__main__"])
+@pytest.mark.parametrize("module", ["gpt2.compression.cache.token_store", "__main__"])
 @pytest.mark.parametrize("kind", [DeprecationWarning, FutureWarning])
 def test_a_deprecated_call_of_ours_is_an_error(module, kind):
     with pytest.raises(kind):

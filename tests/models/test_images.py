@@ -9,20 +9,7 @@ import torch
 from generation import generate
 from sampling import covering
 from torch import Tensor
-from transformers import (
-    CLIPVisionConfig,
-    DynamicCache,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedModel,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    SiglipVisionConfig,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
 from gpt2.compression.compressed_cache import identity_cache
@@ -39,38 +26,34 @@ VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "n
           "image_size": 16, "patch_size": 4}  # fmt: skip
 IMAGE, START = 120, 122  # tokens that stand for an image and before it
 LENGTH, NEW = 150, 10  # tokens of a prompt, longer than Gemma's window, and of the answer
-FAMILIES = ["qwen2_vl", "llava", "gemma3"]
-every_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def qwen2_vl() -> PreTrainedModel:
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
-    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
-    tokens = {"image_token_id": IMAGE, "video_token_id": 121}
-    tokens |= {"vision_start_token_id": START, "vision_end_token_id": 123}
-    config = Qwen2VLConfig(text_config=TEXT | {"rope_parameters": rope}, vision_config=vision, **tokens)
-    return Qwen2VLForConditionalGeneration(config)
-
-
-def llava() -> PreTrainedModel:
-    parts = {"text_config": LlamaConfig(**TEXT), "vision_config": CLIPVisionConfig(**VISION, projection_dim=32)}
-    return LlavaForConditionalGeneration(LlavaConfig(**parts, image_token_index=IMAGE, vision_feature_layer=-1))
-
-
-def gemma3() -> PreTrainedModel:
-    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
-    text = TEXT | {"num_hidden_layers": 3, "layer_types": kinds, "sliding_window": 130, "head_dim": 16}
-    vision = SiglipVisionConfig(**VISION, vision_use_head=False)
-    parts = {"text_config": Gemma3TextConfig(**text), "vision_config": vision}
-    tokens = {"mm_tokens_per_image": 4, "image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": 123}
-    return Gemma3ForConditionalGeneration(Gemma3Config(**parts, **tokens, tie_word_embeddings=False))
+CONFIGS = {
+    "qwen2_vl": {
+        "text_config": TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3],
+                                                   "rope_theta": 10000.0}},
+        "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2,
+                          "patch_size": 4},
+        "image_token_id": IMAGE, "video_token_id": 121, "vision_start_token_id": START, "vision_end_token_id": 123,
+    },
+    "llava": {
+        "text_config": TEXT | {"model_type": "llama"},
+        "vision_config": VISION | {"model_type": "clip_vision_model", "projection_dim": 32},
+        "image_token_index": IMAGE, "vision_feature_layer": -1,
+    },
+    "gemma3": {
+        "text_config": TEXT | {"num_hidden_layers": 3, "sliding_window": 130, "head_dim": 16,
+                               "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+        "vision_config": VISION | {"vision_use_head": False}, "mm_tokens_per_image": 4,
+        "image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": 123, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+every_family = pytest.mark.parametrize("family", CONFIGS)
 
 
 @functools.cache
 def loaded(family: str) -> LoadedModel:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model = {"qwen2_vl": qwen2_vl, "llava": llava, "gemma3": gemma3}[family]()
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **CONFIGS[family]))
         for name, weights in model.named_parameters():
             if weights.dim() > 1:  # small embeddings, so that what was attended to decides the next token
                 weights.normal_(0, 0.02 if "embed_tokens" in name else 0.2)
@@ -92,10 +75,9 @@ def prompt(family: str, batch: int = 1, seed: int = 0) -> dict[str, Tensor]:
     }[family]  # fmt: skip
 
 
-def answer(family: str, cache, **how) -> Tensor:
+def answer(family: str, cache, batch: int = 1, **how) -> Tensor:
     torch.manual_seed(0)
-    asked = prompt(family, how.pop("batch", 1), how.pop("seed", 0))
-    return generate(loaded(family).model, cache, **asked, **{"max_new_tokens": NEW} | how)
+    return generate(loaded(family).model, cache, **prompt(family, batch), **{"max_new_tokens": NEW} | how)
 
 
 def theirs(family: str) -> DynamicCache:
@@ -108,7 +90,7 @@ HOW = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "how"), covering(FAMILIES, HOW, times=2))
+@pytest.mark.parametrize(("family", "how"), covering(CONFIGS, HOW))
 def test_an_exact_cache_gives_the_same_tokens(family, how):
     wanted = answer(family, theirs(family), **HOW[how])
     assert torch.equal(answer(family, identity_cache(loaded(family).geometry), **HOW[how]), wanted)
@@ -140,8 +122,7 @@ def test_the_image_counts_and_is_read_from_the_cache(family):
 def test_presets_and_compressed_attention(family):
     model, geometry = loaded(family).model, loaded(family).geometry
     preset = preset_for_any_model("kv4", family, geometry)
-    made = [create_cache_from_preset(preset), create_cache_from_preset(preset, model=model)]
-    made += [create_cache_from_preset(preset, model=loaded(family))]
+    made = [create_cache_from_preset(preset, model=given) for given in (None, model, loaded(family))]
     assert len({tuple(answer(family, cache)[0].tolist()) for cache in made}) == 1
     assert all(type(cache.layers[0]) is type(identity_cache(geometry).layers[0]) for cache in made)
     enable_compressed_attention(model)

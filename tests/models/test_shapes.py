@@ -8,65 +8,51 @@ from sampling import sampled
 from tiny import FAMILIES, tiny_loaded, tiny_model, write_shape
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gpt2.common import files
 from gpt2.common.errors import PluginError
 from gpt2.compression.named_caches import from_preset
 from gpt2.models import geometry, loading, probe, random_weights
 
-PARAMETERS = {
-    "deepseek-v3": 671_026_404_352,
-    "gemma-2-2b": 2_614_341_888,
-    "gemma-3-4b": 3_880_263_168,
-    "gpt-oss-20b": 20_914_757_184,
-    "llama-3.1-8b": 8_030_261_248,
-    "mistral-7b-v0.1": 7_241_732_096,
-    "qwen2.5-0.5b": 494_032_768,
-    "qwen2.5-7b": 7_615_616_512,
-    "qwen2.5-72b": 72_706_203_648,
-    "qwen3.5-4b": 4_205_751_296,
-}
+# Parameters of the published models, and layers of those that have others than K and V of one shape; DeepSeek's many
+# experts, which take seconds, are not where a sample of four is taken from
+PUBLISHED = {
+    "gemma-2-2b": (2_614_341_888, ""),
+    "deepseek-v3": (671_026_404_352, "61 layers: full_attention, K 1 x 512, V 1 x 64"),
+    "gemma-3-4b": (3_880_263_168, "29 layers: sliding_attention, window 1024, K 4 x 256, V 4 x 256; "
+                                  "5 layers: full_attention, K 4 x 256, V 4 x 256"),
+    "gpt-oss-20b": (20_914_757_184, "12 layers: sliding_attention, window 128, K 8 x 64, V 8 x 64; "
+                                    "12 layers: full_attention, K 8 x 64, V 8 x 64"),
+    "llama-3.1-8b": (8_030_261_248, ""),
+    "mistral-7b-v0.1": (7_241_732_096, ""),
+    "qwen2.5-0.5b": (494_032_768, ""),
+    "qwen2.5-7b": (7_615_616_512, ""),
+    "qwen2.5-72b": (72_706_203_648, ""),
+    "qwen3.5-4b": (4_205_751_296, "24 layers: linear_attention; 8 layers: full_attention, K 4 x 256, V 4 x 256"),
+}  # fmt: skip
 
 
 def test_every_shape_is_expected():
-    assert {path.stem for path in random_weights.FOLDER.glob("*.json")} == set(PARAMETERS)
+    assert {path.stem for path in random_weights.FOLDER.glob("*.json")} == set(PUBLISHED)
 
 
-@pytest.mark.parametrize("name", sampled(PARAMETERS, 5))
-def test_a_shape_has_as_many_parameters_as_the_published_model(name):
-    path = random_weights.FOLDER / f"{name}.json"
-    config, fields = random_weights.read_shape(path), json.loads(path.read_text())
-    with torch.device("meta"):
-        assert AutoModelForCausalLM.from_config(config).num_parameters() == PARAMETERS[name]
+@pytest.mark.parametrize("name", sampled(PUBLISHED, 4))
+def test_an_outline_has_the_parameters_and_layers_of_the_published_model_and_no_weights(name):
+    loaded, (parameters, layers) = random_weights.outline(f"{name}.json"), PUBLISHED[name]
+    config, fields = loaded.model.config, json.loads((random_weights.FOLDER / f"{name}.json").read_text())
+    assert loaded.model.num_parameters() == parameters and layers in str(loaded.geometry)
+    assert all(parameter.is_meta for parameter in loaded.model.parameters())
+    assert (loaded.spec, loaded.slug, loaded.device) == (name, name, torch.device("cpu")) and loaded.random_weights
     rope = config.rope_parameters
     assert config.max_position_embeddings >= 8192 and rope.get("full_attention", rope)["rope_theta"] >= 10_000
     known = vars(AutoConfig.for_model(**fields)).keys() | {"model_type", "rope_theta", "rope_scaling"}
     assert fields.keys() <= known, "plain config fields"
 
 
-LAYERS = {
-    "deepseek-v3": "61 layers: full_attention, K 1 x 512, V 1 x 64",
-    "gemma-3-4b": "29 layers: sliding_attention, window 1024, K 4 x 256, V 4 x 256; "
-    "5 layers: full_attention, K 4 x 256, V 4 x 256",
-    "gpt-oss-20b": "12 layers: sliding_attention, window 128, K 8 x 64, V 8 x 64; "
-    "12 layers: full_attention, K 8 x 64, V 8 x 64",
-    "qwen3.5-4b": "24 layers: linear_attention; 8 layers: full_attention, K 4 x 256, V 4 x 256",
-}
-
-
-@pytest.mark.parametrize("name", sampled(LAYERS, 2))
-def test_an_outline_has_the_layers_of_a_model_and_no_weights(name):
-    loaded = random_weights.outline(f"{name}.json")
-    assert str(loaded.geometry) == LAYERS[name]
-    assert loaded.geometry == probe.geometry_of(loaded.model.config, name)[0]
-    assert all(parameter.is_meta for parameter in loaded.model.parameters())
-    assert (loaded.spec, loaded.slug, loaded.device) == (name, name, torch.device("cpu"))
-    assert loaded.random_weights and loaded.fingerprint != random_weights.outline("llama-3.1-8b.json", 1).fingerprint
-
-
 def test_an_outline_of_a_few_layers_says_so():
     loaded = random_weights.outline("gpt-oss-20b.json", layers=3)
     assert (loaded.spec, loaded.slug) == ("gpt-oss-20b (3 layers)", "gpt-oss-20b-3-layers")
     assert [layer.window for layer in loaded.geometry.layers] == [128, None, 128]
+    assert loaded.geometry == probe.geometry_of(loaded.model.config, "gpt-oss")[0]
+    assert loaded.fingerprint != random_weights.outline("llama-3.1-8b.json", 1).fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -74,33 +60,33 @@ def shape_file(tmp_path_factory):
     return write_shape(tmp_path_factory.mktemp("shapes") / "tiny-shape.json")
 
 
-@pytest.mark.parametrize(("layers", "found"), [(None, 3), (2, 2), (1, 1)])
+@pytest.mark.parametrize(("layers", "found"), [(None, "3 layers"), (1, "1 layer")])
 def test_a_shape_becomes_a_model_with_random_weights(shape_file, layers, found):
     loaded = random_weights.load(str(shape_file), "cpu", "bfloat16", layers)
-    assert loaded.geometry == geometry.Geometry.uniform(found, 2, 12)
+    assert loaded.geometry == geometry.Geometry.uniform(int(found[0]), 2, 12)
     assert loaded.random_weights and loaded.tokenizer is None
-    assert loaded.spec == f"tiny-shape.json (random weights, {found} layer{'s' * (found > 1)})"
-    assert loaded.slug == f"tiny-shape-random-weights-{found}-layer{'s' * (found > 1)}"
+    assert loaded.spec == f"tiny-shape.json (random weights, {found})"
+    assert loaded.slug == f"tiny-shape-random-weights-{found.replace(' ', '-')}"
     assert loaded.model.dtype == torch.bfloat16 and not loaded.model.training and loaded.max_context == 512
     logits = loaded.model(torch.arange(40)[None]).logits
     assert logits.isfinite().all() and logits.std() > 0
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama"}))
+@pytest.mark.parametrize("family", sampled(sorted(set(FAMILIES) - {"llama"}), 4))
 def test_a_shape_of_any_family_gives_finite_logits(family, tmp_path):
-    fields = {"model_type": family, **FAMILIES[family]}
-    (tmp_path / "s.json").write_text(json.dumps(fields))
+    (tmp_path / "s.json").write_text(json.dumps({"model_type": family, **FAMILIES[family]}))
     loaded = random_weights.load(str(tmp_path / "s.json"), "cpu")
     assert loaded.model.dtype == torch.float32 and loaded.geometry == tiny_loaded(family).geometry
     assert loaded.model(torch.arange(40)[None]).logits.isfinite().all()
 
 
-def test_a_shape_has_the_positions_of_its_config(shape_file):
-    """Rotary frequencies are no weights: skipping initialization must not skip them. Tied weights stay tied."""
-    loaded = random_weights.load(str(shape_file), "cpu")
-    assert torch.equal(loaded.model.model.rotary_emb.inv_freq, tiny_model("llama").model.rotary_emb.inv_freq)
-    tied = random_weights.load("qwen2.5-0.5b.json", "cpu", "bfloat16", layers=1).model
-    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+def test_a_shape_has_the_positions_of_its_config_and_ties_weights(tmp_path):
+    """Rotary frequencies are no weights: skipping initialization must not skip them."""
+    fields = {"model_type": "llama", **FAMILIES["llama"], "tie_word_embeddings": True}
+    (tmp_path / "tied.json").write_text(json.dumps(fields))
+    model = random_weights.load(str(tmp_path / "tied.json"), "cpu").model
+    assert torch.equal(model.model.rotary_emb.inv_freq, tiny_model("llama").model.rotary_emb.inv_freq)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_a_spec_that_is_no_shape_is_loaded_as_ever(model_folder):
@@ -110,7 +96,7 @@ def test_a_spec_that_is_no_shape_is_loaded_as_ever(model_folder):
         random_weights.load(str(model_folder), "cpu", layers=2)
 
 
-def test_a_shape_that_isnt_there_or_has_fewer_layers_is_rejected(shape_file, tmp_path):
+def test_a_shape_that_isnt_there_or_has_fewer_layers_is_rejected(shape_file):
     with pytest.raises(PluginError, match="no shape 'none.json'.*configs/models/qwen2.5-7b.json"):
         random_weights.load("none.json", "cpu")
     with pytest.raises(PluginError, match="--layers 4: tiny-shape.json has 3 layers"):
@@ -119,22 +105,24 @@ def test_a_shape_that_isnt_there_or_has_fewer_layers_is_rejected(shape_file, tmp
         loading.load(str(shape_file))
 
 
-def test_any_built_in_preset_serves_a_shape(tmp_path, monkeypatch):
+FIELDS = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 64, "num_attention_heads": 2,
+          "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 100}  # fmt: skip
+
+
+def test_any_built_in_preset_serves_a_shape(tmp_path):
     """Speed doesn't depend on what a basis says: noise stands in for the calibration of another model."""
-    monkeypatch.chdir(tmp_path)
-    loaded = random_weights.load(str(files.ROOT / "configs/models/qwen2.5-0.5b.json"), "cpu", "float32", 1)
+    (tmp_path / "shape.json").write_text(json.dumps(FIELDS))
+    loaded = random_weights.load(str(tmp_path / "shape.json"), "cpu")
     for name, shown in (("r120-vonly", "Compressor(none, rank=60)"), ("int4-vonly", "Compressor(int4)")):
         choice = from_preset(name, loaded)
         cache = choice.make()
         loaded.model(torch.arange(20)[None], past_key_values=cache, use_cache=True)
         assert repr(cache.layers[0].stores["V"].compressor) == shown
-        assert "ppl_delta" not in choice.record() and "figures" not in choice.record()
+        assert not {"ppl_delta", "figures"} & choice.record().keys()
     with pytest.raises(PluginError, match="no preset 'int4-vonli'.*did you mean 'int4-vonly'"):
         from_preset("int4-vonli", loaded)
 
 
-FIELDS = {"model_type": "llama", "hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 100}  # fmt: skip
 # Of fewer than no layers some versions of transformers make a model, without a cache
 NO_MODEL = [{"num_hidden_layers": -1}, {"head_dim": 0}, {"num_key_value_heads": 3}, {"vocab_size": 0},
             {"hidden_act": "x"}, {"rope_scaling": {"type": []}}, {"hidden_size": -4}]  # fmt: skip

@@ -1,13 +1,15 @@
-"""Every script that writes, killed, interrupted, on a full disk and in a read-only folder: no half file, and a rerun
-ends as an uninterrupted run does.
+"""Scripts that write, killed, interrupted, on a full disk and in a read-only folder: no half file, and a rerun ends as
+an uninterrupted run does.
 
-KILLS is how often each is killed at a random moment: `make kills` does it ten times.
+KILLS is how often each is stopped at a random moment: `make kills` does it ten times.
 """
 
 import contextlib
+import functools
 import gc
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -19,6 +21,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pictures
@@ -28,21 +31,23 @@ from forked import Child, at_every_write, start, unprivileged
 from jobs import JOBS, Job, make_home
 from matplotlib.figure import Figure
 from PIL import Image
-from sampling import ALL, sampled
+from sampling import ALL, covering
 
 from gpt2.common import files, interrupts, mapped_file, provenance, trial_queue
 from gpt2.report import plots
 
+WAYS = ("kill", "interrupt", "full disk")
 KILLS = int(os.environ.get("KILLS", "1"))
-# `make test` kills some of the scripts, `make test-all` all but the longest, `make kills` all of them ten times
-WANTED = list(JOBS) if KILLS > 1 else sampled([name for name, job in JOBS.items() if not job.long], 5)
 # Shown where a test fails. The long version draws another one each time
 SEED = int(os.environ.get("KILLS_SEED", time.time_ns() % 2**32 if KILLS > 1 else 0))
+# `make test` stops one of those that write alike, each in one way; `make test-all` all but the longest in every way;
+# `make kills` all of them ten times
+LONG = KILLS > 1 or ALL
+NAMES = [name for name, job in JOBS.items() if KILLS > 1 or not job.long]
+ONE_OF_EACH = ["calibrate", "append", "tune codecs", "report", "readme", "tables"]  # PyTorch, a record, SQLite, pages
+STOPPED = list(itertools.product(NAMES, WAYS) if LONG else covering(ONE_OF_EACH, WAYS))
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
-# Of those that write alike, for `make test`: SQLite; PyTorch; a record and its picture; presets; a page; several pages
-ONE_OF_EACH = ["tune codecs", "calibrate", "append", "presets", "report", "readme", "tables"]
 PASSING = (".lock", "-journal", "log")  # a journal is what SQLite takes back when it is opened next
-SIGNALS = [signal.SIGKILL, signal.SIGINT]
 EARLIER = b"earlier\n"
 UNFINISHED = "what a later run goes on from"
 
@@ -55,19 +60,24 @@ def home(tmp_path_factory):
     make_home(home)
     files.write_figure(home / "warm.png", plots.append_times([1, 2], {"a": [1, 2]}, "t"))
     trial_queue.TrialQueue(home / "warm.db", "warm")
-    provenance.git_commit()
     gc.collect()
     gc.freeze()  # children would look through all of it, and copy it
     yield home
     gc.unfreeze()
 
 
+def stopped(way: str) -> list[str]:
+    """Names of the scripts that are stopped in this way."""
+    return [name for name, own in STOPPED if own == way]
+
+
 class Run:
-    """One job in a folder of its own."""
+    """One job in a folder of its own: a copy of `source`, by default of what scripts read, unless it is there."""
 
     def __init__(self, name: str, home: Path, folder: Path, source: Path | None = None):
         self.job, self.home, self.folder = JOBS[name], home, folder
-        shutil.copytree(source or home / "space", folder, symlinks=True)
+        if not folder.exists():
+            shutil.copytree(source or home / "space", folder, symlinks=True)
         self.flags = self.job.flags.replace("{home}", str(home)).split()
 
     def start(self, *before) -> Child:
@@ -158,7 +168,35 @@ def another_choice(run: Run) -> bool:
             return False
 
 
-def assert_all_whole(run: Run, whole: dict, *, temporary=False, earlier: dict | None = None, drawn=True) -> None:
+@dataclass
+class Whole:
+    """What a script does that nothing stops; states: its folder before each of its writes, where it is to be killed."""
+
+    code: int
+    seconds: float
+    made: dict[str, object]
+    folder: Path
+    states: list[Path]
+
+
+@pytest.fixture(scope="module")
+def whole(home, tmp_path_factory):
+    """A function of a job's name, which runs it once."""
+
+    @functools.cache
+    def run(name: str) -> Whole:
+        states = tmp_path_factory.mktemp("states")
+        own = Run(name, home, tmp_path_factory.mktemp("whole") / "run")
+        keep = at_every_write(own.folder, lambda n: shutil.copytree(own.folder, states / f"{n:04}", symlinks=True))
+        began = time.monotonic()
+        child, code = own.complete(*[keep] * (name in stopped("kill")))
+        assert code in (0, 3) and own.made(), child.err
+        return Whole(code, time.monotonic() - began, own.made(), own.folder, sorted(states.iterdir()))
+
+    return run
+
+
+def assert_all_whole(run: Run, whole: Whole, *, temporary=False, earlier: dict | None = None, drawn=True) -> None:
     """Every file is as an uninterrupted run leaves it, or as it was before; where its record is, all is.
 
     temporary: whether files of a killed process may lie there. drawn: whether a record implies its picture.
@@ -170,13 +208,19 @@ def assert_all_whole(run: Run, whole: dict, *, temporary=False, earlier: dict | 
         elif found == UNFINISHED:
             continue
         elif name.startswith("layer_ablation") and name.endswith(".json"):
-            rows = whole[name]["rows"]
+            rows = whole.made[name]["rows"]
             assert found["rows"] == rows[: len(found["rows"])]
         elif not name.endswith(".db") and not another_choice(run):
-            assert found in (whole.get(name), (earlier or {}).get(name)), f"{name} is neither whole nor as it was"
-    if run.job.record and made.get(run.job.record) == whole[run.job.record]:
-        named = {name: found for name, found in whole.items() if drawn or not name.endswith(".png")}
+            assert found in (whole.made.get(name), (earlier or {}).get(name)), f"{name} is neither whole nor as it was"
+    if run.job.record and made.get(run.job.record) == whole.made[run.job.record]:
+        named = {name: found for name, found in whole.made.items() if drawn or not name.endswith(".png")}
         assert named.items() <= made.items(), "the record was written, but not all that it names"
+
+
+def assert_a_rerun_ends_as(whole: Whole, run: Run) -> None:
+    child, ended = run.complete()
+    assert ended == whole.code, child.err
+    assert another_choice(run) or run.made() == whole.made
 
 
 @pytest.fixture
@@ -184,49 +228,46 @@ def draw(request):
     return random.Random(f"{SEED} {request.node.name}")
 
 
-@pytest.mark.parametrize("name", WANTED)
-def test_killed_and_interrupted(name, home, tmp_path, draw):
-    whole, left = Run(name, home, tmp_path / "whole"), tmp_path / "states"
-    left.mkdir()
-    began = time.monotonic()
-    child, code = whole.complete(
-        at_every_write(whole.folder, lambda n: shutil.copytree(whole.folder, left / str(n), symlinks=True))
-    )
-    took = time.monotonic() - began
-    assert code in (0, 3), child.err
-    expected, states = whole.made(), sorted(left.iterdir(), key=lambda path: int(path.name))
-    assert expected and states
-    for number, state in enumerate(states):  # what a kill at each of its writes would leave
-        run = Run(name, home, tmp_path / f"state {number}", state)
+def stop(run: Run, whole: Whole, number: int, draw: random.Random) -> tuple[Child, int]:
+    """Start it and send it a signal at a random moment, at which it may have ended."""
+    child = run.start()
+    ended = child.wait(draw.uniform(0, whole.seconds))
+    return child, child.send(number) if ended is None else ended
+
+
+@pytest.mark.parametrize("name", stopped("kill"))
+def test_killed(name, home, whole, tmp_path, draw):
+    """At each of its writes; in the middle of one; and at random moments, again and again."""
+    expected = whole(name)
+    assert expected.states
+    for state in expected.states:
+        assert_all_whole(Run(name, home, state), expected, temporary=True)
+    run = Run(name, home, tmp_path / "run", draw.choice(expected.states))
+    limit = draw.randrange(1, draw.choice([(expected.folder / path).stat().st_size for path in expected.made]) + 1)
+    child, ended = run.complete(lambda: dies_at(limit))
+    # Where a script that it has started is killed for it, it says so
+    assert ended in (-signal.SIGXFSZ, expected.code) or "failed" in child.err, child.err
+    assert_all_whole(run, expected, temporary=True)
+    for _ in range(KILLS):
+        child, ended = stop(run, expected, signal.SIGKILL, draw)
+        assert ended in (-signal.SIGKILL, expected.code), child.err
         assert_all_whole(run, expected, temporary=True)
-    # The folder as a kill at some write has left it, or one in the middle of a write; then killed again and again
-    amid, state = draw.choice([(True, None), (False, draw.choice(states))])
-    run = Run(name, home, tmp_path / "run", state)
-    if KILLS > 1 or amid:
-        sizes = [path.stat().st_size for at, path in listing(Path(states[-1])).items() if at in expected]
-        limit = draw.randrange(1, draw.choice(sizes or [100]) + 1)
-        child, ended = run.complete(lambda: dies_at(limit))
-        # Where a script that it has started is killed for it, it says so
-        assert ended in (-signal.SIGXFSZ, code) or "failed" in child.err, child.err
-        assert_all_whole(run, expected, temporary=True)
-    signals = [signal.SIGKILL] * KILLS + [signal.SIGINT] if KILLS > 1 else [] if amid else [draw.choice(SIGNALS)]
-    for number in signals:
-        before = set(run.made())  # temporary files of those that were killed
-        child = run.start()
-        ended = child.wait(draw.uniform(0, took))
-        if ended is None:
-            ended = child.send(number)
-            assert ended in (130 if number == signal.SIGINT else -number, code), child.err
+    assert_a_rerun_ends_as(expected, run)
+
+
+@pytest.mark.parametrize("name", stopped("interrupt"))
+def test_interrupted(name, home, whole, tmp_path, draw):
+    """At one of its writes, and at random moments: it says so in one line and cleans up."""
+    expected, run, write = whole(name), Run(name, home, tmp_path / "run"), draw.randrange(1, 4)
+    at_a_write = at_every_write(run.folder, lambda number: number == write and os.kill(os.getpid(), signal.SIGINT))
+    for random_moment in [False] + [True] * KILLS:
+        child, ended = stop(run, expected, signal.SIGINT, draw) if random_moment else run.complete(at_a_write)
+        assert ended in (130, expected.code), child.err
         if ended == 130:
             assert "Traceback" not in child.err, child.err
             assert child.err.count("interrupted: nothing half-written was left behind") == 1
-        assert_all_whole(run, expected, temporary=True)
-        left = {name for name, found in run.made().items() if found == "temporary"}
-        assert ended == -signal.SIGKILL or left <= before, "it could clean up"
-    child, ended = run.complete()
-    assert ended == code, child.err
-    if not another_choice(run):
-        assert run.made() == expected
+        assert_all_whole(run, expected)
+    assert_a_rerun_ends_as(expected, run)
 
 
 def dies_at(size: int) -> None:
@@ -256,67 +297,41 @@ def assert_one_line(child: Child, code: int) -> None:
     assert len(lines) == 1 and "Traceback" not in child.err, child.err
 
 
-@pytest.mark.parametrize("name", WANTED if KILLS > 1 or ALL else ONE_OF_EACH[::2])
-def test_full_disk(name, home, tmp_path, draw):
+@pytest.mark.parametrize("name", stopped("full disk"))
+def test_full_disk(name, home, whole, tmp_path, draw):
     """The whole working folder is on a disk that is full after some more KiB; what was there stays as it was."""
-    whole = Run(name, home, tmp_path / "whole")
-    child, code = whole.complete()
-    expected = whole.made()
-    sizes = {path: whole.folder.joinpath(path).stat().st_size for path in expected}
-    for number in range(min(KILLS, 2) if whole.job.long else KILLS):
-        room = draw.randrange(4, max(8, sum(sizes.values()) // 1024))
-        run = Run(name, home, tmp_path / f"full {number}")
-        subprocess.run(["rm", "-rf", run.folder], check=True)
-        run.folder.mkdir()
-        with disk(run.folder, 4096):
-            shutil.copytree(home / "space", run.folder, symlinks=True, dirs_exist_ok=True)
-            earlier = with_earlier(run, expected)
-            left = shutil.disk_usage(run.folder).free
-            run.folder.joinpath("filler").write_bytes(bytes(max(0, left - room * 1024)))
+    expected = whole(name)
+    size = sum(expected.folder.joinpath(path).stat().st_size for path in expected.made)
+    for number in range(min(KILLS, 2) if JOBS[name].long else KILLS):
+        room, folder = draw.randrange(4, max(8, size // 1024)), tmp_path / f"full {number}"
+        folder.mkdir()
+        with disk(folder, 4096):
+            shutil.copytree(home / "space", folder, symlinks=True, dirs_exist_ok=True)
+            earlier = {path: "earlier" for path in expected.made if path.startswith("out/")}
+            for path in earlier:
+                folder.joinpath(path).parent.mkdir(parents=True, exist_ok=True)
+                folder.joinpath(path).write_bytes(EARLIER)
+            folder.joinpath("filler").write_bytes(bytes(max(0, shutil.disk_usage(folder).free - room * 1024)))
+            run = Run(name, home, folder)
             child, ended = run.complete()
-            run.folder.joinpath("filler").unlink()
-            if ended != code:
+            folder.joinpath("filler").unlink()
+            if ended != expected.code:
                 assert_one_line(child, ended)
                 assert re.search("No space left on device|is full", child.err), child.err
             # Without room for its picture a record is written all the same: it took the work
             assert_all_whole(run, expected, earlier=earlier, drawn=False)
             if KILLS > 1:
-                child, ended = run.complete()
-                assert ended == code, child.err
-                assert run.made() == expected
+                assert_a_rerun_ends_as(expected, run)
 
 
-def with_earlier(run: Run, whole: dict) -> dict:
-    """Put something in the place of all that is written into `out`."""
-    earlier = {name: "earlier" for name in whole if name.startswith("out/")}
-    for name in earlier:
-        run.folder.joinpath(name).parent.mkdir(parents=True, exist_ok=True)
-        run.folder.joinpath(name).write_bytes(EARLIER)
-    return earlier
-
-
-@pytest.mark.parametrize("name", ["calibrate", "report"])
-def test_files_that_may_not_grow_and_printing_onto_a_full_disk(name, home, tmp_path):
-    """A limit that anybody can set, met by PyTorch and by plain files; it takes no right to mount."""
-    run = Run(name, home, tmp_path / "run")
-    child, code = run.complete(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
-    assert_one_line(child, code)
-    assert "File too large" in child.err and not run.made()
-    child, code = run.complete(lambda: setattr(sys, "stdout", open("/dev/full", "w")))  # noqa: SIM115
+def test_printing_onto_a_full_disk(home, tmp_path):
+    child, code = Run("report", home, tmp_path / "run").complete(
+        lambda: setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
+    )
     assert (code, child.err) == (2, "error: can't write what is printed: No space left on device\n")
 
 
-def test_a_study_that_may_not_grow_any_more(home, tmp_path):
-    """SQLite meets the limit in the middle of a search, and so do its heartbeats."""
-    run = Run("tune codecs", home, tmp_path / "run")
-    assert run.complete()[1] == 0
-    size, run.flags = (run.folder / "s.db").stat().st_size, [*run.flags, "--num-trials", "60"]
-    child, code = run.complete(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
-    assert_one_line(child, code)
-    assert "can't use s.db as a study ((sqlite3.OperationalError) disk I/O error)" in child.err
-
-
-@pytest.mark.parametrize("name", dict.fromkeys([*WANTED, "tables"]))
+@pytest.mark.parametrize("name", NAMES if LONG else ["calibrate", "validate", "readme", "tables"])
 def test_read_only(name, home, tmp_path):
     """The folder of what is written can't be written: an error before the work, with the path."""
     run = Run(name, home, tmp_path / "run")
