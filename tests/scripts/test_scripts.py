@@ -1,8 +1,10 @@
 """Scripts from the outside, on a tiny model: flags, files, messages, exit codes."""
 
 import ast
+import contextlib
 import json
 import os
+import sqlite3
 import sys
 
 import pytest
@@ -18,8 +20,7 @@ from gpt2.experiments import ablation
 
 FOLDER = files.ROOT / "scripts"
 SCRIPTS = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.py"))
-TUNING = [*SMALL_EVAL, "--target-ppl-delta", "0.9", "--study", "s.db"]
-NO_BASIS = ["--codec", "identity", "--target", "kv"]
+NO_BASIS = [*SMALL_EVAL, "--codec", "identity", "--target", "kv", "--study", "s.db"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -40,39 +41,49 @@ def test_help_is_a_manual_unknown_flags_are_rejected_and_ctrl_c_is_expected(scri
 
 
 def test_calibrate_writes_where_it_is_asked_to(tiny_flags, tmp_path, capsys):
-    assert (
-        run(CALIBRATE, *tiny_flags, *SMALL, "--rank", 9, "--output", "out/c.safetensors", "--gradient-checkpointing")
-        == 0
-    )
-    assert listing(tmp_path) == {"words.txt", "out/c.safetensors", "out/c.png"}
-    meta = load_calibration(tmp_path / "out/c.safetensors").meta
+    assert run(CALIBRATE, *tiny_flags, *SMALL, "--rank", 9, "--output", "out/c.pt", "--gradient-checkpointing") == 0
+    assert listing(tmp_path) == {"words.txt", "out/c.pt", "out/c.png"}
+    meta = load_calibration(tmp_path / "out/c.pt").meta
     assert (meta["rank"], meta["samples"], meta["seq_len"], meta["tokens"]) == (9, 3, 64, 192)
     said = capsys.readouterr().out
     assert "variance kept at rank 9 of 12" in said and "need no gradients" in said
     assert run(CALIBRATE, *tiny_flags, *SMALL) == 0
-    (written,) = (name for name in listing(tmp_path) if name.endswith(".pt"))
+    (written,) = {name for name in listing(tmp_path) if name.endswith(".pt")} - {"out/c.pt"}
     assert written.startswith("results/calibrations/kv_lowrank_calib_tiny-llama"), "without --output"
 
 
+def test_safetensors_all_the_way(tiny_flags, tmp_path):
+    """Calibrated into it, tuned from it, found beside the preset."""
+    assert run(CALIBRATE, *tiny_flags, *SMALL, "--output", "out/c.safetensors") == 0
+    assert listing(tmp_path) == {"words.txt", "out/c.safetensors", "out/c.png"}
+    assert run(TUNE, *tiny_flags, *SMALL_EVAL, "--target-ppl-delta", "0.9", "--rank-grid", "12", "--bits", "8",
+               "--study", "s.db", "--calibration", "out/c.safetensors", "--output", "out/p.json") == 0  # fmt: skip
+    assert json.loads((tmp_path / "out/p.json").read_text())["calibration_file"] == "c.safetensors"
+    flags = [*tiny_flags[:2], "--preset", "out/p.json", "--prompt", "w2 w3 w4", "--max-new-tokens", "3"]
+    assert run(GENERATE, *flags) == 0
+
+
 def test_tune_writes_a_preset_that_makes_a_cache(tiny_flags, tmp_path, capsys):
-    """The same command again finds the calibration and every trial done."""
-    flags = [*tiny_flags, *SMALL, *TUNING, "--rank-grid", "12,10", "--bits", "16,8", "--output", "p.json"]
+    flags = [*tiny_flags, *SMALL, *SMALL_EVAL, "--target-ppl-delta", "0.9", "--rank-grid", "12,10", "--bits", "16,8"]
+    flags += ["--study", "s.db", "--output", "p.json"]
     assert run(TUNE, *flags) == 0
-    assert "chosen: rank" in capsys.readouterr().out and (tmp_path / "p.png").exists()
+    assert "chosen: rank" in capsys.readouterr().out
+    assert (tmp_path / "p.png").exists()
     preset = json.loads((tmp_path / "p.json").read_text())
     keys = ["model", "rank", "target", "bits", "compression_ratio", "baseline_ppl", "compressed_ppl", "ppl_delta"]
-    assert {*keys, "calibration_file", "head_dim", "num_layers"} <= preset.keys()
+    assert set(keys) | {"calibration_file", "head_dim", "num_layers"} <= preset.keys()
     assert preset["ppl_delta"] == pytest.approx(preset["compressed_ppl"] / preset["baseline_ppl"] - 1, abs=1e-4)
-    inside = [t["compression_ratio"] for t in preset["trials"] if t["ppl_delta"] <= 0.9]
-    assert preset["compression_ratio"] == pytest.approx(max(inside), abs=1e-3)
+    inside = [t for t in preset["trials"] if t["ppl_delta"] <= 0.9]
+    assert preset["compression_ratio"] == pytest.approx(max(t["compression_ratio"] for t in inside), abs=1e-3)
     cache, x = create_cache_from_preset(preset), torch.randint(2, 97, (1, 30))
     assert tiny_model().generate(x, past_key_values=cache, use_cache=True, max_new_tokens=5).shape == (1, 35)
+    # The same command again finds the calibration and every trial done
     assert run(TUNE, *flags) == 0
     assert "calibration: using" in (said := capsys.readouterr().out) and "tuning: 3 measured" in said.splitlines()[1]
 
 
 def test_tune_per_layer(tiny_flags, tmp_path, capsys):
-    flags = [*tiny_flags, *SMALL_EVAL, *NO_BASIS, "--study", "s.db", "--bits", "8,4"]
+    flags = [*tiny_flags, *NO_BASIS, "--bits", "8,4"]
     assert run(TUNE, *flags, "--layer-ablation", "--output", "a.json") == 0
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert len(rows) == 3 * 2 * 2 and listing(tmp_path) == {"words.txt", "a.json", "a.png"}, "an ablation, no search"
@@ -87,12 +98,14 @@ def test_tune_per_layer(tiny_flags, tmp_path, capsys):
 
 def test_tune_without_a_basis_and_segments(tiny_flags, tmp_path):
     """No calibration is made; segments are as long as the tiny model's 512; no folder of the machine is recorded."""
-    flags = [*tiny_flags, *NO_BASIS, "--bits", "8", "--eval-tokens", "512", "--target-ppl-delta", "0.9"]
-    assert run(TUNE, *flags, "--study", files.ROOT / "results/demo/test.db", "--output", "p.json") == 0
+    flags = [*tiny_flags, *NO_BASIS[-6:-2], "--bits", "8", "--eval-tokens", "512", "--target-ppl-delta", "0.9"]
+    study = files.ROOT / "results/demo/test.db"
+    assert run(TUNE, *flags, "--study", study, "--output", "p.json") == 0
     assert not list(tmp_path.rglob("*.pt")) and create_cache_from_preset(tmp_path / "p.json").codec_bytes() == 0
     preset = json.loads((tmp_path / "p.json").read_text())
     args = preset["provenance"]["args"]
-    assert (preset["figures"]["tokens"], args["study"], args["output"]) == (511, "results/demo/test.db", "p.json")
+    assert preset["figures"]["tokens"] == 511
+    assert args["study"] == "results/demo/test.db" and args["output"] == "p.json"
 
 
 def test_validate_proves_that_the_cache_is_on_the_path(tiny_flags, tmp_path, capsys, monkeypatch):
@@ -101,7 +114,8 @@ def test_validate_proves_that_the_cache_is_on_the_path(tiny_flags, tmp_path, cap
     assert run(VALIDATE, *flags, "--chunk", 64, "--layer-groups", 2) == 0
     assert "the model reads the cache: identity changes no token" in capsys.readouterr().out
     record = json.loads((tmp_path / "v.json").read_text())
-    assert (tmp_path / "v.png").exists() and {row["group"] for row in record["rows"]} == set(ablation.GROUPS)
+    assert (tmp_path / "v.png").exists()
+    assert {row["group"] for row in record["rows"]} == set(ablation.GROUPS)
     identity, lossy = (row for row in record["rows"] if row["group"] == "control")
     assert identity["largest_nll_change"] == 0 and identity["kl_nats"] == 0
     assert record["text_sha256"] and record["calibration"]["fingerprint"] == record["fingerprint"]
@@ -111,25 +125,34 @@ def test_validate_proves_that_the_cache_is_on_the_path(tiny_flags, tmp_path, cap
 
 
 BAD = [
+    ([CALIBRATE, "--model", "smollm2-135"], "Did you mean 'smollm2-135m'?"),
     ([CALIBRATE, "--rank", "13"], "rank 13 is out of range: "),
     ([CALIBRATE, "--rank", "0"], "0 is not a positive number"),
     ([CALIBRATE, "--seq-len", "4096"], "longer than the 512 that"),
+    ([CALIBRATE, "--seq-len", "511", "--text", "short.txt"], "fewer than one segment of 511"),
+    ([CALIBRATE, "--seq-len", "4"], "longer than the 4 sink tokens"),
+    ([CALIBRATE, "--device", "cuda:9"], "is not there"),
     ([TUNE, "--target-ppl-delta", "5"], "5 is out of range: 0.05 means 5 %"),
+    ([TUNE, "--target-ppl-delta", "-0.1"], "out of range"),
     ([TUNE, "--rank-grid", "12,x"], "invalid"),
     ([TUNE, "--rank-grid", "99"], "rank 99 is out of range"),
     ([TUNE, "--bits", "7"], "bits 7 is not available: use 4, 8, 16"),
+    ([TUNE, "--target", "q"], "invalid choice"),
     ([TUNE, "--study", "short.txt"], "can't use short.txt as a study (file is not a database)"),
+    ([TUNE, "--study", "bank.db"], "it isn't an Optuna database"),
     ([TUNE, "--study", "pipe"], "it is no regular file"),
     ([TUNE, "--calibration", "words.txt", "--output", "link.json"], "--output and --text name the same file"),
     ([CALIBRATE, "--output", "link.pt"], "--output and --text name the same file"),
     ([CALIBRATE, "--output", "x" * 300 + ".pt"], "File name too long"),
     ([CALIBRATE, "--output", "c.json"], "expected a name that ends in .pt or .safetensors, got c.json"),
     ([TUNE, "--output", "p.txt"], "expected a name that ends in .json, got p.txt"),
+    (["eval_stability", "--preset", "kv4", "--output", "s"], "expected a name that ends in .json, got s"),
     ([GENERATE, "--preset", "x" * 300 + ".json"], "no preset file"),
     ([TUNE, "--study", "half.db"], "can't use half.db as a study"),
     ([TUNE, "--calibration", "words.txt", *SMALL_EVAL], "not a readable calibration file"),
     ([VALIDATE, "--groups", "rank,nope"], "unknown nope"),
     ([GENERATE, "--preset", "\x1b[2J.json"], r"no preset file \x1b[2J.json"),
+    ([GENERATE, "--preset", "missing.json"], "no preset file missing.json"),
     ([GENERATE, "--preset", "r112-vonly", "--model", "Qwen/Qwen2.5-7B"], "did you mean 'r120-vonly'?"),
 ]
 
@@ -141,6 +164,8 @@ def test_bad_input_is_one_clear_line(command, message, tiny_flags, tmp_path, cap
     for link in ("link.pt", "link.json"):
         (tmp_path / link).symlink_to("words.txt")
     os.mkfifo(tmp_path / "pipe")
+    with contextlib.closing(sqlite3.connect(tmp_path / "bank.db")) as bank:
+        bank.execute("CREATE TABLE accounts (money)")
     before = listing(tmp_path)
     script, *flags = command
     defaults = dict(zip(tiny_flags[::2], tiny_flags[1::2], strict=True)) if script != GENERATE else {}

@@ -184,6 +184,13 @@ def test_without_a_place_to_keep_it_the_work_goes_on(llama, tmp_path, monkeypatc
     assert "the sampled text is not saved and will be sampled again: can't make the folder" in capsys.readouterr().out
 
 
+def test_an_interrupt_while_sampling_leaves_nothing(llama, monkeypatch, cache_folder):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(self_text, "sample", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        segments(llama)
+    assert not list(cache_folder.glob("*"))
+
+
 def test_a_text_records_a_hash_per_part_and_a_mixture_those_of_its_texts(tmp_path):
     text = load_text("self", "some/model")
     assert isinstance(text, SelfText) and (text.name, text.spec) == ("self", "self")
