@@ -114,10 +114,10 @@ def test_attention_compiles_with_a_query_for_every_block_of_keys(compiled):
     attend_compiles(compiled, Half(held, 0), Half(held, 1), x[:, :, :1].repeat_interleave(2, dim=1))
 
 
-ENCODED = ("int4_channel", "int4", "int8", "int8_channel")
+ENCODED = ("int4_channel", "int8", "int8_channel", "int4")  # by channel and by token
 
 
-@pytest.mark.parametrize(("dtype", "name"), sampled(covering(DTYPES, ENCODED), 1))
+@pytest.mark.parametrize(("dtype", "name"), sampled(covering(DTYPES, ENCODED), 2))
 def test_quantizing_compiles(name, dtype, compiled):
     from gpt2.compression.kernels import triton_quantize
 
