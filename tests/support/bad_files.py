@@ -100,22 +100,23 @@ def rejected(path: Path, what: str, message: str = "", read: Callable = load_cal
     with watched(), pytest.raises(PluginError) as error:
         read(path)
     line, cause = str(error.value), error.value.__cause__
-    assert "\n" not in printable(line).strip() and len(line) < 1000 and "bad.pt" in line and message in line, what
+    assert "\n" not in printable(line).strip() and len(line) < 1000 and path.name in line and message in line, what
     assert not isinstance(cause, MemoryError) and "alloc" not in str(cause), f"{what}: {cause!r}"
 
 
 def check(
-    space: Path, cases: Iterable[tuple[str, object]], read: Callable = load_calibration, most: int = 10**6, message=""
-) -> int:
-    """Each file is rejected; `make test` tries `most` of them. Returns how many there are.
+    space: Path, cases: Iterable[tuple[str, object]], read: Callable = load_calibration, most: int = 10**6, message="",
+    name: str = "bad.pt",
+) -> int:  # fmt: skip
+    """Each file, of that name, is rejected; `make test` tries `most` of them. Returns how many there are.
 
     message: what the error says, or a function of what was done that gives it.
     """
     cases = list(cases)
     for what, content in sampled(cases, most):
-        (space / "bad.pt").write_bytes(content if isinstance(content, bytes) else saved(content))
+        (space / name).write_bytes(content if isinstance(content, bytes) else saved(content))
         try:
-            rejected(space / "bad.pt", what, message(what) if callable(message) else message, read)
+            rejected(space / name, what, message(what) if callable(message) else message, read)
         except BaseException:
             print(what)  # pytest shows it with the failure
             raise

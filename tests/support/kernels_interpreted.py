@@ -136,7 +136,7 @@ def test_mixed_widths_far_from_zero(d, monkeypatch):
     ("name", "shape"),
     [
         *covering(
-            ("int4", "int4_channel"), sampled([(64, 60), (80, None), (96, 90), (128, None), (256, None), (64, None)], 4)
+            ("int4", "int4_channel"), sampled([(64, 60), (80, None), (96, 90), (128, None), (256, None), (64, None)], 3)
         ),
         *sampled([(name, (64, 60)) for name in ("mixed", "none", "int8")], 1),
     ],
@@ -148,7 +148,7 @@ def test_head_widths_and_ranks(name, shape, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("sinks", "pair"), covering((0, 4, 70), [("int8", "int4"), ("mixed", "int4"), ("none", "int4_channel")])
+    ("sinks", "pair"), sampled(covering((0, 4, 70), [("int8", "int4"), ("mixed", "int4"), ("none", "int4_channel")]), 2)
 )
 def test_sinks_chunks_and_recent_tokens(sinks, pair, monkeypatch):
     k, v = (compressor(name, 16) for name in pair)
@@ -190,7 +190,7 @@ def test_one_basis_for_two_heads_and_a_mask_of_each_query_head(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), sampled([("none", torch.float16), *((name, torch.bfloat16) for name in NAMES)], 3)
+    ("name", "dtype"), sampled([("none", torch.float16), *((name, torch.bfloat16) for name in NAMES)], 2)
 )
 def test_16_bit_models(name, dtype, monkeypatch):
     own = compressor(name, 32, 30)
@@ -226,7 +226,9 @@ def test_a_model_generates_the_same(monkeypatch):
     assert torch.equal(found, generate())
 
 
-@pytest.mark.parametrize(("name", "sinks", "queries"), [("mixed", 4, 1), ("mixed", 70, 3), ("int4_channel", 0, 3)])
+@pytest.mark.parametrize(
+    ("name", "sinks", "queries"), sampled([("mixed", 70, 3), ("mixed", 4, 1), ("int4_channel", 0, 3)], 2)
+)
 def test_codes_that_k_and_v_share_and_a_query_for_every_frame(name, sinks, queries, monkeypatch):
     """Two groups of two heads, after whole blocks were dropped and new ones appended."""
     d, basis = 8, transform(32, 32)
@@ -281,7 +283,7 @@ def both_ways(name: str, z: Tensor, monkeypatch) -> list[dict[str, Tensor]]:
 
 @pytest.mark.parametrize(
     ("dtype", "rank", "name"),
-    covering((torch.float32, torch.bfloat16), (1, 9, 64, 80), ENCODED, times=2),
+    covering((torch.float32, torch.bfloat16), (1, 9, 64, 80), ENCODED),
 )
 def test_quantizing(name, rank, dtype, monkeypatch):
     z = (tokens(128, rank, 2) + torch.arange(rank) % 7 * 5).to(dtype)  # not contiguous
@@ -292,7 +294,7 @@ def test_quantizing(name, rank, dtype, monkeypatch):
         assert torch.equal(found[part], value), part
 
 
-@pytest.mark.parametrize(("case", "name"), covering(HARD, ENCODED))
+@pytest.mark.parametrize(("case", "name"), sampled(covering(HARD, ENCODED), 4))
 def test_quantizing_what_is_hard(name, case, monkeypatch):
     z = hostile(case, (1, 2, 128, 16))
     found, expected = both_ways(name, z, monkeypatch)

@@ -8,29 +8,10 @@ import random
 import re
 import zipfile
 
+import bad_files
 import pytest
 import torch
-from bad_files import (
-    DEEP,
-    PAYLOADS,
-    Runs,
-    check,
-    counted,
-    flipped,
-    hostile,
-    make,
-    overwritten,
-    parts,
-    places,
-    put,
-    rejected,
-    saved,
-    too_large,
-    untouched,
-    watched,
-    wrong_safetensors,
-    wrong_tensors,
-)
+from bad_files import DEEP, check, flipped, hostile, make, overwritten, places, put, rejected, saved, untouched, watched
 from calibrations import TEXT, identical
 from presets import PRESET
 from sampling import ALL
@@ -88,7 +69,7 @@ def test_changed_bits_are_noticed(damage, good, space):
 
 
 def test_parts_of_files_are_rejected(good, space):
-    assert check(space, parts(good.read_bytes()), message="not a readable calibration file") == 8
+    assert check(space, bad_files.parts(good.read_bytes()), message="not a readable calibration file") == 8
 
 
 def test_noise_is_rejected(space):
@@ -113,7 +94,7 @@ def test_what_is_not_a_file_is_not_opened(space):
 @pytest.mark.parametrize("which", ["whole.pt", "compact.pt", "compact.safetensors"])
 def test_wrong_tensors(which, folder, space):
     def wrong():
-        for what, record in wrong_tensors(tensor_file.read(folder / which)):
+        for what, record in bad_files.wrong_tensors(tensor_file.read(folder / which)):
             if "frequencies" in what and what.endswith("cut"):
                 continue  # fewer channels may be rotated than there are
             if not which.endswith(".safetensors"):
@@ -130,18 +111,21 @@ def test_wrong_tensors(which, folder, space):
 
 
 def test_headers_of_safetensors_that_dont_fit_the_file(folder, space):
-    assert check(space, wrong_safetensors((folder / "compact.safetensors").read_bytes()), most=40) == 86
+    assert check(space, bad_files.wrong_safetensors((folder / "compact.safetensors").read_bytes()), most=40) == 86
 
 
 def test_wrong_metadata(folder, space):
     record = tensor_file.read(folder / "whole.pt")
     values = (None, b"x", 1.5, float("nan"), True, [1], (1,), DEEP, 10**30, torch.ones(2))
 
-    def wrong():
+    def wrong_values():
         for field in META:
             yield from ((f"{field} {value!r:.40}", put(record, ("meta", field), value)) for value in values)
             if field in record["meta"]:
-                yield f"no {field}", record | {"meta": {k: v for k, v in record["meta"].items() if k != field}}
+                others = {name: value for name, value in record["meta"].items() if name != field}
+                yield f"{field} missing", record | {"meta": others}
+
+    def other_wrong_values():
         for field in ("num_layers", "num_kv_heads", "head_dim", "rank"):
             yield from ((f"{field} {value}", put(record, ("meta", field), value)) for value in (0, -1, 13, 2**62))
         for field, value in (("sink_tokens", -1), ("samples", 0), ("seq_len", -5)):
@@ -157,17 +141,35 @@ def test_wrong_metadata(folder, space):
         for other in ([], {}, torch.ones(3), [record], {"model": {"weight": torch.ones(3)}}, None, 5):
             yield f"{other!r:.40} in place of all", other
 
-    assert check(space, wrong(), most=50) > 250
+    def message(what: str) -> str:
+        """Names the field, unless the file has what no record has: bytes, tuples, huge numbers, lists in lists."""
+        field, value = what.split(maxsplit=1)
+        return "" if value.startswith(("b'", "(", "[[", "1000")) else f"field 'meta.{field}"
+
+    assert check(space, wrong_values(), most=30, message=message) > 190
+    assert check(space, other_wrong_values(), most=20) > 60
+
+
+def test_wrong_lists_of_a_multi_head_basis(folder, space):
+    record = tensor_file.read(folder / "compact.pt")
+    wrong = {"layouts": [["diagonal"] * 3, [[]] * 3], "frequencies": [[3] * 3], "widths": [[0, 1, *range(6)]]}
+
+    def wrong_lists():
+        for name, values in wrong.items():
+            own = record["joint"]
+            yield f"{name} missing", record | {"joint": {key: own[key] for key in own if key != name}}
+            for value in (own[name][1:], *values):
+                yield f"{name} {value}", put(record, ("joint", name), value)
+
+    assert check(space, wrong_lists(), message=lambda what: f"field 'joint.{what.split()[0]}") == 10
 
 
 def test_tensors_where_plain_values_belong(folder, space):
     record = tensor_file.read(folder / "whole.pt")
-    for key in ("compact", "metric", "anything"):
-        (space / "bad.pt").write_bytes(saved(put(record, ("meta", key), torch.ones(2))))
-        rejected(space / "bad.pt", key, f"field 'meta.{key}'")
-        assert find_reusable({"fingerprint": "x", "compact": True}, [space]) is None
-    (space / "bad.pt").write_bytes(saved(put(record, ("joint", "widths"), [torch.ones(2)] * 8)))
-    rejected(space / "bad.pt", "widths", "field 'joint.widths")
+    fields = [("joint", "widths"), ("meta", "anything"), ("meta", "metric"), ("meta", "compact")]
+    wrong = ((".".join(at), put(record, at, [torch.ones(2)] * 8)) for at in fields)
+    check(space, wrong, message=lambda what: f"field '{what}")
+    assert find_reusable({"fingerprint": "x", "compact": True}, [space]) is None
 
 
 def test_a_basis_for_other_groups_of_heads(folder, space):
@@ -176,8 +178,7 @@ def test_a_basis_for_other_groups_of_heads(folder, space):
     own = dict(record["joint"])
     own |= {"E": torch.eye(12).expand(3, 4, 12, 12).contiguous(), "mean": torch.zeros(3, 4, 12)}
     own |= {"scale": torch.ones(3, 4, 1, 1), "spectrum": torch.ones(3, 4, 12), "errors": torch.ones(3, 4, 12, 8)}
-    (space / "bad.pt").write_bytes(saved(record | {"joint": own}))
-    rejected(space / "bad.pt", "groups", "field 'joint.")
+    check(space, [("groups", record | {"joint": own})], message="field 'joint.")
 
 
 def test_a_multi_head_basis_whose_numbers_make_no_cache(folder, space):
@@ -187,32 +188,28 @@ def test_a_multi_head_basis_whose_numbers_make_no_cache(folder, space):
     shifted = own["demand"] + torch.tensor([1e7, -1e7, 0])  # the mean is as before: some layers take 10 MB a block
     preset = PRESET | {"codec": "joint", "rank": 12, "target": "kv", "bits": 4, "quantizer": "mixed"}
     (space / "p.json").write_text(json.dumps(preset | {"calibration_file": "bad.pt"}))
-    wrong = {
-        "demand": [shifted, own["demand"] + 1e4, -own["demand"]],
-        "frequencies": [[own["frequencies"][0].double() * 0 + 1e300] * 3],
-        "E": [own["E"] * 0, own["E"] * 0 + 1],
-        "scale": [own["scale"] * 0 + 1e-44],
-    }
-    for name, value in ((name, value) for name, values in wrong.items() for value in values):
-        (space / "bad.pt").write_bytes(saved(put(record, ("joint", name), value)))
-        message = "the basis has no inverse" if name in ("E", "scale") else f"field 'joint.{name}"
-        rejected(space / "bad.pt", name, message, read=lambda _: make(space / "p.json"))
+    wrong = [("demand", value) for value in (shifted, own["demand"] + 1e4, -own["demand"])]
+    wrong += [("frequencies", [own["frequencies"][0].double() * 0 + 1e300] * 3)]
+    wrong += [("E", own["E"] * 0), ("E", own["E"] * 0 + 1), ("scale", own["scale"] * 0 + 1e-44)]
+    check(
+        space,
+        ((name, put(record, ("joint", name), value)) for name, value in wrong),
+        read=lambda _: make(space / "p.json"),
+        message=lambda name: "the basis has no inverse" if name in ("E", "scale") else f"field 'joint.{name}",
+    )
 
 
 def test_numbers_of_other_kinds(folder, space):
     """Statistics in half precision are read; types that nothing can be computed with, and huge numbers, are not."""
     record = tensor_file.read(folder / "whole.pt")
-    at = ("statistics", "k_scatter")
-    (space / "p.json").write_bytes(saved(put(record, at, record["statistics"]["k_scatter"].half())))
+    tensors, at = dict(places(record)), ("statistics", "k_scatter")
+    (space / "p.json").write_bytes(saved(put(record, at, tensors[at].half())))
     assert load_calibration(space / "p.json").statistics.k.scatter[0].dtype == torch.float64
-    tensors = dict(places(record))
     for place in (at, ("bases", "k", "E"), ("joint", "errors")):
-        for kind in (torch.float8_e4m3fn, torch.bool, torch.int32, torch.complex64):
-            (space / "bad.pt").write_bytes(saved(put(record, place, torch.zeros_like(tensors[place]).to(kind))))
-            rejected(space / "bad.pt", f"{place} {kind}")
+        kinds = (torch.float8_e4m3fn, torch.bool, torch.int32, torch.complex64)
+        check(space, ((str(kind), put(record, place, torch.zeros_like(tensors[place]).to(kind))) for kind in kinds))
         large = torch.full_like(tensors[place].double(), 1e68 if place == at else 1e38).to(tensors[place].dtype)
-        (space / "bad.pt").write_bytes(saved(put(record, place, large)))
-        rejected(space / "bad.pt", f"{place} too large", "finite numbers from")
+        check(space, [(f"{place} too large", put(record, place, large))], message="finite numbers from")
 
 
 # --- hostile files
@@ -220,11 +217,12 @@ def test_numbers_of_other_kinds(folder, space):
 
 def test_pickles_that_would_run_code(folder, space):
     record = tensor_file.read(folder / "compact.pt")
-    assert check(space, hostile((folder / "compact.pt").read_bytes(), record), most=33) == 9 * len(PAYLOADS)
+    assert check(space, hostile((folder / "compact.pt").read_bytes(), record), most=33) == 9 * len(bad_files.PAYLOADS)
 
 
 def test_memory_goes_by_a_files_own_size(folder, space):
-    assert check(space, too_large((folder / "whole.pt").read_bytes(), tensor_file.read(folder / "whole.pt"))) == 13
+    good = folder / "whole.pt"
+    assert check(space, bad_files.too_large(good.read_bytes(), tensor_file.read(good))) == 13
 
 
 def test_archives_that_two_readers_read_differently(space):
@@ -244,17 +242,21 @@ def test_archives_that_two_readers_read_differently(space):
 
 
 def test_a_search_passes_over_bad_files_and_reads_little_of_others(folder, space):
-    (space / "folder").mkdir()
+    (space / "folder" / "a.pt").mkdir(parents=True)
     record, good = tensor_file.read(folder / "compact.pt"), (folder / "compact.pt").read_bytes()
-    for number, (_, content) in enumerate([*list(hostile(good, record))[::9], *too_large(good, record)]):
+    key = {name: record["meta"][name] for name in ("fingerprint", "samples")}
+    foreign = [b"noise", [1], {"meta": 3}, {"meta": {"fingerprint": key["fingerprint"]}}]
+    bad = [*list(hostile(good, record))[::9], *bad_files.too_large(good, record), *enumerate(foreign)]
+    for number, (_, content) in enumerate(bad):
         (space / "folder" / f"a{number}.pt").write_bytes(content if isinstance(content, bytes) else saved(content))
     large = put(record, ("more",), torch.zeros(2**22)) | {"meta": record["meta"] | {"fingerprint": "other"}}
     tensor_file.write(space / "folder" / "b.pt", large)
     wanted = save_calibration(load_calibration(folder / "whole.safetensors"), space / "folder" / "z.safetensors")
-    before = counted("io", "rchar")
+    before = bad_files.counted("io", "rchar")
     with watched():
-        assert find_reusable({"fingerprint": record["meta"]["fingerprint"]}, [space / "folder"]) == wanted
-    assert counted("io", "rchar") - before < 2**22, "bytes read: less than the 16 MB of the file that doesn't match"
+        assert find_reusable(key, [space / "folder"]) == wanted
+    read = bad_files.counted("io", "rchar") - before
+    assert read < 2**22, "bytes: less than the 16 MB of the file that doesn't match"
 
 
 # --- the watch itself
@@ -263,7 +265,7 @@ def test_a_search_passes_over_bad_files_and_reads_little_of_others(folder, space
 @pytest.mark.parametrize(
     "act",
     [
-        lambda: pickle.loads(pickle.dumps(Runs(os.mkdir, "folder"))), lambda: open("p.json", "w").close(),
+        lambda: pickle.loads(pickle.dumps(bad_files.Runs(os.mkdir, "folder"))), lambda: open("p.json", "w").close(),
         lambda: os.system("true"), lambda: b"x" * 2**27,
     ],
     ids=["folder", "file", "program", "memory"],

@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from calibrations import TEXT, change, rejected, spoiled
+from calibrations import TEXT, change, identical, rejected, spoiled
 from sampling import sampled
 from tiny import tiny_loaded, windows, word_text
 
-from gpt2.common import files
 from gpt2.common.errors import BadArtefact, CalibrationNotFound, PluginError
 from gpt2.compression.calibration import file, reuse
 from gpt2.compression.calibration.calibrate import calibrate
@@ -32,18 +31,9 @@ def path(made, tmp_path):
     return save_calibration(made, tmp_path / "c.pt")
 
 
-def tensors(calibration: Calibration) -> dict[str, torch.Tensor]:
-    """Everything with numbers in a calibration, by name."""
-    found = {f"{side}.{name}": t for side, basis in calibration.bases.items() for name, t in basis.items()}
-    for side in ("k", "v"):
-        own = vars(getattr(calibration.statistics, side))
-        found |= {f"{side}.{name}": t for name, t in (own | own["metrics"]).items() if name != "metrics"}
-    return {name: t if torch.is_tensor(t) else torch.stack(t) for name, t in found.items()}
-
-
 def same(a: Calibration, b: Calibration) -> bool:
-    left, right = tensors(a), tensors(b)
-    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+    """Everything with numbers in them."""
+    return identical(*([c.bases, vars(c.statistics.k), vars(c.statistics.v)] for c in (a, b)))
 
 
 # --- calibrate
@@ -141,15 +131,11 @@ def test_other_files_are_rejected(tmp_path):
 DAMAGE = [
     ("format", ..., ["'format'", "kv-plugin-calibration/1", "found nothing"]),
     ("meta", [1], ["'meta'", "found list"]),
-    ("meta.seed", ..., ["'meta.seed'", "expected a whole number", "found nothing"]),
-    ("meta.model", 3, ["'meta.model'", "expected text", "found 3"]),
     ("meta.rank", 13, ["'meta.rank'", "from 1 to 12", "found 13"]),
     ("meta.codec", "svd", ["'meta.codec'", "pca", "'svd'"]),
     ("meta.codec", "hadamard", ["'meta.codec'", "codec hadamard needs no calibration"]),
-    ("meta.head_dim", 64, ["expected a tensor [3, 2, 64", "found a tensor [3, 2, 12"]),
     ("meta.num_layers", 2, ["expected a tensor [2, 2, 12", "found a tensor [3, 2, 12"]),
-    ("bases.k.E", ..., ["'bases.k.E'", "expected a tensor [3, 2, 12, 12]", "found nothing"]),
-    ("bases.v.D", lambda t: t[..., :9], ["'bases.v.D'", "found a tensor [3, 2, 12, 9]"]),
+    ("bases.v.D", lambda t: t[..., :9], ["'bases.v.D'", "found a tensor [3, 2, 12, 9]", "make the file again"]),
     ("bases.v.E", spoiled, ["'bases.v.E'", "finite", "found nan"]),
 ]
 
@@ -166,9 +152,10 @@ def test_damage_is_named(made, path):
 @pytest.mark.parametrize(("bits", "name"), sampled([(None, "none"), (16, "none"), (8, "int8"), (4, "int4")], 3))
 def test_guide_use(path, llama, bits, name):
     """`k, v, metadata = load_calibrated_compressors(path, device, dtype, quantize_bits)`, edited layer by layer."""
-    k, v, metadata = load_calibrated_compressors(path, torch.device("cpu"), torch.float32, quantize_bits=bits)
+    dtype = torch.bfloat16 if bits == 8 else torch.float32  # of the transforms
+    k, v, metadata = load_calibrated_compressors(path, torch.device("cpu"), dtype, quantize_bits=bits)
     assert len(k) == len(v) == metadata["num_layers"] == 3 and metadata["head_dim"] == 12
-    assert {c.quantizer for c in k + v} == {QUANTIZERS[name]} and {c.transform.rank for c in k + v} == {9}
+    assert {(c.quantizer, c.transform.rank, c.transform.E.dtype) for c in k + v} == {(QUANTIZERS[name], 9, dtype)}
     k = [IdentityCompressor() for _ in k]
     v[0] = IdentityCompressor()
     cache = CompressedDynamicCache(k, v, num_layers=metadata["num_layers"])
@@ -179,16 +166,9 @@ def test_guide_use(path, llama, bits, name):
     plain = identity_cache(3)
     llama.model(out[:, :-1], past_key_values=plain)
     stores = [[layer.stores["V"].read() for layer in each.layers] for each in (cache, plain)]
+    assert {values.dtype for values in stores[0]} == {torch.float32}, "the model's own"
     same = [torch.allclose(ours, models, atol=1e-4) for ours, models in zip(*stores, strict=True)]
     assert same[0] and not same[2], "of rank 9 of 12"
-
-
-def test_the_transforms_dtype_is_asked_for(path, llama):
-    k, v, metadata = load_calibrated_compressors(path, dtype=torch.bfloat16, quantize_bits=8)
-    assert {c.transform.E.dtype for c in k + v} == {torch.bfloat16}
-    cache = CompressedDynamicCache(k, v)
-    llama.model.generate(windows(1, 20), past_key_values=cache, max_new_tokens=3, do_sample=False)
-    assert cache.layers[0].stores["K"].read().dtype == torch.float32
     metadata["rank"] = 1
     assert load_calibrated_compressors(path)[2]["rank"] == 9, "the metadata is the caller's own"
 
@@ -196,19 +176,11 @@ def test_the_transforms_dtype_is_asked_for(path, llama):
 # --- reuse
 
 
-@pytest.fixture
-def folders(tmp_path, monkeypatch):
-    """An empty working folder and an empty checkout."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(files, "RESULTS", tmp_path / "checkout" / "results")
-    return tmp_path
-
-
 def obtain(loaded, text=TEXT, **changes):
     return reuse.obtain_calibration(loaded, text, **{"given": None, "rank": 9} | SMALL | changes)
 
 
-def test_a_new_calibration_goes_to_results_and_is_used_again(folders, llama, made, monkeypatch):
+def test_a_new_calibration_goes_to_results_and_is_used_again(space, llama, made, monkeypatch):
     first, path = obtain(llama)
     assert path.parent == file.calibration_folders()[0] and "tiny-llama" in path.name and same(first, made)
     monkeypatch.setattr(reuse, "calibrate", None)  # it would fail
@@ -217,14 +189,14 @@ def test_a_new_calibration_goes_to_results_and_is_used_again(folders, llama, mad
     assert obtain(llama, rank=5)[1] == path, "the file serves every rank"
 
 
-@pytest.mark.parametrize("folder", [".", "results/calibrations", "checkout/results/calibrations"])
-def test_where_a_calibration_is_found(folders, llama, made, folder):
-    path = save_calibration(made, folders / folder / "any_name.pt")
+@pytest.mark.parametrize("folder", ["work", "work/results/calibrations", "checkout/results/calibrations"])
+def test_where_a_calibration_is_found(space, llama, made, folder):
+    path = save_calibration(made, space / folder / "any_name.pt")
     assert obtain(llama)[1].resolve() == path
 
 
-def test_reuse_is_only_on_a_full_match(folders, llama, made):
-    old = save_calibration(made, folders / "old.pt")
+def test_reuse_is_only_on_a_full_match(space, llama, made):
+    old = save_calibration(made, space / "work" / "old.pt")
     others = [{"samples": 2}, {"seq_len": 40}, {"seed": 1}, {"sink_tokens": 3}, {"layers": 2},
               {"text": by_position("words", "words.txt", word_text(3000, seed=1))}]  # fmt: skip
     for changed in others:
@@ -234,19 +206,8 @@ def test_reuse_is_only_on_a_full_match(folders, llama, made):
         assert found.geometry == loaded.geometry
 
 
-def test_foreign_files_are_passed_over(folders, llama, made):
-    """Whatever lies in the working folder under .pt."""
-    (folders / "a.pt").write_bytes(b"noise")
-    torch.save([1], folders / "b.pt")
-    torch.save({"meta": 3}, folders / "c.pt")
-    torch.save({"meta": {"fingerprint": llama.fingerprint}}, folders / "d.pt")
-    (folders / "e.pt").mkdir()
-    save_calibration(made, folders / "z.pt")
-    assert obtain(llama)[1].name == "z.pt"
-
-
-def test_a_damaged_one_that_was_found_says_how_to_get_another(folders, llama, made):
-    path = save_calibration(made, folders / "z.pt")
+def test_a_damaged_one_that_was_found_says_how_to_get_another(space, llama, made):
+    path = save_calibration(made, space / "work" / "z.pt")
     part = torch.stack(made.statistics.v.scatter).numpy().tobytes()
     path.write_bytes(path.read_bytes().replace(part, bytes(len(part))))
     with pytest.raises(BadArtefact, match="z.pt: not a readable .*or move it away, and this command makes another"):
@@ -255,15 +216,15 @@ def test_a_damaged_one_that_was_found_says_how_to_get_another(folders, llama, ma
     assert obtain(llama)[1] != path
 
 
-def test_a_given_file_is_used_as_it_is_but_not_for_another_model(folders, llama, made):
-    path = save_calibration(made, folders / "given" / "c.pt")
+def test_a_given_file_is_used_as_it_is_but_not_for_another_model(space, llama, made):
+    path = save_calibration(made, space / "work" / "given" / "c.pt")
     assert obtain(llama, given=path, samples=2, seed=5)[1] == path
     with pytest.raises(BadArtefact, match="calibrated on tiny-llama"):
         obtain(tiny_loaded("qwen2"), given=path)
 
 
-def test_output_that_cannot_be_written_is_rejected_before_the_work(folders, llama, monkeypatch):
-    (folders / "file").write_text("")
+def test_output_that_cannot_be_written_is_rejected_before_the_work(space, llama, monkeypatch):
+    (space / "work" / "file").write_text("")
     monkeypatch.setattr(reuse, "calibrate", None)
     with pytest.raises(PluginError, match="can't make the folder"):
-        obtain(llama, output=folders / "file" / "c.pt")
+        obtain(llama, output=space / "work" / "file" / "c.pt")

@@ -4,13 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from calibrations import TEXT, identical
+from calibrations import TEXT, identical, rejected
 from sampling import covering
 from tiny import tiny_loaded
 from torch import Tensor
 
 from gpt2.common import tensor_file
-from gpt2.common.errors import BadArtefact
 from gpt2.compression.calibration.bit_allocation import BitAllocation
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import load_calibration, save_calibration
@@ -42,17 +41,13 @@ def llama_fit() -> Calibration:
     return calibrate(tiny_loaded("llama"), TEXT, rank=6, samples=3, seq_len=100, codec="joint")
 
 
-def widest_step(E: Tensor, rounded: Tensor) -> Tensor:
-    """The largest difference of each column, in 127ths of the column's largest number."""
-    return (E - rounded).abs().amax(-2) / (E.abs().amax(-2) / 127)
-
-
 @pytest.mark.parametrize("name", BASES)
 def test_a_compact_basis_is_rounded_to_eight_bits_of_each_columns_largest(name):
     fit = fit_of(name)
     compact = fit.compact()
     for E, rounded in zip(fit.E, compact.E, strict=True):
-        assert 0.1 < float(widest_step(E, rounded).amax()) <= 0.5 + 1e-4
+        step = E.abs().amax(-2) / 127
+        assert 0.1 < float(((E - rounded).abs().amax(-2) / step).amax()) <= 0.5 + 1e-4
     stored = compact.record(GEOMETRY)
     assert stored["E"].dtype == torch.int8 and (stored["E"].abs().amax(-2) == 127).all()
     for errors, rounded in zip(fit.allocation.errors, compact.allocation.errors, strict=True):
@@ -80,23 +75,6 @@ def test_the_decoder_of_a_compact_basis_is_the_inverse_of_its_rounded_encoder(na
     assert float((mixed.inverse(mixed.forward(x, start=64), 32, start=64) - x).abs().amax()) > 0.02
 
 
-@pytest.mark.parametrize(("name", "suffix"), covering(BASES, tensor_file.SUFFIXES))
-def test_a_compact_fit_is_in_its_file_what_it_was_in_memory(name, suffix, tmp_path):
-    """Also its scales, which are computed from E again when a fit is written."""
-    meta = {
-        "model": "noise", "fingerprint": "0", "num_layers": 3, "num_kv_heads": 4, "head_dim": 32, "rank": 32,
-        "codec": name, "sink_tokens": 4, "samples": 1, "seq_len": 64, "seed": 0, "text": "t", "text_spec": "t",
-        "text_sha256": "0", "tokens": 64, "dtype": "float32", "versions": {}, "compact": True,
-    }  # fmt: skip
-    fit = fit_of(name).compact()
-    path = save_calibration(Calibration(meta, None, {}, {name: fit}), tmp_path / f"c{suffix}")
-    back = load_calibration(path).multi_head[name]
-    assert all(map(torch.equal, back.E, fit.E)) and all(map(torch.equal, back.D, fit.D))
-    assert all(map(torch.equal, back.allocation.errors, fit.allocation.errors))
-    again = save_calibration(load_calibration(path), tmp_path / f"again{suffix}")
-    assert identical(tensor_file.read(again), tensor_file.read(path))
-
-
 def test_widths_of_a_compact_fit_are_those_of_its_rounded_errors(llama_fit):
     """Not those that the whole fit had computed before."""
     fit = replace(llama_fit.multi_head["joint"])
@@ -110,18 +88,14 @@ def test_widths_of_a_compact_fit_are_those_of_its_rounded_errors(llama_fit):
         assert all(map(torch.equal, own.widths(bits), fresh.widths(bits)))
 
 
-def in_half_precision(record: dict) -> dict:
-    """A record of a compact basis as it was written before there were eight bits."""
-    E = record["E"] * record["scale"]
-    scale = E.abs().amax((-1, -2), keepdim=True).log2().ceil().exp2()
-    return record | {"E": (E / scale).half(), "scale": scale, "errors": record["errors"].float()}
-
-
 @pytest.mark.parametrize("suffix", tensor_file.SUFFIXES)
 def test_a_compact_file_in_half_precision_is_read_and_written_as_it_is(llama_fit, suffix, tmp_path):
+    """As it was written before there were eight bits."""
     record = tensor_file.read(save_calibration(llama_fit.compact("joint"), tmp_path / "c.pt"))
-    old = in_half_precision(record["joint"])
-    assert old["E"].dtype == torch.float16 and old["scale"].shape == (*old["E"].shape[:2], 1, 1)
+    own = record["joint"]
+    E = own["E"] * own["scale"]
+    scale = E.abs().amax((-1, -2), keepdim=True).log2().ceil().exp2()
+    old = own | {"E": (E / scale).half(), "scale": scale, "errors": own["errors"].float()}
     path = tensor_file.write(tmp_path / f"old{suffix}", record | {"joint": old})
     back = load_calibration(path)
     assert back.statistics is None
@@ -135,24 +109,21 @@ def test_a_compact_file_in_half_precision_is_read_and_written_as_it_is(llama_fit
 
 
 WRONG = [
-    ("E", lambda E: E.index_fill(0, torch.tensor([0]), -128),
-     r"field 'joint.E': expected finite numbers from -127 to less than 128, found -128"),
+    ("E", lambda E: E.index_fill(0, torch.tensor([0]), -128), "finite numbers from -127 to less than 128, found -128"),
     ("E", lambda E: E.int() + 256, "field 'joint.E': expected floating-point numbers, found torch.int32"),
-    ("E", lambda E: E[..., :-1], r"field 'joint.E': expected a tensor \[3, 1, 48, 48\]"),
-    ("scale", lambda scale: scale[..., :1], r"field 'joint.scale': expected a tensor \[3, 1, 1, 48\], found .*1, 1\]"),
-    ("scale", lambda scale: scale.mT, r"field 'joint.scale': expected a tensor \[3, 1, 1, 48\], found .*48, 1\]"),
+    ("E", lambda E: E[..., :-1], "field 'joint.E': expected a tensor [3, 1, 48, 48]"),
+    ("scale", lambda scale: scale[..., :1], "field 'joint.scale': expected a tensor [3, 1, 1, 48], found", "1, 1]"),
+    ("scale", lambda scale: scale.mT, "field 'joint.scale': expected a tensor [3, 1, 1, 48], found", "48, 1]"),
     ("scale", lambda scale: scale * float("inf"), "field 'joint.scale': expected finite numbers"),
-    ("E", lambda E: E.float(), r"field 'joint.scale': expected a tensor \[3, 1, 1, 1\]"),
-]  # fmt: skip
+    ("E", lambda E: E.float(), "field 'joint.scale': expected a tensor [3, 1, 1, 1]"),
+]
 
 
 def test_codes_and_scales_that_no_compact_basis_has_are_rejected(llama_fit, tmp_path):
     record = tensor_file.read(save_calibration(llama_fit.compact("joint"), tmp_path / "c.pt"))
-    for name, change, message in WRONG:
-        own = record["joint"] | {name: change(record["joint"][name])}
-        path = tensor_file.write(tmp_path / "bad.pt", record | {"joint": own})
-        with pytest.raises(BadArtefact, match=message):
-            load_calibration(path)
+    for name, wrong, *words in WRONG:
+        own = record["joint"] | {name: wrong(record["joint"][name])}
+        rejected(tensor_file.write(tmp_path / "bad.pt", record | {"joint": own}), *words)
 
 
 # --- bytes shared out between bases of different sizes, some of which are held for fewer tokens than others
@@ -167,18 +138,14 @@ def allocation(weights: tuple[float, ...] | None = None) -> BitAllocation:
     return found if weights is None else found.weighted(weights)
 
 
-def sizes_of(found: BitAllocation) -> list[tuple[int, int]]:
-    return [(0, 0) if errors is None else errors.shape[:2] for errors in found.errors]
-
-
 @pytest.mark.parametrize(
     ("weights", "bits"), covering([None, (1.0, 1.0, 0.125, 1.0), (0.5, 1.0, 0.02, 1.0)], [1.5, 3.0, 5.0], times=2)
 )
 def test_bits_are_meant_on_average_over_what_is_held(weights, bits):
     found = allocation(weights)
-    each, sizes, weights = found.bits_of_each(bits), sizes_of(found), weights or (1.0,) * 4
-    assert each[1] == 0
-    held = [weight * groups * w for weight, (groups, w) in zip(weights, sizes, strict=True)]
+    each, weights = found.bits_of_each(bits), weights or (1.0,) * 4
+    assert each[1] == 0, "there is no basis"
+    held = [w * (0 if own is None else own[..., 0].numel()) for w, own in zip(weights, found.errors, strict=True)]
     average = sum(own * b for own, b in zip(held, each, strict=True)) / sum(held)
     assert bits - 8 * PLANE / BLOCK / 48 < average <= bits + 1e-6
     if weights[2] < weights[0]:

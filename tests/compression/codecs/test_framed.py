@@ -6,16 +6,12 @@ from calibrations import TEXT, D, H, L, preset_of
 from multi_head import reads_like_the_reference, vectors
 from sampling import covering
 from tiny import tiny_loaded, windows
-from torch import Tensor
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
-from gpt2.compression.calibration import fisher
-from gpt2.compression.calibration.fisher import collect_fisher
-from gpt2.compression.codecs import BASES, QUANTIZERS, Compressor, JointTransform
+from gpt2.compression.codecs import QUANTIZERS, Compressor, JointTransform
 from gpt2.compression.codecs.framed import Framed
-from gpt2.compression.codecs.mixed import BLOCK
-from gpt2.compression.codecs.multi_head import UnrotatedTransform, side_by_side
+from gpt2.compression.codecs.multi_head import UnrotatedTransform
 from gpt2.compression.codecs.rope import NONE, Rotary, middles
 from gpt2.compression.presets import create_cache_from_preset
 from gpt2.tuning.ratio_presets import compact_calibration, make_ratio_preset
@@ -34,22 +30,10 @@ def basis(groups: int, width: int, kind: type = JointTransform, **how) -> Unrota
 # --- the angle of a frame
 
 
-@pytest.mark.parametrize("frame", [1, 4, 64])
-def test_all_keys_of_a_frame_turn_by_the_angle_of_its_middle(frame):
-    keys = vectors(H, 150, d=8)
-    unrotated = ROTARY.unrotate(keys, 0, frame)
-    torch.testing.assert_close(ROTARY.rotate(unrotated, 0, frame=frame), keys, rtol=1e-5, atol=1e-5)
-    for t in (0, 3, 63, 64, 149):
-        middle = t // frame * frame + (frame - 1) / 2
-        alone = ROTARY.rotate_by(keys[:, :, t : t + 1], torch.tensor(middle), -1)
-        torch.testing.assert_close(unrotated[:, :, t : t + 1], alone, rtol=1e-5, atol=1e-5)
-    parts = [ROTARY.unrotate(part, start, frame) for start, part in ((0, keys[:, :, :7]), (7, keys[:, :, 7:]))]
-    torch.testing.assert_close(torch.cat(parts, dim=2), unrotated), "however they are cut"
-
-
 def test_where_rows_have_positions_of_their_own_a_frame_begins_with_the_first_token():
     assert middles(6, OWN, 4).tolist() == [[[62.5] * 4 + [66.5] * 2], [[-1.5] * 4 + [2.5] * 2]]
     assert middles(6, 61, 4).tolist() == [61.5] * 3 + [65.5] * 3, "for all rows, where its number says"
+    assert torch.cat((middles(7, 0, 4), middles(9, 7, 4))).equal(middles(16, 0, 4)), "however tokens are cut"
 
 
 # --- queries that absorb it
@@ -114,37 +98,17 @@ def test_quantizers_that_cut_frames_are_rejected():
 
 
 def test_what_is_read_directly():
-    readable = {f: Compressor(QUANTIZERS["mixed"], basis(1, 16, rotary=ROTARY, shared=f)).readable for f in (1, 16, 64)}
-    assert readable == {1: False, 16: True, 64: True}
-    assert Compressor(QUANTIZERS["mixed"], basis(1, 16, shared=1)).readable, "keys without positions, as joint has them"
+    for shared, rotary, readable in ((1, ROTARY, False), (16, ROTARY, True), (64, ROTARY, True), (1, NONE, True)):
+        own = Compressor(QUANTIZERS["mixed"], basis(1, 16, rotary=rotary, shared=shared))
+        assert own.readable == readable, (shared, rotary)
 
 
 # --- from calibration to generation
 
 
-@pytest.mark.parametrize(("heads", "d", "per_group"), [(3, 64, 3), (8, 64, 2), (8, 128, 1), (4, 96, 2), (2, 512, 1)])
-def test_fewer_heads_share_a_basis(heads, d, per_group):
-    assert Framed().heads_per_group(heads, d) == per_group
-
-
-def test_blocks_to_try_quantization_on_begin_where_frames_do(monkeypatch):
-    """With copies of the first token in the places of sinks, as a cache has them."""
-    loaded, batches = tiny_loaded("llama"), windows(1, 3 * BLOCK)
-    seen = []
-    add = fisher._Gathered.add
-    monkeypatch.setattr(
-        fisher._Gathered, "add", lambda self, layer, own: (seen.append((layer, own)), add(self, layer, own))
-    )
-    found = collect_fisher(loaded, batches, None, 4, {"framed": BASES["framed"]})["framed"]
-    layer, own = seen[0]
-
-    def led(x: Tensor) -> Tensor:
-        return torch.cat((x[:, :, :1].expand(-1, -1, 4, -1), x), dim=2)
-
-    keys = found.rotary[layer].unrotate(led(own.keys), 0, BLOCK)
-    expected = side_by_side(keys, led(own.values), 1)[0, :, : 2 * BLOCK]
-    blocks = found.blocks[layer].float()
-    assert (blocks[:, 4:] - expected[:, 4:]).abs().max() < 2e-3 * expected.abs().max()
+def test_fewer_heads_share_a_basis():
+    fits = {(3, 64): 3, (8, 64): 2, (8, 128): 1, (4, 96): 2, (2, 512): 1}
+    assert {shape: Framed().heads_per_group(*shape) for shape in fits} == fits
 
 
 def test_its_presets_by_ratio_are_read_as_they_are_stored(tmp_path):

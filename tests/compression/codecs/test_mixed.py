@@ -3,24 +3,12 @@
 import pytest
 import torch
 from multi_head import PRICES, least
-from sampling import covering
+from sampling import covering, sampled
 from torch import Tensor
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.codecs import QUANTIZERS, mixed
-from gpt2.compression.codecs.mixed import (
-    BLOCK,
-    COSTS,
-    FAR,
-    METADATA,
-    PLANE,
-    WIDTHS,
-    Mixed,
-    MixedFixed,
-    cheapest,
-    errors,
-    width_bytes,
-)
+from gpt2.compression.codecs.mixed import BLOCK, COSTS, PLANE, WIDTHS, Mixed, MixedFixed, errors
 
 
 def coordinates(r: int, batch: int = 2, groups: int = 2, blocks: int = 3, seed: int = 0) -> Tensor:
@@ -73,7 +61,7 @@ def searched(z: Tensor, choice: Tensor, far: bool = True) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("case", "r", "bits"), [*covering(CASES, [1, 2, 7, 8, 33], [1.5, 4, 9], times=2), ("plain", 383, 3)]
+    ("case", "r", "bits"), [*sampled(covering(CASES, [1, 2, 7, 8, 33], [1.5, 4, 9], times=2), 13), ("plain", 383, 3)]
 )  # the last as of a real basis: an odd number, beyond what fits a byte
 def test_decoding_loses_exactly_what_the_search_found(case, r, bits):
     """Codes, planes, order and metadata: an error in any would show, since each channel loses another amount."""
@@ -85,7 +73,7 @@ def test_decoding_loses_exactly_what_the_search_found(case, r, bits):
     assert ((lost(z, back) - searched(z, chosen)).abs() <= rounding + 1e-3 * lost(z, back) + 1e-30).all()
     assert r < 383 or case != "plain" or len(chosen.unique()) == len(WIDTHS), "every width is used"
     packed = mixed.pack_indices(chosen)
-    assert packed.shape[-1] == width_bytes(r) == 3 * -(-r // 8) and torch.equal(packed, encoded["widths"])
+    assert packed.shape[-1] == mixed.width_bytes(r) == 3 * -(-r // 8) and torch.equal(packed, encoded["widths"])
 
 
 def test_coordinates_of_16_bits_and_beyond_all_scales():
@@ -141,11 +129,11 @@ def test_the_container_is_as_documented():
         order = sorted(range(r), key=lambda c: -widths[c])
         place, metadata = 0, sum(widths) * PLANE
         coded = [channel for channel in order if widths[channel]]
-        behind = metadata + METADATA * len(coded)
+        behind = metadata + mixed.METADATA * len(coded)
         far = {}
-        for channel in sorted(c for i, c in enumerate(coded) if not block[metadata + METADATA * i + 1]):
-            far[channel] = int.from_bytes(bytes(block[behind : behind + FAR]), "little", signed=True)
-            behind += FAR
+        for channel in sorted(c for i, c in enumerate(coded) if not block[metadata + mixed.METADATA * i + 1]):
+            far[channel] = int.from_bytes(bytes(block[behind : behind + mixed.FAR]), "little", signed=True)
+            behind += mixed.FAR
         assert {6, 9} & set(coded) <= set(far) <= {1, 2, 6, 9}
         for channel in order:
             bits, expected = widths[channel], [0.0] * BLOCK
@@ -154,7 +142,7 @@ def test_the_container_is_as_documented():
                 place += PLANE * bits
                 codes = [sum((planes[j][t // 8] >> t % 8 & 1) << j for j in range(bits)) for t in range(BLOCK)]
                 scale, offset = 2 ** (block[metadata] / 8 - 17), far.get(channel, block[metadata + 1] - 128)
-                metadata += METADATA
+                metadata += mixed.METADATA
                 middle = offset * max(2**bits / 64, 1 / 4)
                 expected = [scale * (code - (2**bits - 1) / 2 + middle) for code in codes]
             torch.testing.assert_close(back[b, g, n, :, channel], torch.tensor(expected), rtol=1e-5, atol=1e-5)
@@ -168,8 +156,8 @@ def test_a_block_takes_the_bytes_of_its_bits_whatever_it_holds(r, bits):
         encoded = Mixed(bits).quantize(z)
         assert all(part.shape[:3] == (2, 2, 3) for part in encoded.values())
         budget, stored = bits * BLOCK * r / 8, sum(part[0, 0, 0].nbytes for part in encoded.values())
-        assert stored == encoded["block"].shape[-1] + width_bytes(r)
-        if budget >= width_bytes(r) + PLANE:  # below that there is one plane, which no channel has
+        assert stored == encoded["block"].shape[-1] + mixed.width_bytes(r)
+        if budget >= mixed.width_bytes(r) + PLANE:  # below that there is one plane, which no channel has
             assert budget - PLANE < stored <= budget
         chosen = mixed.unpack_indices(encoded["widths"], r)
         assert (PRICES[chosen].sum(-1) <= encoded["block"].shape[-1]).all(), "no block is over its budget"
@@ -204,7 +192,7 @@ def test_fixed_widths_are_the_same_container_without_the_widths():
 @pytest.mark.parametrize(("bits", "r"), covering([1, 2.2, 4, 7], [20, 6, 2, 1], times=2))
 def test_no_other_widths_lose_less_in_the_same_bytes(r, bits):
     error, budget = errors(coordinates(r, blocks=4, seed=r)), int(bits * 8 * r)
-    choice = cheapest(error, budget)
+    choice = mixed.cheapest(error, budget)
     total, spent = error.double().gather(-1, choice[..., None]).sum((-1, -2)), PRICES[choice].sum(-1)
     assert (spent <= budget).all()
     for own, found, size in zip(error.flatten(0, 2), total.flatten(), spent.flatten(), strict=True):
@@ -215,28 +203,11 @@ def test_no_other_widths_lose_less_in_the_same_bytes(r, bits):
         assert (budget - spent < max(COSTS)).all(), "less than one channel's widest step is left"
 
 
-def test_blocks_choose_for_themselves_whatever_the_unit():
-    error = errors(coordinates(8))
-    whole = cheapest(error, 200)
-    assert torch.equal(cheapest(error[1:, :, 2:], 200), whole[1:, :, 2:])
-    assert len(whole.flatten(0, 2).unique(dim=0)) > 1
-    for scale in (1e-8, 1e-3, 1e6):
-        assert torch.equal(cheapest(error * scale, 200), whole)
-
-
 def test_nothing_and_everything_fit():
     error = errors(coordinates(8))
-    assert not cheapest(error, COSTS[1] - 1).any(), "less than one channel of the narrowest codes"
-    assert not cheapest(torch.zeros_like(error), 400).any(), "nothing to gain"
-    assert (cheapest(error, 8 * max(COSTS)) == error.argmin(-1)).float().mean() > 0.99
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_error_falls_with_bits(case):
-    z = CASES[case](coordinates(24))
-    found = [float(lost(z, Mixed(b).dequantize(Mixed(b).quantize(z), 24)).sum()) for b in (0.5, 1, 2, 3, 4, 6, 9)]
-    assert all(b <= a * (1 + 1e-5) for a, b in zip(found, found[1:], strict=False))
-    assert found[0] > 10 * found[-1] or found[0] == 0 or case == "below the smallest scale"
+    assert not mixed.cheapest(error, COSTS[1] - 1).any(), "less than one channel of the narrowest codes"
+    assert not mixed.cheapest(torch.zeros_like(error), 400).any(), "nothing to gain"
+    assert (mixed.cheapest(error, 8 * max(COSTS)) == error.argmin(-1)).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("name", ["mixed", "mixed_fixed"])

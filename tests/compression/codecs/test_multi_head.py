@@ -1,30 +1,15 @@
 """Bases that heads share: bytes shared out at one price, their files, the script; and one that only a test knows."""
 
+import calibrations
 import pytest
 import torch
-from calibrations import (
-    OF_HEADS,
-    SINKS,
-    TEXT,
-    D,
-    H,
-    L,
-    between_heads,
-    change,
-    close,
-    direct_gradients,
-    preset_of,
-    rejected,
-    scatter,
-    spoiled,
-)
+from calibrations import OF_HEADS, SINKS, TEXT, D, H, L, close, identical, preset_of
 from multi_head import PRICES, least, reads_like_the_reference, vectors
-from sampling import sampled
+from sampling import covering, sampled
 from script_runs import run
 from tiny import windows
 from torch import Tensor
 
-from gpt2.common import files
 from gpt2.common.errors import PluginError
 from gpt2.compression.calibration import calibrate as calibrate_module
 from gpt2.compression.calibration import reuse, stand_in
@@ -43,26 +28,25 @@ from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.presets import create_cache_from_preset
 from gpt2.compression.settings import compressors_for
 from gpt2.models.geometry import Geometry
-from gpt2.tuning import search_space
-
-W = 2 * H * D  # channels of the joint basis
-
 
 # --- one price
 
 
-@pytest.mark.parametrize("bits", [1.5, 2, 3.25, 4, 6])
-def test_layers_average_to_the_budget_at_one_price(codec, bits):
-    allocation = codec.allocation
+@pytest.mark.parametrize(("bits", "name"), covering([1.5, 2, 3.25, 4, 6], ["joint", "grouped"]))
+def test_bases_average_to_the_budget_at_one_price(made, name, bits):
+    """Those of all layers, of keys and of values."""
+    fit = made.fit_of(name)
+    allocation, (_, w) = fit.allocation, fit.mean[0].shape
     found = torch.tensor(allocation.bits_of_each(bits), dtype=torch.float64)
-    assert bits - 8 * PLANE / BLOCK / W < found.mean() <= bits + 1e-6, "less than a plane of each layer is left"
-    assert found.unique().numel() == L, "not the same for all"
+    assert bits - 8 * PLANE / BLOCK / w < found.mean() <= bits + 1e-6, "less than a plane of each basis is left"
+    assert found.unique().numel() == len(found) == L * (1 if name == "joint" else 2), "not the same for all"
     for own in found.tolist():
-        stored = Mixed(own).block_bytes(W) + width_bytes(W)
-        assert stored == pytest.approx(BLOCK * W * own / 8, abs=1e-3), "what a block really takes"
-    spent = found * BLOCK * W / 8 - width_bytes(W)
+        stored = Mixed(own).block_bytes(w) + width_bytes(w)
+        assert stored == pytest.approx(BLOCK * w * own / 8, abs=1e-3), "what a block really takes"
+    spent = found * BLOCK * w / 8 - width_bytes(w)
     inside = (allocation.demand[1:] <= spent + PLANE) & (spent <= allocation.demand[:-1] + 1e-3)
-    assert inside.all(1).any(), "between the same two neighbouring prices for every layer"
+    assert inside.all(1).any(), "between the same two neighbouring prices for every basis"
+    assert fit.quantizer(QUANTIZERS["mixed"].at(bits), 1, "v").bits == found[1 if name == "joint" else 3]
 
 
 def test_a_layer_whose_errors_weigh_more_gets_more():
@@ -106,6 +90,7 @@ def test_fixed_widths_meet_the_budget_and_are_the_best(codec, bits):
     total = float(error.double().gather(-1, widths.flatten()[:, None]).sum())
     assert total <= least(error, spent) * (1 + 1e-6) + 1e-12
     assert len(widths.float().mean((1, 2)).unique()) > 1, "layers share one budget"
+    assert torch.equal(codec.quantizer(QUANTIZERS["mixed_fixed"].at(bits), 1).widths, widths[1])
 
 
 @pytest.mark.parametrize(("quantizer", "bits"), [("mixed", 2.5), ("mixed_fixed", 4)])
@@ -117,15 +102,6 @@ def test_the_cache_takes_the_bytes_that_were_asked_for(made, quantizer, bits):
     for layer in cache.layers:
         layer.store(x, x)
     assert bits - 0.2 < 8 * cache.nbytes() / (2 * L * x.numel()) <= bits * 1.0001
-
-
-def test_bits_are_shared_out_between_keys_and_values_of_all_layers(made):
-    codec = made.fit_of("grouped")
-    shares = codec.allocation.bits_of_each(3)
-    assert len(shares) == 2 * L and sum(shares) / len(shares) == pytest.approx(3, abs=0.2) and len(set(shares)) > 2
-    assert codec.quantizer(QUANTIZERS["mixed"].at(3), 1, "v").bits == shares[3]
-    fixed = codec.quantizer(QUANTIZERS["mixed_fixed"].at(3), 1, "k")
-    assert torch.equal(fixed.widths, codec.allocation.widths(3)[2])
 
 
 def test_errors_are_those_of_the_reservoir(llama):
@@ -155,11 +131,7 @@ def test_the_inverse_of_large_bases_with_several_threads():
 
 
 def same_codec(a: MultiHeadFit, b: MultiHeadFit) -> bool:
-    geometry = Geometry.uniform(L, H, D)
-    left, right = a.record(geometry), b.record(geometry)
-    lists = all(map(torch.equal, left.pop("frequencies"), right.pop("frequencies")))
-    plain = all(left.pop(name) == right.pop(name) for name in ("layouts", "widths"))
-    return lists and plain and all(torch.equal(left[name], right[name]) for name in left)
+    return identical(*(fit.record(Geometry.uniform(L, H, D)) for fit in (a, b)))
 
 
 def test_the_files_own_basis_is_that_of_single_heads(made):
@@ -185,50 +157,21 @@ def test_a_compact_file_is_small_and_reads_the_same(llama, made, preset, tmp_pat
             back.transform("k", 0, codec=codec)
     cache = create_cache_from_preset(preset | {"calibration_file": str(path)}, model=llama, dtype=torch.float64)
     reads_like_the_reference(llama, cache, windows(2, 150))
-    x = vectors(2 * H, 128, dtype=torch.float32) * 3
-    lost = []
-    for source in (made, back):
-        k, _ = compressors_for("kv", 4, None, source, codec="joint", quantizer="mixed")
-        lost.append(float((k[0].reconstruct(k[0].compress(x), D, x.dtype) - x).square().mean()))
-    assert lost[1] == pytest.approx(lost[0], rel=0.05)
 
 
-# What belongs to this part of a file alone; any wrong tensor is in calibration/test_bad_files.py
-DAMAGE = {
-    "layouts": [..., lambda x: x[1:], lambda x: ["diagonal", *x[1:]], lambda x: [[], *x[1:]]],
-    "frequencies": [
-        ..., lambda x: x[1:], lambda x: [torch.ones(D), *x[1:]], lambda x: [3, *x[1:]],
-        lambda x: [spoiled(x[0], float("inf")), *x[1:]],
-    ],
-    "widths": [..., lambda x: x[1:], lambda x: [0, 1, *x[2:]]],
-    "E": [lambda t: t[:, :, :40, :40], lambda t: t[0].tolist()],
-}  # fmt: skip
-
-
-def test_damage_is_named(made, tmp_path):
-    for calibration in (made, made.compact("joint")):
-        for name, value in ((name, value) for name, values in DAMAGE.items() for value in values):
-            path = save_calibration(calibration, tmp_path / "c.pt")
-            change(path, "joint", name, value=value)
-            rejected(path, f"'joint.{name}", "expected", "make the file again")
-
-
-def test_an_older_file_has_neither_metrics_nor_a_joint_codec(llama, tmp_path):
-    made = calibrate(llama, TEXT, rank=9, samples=2, seq_len=48)
-    path = save_calibration(made, tmp_path / "c.pt")
-    change(path, "statistics", "metrics", value=...)
-    change(path, "meta", "metric", value=...)
+def test_an_older_file_has_neither_metrics_nor_a_joint_codec(llama, calibration, tmp_path):
+    path = save_calibration(calibration, tmp_path / "c.pt")
+    calibrations.change(path, "statistics", "metrics", value=...)
+    calibrations.change(path, "meta", "metric", value=...)
     back = load_calibration(path)
-    assert torch.equal(back.transform("k", 0).E, made.transform("k", 0).E) and "joint" not in back.multi_head
+    assert torch.equal(back.transform("k", 0).E, calibration.transform("k", 0).E) and "joint" not in back.multi_head
     with pytest.raises(PluginError, match="codec attention needs statistics that this calibration doesn't have"):
         back.transform("k", 0, codec="attention")
     with pytest.raises(PluginError, match=r"\(framed, grouped, joint\), and codec fisher is of single heads"):
         calibrate(llama, TEXT, codec="fisher", compact=True, **OF_HEADS)
 
 
-def test_a_calibration_without_gradients_is_not_used_again_for_a_metric(llama, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(files, "RESULTS", tmp_path / "checkout")
+def test_a_calibration_without_gradients_is_not_used_again_for_a_metric(llama, space):
     asked = {"given": None, "rank": 9, "samples": 2, "seq_len": 80, "seed": 0, "sink_tokens": 4}
     _, plain = reuse.obtain_calibration(llama, TEXT, **asked)
     gradients, fisher = reuse.obtain_calibration(llama, TEXT, metric="fisher", **asked)
@@ -240,11 +183,6 @@ def test_a_calibration_without_gradients_is_not_used_again_for_a_metric(llama, t
 # --- the script
 
 
-@pytest.fixture
-def common(tiny_flags):
-    return [*tiny_flags, "--samples", 2, "--seq-len", 80]
-
-
 GATHERED = [
     ([], "pca", False), (["--metric", "attention"], "attention", False), (["--metric", "fisher"], "fisher", True),
     (["--metric", "fisher", "--compact"], "framed", False), (["--metric", "fisher", "--codec", "pca"], "pca", True),
@@ -253,8 +191,9 @@ GATHERED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("flags", "codec", "joint"), sampled(GATHERED, 3))
-def test_the_script_gathers_what_is_asked_for(flags, codec, joint, common, tmp_path, capsys):
+@pytest.mark.parametrize(("flags", "codec", "joint"), sampled(GATHERED, 2))
+def test_the_script_gathers_what_is_asked_for(flags, codec, joint, tiny_flags, tmp_path, capsys):
+    common = [*tiny_flags, "--samples", 2, "--seq-len", 80]
     assert run("calibrate_kv_lowrank", *common, "--output", "c.pt", *flags) == 0
     made = load_calibration("c.pt")
     assert made.meta["codec"] == codec and ("joint" in made.multi_head) == joint
@@ -320,8 +259,8 @@ def test_whole_and_compact_calibrations(llama, third, made, monkeypatch, tmp_pat
     assert sorted(cache.layers[0].stores) == (["KV"] if third.joint else ["K", "V"])
 
 
-@pytest.mark.parametrize("most", [512, 24], ids=["all heads in a group", "a group for each head"])
-@pytest.mark.parametrize("name", [*THIRD, "joint", "grouped", "framed"])
+# Channels of a group: all heads in one, or one for each head
+@pytest.mark.parametrize(("name", "most"), covering([*THIRD, "joint", "grouped", "framed"], [512, 24]))
 def test_statistics_are_of_k_and_v_as_a_basis_arranges_them(llama, name, most, monkeypatch):
     basis, batches = THIRD.get(name) or BASES[name], windows(3, 40)
     monkeypatch.setattr(type(basis), "most_channels", most)
@@ -338,20 +277,22 @@ def test_statistics_are_of_k_and_v_as_a_basis_arranges_them(llama, name, most, m
             return [side_by_side(k[None], v[None], groups)[0]]
         return [join_heads(side[None], H * D // groups)[0] for side in (k, v)]
 
-    for layer, (k, v, gk, gv) in direct_gradients(llama, batches).items():
+    for layer, (k, v, gk, gv) in calibrations.direct_gradients(llama, batches).items():
         entries = list(zip(arranged(layer, k, v), arranged(layer, gk, gv), strict=True))
         for entry, (x, g) in enumerate(entries, start=len(entries) * layer):
-            assert close(own.moments.mean[entry], x.mean(1)) and close(own.moments.scatter[entry], scatter(x))
-            assert close(own.moments.metrics["fisher"][entry], between_heads(g, D))
+            assert close(own.moments.mean[entry], x.mean(1))
+            assert close(own.moments.scatter[entry], calibrations.scatter(x))
+            assert close(own.moments.metrics["fisher"][entry], calibrations.between_heads(g, D))
     assert (own.moments.count == 3 * (40 - SINKS)).all()
 
 
 @pytest.mark.parametrize("name", [*THIRD, "joint", "grouped"])
 def test_coordinates_follow_positions_where_keys_keep_them(llama, name, made, monkeypatch):
     """Without positions keys of any place are compressed alike."""
-    basis = THIRD.get(name) or BASES[name]
-    monkeypatch.setitem(BASES, basis.name, basis)
-    codec = calibrate(llama, TEXT, codec=basis.name, compact=True, **OF_HEADS).multi_head[basis.name]
+    codec, basis = made.multi_head.get(name), THIRD.get(name) or BASES[name]
+    if name in THIRD:
+        monkeypatch.setitem(BASES, basis.name, basis)
+        codec = calibrate(llama, TEXT, codec=basis.name, compact=True, **OF_HEADS).multi_head[basis.name]
     transform = codec.transform(1, "k").to("cpu", torch.float64)
     rotary = made.multi_head["joint"].rotary[1]
     k, v = (vectors(H, 1, seed=seed).expand(-1, -1, 40, -1) for seed in (0, 1))
@@ -364,21 +305,3 @@ def test_coordinates_follow_positions_where_keys_keep_them(llama, name, made, mo
     assert codec.transform(1, "v").frame == (1 if turned else None), "values never turn"
     assert transform.frame == (1 if basis.unrotated else None)
     torch.testing.assert_close(codec.transform(1, "v").E, codec.E[1 if basis.joint else 3])
-
-
-@pytest.mark.parametrize("third", sampled(THIRD.values(), 1), indirect=True)
-def test_the_search_the_scripts_and_models_without_weights_know_it(llama, third, common, model_folder, tmp_path):
-    assert "third+mixed" in search_space.families()
-    made = calibrate(llama, TEXT, codec="third", **OF_HEADS)
-    low, high = made.multi_head["third"].allocation.bits_range()
-    made.multi_head["third"].allocation.bits_range = lambda: (2.5, high)
-    assert low < 2.5 == search_space.bits_range(made)[0]
-    made_up = stand_in.stand_in(llama).multi_head["third"]
-    assert [E.shape for E in made_up.E] == [E.shape for E in made.multi_head["third"].E]
-    assert made_up.transform(2, "v").rank == third.shape(llama.geometry).head_dim
-    assert run("calibrate_kv_lowrank", *common, "--output", "c.pt", "--codec", "third", "--compact") == 0
-    assert list(load_calibration("c.pt").multi_head) == ["third"]
-    sizes = ["--eval-tokens", 128, "--eval-seq-len", 64, "--ratios", "3"]
-    assert run("make_presets", *common, *sizes, "--codec", "third", "--output", "out") == 0
-    names, slug = {path.name for path in (tmp_path / "out").rglob("*.*")}, model_folder.name
-    assert {f"{slug}-third-3x.json", f"kv_third_{slug}.pt", f"ratio_presets_third_{slug}.json"} <= names

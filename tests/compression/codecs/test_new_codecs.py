@@ -1,17 +1,19 @@
 """A new quantizer, metric and multi-head basis: one small class and one registry entry each, and everything takes it.
 
-None has a kernel. Each goes from calibration to a preset, a cache, generation and direct attention, and into the
-tuner's search space.
+None has a kernel. Each goes from calibration to a preset, a cache, generation and direct attention, into the tuner's
+search space, and through scripts.
 """
 
 import pytest
 import torch
 from calibrations import TEXT
+from script_runs import run
 from tiny import tiny_loaded, windows
 
 from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import load_calibration, save_calibration
+from gpt2.compression.calibration.stand_in import stand_in
 from gpt2.compression.codecs import BASES, QUANTIZERS, MultiHead, Quantizer
 from gpt2.compression.codecs.metric import MetricBasis
 from gpt2.compression.presets import create_cache_from_preset
@@ -64,7 +66,7 @@ CASES = {
 def test_one_class_and_one_registry_entry(case, monkeypatch, tmp_path):
     registry, own, (codec, quantizer, bits), family = CASES[case]
     monkeypatch.setitem(registry, own.name, own)
-    loaded = tiny_loaded("llama")
+    loaded = tiny_loaded("llama")  # its own, as its attention is changed
     d, prompt = loaded.geometry.head_dim, windows(2, 100)
     made = calibrate(loaded, TEXT, rank=d, codec=codec, samples=3, seq_len=140)
     path = save_calibration(made, tmp_path / "c.pt")
@@ -91,3 +93,22 @@ def test_one_class_and_one_registry_entry(case, monkeypatch, tmp_path):
     space, _ = search_space.space_for(load_calibration(path), d, [family])
     assert space.families == (family,) and space.starts()[0]["family"] == family
     assert space.bits[1] <= 7.0 or case != "quantizer"
+
+
+def test_scripts_and_models_without_weights_know_a_new_multi_head_basis(
+    llama, tiny_flags, model_folder, monkeypatch, tmp_path
+):
+    monkeypatch.setitem(BASES, "pairs", Pairs())
+    made_up = stand_in(llama).multi_head["pairs"]
+    assert made_up.transform(2, "v").rank == Pairs().shape(llama.geometry).head_dim
+    common = [*tiny_flags, "--samples", 2, "--seq-len", 80, "--codec", "pairs"]
+    assert run("calibrate_kv_lowrank", *common, "--output", "c.pt", "--compact") == 0
+    made = load_calibration("c.pt")
+    assert list(made.multi_head) == ["pairs"]
+    low, high = made.multi_head["pairs"].allocation.bits_range()
+    made.multi_head["pairs"].allocation.bits_range = lambda: (2.5, high)
+    assert low < 2.5 == search_space.bits_range(made)[0]
+    sizes = ["--eval-tokens", 128, "--eval-seq-len", 64, "--ratios", "3"]
+    assert run("make_presets", *common, *sizes, "--output", "out") == 0
+    names, slug = {path.name for path in (tmp_path / "out").rglob("*.*")}, model_folder.name
+    assert {f"{slug}-pairs-3x.json", f"kv_pairs_{slug}.pt", f"ratio_presets_pairs_{slug}.json"} <= names

@@ -2,25 +2,14 @@
 
 import json
 
+import numerics
 import optuna
 import pytest
 import torch
 from calibrations import TEXT, identical
 from hostile import CHANNELS, TOKENS, hostile
-from numerics import (
-    EXACT_BASES,
-    SMALL,
-    allowed,
-    compressor,
-    fit_heads,
-    given,
-    int4_bits,
-    lost,
-    metric,
-    moments_of,
-    round_trip,
-)
-from sampling import ALL, covering
+from numerics import SMALL, allowed, compressor, given, int4_bits, lost, moments_of, round_trip
+from sampling import ALL, covering, sampled
 from script_runs import SMALL as FEW
 from script_runs import SMALL_EVAL, run
 from tiny import tiny_model, word_tokenizer
@@ -53,7 +42,9 @@ def biased_model(dtype: torch.dtype = torch.float32, with_gradients: bool = True
 # --- sums
 
 
-@pytest.mark.parametrize(("case", "parts"), covering([*CHANNELS, *TOKENS], [[128], [1, 127], [7] * 18 + [2]]))
+@pytest.mark.parametrize(
+    ("case", "parts"), sampled(covering([*CHANNELS, *TOKENS], [[128], [1, 127], [7] * 18 + [2]]), 9)
+)
 def test_moments_are_those_of_float64(case, parts):
     """Also where a bias is 40,000 times the spread: Σxxᵀ − nμμᵀ would have no digit left in float32."""
     x = hostile(case, SMALL)
@@ -76,7 +67,7 @@ def test_moments_are_those_of_float64(case, parts):
 # --- bases
 
 
-@pytest.mark.parametrize("codec", [name for name in EXACT_BASES if not basis_of(name).multi_head])
+@pytest.mark.parametrize("codec", [name for name in numerics.EXACT_BASES if not basis_of(name).multi_head])
 def test_fewer_tokens_than_channels(codec):
     basis, other = basis_of(codec), hostile("plain", (1, 2, 64, 16), seed=2).double()
     for tokens in (1, 5):
@@ -86,10 +77,10 @@ def test_fewer_tokens_than_channels(codec):
         torch.testing.assert_close(transform.inverse(transform.forward(other), 16), other)
 
 
-@pytest.mark.parametrize("sample", CHANNELS)
+@pytest.mark.parametrize("sample", sampled(CHANNELS, 6))
 def test_a_basis_of_any_text_serves_ordinary_text(sample):
     """Calibrated where nothing varied, or on biases that the run hasn't: no worse than int4 all the same."""
-    for codec in EXACT_BASES:
+    for codec in numerics.EXACT_BASES:
         x = given(codec, hostile("plain", SMALL), "plain")
         for quantizer in ("int4_channel", "mixed"):
             c = compressor(codec, quantizer, sample, SMALL)
@@ -107,43 +98,33 @@ def test_the_size_of_gradients_says_nothing(codec):
     groups, w = (1, SMALL[3] * SMALL[1] * (1 + joint)) if shared else (SMALL[1], SMALL[3])
 
     def error(factor: float) -> float:
-        weights = factor**2 * metric(groups, w)
+        weights = factor**2 * numerics.metric(groups, w)
         if shared:
-            transform = fit_heads(codec, sample, "plain", weights).transform(0)
+            transform = numerics.fit_heads(codec, sample, "plain", weights).transform(0)
         else:
             transform = basis_of(codec).fit(moments_of(sample, codec, weights), 0)[0]
         c = Compressor(Mixed(int4_bits(SMALL)), transform.to("cpu", torch.float32))
         return lost(codec, round_trip(c, x), x)
 
     expected = pytest.approx(error(1.0), rel=0.1)
-    assert [error(size) for size in (1e-20, 1e-8, 1e8)] == [expected] * 3
+    assert [error(size) for size in (1e-20, 1e8)] == [expected] * 2
 
 
-@pytest.mark.parametrize("codec", multi_head_bases())
-def test_a_sample_beyond_float16_is_fitted_all_the_same(codec):
+def test_a_sample_beyond_float16_is_fitted_all_the_same():
     """It is held in float16, where a step beyond the end would be infinite, and no file with it could be read."""
     loaded = biased_model()
     with torch.no_grad():
         for layer in loaded.model.model.layers:
             layer.self_attn.v_proj.weight *= 1e6
             layer.self_attn.o_proj.weight *= 1e-6
-    fitted = calibrate(loaded, TEXT, rank=9, codec=codec, samples=2, seq_len=140).fit_of(codec)
-    allocation = fitted.allocation
-    found = (*allocation.errors, allocation.prices, allocation.demand, *fitted.E, *fitted.D)
-    assert all(torch.isfinite(x).all() for x in found)
+    made = calibrate(loaded, TEXT, rank=9, codec="joint", samples=2, seq_len=140)
+    for codec in multi_head_bases():
+        fit = made.fit_of(codec)
+        found = (*fit.allocation.errors, fit.allocation.prices, fit.allocation.demand, *fit.E, *fit.D)
+        assert all(torch.isfinite(x).all() for x in found), codec
 
 
 # --- calibrations of a model
-
-
-def kept(loaded: LoadedModel) -> dict[int, tuple]:
-    """K and V of every layer behind the sinks, of text that took no part."""
-    found = {}
-    window = TEXT.segments("evaluation", loaded, 132, 1, 0)[0]
-    with torch.no_grad():
-        record = Tap(lambda layer, k, v: found.setdefault(layer, (k[:, :, 4:], v[:, :, 4:])))
-        loaded.model.base_model(input_ids=window[None], past_key_values=record, use_cache=True)
-    return found
 
 
 @pytest.mark.parametrize(
@@ -154,7 +135,11 @@ def test_a_model_with_biased_keys(dtype, with_gradients, tmp_path):
     loaded = biased_model(dtype, with_gradients)
     made = calibrate(loaded, TEXT, rank=9, codec="joint", samples=3, seq_len=140)
     made = load_calibration(save_calibration(made, tmp_path / "c.pt"))
-    d = loaded.geometry.head_dim
+    d, kept = loaded.geometry.head_dim, {}  # K and V of every layer behind the sinks, of text that took no part
+    with torch.no_grad():
+        record = Tap(lambda layer, k, v: kept.setdefault(layer, (k[:, :, 4:], v[:, :, 4:])))
+        window = TEXT.segments("evaluation", loaded, 132, 1, 0)[0]
+        loaded.model.base_model(input_ids=window[None], past_key_values=record, use_cache=True)
     for codec, quantizer in [
         *(("joint", name) for name in ("mixed", "mixed_fixed")), ("grouped", "mixed"), ("framed", "mixed"),
         ("fisher", "int4_channel"), ("attention", "mixed"), ("pca", "int4_channel"), ("pca", "int4"),
@@ -162,7 +147,7 @@ def test_a_model_with_biased_keys(dtype, with_gradients, tmp_path):
         bits = int4_bits((1, 1, 1, d)) if quantizer.startswith("mixed") else 4
         k, v = compressors_for("kv", bits, None, made, codec=codec, quantizer=quantizer, rank=d)
         total = reference = 0.0
-        for layer, (keys, values) in kept(loaded).items():
+        for layer, (keys, values) in kept.items():
             assert keys.abs().amax() > 100, "or they have no bias"
             sides = [(k[layer], keys), (v[layer], values)]
             if basis_of(codec).joint:
@@ -177,7 +162,7 @@ def test_a_model_with_biased_keys(dtype, with_gradients, tmp_path):
 
 def test_calibrating_twice_gives_the_same(tmp_path):
     """Every tensor to the bit, in memory and read from a file."""
-    loaded, how = biased_model(), {"rank": 9, "codec": "joint", "samples": 3, "seq_len": 140}
+    loaded, how = biased_model(), {"rank": 9, "codec": "joint", "samples": 2, "seq_len": 140}
     made, again, other = (calibrate(loaded, TEXT, **how, seed=seed) for seed in (0, 0, 1))
     files = [save_calibration(c, tmp_path / name / "c.pt") for name, c in (("one", made), ("other", again))]
     assert identical(*(torch.load(path, weights_only=True) for path in files))
@@ -188,14 +173,14 @@ def test_the_search_twice_is_the_same(tiny_flags):
     """The same seed, the same candidates in the same order, and losses to the last digit."""
     common, found = [*tiny_flags, *FEW[:2], "--seq-len", 100], []
     assert run("calibrate_kv_lowrank", *common, "--codec", "framed", "--rank", 12, "--output", "c.pt") == 0
-    flags = [*common, *SMALL_EVAL, "--target-ppl-delta", 0.5, "--calibration", "c.pt"]
-    flags += ["--search", "codec", "--codecs", "framed+mixed,pca", "--num-trials", 4]
+    flags = [*common, *SMALL_EVAL, "--chunk", 32, "--target-ppl-delta", 0.5, "--calibration", "c.pt"]
+    flags += ["--search", "codec", "--codecs", "framed+mixed,pca", "--num-trials", 3]
     for name in ("one", "other"):
         out = ["--study", f"{name}/s.db", "--output", f"{name}/preset.json"]
         assert run("auto_tune_kv_compression", *flags, *out) == 0
         (study,) = optuna.get_all_study_names(f"sqlite:///{name}/s.db")
         found.append([(t.params, t.values, t.state) for t in TrialQueue(f"{name}/s.db", study).trials()])
-    assert found[0] == found[1] and len(found[0]) >= 4
+    assert found[0] == found[1] and len(found[0]) >= 3
 
 
 @pytest.mark.skipif(not ALL, reason="only in make test-all")

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sampling import ALL, covering
+from sampling import ALL, covering, sampled
 from stores import filled
 
 from gpt2.common.errors import PluginError
@@ -26,9 +26,10 @@ from gpt2.compression.kernels import cpu, dispatch
 ROOT = Path(__file__).parents[3]
 SHARED_MEMORY = 99 * 1024  # bytes that a program may have on every NVIDIA card since Ampere
 DTYPES = (torch.bfloat16, torch.float32)
-# Of K and of V: every format is compiled once, with TEST_ALL=1 each for both sides
-COMPILED = [("none", "none"), ("int8", "int4"), ("int8_channel", "int4_channel"), ("mixed_fixed", "mixed")]
-COMPILED += [(name, name) for name in QUANTIZERS] if ALL else []
+WITHOUT_TRITON = "kernels need Triton, which isn't installed: pip install triton"
+# Of K and of V. Compiling takes seconds: `make test` has the pair with the longest kernels
+COMPILED = [("mixed_fixed", "mixed"), ("int8_channel", "int4_channel"), ("int8", "int4"), ("none", "none")]
+COMPILED += [(name, name) for name in QUANTIZERS]
 
 
 def test_without_triton(monkeypatch, caplog):
@@ -44,20 +45,23 @@ def test_not_for_tensors_on_the_cpu(monkeypatch):
     assert not dispatch.usable(torch.zeros(1))
 
 
-def test_in_the_interpreter():
-    pytest.importorskip("triton", reason="kernels need Triton, which isn't installed: pip install triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    tests = ROOT / "tests" / "support" / "kernels_interpreted.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
+def pass_in_a_process(*tests: str, **environment: str) -> None:
+    """Run tests in a process of their own, with other environment variables; none is skipped."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     # Imports begin in the working folder: the gpt2 of this checkout is tested, not one that is installed
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_in_the_interpreter():
+    pytest.importorskip("triton", reason=WITHOUT_TRITON)
+    pass_in_a_process("tests/support/kernels_interpreted.py", TRITON_INTERPRET="1")
 
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
     """Kernels that would be launched, compiled for an H100 and not run."""
-    pytest.importorskip("triton", reason="kernels need Triton, which isn't installed: pip install triton")
+    pytest.importorskip("triton", reason=WITHOUT_TRITON)
     if dispatch.interpreted():
         pytest.skip("TRITON_INTERPRET=1: nothing is compiled")
     from triton.backends.compiler import GPUTarget
@@ -81,38 +85,39 @@ def compiled(monkeypatch, tmp_path):
     return made
 
 
-@pytest.mark.parametrize(("pair", "dtype"), covering(COMPILED, DTYPES))
-def test_attention_compiles(pair, dtype, compiled):
+def attend_compiles(compiled, k, v, query) -> None:
     from gpt2.compression.cache import triton_attention
 
+    triton_attention.attend(k, v, query, None, 1.0)
+    assert [kernel.name for kernel in compiled] == ["attend_tiles", "merge_splits"]
+    assert all(kernel.asm["cubin"] and kernel.metadata.shared <= SHARED_MEMORY for kernel in compiled)
+
+
+@pytest.mark.parametrize(("pair", "dtype"), sampled(covering(COMPILED, DTYPES), 1))
+def test_attention_compiles(pair, dtype, compiled):
     d, heads = 64, 2
     x = torch.randn(1, heads, 130, d).to(dtype)
     stores = []
     for name in pair:
         quantizer = QUANTIZERS[name] if name != "mixed_fixed" else MixedFixed(4.0, torch.full((heads, d), 3))
         stores.append(filled(Compressor(quantizer), (4, 0), [x]))
-    query = x[:, :, :1].repeat_interleave(4, dim=1)
-    triton_attention.attend(*stores, query, None, 1.0)
-    assert [kernel.name for kernel in compiled] == ["attend_tiles", "merge_splits"]
-    for kernel in compiled:
-        assert kernel.asm["cubin"] and kernel.metadata.shared <= SHARED_MEMORY
+    attend_compiles(compiled, *stores, x[:, :, :1].repeat_interleave(4, dim=1))
     assert "wgmma" in compiled[0].asm["ptx"]  # tensor cores
 
 
 def test_attention_compiles_with_a_query_for_every_block_of_keys(compiled):
     """K and V of a head in one code."""
-    from gpt2.compression.cache import triton_attention
-
     E = torch.linalg.qr(torch.randn(1, 64, 64)).Q
     turned = JointTransform(E, E.mT, torch.zeros(1, 64), Rotary(torch.logspace(0, -3, 16)), 64)
     x = torch.randn(1, 2, 130, 32).bfloat16()
     held = filled(Compressor(QUANTIZERS["int4_channel"], turned), (4, 0), [x])
-    triton_attention.attend(Half(held, 0), Half(held, 1), x[:, :, :1].repeat_interleave(2, dim=1), None, 1.0)
-    assert [kernel.name for kernel in compiled] == ["attend_tiles", "merge_splits"]
-    assert all(kernel.asm["cubin"] and kernel.metadata.shared <= SHARED_MEMORY for kernel in compiled)
+    attend_compiles(compiled, Half(held, 0), Half(held, 1), x[:, :, :1].repeat_interleave(2, dim=1))
 
 
-@pytest.mark.parametrize(("dtype", "name"), covering(DTYPES, ("int8", "int4", "int8_channel", "int4_channel")))
+ENCODED = ("int4_channel", "int8", "int8_channel", "int4")  # by channel and by token
+
+
+@pytest.mark.parametrize(("dtype", "name"), sampled(covering(DTYPES, ENCODED), 2))
 def test_quantizing_compiles(name, dtype, compiled):
     from gpt2.compression.kernels import triton_quantize
 
@@ -132,16 +137,14 @@ LOWER = NAMED[1:] or NAMED
 
 @pytest.mark.parametrize("name", LOWER if ALL else [name for name in LOWER if name == "avx2"])
 def test_every_instruction_set(name):
-    """As the other tests compare the processor's own with PyTorch. In a process of its own, which loads one build."""
+    """As the other tests compare the processor's own with PyTorch: a process loads one build."""
     if not cpu.loaded():
         pytest.skip("no compiler on this machine")
     direct = ("scores_and_sums", "every_width", "a_decode_step_absorbs_queries_for_every_frame")
     tests = [f"tests/compression/cache/test_direct_attention.py::test_{test}" for test in direct]
     tests += ["tests/compression/cache/test_attention.py::test_sixteen_bit_models"]
     tests += ["tests/compression/codecs/test_numerics.py::test_kernels_store_mixed_widths_as_pytorch_does"]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not PyTorch", *tests]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"KV_CPU_ISA": name}, capture_output=True, text=True)
-    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    pass_in_a_process("-k", "not PyTorch", *tests, KV_CPU_ISA=name)
 
 
 @pytest.mark.parametrize("wanted", ["avx2", "AVX2", "native,avx2"])

@@ -43,17 +43,15 @@ def test_a_folder_with_a_config_is_enough(space, family, name):
 
 
 def test_its_figures_are_unknown_but_for_the_ratio_which_is_exact(space):
-    folder = folder_of(space)
-    for name, least in (("kv8", 1.5), ("kv4", 2.5)):
-        preset = get_preset_info(folder, name)
-        assert [preset.get(key) for key in ("baseline_ppl", "compressed_ppl", "ppl_delta")] == [None] * 3
-        measured = compression_ratio(lambda p=preset: create_cache_from_preset(p), Geometry.uniform(3, 2, 12))
-        assert preset["compression_ratio"] == pytest.approx(measured, abs=1e-4) and measured > least
+    preset = get_preset_info(folder_of(space), "kv4")
+    assert [preset.get(key) for key in ("baseline_ppl", "compressed_ppl", "ppl_delta")] == [None] * 3
+    measured = compression_ratio(lambda: create_cache_from_preset(preset), Geometry.uniform(3, 2, 12))
+    assert preset["compression_ratio"] == pytest.approx(measured, abs=1e-4) and measured > 2.5
     for d in sampled([128, 64, 80, 96], 1):
         folder = folder_of(space, hidden_size=4 * d, head_dim=d)
         kv8, kv4 = (get_preset_info(folder, name)["compression_ratio"] for name in ("kv8", "kv4"))
         assert 1.85 < kv8 < 2 and kv4 >= 3.6
-    for window, least, most in ((8, 1, 1), (128, 2.5, 3.7), (500, 2.5, 3.7)):  # which transformers keeps of it
+    for window, least, most in ((8, 1, 1), (128, 2.5, 3.7)):  # which transformers keeps of it
         folder = folder_of(space, "mistral", sliding_window=window)
         assert least <= get_preset_info(folder, "kv4")["compression_ratio"] <= most
 
@@ -99,10 +97,10 @@ def test_on_loaded_models_and_shapes_without_weights(space):
 
 
 # Odd head dims, and prompts shorter than a block
-CASES = covering(["kv4", "kv8"], [("qwen3", 30), ("gemma3_text", 22), ("llama", 6)], [50, 3, 130])
-
-
-@pytest.mark.parametrize(("name", "shape", "prompt"), CASES)
+@pytest.mark.parametrize(
+    ("name", "shape", "prompt"),
+    covering(["kv4", "kv8"], [("qwen3", 30), ("gemma3_text", 22), ("llama", 6)], [50, 3, 130]),
+)
 def test_what_is_compressed_of_a_batch(space, name, shape, prompt):
     """By channel nothing is before a block is full; values by token are, after the sinks."""
     family, overrides = shape[0], {"head_dim": shape[1], "num_hidden_layers": 2}
@@ -112,7 +110,8 @@ def test_what_is_compressed_of_a_batch(space, name, shape, prompt):
     out = model.generate(tokens, past_key_values=cache, max_new_tokens=new, do_sample=False)
     assert out.shape == (3, prompt + new) and cache.get_seq_length() == prompt + new - 1
     agreed = 63 if name == "kv4" else prompt
-    assert torch.equal(out[:, :agreed], model.generate(tokens, max_new_tokens=new, do_sample=False)[:, :agreed])
+    plain = model.generate(tokens, max_new_tokens=max(agreed - prompt, 1), do_sample=False)
+    assert torch.equal(out[:, :agreed], plain[:, :agreed])
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from kinds import KINDS, feed, geometry_of, ids_of, model_of
 from presets import PRESET
-from sampling import covering
+from sampling import covering, sampled
 
 from gpt2.common.errors import BadArtefact
 from gpt2.compression.cache.layers import CompressedSlidingLayer
@@ -22,12 +22,11 @@ from gpt2.models.loading import wrap
 WHERE = ["model", "config", "loaded"]
 
 
-@functools.cache
-def measured(family: str) -> dict:
-    return preset_for_any_model("kv4", family, geometry_of(family))
+measured = functools.cache(lambda family: preset_for_any_model("kv4", family, geometry_of(family)))
 
 
 def preset_of(family: str) -> dict:
+    """kv4, measured once."""
     return copy.deepcopy(measured(family))
 
 
@@ -46,14 +45,14 @@ def bare(family: str) -> dict:
     return PRESET | own | {"model": family, "codec": "identity", "calibration_file": ""}
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", sampled(KINDS, 6))
 def test_layers_go_through_json_and_make_a_cache_that_runs(family):
     back = json.loads(json.dumps(preset_of(family)))
     assert parse(back).geometry == geometry_of(family) and parse(back).says_layers
     assert parse(parse(back).record).record == parse(back).record, "a record says all there is"
     assert back["cache_layers"] == geometry_of(family).record()
     cache = create_cache_from_preset(back)
-    parts = ids_of(18).split([10, 1, 7], dim=1)
+    parts = ids_of(18).split([10, 8], dim=1)
     assert all(feed(model_of(family), cache, x).isfinite().all() for x in parts) and cache.get_seq_length() == 18
     same = create_cache_from_preset(back, model=model_of(family))
     assert list(map(type, cache.layers)) == list(map(type, same.layers))

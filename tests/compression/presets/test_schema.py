@@ -33,11 +33,9 @@ def test_missing_keys_are_named():
         parse({"layers": {"v": SOME}}, "p.json")
 
 
-# test_bad_presets tries every kind of value for every key; here is what messages say
+# test_bad_presets tries every kind of value for every key, and that messages name it; here is what else they say
 INVALID = [
     ({"rank": 13}, "key 'rank': expected 1 to 12, as codec pca has coordinates for a head_dim of 12, found 13"),
-    ({"rank": True}, "key 'rank': expected a whole number from 1 to 1024, found True"),
-    ({"rank": None}, "key 'rank': expected a whole number"),
     ({"codec": "ln_nullspace", "rank": 12}, "key 'rank': expected 1 to 11"),
     ({"codec": "pcaa"}, "key 'codec': unknown codec 'pcaa', did you mean 'pca'"),
     ({"bits": 5}, "keys 'quantizer' and 'bits': bits 5 is not available: use 4, 8, 16"),
@@ -45,18 +43,12 @@ INVALID = [
     ({"quantizer": "mixed", "bits": 99.5}, "keys 'quantizer' and 'bits': .*takes 0.25 to"),
     ({"quantizer": "mixed", "bits": "4"}, "key 'bits': expected a number between .*, found '4'"),
     ({"quantizer": "int4", "bits": 8}, "bits 8: quantizer int4 has 4"),
-    ({"quantizer": 3}, "key 'quantizer': expected text"),
     ({"target": "V"}, "key 'target': expected 'v' or 'k' or 'kv', found 'V'"),
-    ({"ppl_delta": -1.5}, "key 'ppl_delta': expected a number between -1"),
-    ({"compression_ratio": float("nan")}, "key 'compression_ratio': expected a number"),
-    ({"sink_tokens": -1}, "key 'sink_tokens': expected a whole number from 0"),
     ({"format": "kv-plugin-preset/2"}, "key 'format': expected 'kv-plugin-preset/1', found 'kv-plugin-preset/2'"),
     ({"calibrated_with": 3}, "key 'calibrated_with': expected a dict, found 3"),
-    ({"layers": [SOME] * 3}, "key 'layers': expected a dict, found list"),
     ({"layers": {}}, "key 'layers': expected 'k', 'v' or both, found neither"),
     ({"layers": {"q": [SOME] * 3}}, "key 'layers.q': unknown: the keys are k, v"),
     ({"layers": {"v": [SOME] * 2}}, "key 'layers.v': expected a list of 3, found 2"),
-    ({"layers": {"v": "all"}}, "key 'layers.v': expected a list or a dict, found 'all'"),
     ({"layers": {"v": [SOME, SOME, 4]}}, r"key 'layers.v\[2\]': expected a dict, found 4"),
     ({"layers": {"v": [SOME, {"codec": "pca"}, SOME]}}, r"key 'layers.v\[1\]': missing: rank, bits"),
     ({"layers": {"v": [SOME | {"rank": 13}, None, None]}}, r"layers.v\[0\]: key 'rank': expected 1 to 12"),
@@ -71,9 +63,6 @@ def test_invalid_values_are_named(change, message):
     with pytest.raises(BadArtefact, match=message) as error:
         parse(PRESET | change, "p.json")
     assert str(error.value).startswith("p.json: ") and "\n" not in str(error.value)
-    for content in ([PRESET], 3, None):
-        with pytest.raises(BadArtefact, match="preset: expected a dict"):
-            parse(content)
 
 
 def test_a_setting_for_all_layers_is_what_a_list_of_it_is():
