@@ -24,8 +24,13 @@ from gpt2.experiments.codec_variations import PRODUCT, QUESTIONS, fit, gather, m
 from gpt2.report import regions
 
 SINKS = 4
-# Of each question the rows on both ends, each once: the product stands in all of them
-SOME = {rows[label]: f"{question}: {label}" for question, rows in QUESTIONS.items() for label in sampled(rows, 2)}
+# Rows, each once: of most questions those on both ends, of two questions all, which are computed in ways of their own
+WHOLE = ("metric", "widths")
+SOME = {
+    rows[label]: f"{question}: {label}"
+    for question, rows in QUESTIONS.items()
+    for label in (rows if question in WHOLE else sampled(rows, 2))
+}
 
 
 @pytest.fixture(scope="module")
