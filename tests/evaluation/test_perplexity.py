@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 from pictures import is_drawn
-from sampling import covering
+from sampling import sampled
 from script_runs import listing
 from tiny import tiny_loaded, windows
 from transformers import DynamicCache
 
 from gpt2.common.errors import PluginError
-from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor
-from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
+from gpt2.compression.compressed_cache import identity_cache
 from gpt2.evaluation.by_position import by_position, continuations, divergence
 from gpt2.evaluation.perplexity import BASELINE, Scores, baseline_factory, compare, score, segment_sums
 from gpt2.evaluation.statistics import mean_interval, paired_bootstrap, sign_test, spread
@@ -35,40 +34,28 @@ def direct_nll(loaded, segments):
     return -log_p.gather(-1, segments[:, 1:, None])[..., 0].numpy()
 
 
-@pytest.mark.parametrize(
-    ("family", "chunk"), covering(["llama", "mistral", "gemma3_text", "gpt2"], [1, 7, 64, 65, 1000], times=2)
-)
-def test_streaming_equals_one_forward_pass(llama, family, chunk):
+@pytest.mark.parametrize(("family", "chunk"), [
+    *sampled([("llama", 1), ("gpt2", 64), ("llama", 65), ("gpt2", 1000), ("llama", 7)], 3), ("mistral", 7),
+    ("gemma3_text", 64),
+])  # fmt: skip
+def test_streaming_equals_one_forward_pass_also_through_a_cache_that_loses_nothing(llama, family, chunk):
     """65 tokens: chunks of 7 leave a remainder, chunks of 64 a last token that predicts nothing."""
     loaded = llama if family == "llama" else tiny_loaded(family)
     segments = SEGMENTS[: 1 if chunk == 1 else 3]
-    nll = score(loaded, segments, {BASELINE: baseline_factory(loaded)}, chunk=chunk)[BASELINE].nll
+    made = {"ours": lambda: identity_cache(loaded.geometry), BASELINE: baseline_factory(loaded)}
+    scores = score(loaded, segments, made, chunk=chunk)
+    nll = scores[BASELINE].nll
     assert nll.shape == (len(segments), 64) and np.abs(nll - direct_nll(loaded, segments)).max() < 1e-4
-
-
-def test_the_identity_cache_changes_nothing(llama):
-    for chunk in (7, 64):
-        made = {"ours": lambda: identity_cache(3), BASELINE: baseline_factory(llama)}
-        scores = score(llama, SEGMENTS, made, chunk=chunk)
-        ours = scores["ours"]
-        assert np.array_equal(ours.nll, scores[BASELINE].nll) and not ours.kl.any() and ours.agree.all()
-        record = compare(scores[BASELINE], ours)
-        assert record["ppl_delta"] == 0 and record["ppl_delta_interval"] == [0, 0]
-        assert record["kl_nats"] == 0 and record["top1_agreement"] == 1
-
-
-def test_a_lossy_cache_changes_predictions_and_fewer_bits_change_them_more(llama, caches, lossy):
-    scores = score(llama, SEGMENTS, caches | {"8": lossy(8, sink_tokens=4)}, chunk=16)
-    eight, four = (compare(scores[BASELINE], scores[name]) for name in ("8", "x"))
-    assert 0 < eight["kl_nats"] < four["kl_nats"] and eight["top1_agreement"] > four["top1_agreement"] < 1
-    assert all(np.abs(scores[name].nll - scores[BASELINE].nll).max() > 1e-3 for name in ("8", "x"))
-    # KL is a sum that float32 may round below zero, by no more than its own rounding
-    assert all(scores[name].kl.min() > -1e-5 for name in ("8", "x"))
+    ours = scores["ours"]
+    assert np.abs(ours.nll - nll).max() < 1e-4 and np.abs(ours.kl).max() < 1e-5 and ours.agree.all()
+    if family == "llama":  # without a window that forgets, not even rounding differs
+        assert np.array_equal(ours.nll, nll) and not ours.kl.any()
 
 
 def test_kl_is_from_the_baseline_and_sinks_are_exact(llama, caches):
     """KL(baseline ‖ cache), computed apart; the other direction differs."""
-    scores = score(llama, SEGMENTS[:1], caches, chunk=65)["x"]
+    both = score(llama, SEGMENTS, caches, chunk=65, batch_size=1)
+    scores = both["x"]
     with torch.no_grad():
         p, q = (
             llama.model(SEGMENTS[:1], past_key_values=c).logits[0, :-1].double().log_softmax(-1)
@@ -78,40 +65,29 @@ def test_kl_is_from_the_baseline_and_sinks_are_exact(llama, caches):
     assert np.abs(scores.kl[0] - (q.exp() * (q - p)).sum(-1).numpy()).max() > 1e-3
     assert np.array_equal(scores.agree[0], (p.argmax(-1) == q.argmax(-1)).numpy())
     # Token 4 is the first that is coded: predictions made at tokens 0 to 3 can't change, later ones do
-    scores = score(llama, SEGMENTS, caches, chunk=65)
-    changed = np.abs(scores["x"].nll - scores[BASELINE].nll)
+    changed = np.abs(scores.nll - both[BASELINE].nll)
     assert changed[:, :4].max() < 1e-5 < changed[:, 4:].max(axis=1).min(), "also within one chunk"
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
-def test_batch_size_doesnt_matter_and_every_batch_has_a_fresh_cache(llama, caches, batch_size):
+def test_batch_size_doesnt_matter_and_every_batch_has_a_fresh_cache(llama, caches):
     batches = []
-    together = score(llama, SEGMENTS, caches, chunk=16, batch_size=3)
     same = SEGMENTS[[0, 1, 2, 0, 1, 2]]
-    other = score(llama, same, caches, chunk=16, batch_size=batch_size,
-                  progress=lambda items: batches.extend(items) or batches)  # fmt: skip
+    one, four = (
+        score(llama, same, caches, chunk=16, batch_size=n, progress=lambda items: batches.append(len(items)) or items)
+        for n in (1, 4)
+    )
+    assert batches == [6, 2], "progress wraps the batches"
     for name in caches:
-        assert np.abs(together[name].nll - other[name].nll[:3]).max() < 1e-3
-        assert batch_size > 1 or np.array_equal(other[name].nll[:3], other[name].nll[3:])
-    assert len(batches) == math.ceil(6 / batch_size), "progress wraps the batches"
+        assert np.abs(one[name].nll - four[name].nll).max() < 1e-3
+        assert np.array_equal(one[name].nll[:3], one[name].nll[3:])
 
 
-def test_the_baseline_runs_first_and_may_be_left_out_and_a_loss_that_is_not_finite_is_rejected(llama, caches):
+def test_the_baseline_runs_first_and_may_be_left_out(llama, caches):
     scores = score(llama, SEGMENTS, dict(reversed(caches.items())))
     assert scores["x"].kl is not None and scores[BASELINE].kl is None
     alone = score(llama, SEGMENTS, {"x": caches["x"]})["x"]
     assert alone.kl is None and alone.agree is None and np.array_equal(alone.nll, scores["x"].nll)
     assert "kl_nats" not in compare(scores[BASELINE], alone)
-
-    class Broken(type(QUANTIZERS["int8"])):
-        def dequantize(self, parts, rank):
-            return super().dequantize(parts, rank) * float("nan")
-
-    def broken():
-        return CompressedDynamicCache([Compressor(Broken())] * 3, [IdentityCompressor()] * 3)
-
-    with pytest.raises(PluginError, match="loss with cache 'broken' is NaN or infinite: try --dtype float32"):
-        score(llama, SEGMENTS, caches | {"broken": broken})
 
 
 def test_figures_by_hand_and_from_the_sums_of_segments():
@@ -133,13 +109,13 @@ def test_figures_by_hand_and_from_the_sums_of_segments():
 @pytest.mark.parametrize("shape", [(1, 10), (3, 64), (2, 2047)])
 def test_a_constant_shift_has_no_width(shape):
     """Also where the last block of a segment is shorter than the others."""
-    for shift in (0.0, 0.05, -0.3):
+    for shift in (0.0, -0.3):
         assert paired_bootstrap(np.full(shape, shift)) == pytest.approx([math.expm1(shift)] * 2, abs=1e-9)
-    assert mean_interval(np.full(7, -0.3)) == pytest.approx((-0.3, -0.3))
+        assert mean_interval(np.full(7, shift)) == pytest.approx((shift, shift))
 
 
 def test_the_interval_covers_the_mean_and_narrows_with_tokens():
-    noise = np.random.default_rng(0).normal(0, 1, (16, 2047))
+    noise = np.random.default_rng(0).normal(0, 1, (16, 1087))
     noise -= noise.mean()
     low, high = paired_bootstrap(noise)
     assert low < 0 < high
@@ -192,13 +168,13 @@ def test_bins_are_those_of_the_scores():
     base, other = Scores(nll), Scores(nll + worse, kl, agree)
     rows = by_position(base, other, 4, first=9)
     assert [row["position"] for row in rows] == [0, 10, 20, 30] and {row["tokens"] for row in rows} == {30}
-    part = slice(29, 39)
-    assert rows[2]["kl_nats"] == pytest.approx(kl[:, part].mean())
-    assert rows[2]["kl_nats_by_segment"] == pytest.approx(kl[:, part].mean(1).tolist())
-    assert rows[2]["top1_agreement"] == pytest.approx(agree[:, part].mean())
-    assert rows[2]["ppl_delta"] == pytest.approx(math.expm1(worse[:, part].mean()))
-    low, high = rows[2]["kl_nats_interval"]
-    assert low <= rows[2]["kl_nats"] <= high
+    third, part = rows[2], slice(29, 39)
+    assert third["kl_nats"] == pytest.approx(kl[:, part].mean())
+    assert third["kl_nats_by_segment"] == pytest.approx(kl[:, part].mean(1).tolist())
+    assert third["top1_agreement"] == pytest.approx(agree[:, part].mean())
+    assert third["ppl_delta"] == pytest.approx(math.expm1(worse[:, part].mean()))
+    low, high = third["kl_nats_interval"]
+    assert low <= third["kl_nats"] <= high
     (row,) = by_position(base, Scores(nll[:1], kl[:1], agree[:1]), 1)
     assert row["kl_nats_interval"] is None and row["tokens"] == 49
 
@@ -221,7 +197,7 @@ def test_drift_shows_where_it_begins(llama, caches):
     assert same["identity"] == [12, 12] and all(4 <= count < 12 for count in same["drifting"])
 
 
-FLAGS = ["--text", "prose.txt", "--preset", "p.json", "--segments", 2, "--chunk", 16, "--bins", 8]
+FLAGS = ["--text", "prose.txt", "--preset", "p.json", "--segments", 2, "--chunk", 32, "--bins", 8]
 
 
 def test_the_script_writes_generated_text_and_long_context(script, tmp_path, capsys):

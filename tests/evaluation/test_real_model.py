@@ -62,8 +62,7 @@ def figures(loaded, text, calibration):
         "rank 60, no sinks": cache(16, 60, "pca", 0),
         **{name: from_policy(name, loaded).make for name in KVPolicyName},
     }
-    segments = text.segments("evaluation", loaded, 128, 1)
-    scores = score(loaded, segments, caches, batch_size=1)
+    scores = score(loaded, text.segments("evaluation", loaded, 128, 1), caches, batch_size=1)
     return {name: compare(scores[BASELINE], scores[name]) for name in caches}
 
 
@@ -93,11 +92,10 @@ def test_step_4_of_the_guide(loaded, calibration, tmp_path):
         "compressed_ppl": 10.5, "ppl_delta": 0.05, "calibration_file": str(tmp_path / "calib.pt"), "head_dim": 64,
         "num_layers": 30,
     }  # fmt: skip
-    (tmp_path / "preset.json").write_text(json.dumps(preset))
-    cache = create_cache_from_preset(json.loads((tmp_path / "preset.json").read_text()), device="cpu")
+    cache = create_cache_from_preset(json.loads(json.dumps(preset)), device="cpu")
     inputs = loaded.tokenizer(PROMPT, return_tensors="pt")
     outputs = loaded.model.generate(
-        inputs["input_ids"], past_key_values=cache, use_cache=True, max_new_tokens=8, do_sample=False
+        inputs["input_ids"], past_key_values=cache, use_cache=True, max_new_tokens=4, do_sample=False
     )
     assert cache.get_seq_length() == outputs.shape[1] - 1
     text = loaded.tokenizer.decode(outputs[0])
@@ -115,10 +113,7 @@ def test_quick_start_of_the_guide(loaded):
     inputs = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     outputs = model.generate(inputs, max_new_tokens=4, past_key_values=cache, use_cache=True)
     assert torch.equal(outputs, loaded.model.generate(inputs, max_new_tokens=4, do_sample=False))
-    other = get_preset_info("smollm2-135m", "int4-vonly")
-    again = model.generate(inputs, max_new_tokens=4, past_key_values=create_cache_from_preset(other))
-    assert torch.equal(again, outputs)
-    for own in (preset, other):  # in a fresh clone: they need no calibration
+    for own in (preset, get_preset_info("smollm2-135m", "int4-vonly")):  # in a fresh clone: they need no calibration
         assert own["compression_ratio"] > 1.2 and own["figures"]["tokens"] > 4000
 
 
@@ -126,7 +121,7 @@ def test_the_lines_in_readme_run(capsys):
     readme = (files.ROOT / "README.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
     assert "max_new_tokens=64" in code
-    exec(compile(code.replace("max_new_tokens=64", "max_new_tokens=8"), "README.md", "exec"), {})
+    exec(compile(code.replace("max_new_tokens=64", "max_new_tokens=4"), "README.md", "exec"), {})
     assert capsys.readouterr().out.startswith("The history of tea begins")
 
 

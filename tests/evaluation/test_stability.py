@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from script_runs import run
+from script_runs import CALIBRATE, INT4_PRESET, STABILITY
 from tiny import word_text
 
 from gpt2.common.errors import PluginError
@@ -72,25 +72,13 @@ def test_verdict_needs_both_limits(deltas, stable):
         assert "limit +5.00%" in verdict["line"] and "limit 1.00%" in verdict["line"] and "by text" in verdict["line"]
 
 
-@pytest.fixture
-def space(tmp_path, monkeypatch, reader_folder):
-    monkeypatch.chdir(tmp_path)
-    letters = torch.randint(0, 10, (9000,), generator=torch.Generator().manual_seed(0)).tolist()
-    (tmp_path / "t.txt").write_text("".join("abcdefg  \n"[i] for i in letters))
-    flags = ["--model", str(reader_folder), "--text", "t.txt", "--output", "s.json", "--needle-length", "160"]
-    return [*flags, "--needle-trials", "1", "--eval-tokens", "64", "--eval-seq-len", "64", "--chunk", "32"]
+FLAGS = ["--text", "prose.txt", "--preset", "p.json", "--num-runs", 2, "--output", "s.json"]
+FLAGS += ["--needle-length", 160, "--needle-trials", 1, "--eval-tokens", 64, "--eval-seq-len", 64, "--chunk", 32]
+NEVER_UNSTABLE, ALWAYS_UNSTABLE = (["--max-ppl-delta", limit, "--max-std", limit] for limit in (0.9, 0.0001))
 
 
-def preset(path, **more) -> None:
-    guide = {"model": "chars", "rank": 12, "target": "kv", "bits": 4, "calibration_file": "", "head_dim": 12,
-             "num_layers": 3, "codec": "identity"}  # fmt: skip
-    path.write_text(json.dumps(guide | more))
-
-
-def test_the_script_varies_what_there_is(space, tmp_path, capsys):
-    preset(tmp_path / "p.json")
-    assert run("eval_stability", *space, "--preset", "p.json", "--num-runs", 2, "--max-ppl-delta", 0.9,
-               "--max-std", 0.9) == 0  # fmt: skip
+def test_the_script_varies_what_there_is(script, tmp_path, capsys):
+    assert script(STABILITY, *FLAGS, *NEVER_UNSTABLE) == 0
     said = capsys.readouterr().out
     assert "note: the calibration is not varied" in said and "\nstable: worst" in said
     record = json.loads((tmp_path / "s.json").read_text())
@@ -103,33 +91,31 @@ def test_the_script_varies_what_there_is(space, tmp_path, capsys):
     assert "which fails" in said
 
 
-def test_the_script_calibrates_anew(space, tmp_path, capsys):
-    flags = ["--samples", 2, "--seq-len", 64, "--rank", 6]
-    assert run("calibrate_kv_lowrank", *space[:4], *flags, "--output", "c.pt") == 0
-    preset(tmp_path / "p.json", codec="pca", rank=6, bits=16, target="v", calibration_file="c.pt")
-    code = run("eval_stability", *space, "--preset", "p.json", "--num-runs", 2, "--vary", "calibration",
-               "--max-ppl-delta", 0.0001, "--max-std", 0.0001)  # fmt: skip
+def test_the_script_calibrates_anew(script, tmp_path, capsys):
+    flags = ["--text", "prose.txt", "--samples", 2, "--seq-len", 64, "--rank", 6, "--output", "c.pt"]
+    assert script(CALIBRATE, *flags) == 0
+    preset = INT4_PRESET | {"codec": "pca", "rank": 6, "bits": 16, "target": "v", "calibration_file": "c.pt"}
+    (tmp_path / "p.json").write_text(json.dumps(preset))
+    code = script(STABILITY, *FLAGS, "--vary", "calibration", *ALWAYS_UNSTABLE)
     said = capsys.readouterr().out
     assert code == 3 and "NOT stable" in said and "newly drawn tokens" in said
     first, other = json.loads((tmp_path / "s.json").read_text())["rows"]
     assert other["factor"] == "calibration" and other["baseline_ppl"] == first["baseline_ppl"]
     assert other["ppl"] != first["ppl"], "another calibration, another cache"
-    (tmp_path / "other.txt").write_text((tmp_path / "t.txt").read_text().swapcase())
-    assert run("eval_stability", *space, "--preset", "p.json", "--num-runs", 2, "--vary", "calibration",
-               "--text", "other.txt") == 0  # fmt: skip
+    (tmp_path / "other.txt").write_text((tmp_path / "prose.txt").read_text().swapcase())
+    assert script(STABILITY, *FLAGS, "--vary", "calibration", "--text", "other.txt") == 0
     said = capsys.readouterr().out
-    assert "made from another text than 'other.txt': give --text t.txt" in said and "no verdict" in said
+    assert "made from another text than 'other.txt': give --text prose.txt" in said and "no verdict" in said
 
 
-def test_bad_flags_stop_before_the_first_run(space, tmp_path, capsys, monkeypatch):
+def test_bad_flags_stop_before_the_first_run(script, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(stability, "measure", lambda *args: pytest.fail("measured"))
-    preset(tmp_path / "p.json")
     for flags, message in (
         (["--num-runs", "1"], "varies nothing"), (["--num-runs", "99"], "use fewer --num-runs"),
         (["--needle-length", "510"], "use --needle-length 504 or less"), (["--vary", "weather"], "unknown weather"),
         (["--max-std", "2"], "out of range"),
     ):  # fmt: skip
-        assert run("eval_stability", *space, "--preset", "p.json", *flags) == 2
+        assert script(STABILITY, *FLAGS, *flags) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "s.json").exists()
 
 

@@ -25,37 +25,24 @@ from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_c
 from gpt2.compression.presets import create_cache_from_preset
 from gpt2.compression.presets.build import new_preset
 from gpt2.experiments import architectures, miniatures
-from gpt2.experiments.architectures import (
-    DIRECT,
-    FAILED,
-    NEW,
-    NOT_TRIED,
-    PROMPT,
-    RECONSTRUCT,
-    REFUSED,
-    WORKING,
-    reference,
-)
+from gpt2.experiments.architectures import DIRECT, FAILED, NEW, NOT_TRIED, PROMPT, RECONSTRUCT, REFUSED, WORKING
 from gpt2.experiments.miniatures import tiny_family
 from gpt2.models.geometry import Geometry
-from gpt2.models.loading import wrap
-from gpt2.models.probe import probe_geometry
-
-COMMITTED = files.RESULTS / "runs" / "architectures.json"
+from gpt2.models.loading import LoadedModel, wrap
 
 
 @functools.cache
 def committed() -> dict[str, dict]:
-    """Rows of the committed table by family; none where another transformers is installed, or it wasn't made yet."""
-    record = json.loads(COMMITTED.read_text(encoding="utf-8")) if COMMITTED.exists() else {}
-    same = record.get("versions", {}).get("transformers") == transformers.__version__
+    """Rows of the committed table by family; none where another transformers is installed."""
+    record = json.loads((files.RESULTS / "runs" / "architectures.json").read_text(encoding="utf-8"))
+    same = record["versions"]["transformers"] == transformers.__version__
     return {row["model_type"]: row for row in record["rows"]} if same else {}
 
 
 examined = functools.cache(architectures.examine)
 
 
-@pytest.mark.parametrize("family", sampled(architectures.families(), 8))
+@pytest.mark.parametrize("family", sampled(architectures.families(), 5))
 def test_every_family(family, tmp_path):
     """It works from calibration to generation or is rejected with a reason, and the committed table says the same."""
     row = examined(family)
@@ -68,8 +55,8 @@ def test_every_family(family, tmp_path):
         assert row["reason"] and "geometry" not in row
 
 
-def runs_start_to_end(family: str, row: dict, folder) -> None:
-    """Calibrate, save, make a preset, make a cache of it, generate."""
+def runs_start_to_end(family: str, row: dict, folder) -> LoadedModel:
+    """Calibrate, save, make a preset, make a cache of it, generate. Returns the model."""
     loaded = wrap(tiny_family(family), word_tokenizer(), f"tiny-{family}")
     assert loaded.geometry.record() == row["geometry"]
     rank = min(9, *(shape.width for _, _, shape in loaded.geometry.sides()))
@@ -95,6 +82,7 @@ def runs_start_to_end(family: str, row: dict, folder) -> None:
         for store in layer.stores.values():
             assert store.compressed_tokens == (0 if short else fed - 2 - 3) and store.read().isfinite().all()
     reads_what_is_stored(row["mode"], loaded.model, lambda: create_cache_from_preset(preset, model=loaded))
+    return loaded
 
 
 def reads_what_is_stored(mode: str, model, make) -> None:
@@ -112,23 +100,28 @@ def reads_what_is_stored(mode: str, model, make) -> None:
 
 # One family for each kind of layer and for each way in which layers differ
 LAYERS = {
-    "falcon_h1": {"hybrid": 2},
-    "jamba": {"linear_attention": 2, "full_attention": 2},
-    "gemma4_text": {"sliding_attention": 2, "full_attention": 1, "dummy": 2},  # the last ones read K and V of others
-    "inkling_text": {"hybrid_sliding": 2, "hybrid": 1},
-    "inkling2_text": {"hybrid_sliding": 2, "hybrid": 1},  # and sink logits of each query, which ours doesn't know
-    "deepseek_v3": {"full_attention": 2},  # a latent and its rotary key
-    "deepseek_v32": {"indexed_attention": 3},
-    "mimo_v2_flash": {"full_attention": 1, "sliding_attention": 1},  # K and V of several shapes
-    "mllama": {"full_attention": 2, "unused": 1},
-}
+    "jamba": "2 layers: linear_attention; 2 layers: full_attention, K 2 x 16, V 2 x 16",
+    "recurrent_gemma": "4 layers: linear_attention; 2 layers: sliding_attention, window 130, K 2 x 16, V 2 x 16",
+    "zamba2": "2 layers: linear_attention; 2 layers: hybrid, K 2 x 32, V 2 x 32",
+    # The last layers read K and V of others
+    "gemma4_text": "2 layers: sliding_attention, window 130, K 2 x 16, V 2 x 16; "
+                   "1 layer: full_attention, K 2 x 32, V 2 x 32; 2 layers: dummy",
+    "inkling_text": "2 layers: hybrid_sliding, window 130, K 2 x 16, V 2 x 16; 1 layer: hybrid, K 2 x 16, V 2 x 16",
+    # And sink logits of each query, which ours doesn't know
+    "inkling2_text": "2 layers: hybrid_sliding, window 130, K 2 x 16, V 2 x 16; 1 layer: hybrid, K 2 x 16, V 2 x 16",
+    "deepseek_v3": "2 layers: full_attention, K 1 x 16, V 1 x 8",  # a latent and its rotary key
+    "deepseek_v32": "3 layers: indexed_attention, K 1 x 16, V 1 x 8",
+    "mimo_v2_flash": "1 layer: full_attention, K 2 x 24, V 2 x 16; "
+                     "1 layer: sliding_attention, window 129, K 4 x 24, V 4 x 16",
+    "mllama": "2 layers: full_attention, K 2 x 16, V 2 x 16; 1 layer: unused",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", LAYERS)
 def test_every_kind_of_layer(family, tmp_path):
     row = examined(family)
-    assert row["mode"] in WORKING and row["layers"] == LAYERS[family]
-    runs_start_to_end(family, row, tmp_path)
+    assert row["mode"] in WORKING
+    assert str(runs_start_to_end(family, row, tmp_path).geometry) == LAYERS[family]
 
 
 def int4(geometry: Geometry) -> CompressedDynamicCache:
@@ -231,30 +224,3 @@ def test_shrinking_keeps_layers_of_every_kind_those_that_attend_and_those_that_s
     fields = {"num_hidden_layers": 9, "num_kv_shared_layers": 4, "layer_types": ["a", "a", "f"] * 3}
     small = {"num_hidden_layers": 5, "num_kv_shared_layers": 2, "layer_types": ["a", "a", "f", "f", "a"]}
     assert miniatures.shrunk(fields) == small
-    # Widths of keys and values keep their proportions
-    assert miniatures.shrunk({"head_dim": 192, "v_head_dim": 128}) == {"head_dim": 24, "v_head_dim": 16}
-    latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 192, "v_head_dim": 256}
-    small = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 24, "v_head_dim": 32}
-    assert miniatures.shrunk(latent) == small
-    assert miniatures.shrunk({**latent, "head_dim": 64, "num_key_value_heads": 9}) == {
-        **small, "head_dim": 8, "num_key_value_heads": 4,
-    }  # fmt: skip
-
-
-MINIATURES = {
-    "deepseek_v3": ["full_attention, K 1 x 16, V 1 x 8"] * 2,
-    "gemma4_text": [*["sliding_attention, window 130, K 2 x 16, V 2 x 16"] * 2, "full_attention, K 2 x 32, V 2 x 32",
-                    "dummy", "dummy"],
-    "jamba": ["linear_attention", "full_attention, K 2 x 16, V 2 x 16"] * 2,
-    "mimo_v2_flash": ["full_attention, K 2 x 24, V 2 x 16", "sliding_attention, window 129, K 4 x 24, V 4 x 16"],
-    "recurrent_gemma": [*["linear_attention"] * 2, "sliding_attention, window 130, K 2 x 16, V 2 x 16"] * 2,
-    "zamba2": ["linear_attention", "linear_attention", *["hybrid, K 2 x 32, V 2 x 32"] * 2],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("family", MINIATURES)
-def test_miniatures_have_layers_of_every_kind_and_run(family):
-    model = miniatures.tiny_family(family)
-    logits, _ = reference(model)
-    assert logits.isfinite().all()
-    assert [str(layer) for layer in probe_geometry(model, family).layers] == MINIATURES[family]

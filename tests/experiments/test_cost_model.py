@@ -1,7 +1,7 @@
 """Arithmetic of large models against hand-made cases and real objects."""
 
 import pytest
-import torch
+from sampling import sampled
 from tiny import tiny_model, windows
 from transformers import AutoConfig, PretrainedConfig
 
@@ -15,7 +15,7 @@ from gpt2.compression.presets import get_preset_info
 from gpt2.experiments import cost_model, predictions
 from gpt2.experiments.cost_model import Dimensions, Layer
 from gpt2.experiments.miniatures import tiny_family
-from gpt2.experiments.scaling import measured_bytes, moments_bytes, saved_bytes
+from gpt2.experiments.scaling import measured_bytes, moments_bytes
 from gpt2.models import random_weights
 from gpt2.models.geometry import FULL, LINEAR, SLIDING, Geometry, LayerGeometry, Shape
 from gpt2.models.loading import wrap
@@ -80,9 +80,9 @@ def test_bases_are_at_most_512_wide():
     assert dims.layers[5].weights == pytest.approx(2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336, rel=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_5_text", "deepseek_v3", "mimo_v2_flash"])
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_5_text", "deepseek_v3", "mimo_v2_flash"])
 def test_counted_statistics_are_those_that_passes_leave(family):
-    """Of one shape, with windows, with recurrent layers, of latents, and of several shapes."""
+    """With windows, with recurrent layers, of latents, and of several shapes; of one shape, test_scaling."""
     loaded = wrap(tiny_family(family), None, family)
     dims = cost_model.dimensions(loaded.model.config, loaded.spec)
     assert dims.geometry == loaded.geometry
@@ -99,14 +99,14 @@ def test_counted_statistics_are_those_that_passes_leave(family):
     assert sum(map(measured_bytes, found.values())) - sum(moments.values()) == counted["blocks"] // 8
 
 
-def test_counted_activations_are_those_that_are_kept(llama):
+def test_checkpointing_keeps_few_activations(llama):
+    """All that are kept without it, test_scaling counts."""
     dims = cost_model.dimensions(llama.model.config, llama.spec)
-    assert saved_bytes(llama, 64) == cost_model.activation_bytes(dims, 64, element=4)
     kept = cost_model.activation_bytes(dims, 64, element=4, checkpointing=True)
     assert 3 * 64 * 48 * 4 < kept < cost_model.activation_bytes(dims, 64, element=4)
 
 
-@pytest.mark.parametrize("preset", ["kv4", "kv8", "kv-4x", "fast-4x"])
+@pytest.mark.parametrize("preset", ["kv4", *sampled(["kv-4x", "kv8", "fast-4x"], 1)])
 def test_bytes_on_paper_are_those_of_a_real_cache(preset):
     """3 layers of 8 heads of 64: in codecs with a multi-head basis two groups of heads."""
     config = AutoConfig.for_model(
@@ -140,10 +140,6 @@ def test_calibration_on_paper_adds_up():
     assert row["seconds"]["gradient_pass"] == 10 * cost_model.gradient_pass_flops(dims, 100) / 1e12
     assert row["in_forward_passes"]["first_pass"] == pytest.approx(1, abs=0.1) and "256" in row["bases"]
     assert row["fitting_s"] == sum(width * count for width, count in cost_model.bases(dims).items())
-    config = tiny_model("qwen2").config  # changed configs are cut
-    cut = random_weights.changed(config, 2, vocab_size=50)
-    assert (cut.num_hidden_layers, cut.vocab_size, config.num_hidden_layers) == (2, 50, 3)
-    assert torch.is_tensor(random_weights.from_config(cut, "cut").model.lm_head.weight)
 
 
 @pytest.mark.parametrize("shape", MIXED)
@@ -168,3 +164,9 @@ def test_what_is_not_counted_is_rejected_by_name():
     for family, words in (("deepseek_v32", "layers of kind indexed_attention"), ("gemma4_text", reused)):
         with pytest.raises(PluginError, match=f"{family}: costs on paper don't count {words}"):
             cost_model.dimensions(tiny_family(family).config, family)
+
+
+def test_a_changed_config_is_cut_and_the_given_one_stays():
+    config = tiny_model("qwen2").config
+    cut = random_weights.changed(config, 2, vocab_size=50)
+    assert (cut.num_hidden_layers, cut.vocab_size, config.num_hidden_layers) == (2, 50, 3)
