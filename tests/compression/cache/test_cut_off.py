@@ -8,7 +8,7 @@ from sampling import covering
 from tiny import tiny_model, windows
 
 from gpt2.common.errors import PluginError
-from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
+from gpt2.compression.attention import enable_compressed_attention
 from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.codecs import QUANTIZERS, Compressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
@@ -19,10 +19,12 @@ HELD = 10
 @pytest.fixture(params=[False, True], ids=["reconstruction", "direct"])
 def model(request):
     model = tiny_model("llama")
-    if request.param:
-        enable_compressed_attention(model)
-    yield model
-    disable_compressed_attention(model)
+    return enable_compressed_attention(model) if request.param else model
+
+
+@pytest.fixture
+def llama():
+    return tiny_model("llama")
 
 
 @torch.no_grad()
@@ -30,16 +32,32 @@ def fed(model, cache, ids):
     return model(ids, past_key_values=cache).logits
 
 
+def coded() -> CompressedDynamicCache:
+    return CompressedDynamicCache(*[[Compressor(QUANTIZERS["int8"])] * 3] * 2)
+
+
+def filled(model) -> CompressedDynamicCache:
+    """A cache with codes and two rows."""
+    cache = coded()
+    fed(model, cache, windows(2, HELD))
+    return cache
+
+
+def stop(*args, error=KeyboardInterrupt):
+    raise error
+
+
 def cut_off(model, cache, ids, layer: int = 1) -> None:
     """A run that ends before a layer of the model."""
-
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    hook = model.model.layers[layer].register_forward_pre_hook(interrupt)
+    hook = model.model.layers[layer].register_forward_pre_hook(stop)
     with pytest.raises(KeyboardInterrupt):
         fed(model, cache, ids)
     hook.remove()
+
+
+def assert_reset_mends(model, cache) -> None:
+    cache.reset()
+    assert torch.equal(fed(model, cache, windows(2, 3)), fed(model, coded(), windows(2, 3)))
 
 
 @pytest.mark.parametrize(("n", "layer"), [(1, 1), (3, 2)])
@@ -69,69 +87,48 @@ def test_the_first_prompt_cut_off(model):
     assert torch.equal(fed(model, cache, ids), fed(model, identity_cache(3), ids))
 
 
-def coded() -> CompressedDynamicCache:
-    return CompressedDynamicCache(*[[Compressor(QUANTIZERS["int8"])] * 3] * 2)
-
-
-@pytest.mark.parametrize(("change", "error"), covering(["append", "crop", "map_"], [KeyboardInterrupt, MemoryError]))
-def test_a_change_cut_off_halfway(monkeypatch, change, error):
-    """K has it and V hasn't: nothing that is held can be told from what isn't."""
-    model, cache, rows = tiny_model("llama"), coded(), torch.tensor([1, 0])
-    fed(model, cache, windows(2, HELD))
-    ways = {
-        "append": lambda: fed(model, cache, windows(2, 1)),
-        "crop": lambda: cache.crop(-1),
-        "map_": lambda: cache.reorder_cache(rows),
-    }
-    of_values, method = cache.layers[0].stores["V"], getattr(TokenStore, change)
-
-    def interrupted(store, *args):
-        if store is of_values:
-            raise error
-        method(store, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TokenStore, change, interrupted)
-        with pytest.raises(error):
-            ways[change]()
-    for way in ways.values():
-        with pytest.raises(PluginError, match="interrupted"):
-            way()
-    cache.reset()
-    assert torch.equal(fed(model, cache, windows(2, 3)), fed(model, coded(), windows(2, 3)))
-
-
-ROWS = {
-    "reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
-    "select": lambda cache: cache.batch_select_indices(torch.tensor([1, 0])),
-    "repeat": lambda cache: cache.batch_repeat_interleave(1),
+ROWS = torch.tensor([1, 0])
+CHANGES = {
+    "append": lambda model, cache: fed(model, cache, windows(2, 1)),
+    "crop": lambda model, cache: cache.crop(-1),
+    "map_": lambda model, cache: cache.reorder_cache(ROWS),
 }
 
 
-@pytest.mark.parametrize("change", ROWS.values(), ids=ROWS)
-def test_rows_changed_in_the_first_layers_only(monkeypatch, change):
-    """Beams of one layer would read those of another."""
-    model, cache = tiny_model("llama"), coded()
-    fed(model, cache, windows(2, HELD))
-
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
+@pytest.mark.parametrize(("change", "error"), covering(CHANGES, [KeyboardInterrupt, MemoryError]))
+def test_a_change_cut_off_halfway(change, error, llama, monkeypatch):
+    """K has it and V hasn't: nothing that is held can be told from what isn't."""
+    cache, method = filled(llama), getattr(TokenStore, change)
+    of_values = cache.layers[0].stores["V"]
     with monkeypatch.context() as patch:
-        patch.setattr(cache.layers[1], "_map", interrupt)
+        patch.setattr(TokenStore, change, lambda s, *args: stop(error=error) if s is of_values else method(s, *args))
+        with pytest.raises(error):
+            CHANGES[change](llama, cache)
+    for way in CHANGES.values():
+        with pytest.raises(PluginError, match="interrupted"):
+            way(llama, cache)
+    assert_reset_mends(llama, cache)
+
+
+@pytest.mark.parametrize("change", [
+    lambda cache: cache.reorder_cache(ROWS), lambda cache: cache.batch_select_indices(ROWS),
+    lambda cache: cache.batch_repeat_interleave(1),
+], ids=["reorder", "select", "repeat"])  # fmt: skip
+def test_rows_changed_in_the_first_layers_only(change, llama, monkeypatch):
+    """Beams of one layer would read those of another."""
+    cache = filled(llama)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.layers[1], "_map", stop)
         with pytest.raises(KeyboardInterrupt):
             change(cache)
     with pytest.raises(PluginError, match="batch selection was interrupted"):
-        fed(model, cache, windows(2, 1))
-    cache.reset()
-    assert torch.equal(fed(model, cache, windows(2, 3)), fed(model, coded(), windows(2, 3)))
+        fed(llama, cache, windows(2, 1))
+    assert_reset_mends(llama, cache)
 
 
-def test_what_is_refused_changes_nothing():
+def test_what_is_refused_changes_nothing(llama):
     """A single KV head of another model would spread over all that are held."""
-    model, cache, other = tiny_model("llama"), coded(), coded()
-    for each in (cache, other):
-        fed(model, each, windows(2, HELD))
+    cache, other = filled(llama), filled(llama)
     wrong = (
         lambda: cache.reorder_cache(torch.tensor([0, 7])), lambda: cache.crop(-HELD - 1),
         lambda: cache.batch_select_indices(torch.tensor([2])), lambda: cache.batch_repeat_interleave(-1),
@@ -141,4 +138,4 @@ def test_what_is_refused_changes_nothing():
             call()
     with pytest.raises(PluginError, match="holds 2 KV heads of 12 channels, got 1 of 12"):
         fed(tiny_model("llama", num_key_value_heads=1), cache, windows(2, 3))
-    assert torch.equal(fed(model, cache, windows(2, 3)), fed(model, other, windows(2, 3)))
+    assert torch.equal(fed(llama, cache, windows(2, 3)), fed(llama, other, windows(2, 3)))

@@ -6,6 +6,7 @@ What they do to codes is tried in test_cache_machine.
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -19,13 +20,25 @@ from gpt2.compression.compressed_cache import identity_cache
 from gpt2.models.geometry import Geometry, LayerGeometry, Shape
 
 CONVOLUTIONS = ("lfm2", "inkling_text")  # linear layers without recurrent states, so transformers can crop them
+IDS = ids_of(145, batch=3)
 
 
-def streamed(family: str, cache, ids: Tensor) -> None:
-    """A prompt, then token by token behind it."""
+def streamed(family: str, cache, ids: Tensor = IDS):
+    """The cache with a prompt, and then token by token behind it."""
     ids = cut(family, ids)
     for part in ids.split([ids.shape[1] - 3, 1, 1, 1], dim=1):
         feed(model_of(family), cache, part)
+    return cache
+
+
+@functools.cache
+def _filled(family: str) -> tuple:
+    return streamed(family, ours(family)), streamed(family, theirs(family))
+
+
+def filled(family: str) -> tuple:
+    """A cache of ours and one of transformers' own, both of `IDS`."""
+    return copy.deepcopy(_filled(family))
 
 
 def tensors(cache) -> dict[str, Tensor]:
@@ -46,14 +59,15 @@ def tensors(cache) -> dict[str, Tensor]:
     return held
 
 
-def assert_same(a, b, exactly: bool = True) -> None:
-    a, b = tensors(a), tensors(b)
+def assert_same(family: str, ours, theirs, more: Tensor, exactly: bool = True) -> None:
+    """Both caches hold the same, and the model goes on alike with more tokens."""
+    a, b = tensors(ours), tensors(theirs)
     assert a.keys() == b.keys() and a
+    tolerance = {"rtol": 0, "atol": 0} if exactly else {"rtol": 1e-3, "atol": 1e-4}
     for name in a:
-        if exactly:
-            assert torch.equal(a[name], b[name]), name
-        else:
-            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(a[name], b[name], msg=name, **tolerance)
+    found, wanted = (feed(model_of(family), each, more) for each in (ours, theirs))
+    torch.testing.assert_close(found, wanted, rtol=tolerance["rtol"], atol=0 if exactly else 1e-3)
 
 
 ROWS = {
@@ -68,21 +82,13 @@ ROWS = {
 def test_rows(family, operation):
     """As in a cache that was filled with these rows; and as in transformers' own cache after it, where it can."""
     change, rows = ROWS[operation]
-    ids, more = ids_of(145, batch=3), ids_of(4, batch=len(rows), seed=1)
-    cache, fresh = ours(family), theirs(family)
-    streamed(family, cache, ids)
-    streamed(family, fresh, ids[rows])
+    cache, own = filled(family)
     change(cache)
-    assert_same(cache, fresh, exactly=False)
-    torch.testing.assert_close(
-        feed(model_of(family), cache, more), feed(model_of(family), fresh, more), rtol=1e-3, atol=1e-3
-    )
+    fresh = streamed(family, theirs(family), IDS[rows])
     if operation == "reorder":
-        own, cache = theirs(family), ours(family)
-        for each in (own, cache):
-            streamed(family, each, ids)
-            change(each)
-        assert_same(cache, own)
+        change(own)
+        assert_same(family, copy.deepcopy(cache), own, ids_of(1, batch=3))
+    assert_same(family, cache, fresh, ids_of(4, batch=len(rows), seed=1), exactly=False)
 
 
 @pytest.mark.parametrize(
@@ -90,27 +96,18 @@ def test_rows(family, operation):
 )
 def test_copies_and_what_was_moved_go_their_own_way(family, how):
     """And after a reset any batch is welcome: transformers' own linear layers keep states of the old batch size."""
-    cache, own, model = ours(family), theirs(family), model_of(family)
-    for each in (cache, own):
-        for layer in each.layers:  # before there is anything to move
-            layer.offload()
-            layer.prefetch()
-        streamed(family, each, ids_of(145, batch=2))
-        for layer in each.layers:
-            layer.offload()
-            layer.prefetch()
+    cache, own = filled(family)
+    for layer in (*ours(family).layers, *cache.layers):  # also where there is nothing to move
+        layer.offload()
+        layer.prefetch()
+    assert cache.is_initialized
     copied = how(cache)
-    feed(model, cache, ids_of(7, batch=2, seed=5))
+    feed(model_of(family), cache, ids_of(7, batch=3, seed=5))
     cache.reset()
     assert cache.get_seq_length() == 0 and not cache.is_initialized and not tensors(cache)
-    assert_same(copied, own)
-    more = ids_of(3, batch=2, seed=1)
-    assert torch.equal(feed(model, copied, more), feed(model, own, more))
-    for batch in (1, 3):
-        ids, own = cut(family, ids_of(140, batch=batch, seed=batch)), theirs(family)
-        assert torch.equal(feed(model, cache, ids), feed(model, own, ids))
-        assert_same(cache, own)
-        cache.reset()
+    assert_same(family, copied, own, ids_of(3, batch=3, seed=1))
+    other = ids_of(145, seed=1)
+    assert_same(family, streamed(family, cache, other), streamed(family, theirs(family), other), ids_of(1))
 
 
 @pytest.mark.parametrize(("family", "removed"), covering(KINDS, [1, 0, 60]))
@@ -120,30 +117,30 @@ def test_crop_of_a_recorded_past(family, removed):
     for each in (cache, own):
         each.activate_past_recording()
     if family in RECURRENT:
-        feed(model_of(family), cache, ids_of())
+        feed(model_of(family), cache, cut(family, ids_of()))
         if removed:
             with pytest.raises(PluginError, match="recurrent states can't be put back"):
-                cache.crop(-removed)
+                cache.crop(-min(removed, 30))
         return
-    for n, seed in ((100, 0), (160, 1), (40, 2), (64, 3), (1, 4)):
-        found, wanted = (feed(model_of(family), each, ids_of(n, batch=2, seed=seed)) for each in (cache, own))
-        assert torch.equal(found, wanted)
+    for n, seed in ((100, 0), (160, 1), (64, 3), (1, 4)):
+        assert torch.equal(*(feed(model_of(family), each, ids_of(n, seed=seed)) for each in (cache, own)))
         for each in (cache, own):
             each.crop(-min(removed, n))
         assert cache.get_seq_length() == own.get_seq_length()
-        assert_same(cache, own)
         for layer in cache.layers:
             if getattr(layer, "is_sliding", False):
                 held = {len(store) for store in layer.stores.values()}
                 assert max(held) < layer.sliding_window - 1 + 64, "what was recorded is forgotten"
+    assert_same(family, cache, own, ids_of(2, seed=5))
 
 
-@pytest.mark.parametrize(("family", "length"), [*((f, 140) for f in KINDS), *((f, 100) for f in sampled(WINDOWED, 2))])
+@pytest.mark.parametrize(("family", "length"), [*((f, 145) for f in KINDS), *((f, 100) for f in sampled(WINDOWED, 2))])
 def test_crop_of_a_past_that_was_not_recorded(family, length):
     """What transformers refuses is refused, and nothing has changed by it."""
-    cache, own = ours(family), theirs(family)
-    for each in (cache, own):
-        feed(model_of(family), each, cut(family, ids_of(length)))
+    if length == 145:
+        cache, own = filled(family)
+    else:
+        cache, own = (streamed(family, make(family), IDS[:, :length]) for make in (ours, theirs))
     before, refused = copy.deepcopy(cache), None
     try:
         own.crop(-3)
@@ -154,33 +151,25 @@ def test_crop_of_a_past_that_was_not_recorded(family, length):
             cache.crop(-3)
     else:
         cache.crop(-3)
-        before = own
-    assert_same(cache, before)
-    more = ids_of(5, seed=1)
-    assert torch.equal(feed(model_of(family), cache, more), feed(model_of(family), before, more))
-    assert bool(refused) == (family in (*RECURRENT, *CONVOLUTIONS) or (family in WINDOWED and length == 140))
+    assert_same(family, cache, before if refused else own, ids_of(5, batch=3, seed=1))
+    assert bool(refused) == (family in (*RECURRENT, *CONVOLUTIONS) or (family in WINDOWED and length == 145))
 
 
 @pytest.mark.parametrize("family", [*sampled(WINDOWED, 3), "lfm2"])
 def test_crop_of_more_than_was_recorded(family):
     """transformers' own cache would go on with a window of too few tokens."""
-    cache = ours(family)
-    feed(model_of(family), cache, ids_of(400))
+    cache, own = ours(family), theirs(family)
+    for each in (cache, own):
+        feed(model_of(family), each, ids_of(400))
     cache.activate_past_recording()
-    for part in ids_of(4, seed=1).split(1, dim=1):
+    parts = ids_of(4, seed=1).split(1, dim=1)
+    for part in parts:
         feed(model_of(family), cache, part)
-    before = copy.deepcopy(cache)
     with pytest.raises(RuntimeError, match="call activate_past_recording on the cache"):
         cache.crop(-200)
-    assert_same(cache, before)
     cache.crop(-3)
-    own = theirs(family)
-    feed(model_of(family), own, ids_of(400))
-    feed(model_of(family), own, ids_of(4, seed=1)[:, :1])
-    more = ids_of(5, seed=2)
-    torch.testing.assert_close(
-        feed(model_of(family), cache, more), feed(model_of(family), own, more), rtol=1e-3, atol=1e-3
-    )
+    feed(model_of(family), own, parts[0])
+    assert_same(family, cache, own, ids_of(5, seed=2), exactly=False)
 
 
 def test_a_crop_that_one_layer_refuses_leaves_the_others_as_they_are():

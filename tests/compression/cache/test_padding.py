@@ -1,19 +1,20 @@
 """Batches with left padding: each row keeps the quality that it has alone."""
 
+import functools
+
 import pytest
 import torch
-from direct import SETTINGS
+from direct import SETTINGS, both
 from generation import generate, model_of, prompt
 from sampling import covering
-from tiny import tiny_loaded, tiny_model
+from tiny import tiny_loaded
 from transformers import DynamicCache
 
-from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
 from gpt2.compression.cache.padding import PaddingFinder
 from gpt2.compression.calibration.stand_in import stand_in
 from gpt2.compression.codecs import multi_head_bases
 from gpt2.compression.compressed_cache import CompressedDynamicCache
-from gpt2.compression.settings import Setting, build, compressors_for
+from gpt2.compression.settings import build, compressors_for
 from gpt2.models.geometry import Geometry
 
 LENGTHS = (150, 20, 149, 87)  # tokens of the rows: no padding, much, one slot, less than a block
@@ -26,60 +27,52 @@ def batch(lengths=LENGTHS, longest=150):
     return ids.masked_fill(mask == 0, 0), mask
 
 
-def positions(mask):
-    return (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
-
-
-def cache_of(model, name: str, **how):
-    geometry = Geometry.uniform(3, 2, 12)
+def cache_of(name: str, **how):
     if name in multi_head_bases():
         made = stand_in(tiny_loaded("llama"))
         return CompressedDynamicCache(*compressors_for("kv", 4.0, None, made, codec=name, quantizer="mixed"), **how)
-    setting: Setting | None = SETTINGS[name]
-    return CompressedDynamicCache(*build({"k": [setting] * 3, "v": [setting] * 3}, geometry), **how)
+    sides = {side: [SETTINGS[name]] * 3 for side in ("k", "v")}
+    return CompressedDynamicCache(*build(sides, Geometry.uniform(3, 2, 12)), **how)
 
 
-def stored(model, cache, chunk: int = 150):
+def stored(cache, chunk: int = 150):
+    """The cache with the batch, fed in chunks."""
     ids, mask = batch()
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
     for start in range(0, ids.shape[1], chunk):
         part = slice(start, start + chunk)
-        model(ids[:, part], attention_mask=mask[:, : part.stop], position_ids=positions(mask)[:, part],
-              past_key_values=cache, use_cache=True)  # fmt: skip
+        model_of("llama")(ids[:, part], mask[:, : part.stop], positions[:, part], past_key_values=cache)
     return cache
+
+
+@functools.cache
+def exact() -> tuple:
+    """K and V of the first layer, whose keys don't depend on what others lost, as they are without loss."""
+    layer = stored(DynamicCache()).layers[0]
+    return layer.keys, layer.values
 
 
 @pytest.mark.parametrize(
     ("name", "sinks", "chunk"),
-    covering(["int4", "int4_channel", "joint", "framed"], [0, 4, 66], [150, 64, 7], times=2),
+    covering(["int4", "int4_channel", "joint", "framed"], [0, 4, 66], [150, 64, 7]),
 )
 def test_each_row_has_sinks_of_its_own(name, sinks, chunk):
     """However the prompt is fed; a row of one padding slot is known from the others."""
-    model = model_of("llama")
-    cache, exact = stored(model, cache_of(model, name, sink_tokens=sinks), chunk), DynamicCache(config=model.config)
-    ids, mask = batch()
-    model(ids, attention_mask=mask, position_ids=positions(mask), past_key_values=exact)
-    k, v = cache.layers[0].read()
-    for row, length in enumerate(LENGTHS):
-        own = slice(150 - length, min(150 - length + sinks, 150))
-        torch.testing.assert_close(k[row, :, own], exact.layers[0].keys[row, :, own], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(v[row, :, own], exact.layers[0].values[row, :, own], rtol=1e-5, atol=1e-5)
+    cache = stored(cache_of(name, sink_tokens=sinks), chunk)
+    for found, expected in zip(cache.layers[0].read(), exact(), strict=True):
+        for row, length in enumerate(LENGTHS):
+            own = slice(150 - length, min(150 - length + sinks, 150))
+            torch.testing.assert_close(found[row, :, own], expected[row, :, own], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["int4", "int4_channel", "joint"])
 def test_a_padded_row_loses_what_it_loses_alone(name):
-    """Of the first layer, whose keys don't depend on what others lost."""
-    model = model_of("llama")
-    cache = stored(model, cache_of(model, name))
-    ids, mask = batch()
+    k, (ids, _) = stored(cache_of(name)).layers[0].read()[0], batch()
     for row, length in enumerate(LENGTHS):
-        alone, exact = cache_of(model, name), DynamicCache(config=model.config)
-        for one in (alone, exact):
-            model(ids[row : row + 1, 150 - length :], past_key_values=one)
-
-        def error(k, row=0, exact=exact, length=length):
-            return (k[row, :, -length:] - exact.layers[0].keys[0]).norm() / exact.layers[0].keys.norm()
-
-        own, its = error(cache.layers[0].read()[0], row), error(alone.layers[0].read()[0])
+        alone = cache_of(name)
+        model_of("llama")(ids[row : row + 1, -length:], past_key_values=alone)
+        right = exact()[0][row, :, -length:]
+        own, its = ((x - right).norm() / right.norm() for x in (k[row, :, -length:], alone.layers[0].read()[0][0]))
         assert own < 1.35 * its + 0.02, "other blocks, and so other steps, but no more than that"
 
 
@@ -93,26 +86,26 @@ OPERATIONS = {
 
 @pytest.mark.parametrize(("name", "operation"), covering(["int4", "int4_channel", "identity", "framed"], OPERATIONS))
 def test_direct_attention_reads_the_rows_own_sinks(name, operation):
-    model = tiny_model("llama")
-    rows = {}
-    for direct in (False, True):
-        cache = stored(model, cache_of(model, name))
+    model = model_of("llama")
+
+    def make():
+        cache = stored(cache_of(name))
         OPERATIONS[operation](cache)
-        if direct:
-            enable_compressed_attention(model)
-        count, length = len(cache.layers[0].keys), cache.get_seq_length()
-        ids = torch.full((count, 3), 7)
+        return cache
+
+    def run(cache):
+        count, length = cache.rows, cache.get_seq_length()
         mask = torch.ones(count, length + 3, dtype=torch.long)
         mask[:, : length // 4] = 0
-        rows[direct] = model(ids, attention_mask=mask, past_key_values=cache).logits
-    disable_compressed_attention(model)
-    torch.testing.assert_close(rows[True], rows[False], rtol=1e-3, atol=1e-3)
+        return model(torch.full((count, 3), 7), attention_mask=mask, past_key_values=cache).logits
+
+    reconstructed, direct = both(model, make, run)
+    torch.testing.assert_close(direct, reconstructed, rtol=1e-3, atol=1e-3)
 
 
 def test_a_conversation_of_padded_rows_goes_on_and_starts_again():
-    model, cache = model_of("llama"), None
+    model, cache = model_of("llama"), cache_of("identity")
     ids, mask = batch((60, 40), 60)
-    cache = cache_of(model, "identity")
     for _ in range(2):
         found = generate(model, cache, ids, attention_mask=mask)
         assert torch.equal(found, generate(model, DynamicCache(config=model.config), ids, attention_mask=mask))
