@@ -1,7 +1,9 @@
 """Whether a step reads codes or reconstructs, by times that a table gives in the place of a clock."""
 
+import copy
 import json
 import logging
+import pickle
 
 import pytest
 import torch
@@ -242,6 +244,16 @@ def test_a_wrong_choice_names_the_right_ones(llama):
         with pytest.raises(PluginError, match=r"^when=.*: expected 'always' \(.*\) or 'auto' \(.*\)$") as caught:
             enable_compressed_attention(llama, when=when)
         assert repr(when) in str(caught.value) and not is_enabled(llama)
+
+
+def test_a_copy_keeps_its_choice_when_the_original_changes(pretend, llama):
+    pretended = pretend("never")
+    enable_compressed_attention(llama, when="auto")
+    copies = copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))
+    enable_compressed_attention(llama)
+    assert ways(llama, pretended, [5]) == [DIRECT]
+    for other in copies:
+        assert ways(other, pretended, [5]) == [RECONSTRUCTED]
 
 
 def test_enabling_again_takes_what_the_last_call_says(pretend, llama):

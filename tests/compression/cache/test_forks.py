@@ -5,13 +5,15 @@ That forks go on by themselves is tried in test_cache_machine, and for every kin
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
 import torch
+from generation import assistant_of, generate
 from kept import cache_of
 from kinds import KINDS, WINDOWED, feed, geometry_of, ids_of, model_of
-from sampling import covering
+from sampling import covering, sampled
 from tiny import tiny_model
 from transformers import DynamicCache
 
@@ -58,6 +60,22 @@ def test_eight_forks_hold_a_prefix_once():
         fork.layers[0].store(*torch.randn(2, 1, 3, 70, 64))
     blocks = 8 * 2 * 3 * (64 * 64 + 70 * 64 * 4)  # their own: less than 70 exact tokens and a block each
     assert one < cache_bytes(cache, *forks) < one + 2 * blocks
+
+
+@pytest.mark.parametrize("how", sampled(["beams", "assisted", "lookup"], 2))
+def test_forks_generate_as_the_cache_does(how, model, filled):
+    """From one document, with no copy of it for each answer."""
+    whole = torch.cat((ids_of(150), MORE), dim=1)
+    ways = {"beams": {"num_beams": 3}, "assisted": {"assistant_model": assistant_of(model)}}
+    how = ways.get(how, {"prompt_lookup_num_tokens": 3})
+    before = filled.layers[0].read()[0]
+    answers = []
+    for one in (filled.fork(), filled.fork(), copy.deepcopy(filled)):
+        if "num_beams" in how:
+            one.batch_repeat_interleave(3)
+        answers.append(generate(model, one, whole, **how))
+    assert all(torch.equal(answer, answers[-1]) for answer in answers)
+    assert torch.equal(filled.layers[0].read()[0], before)
 
 
 # --- coded anew

@@ -78,6 +78,12 @@ def test_a_quantized_cache_runs(family, mode, layout):
         assert torch.equal(tokens, SAME_TOKENS[mode](model, cache_of(model, "int4")))
 
 
+@pytest.mark.parametrize(("mode", "dtype"), sampled([(m, t) for m in MODES for t in DTYPES[1:]], 4), ids=str)
+def test_an_exact_cache_gives_a_16_bit_model_the_same_tokens(mode, dtype):
+    model = in_dtype(dtype)
+    assert torch.equal(MODES[mode](model, cache_of(model)), MODES[mode](model, DynamicCache(config=model.config)))
+
+
 @pytest.mark.parametrize(("family", "mode"), [("llama", "assisted"), ("phi", "prompt-lookup")])
 def test_speculation_accepts_and_rejects_guesses(family, mode, monkeypatch):
     """Otherwise these modes would be greedy decoding under another name and `crop` would never run."""
