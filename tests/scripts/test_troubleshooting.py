@@ -123,7 +123,7 @@ def test_activations_that_are_not_numbers(script, value, space, capsys):
 
 @pytest.mark.parametrize("script", [TUNE, VALIDATE, *WITH_PRESET])
 def test_a_calibration_of_another_model(script, space, capsys, calibration):
-    saved(space / "other", lambda model: model.model.layers[0].mlp.up_proj.weight.neg_())
+    saved(space / "other", lambda model: [weight.neg_() for weight in model.parameters()])
     (space / "p.json").write_text(json.dumps(script_runs.PRESET | {"calibration_file": str(calibration)}))
     flags = ["--preset", "p.json"] if script in WITH_PRESET else ["--calibration", calibration, "--output", "o.json"]
     err = fails(capsys, space, script, *flags, model="other")

@@ -123,6 +123,7 @@ class CompressedDynamicCache(Keeping):
                 f"the model has no attention in layer {self._first}, where this cache expects it: {OF_ANOTHER_MODEL}"
             )
         if layer_idx == 0:  # deeper, K and V of padding differ
+            layer.check_shapes(key_states, value_states)  # before what is rejected counts as padding
             self._padding.see(key_states, value_states)
         if self._padding.changing:
             layer.set_padding(self._padding.found)

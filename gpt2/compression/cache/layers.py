@@ -148,8 +148,9 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         with without_autocast(key_states):
+            self.check_shapes(key_states, value_states)
             parts = self._parts(key_states, value_states)
-            self._check(parts)
+            self._check_new(parts[0])
             self._begin_change()
             for store, x in zip(self.stores.values(), parts, strict=True):
                 store.append(x.detach())
@@ -170,21 +171,29 @@ class CompressedLayer(CacheLayerMixin):
             )
         self.inconsistent = True
 
-    def _check(self, parts: tuple[Tensor, ...]) -> None:
-        """Reject a batch of another size, another model's heads, and a prompt that the cache holds already."""
-        store, keys = self._first, parts[0]
-        if keys.shape[0] != store.sinks.shape[0]:
+    def check_shapes(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Reject K and V of a batch of another size and of another model's heads, where the layer holds tokens."""
+        if not self.is_initialized:
+            return
+        if key_states.shape[0] != self._first.sinks.shape[0]:
             raise PluginError(
-                f"the cache holds a batch of {store.sinks.shape[0]}, got {keys.shape[0]} sequences: reset() it, make a "
-                "new one, or use batch_repeat_interleave before beam search and num_return_sequences"
+                f"the cache holds a batch of {self._first.sinks.shape[0]}, got {key_states.shape[0]} sequences: "
+                "reset() it, make a new one, or use batch_repeat_interleave before beam search and num_return_sequences"
             )
-        for held, x in zip(self.stores.values(), parts, strict=True):
-            (_, heads, _, width), (_, new_heads, _, new_width) = held.sinks.shape, x.shape
+        new = [(x.shape[1], x.shape[3]) for x in (key_states, value_states)]
+        if "KV" in self.stores and new[0] == new[1]:
+            new = [(2 * new[0][0], new[0][1])]
+        for held, (new_heads, new_width) in zip(self.stores.values(), new, strict=False):
+            _, heads, _, width = held.sinks.shape
             if (heads, width) != (new_heads, new_width):
                 raise PluginError(
                     f"layer {self.index}: the cache holds {heads} KV heads of {width} channels, got {new_heads} of "
                     f"{new_width}: another model filled it, so reset() it or make a new one"
                 )
+
+    def _check_new(self, keys: Tensor) -> None:
+        """Reject a prompt that the cache holds already. keys: as the first store takes them."""
+        store = self._first
         # In the first layer K depends only on a token and its position, so a prompt that is fed again from its first
         # position can be recognised. It happens with use_cache=False, where generate feeds the prompt and one token
         # more at each step, and where generate is given a prompt that the cache holds to its end. In models whose K has

@@ -10,6 +10,7 @@ from sampling import covering
 from tiny import tiny_loaded
 from transformers import DynamicCache
 
+from gpt2.common.errors import PluginError
 from gpt2.compression.cache.padding import PaddingFinder
 from gpt2.compression.calibration.stand_in import stand_in
 from gpt2.compression.codecs import multi_head_bases
@@ -110,6 +111,18 @@ def test_a_conversation_of_padded_rows_goes_on_and_starts_again():
         found = generate(model, cache, ids, attention_mask=mask)
         assert torch.equal(found, generate(model, DynamicCache(config=model.config), ids, attention_mask=mask))
         cache.reset()
+
+
+@pytest.mark.parametrize(("rows", "others"), [(1, 4), (2, 4), (4, 1)])
+def test_a_batch_that_is_rejected_does_not_count_as_padding(rows, others):
+    """Rows of one slot could still be padding; of another number of rows they would be broadcast, or fail."""
+    sides = {side: [SETTINGS["int4"]] for side in ("k", "v")}
+    cache, same = (CompressedDynamicCache(*build(sides, Geometry.uniform(1, 2, 12))) for _ in range(2))
+    first, more = (torch.randn(2, rows, 2, n, 12) for n in (1, 90))
+    cache.update(*first, 0), same.update(*first, 0)
+    with pytest.raises(PluginError, match=f"holds a batch of {rows}, got {others} sequences"):
+        cache.update(*torch.randn(1, 1, 2, 1, 12).expand(2, others, -1, -1, -1), 0)
+    torch.testing.assert_close(cache.update(*more, 0), same.update(*more, 0))
 
 
 @pytest.mark.parametrize("chunk", [12, 4, 1])
