@@ -115,13 +115,13 @@ def test_every_quantizer_for_k_and_for_v(k, step, monkeypatch):
     compare(monkeypatch, *make(compressor(k, 16), compressor(v, 16, rank=9), 16, sinks=0 if step == 1 else 4))
 
 
-@pytest.mark.parametrize("bits", sampled((1.5, 3.0, 4.0, 8.0), 2))
+@pytest.mark.parametrize("bits", sampled((3.0, 1.5, 4.0, 8.0), 1))
 def test_every_budget_of_mixed(bits, monkeypatch):
     own = Compressor(Mixed(bits), transform(30, 32))
     compare(monkeypatch, *make(own, own, 32))
 
 
-@pytest.mark.parametrize("d", sampled((16, 80, 12), 2))
+@pytest.mark.parametrize("d", sampled((80, 16, 12), 1))
 def test_mixed_widths_far_from_zero(d, monkeypatch):
     """Some channels' offsets lie behind the metadata, and are found among those that don't."""
     own = Compressor(Mixed(4.5))
@@ -136,7 +136,7 @@ def test_mixed_widths_far_from_zero(d, monkeypatch):
     ("name", "shape"),
     [
         *covering(
-            ("int4", "int4_channel"), sampled([(64, 60), (80, None), (96, 90), (128, None), (256, None), (64, None)], 3)
+            ("int4", "int4_channel"), sampled([(64, 60), (80, None), (96, 90), (128, None), (256, None), (64, None)], 2)
         ),
         *sampled([(name, (64, 60)) for name in ("mixed", "none", "int8")], 1),
     ],
@@ -148,7 +148,7 @@ def test_head_widths_and_ranks(name, shape, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("sinks", "pair"), sampled(covering((0, 4, 70), [("int8", "int4"), ("mixed", "int4"), ("none", "int4_channel")]), 2)
+    ("sinks", "pair"), sampled(covering((0, 4, 70), [("int8", "int4"), ("mixed", "int4"), ("none", "int4_channel")]), 1)
 )
 def test_sinks_chunks_and_recent_tokens(sinks, pair, monkeypatch):
     k, v = (compressor(name, 16) for name in pair)
@@ -176,7 +176,7 @@ def test_left_padding(per_head, queries, mask, monkeypatch):
         assert triton_attention.attend(*stores, seen, 0.3).isfinite().all(), "a row that sees nothing"
 
 
-@pytest.mark.parametrize(("softcap", "sinks"), sampled([(5.0, True), (2.0, False), (None, True)], 2), ids=str)
+@pytest.mark.parametrize(("softcap", "sinks"), sampled([(5.0, True), (2.0, False), (None, True)], 1), ids=str)
 def test_softcap_and_sink_logits(softcap, sinks, monkeypatch):
     own = compressor("int8_channel", 16, 12)
     sinks = torch.linspace(-1, 3, 3 * H) if sinks else None
@@ -190,7 +190,7 @@ def test_one_basis_for_two_heads_and_a_mask_of_each_query_head(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), sampled([("none", torch.float16), *((name, torch.bfloat16) for name in NAMES)], 2)
+    ("name", "dtype"), sampled([("none", torch.float16), *((name, torch.bfloat16) for name in NAMES)], 1)
 )
 def test_16_bit_models(name, dtype, monkeypatch):
     own = compressor(name, 32, 30)
@@ -227,7 +227,7 @@ def test_a_model_generates_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "sinks", "queries"), sampled([("mixed", 70, 3), ("mixed", 4, 1), ("int4_channel", 0, 3)], 2)
+    ("name", "sinks", "queries"), sampled([("mixed", 70, 3), ("mixed", 4, 1), ("int4_channel", 0, 3)], 1)
 )
 def test_codes_that_k_and_v_share_and_a_query_for_every_frame(name, sinks, queries, monkeypatch):
     """Two groups of two heads, after whole blocks were dropped and new ones appended."""
@@ -294,7 +294,7 @@ def test_quantizing(name, rank, dtype, monkeypatch):
         assert torch.equal(found[part], value), part
 
 
-@pytest.mark.parametrize(("case", "name"), sampled(covering(HARD, ENCODED), 4))
+@pytest.mark.parametrize(("case", "name"), sampled(covering(HARD, ENCODED), 2))
 def test_quantizing_what_is_hard(name, case, monkeypatch):
     z = hostile(case, (1, 2, 128, 16))
     found, expected = both_ways(name, z, monkeypatch)
@@ -304,7 +304,7 @@ def test_quantizing_what_is_hard(name, case, monkeypatch):
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-12)
 
 
-@pytest.mark.parametrize("sinks", sampled([0, 4, 70], 2))
+@pytest.mark.parametrize("sinks", sampled([70, 0, 4], 1))
 @pytest.mark.parametrize("names", [("int4_channel", "int8")])
 def test_windows_that_have_forgotten(names, sinks):
     """Tokens that are held behind the window are hidden by the mask, of the K that forgot in blocks and of V."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sampling import ALL
 from tiny import tiny_model, windows
 
 from gpt2.compression.attention import enable_compressed_attention
@@ -32,6 +33,7 @@ def test_a_function_that_reads_reconstructions():
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.skipif(not ALL, reason="traces all of a model's code: TEST_ALL=1")
 def test_a_model_that_attends_over_what_is_stored():
     model = enable_compressed_attention(tiny_model("llama", num_hidden_layers=1))
 
