@@ -39,7 +39,7 @@ def test_bases_average_to_the_budget_at_one_price(made, name, bits):
     allocation, (_, w) = fit.allocation, fit.mean[0].shape
     found = torch.tensor(allocation.bits_of_each(bits), dtype=torch.float64)
     assert bits - 8 * PLANE / BLOCK / w < found.mean() <= bits + 1e-6, "less than a plane of each basis is left"
-    assert found.unique().numel() == len(found) == L * (1 if name == "joint" else 2), "not the same for all"
+    assert found.unique().numel() > L - 1 and len(found) == L * (1 if name == "joint" else 2), "not the same for all"
     for own in found.tolist():
         stored = Mixed(own).block_bytes(w) + width_bytes(w)
         assert stored == pytest.approx(BLOCK * w * own / 8, abs=1e-3), "what a block really takes"
