@@ -181,9 +181,9 @@ class CompressedLayer(CacheLayerMixin):
                 "reset() it, make a new one, or use batch_repeat_interleave before beam search and num_return_sequences"
             )
         new = [(x.shape[1], x.shape[3]) for x in (key_states, value_states)]
-        if "KV" in self.stores and new[0] == new[1]:
-            new = [(2 * new[0][0], new[0][1])]
-        for held, (new_heads, new_width) in zip(self.stores.values(), new, strict=False):
+        if "KV" in self.stores:  # side by side, as of twice as many heads
+            new = [(new[0][0] + new[1][0], new[0][1])]
+        for held, (new_heads, new_width) in zip(self.stores.values(), new, strict=True):
             _, heads, _, width = held.sinks.shape
             if (heads, width) != (new_heads, new_width):
                 raise PluginError(

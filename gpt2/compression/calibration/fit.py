@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LEAST_LIKENESS = 0.9  # of SmolLM2 and its copies in 8 bits 0.99, in 4 bits 0.92 and more; of unrelated weights 0.5
+LEAST_LIKENESS = 0.9  # copies in 4 bits and more lie above it, unrelated weights at 0.5
 
 
 @dataclass(eq=False)  # by identity, so that it can be a key of what is made of it
@@ -132,7 +132,7 @@ class Calibration:
     def check_model(self, loaded: LoadedModel, where: str) -> None:
         """Raise BadArtefact unless this calibration is of that model. where: the file it is from, for messages.
 
-        Of a copy whose weights differ a little, quantized or tuned further, its bases still serve: that is logged.
+        Of a copy whose weights differ a little, quantized or tuned further, its bases are used with a warning.
         """
         meta = self.meta
         if meta["fingerprint"] == loaded.fingerprint:

@@ -1,4 +1,4 @@
-"""Which models a calibration serves: its own, and copies whose weights differ a little, of which the user is told."""
+"""Which models may use a calibration: its own, and with a warning copies whose weights differ a little."""
 
 import copy
 import logging
@@ -21,7 +21,7 @@ def rounded(loaded, bits: int):
     return wrap(model, loaded.tokenizer, "a copy")
 
 
-def test_a_quantized_copy_is_served_with_a_warning(calibration, llama, caplog):
+def test_a_quantized_copy_may_use_it_with_a_warning(calibration, llama, caplog):
     other = rounded(llama, 8)
     assert other.fingerprint != llama.fingerprint
     with caplog.at_level(logging.WARNING):
