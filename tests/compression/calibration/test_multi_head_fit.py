@@ -1,5 +1,6 @@
 """Compact fits of multi-head bases: eight bits in memory and in files, and files of before in half precision."""
 
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -39,6 +40,20 @@ def fit_of(name: str) -> MultiHeadFit:
 @pytest.fixture(scope="module")
 def llama_fit() -> Calibration:
     return calibrate(tiny_loaded("llama"), TEXT, rank=6, samples=3, seq_len=100, codec="joint")
+
+
+def test_a_compact_file_is_deflated_and_pytorch_reads_it(llama_fit, tmp_path):
+    """Within what a reader inflates; a file of zeros, which it would take for an attack, is left as it is."""
+    record = tensor_file.read(save_calibration(llama_fit, tmp_path / "plain.pt"))
+    packed = tensor_file.write(tmp_path / "packed.pt", record, compress=True)
+    assert packed.stat().st_size < 0.97 * (tmp_path / "plain.pt").stat().st_size
+    assert identical(tensor_file.read(packed), record) and identical(torch.load(packed, weights_only=True), record)
+    again = tensor_file.write(tmp_path / "again.pt", record, compress=True)
+    assert again.read_bytes() == packed.read_bytes(), "nothing in it tells when it was written"
+    zeros = {"meta": torch.zeros(10_000)}
+    assert identical(tensor_file.read(tensor_file.write(tmp_path / "zeros.pt", zeros, compress=True)), zeros)
+    with zipfile.ZipFile(save_calibration(llama_fit.compact("joint"), tmp_path / "compact.pt")) as archive:
+        assert {part.compress_type for part in archive.infolist()} == {zipfile.ZIP_DEFLATED}
 
 
 @pytest.mark.parametrize("name", BASES)
