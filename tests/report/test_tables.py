@@ -58,6 +58,34 @@ def test_side_by_side_are_the_presets_that_every_model_has(tmp_path):
             region(names, words)
 
 
+def test_side_by_side_are_the_tasks_of_all_models(tmp_path):
+    """A row for each task that any model was asked, and caches by name."""
+
+    def row(cache: str, **more) -> dict:
+        return {"cache": cache, "baseline_exact_match": 1.0, "exact_match": 0.5, "logprob_change_nats": -0.25,
+                "prompts": 4} | more  # fmt: skip
+
+    def record(model: str, *tasks: str) -> dict:
+        own = [row(cache, task=task) for task in tasks for cache in ("kv4", "kv8")]
+        return {
+            "model": model,
+            "args": {"context_lengths": [512, 1024]},
+            "by_task": own,
+            "summary": [row("kv4"), row("kv8")],
+        }
+
+    for name, each in {"one": record("one", "copying"), "two": record("../two", "copying", "key_value")}.items():
+        (tmp_path / f"tasks_{name}.json").write_text(json.dumps(each))
+    lines = regions.fill("<!-- results: tasks_one+tasks_two kv4 -->\n<!-- end -->", tmp_path).splitlines()
+    assert lines[1:6:2] == [
+        "| task | one: uncompressed | kv4 | two: uncompressed | kv4 |",
+        "| copying | 100% | 50% (-0.25) | 100% | 50% (-0.25) |",
+        "| all | 100% | 50% (-0.25) | 100% | 50% (-0.25) |",
+    ]
+    assert lines[4] == "| key value | – | – | 100% | 50% (-0.25) |"
+    assert "two: 4 prompts of 512 and 1,024 tokens." in lines[-2]
+
+
 def test_missing_results_are_named(tmp_path):
     region = "<!-- results: validate_ppl_x sinks -->\n<!-- end -->"
     with pytest.raises(PluginError, match="validate_ppl_x.json"):

@@ -44,7 +44,7 @@ from gpt2.report.tables.speed import (
     profile_parking,
     profile_steps,
 )
-from gpt2.report.tables.tasks import tasks, tasks_pairs
+from gpt2.report.tables.tasks import tasks, tasks_of_models, tasks_pairs
 
 # Start of a results file's name to its table; a kind that no file name starts with is shown by `as` or by a script
 TABLES: dict[str, Callable[[dict, list[str]], Table]] = {
@@ -87,7 +87,10 @@ OF_MACHINES: dict[str, Callable[[list[dict], list[str]], Table]] = {
 }
 
 # The same for tables that show several models side by side
-OF_MODELS: dict[str, Callable[[list[dict], list[str]], Table]] = {"ratio_presets": ratio_presets_of_models}
+OF_MODELS: dict[str, Callable[[list[dict], list[str]], Table]] = {
+    "ratio_presets": ratio_presets_of_models,
+    "tasks": tasks_of_models,
+}
 
 
 def show(kind: str, record: dict, *words: str, note: bool = True) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from gpt2.evaluation.asking import FAILS
 from gpt2.report.table import Table, select
 from gpt2.report.tables.needle import pairs
@@ -35,3 +37,27 @@ def tasks(record: dict, names: list[str]) -> Table:
 def tasks_pairs(record: dict, _: list[str]) -> Table:
     """Each cache over all prompts of all tasks, paired with the baseline's answers to the same prompts."""
     return pairs(record["summary"])
+
+
+def tasks_of_models(records: list[dict], names: list[str]) -> Table:
+    """Exact match and change of log-probability by task, models side by side: caches of `names`, or all.
+
+    The last row is over the prompts of all tasks; a task that a model wasn't asked has a dash.
+    """
+    asked = dict.fromkeys(row["task"] for record in records for row in record["by_task"])
+    lines = [[task.replace("_", " ")] for task in asked] + [["all"]]
+    columns, notes = ["task"], []
+    for record in records:
+        model = Path(record["model"]).name
+        caches = names or [row["cache"] for row in record["summary"]]
+        columns += [f"{model}: uncompressed", *caches]
+        own = {(row["task"], row["cache"]): row for row in record["by_task"]}
+        own |= {("all", row["cache"]): row for row in record["summary"]}
+        for task, line in zip([*asked, "all"], lines, strict=True):
+            rows = [own.get((task, cache)) for cache in caches]
+            line += [f"{rows[0]['baseline_exact_match']:.0%}" if rows[0] else "–"]
+            line += [f"{row['exact_match']:.0%} ({row['logprob_change_nats']:+.2f})" if row else "–" for row in rows]
+        lengths = " and ".join(f"{length:,}" for length in record["args"]["context_lengths"])
+        notes.append(f"{model}: {record['summary'][0]['prompts']} prompts of {lengths} tokens.")
+    about = "Exact match, in brackets the change of the answer's log p in nats."
+    return Table(columns, lines, " ".join([about, *notes]))
