@@ -56,7 +56,7 @@ def scores(store: TokenStore | Half, q: Tensor) -> Tensor:
     absorbed = absorb_query(store, q)
     blocks = _blocks(store)
     if cpu.usable(q) and blocks is not None and (not blocks or cpu.reads_frames(store.compressor.frame)):
-        exact = _exact(store)
+        exact = _exact(store, len(store))
         cpu.scores(exact + blocks, [q] * len(exact) + absorbed, out)
     else:
         _scores(store, q, absorbed, out)
@@ -70,11 +70,12 @@ def absorb_query(store: TokenStore | Half, q: Tensor) -> list[Tensor]:
 
     Where frames have absorbed queries of their own, those of all chunks are computed at once.
     """
-    compressor, chunks = store.compressor, [_slots(store, encoded) for _, encoded in store.chunks()]
-    if not chunks:
+    compressor, count = store.compressor, store.chunk_count
+    if not count:
         return []
     if compressor.frame is None:
-        return [compressor.absorb_query(q)] * len(chunks)
+        return [compressor.absorb_query(q)] * count
+    chunks = [_slots(store, encoded) for _, encoded in store.chunks()]
     whole = compressor.absorb_query(q, store.frame_starts())
     return list(whole.split([slots // compressor.frame for slots in chunks], dim=2))
 
@@ -84,7 +85,7 @@ def weighted_sum(store: TokenStore | Half, p: Tensor) -> Tensor:
     own = store.own_sinks.take(p, store.forgotten, store.heads) if store.own_sinks else None
     blocks = _blocks(store)
     if cpu.usable(p) and blocks is not None:
-        exact = _exact(store)
+        exact = _exact(store, len(store))
         total = _total(store, cpu.weighted_sums(exact + blocks, p, _outs(exact, blocks)), bool(exact))
     else:
         total = _total(store, _weighted_sum(store, p), True)
@@ -108,13 +109,14 @@ def _in_one_pass(
     v_blocks = k_blocks if k.whole is v.whole else _blocks(v)
     if k_blocks is None or v_blocks is None or k_blocks and not cpu.reads_frames(k.compressor.frame):
         return None
-    k_exact, v_exact = _exact(k), _exact(v)
+    tokens = len(k)
+    k_exact, v_exact = _exact(k, tokens), _exact(v, tokens)
     q = (query * scaling).reshape(B, k.sinks.shape[1], -1, d)
     frames = _frames(k, d) if k_blocks else None
     absorbed = [q] * len(k_blocks) if frames else absorb_query(k, q)
     out = cpu.attend(
-        k_exact + k_blocks, [q] * len(k_exact) + absorbed, v_exact + v_blocks, _outs(v_exact, v_blocks), len(k),
-        bias=None if mask is None else _bias(mask, B, len(k)), sinks=None if sinks is None else sinks.float(),
+        k_exact + k_blocks, [q] * len(k_exact) + absorbed, v_exact + v_blocks, _outs(v_exact, v_blocks), tokens,
+        bias=None if mask is None else _bias(mask, B, tokens), sinks=None if sinks is None else sinks.float(),
         values=v.compressor.summed_basis(v.sinks.shape[3]) if v_blocks else None, frames=frames,
     )  # fmt: skip
     return None if out is None else out.view(B, heads, Q, -1).to(query.dtype)
@@ -153,10 +155,11 @@ def _total(store: TokenStore | Half, sums: Sequence[Tensor], exact: bool) -> Ten
     return y if total is None else total + y
 
 
-def _exact(store: TokenStore | Half) -> list[cpu.Part]:
-    """A store's exact parts, as kernels take them."""
-    rest = store.tail.shape[2]
-    return [cpu.exact(start, x) for start, x in ((0, store.sinks), (len(store) - rest, store.tail)) if x.shape[2]]
+def _exact(store: TokenStore | Half, tokens: int) -> list[cpu.Part]:
+    """The exact parts of a store of so many tokens, as kernels take them."""
+    sinks, tail = store.sinks, store.tail
+    places = (0, sinks), (tokens - tail.shape[2], tail)
+    return [cpu.exact(start, x) for start, x in places if x.shape[2]]
 
 
 def _blocks(store: TokenStore | Half) -> list[cpu.Part] | None:
@@ -164,6 +167,15 @@ def _blocks(store: TokenStore | Half) -> list[cpu.Part] | None:
     store = store.whole
     if store.sinks.dtype not in cpu.EXACT_DTYPES:
         return None
+    if not store.blocks:
+        return []
+    first, place = next(iter(store.blocks.values())), (store.sinks.shape[2], store.lead)
+    if first.kept is None or first.kept[0] != place:
+        first.kept = place, _made_blocks(store)
+    return first.kept[1]
+
+
+def _made_blocks(store: TokenStore) -> list[cpu.Part] | None:
     compressor = store.compressor
     if not cpu.reads(store.memory_format):
         return [] if not store.compressed_tokens else None

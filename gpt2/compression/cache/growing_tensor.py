@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,16 +19,39 @@ class GrowingTensor:
     A new chunk has room for what is appended, for at least `smallest` entries and at least 1/GROWTH of what is held.
     Full chunks of equal size are merged, like digits that carry in a binary counter. So there are O(log n) chunks,
     which bounds what readers pay for them, and each entry is copied O(log n) times at most.
+
+    kept: what a reader has made of `views`, until these change; None before that. A decode step changes them once in a
+    block, and every other step would make the same again.
     """
 
     def __init__(self, smallest: int = SMALLEST_CHUNK):
         self.smallest = smallest
-        self.chunks: list[Tensor] = []
+        self.chunks = []
         self.length = 0
         self.unused = 0  # entries at the end of the last chunk
         self.shared = False  # whether forks may hold the same chunks, so that none is written to that is given back
 
+    @property
+    def chunks(self) -> list[Tensor]:
+        """All chunks, the last one with its unused room. Whoever changes the list in place calls `_change` first."""
+        return self._chunks
+
+    @chunks.setter
+    def chunks(self, chunks: list[Tensor]) -> None:
+        self._change()
+        self._chunks = chunks
+
+    def _change(self) -> None:
+        """Forget what was made of the chunks, which are about to change: it would also keep their memory."""
+        self._views: list[Tensor] | None = None
+        self.kept: Any = None
+
+    def __getstate__(self) -> dict:
+        # Views would be copied and pickled beside their chunks, as tensors of their own
+        return self.__dict__ | {"_views": None, "kept": None}
+
     def append(self, x: Tensor) -> None:
+        self._change()
         if self.chunks and x.dtype.itemsize > self.chunks[0].dtype.itemsize:
             self.map_(lambda chunk: chunk.to(x.dtype))
         while x.shape[2]:
@@ -57,8 +81,11 @@ class GrowingTensor:
             i = max(i - 1, 0)
 
     def views(self) -> list[Tensor]:
-        """The used part of each chunk, without a copy."""
-        return [*self.chunks[:-1], *(last[:, :, : last.shape[2] - self.unused] for last in self.chunks[-1:])]
+        """The used part of each chunk, without a copy. The list isn't the caller's to change."""
+        if self._views is None:
+            ends = (last[:, :, : last.shape[2] - self.unused] for last in self.chunks[-1:])
+            self._views = [*self.chunks[:-1], *ends]
+        return self._views
 
     def last(self, entries: int) -> Tensor:
         """The last `entries`, or as many as there are."""
@@ -79,10 +106,11 @@ class GrowingTensor:
 
     def _seal(self) -> None:
         """Leave the unused room of the last chunk to nobody."""
-        self.chunks, self.unused = self.views(), 0
+        self.chunks, self.unused = list(self.views()), 0
 
     def truncate(self, length: int) -> None:
         """Remove all entries from `length` on."""
+        self._change()
         drop, self.length = self.length - length, length
         while drop:
             used = self.chunks[-1].shape[2] - self.unused
@@ -96,6 +124,7 @@ class GrowingTensor:
 
     def drop_front(self, entries: int) -> None:
         """Remove the first `entries`. What is left of a chunk that is cut is copied, so that its memory is freed."""
+        self._change()
         self.length -= entries
         while entries:
             last = len(self.chunks) == 1

@@ -195,7 +195,9 @@ class JointTransform(UnrotatedTransform):
         return torch.cat((self.rotary.rotate(k, start, frame=self.shared), v), dim=1)
 
     def read_basis(self, head_dim: int) -> Tensor:
-        return self._affine(head_dim).chunk(2, dim=1)[0]
+        both = self._affine(head_dim)
+        return both[:, : both.shape[1] // 2]
 
     def summed_basis(self, head_dim: int) -> Tensor:
-        return self._affine(head_dim).chunk(2, dim=1)[1]
+        both = self._affine(head_dim)
+        return both[:, both.shape[1] // 2 :]

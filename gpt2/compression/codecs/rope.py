@@ -25,7 +25,7 @@ class Rotary:
     @property
     def rotates(self) -> bool:
         """Whether it rotates any channel."""
-        return self.layout != "none" and len(self.frequencies) > 0
+        return self.layout != "none" and self.frequencies.shape[0] > 0  # len of a tensor takes microseconds
 
     def rotate(self, x: Tensor, start: int | Tensor, sign: int = 1, frame: int = 1) -> Tensor:
         """x [..., T, d] rotated by sign · position; the first token is at position `start`, [B] of each row's own.
