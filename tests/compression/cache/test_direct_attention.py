@@ -1,6 +1,8 @@
 """Scores, weighted sums and whole decode steps over stores: what the kernels and PyTorch compute from codes."""
 
+import itertools
 import logging
+import pickle
 
 import pytest
 import torch
@@ -110,6 +112,27 @@ def test_a_decode_step_absorbs_queries_for_every_frame(quantizer, layout, heads,
     found = direct_attention.attend(*stores, query, None, d**-0.5)
     monkeypatch.setattr(cpu, "attend", lambda *args, **kwargs: None)
     assert (found - direct_attention.attend(*stores, query, None, d**-0.5)).abs().max() <= 3e-5 * found.abs().max()
+
+
+def test_parts_for_the_kernel_are_made_once_a_block_and_copied_with_no_cache(monkeypatch):
+    if not cpu.loaded():
+        pytest.skip("no compiler on this machine")
+    made, coded = [], cpu.coded
+    monkeypatch.setattr(cpu, "coded", lambda *args, **kwargs: made.append(0) or coded(*args, **kwargs))
+    x = torch.randn(1, 2, 200, 32)
+    store = filled(Compressor(QUANTIZERS["int4_channel"]), (4, 0), [x[:, :, :100]])
+    steps = []
+    for n in range(100, 200):
+        store.append(x[:, :, n : n + 1])
+        direct_attention.attend(store, store, torch.randn(1, 4, 1, 32), None, 1.0)
+        steps.append(len(made))
+    assert [at for at, (before, after) in enumerate(itertools.pairwise([0, *steps])) if after > before] == [0, 27, 91]
+    store.append(x[:, :, -64:])  # a block, of which no parts have been made yet
+    pickled = len(pickle.dumps(store))
+    direct_attention.attend(store, store, torch.randn(1, 4, 1, 32), None, 1.0)
+    assert len(pickle.dumps(store)) == pickled
+    store.clear()
+    assert not store.blocks, "and with them what was made of them"
 
 
 def test_any_number_of_threads_gives_the_same(kernels):
