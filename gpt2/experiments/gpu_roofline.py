@@ -14,7 +14,7 @@ tokens, G groups of KV heads in the batch, M queries per group and r channels, i
 r' and M' are rounded up to a power of two of at least 16, which tensor cores take. A code costs DECODE instructions and
 a score SCORE of them, a lower bound from the kernels' source with 16-bit operations in pairs. 16-bit attention is given
 the same bound without any rounding up. Partial results of splits count as memory traffic, though they may stay in a
-cache. Of codes that K and V share, what is read twice counts once. Exact sinks and tail, a few dozen tokens, launches,
+cache. Codes that K and V share are read and unpacked once. Exact sinks and tail, a few dozen tokens, launches,
 and products with a basis that are needed once per step aren't counted.
 """
 
@@ -139,7 +139,7 @@ def step_works(
     """The work of each kernel for one step over codes, and of quantizing a prompt; None where no kernel reads them."""
     k, v = (_side(compressor, shape) for compressor in pair)
     if v is not None and pair[1].joint:
-        v = replace(v, nbytes=0.0)  # K's codes
+        v = replace(v, nbytes=0.0, decode=0)  # K's codes, which the kernel unpacks once
     if k is None or v is None or k.groups != v.groups:
         return None
     groups, queries = shape.batch * k.groups, shape.heads // k.groups

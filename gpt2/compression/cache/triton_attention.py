@@ -127,7 +127,7 @@ def attend_compressed(
     rank = _rank(v, q.shape[-1])
     maxima, sums = q.new_empty(2, sum(splits), B * G, M, dtype=torch.float32)
     accs = q.new_empty(sum(splits), B * G, M, rank, dtype=torch.float32)
-    launch = _Launch(absorbed, bias, mask, softcap, k, v, q, parts[0].k[0])
+    launch = _Launch(absorbed, bias, mask, softcap, k, v, q, parts[0].k[0], k_store.whole is v_store.whole)
     for i, part in enumerate(parts):
         launch(part, (maxima, sums, accs), bases[i], sum(splits[:i]), tiles[i], each)
     y, logsum = accs.new_empty(B, G, M, rank), accs.new_empty(B, G, M)
@@ -139,11 +139,11 @@ class _Launch:
     """The arguments that all calls of the kernel have in common; each call is for one part.
 
     absorbed [B, G, M, r], bias [B, G, M], or with a dimension of frames behind G, of which the first are of the tile at
-    position first_slot.
+    position first_slot. shared: whether V has K's codes.
     """
 
     def __init__(self, absorbed: Tensor, bias: Tensor, mask: Tensor | None, softcap: float | None, k: Compressor,
-                 v: Compressor, q: Tensor, first_slot: int):  # fmt: skip
+                 v: Compressor, q: Tensor, first_slot: int, shared: bool):  # fmt: skip
         self.absorbed, self.bias, self.dtype, self.k, self.v = absorbed, bias, q.dtype, k, v
         self.groups, self.M, self.k_rank = absorbed.shape[1], *absorbed.shape[-2:]
         self.frames = absorbed.shape[2] if absorbed.ndim == 5 else 1
@@ -153,7 +153,7 @@ class _Launch:
         rows = max(triton.next_power_of_2(self.M), 16)
         self.sizes = {
             "K_RANK": self.k_rank, "V_RANK": self.v_rank, "ROWS": rows, "SOFTCAP": softcap is not None,
-            "FRAMED": absorbed.ndim == 5,
+            "FRAMED": absorbed.ndim == 5, "SHARED": shared,
             "K_R": slots(self.k_rank, self.decoders[0]), "V_R": slots(self.v_rank, self.decoders[1]),
             # Queries that a basis has made float32, or that are multiplied by scales, don't fit into 16 bits
             "SPLIT": k.transform is not None or self.decoders[0].axis != 0 or self.dtype == torch.float16,

@@ -112,13 +112,13 @@ def attend_tiles(
     K_TILE: tl.constexpr, V_TILE: tl.constexpr, K_AXIS: tl.constexpr, V_AXIS: tl.constexpr, K_PAIRED: tl.constexpr,
     V_PAIRED: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr, K_R: tl.constexpr, V_R: tl.constexpr,
     K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr,
-    SOFTCAP: tl.constexpr, FRAMED: tl.constexpr,
+    SOFTCAP: tl.constexpr, FRAMED: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Partial attention of a group's queries over one split of a storage chunk of K and of V.
 
     q [B · G, M, K_RANK], bias [B · G, M] float32 → maxima, sums [splits, B · G, M], accs [splits, B · G, M, V_RANK].
     FRAMED: each tile has queries of its own, q [B · G, frames, M, K_RANK] and bias [B · G, frames, M], of which the
-    first are of the tile at position first_slot.
+    first are of the tile at position first_slot. SHARED: V has K's codes, which are then unpacked once for both.
     Positions in the sequence: base, of the first tile; first and end, of the tokens to attend to; k_start and v_start,
     of the first tokens of the chunks. M = heads · queries.
     """
@@ -148,7 +148,8 @@ def attend_tiles(
         fade = tl.exp2((top - higher) * LOG2E)
         top = higher
         total = total * fade + tl.sum(p, 0)
-        codes, scale, offset = V_TILE(v_fields, v_room, group, start - v_start, inside, V_RANK, V_R, V_DTYPE)
+        if not SHARED:
+            codes, scale, offset = V_TILE(v_fields, v_room, group, start - v_start, inside, V_RANK, V_R, V_DTYPE)
         acc, shift = _add_values(acc * fade[None, :], shift * fade, codes, scale, offset, p, V_AXIS)
     own = ((first_split + split) * tl.num_programs(0) + group).to(tl.int64) * M + m
     tl.store(maxima + own, top, mask=m < M)
