@@ -70,12 +70,11 @@ def absorb_query(store: TokenStore | Half, q: Tensor) -> list[Tensor]:
 
     Where frames have absorbed queries of their own, those of all chunks are computed at once.
     """
-    compressor, count = store.compressor, store.chunk_count
-    if not count:
+    compressor, chunks = store.compressor, [_slots(store, encoded) for _, encoded in store.chunks()]
+    if not chunks:
         return []
     if compressor.frame is None:
-        return [compressor.absorb_query(q)] * count
-    chunks = [_slots(store, encoded) for _, encoded in store.chunks()]
+        return [compressor.absorb_query(q)] * len(chunks)
     whole = compressor.absorb_query(q, store.frame_starts())
     return list(whole.split([slots // compressor.frame for slots in chunks], dim=2))
 
@@ -169,10 +168,11 @@ def _blocks(store: TokenStore | Half) -> list[cpu.Part] | None:
         return None
     if not store.blocks:
         return []
-    first, place = next(iter(store.blocks.values())), (store.sinks.shape[2], store.lead)
-    if first.kept is None or first.kept[0] != place:
-        first.kept = place, _made_blocks(store)
-    return first.kept[1]
+    # Sinks and lead, which the parts' places follow from, change only where blocks do as well
+    first = next(iter(store.blocks.values()))
+    if first.kept is None:
+        first.kept = _made_blocks(store)
+    return first.kept
 
 
 def _made_blocks(store: TokenStore) -> list[cpu.Part] | None:

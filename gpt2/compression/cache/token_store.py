@@ -253,11 +253,6 @@ class TokenStore:
                 yield position, dict(zip(self.blocks, views, strict=True))
                 position += blocks * self.compressor.block_tokens
 
-    @property
-    def chunk_count(self) -> int:
-        """How many `chunks` gives."""
-        return sum(view.shape[2] > 0 for stored in [*self.blocks.values()][:1] for view in stored.views())
-
     def holds(self, x: Tensor) -> bool:
         """Whether x [B, H, T, d] are the tokens seen: what is held of them reads the same when stored again."""
         again = TokenStore(self.compressor, self.sink_tokens, self.recent_tokens)

@@ -114,7 +114,7 @@ def test_a_decode_step_absorbs_queries_for_every_frame(quantizer, layout, heads,
     assert (found - direct_attention.attend(*stores, query, None, d**-0.5)).abs().max() <= 3e-5 * found.abs().max()
 
 
-def test_parts_for_the_kernel_are_made_once_a_block_and_copied_with_no_cache(monkeypatch):
+def test_parts_for_the_kernel_are_made_once_a_block_and_never_pickled(monkeypatch):
     if not cpu.loaded():
         pytest.skip("no compiler on this machine")
     made, coded = [], cpu.coded
@@ -131,8 +131,6 @@ def test_parts_for_the_kernel_are_made_once_a_block_and_copied_with_no_cache(mon
     pickled = len(pickle.dumps(store))
     direct_attention.attend(store, store, torch.randn(1, 4, 1, 32), None, 1.0)
     assert len(pickle.dumps(store)) == pickled
-    store.clear()
-    assert not store.blocks, "and with them what was made of them"
 
 
 def test_any_number_of_threads_gives_the_same(kernels):

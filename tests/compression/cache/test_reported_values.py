@@ -75,7 +75,8 @@ def test_values_beyond_what_a_codec_can_say_are_warned_of_once(name, size, dtype
 
 
 def test_single_tokens_on_a_gpu_are_looked_at_later(monkeypatch, caplog):
-    """There, looking at each would have every layer wait; what was cut off is told by what it reads as."""
+    """Looking at each would make every layer wait for the GPU. A block of tokens is looked at together, after it is
+    stored: values that were cut off then read as the largest number that can be stored."""
     monkeypatch.setattr(integer, "beyond_half", lambda z: False)
     monkeypatch.setattr(token_store, "waits", lambda z: True)
     stored_singly("int8", torch.cat((torch.ones(1, 1, 62, 12), torch.full((1, 1, 2, 12), -1e5)), dim=2))

@@ -49,7 +49,7 @@ def test_a_compact_file_is_deflated_and_pytorch_reads_it(llama_fit, tmp_path):
     assert packed.stat().st_size < 0.97 * (tmp_path / "plain.pt").stat().st_size
     assert identical(tensor_file.read(packed), record) and identical(torch.load(packed, weights_only=True), record)
     again = tensor_file.write(tmp_path / "again.pt", record, compress=True)
-    assert again.read_bytes() == packed.read_bytes(), "nothing in it tells when it was written"
+    assert again.read_bytes() == packed.read_bytes(), "the time of writing isn't in it"
     zeros = {"meta": torch.zeros(10_000)}
     assert identical(tensor_file.read(tensor_file.write(tmp_path / "zeros.pt", zeros, compress=True)), zeros)
     with zipfile.ZipFile(save_calibration(llama_fit.compact("joint"), tmp_path / "compact.pt")) as archive:
