@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -44,8 +47,8 @@ def _convert_embedded(folder: Path) -> None:
             "(make demo does it), or give --model a folder or a hub id"
         )
     source = Path(next(iter(package.submodule_search_locations)))
-    gguf = next(source.glob("*.gguf")).name
-    print(f"First use of {EMBEDDED}: converting its weights once (about 20 s) into {folder}", flush=True)
+    name = next(source.glob("*.gguf")).name
+    print(f"First use of {EMBEDDED}: converting its weights once (about 15 s) into {folder}", flush=True)
     part = folder.with_name(f"{folder.name}.part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -53,15 +56,30 @@ def _convert_embedded(folder: Path) -> None:
             if (folder / "config.json").exists():  # another process has converted it meanwhile
                 return
             shutil.rmtree(part, ignore_errors=True)  # up to half a GB left by a process that was killed
-            model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32, **_dequantize())
-            model.save_pretrained(part)
-            AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(part)
+            with _each_file_parsed_once():
+                how = {"dtype": torch.float32, **_dequantize()}
+                model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, **how)
+                model.save_pretrained(part)
+                AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(part)
             part.rename(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise PluginError(
             f"can't convert {EMBEDDED} into {folder}: {first_line(error)}. KV_PLUGIN_CACHE can name another folder"
         ) from error
+
+
+@contextmanager
+def _each_file_parsed_once() -> Iterator[None]:
+    """transformers parses a GGUF file for the configuration, the weights and the tokenizer: some seconds each time."""
+    import gguf  # which takes time too, and only a first use needs it
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def _dequantize() -> dict:

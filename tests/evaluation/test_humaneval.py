@@ -12,7 +12,7 @@ from tiny import char_tokenizer, tiny_loaded
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.named_caches import from_preset
-from gpt2.evaluation.humaneval import measure, problems, prompts, sandbox
+from gpt2.evaluation.humaneval import completions, measure, problems, prompts, sandbox
 from gpt2.evaluation.humaneval.completions import Completion, Kept, complete
 from gpt2.evaluation.humaneval.measure import Compared, Setting
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
@@ -159,16 +159,21 @@ def test_a_batch_answers_as_each_prompt_alone(reader, answering, asked, name, ch
         assert batch != complete(reader, answering[BASELINE], asked, *how), "the answers depend on the cache"
 
 
-def test_an_answer_ends_at_its_stop_or_its_end_token(reader, answering, asked, monkeypatch):
-    whole = complete(reader, answering[BASELINE], asked, (), 12)
+@pytest.mark.parametrize("name", [BASELINE, "int4"])
+def test_an_answer_ends_at_its_stop_or_its_end_token(reader, answering, asked, name, monkeypatch):
+    """Then its row leaves the batch, and the others' answers are the same."""
+    whole = complete(reader, answering[name], asked, (), 12)
     stop = whole[0].text[5:7]
-    for row, full in zip(complete(reader, answering[BASELINE], asked, (stop,), 12), whole, strict=True):
+    monkeypatch.setattr(completions, "PHASE", 4)
+    stopped = complete(reader, answering[name], asked, (stop,), 12)
+    assert len({row.tokens // 4 for row in stopped}) > 1, "rows end in different phases"
+    for row, full in zip(stopped, whole, strict=True):
         at = full.text.find(stop)
         assert row.text == (full.text if at < 0 else full.text[:at]) and row.finished == (at >= 0)
         assert row.tokens == (12 if at < 0 else at + len(stop))
     tokens = reader.tokenizer(whole[0].text, add_special_tokens=False).input_ids
     monkeypatch.setattr(reader.model.generation_config, "eos_token_id", [tokens[8]])
-    row = complete(reader, answering[BASELINE], asked, (), 12)[0]
+    row = complete(reader, answering[name], asked, (), 12)[0]
     assert row.finished and row.tokens == tokens.index(tokens[8]) + 1
 
 

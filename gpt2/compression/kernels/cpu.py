@@ -15,6 +15,8 @@ import logging
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -212,7 +214,7 @@ def loaded() -> bool:
 
         folder = Path(cpp_extension._get_build_directory(name, verbose=False))
         # A killed build leaves PyTorch's own lock file behind, for which the next process would wait forever
-        with FileLock(folder / "building"):
+        with FileLock(folder / "building"), _ninja_of_this_environment():
             (folder / "lock").unlink(missing_ok=True)
             source, where = str(SOURCES / "kernels.cpp"), str(folder)
             cpp_extension.load(name, [source], extra_cflags=flags, build_directory=where, is_python_module=False)
@@ -223,6 +225,24 @@ def loaded() -> bool:
         )
         return False
     return True
+
+
+@contextmanager
+def _ninja_of_this_environment() -> Iterator[None]:
+    """Puts the folder of the installed package `ninja` first on PATH, where PyTorch looks for the program.
+
+    A virtual environment's programs are on PATH only where it is activated. And one build by two versions of ninja is
+    built anew by each, as neither reads the other's log.
+    """
+    before = os.environ.get("PATH", "")
+    with suppress(ImportError):
+        import ninja
+
+        os.environ["PATH"] = os.pathsep.join((ninja.BIN_DIR, before))
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
 
 
 def instruction_sets() -> dict[str, list[str]]:

@@ -27,6 +27,7 @@ from gpt2.models.loading import LoadedModel
 
 FIRST_TOKENS = 16  # of an answer, whose log-probability is recorded
 LOOKED_AT = 16  # latest tokens in which a stop is searched; every stop is shorter in characters
+PHASE = 32  # tokens generated before rows that have ended leave their batch
 
 
 @dataclass(frozen=True)
@@ -119,21 +120,46 @@ def complete(
     if isinstance(cache, CompressedDynamicCache):
         cache.keep_reconstructed()  # the same values, each block reconstructed once instead of at every token
     _read(loaded, cache, ids, mask, prefill_chunk)
-    stop, logprobs = _Stop(loaded.tokenizer, ids.shape[1], stops, len(ids)), _FirstLogProbs()
-    new = greedy(
-        loaded, cache, ids, max_new_tokens, mask, stopping_criteria=StoppingCriteriaList([stop]),
-        logits_processor=LogitsProcessorList([logprobs]),
-    )  # fmt: skip
-    first = torch.stack(logprobs.taken, dim=1).double().numpy()
+    answers, first = _generate(loaded, cache, ids, mask, stops, max_new_tokens)
     if not np.isfinite(first).all():
         raise PluginError("the model's logits are NaN or infinite with this cache: try --dtype float32, or more bits")
-    made, commit = [], provenance.git_commit()
-    for row, tokens in enumerate(new):
-        length, finished = _length(loaded, tokens, stop.ended[row])
-        text = loaded.tokenizer.decode(tokens[:length], skip_special_tokens=True)
-        made.append(Completion(cut(text, stops), length, finished, float(first[row, :length].sum()),
-                               len(prompts[row]), commit))  # fmt: skip
-    return made
+    commit = provenance.git_commit()
+    return [
+        Completion(cut(loaded.tokenizer.decode(tokens, skip_special_tokens=True), stops), len(tokens), finished,
+                   float(own[: len(tokens)].sum()), len(prompt), commit)
+        for (tokens, finished), own, prompt in zip(answers, first, prompts, strict=True)
+    ]  # fmt: skip
+
+
+def _generate(
+    loaded: LoadedModel, cache: Cache, ids: Tensor, mask: Tensor, stops: Sequence[str], max_new_tokens: int
+) -> tuple[list[tuple[Tensor, bool]], np.ndarray]:
+    """Each row's tokens [n] and whether it has ended, and log-probabilities [B, FIRST_TOKENS] of its first tokens.
+
+    A row that has ended leaves the batch after its phase, so that one long answer doesn't cost as many as there are
+    rows. Before, `generate` fills it up with tokens that are no part of its answer.
+    """
+    asked, logprobs = ids.shape[1], _FirstLogProbs()
+    answers: list[tuple[Tensor, bool]] = [(ids[0, :0], False)] * len(ids)
+    rows = torch.arange(len(ids), device=ids.device)
+    for made in range(0, max_new_tokens, PHASE):
+        stop = _Stop(loaded.tokenizer, asked, stops, len(rows))
+        new = greedy(
+            loaded, cache, ids, min(PHASE, max_new_tokens - made), mask,
+            stopping_criteria=StoppingCriteriaList([stop]),
+            logits_processor=LogitsProcessorList([] if made else [logprobs]),
+        )  # fmt: skip
+        ids, mask = torch.cat((ids, new), dim=1), torch.cat((mask, torch.ones_like(new)), dim=1)
+        for at, row in enumerate(rows.tolist()):
+            length, ended = _length(loaded, ids[at, asked:], stop.ended[at])
+            answers[row] = ids[at, asked : asked + length], ended
+        left = torch.tensor([not answers[row][1] for row in rows.tolist()], device=ids.device).nonzero()[:, 0]
+        if not len(left):
+            break
+        if len(left) < len(rows):
+            cache.batch_select_indices(left)
+            rows, ids, mask = rows[left], ids[left], mask[left]
+    return answers, torch.stack(logprobs.taken, dim=1).double().numpy()
 
 
 def padded(loaded: LoadedModel, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 import itertools
 import logging
+import os
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -157,6 +159,14 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, caplog):
         assert cpu.loaded.__wrapped__() is False
     (record,) = caplog.records
     assert record.message.startswith("no CPU kernels (") and record.message.endswith(": no compiler here")
+
+
+def test_the_ninja_of_an_environment_that_isnt_activated_builds_the_kernels(monkeypatch):
+    found = []
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr("torch.utils.cpp_extension.load", lambda *args, **how: found.append(shutil.which("ninja")))
+    assert cpu.loaded.__wrapped__() and found[0]
+    assert os.environ["PATH"] == "/nowhere", "PATH is as it was"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
