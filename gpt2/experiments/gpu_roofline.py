@@ -6,8 +6,10 @@ tokens, G groups of KV heads in the batch, M queries per group and r channels, i
 
     scores         reads codes of K; 2 T r' M' per group on tensor cores, twice where queries need more than 16 bits
     weighted sums  reads codes of V; 2 T r' M' per group on tensor cores. One launch does both (`attend_tiles`)
-    absorb         where blocks have queries of their own (frames): PyTorch's product in float32 of every query with
-                   the basis for every block, 2 d (r + 1) per query and block, written and read again
+    absorb         where blocks have queries of their own (frames): every query times the basis for every block, 2 d r
+                   per query and block, three times at half the speed of 16 bits, as the kernel does it in two parts of
+                   TF32 each; and rotated back, d per query, block and COLUMNS of the basis. Written and read again
+                   (`absorb_frames`)
     split decode   writes, reads and merges 4 M (r + 2) bytes per group and split (`merge_splits`)
     quantize       of a prompt: reads 16-bit K and V, writes codes, searches scales (`triton_quantize`)
 
@@ -20,6 +22,7 @@ and products with a basis that are needed once per step aren't counted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -49,6 +52,7 @@ DECODE = {(EXACT, 0): 0, (TOKEN, 8): 1, (TOKEN, 4): 2, (CHANNEL, 8): 1, (CHANNEL
 DECODE |= {(kind, 0): 3 * MOST_PLANES // 2 + 1 for kind in (PLANES, FIXED_PLANES)}
 SCORE = 8  # per score: scale and bias, the largest so far, difference, exponential, sum
 MERGE = 4  # per number of a split
+COLUMNS, TURN = 64, 6  # of `triton_frames`: columns of a program; per channel: rotating, splitting, the mean's product
 CODING, SHARE = 12, 8  # per coordinate: range, division, rounding, clamping; and for the error of each further scale
 SIXTEEN = "16-bit attention"
 
@@ -155,8 +159,11 @@ def step_works(
         "split decode": Work(2 * 4 * partial, 0.0, MERGE * partial),
     }
     if frame := pair[0].frame:
-        absorbed = shape.batch * shape.heads * (k.rank + 1) * (tokens / frame)  # numbers
-        works["absorb"] = Work(2 * 4 * absorbed, 0.0, absorbed * shape.head_dim)
+        absorbing = shape.batch * shape.heads * (tokens / frame)  # queries
+        turned = absorbing * math.ceil(k.rank / COLUMNS) * shape.head_dim * TURN
+        works["absorb"] = Work(
+            2 * 4 * absorbing * (k.rank + 1), 3 * 2 * 2 * absorbing * k.rank * shape.head_dim, turned
+        )
     if k.coding is not None and v.coding is not None:
         moved = sum(side.rank * HALF + side.nbytes for side in (k, v))
         works["quantize"] = Work(each * moved, 0.0, each * sum(side.rank * side.coding for side in (k, v)))

@@ -45,7 +45,7 @@ def test_queries_of_frames_are_absorbed_for_every_block_and_shared_codes_are_rea
     """A basis for K and V of each of 8 heads, 256 channels, of which queries absorb half."""
     found = works("framed", 1280)
     assert found["weighted sums"].nbytes == 0 < found["scores"].nbytes
-    assert found["absorb"] == Work(2 * 4 * 32 * 257 * 20, 0, 32 * 257 * 20 * 128)
+    assert found["absorb"] == Work(2 * 4 * 32 * 20 * 257, 12 * 32 * 20 * 256 * 128, 32 * 20 * 4 * 128 * 6)
     assert "absorb" not in works("grouped", 1280) and works("grouped", 1280)["weighted sums"].nbytes > 0
     without = {name: work for name, work in found.items() if name != "absorb"}
     absorbed = found["absorb"].bound(UNIT)["bound_us"]

@@ -19,9 +19,10 @@ from gpt2.compression.cache.layers import CompressedSlidingLayer
 from gpt2.compression.cache.token_store import Half, TokenStore
 from gpt2.compression.codecs import QUANTIZERS, Compressor, JointTransform, Quantizer, Transform
 from gpt2.compression.codecs.mixed import WIDTHS, Mixed, MixedFixed
+from gpt2.compression.codecs.multi_head import UnrotatedTransform
 from gpt2.compression.codecs.rope import Rotary
 from gpt2.compression.compressed_cache import CompressedDynamicCache
-from gpt2.compression.kernels import dispatch, triton_quantize
+from gpt2.compression.kernels import dispatch, triton_frames, triton_quantize
 
 H = 2  # KV heads, where a test doesn't say otherwise
 NAMES = tuple(QUANTIZERS)
@@ -241,6 +242,25 @@ def test_codes_that_k_and_v_share_and_a_query_for_every_frame(name, sinks, queri
         if ALL:
             compare(monkeypatch, Half(held, 0), Half(held, 1), query)
     compare(monkeypatch, Half(held, 0), Half(held, 1), query)
+
+
+@pytest.mark.parametrize(
+    ("layout", "d", "pairs", "own"),
+    sampled([("half", 80, 10, True), ("interleaved", 12, 6, False), ("half", 160, 80, False)], 2),
+)
+def test_queries_are_absorbed_for_every_frame(layout, d, pairs, own):
+    """Channels without a rotation among them; rows at positions of their own; a mean far larger than the rest."""
+    basis, rotary = transform(20, 2 * d), Rotary(torch.logspace(0, -3, pairs), layout)
+    turned = UnrotatedTransform(basis.E, basis.D, 100 * basis.mean, rotary, 64)
+    q, first, frames = tokens(3, d, 2, heads=4), 64, 23  # of which queries fill a tile and a part of another
+    first = first + torch.tensor([0, 7]) if own else first
+    starts = 64 * torch.arange(frames) + (first[:, None] if own else first)
+    expected = turned.absorb_query(q, starts)
+    read = turned.read_basis(d)
+    found, bias = triton_frames.absorbed(q, read, *turned.frame_rotation(first, frames))
+    assert found.shape == (2, 2, frames, 2 * 3, 20) and found.is_contiguous()
+    torch.testing.assert_close(found, expected[..., :-1], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(bias, expected[..., -1], rtol=1e-4, atol=1e-2)
 
 
 def test_a_kernel_that_does_not_fit(monkeypatch):

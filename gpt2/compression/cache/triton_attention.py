@@ -22,6 +22,7 @@ from gpt2.compression.cache import attention_math
 from gpt2.compression.cache.token_store import Half, TokenStore
 from gpt2.compression.codecs import Compressor
 from gpt2.compression.codecs.base import Encoded
+from gpt2.compression.kernels import triton_frames
 from gpt2.compression.kernels.triton_kernels import attend_tiles, merge_splits
 from gpt2.compression.kernels.triton_tiles import DECODERS, MOST_CHANNELS, TILE, Decoder
 
@@ -115,10 +116,8 @@ def attend_compressed(
     Returns Σ p ẑ of V, [B, G, H/G · M, r], and the logarithm of each sum of exponentials, [B, G, H/G · M].
     """
     k, v = k_store.compressor, v_store.compressor
-    absorbed = k.absorb_query(q, None if k.frame is None else k_store.frame_starts()).float()
-    (B, G), M, rank = absorbed.shape[:2], absorbed.shape[-2], _rank(k, q.shape[-1])
-    bias = absorbed[..., rank].contiguous() if k.affine else absorbed.new_zeros(absorbed.shape[:-1])
-    absorbed = absorbed[..., :rank].contiguous()
+    absorbed, bias = _absorbed(k_store, q)
+    (B, G), M = absorbed.shape[:2], absorbed.shape[-2]
     aligned = TILE.value in (k.block_tokens, v.block_tokens)
     bases = [part.first // TILE.value * TILE.value if aligned else part.first for part in parts]
     tiles = [-(-(part.end - base) // TILE.value) for part, base in zip(parts, bases, strict=True)]
@@ -133,6 +132,21 @@ def attend_compressed(
     y, logsum = accs.new_empty(B, G, M, rank), accs.new_empty(B, G, M)
     merge_splits[(B * G * M,)](maxima, sums, accs, y, logsum, sum(splits), RANK=rank, R=triton.next_power_of_2(rank))
     return y, logsum
+
+
+def _absorbed(store: TokenStore | Half, q: Tensor) -> tuple[Tensor, Tensor]:
+    """q [B, H, M, d] as K's codes are compared with it, [B, G, M, r], and what is added to scores, [B, G, M], float32.
+
+    Both with a dimension of frames behind G where frames have queries of their own.
+    """
+    k, d = store.compressor, q.shape[-1]
+    rotation = None if k.frame is None else k.transform.frame_rotation(*store.frames())
+    if rotation is not None:
+        basis = k.transform.derived("read", d, lambda: k.transform.read_basis(d).float().contiguous())
+        return triton_frames.absorbed(q, basis, *rotation)
+    x, rank = k.absorb_query(q, None if k.frame is None else store.frame_starts()).float(), _rank(k, d)
+    bias = x[..., rank].contiguous() if k.affine else x.new_zeros(x.shape[:-1])
+    return x[..., :rank].contiguous(), bias
 
 
 class _Launch:

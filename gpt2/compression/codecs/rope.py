@@ -63,9 +63,9 @@ class Rotary:
         kept, asked = self.__dict__.get("_kept"), (first, frames, frame)
         if not isinstance(first, Tensor) and kept is not None and kept[0] == asked:
             return kept[1]
-        middle = (frame - 1) / 2 + frame * torch.arange(frames, dtype=torch.float32)
+        middle = (frame - 1) / 2 + frame * torch.arange(frames, dtype=torch.float32, device=self.frequencies.device)
         if isinstance(first, Tensor):
-            return self.angles(middle.to(first.device) + first[:, None])
+            return self.angles(middle + first[:, None].to(middle.device))
         angles = self.angles(middle + first)
         self.__dict__["_kept"] = (asked, angles)  # the dataclass is frozen, and this is not one of its fields
         return angles
