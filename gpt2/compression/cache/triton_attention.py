@@ -170,7 +170,8 @@ class _Launch:
             "FRAMED": absorbed.ndim == 5, "SHARED": shared,
             "K_R": slots(self.k_rank, self.decoders[0]), "V_R": slots(self.v_rank, self.decoders[1]),
             # Queries that a basis has made float32, or that are multiplied by scales, don't fit into 16 bits
-            "SPLIT": k.transform is not None or self.decoders[0].axis != 0 or self.dtype == torch.float16,
+            "SPLIT": k.transform is not None or self.decoders[0].axis != 0 or self.dtype != torch.bfloat16,
+            "SPLIT_P": self.dtype == torch.float32,
         }  # fmt: skip
         self.softcap = softcap or 1.0
         self._set_mask(mask, absorbed.shape[0])
@@ -203,9 +204,7 @@ class _Launch:
         )  # fmt: skip
 
     def _codes_dtype(self, encoded: Encoded) -> tl.dtype:
-        """Dtype of dot products: float32 for a float32 model, else float16 for codes, which represents them exactly."""
-        if self.dtype == torch.float32:
-            return tl.float32
+        """Dtype of dot products: the model's for exact tokens, float16 for codes, which represents them exactly."""
         return DTYPES.get(next(iter(encoded.values())).dtype, tl.float16)
 
     def _resources(self, k_encoded: Encoded, v_encoded: Encoded) -> dict[str, int]:

@@ -48,17 +48,17 @@ def _scores(codes, scale, offset, q, total, AXIS: tl.constexpr, SPLIT: tl.conste
 
 
 @triton.jit
-def _add_values(acc, shift, codes, scale, offset, p, AXIS: tl.constexpr):
+def _add_values(acc, shift, codes, scale, offset, p, AXIS: tl.constexpr, SPLIT: tl.constexpr):
     """Add Σ p ẑ of a tile to acc [R, M] and, for terms that are equal in all channels, to shift [M]; p [64, M]."""
     codes = tl.trans(codes)
     if AXIS == NONE:
-        acc += _dot(codes, p, False)
+        acc += _dot(codes, p, SPLIT)
     elif AXIS == TOKEN:
         largest = tl.maximum(tl.max(scale, 0), 1e-30)
-        acc += _dot(codes, p * (scale / largest)[:, None], False) * largest
+        acc += _dot(codes, p * (scale / largest)[:, None], SPLIT) * largest
         shift += tl.sum(p * offset[:, None], 0)
     else:
-        acc += _dot(codes, p, False) * scale[:, None] + offset[:, None] * tl.sum(p, 0)[None, :]
+        acc += _dot(codes, p, SPLIT) * scale[:, None] + offset[:, None] * tl.sum(p, 0)[None, :]
     return acc, shift
 
 
@@ -111,8 +111,8 @@ def attend_tiles(
     mask_t, softcap,
     K_TILE: tl.constexpr, V_TILE: tl.constexpr, K_AXIS: tl.constexpr, V_AXIS: tl.constexpr, K_PAIRED: tl.constexpr,
     V_PAIRED: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr, K_R: tl.constexpr, V_R: tl.constexpr,
-    K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr,
-    SOFTCAP: tl.constexpr, FRAMED: tl.constexpr, SHARED: tl.constexpr,
+    K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, SPLIT_P: tl.constexpr,
+    MASK: tl.constexpr, SOFTCAP: tl.constexpr, FRAMED: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Partial attention of a group's queries over one split of a storage chunk of K and of V.
 
@@ -150,7 +150,7 @@ def attend_tiles(
         total = total * fade + tl.sum(p, 0)
         if not SHARED:
             codes, scale, offset = V_TILE(v_fields, v_room, group, start - v_start, inside, V_RANK, V_R, V_DTYPE)
-        acc, shift = _add_values(acc * fade[None, :], shift * fade, codes, scale, offset, p, V_AXIS)
+        acc, shift = _add_values(acc * fade[None, :], shift * fade, codes, scale, offset, p, V_AXIS, SPLIT_P)
     own = ((first_split + split) * tl.num_programs(0) + group).to(tl.int64) * M + m
     tl.store(maxima + own, top, mask=m < M)
     tl.store(sums + own, total, mask=m < M)

@@ -175,16 +175,70 @@ def _planes_tile(row, classes, R: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl
         offset = tl.where(far > 0, own.to(tl.int32), offset)
     values = (1 << width).to(tl.float32)
     zero = step * (tl.maximum(values / 64, 0.25) * offset.to(tl.float32) - (values - 1) / 2)
-    pairs = tl.zeros([R, 2, 16], tl.uint32)
-    # The loads, of 8 bytes of one channel each, don't depend on each other and so can overlap. Two codes are assembled
-    # in one uint32, which halves the operations per code
-    for plane in tl.static_range(PLANES):
-        low, high = _plane(row + (planes_before + plane) * PLANE, plane < width, ALIGNED)
-        words = tl.join(low, high)[:, :, None]  # [R, 2, 1], 32 tokens each
-        pairs |= ((words >> tl.arange(0, 16)[None, None, :]) & 0x00010001) << plane
-    codes = tl.join(as_float(pairs & 0xFFFF, DTYPE), as_float(pairs >> 16, DTYPE))  # [R, 2, 16, 2]
-    codes = codes.permute(0, 1, 3, 2).reshape(R, TILE)
+    pairs = _transposed(row, planes_before, width, R, ALIGNED)
+    if tl.max(width, 0) > 8:
+        pairs |= _ninth_bits(row, planes_before, width, ALIGNED)
+    codes = tl.join(as_float(pairs & 0xFFFF, DTYPE), as_float(pairs >> 16, DTYPE))  # [R, half, 8, byte % 2, byte // 2]
+    codes = codes.permute(0, 1, 4, 3, 2).reshape(R, TILE)
     return tl.trans(codes), step, zero
+
+
+@triton.jit
+def _transposed(row, planes_before, width, R: tl.constexpr, ALIGNED: tl.constexpr):
+    """The lowest 8 bits of all codes, [R, 2, 8, 2] uint32, each of two codes, in the low and in the high 16 bits.
+
+    The codes are of the tokens 32 h + 8 b + i for the indices [h, i, b % 2], with b // 2 = 0 low and 1 high. Eight
+    planes of four bytes are four matrices of 8 by 8 bits, byte b of each plane a row: three rounds of exchanges
+    transpose all four at once, which takes two instructions per code instead of three per code and plane. The loads
+    don't depend on each other and so can overlap.
+    """
+    w0 = _words(row, planes_before, width, 0, ALIGNED)
+    w1 = _words(row, planes_before, width, 1, ALIGNED)
+    w2 = _words(row, planes_before, width, 2, ALIGNED)
+    w3 = _words(row, planes_before, width, 3, ALIGNED)
+    w4 = _words(row, planes_before, width, 4, ALIGNED)
+    w5 = _words(row, planes_before, width, 5, ALIGNED)
+    w6 = _words(row, planes_before, width, 6, ALIGNED)
+    w7 = _words(row, planes_before, width, 7, ALIGNED)
+    w0, w4 = _exchanged(w0, w4, 4, 0x0F0F0F0F)
+    w1, w5 = _exchanged(w1, w5, 4, 0x0F0F0F0F)
+    w2, w6 = _exchanged(w2, w6, 4, 0x0F0F0F0F)
+    w3, w7 = _exchanged(w3, w7, 4, 0x0F0F0F0F)
+    w0, w2 = _exchanged(w0, w2, 2, 0x33333333)
+    w1, w3 = _exchanged(w1, w3, 2, 0x33333333)
+    w4, w6 = _exchanged(w4, w6, 2, 0x33333333)
+    w5, w7 = _exchanged(w5, w7, 2, 0x33333333)
+    w0, w1 = _exchanged(w0, w1, 1, 0x55555555)
+    w2, w3 = _exchanged(w2, w3, 1, 0x55555555)
+    w4, w5 = _exchanged(w4, w5, 1, 0x55555555)
+    w6, w7 = _exchanged(w6, w7, 1, 0x55555555)
+    even, odd = tl.join(tl.join(w0, w4), tl.join(w2, w6)), tl.join(tl.join(w1, w5), tl.join(w3, w7))
+    words = tl.join(even, odd).reshape(R, 2, 8)  # one code in each byte
+    return tl.join(words & 0x00FF00FF, (words >> 8) & 0x00FF00FF)
+
+
+@triton.jit
+def _ninth_bits(row, planes_before, width, ALIGNED: tl.constexpr):
+    """The bits of all codes from the ninth on, as `_transposed` has the lowest."""
+    place = (tl.arange(0, 8)[:, None] + 8 * tl.arange(0, 2)[None, :])[None, None, :, :]
+    pairs = (_words(row, planes_before, width, 8, ALIGNED)[:, :, None, None] >> place & 0x00010001) << 8
+    for plane in tl.static_range(9, PLANES):
+        pairs |= (_words(row, planes_before, width, plane, ALIGNED)[:, :, None, None] >> place & 0x00010001) << plane
+    return pairs
+
+
+@triton.jit
+def _exchanged(a, b, SHIFT: tl.constexpr, MASK: tl.constexpr):
+    """a and b with a's bits at MASK << SHIFT and b's at MASK exchanged."""
+    differ = ((a >> SHIFT) ^ b) & MASK
+    return a ^ (differ << SHIFT), b ^ differ
+
+
+@triton.jit
+def _words(row, planes_before, width, plane: tl.constexpr, ALIGNED: tl.constexpr):
+    """One plane of every channel, [R, 2] uint32 of 32 tokens each; 0 where the channel has fewer."""
+    low, high = _plane(row + (planes_before + plane) * PLANE, plane < width, ALIGNED)
+    return tl.join(low, high)
 
 
 @triton.jit
@@ -239,7 +293,7 @@ class Decoder(NamedTuple):
 
     paired: channels lie in two halves, one in the low and one in the high nibbles of the same bytes. arguments: from
     the format's tensors to the function's `fields`. stages: Triton's num_stages, one more than the tiles that are
-    loaded ahead; bit planes have fewer, since their many loads are limited by registers rather than by memory.
+    loaded ahead; of bit planes none is, since what is loaded ahead takes shared memory, which their codes need.
     """
 
     tile: triton.JITFunction
@@ -256,8 +310,8 @@ DECODERS: dict[Format, Decoder] = {
     Format(formats.TOKEN, 4): Decoder(int4_tile, TOKEN.value, paired=True),
     Format(formats.CHANNEL, 8): Decoder(int8_channel_tile, CHANNEL.value),
     Format(formats.CHANNEL, 4): Decoder(int4_channel_tile, CHANNEL.value),
-    Format(formats.PLANES): Decoder(planes_tile, CHANNEL.value, arguments=_planes_arguments, stages=2),
+    Format(formats.PLANES): Decoder(planes_tile, CHANNEL.value, arguments=_planes_arguments, stages=1),
     Format(formats.FIXED_PLANES): Decoder(
-        fixed_planes_tile, CHANNEL.value, arguments=_fixed_planes_arguments, stages=2
+        fixed_planes_tile, CHANNEL.value, arguments=_fixed_planes_arguments, stages=1
     ),
 }
