@@ -118,11 +118,12 @@ class Timer:
             step()
             return (1000 * (clock() - start),) * 2
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
+        stream = torch.cuda.current_stream(self.buffer.device)  # by default that of device 0
+        events[0].record(stream)
         start = clock()
         step()
         host = 1000 * (clock() - start)
-        events[1].record()
+        events[1].record(stream)
         events[1].synchronize()
         return events[0].elapsed_time(events[1]), host
 

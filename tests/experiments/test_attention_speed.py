@@ -100,7 +100,8 @@ def test_on_a_gpu_it_keeps_it_busy_while_the_host_launches(monkeypatch):
         def __init__(self, enable_timing):
             assert enable_timing
 
-        def record(self):
+        def record(self, stream):
+            assert stream == ("stream of", CPU), "not of the device that is current"
             seen.append("event")
 
         def synchronize(self):
@@ -114,6 +115,7 @@ def test_on_a_gpu_it_keeps_it_busy_while_the_host_launches(monkeypatch):
         now[0] += 0.00225
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("stream of", device))
     monkeypatch.setattr(timer, "flush", lambda: seen.append("flush"))
     monkeypatch.setattr(attention_speed, "clock", lambda: now[0])
     timer.warm_up([step])

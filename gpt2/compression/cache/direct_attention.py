@@ -75,7 +75,7 @@ def absorb_query(store: TokenStore | Half, q: Tensor) -> list[Tensor]:
         return []
     if compressor.frame is None:
         return [compressor.absorb_query(q)] * len(chunks)
-    whole = compressor.absorb_query(q, store.frame_starts())
+    whole = compressor.absorb_query(q, store.frame_starts(q.device))
     return list(whole.split([slots // compressor.frame for slots in chunks], dim=2))
 
 
@@ -209,9 +209,9 @@ def _scores(store: TokenStore | Half, q: Tensor, absorbed: list[Tensor], out: Te
     # After the blocks, whose lead has written to the places of the last sinks
     S, rest = store.sinks.shape[2], store.tail.shape[2]
     if S:
-        out[..., :S] = q @ store.sinks.mT
+        out[..., :S] = q.float() @ store.sinks.float().mT
     if rest:
-        out[..., -rest:] = q @ store.tail.mT
+        out[..., -rest:] = q.float() @ store.tail.float().mT
 
 
 def _weighted_sum(store: TokenStore | Half, p: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,7 @@ def save(cache, path: str | Path, token_ids, model) -> Path:
     if not cache:
         raise PluginError("the cache holds no tokens: fill it before it is saved")
     cache.check_usable()
+    cache.check_awake()
     length, recipe = cache.get_seq_length(), cache.recipe
     if recipe is not None and recipe.fingerprint is None and model is None:
         raise PluginError("nothing tells which model filled this cache: give model= here, or to "

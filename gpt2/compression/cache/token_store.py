@@ -198,11 +198,11 @@ class TokenStore:
         """Position of the first slot in the compressed blocks, with left padding of each row, [B]; number of frames."""
         return self._position(0), self.compressed_blocks * self.compressor.block_tokens // self.compressor.frame
 
-    def frame_starts(self) -> Tensor:
+    def frame_starts(self, device: torch.device) -> Tensor:
         """Position of the first slot of every frame in the compressed blocks, [n], or [B, n] with left padding."""
         first, frames = self.frames()
-        starts = self.compressor.frame * torch.arange(frames)
-        return starts.to(first.device) + first[:, None] if isinstance(first, Tensor) else starts + first
+        starts = self.compressor.frame * torch.arange(frames, device=device)
+        return starts + (first[:, None].to(device) if isinstance(first, Tensor) else first)
 
     def _slot(self, block: int) -> int:
         """Number of a block's first slot among all that were seen."""

@@ -7,6 +7,7 @@ PyTorch, and so do tokens that only one of the two stores has compressed. One so
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
@@ -144,7 +145,7 @@ def _absorbed(store: TokenStore | Half, q: Tensor) -> tuple[Tensor, Tensor]:
     if rotation is not None:
         basis = k.transform.derived("read", d, lambda: k.transform.read_basis(d).float().contiguous())
         return triton_frames.absorbed(q, basis, *rotation)
-    x, rank = k.absorb_query(q, None if k.frame is None else store.frame_starts()).float(), _rank(k, d)
+    x, rank = k.absorb_query(q, None if k.frame is None else store.frame_starts(q.device)).float(), _rank(k, d)
     bias = x[..., rank].contiguous() if k.affine else x.new_zeros(x.shape[:-1])
     return x[..., :rank].contiguous(), bias
 
@@ -210,7 +211,7 @@ class _Launch:
     def _resources(self, k_encoded: Encoded, v_encoded: Encoded) -> dict[str, int]:
         """Number of warps, and of tiles that are loaded ahead, as shared memory allows."""
         tile = sum(
-            x[0, 0, 0].nbytes * TILE.value // compressor.block_tokens
+            math.prod(x.shape[3:]) * x.element_size() * TILE.value // compressor.block_tokens
             for compressor, encoded in ((self.k, k_encoded), (self.v, v_encoded))
             for x in encoded.values()
         )
@@ -302,7 +303,8 @@ def _outside_scores(store: TokenStore, q: Tensor, first: int, end: int) -> Tenso
     out = q.new_empty(*q.shape[:3], len(store) - (end - first), dtype=torch.float32)
     for place, held in _outside(store, first, end):
         if isinstance(held, Tensor):
-            out[..., place] = q @ held.mT
+            # In float32: exact sinks take much of the attention, and of scores 16 bits leave too little
+            out[..., place] = q.float() @ held.float().mT
         else:
             absorbed = store.compressor.absorb_query(q)  # tokens coded one by one, so that there are no frames
             own = out[..., place].unflatten(1, (absorbed.shape[1], -1)).flatten(2, 3)

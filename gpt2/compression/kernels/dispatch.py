@@ -29,7 +29,7 @@ def usable(x: Tensor) -> bool:
     With TRITON_INTERPRET=1, which is for tests, Triton interprets kernels on the CPU.
     """
     if x.is_cuda:
-        return _installed(True) and _recent(x.device)
+        return _installed(True) and _recent(x.device) and _launches()
     return x.device.type == "cpu" and interpreted() and _installed(False)
 
 
@@ -60,7 +60,8 @@ def reconstruct(
     quantizer, transform = compressor.quantizer, compressor.transform
     known = transform is not None and transform.D.dtype == torch.float32 and cpu.decodes(quantizer.memory_format)
     codes = next(iter(encoded.values()))
-    if not known or isinstance(codes, FakeTensor) or not cpu.usable(codes):
+    here = known and transform.D.device == codes.device  # of a parked cache the codes alone are on the CPU
+    if not here or isinstance(codes, FakeTensor) or not cpu.usable(codes):
         return compressor.reconstruct(encoded, head_dim, dtype, start)
     x = cpu.decoded(quantizer, encoded, transform.D, transform.mean)
     return in_dtype(transform.heads_of(x, head_dim, start), dtype)
@@ -74,6 +75,21 @@ def interpreted() -> bool:
 @cache
 def _recent(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= AMPERE
+
+
+@cache
+def _launches() -> bool:
+    """Whether Triton can launch kernels: before the first it builds a C module, by a compiler with Python's headers."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.utils  # noqa: B018  this builds it
+    except Exception as error:  # whatever a compiler, a linker or a missing library raises
+        log.warning(
+            "Triton can't launch kernels here, so PyTorch takes their place, slower: %s", str(error).partition("\n")[0]
+        )
+        return False
+    return True
 
 
 @cache

@@ -10,13 +10,25 @@ import torch
 from tiny import tiny_model, windows
 from torch import Tensor
 
-from gpt2.compression.codecs import QUANTIZERS
+from gpt2.compression.cache.token_store import Half
+from gpt2.compression.codecs import QUANTIZERS, Compressor, JointTransform
+from gpt2.compression.codecs.rope import Rotary
 from gpt2.compression.kernels import dispatch
 
 pytest.importorskip("triton", reason="kernels need Triton, which isn't installed: pip install triton")
 
 from direct import SETTINGS, both, cache_of, close  # noqa: E402
-from kernels_interpreted import ENCODED, NAMES, bfloat16_products, compare, compressor, store, tokens  # noqa: E402, F401
+from kernels_interpreted import (  # noqa: E402
+    ENCODED,
+    NAMES,
+    bfloat16_products,  # noqa: F401
+    compare,
+    compressor,
+    quantizer,
+    store,
+    tokens,
+    transform,
+)
 
 from gpt2.common.errors import PluginError  # noqa: E402
 from gpt2.compression.cache import triton_attention
@@ -48,6 +60,16 @@ def layer(k: str, v: str, d: int, dtype: torch.dtype, *, rank: int | None = None
 def test_every_quantizer(name, dtype, rank, monkeypatch):
     made = layer(name, "int4" if rank else name, 64, dtype, rank=rank)
     compare(monkeypatch, *made, tolerance=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_codes_that_k_and_v_share_and_a_query_for_every_frame(dtype, layout, monkeypatch):
+    basis, rotary = transform(256, 256), Rotary(torch.logspace(0, -3, 24), layout)  # of 64 channels 48 rotate
+    own = Compressor(quantizer("mixed", 256), JointTransform(*vars(basis).values(), rotary, 64))
+    x = (tokens(1000 if CUDA else 300, 64, 2, heads=8) + 3).to(DEVICE, dtype)
+    held, query = store(own, x, (200, x.shape[2] - 200)), tokens(1, 64, 2, heads=8, seed=3).to(DEVICE, dtype)
+    compare(monkeypatch, Half(held, 0), Half(held, 1), query, tolerance=max(TOLERANCES[dtype], 2e-4))
 
 
 @only_cuda
