@@ -40,6 +40,20 @@ def test_without_triton(monkeypatch, caplog):
     assert [r.name for r in caplog.records] == [dispatch.__name__], "warned once"
 
 
+def test_without_a_compiler_for_launches(monkeypatch, caplog):
+    driver = pytest.importorskip("triton.runtime", reason=WITHOUT_TRITON).driver
+
+    class Active:
+        @property
+        def utils(self):
+            raise RuntimeError("Failed to find C compiler\nand how to set one")
+
+    monkeypatch.setattr(driver, "_active", Active())
+    assert not dispatch._launches.__wrapped__()
+    (record,) = caplog.records
+    assert record.message.endswith("slower: Failed to find C compiler")
+
+
 def test_not_for_tensors_on_the_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert not dispatch.usable(torch.zeros(1))
