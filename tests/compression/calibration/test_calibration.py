@@ -6,7 +6,7 @@ import pytest
 import torch
 from calibrations import TEXT, change, identical, rejected, spoiled
 from sampling import sampled
-from tiny import tiny_loaded, windows, word_text
+from tiny import tiny_loaded, tiny_model, windows, word_text, word_tokenizer
 
 from gpt2.common.errors import BadArtefact, CalibrationNotFound, PluginError
 from gpt2.compression.calibration import file, reuse
@@ -16,6 +16,7 @@ from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.calibration.statistics import Statistics
 from gpt2.compression.codecs import QUANTIZERS, IdentityCompressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache, load_calibrated_compressors
+from gpt2.models.loading import wrap
 from gpt2.text.sources import by_position
 
 SMALL = {"samples": 3, "seq_len": 48, "seed": 0, "sink_tokens": 4}
@@ -202,8 +203,10 @@ def test_reuse_is_only_on_a_full_match(space, llama, made):
     for changed in others:
         loaded = tiny_loaded("llama", num_hidden_layers=changed.pop("layers", 3))
         found, path = obtain(loaded, **changed)
-        assert path != old and load_calibration(old).meta == made.meta, "the old one stays"
+        assert path.resolve() != old and load_calibration(old).meta == made.meta, "the old one stays"
         assert found.geometry == loaded.geometry
+    _, path = obtain(wrap(tiny_model("llama").bfloat16(), word_tokenizer(), "tiny-llama"))
+    assert path.resolve() != old, "other numbers come of a model in another dtype"
 
 
 def test_a_damaged_one_that_was_found_says_how_to_get_another(space, llama, made):
