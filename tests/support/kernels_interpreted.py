@@ -79,6 +79,14 @@ def store(own: Compressor, x: Tensor, chunks: tuple[int, ...], sinks: int = 4, r
     return made
 
 
+def padded_store(own: Compressor, x: Tensor, padding: Tensor) -> TokenStore:
+    made = TokenStore(own, 4, 0)
+    made.own_sinks.set_padding(padding)
+    made.prepare(x, "test")
+    made.append(x)
+    return made
+
+
 def make(
     k: Compressor, v: Compressor, d: int, *, n: int = 150, chunks=(), queries: int = 1, per_head: int = 1,
     batch: int = 1, dtype=torch.float32, **layout,
@@ -185,6 +193,29 @@ def test_left_padding(per_head, queries, mask, monkeypatch):
     if mask == "bool":
         seen[1, ..., :140] = False
         assert triton_attention.attend(*stores, seen, 0.3).isfinite().all(), "a row that sees nothing"
+
+
+@pytest.mark.parametrize(
+    ("names", "mask", "queries"),
+    sampled(covering([("int4_channel", "int8"), ("int8", "int8"), ("framed",) * 2], [None, *MASKS], (1, 3)), 3),
+)
+def test_sinks_of_padded_rows(names, mask, queries, monkeypatch):
+    """Exact, of each row its own, in the place of what blocks hold there; also the padding that a mask doesn't hide."""
+    padding, x = torch.tensor([0, 100, 30]), tokens(200, 16, 3, heads=4)
+    hidden = torch.arange(200) < padding[:, None]
+    x = torch.where(hidden[:, None, :, None], x[:1, :, :1] + 5, x)
+    if names[0] == "framed":
+        basis = transform(64, 64)
+        own = Compressor(quantizer("mixed", 64), JointTransform(*vars(basis).values(), Rotary(torch.ones(4)), 64))
+        held = [padded_store(own, x.repeat(1, 2, 1, 1), padding)]
+        stores = [Half(held[0], 0), Half(held[0], 1)]
+    else:
+        stores = [padded_store(compressor(name, 16), x, padding) for name in names]
+    query, seen = tokens(queries, 16, 3, heads=8, seed=3), None
+    if mask:
+        seen = MASKS[mask](~hidden[:, None, None] & torch.ones(queries, 200, dtype=torch.bool).tril(200 - queries))
+    # Values that are coded by token lose in padding what keys by channel don't, where no mask hides it
+    compare(monkeypatch, *stores, query, seen, tolerance=1.2e-5 if mask or names[1] != "int8" else 2e-3)
 
 
 @pytest.mark.parametrize(("softcap", "sinks"), sampled([(5.0, True), (2.0, False), (None, True)], 1), ids=str)

@@ -233,8 +233,6 @@ def _reads_codes(module, query: Tensor, key: StoredKV, plain: dict) -> bool:
         return True
     kind, tokens = crossover.kind(key, query), len(key.stores()[0])
     if reader.when == AUTO:
-        if query.is_cuda and key.stores()[0].own_sinks:  # for which there is no kernel, as `measure` wouldn't find
-            return False
         how = {name: plain[name] for name in ("scaling", "softcap", "s_aux")}
         direct, reconstructed = partial(_direct, mask=None, **how), partial(_reconstructed, module, mask=None, **how)
         return known.measured(kind, lambda: crossover.measure(key, query, direct, reconstructed)).pays(tokens)

@@ -47,5 +47,5 @@ def _store(store: TokenStore) -> TokenStore:
 def _own_sinks(own: OwnSinks) -> OwnSinks:
     other = copy.copy(own)
     other.tokens, other.kept = (None if x is None else x.clone() for x in (own.tokens, own.kept))
-    other._found = None
+    other._found = other._apart = None
     return other

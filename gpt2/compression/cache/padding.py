@@ -111,12 +111,13 @@ class OwnSinks:
         self.complete = False
         self._end = 0  # slot behind the last
         self._found: tuple | None = None  # what `_present` found last
+        self._apart: tuple | None = None  # what `apart` made of that
 
     def __bool__(self) -> bool:
         return self.kept is not None
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_found": None}  # views of one tensor would become tensors of their own
+        return self.__dict__ | {"_found": None, "_apart": None}  # views of one tensor would become tensors of their own
 
     def set_padding(self, padding: Tensor | None) -> None:
         """Padding of each row in slots; None where there turned out to be none."""
@@ -196,6 +197,29 @@ class OwnSinks:
             p[rows, :, :, places] = 0
         return (own.to(self.tokens.dtype) @ self.tokens[:, heads]).float()
 
+    def apart(self, start: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What is laid over `length` tokens from slot `start` on, as tokens of their own, [B, n] each.
+
+        Their numbers in `tokens`, their places, and which there are: rows have different numbers of them.
+        """
+        present = self._present(start, length)  # which replaces `_found` where something has changed
+        if self._apart is None or self._apart[0] is not present:
+            self._apart = present, self._by_row(present)
+        return self._apart[1]
+
+    def _by_row(self, present: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        """As `apart`, of what `_present` gave."""
+        nothing = torch.zeros(3, 0, dtype=torch.long, device=self.kept.device)
+        rows, slots, places = (torch.cat(parts) for parts in zip(nothing, *present, strict=True))
+        order = rows.argsort(stable=True)
+        rows, slots, places = rows[order], slots[order], places[order]
+        counts = rows.bincount(minlength=len(self.padding))
+        column = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+        found = slots.new_zeros(3, len(counts), int(counts.max()))
+        for own, values in zip(found, (slots, places, torch.ones_like(rows)), strict=True):
+            own[rows, column] = values
+        return found[0], found[1], found[2].bool()
+
     def map_(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn` to every stored tensor, as TokenStore does."""
         for name in ("padding", "tokens", "kept"):
@@ -206,6 +230,7 @@ class OwnSinks:
     def tensors(self) -> list[Tensor]:
         """All that is held."""
         found = [tensor for each in (self._found[1] if self._found else ()) for tensor in each]
+        found += self._apart[1] if self._apart else ()
         return [x for x in (self.tokens, self.kept, self.padding, *found) if x is not None]
 
     def _slots(self) -> Tensor:

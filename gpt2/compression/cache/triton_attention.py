@@ -56,7 +56,7 @@ def attend(
 ) -> Tensor | None:  # fmt: skip
     """As `direct_attention.attend`; None where there is no kernel for it."""
     first, end = _shared_range(k, v)
-    if v.sinks.shape[3] != query.shape[-1] or k.own_sinks or v.own_sinks:  # K and V differ in head_dim, rows in padding
+    if v.sinks.shape[3] != query.shape[-1] or bool(k.own_sinks) != bool(v.own_sinks):  # K and V differ in head_dim
         return None
     if k.memory_format is None or v.memory_format is None:
         return None
@@ -65,6 +65,10 @@ def attend(
     B, heads, Q, d = query.shape
     H, T = k.sinks.shape[1], len(k)
     mask = attention_math.causal(Q, T, query.device) if mask is None else mask[..., :T]
+    own = _own_sinks(k, v) if k.own_sinks else None
+    own_mask = None
+    if own is not None:
+        own_mask, mask = own.masks(mask, T)
     mask = None if mask is None else mask.expand(B, heads, Q, T)
     M = heads // H * Q
     q = (query * scaling).reshape(B, H, M, d)
@@ -84,14 +88,56 @@ def attend(
     x = attention_math.capped(_outside_scores(k, q, first, end).view(B, heads, Q, -1), softcap)
     if mask is not None:
         x = attention_math.masked(x, torch.cat((mask[..., :first], mask[..., end:]), dim=-1))
+    if own is not None:
+        scores = (q.float() @ own.k.float().mT).view(B, heads, Q, -1)
+        x = torch.cat((x, attention_math.masked(attention_math.capped(scores, softcap), own_mask)), dim=-1)
     total = torch.logaddexp(inside, x.logsumexp(-1, keepdim=True)) if x.shape[-1] else inside
     if sinks is not None:  # a sink logit takes part in the softmax without a token of its own (gpt-oss)
         total = torch.logaddexp(total, sinks.float().view(1, -1, 1, 1))
     p, share = (x - total).exp().view(B, H, M, x.shape[-1]), (inside - total).exp().view(B, H, M, 1)
-    out = _outside_sum(v, p, first, end)
+    out = _outside_sum(v, p[..., : T - (end - first)], first, end)
+    if own is not None:
+        out += p[..., T - (end - first) :].to(own.v.dtype) @ own.v
     share = share.view(*y.shape[:3], 1)
     out += _reconstructed_sum(v.compressor, y * share, share, d)
     return out.view(B, heads, Q, d).to(query.dtype)
+
+
+class OwnSinks(NamedTuple):
+    """Sinks of padded rows, exact: K and V [B, H, n, d], their places among the tokens held, and which there are.
+
+    Places and whether there is one, [B, n]: rows have different numbers of them.
+    """
+
+    k: Tensor
+    v: Tensor
+    places: Tensor
+    there: Tensor
+
+    def masks(self, mask: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
+        """A mask [B or 1, Hq or 1, Q, T] or [Q, T] for the sinks, [B, …, n], and one that hides them, [B, …, T]."""
+        B, n = self.places.shape
+        where = self.places.masked_fill(~self.there, tokens)  # a place of its own for those that there aren't
+        hidden = torch.zeros(B, tokens + 1, dtype=torch.bool, device=where.device).scatter_(1, where, True)
+        hidden, there = hidden[:, None, None, :tokens], self.there[:, None, None]
+        if mask is None:
+            return there, ~hidden
+        mask = mask[None, None] if mask.ndim == 2 else mask
+        mask = mask.expand(B, *mask.shape[1:])
+        own = mask.gather(3, self.places[:, None, None].expand(-1, *mask.shape[1:3], n))
+        if mask.dtype == torch.bool:
+            return own & there, mask & ~hidden
+        lowest = torch.finfo(mask.dtype).min
+        return own.masked_fill(~there, lowest), mask.masked_fill(hidden, lowest)
+
+
+def _own_sinks(k: TokenStore | Half, v: TokenStore | Half) -> OwnSinks:
+    """The sinks of padded rows, with padding beside them that larger blocks store other tokens in the place of."""
+    wider = max((k, v), key=lambda store: store.compressor.block_tokens)
+    numbers, places, there = wider.own_sinks.apart(wider.forgotten, len(wider))
+    index = numbers[:, None, :, None]
+    held = (store.own_sinks.tokens[:, store.heads] for store in (k, v))
+    return OwnSinks(*(x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in held), places, there)
 
 
 def supported(k: Compressor, v: Compressor, query: Tensor, kv_heads: int) -> bool:

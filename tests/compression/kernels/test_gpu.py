@@ -24,6 +24,7 @@ from kernels_interpreted import (  # noqa: E402
     bfloat16_products,  # noqa: F401
     compare,
     compressor,
+    padded_store,
     quantizer,
     store,
     tokens,
@@ -79,10 +80,13 @@ def test_a_long_context_of_a_real_shape(name, monkeypatch):
     compare(monkeypatch, *made, tolerance=TOLERANCES[torch.bfloat16])
 
 
-def test_left_padding(monkeypatch):
+@pytest.mark.parametrize("own_sinks", [False, True])
+def test_left_padding(own_sinks, monkeypatch):
     k, v, query = layer("int4_channel", "int8", 64, torch.float32, batch=2)
     seen = torch.ones(2, 1, 1, len(k), dtype=torch.bool, device=DEVICE)
     seen[1, ..., :90] = False
+    if own_sinks:
+        k, v = (padded_store(own.compressor, own.read(), torch.tensor([0, 90], device=DEVICE)) for own in (k, v))
     compare(monkeypatch, k, v, query, seen, tolerance=TOLERANCES[torch.float32])
 
 
