@@ -355,7 +355,20 @@ def test_quantizing(name, rank, dtype, monkeypatch):
         assert torch.equal(found[part], value), part
 
 
-@pytest.mark.parametrize(("case", "name"), sampled(covering(HARD, ENCODED), 2))
+@pytest.mark.parametrize(
+    ("bits", "rank", "dtype"), sampled(covering((4.0, 1.0, 10.0), (40, 9, 264), (torch.float32, torch.bfloat16)), 2)
+)
+def test_bit_planes(bits, rank, dtype, monkeypatch):
+    """Of channels of very different size, of which some are far from zero and one has no range at all."""
+    z = (tokens(128, rank, 2) + 400 * torch.linspace(-1, 1, rank) * (torch.arange(rank) % 3 > 1)).to(dtype)
+    z[..., 0] = 3.0
+    monkeypatch.setitem(QUANTIZERS, "mixed", Mixed(bits))
+    found, expected = both_ways("mixed", z, monkeypatch)
+    for part, value in expected.items():
+        assert torch.equal(found[part], value), part
+
+
+@pytest.mark.parametrize(("case", "name"), sampled(covering(HARD, (*ENCODED, "mixed")), 2))
 def test_quantizing_what_is_hard(name, case, monkeypatch):
     z = hostile(case, (1, 2, 128, 16))
     found, expected = both_ways(name, z, monkeypatch)

@@ -1,4 +1,4 @@
-"""Quantization in one kernel that reads its input once: integers by token, and integers by channel of a block.
+"""Quantization in kernels: integers by token, integers by channel of a block, and bit planes (`triton_planes`).
 
 The arithmetic is that of `codecs.integer` and `codecs.per_channel`, operation by operation: IEEE division, rounding to
 even, no fused multiply-add, and steps from a table that PyTorch computes. By token the result is the same bit for bit.
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from gpt2.compression.codecs import formats, integer, per_channel
 from gpt2.compression.codecs.base import HALF_MAX, Encoded
-from gpt2.compression.codecs.formats import ChannelGrid, Encoding, TokenRange
+from gpt2.compression.codecs.formats import ChannelGrid, Encoding, TokenRange, WidthSearch
+from gpt2.compression.kernels import triton_planes
 
 BLOCK = tl.constexpr(formats.BLOCK)
 OCTAVE, SCALE_ZERO = tl.constexpr(formats.OCTAVE), tl.constexpr(formats.SCALE_ZERO)
@@ -221,5 +222,9 @@ def _steps(device: torch.device) -> Tensor:
     return per_channel.step_of(torch.arange(256, device=device))
 
 
+def _by_width(encoding: WidthSearch, z: Tensor) -> Encoded | None:
+    return triton_planes.encoded(encoding, z, _steps(z.device))
+
+
 # Encoding to its kernel; other encodings are quantized by PyTorch
-KERNELS = {TokenRange: _by_token, ChannelGrid: _by_channel}
+KERNELS = {TokenRange: _by_token, ChannelGrid: _by_channel, WidthSearch: _by_width}

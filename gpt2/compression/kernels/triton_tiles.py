@@ -161,7 +161,7 @@ def _planes_tile(row, classes, R: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl
 
     ALIGNED: planes are aligned to 8 bytes, else to 2. FAR: whether there may be far offsets (see `codecs.mixed`).
     """
-    width, planes_before, coded_before, all_planes = _places(classes, R)
+    width, planes_before, coded_before, all_planes = channel_places(classes, R)
     metadata = (row + all_planes * PLANE + coded_before * METADATA).to(tl.pointer_type(tl.uint16))
     both = tl.load(metadata, mask=width > 0, other=0).to(tl.int32)
     step = tl.where(width > 0, tl.exp2(((both & 255) - SCALE_ZERO).to(tl.float32) / OCTAVE), 0.0)
@@ -257,7 +257,7 @@ def _plane(places, taken, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _places(classes, R: tl.constexpr):
+def channel_places(classes, R: tl.constexpr):
     """Positions of channels in a block that is sorted by falling width.
 
     Returns each channel's width, number of planes before it and number of coded channels before it, [R] each, and the
