@@ -185,7 +185,12 @@ def _square(shape: Shape) -> tuple[int, int, int]:
     return shape.heads, shape.width, shape.width
 
 
+def calibration_folder() -> Path:
+    """Where a new calibration goes: results/calibrations of this checkout, where presets and runs go too."""
+    return files.RESULTS / "calibrations"
+
+
 def calibration_folders() -> list[Path]:
-    """Where calibrations lie: results/calibrations of the working folder and of this checkout."""
+    """Where calibrations are looked for: results/calibrations of the working folder and of this checkout."""
     here = Path("results") / "calibrations"
-    return [here] if here.resolve() == (files.RESULTS / "calibrations") else [here, files.RESULTS / "calibrations"]
+    return [here] if here.resolve() == calibration_folder() else [here, calibration_folder()]

@@ -10,7 +10,12 @@ from pathlib import Path
 from gpt2.common import files, tensor_file
 from gpt2.common.errors import BadArtefact
 from gpt2.compression.calibration.calibrate import calibrate, calibration_key
-from gpt2.compression.calibration.file import calibration_folders, load_calibration, save_calibration
+from gpt2.compression.calibration.file import (
+    calibration_folder,
+    calibration_folders,
+    load_calibration,
+    save_calibration,
+)
 from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.codecs import takes_gradients
 from gpt2.models.loading import LoadedModel
@@ -35,7 +40,8 @@ def obtain_calibration(
     """The calibration to work with and its file: the one given, else a matching one made before, else a new one.
 
     Matching is by model, text, samples, length, seed and sinks, and by having what `metric` needs; looked for in
-    results/calibrations and the working folder. A new one is written to `output`, by default into results/calibrations.
+    results/calibrations and the working folder. A new one is written to `output`, by default into results/calibrations
+    of this checkout.
     """
     made_from = {"samples": samples, "seq_len": seq_len, "seed": seed, "sink_tokens": sink_tokens}
     needed = {"metric": metric} if takes_gradients(metric) else {}  # the others are always there
@@ -43,7 +49,7 @@ def obtain_calibration(
         calibration_key(loaded, text, **made_from) | needed, (*calibration_folders(), Path("."))
     )
     if path:
-        print(f"calibration: using {path}", flush=True)
+        print(f"calibration: using {files.shown(path)}", flush=True)
         try:
             calibration = load_calibration(path)
         except BadArtefact as error:
@@ -54,7 +60,7 @@ def obtain_calibration(
         return calibration, path
     key = calibration_key(loaded, text, **made_from) | needed
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
-    path = output or calibration_folders()[0] / f"kv_lowrank_calib_{loaded.slug}_{digest}.pt"
+    path = output or calibration_folder() / f"kv_lowrank_calib_{loaded.slug}_{digest}.pt"
     files.check_writable(path)
     calibration = calibrate(
         loaded, text, rank=rank, metric=metric, checkpointing=checkpointing, progress=progress, **made_from
