@@ -43,7 +43,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--batch-sizes", type=cli.int_list, default=[1, 4], help="sequences in a batch")
     p.add_argument("--decode-tokens", type=cli.positive_int, default=16, help="tokens decoded per repeat")
     p.add_argument("--repeats", type=cli.positive_int, default=3, help="timed runs per cache, context and batch")
-    p.add_argument("--seed", type=int, default=0, help="of the random tokens that fill the caches")
+    p.add_argument("--seed", type=cli.seed, default=0, help="of the random tokens that fill the caches")
     cli.add_output_flag(p)
     return p
 
