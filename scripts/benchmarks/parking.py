@@ -45,11 +45,12 @@ def main() -> None:
     loaded, shapes = script.loaded, random_weights.read_shapes(args.shapes)
     stem = cli.of_this_machine(f"parking_{loaded.slug}", loaded.device)
     output = args.output or files.check_writable(files.RESULTS / "runs" / f"{stem}.json")
+    subject = parking.subject(loaded, args.context_lengths)
     configs = {loaded.slug: loaded.model.config} | shapes
     longest, progress = max(args.context_lengths), cli.bar("bytes", "model")
     parked = parking.fitting_rows(configs, longest, args.presets, 1e9 * args.memory_gb, progress)
     own = machine.before_timing(args.device)
-    woken = [*woken_rows(args, parking.subject(loaded, args.context_lengths), parked, args.context_lengths)]
+    woken = woken_rows(args, subject, parked, args.context_lengths)
     for name, config in shapes.items():
         cut = parking.subject_of_shape(name, config, args.shape_tokens, loaded.device)
         woken += woken_rows(args, cut, parked, [longest])
