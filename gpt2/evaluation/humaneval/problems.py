@@ -67,9 +67,7 @@ def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
         if not problem.entry_point.isidentifier():
             raise BadArtefact(f"{where}: entry_point: expected the name of a function, found {problem.entry_point!r}")
         if not problem.prompt.strip():
-            raise BadArtefact(
-                f"{where}: task_id {problem.task_id!r}: prompt: expected the head of a function, found none"
-            )
+            raise BadArtefact(f"{where}: task_id {problem.task_id!r}: prompt: expected a function's head, found none")
         if problems.setdefault(problem.task_id, problem) is not problem:
             raise BadArtefact(f"{where}: task_id {problem.task_id!r} comes twice: give each problem its own")
     if not problems:

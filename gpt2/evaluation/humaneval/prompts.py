@@ -46,16 +46,10 @@ def style_for(loaded: LoadedModel, wanted: str = AUTO) -> str:
 
 
 def prompt_ids(loaded: LoadedModel, problem: Problem, style: str) -> Tensor:
-    """Token ids [T] of a problem's prompt. Raises PluginError for one that leaves nothing to read before the answer."""
+    """Token ids [T] of a problem's prompt."""
     tokenizer, asked = loaded.tokenizer, problem.prompt.strip()
     if style == PLAIN:
-        ids = torch.cat((start_tokens(tokenizer), encode(tokenizer, asked)))
-        if len(ids) < 2:  # all but the last are read into the cache, which the last one asks
-            raise PluginError(
-                f"problem {problem.task_id!r}: its prompt has {len(ids)} token: expected at least 2, the head of a "
-                "function: give it one, or use --prompt chat"
-            )
-        return ids
+        return torch.cat((start_tokens(tokenizer), encode(tokenizer, asked)))
     user = {"role": "user", "content": ASKED.format(prompt=asked)}
     how = {"tokenize": False, "add_generation_prompt": True}
     try:
