@@ -26,6 +26,7 @@ from gpt2.compression.codecs import basis_of, full_rank, multi_head_bases, needs
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.codecs.moments import Moments
 from gpt2.models.geometry import LAYERS, Geometry, Shape
+from gpt2.models.probe import ROTARY
 
 FORMAT = "kv-plugin-calibration/1"
 REMEDY = "make the file again"
@@ -48,6 +49,7 @@ META = {
     "model": _NAME,
     "fingerprint": _NAME,
     "sketch": Default(Record({"config": _HEX, "signs": _HEX})),  # files made before it have none
+    "rotary": Default(ROTARY),  # nor this
     "num_layers": _SIZE,
     "num_kv_heads": _SIZE,
     "head_dim": _SIZE,

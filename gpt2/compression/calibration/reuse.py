@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gpt2.common import files, tensor_file
 from gpt2.common.errors import BadArtefact
+from gpt2.common.schema import Mismatch
 from gpt2.compression.calibration.calibrate import calibrate, calibration_key
 from gpt2.compression.calibration.file import (
     calibration_folder,
@@ -19,6 +20,7 @@ from gpt2.compression.calibration.file import (
 from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.codecs import takes_gradients
 from gpt2.models.loading import LoadedModel
+from gpt2.models.probe import ROTARY, rotary_difference
 from gpt2.text.texts import Text
 
 
@@ -78,9 +80,23 @@ def find_reusable(key: dict, places: Iterable[Path]) -> Path | None:
             meta = tensor_file.read(path, only="meta")
         except BadArtefact:  # any foreign file may lie in a user's folder; whatever is wrong with it, it isn't ours
             continue
-        if isinstance(meta, dict) and ({"compact": False} | key).items() <= ({"compact": False} | meta).items():
+        if isinstance(meta, dict) and _matches(meta, key):
             return path
     return None
+
+
+def _matches(meta: dict, key: dict) -> bool:
+    """Whether a file's metadata have what `key` has; rotary positions only where the file says them, as newer ones do.
+
+    A file from elsewhere may say anything.
+    """
+    wanted = {"compact": False} | key
+    rotary = wanted.pop("rotary", {})
+    try:
+        different = rotary_difference(ROTARY.parse(meta.get("rotary", {}), ()), rotary)
+    except Mismatch:
+        return False
+    return not different and wanted.items() <= ({"compact": False} | meta).items()
 
 
 def _tensor_files(folder: Path) -> list[Path]:

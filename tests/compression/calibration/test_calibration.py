@@ -1,5 +1,6 @@
 """Calibration: files that are checked, and reuse only of what matches."""
 
+import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -197,13 +198,20 @@ def test_where_a_calibration_is_found(space, llama, made, folder):
 
 def test_reuse_is_only_on_a_full_match(space, llama, made):
     old = save_calibration(made, space / "work" / "old.pt")
-    others = [{"samples": 2}, {"seq_len": 40}, {"seed": 1}, {"sink_tokens": 3}, {"layers": 2},
+    others = [{"samples": 2}, {"seq_len": 40}, {"seed": 1}, {"sink_tokens": 3}, {"layers": 2}, {"theta": 5e5},
               {"text": by_position("words", "words.txt", word_text(3000, seed=1))}]  # fmt: skip
     for changed in others:
-        loaded = tiny_loaded("llama", num_hidden_layers=changed.pop("layers", 3))
+        rotary = {"rope_type": "default", "rope_theta": changed.pop("theta", 1e4)}
+        loaded = tiny_loaded("llama", num_hidden_layers=changed.pop("layers", 3), rope_parameters=rotary)
         found, path = obtain(loaded, **changed)
         assert path != old and load_calibration(old).meta == made.meta, "the old one stays"
         assert found.geometry == loaded.geometry
+
+
+def test_an_older_file_that_doesnt_say_rotary_positions_is_used(space, llama, made):
+    older = {key: value for key, value in made.meta.items() if key != "rotary"}
+    path = save_calibration(dataclasses.replace(made, meta=older), space / "work" / "old.pt")
+    assert obtain(llama)[1].resolve() == path
 
 
 def test_a_damaged_one_that_was_found_says_how_to_get_another(space, llama, made):
