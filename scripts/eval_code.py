@@ -57,7 +57,8 @@ def main() -> None:
     loaded, (output, _) = script.loaded, script.output_files("code")
     chosen = cli.chosen_caches(args, loaded)
     caches = {BASELINE: measure.Compared(baseline_factory(loaded))}
-    caches |= {choice.label: measure.Compared(choice.make, choice.record()) for choice in chosen}
+    pads = loaded.geometry.layers[0].attends  # where padding is found
+    caches |= {choice.label: measure.Compared(choice.make, choice.identity(), pads) for choice in chosen}
     peers = lineup.working(lineup.only(lineup.for_quality(loaded, args.peers, []), args.only_peers))
     caches |= {label: measure.Compared(make, {"label": label}, pads=False) for label, make in peers.items()}
     style = prompts.style_for(loaded, args.prompt)

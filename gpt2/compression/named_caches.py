@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from gpt2.common import files
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.presets.build import as_preset, compressors_from_preset, preset_for_shape, recipe_of
+from gpt2.compression.presets.calibration_lookup import find_calibration
 from gpt2.compression.presets.policies import preset_for_policy
 from gpt2.compression.presets.preset_files import resolve_preset
 from gpt2.compression.presets.schema import Preset
+from gpt2.compression.settings import needs_calibration_file
 from gpt2.models.loading import LoadedModel
 
 NOT_RECORDED = {"trials", "refused_on_evaluation_text", "provenance", "folder"}
@@ -30,6 +33,13 @@ class CacheChoice:
         """The preset as results files have it: without the search that found it."""
         kept = {key: value for key, value in self.preset.record.items() if key not in NOT_RECORDED}
         return {"label": self.label} | kept
+
+    def identity(self) -> dict:
+        """What decides what the cache reads: `record`, and its calibration's digest where it doesn't say which."""
+        record = self.record()
+        if "calibrated_with" in record or not needs_calibration_file(self.preset.plan):
+            return record
+        return record | {"calibration_sha256": files.file_sha256(find_calibration(self.preset))}
 
 
 def from_preset(

@@ -137,6 +137,19 @@ def wrap(model: PreTrainedModel, tokenizer, spec: str) -> LoadedModel:
     return LoadedModel(model, tokenizer, spec, probe_geometry(model, spec), fingerprint(model))
 
 
+def described(model: PreTrainedModel, spec: str) -> LoadedModel:
+    """As `wrap`, of a caller's own model, which stays in training mode and goes on learning where it does."""
+    modes = [(module, module.training) for module in model.modules()]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        return wrap(model, None, spec)
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
 def resolve_device(device: str) -> torch.device:
     """The device that `auto`, `cpu`, `cuda`, `cuda:N` or `all` means; for `all` it has only the type, `cuda`.
 

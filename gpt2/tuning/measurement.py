@@ -55,6 +55,10 @@ class Search(ABC):
         """Everything that a trial's figures depend on. Searches with different keys have different studies."""
         meta = self.calibration.meta if self.calibration else {}
         made_from = ("text_sha256", "samples", "seq_len", "seed", "sink_tokens", "dtype")
+        # Compact files have other bases, and one that was made for another model fits worse
+        unusual = {"compact": meta["compact"]} if meta.get("compact") else {}
+        if meta.get("fingerprint", self.loaded.fingerprint) != self.loaded.fingerprint:
+            unusual["calibrated_on"] = meta["fingerprint"]
         return {
             "model": self.loaded.fingerprint,
             "dtype": str(self.loaded.model.dtype),
@@ -64,6 +68,7 @@ class Search(ABC):
             "calibration": [meta.get(name) for name in made_from],
             "device": self.loaded.device.type,
             "format": TRIAL_FORMAT,
+            **unusual,
             **self.context_keys(),
         }
 

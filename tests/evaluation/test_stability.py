@@ -128,6 +128,8 @@ def test_recalibration_draws_other_samples_also_where_all_were_used(llama):
     assert not any(torch.allclose(a, b) for i, a in enumerate(means) for b in means[:i])
     assert all(c.meta["tokens"] == given.meta["tokens"] // 2 for c in others)
     assert {c.meta["seq_len"] for c in others} == {48} and others[0].meta["seed"] != others[1].meta["seed"]
+    compact = calibrate(llama, text, rank=12, samples=2, seq_len=96, codec="joint", metric="fisher", compact=True)
+    assert recalibrate(compact, llama, text, 1).meta["compact"] is True
     short = by_position("w", "w", word_text(130))
     with pytest.raises(PluginError, match="no other samples"):
         recalibrate(calibrate(llama, short, rank=6, samples=9, seq_len=48), llama, short, 1)

@@ -122,6 +122,16 @@ def test_every_budget_of_mixed(bits, monkeypatch):
     compare(monkeypatch, *make(own, own, 32))
 
 
+def test_a_basis_of_384_channels(monkeypatch):
+    """As the embedded model's: K and V of three heads of 64 channels, coded together."""
+    basis = transform(384, 384, groups=1)
+    own = Compressor(
+        quantizer("mixed", 384), JointTransform(*vars(basis).values(), Rotary(torch.logspace(0, -2, 32)), 64)
+    )
+    held = store(own, tokens(140, 64, heads=6), (140,))
+    compare(monkeypatch, Half(held, 0), Half(held, 1), tokens(1, 64, heads=9, seed=3))
+
+
 @pytest.mark.parametrize("d", sampled((80, 16, 12), 1))
 def test_mixed_widths_far_from_zero(d, monkeypatch):
     """Some channels' offsets lie behind the metadata, and are found among those that don't."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from searches import search_of
@@ -73,6 +74,9 @@ def test_the_key_has_all_that_figures_depend_on(llama):
     others += [{"tuning": windows(1, 48)}, {"loaded": tiny_loaded("qwen2")}]
     found = [*keys([base, *(base | own for own in others)]), search_of(llama).key("other text")]
     assert all(found.count(key) == 1 for key in found) and keys([base]) == found[:1]
+    made = [None, *(SimpleNamespace(meta={"seed": 0} | own) for own in ({}, {"compact": True}, {"fingerprint": "0"}))]
+    found = keys([base | {"calibration": calibration} for calibration in made])
+    assert all(found.count(key) == 1 for key in found)
     spaces = [{"space": Space(names, 12, (12,))} for names in (("identity",), ("identity", "hadamard"))]
     found = keys([base | own for own in (spaces[0], spaces[0] | {"budget": 0.06}, spaces[1])], CodecSearch)
     assert all(found.count(key) == 1 for key in found)

@@ -38,7 +38,7 @@ STORE = Record({
 })  # fmt: skip
 LAYER = Record({
     "dtype": Default(DTYPE), "stores": Default(Record(others=STORE)), "record_past": Default(OneOf((True, False))),
-    "states": Default(Record({name: ListOf(kind) for name, kind in MARKS.items()})),
+    "begins": Default(MOST), "states": Default(Record({name: ListOf(kind) for name, kind in MARKS.items()})),
 })  # fmt: skip
 CONTENTS = Record({"layers": ListOf(LAYER), "padded": OneOf((True, False))})
 Named = dict[str, list[Tensor]]
@@ -113,6 +113,8 @@ def _layer_record(layer, name: str, tensors: Named) -> dict:
         }
     if hasattr(layer, "record_past"):
         record["record_past"] = bool(layer.record_past)
+    if getattr(layer, "begins", 0):
+        record["begins"] = layer.begins
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         for kind in STATES:
             _put(tensors, f"{name}.{kind}", getattr(layer, kind))
@@ -167,6 +169,7 @@ def _fill_layer(layer, own: dict, take: _Taken, geometry: LayerGeometry) -> None
         lengths = {(store.forgotten, len(store)) for store in layer.stores.values()}
         _expect(len(lengths) == 1, f"{take.prefix}: K and V of different lengths")
         layer.dtype, layer.device, layer.is_initialized = FLOATING[own["dtype"]], take.device, True
+        layer.begins = own.get("begins", 0)
     if hasattr(layer, "record_past"):
         layer.record_past = own.get("record_past", False)
     if isinstance(layer, LinearAttentionCacheLayerMixin):
@@ -235,6 +238,10 @@ def _fill_blocks(store: TokenStore, fields: list[str], take: _Taken) -> None:
         count = shape[2]
         store.blocks[name] = store.growing()
         store.blocks[name].chunks, store.blocks[name].length = [stored], count
+    encoded = {name: stored.chunks[0] for name, stored in store.blocks.items()}
+    transform = store.compressor.transform
+    fits = store.compressor.quantizer.fits(encoded, width if transform is None else transform.rank)
+    _expect(fits, f"{take.prefix}: codes that reach beyond their blocks")
 
 
 def _fill_own_sinks(store: TokenStore, own: dict, take: _Taken) -> None:

@@ -101,7 +101,7 @@ class Kind(NamedTuple):
 def kind(key: StoredKV, query: Tensor) -> Kind:
     """The kind of a step with a query [B, Hq, Q, d], which may hold several tokens: it is treated as one would be."""
     k, v = key.stores()
-    stored = k.keep_reconstructed, k.memory_format, v.memory_format
+    stored = k.keep_reconstructed, k.memory_format, v.memory_format, k.sinks.dtype, k.sinks.shape[1]
     short = (query.shape[:2], query.dtype, torch.get_num_threads(), stored)
     if short not in key.kinds:  # the full name takes a good part of a decode step to put together
         key.kinds[short] = _kind(k, v, query)

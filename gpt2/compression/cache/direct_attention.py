@@ -102,7 +102,7 @@ def _in_one_pass(
     B, heads, Q, d = query.shape
     if Q != 1 or softcap is not None or k.own_sinks or v.own_sinks or not cpu.usable(query):
         return None
-    if mask is not None and mask.shape[:-1] not in ((1, 1, 1), (B, 1, 1)):
+    if mask is not None and (mask.shape[:-1] not in ((1, 1, 1), (B, 1, 1)) or mask.shape[-1] < len(k)):
         return None
     k_blocks = _blocks(k)
     v_blocks = k_blocks if k.whole is v.whole else _blocks(v)

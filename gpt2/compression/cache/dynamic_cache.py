@@ -84,7 +84,7 @@ class CompressedDynamicCache(Keeping):
         self._padding = PaddingFinder()
         self.held_tokens = HeldTokens()
         self.geometry, self.recipe = geometry or Geometry(layers), recipe
-        self._drops_at = geometry.drops_at if geometry else None  # None also after it was said
+        self._drops_at = self.geometry.drops_at  # None also after it was said
 
     @property
     def compressed(self) -> list[CompressedLayer]:
@@ -190,6 +190,7 @@ class CompressedDynamicCache(Keeping):
         """Forget everything: the next conversation may have another batch size and padding."""
         super().reset()
         self._padding, self.held_tokens, self.parked = PaddingFinder(), HeldTokens(), False
+        self._drops_at = self.geometry.drops_at
         for layer in self.layers:
             clear_states(layer)
 
@@ -298,9 +299,12 @@ class CompressedDynamicCache(Keeping):
         return sum(storages_of(self.layers).values())
 
     def codec_bytes(self) -> int:
-        """Bytes of the transforms, each once. Caches of the same compressors share them, as they share weights."""
-        each = [store.compressor for layer in self.compressed for store in layer.stores.values()]
-        return sum({id(compressor.transform): compressor.nbytes() for compressor in each}.values())
+        """Bytes of the codecs: bases, rotations with the angles that they keep, and widths that a calibration chose.
+
+        Each counts once. Caches of the same compressors share them, as they share weights.
+        """
+        each = (store.compressor.parts() for layer in self.compressed for store in layer.stores.values())
+        return sum({part: size for parts in each for part, size in parts.items()}.values())
 
 
 @functools.cache

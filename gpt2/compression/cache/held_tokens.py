@@ -57,7 +57,21 @@ def as_ids(ids, rows: int) -> Tensor:
     return ids.repeat_interleave(rows // len(ids), dim=0)
 
 
-def inputs(cache, new, whole) -> dict[str, Tensor]:
+def _mask(given, ids: Tensor, padding: Tensor | None) -> Tensor:
+    """Attention mask [B, T] of ids: the one given, of them all, else one without the slots found to be padding."""
+    if given is not None:
+        mask = as_ids(given, len(ids))
+        if mask.shape != ids.shape or not bool(((mask == 0) | (mask == 1)).all()):
+            raise PluginError(f"expected a mask of 0 and 1 for all {ids.shape[1]} tokens, those held and those that "
+                              f"follow, got {list(torch.as_tensor(given).shape)}")  # fmt: skip
+        return mask
+    mask = torch.ones_like(ids)
+    if padding is not None:
+        mask[torch.arange(ids.shape[1]) < padding[:, None]] = 0
+    return mask
+
+
+def inputs(cache, new, whole, mask) -> dict[str, Tensor]:
     """As `CompressedDynamicCache.inputs`."""
     if (new is None) == (whole is None):
         raise PluginError("give either new=, the tokens that follow what the cache holds, or whole=, all tokens")
@@ -78,9 +92,7 @@ def inputs(cache, new, whole) -> dict[str, Tensor]:
         raise PluginError(f"the cache holds {length} tokens and the prompt has {ids.shape[1]}: generate needs at least "
                           "one token more; crop(-1) the cache, or give what follows it")  # fmt: skip
     held.ids = ids[:, :length]
-    mask = torch.ones_like(ids)
-    if cache.padding is not None:
-        mask[torch.arange(ids.shape[1]) < cache.padding[:, None].cpu()] = 0
+    mask = _mask(mask, ids, cache.padding)
     fewer = slice(None, None, rows // given_rows)  # beam search repeats rows itself
     device = next((layer.device for layer in cache.compressed if layer.is_initialized), ids.device)
     return {"input_ids": ids[fewer].to(device), "attention_mask": mask[fewer].to(device)}

@@ -36,7 +36,10 @@ class Keeping(Cache):
     @property
     def padding(self) -> Tensor | None:
         """Slots of left padding of each row, [B] on the CPU; None where there is none."""
-        return self._padding.found
+        layers = (layer for layer in self.compressed if layer.is_initialized)
+        stored = next((s.own_sinks.padding for layer in layers for s in layer.stores.values()), None)
+        # What is stored stays known where rows were selected until none tells padding from a row's first token
+        return self._padding.found if stored is None else stored.cpu()
 
     @property
     def token_ids(self) -> Tensor | None:
@@ -65,16 +68,18 @@ class Keeping(Cache):
         """
         return saved.load(path, model, config, into, device)
 
-    def inputs(self, *, new=None, whole=None) -> dict[str, Tensor]:
+    def inputs(self, *, new=None, whole=None, mask=None) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask` with which `generate` continues this cache.
 
             model.generate(**cache.inputs(new=ids), past_key_values=cache)
 
         new: the tokens that follow those held, [n] or [B, n]. whole: all tokens, which must begin with those held.
+        mask: 0 where rows are padded, of all tokens, [T] or [B, T]; needed only where texts begin with the padding
+        token, which is taken for padding without it.
         generate feeds the model only what the cache doesn't hold. Raises PluginError, naming the first token that
         differs, for another beginning, and where nothing would be left to feed.
         """
-        return held_tokens.inputs(self, new, whole)
+        return held_tokens.inputs(self, new, whole, mask)
 
     def fork(self):
         """A cache with the same contents that shares the stored blocks, so that what is common takes memory once.

@@ -69,6 +69,7 @@ class CompressedLayer(CacheLayerMixin):
         self.index = index
         self.reader = None  # set by `attention` while a model runs whose attention reads the stores
         self.kinds = {}  # see StoredKV
+        self.begins = 0  # slot of the first token; what a window holds before it are copies that fill a block
         self.inconsistent = False  # True while the stores are being changed, and after such a change was interrupted
         self.rows_changed = 0  # number of batch selections; the same in all layers unless one was interrupted
         if k is not v and (k.joint or v.joint):
@@ -222,6 +223,7 @@ class CompressedLayer(CacheLayerMixin):
     def reset(self) -> None:
         for store in self.stores.values():
             store.clear()
+        self.kinds, self.begins = {}, 0
         self.is_initialized = self.inconsistent = False
         self.rows_changed = 0
 
@@ -339,7 +341,8 @@ class CompressedSlidingLayer(CompressedLayer):
             )
         removed = super().check_crop(tokens_to_remove)
         left = self.get_seq_length() - removed
-        if removed and len(self._first) - removed < min(left, self.sliding_window - 1):
+        first = max(self._first.forgotten, self.begins)
+        if removed and left - min(left, self.sliding_window - 1) < first:
             raise RuntimeError(
                 f"crop of layer {self.index}: its sliding window of {self.sliding_window} tokens has forgotten what "
                 f"the {left} tokens that stay would see; call activate_past_recording on the cache before it is filled"

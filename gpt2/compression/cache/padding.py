@@ -132,6 +132,8 @@ class OwnSinks:
             self.tokens = x.new_zeros((*x.shape[:2], self.count + 1, x.shape[3]))
             self.tokens[:, :, -1:] = x[:, :, :1]
             self.kept = torch.zeros(len(x), self.count, dtype=torch.bool, device=x.device)
+        if self.tokens.is_inference() and not torch.is_inference_mode_enabled():  # may be read there only
+            self.tokens, self.kept = self.tokens.clone(), self.kept.clone()
         place = self._slots() - start  # [B, count]
         rows, slots = ((place >= 0) & (place < x.shape[2])).nonzero(as_tuple=True)
         self.tokens[rows, :, slots] = x[rows, :, place[rows, slots]].to(self.tokens.dtype)
@@ -149,6 +151,7 @@ class OwnSinks:
         if self.kept is not None:
             self.kept = self.kept & (self._slots() < length)
         self.padding, self.complete, self._found = self.padding.clamp_max(length), False, None
+        self._end = min(self._end, length + self.count)
 
     def without_padding(self, x: Tensor, start: int) -> Tensor:
         """Tokens x [B, H, n, d] with copies of each row's next token in place of padding, which would widen scales.

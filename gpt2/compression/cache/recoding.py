@@ -57,7 +57,7 @@ def _recode_layer(old, new: CompressedLayer, target, *, find_padding: bool) -> N
     with without_autocast(k):
         for store, x in zip(new.stores.values(), new._parts(k, v), strict=True):
             store.append(x)
-    new.dtype, new.device = old.dtype, old.device
+    new.dtype, new.device, new.begins = old.dtype, old.device, forgotten
     new.forget()
 
 

@@ -100,7 +100,6 @@ def calibrate(
         "text": text.name,
         "text_spec": text.spec,
         "tokens": segments.numel(),
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
     }
     calibration = Calibration(meta, statistics, {}, fitted)
@@ -139,7 +138,7 @@ def recalibrate(calibration: Calibration, loaded: LoadedModel, text: Text, numbe
     return calibrate(
         loaded, text, rank=meta["rank"], samples=min(meta["samples"], available // 2), seq_len=meta["seq_len"],
         seed=meta["seed"] + number, sink_tokens=meta["sink_tokens"], codec=meta["codec"], metric=meta.get("metric"),
-        progress=progress,
+        compact=meta.get("compact", False), progress=progress,
     )  # fmt: skip
 
 
@@ -161,6 +160,7 @@ def calibration_key(loaded: LoadedModel, text: Text, samples: int, seq_len: int,
     return {
         "fingerprint": loaded.fingerprint,
         "rotary": rotary(loaded.model.config),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "text_sha256": text.sha256("calibration"),
         "samples": samples,
         "seq_len": seq_len,

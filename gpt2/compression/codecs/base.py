@@ -102,6 +102,17 @@ class Quantizer(ABC):
     def dequantize(self, encoded: Encoded, rank: int) -> Tensor:
         """What `quantize` returned → ẑ [B, G, T, r]."""
 
+    def nbytes(self) -> int:
+        """Bytes of tensors that the quantizer holds itself, as widths that a calibration chose."""
+        return 0
+
+    def fits(self, encoded: Encoded, rank: int) -> bool:
+        """Whether codes of the right shapes and kinds, from a file, stay within their blocks where they are read.
+
+        Kernels read what `quantize` stored without checking it, so a quantizer whose values say where others lie looks.
+        """
+        return True
+
     def block_layout(self, groups: int, rank: int, dtype: torch.dtype) -> Encoded:
         """What `quantize` stores of one block of so many coordinates [1, G, block_tokens, r], on the meta device.
 

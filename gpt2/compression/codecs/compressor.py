@@ -133,9 +133,10 @@ class Compressor:
                 f"{heads} KV heads of {head_dim}: calibrate this model"
             )
 
-    def nbytes(self) -> int:
-        """Bytes of the transform: shared by all sequences, as weights are."""
-        return self.transform.nbytes() if self.transform else 0
+    def parts(self) -> dict[int, int]:
+        """Bytes of quantizer, transform and rotation, each by its id: compressors share them, as sequences do."""
+        parts = (self.quantizer, self.transform, getattr(self.transform, "rotary", None))
+        return {id(part): part.nbytes() for part in parts if part is not None}
 
     def __repr__(self) -> str:
         rank = f", rank={self.transform.rank}" if self.transform else ""

@@ -82,7 +82,17 @@ class Mixed(Quantizer):
         return {"block": block, "widths": pack_indices(choice)}
 
     def dequantize(self, encoded: Encoded, rank: int) -> Tensor:
-        return _unpack(encoded["block"], _width(unpack_indices(encoded["widths"], rank)))
+        return _unpack(encoded["block"], self._widths(encoded, rank))
+
+    def fits(self, encoded: Encoded, rank: int) -> bool:
+        """Whether codes, metadata and far offsets of every block end within it; some blocks at a time."""
+        parts = zip(*(field.split(AT_ONCE, dim=2) for field in encoded.values()), strict=True)
+        named = (dict(zip(encoded, part, strict=True)) for part in parts)
+        return all(_end_within(part["block"], self._widths(part, rank)) for part in named)
+
+    def _widths(self, encoded: Encoded, rank: int) -> Tensor:
+        """Bits of every channel of every block, [B, G, n, rank]."""
+        return _width(unpack_indices(encoded["widths"], rank))
 
     def block_layout(self, groups: int, rank: int, dtype: torch.dtype) -> Encoded:
         sizes = {"block": self.block_bytes(rank), "widths": width_bytes(rank)}
@@ -123,14 +133,17 @@ class MixedFixed(Mixed):
             offset = torch.where(choice == index, own_offset, offset)
         return {"block": _pack(y, scale, offset, _width(choice), self._longest())}
 
-    def dequantize(self, encoded: Encoded, rank: int) -> Tensor:
-        return _unpack(encoded["block"], _width(self._choice(encoded["block"])))
+    def _widths(self, encoded: Encoded, rank: int) -> Tensor:
+        return _width(self._choice(encoded["block"]))
 
     def block_layout(self, groups: int, rank: int, dtype: torch.dtype) -> Encoded:
         return {"block": _bytes(groups, self._longest())}
 
     def encoding(self, rank: int) -> None:
         return None
+
+    def nbytes(self) -> int:
+        return sum(widths.nbytes for widths in (self.widths, self._indices) if widths is not None)
 
     def kernel_tensors(self, encoded: Encoded) -> list[Tensor]:
         block = encoded["block"]
@@ -326,6 +339,20 @@ def _places(widths: Tensor, block_bytes: int, far: Tensor | None = None) -> tupl
     metadata = codes + METADATA * (widths > 0).sum(-1, keepdim=True)
     end = metadata if far is None else metadata + FAR * far.sum(-1, keepdim=True)
     return place < codes, (place >= codes) & (place < metadata), (place >= metadata) & (place < end)
+
+
+def _end_within(block: Tensor, widths: Tensor) -> bool:
+    """Whether all that is in blocks [B, G, n, bytes] of channels with so many bits, [B, G, n, r], ends within them."""
+    size = block.shape[-1]
+    with_codes = (widths > 0).sum(-1)
+    end = PLANE * widths.sum(-1) + METADATA * with_codes
+    if int(end.max()) > size:
+        return False
+    _, in_metadata, _ = _places(widths, size)
+    place = torch.arange(size, device=block.device)
+    is_offset = in_metadata & ((place % METADATA) == METADATA - 1)  # codes take whole planes before
+    far = (is_offset & (block == 0)).sum(-1)
+    return int((end + FAR * far).max()) <= size
 
 
 def _taken(widths: Tensor) -> Tensor:

@@ -75,7 +75,18 @@ class Rotary:
         return self.rotate(x, start, -1, frame)
 
     def to(self, device: torch.device | str) -> Rotary:
-        return Rotary(self.frequencies.to(device), self.layout)
+        """This rotation on a device: itself if it is there already, else a copy that all layers there share."""
+        if self.frequencies.device == torch.device(device):
+            return self
+        there = self.__dict__.setdefault("_there", {})  # as `_kept` above
+        if str(device) not in there:
+            there[str(device)] = Rotary(self.frequencies.to(device), self.layout)
+        return there[str(device)]
+
+    def nbytes(self) -> int:
+        """Bytes of its frequencies and of the angles that are kept."""
+        kept = self.__dict__.get("_kept")
+        return self.frequencies.nbytes + (kept[1].nbytes if kept else 0)
 
 
 NONE = Rotary(torch.zeros(0), "none")

@@ -29,7 +29,7 @@ from gpt2.compression.presets.preset_files import read_preset
 from gpt2.compression.presets.schema import FIGURES, FORMAT, Preset, parse
 from gpt2.compression.settings import TARGETS, build, needs_calibration_file
 from gpt2.models.geometry import Geometry
-from gpt2.models.loading import LoadedModel, wrap
+from gpt2.models.loading import LoadedModel, described
 from gpt2.models.probe import fingerprint, geometry_of, rotary
 from gpt2.models.support import warn_of_drop, warn_of_positions
 
@@ -59,7 +59,7 @@ def create_cache_from_preset(
     spec = getattr(model, "spec", None)
     if isinstance(model, PreTrainedModel):
         spec = model.config.name_or_path or model.config.model_type
-        model = wrap(model, None, model.config.name_or_path or preset.model)
+        model = described(model, model.config.name_or_path or preset.model)
     if model is None and config is not None:
         spec = config.name_or_path or config.model_type
         warn_of_positions(config)

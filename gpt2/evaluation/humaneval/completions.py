@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from gpt2.common import files, provenance
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
+from gpt2.compression.cache.mixed_layers import select_rows
 from gpt2.evaluation.asking import greedy
 from gpt2.evaluation.humaneval.prompts import cut
 from gpt2.evaluation.perplexity import CacheFactory
@@ -157,7 +158,7 @@ def _generate(
         if not len(left):
             break
         if len(left) < len(rows):
-            cache.batch_select_indices(left)
+            select_rows(cache, left)
             rows, ids, mask = rows[left], ids[left], mask[left]
     return answers, torch.stack(logprobs.taken, dim=1).double().numpy()
 
@@ -176,8 +177,9 @@ def _read(loaded: LoadedModel, cache: Cache, ids: Tensor, mask: Tensor, chunk: i
     """Read all tokens but the last into a cache, `chunk` at a time, or all at once."""
     positions, end = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1), ids.shape[1] - 1
     alone = {} if bool(mask.all()) else {"position_ids": positions}  # some models take no position_ids
-    for start in range(0, end, chunk or end):
-        part = slice(start, min(start + (chunk or end), end))
+    step = chunk or max(end, 1)  # a prompt of one token leaves nothing to read
+    for start in range(0, end, step):
+        part = slice(start, min(start + step, end))
         where = {name: value[:, part] for name, value in alone.items()}
         # base_model computes no logits, which would take much memory for a long prompt
         loaded.model.base_model(

@@ -14,6 +14,9 @@ from gpt2.common.errors import PluginError
 from gpt2.compression.cache.growing_tensor import GrowingTensor
 from gpt2.compression.cache.size import cache_bytes, fill
 from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor
+from gpt2.compression.codecs.mixed import MixedFixed
+from gpt2.compression.codecs.multi_head import JointTransform
+from gpt2.compression.codecs.rope import Rotary
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 
 # Exact sinks and recent tokens: none, the usual, sinks that cut a block, and more of either than a block has
@@ -170,6 +173,14 @@ def test_transforms_are_counted_apart_and_once_where_layers_share_them():
     shared = COMPRESSORS["joint-int8"]
     own = Compressor(shared.quantizer, replace(shared.transform))  # without what other tests let it derive
     assert cache_of(own, layers=2).codec_bytes() == 8 * (2 * (H * D) * 20 + H * D)
+    rotary = Rotary(torch.zeros(D // 2))
+    each = [JointTransform(*(torch.zeros(1, *shape) for shape in ((D, D), (D, D), (D,))), rotary) for _ in range(2)]
+    quantizer = MixedFixed(4.0, torch.ones(1, D, dtype=torch.long))
+    both = [Compressor(quantizer, transform) for transform in each]
+    basis, angles = 4 * (2 * D * D + D), 4 * D // 2
+    assert CompressedDynamicCache(both, both).codec_bytes() == 2 * basis + angles + 8 * D
+    rotary.frame_angles(0, 3, 64)
+    assert CompressedDynamicCache(both, both).codec_bytes() == 2 * basis + angles + 8 * D + 3 * 2 * angles
 
 
 @pytest.mark.parametrize(("name", "chunk"), covering(["int4", "identity", "block"], [1, 64, 4]))

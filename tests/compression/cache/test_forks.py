@@ -12,7 +12,7 @@ import pytest
 import torch
 from generation import assistant_of, generate
 from kept import cache_of
-from kinds import KINDS, WINDOWED, feed, geometry_of, ids_of, model_of
+from kinds import KINDS, WINDOW, WINDOWED, feed, geometry_of, ids_of, model_of
 from sampling import covering, sampled
 from tiny import tiny_model
 from transformers import DynamicCache
@@ -126,3 +126,20 @@ def test_on_the_cpu_nothing_is_parked_and_that_is_said(model, filled, warnings):
     filled.parked = True
     with pytest.raises(PluginError, match="prefetch"):
         feed(model, filled, MORE)
+
+
+def test_a_window_that_is_coded_anew_shows_no_stand_ins():
+    """Blocks are filled with copies of the first token that its window holds; no crop may bring them into sight."""
+    model, geometry = model_of("mistral"), geometry_of("mistral")
+    exact = cache_of(model, "exact", "mistral", geometry)
+    feed(model, exact, ids_of(200))
+    for layer in exact.layers:
+        layer.record_past = True
+    again = exact.to_preset(cache_of(model, "kv4", "mistral", geometry).recipe.preset)
+    layer = again.layers[0]
+    spare = layer.get_seq_length() - (WINDOW - 1) - layer.begins
+    again.crop(-spare)
+    with pytest.raises(RuntimeError, match="has forgotten what"):
+        again.crop(-1)
+    again.reset()
+    assert layer.begins == 0

@@ -7,11 +7,12 @@ import functools
 import pytest
 import torch
 from generation import assistant_of, generate, sample
-from kinds import KINDS, RECURRENT, STEPWISE, feed, geometry_of, ids_of, model_of, ours, theirs
+from kinds import KINDS, RECURRENT, STEPWISE, cut, feed, geometry_of, ids_of, model_of, ours, theirs
 from sampling import covering, sampled
 from torch import Tensor
 
 from gpt2.common.errors import PluginError
+from gpt2.compression.cache.mixed_layers import select_rows
 from gpt2.compression.cache.size import cache_bytes
 from gpt2.compression.codecs import QUANTIZERS, Compressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache
@@ -105,3 +106,15 @@ def test_transformers_does_what_is_compared():
     # Older versions can't take tokens back behind a window either
     assert set(RECURRENT) <= refused < some, "recurrent states can't be put back"
     assert not any(isinstance(expected(family, "greedy"), Exception) for family in some)
+
+
+@pytest.mark.parametrize(("family", "make"), covering(KINDS, [ours, theirs]))
+def test_rows_are_selected_with_their_states(family, make):
+    """Also of transformers' own cache, which leaves states out or raises."""
+    model, cache, ids = model_of(family), make(family), cut(family, ids_of(40, batch=3))
+    feed(model, cache, ids)
+    select_rows(cache, torch.tensor([2, 0]))
+    alone = make(family)
+    feed(model, alone, ids[[2, 0]])
+    more = ids_of(3, batch=2, seed=1)
+    torch.testing.assert_close(feed(model, cache, more), feed(model, alone, more), rtol=1e-3, atol=1e-4)

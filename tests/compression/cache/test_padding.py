@@ -137,3 +137,28 @@ def test_padding_is_found_by_keys_that_repeat(chunk):
         for part in keys.split(chunk, dim=2):
             finder.see(part)
         assert (finder.rows is None) == (found is None) and (found is None or finder.rows.tolist() == found)
+
+
+def test_padding_stays_known_when_the_rows_that_told_it_are_gone():
+    """One slot of padding is told from a row's first token by another row that has more."""
+    cache = stored(cache_of("int4"))
+    cache.batch_select_indices(torch.tensor([0, 2]))
+    assert cache.padding.tolist() == [0, 1]
+
+
+def test_a_crop_before_the_end_of_the_sinks_leaves_room_for_other_tokens():
+    """Direct attention looks for a row's sinks as far as tokens are."""
+    cache = stored(cache_of("int4", sink_tokens=66))
+    cache.crop(-100)
+    ends = {store.own_sinks._end for layer in cache.layers for store in layer.stores.values()}
+    assert max(ends) <= 50 + 66
+
+
+def test_what_was_filled_in_inference_mode_goes_on_outside():
+    ids, mask = batch()
+    cache, model = cache_of("int4"), model_of("llama")
+    with torch.inference_mode():
+        model(ids[:, :132], attention_mask=mask[:, :132], past_key_values=cache)  # two sinks of a row
+    with torch.no_grad():
+        model(ids[:, 132:], attention_mask=mask, past_key_values=cache)
+    assert cache.get_seq_length() == 150

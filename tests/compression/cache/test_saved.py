@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -254,6 +255,19 @@ def test_wrong_tensors_with_right_checksums(good, model):
     rejected("no layer has: more", load, added, model=model, error=BadArtefact)
 
 
+@pytest.mark.parametrize("wrong", [("widths", 255), ("block", 0)], ids=["too many bits", "far offsets without room"])
+def test_codes_that_reach_beyond_their_block(wrong, model, tmp_path):
+    """Kernels would read what lies behind it."""
+    field, value = wrong
+    cache = CompressedDynamicCache(*compressors_for("kv", 4.0, Geometry.uniform(3, 2, 12), quantizer="mixed"))
+    feed(model, cache, IDS)
+    path = cache.save(tmp_path / "c.safetensors", token_ids=IDS, model=model)
+    empty = partial(CompressedDynamicCache, *compressors_for("kv", 4.0, Geometry.uniform(3, 2, 12), quantizer="mixed"))
+    assert load(path, into=empty()).rows == 2
+    bad = rewritten(path, change_tensors=lambda tensors: tensors[f"layers.1.K.blocks.{field}"].fill_(value))
+    rejected("codes that reach beyond their blocks", load, bad, into=empty(), error=BadArtefact)
+
+
 def test_what_can_not_be_saved(model, tmp_path):
     path, cache, ids = tmp_path / "c.safetensors", cache_of(None), ids_of(30)
     rejected("holds no tokens", cache.save, path)
@@ -297,6 +311,10 @@ def test_a_prompt_continues_what_is_held_or_is_refused(good, model):
         rejected("only 150 of the 166", cache.inputs, new=new)
         cache.inputs(whole=torch.cat((found, new), dim=1))
         assert cache.token_ids.shape[1] == 166, "what was said to be held is known from then on"
+    cache = load(good, model=model)
+    mask = torch.ones_like(whole).index_fill(1, torch.arange(3), 0)
+    assert torch.equal(cache.inputs(new=new, mask=mask)["attention_mask"], mask)
+    rejected("expected a mask of 0 and 1 for all 159", cache.inputs, new=new, mask=mask[:, :9])
     cache, other = load(good, model=model), whole.clone()
     other[1, 77] += 1
     rejected(r"token 77 of row 1 is (\d+) in the cache and (\d+) in the prompt", cache.inputs, whole=other)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from calibrations import TEXT, change, identical, rejected, spoiled
 from sampling import sampled
-from tiny import tiny_loaded, windows, word_text
+from tiny import tiny_loaded, tiny_model, windows, word_text, word_tokenizer
 
 from gpt2.common.errors import BadArtefact, CalibrationNotFound, PluginError
 from gpt2.compression.calibration import file, reuse
@@ -17,6 +17,7 @@ from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.calibration.statistics import Statistics
 from gpt2.compression.codecs import QUANTIZERS, IdentityCompressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache, load_calibrated_compressors
+from gpt2.models.loading import wrap
 from gpt2.text.sources import by_position
 
 SMALL = {"samples": 3, "seq_len": 48, "seed": 0, "sink_tokens": 4}
@@ -204,8 +205,10 @@ def test_reuse_is_only_on_a_full_match(space, llama, made):
         rotary = {"rope_type": "default", "rope_theta": changed.pop("theta", 1e4)}
         loaded = tiny_loaded("llama", num_hidden_layers=changed.pop("layers", 3), rope_parameters=rotary)
         found, path = obtain(loaded, **changed)
-        assert path != old and load_calibration(old).meta == made.meta, "the old one stays"
+        assert path.resolve() != old and load_calibration(old).meta == made.meta, "the old one stays"
         assert found.geometry == loaded.geometry
+    _, path = obtain(wrap(tiny_model("llama").bfloat16(), word_tokenizer(), "tiny-llama"))
+    assert path.resolve() != old, "other numbers come of a model in another dtype"
 
 
 def test_an_older_file_that_doesnt_say_rotary_positions_is_used(space, llama, made):

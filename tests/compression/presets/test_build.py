@@ -10,8 +10,10 @@ from gpt2.common import files
 from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.file import save_calibration
 from gpt2.compression.presets import build, create_cache_from_preset, load_preset
+from gpt2.compression.presets.any_model import preset_for_any_model
 from gpt2.compression.presets.preset_files import read_preset
 from gpt2.compression.presets.schema import GUIDE_KEYS
+from gpt2.models.geometry import Geometry
 
 PROMPT = torch.arange(2, 32)[None]
 IDENTITY = "IdentityCompressor(none)"
@@ -103,3 +105,15 @@ def test_a_new_preset_is_read_back_from_its_file(space, llama, calibration):
     assert load_preset(files.write_json(space / "p.json", preset)).items() >= preset.items()
     words = "--model tiny-llama --rank 6 --samples 2 --seq-len 48 --seed 0 --sink-tokens 4 --text words.txt"
     assert f"{words} --output results/calibrations/c.pt" in preset["made_by"]
+
+
+def test_a_callers_model_stays_as_it_was(preset):
+    """In training mode where it is, and with the same parameters that learn."""
+    model = tiny_loaded("llama").model
+    model.train()
+    model.lm_head.eval()
+    model.lm_head.requires_grad_(True)
+    learning = [parameter.requires_grad for parameter in model.parameters()]
+    create_cache_from_preset(preset_for_any_model("kv4", "llama", Geometry.uniform(3, 2, 12)), model=model)
+    assert model.training and model.model.training and not model.lm_head.training
+    assert [parameter.requires_grad for parameter in model.parameters()] == learning and any(learning)
