@@ -46,7 +46,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--prompt", help="question about the document")
     p.add_argument("--max-new-tokens", type=positive_int, default=96, help="longest answer, in tokens")
     p.add_argument("--prefill-chunk", type=positive_int, default=1024, help="tokens read at a time")
-    p.add_argument("--save-every", type=float, default=60, help="seconds after which read saves what it has")
+    p.add_argument("--save-every", type=cli.natural_float, default=60, help="seconds from one save of read to the next")
     p.add_argument("--blocks", type=positive_int, default=8, help="blocks that verify recomputes")
     return p
 

@@ -22,7 +22,7 @@ from gpt2 import cli
 from gpt2.common import files, tensor_file
 from gpt2.common.processes import Processes
 from gpt2.compression.calibration.calibrate import calibrate, chosen_codec, suggested_rank
-from gpt2.compression.calibration.file import calibration_folders, save_calibration
+from gpt2.compression.calibration.file import calibration_folder, save_calibration
 from gpt2.compression.codecs import metric_names, multi_head_bases, takes_gradients
 from gpt2.report import plots
 from gpt2.report.tables import calibration as calibration_tables
@@ -70,7 +70,7 @@ def main(processes: Processes) -> None:
     if args.gradient_checkpointing and not takes_gradients(metric):
         print(f"note: {metric} statistics need no gradients; --gradient-checkpointing changes nothing here")
     rank = args.rank or suggested_rank(loaded.geometry.head_dim)
-    default = calibration_folders()[0] / f"kv_lowrank_calib_{loaded.slug}_r{rank}.pt"
+    default = calibration_folder() / f"kv_lowrank_calib_{loaded.slug}_r{rank}.pt"
     output = files.check_writable(args.output or default)
     calibration = calibrate(
         loaded, text, rank=rank, samples=args.samples, seq_len=args.seq_len, seed=args.seed,

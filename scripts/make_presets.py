@@ -30,7 +30,7 @@ from pathlib import Path
 from gpt2 import cli
 from gpt2.common import files, provenance
 from gpt2.common.processes import Processes
-from gpt2.compression.calibration.file import calibration_folders
+from gpt2.compression.calibration.file import calibration_folder
 from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.codecs import adjustable_quantizers, multi_head_bases
 from gpt2.report import plots, tables
@@ -69,7 +69,7 @@ def main(processes: Processes) -> None:
     record_name = "_".join(["ratio_presets", *kinds, slug])
     # Read before calibrating, so that a text that is too short shows early; only the first process measures
     segments = script.evaluation_segments() if processes.first else None
-    calibrations = args.output / "calibrations" if args.output else calibration_folders()[0]
+    calibrations = args.output / "calibrations" if args.output else calibration_folder()
     path = args.calibration_file or calibrations / ratio_presets.calibration_name(codec, slug)
     outputs = Outputs.under(args.output or files.RESULTS, path, record_name)
     calibration = compact_calibration(
@@ -95,9 +95,9 @@ def main(processes: Processes) -> None:
         made = provenance.provenance(args, text=eval_text.name, text_sha256=eval_text.sha256("evaluation"))
         about = {"made_by": command(args, calibration), "provenance": made}
         for file in write_presets(loaded, presets, calibration, outputs, measured, **about):
-            print(f"wrote {file}")
+            print(f"wrote {files.shown(file)}")
     files.write_run(outputs.record, record, outputs.picture, lambda: plots.ratio_presets(record))  # after the presets
-    print(f"wrote {outputs.record} and {outputs.picture}")
+    print(f"wrote {files.shown(outputs.record)} and {files.shown(outputs.picture)}")
 
 
 def command(args: argparse.Namespace, calibration: Calibration) -> str:

@@ -7,7 +7,8 @@
 
 --direct measures each of our caches twice: reconstructing the history at every step, and with attention over the
 stored codes. It says at the end where that was slower than the uncompressed cache, and measures once per machine from
-how many tokens on codes are read faster than reconstructed, for enable_compressed_attention(model, when="auto").
+how many tokens on codes are read faster than reconstructed, for enable_compressed_attention(model, when="auto"),
+unless other work is running.
 --identity adds our cache without compression; with --direct it is also read without copying K and V at every step and
 without repeating KV heads. --peers adds transformers' quantized caches.
 Caches take turns in one process, in alternating order, each time with a fresh cache after a warm-up. Figures are
@@ -43,7 +44,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--batch-sizes", type=cli.int_list, default=[1, 4], help="sequences in a batch")
     p.add_argument("--decode-tokens", type=cli.positive_int, default=16, help="tokens decoded per repeat")
     p.add_argument("--repeats", type=cli.positive_int, default=3, help="timed runs per cache, context and batch")
-    p.add_argument("--seed", type=int, default=0, help="of the random tokens that fill the caches")
+    p.add_argument("--seed", type=cli.seed, default=0, help="of the random tokens that fill the caches")
     cli.add_output_flag(p)
     return p
 
@@ -59,12 +60,11 @@ def main() -> None:
     caches = lineup.for_speed(
         loaded, choices, identity=args.identity, direct=direct, reconstruct=reconstruct, packages=args.peers
     )
+    rows, own = [], machine.before_timing(args.device)
     if direct:
-        find_crossovers(loaded, caches, args.batch_sizes)
-
+        find_crossovers(loaded, caches, args.batch_sizes, busy=machine.is_busy(own))
     if loaded.random_weights:
         print("note: the weights are random; speed and memory don't depend on them")
-    rows, own = [], machine.before_timing(args.device)
     record = script.record(
         machine=own, rows=rows, weights=script.weights, dtype=script.dtype,
         peak_memory=memory_method(cuda_devices(loaded.model)), caches=[choice.record() for choice in choices],

@@ -105,7 +105,10 @@ def tiny_flags(tmp_path, monkeypatch, model_folder):
     """Flags of a script that runs on the tiny model, in an empty working folder that holds only a text."""
     from tiny import word_text
 
+    from gpt2.common import files
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "RESULTS", tmp_path / "results")
     (tmp_path / "words.txt").write_text(word_text(3000))
     return ["--model", str(model_folder), "--text", "words.txt"]
 

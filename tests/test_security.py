@@ -88,12 +88,8 @@ def test_no_network_for_what_lies_here(tiny_flags, online):
     """A model's folder, a text file, presets and calibrations: nothing is asked of anybody."""
     with watching():
         assert run("calibrate_kv_lowrank", *tiny_flags, *SMALL, "--output", "c.pt") == 0
-        assert (
-            run(
-                "generate_with_preset", *tiny_flags[:2], "--preset", "kv4", "--prompt", "w2 w3", "--max-new-tokens", "2"
-            )
-            == 0
-        )
+        words = ["--prompt", "w2 w3 w4", "--max-new-tokens", "2"]
+        assert run("generate_with_preset", *tiny_flags[:2], "--preset", "kv4", *words) == 0
         assert get_preset_info("smollm2-135m", "kv-4x")["num_layers"] == 30
     assert reached() == []
 

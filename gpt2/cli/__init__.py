@@ -1,6 +1,16 @@
 """What all scripts share at the command line: flags and their types, the inputs that flags name, and exit codes."""
 
-from gpt2.cli.argument_types import fraction, int_list, natural, positive_int, ratio_list, word_list
+from gpt2.cli.argument_types import (
+    fraction,
+    int_list,
+    natural,
+    natural_float,
+    positive_float,
+    positive_int,
+    ratio_list,
+    seed,
+    word_list,
+)
 from gpt2.cli.flags import (
     Parser,
     add_cache_flags,
@@ -53,14 +63,17 @@ __all__ = [
     "fraction",
     "int_list",
     "natural",
+    "natural_float",
     "of_this_machine",
     "open_script",
     "output_files",
     "output_file",
     "parser",
+    "positive_float",
     "positive_int",
     "ratio_list",
     "run",
+    "seed",
     "word_list",
     "write",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 
 
@@ -22,6 +23,27 @@ def natural(word: str) -> int:
     return value
 
 
+def seed(word: str) -> int:
+    """A seed of random numbers, which all generators take: a whole number from 0 to 2⁶³ − 1."""
+    value = int(word)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{word} is out of range: a seed is a whole number from 0 to 2^63 - 1")
+    return value
+
+
+def positive_float(word: str) -> float:
+    """A number above 0, neither infinite nor NaN."""
+    value = float(word)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{word} is not a positive number")
+    return value
+
+
+def natural_float(word: str) -> float:
+    """As `positive_float`, or 0."""
+    return positive_float(word) if float(word) else 0.0
+
+
 def int_list(word: str) -> list[int]:
     """`60,56,48` as [60, 56, 48]: positive numbers in the given order, without repetitions."""
     return list(dict.fromkeys(positive_int(part) for part in word.split(",")))
@@ -39,10 +61,10 @@ def ratio_list(word: str) -> list[float]:
 
 
 def word_list(allowed: Sequence[str]) -> Callable[[str], list[str]]:
-    """An argument type that converts `a,b` to ["a", "b"] and rejects words other than the allowed ones."""
+    """An argument type that converts `a,b` to ["a", "b"], each word once, and rejects all but the allowed ones."""
 
     def parse(words: str) -> list[str]:
-        chosen = words.split(",")
+        chosen = list(dict.fromkeys(words.split(",")))
         if unknown := set(chosen) - set(allowed):
             raise argparse.ArgumentTypeError(f"unknown {', '.join(sorted(unknown))}: choose from {','.join(allowed)}")
         return chosen

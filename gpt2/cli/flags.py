@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from gpt2.cli.argument_types import natural, positive_int
+from gpt2.cli.argument_types import natural, positive_int, seed
 from gpt2.common import files, processes, provenance
 from gpt2.common.errors import PluginError
 from gpt2.compression.codecs import CODECS, codec_name
@@ -122,7 +122,7 @@ def add_text_flags(p: argparse.ArgumentParser) -> None:
         help="embedded, wikitext2, a file, a folder with *valid*.txt and *test*.txt, self (sampled from the model), "
         "or several of these joined by +, in equal shares; embedded if omitted for the embedded model, else wikitext2",
     )
-    p.add_argument("--seed", type=int, default=0, help="of calibration segments, needle prompts and the bootstrap")
+    p.add_argument("--seed", type=seed, default=0, help="of calibration segments, needle prompts and the bootstrap")
 
 
 def add_eval_text_flag(p: argparse.ArgumentParser) -> None:

@@ -148,8 +148,16 @@ def bar(label: str, unit: str) -> Callable[[Iterable], Iterable]:
 
 
 def evaluation_length(args: argparse.Namespace, loaded: loading.LoadedModel) -> int:
-    """Tokens per evaluation segment: --eval-seq-len, or 2048 where the model and --eval-tokens allow it."""
+    """Tokens per evaluation segment: --eval-seq-len, or 2048 where the model and --eval-tokens allow it.
+
+    Raises PluginError for a length that is beyond the model's context, or leaves nothing to predict.
+    """
     length = min(args.eval_seq_len or min(2048, loaded.max_context or 2048), args.eval_tokens)
+    if length < 2:
+        raise PluginError(
+            f"an evaluated segment has {length} token: expected at least 2, as the first one isn't predicted: give a "
+            "larger --eval-seq-len and --eval-tokens"
+        )
     loaded.require_context(length, "--eval-seq-len")
     return length
 

@@ -173,6 +173,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def shown(path: Path) -> str:
-    """A path for results and messages: relative to the checkout if it is inside, so that no home folder shows."""
+def recorded(path: Path) -> str:
+    """A path for results: relative to the checkout if it is inside, so that it is the same on every machine."""
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def shown(path: Path) -> str:
+    """A path for messages, as it can be pasted: relative to the working folder if it is inside, else as given."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

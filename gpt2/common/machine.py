@@ -61,7 +61,7 @@ def before_timing(device: str = "auto") -> dict:
     Called before times are measured. Prints a warning to stderr if other work is running.
     """
     load, busy = load_average(), busy_cores()
-    if busy is not None and busy > BUSY:
+    if is_busy({"busy_cores_before": busy}):
         print(
             f"warning: other work is running ({busy:.1f} of {cores()} cores are busy): timings will be wrong. Wait "
             "until it has ended, or stop it",
@@ -70,6 +70,11 @@ def before_timing(device: str = "auto") -> dict:
     return describe(device) | {
         "busy_cores_before": busy, "load_average_before": load, "copy_bytes_per_s": copy_bytes_per_s(),
     }  # fmt: skip
+
+
+def is_busy(machine: dict) -> bool:
+    """Whether other work was running where `before_timing` made this record; no where the system doesn't say."""
+    return (machine.get("busy_cores_before") or 0) > BUSY
 
 
 # --- what is recorded
@@ -253,6 +258,6 @@ def caption(record: dict) -> str:
     if held.get("copy_bytes_per_s"):
         parts.append(f"memory copied at {held['copy_bytes_per_s'] / 1e9:.1f} GB/s")
     if (busy := held.get("busy_cores_before")) is not None:
-        parts.append(f"{busy:.1f} cores busy with other work before" if busy > BUSY else "nothing else running")
+        parts.append(f"{busy:.1f} cores busy with other work before" if is_busy(held) else "nothing else running")
     noted = " (noted afterwards, not by the run)" if held.get("recorded") == AFTERWARDS else ""
     return f"Machine: {', '.join(parts)}{noted}."

@@ -60,7 +60,7 @@ def read_and_written(args: dict) -> list[str] | None:
 
 
 def _recorded(value):
-    return files.shown(value) if isinstance(value, Path) else value
+    return files.recorded(value) if isinstance(value, Path) else value
 
 
 def device_name(device: str) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from gpt2.common.errors import LossNotFinite
+from gpt2.common.errors import LossNotFinite, PluginError
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.evaluation.statistics import paired_bootstrap
 from gpt2.models.loading import LoadedModel
@@ -70,8 +70,13 @@ def score(
 
     If one of the caches is called "baseline", it runs first, and the others also get KL and agreement. chunk: tokens
     fed at a time. progress: wraps the iterable of batches, such as tqdm. failed: if given, the error of a cache other
-    than the baseline is put there, and the others continue. Raises LossNotFinite if a loss is NaN or infinite.
+    than the baseline is put there, and the others continue. Raises LossNotFinite if a loss is NaN or infinite, and
+    PluginError for segments of fewer than two tokens.
     """
+    if segments.shape[1] < 2:
+        raise PluginError(
+            f"a segment has {segments.shape[1]} tokens: expected at least 2, as the first one isn't predicted"
+        )
     names = sorted(caches, key=lambda name: name != BASELINE)
     pending = {name: _Pending() for name in names}
     lost = {} if failed is None else failed

@@ -106,9 +106,11 @@ def verify(
 
     The difference is the root of the squared error over the squared spread of the block's tokens; up to SAME they are
     the same. A block is recomputed behind the tokens before it as the cache holds them, so a few blocks cost little.
-    Where layers have windows or states, which have no past, all tokens are read again and the last of them compared.
+    Where layers have windows or states, which have no past, all tokens are read again and the last of them compared. So
+    are those of a batch, each row's own, without its padding.
     """
-    ids, length = cache.token_ids[:1], cache.get_seq_length()
+    ids, length = cache.token_ids, cache.get_seq_length()
+    padded, how = _padding_mask(cache, loaded.device), {}
     whole = any(layer.kind != FULL for layer in cache.geometry.layers) or cache.rows > 1
     starts = [0] if whole or length <= 2 * BLOCK else range(BLOCK, length - BLOCK + 1, BLOCK)
     if not whole and len(starts) > blocks:
@@ -118,20 +120,33 @@ def verify(
         again, end = cache.fork(), length if start == 0 else start + BLOCK
         again.reset() if start == 0 else again.crop(start - length)
         for at in range(start, end, 16 * BLOCK):
-            new = ids[:, at : min(at + 16 * BLOCK, end)].repeat(cache.rows, 1)
-            loaded.model(new.to(loaded.device), past_key_values=again, use_cache=True)
+            part = slice(at, min(at + 16 * BLOCK, end))
+            if padded is not None:  # some models take no position_ids
+                positions = (padded.cumsum(-1) - 1).masked_fill(padded == 0, 1)
+                how = {"attention_mask": padded[:, : part.stop], "position_ids": positions[:, part]}
+            loaded.model(ids[:, part].to(loaded.device), past_key_values=again, use_cache=True, **how)
         pairs = zip(again.compressed, cache.compressed, strict=True)
-        found.append((start, max(_difference(own, other, start, end) for own, other in pairs)))
+        found.append((start, max(_difference(own, other, start, end, padded) for own, other in pairs)))
     return found
 
 
-def _difference(own, other, start: int, end: int) -> float:
-    """Of the tokens from `start` to `end` in one layer of two caches, as far as both hold them."""
+def _padding_mask(cache: CompressedDynamicCache, device: torch.device) -> Tensor | None:
+    """A mask [B, T] that is 0 where a cache holds left padding and 1 where it holds text; None without padding."""
+    if cache.padding is None:
+        return None
+    return (torch.arange(cache.get_seq_length()) >= cache.padding.cpu()[:, None]).long().to(device)
+
+
+def _difference(own, other, start: int, end: int, mask: Tensor | None) -> float:
+    """Of tokens `start` to `end` in one layer of two caches, as far as both hold them and `mask` [B, T] is 1."""
     worst = 0.0
     (*read, gone), (*expected, gone_too) = held(own), held(other)
     for found, wanted in zip(read, expected, strict=True):
         first = max(start, gone, gone_too)
         found, wanted = found[:, :, first - gone : end - gone], wanted[:, :, first - gone_too : end - gone_too]
-        spread = (wanted.float() - wanted.float().mean(2, keepdim=True)).square().sum()
-        worst = max(worst, float(((found.float() - wanted.float()).square().sum() / spread.clamp_min(1e-12)).sqrt()))
+        text = torch.ones_like(wanted[:, :1, :, :1]) if mask is None else mask[:, None, first:end, None].to(wanted)
+        text, found, wanted = text.float(), found.float(), wanted.float()
+        mean = (wanted * text).sum(2, keepdim=True) / text.sum(2, keepdim=True).clamp_min(1)
+        spread, error = ((own.square() * text).sum() for own in (wanted - mean, found - wanted))
+        worst = max(worst, float((error / spread.clamp_min(1e-12)).sqrt()))
     return worst

@@ -7,9 +7,9 @@ all tokens before them and for themselves, as in `perplexity.score`.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ def read_document(spec: str, loaded: LoadedModel, most: int) -> Tensor:
     Calibration and tuning never use the evaluation part. Raises PluginError if there is no such text.
     """
     text = sources.load_text(spec)
-    parts = sources.PARTS if Path(spec).is_file() else ("evaluation",)
+    parts = sources.PARTS if os.path.isfile(os.path.expanduser(spec)) else ("evaluation",)
     return torch.cat([text.tokens(part, loaded) for part in parts])[-most:]
 
 
@@ -100,11 +100,11 @@ def about_document(loaded: LoadedModel, document: Tensor, question: str) -> Conv
 
 
 def to_continue(loaded: LoadedModel, prompt: str) -> Conversation:
-    """A plain text to continue. Its last token is left for the decoder."""
-    ids = _encode(loaded, prompt)
-    if len(ids) < 2:
-        raise PluginError(f"the prompt has {len(ids)} tokens: expected at least 2")
-    return Conversation(start_tokens(loaded.tokenizer), ids[:-1], ids[-1:])
+    """A plain text to continue. Its last token is left for the decoder. Raises PluginError if it is too short."""
+    start, ids = start_tokens(loaded.tokenizer), _encode(loaded, prompt)
+    if len(ids) < (fewest := 2 if len(start) else 3):
+        raise PluginError(f"the prompt has {len(ids)} tokens: expected at least {fewest}, so give a longer one")
+    return Conversation(start, ids[:-1], ids[-1:])
 
 
 def _encode(loaded: LoadedModel, words: str) -> Tensor:
@@ -124,8 +124,14 @@ def read(
     """Fill a fresh cache with the document and decode an answer, greedily.
 
     choice: None is the uncompressed cache of transformers. chunk: tokens fed at a time. progress: wraps the iterable of
-    chunks, such as tqdm. A model with compressed attention enabled reads the cache as it is stored, if it can.
+    chunks, such as tqdm. A model with compressed attention enabled reads the cache as it is stored, if it can. Raises
+    PluginError for a document without a token that is predicted from one before it.
     """
+    if len(conversation.document) < (fewest := 1 if len(conversation.start) else 2):
+        raise PluginError(
+            f"the document has {len(conversation.document)} tokens: expected at least {fewest}, as perplexity is of "
+            "tokens behind another one: give a longer one, or more --document-tokens"
+        )
     cache = choice.make() if choice else baseline_factory(loaded)()
     scores = _fill(loaded, cache, conversation, chunk, progress)
     new, step_ms = _answer(loaded, cache, conversation, max_new_tokens)

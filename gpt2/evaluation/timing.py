@@ -90,13 +90,18 @@ def measure_cell(
     ]
 
 
-def find_crossovers(loaded: LoadedModel, caches: Mapping[str, CacheFactory], batch_sizes: Sequence[int]) -> None:
+def find_crossovers(
+    loaded: LoadedModel, caches: Mapping[str, CacheFactory], batch_sizes: Sequence[int], *, busy: bool = False
+) -> None:
     """Measure from how many tokens on reading codes pays (`cache.crossover`), where this machine doesn't know it yet.
 
-    Compressed attention is enabled afterwards, and reads codes at every step.
+    Compressed attention is enabled afterwards, and reads codes at every step. busy: whether other work is running; then
+    nothing is measured, as a wrong crossover would be kept for good, and a note says so.
     """
     enable_compressed_attention(loaded.model, when=AUTO)
-    for batch in batch_sizes:
+    if busy:
+        print("note: from how many tokens on codes are read faster isn't measured now, as other work is running")
+    for batch in () if busy else batch_sizes:
         prompt = random_tokens(loaded, batch, WARM_TOKENS, seed=0)
         for make in caches.values():
             run_once(loaded.model, make(), prompt, steps=1)

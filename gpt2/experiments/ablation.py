@@ -18,6 +18,7 @@ from gpt2.compression.named_caches import from_policy
 from gpt2.compression.presets.policies import KVPolicyName
 from gpt2.compression.settings import Setting, compressors_for, fixed_transform
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory, compare, score, segment_sums
+from gpt2.models.geometry import Shape
 from gpt2.models.loading import LoadedModel
 
 GROUPS = ("control", "basis", "metric", "target", "rank", "bits", "sinks", "layers", "nullspace", "policies")
@@ -148,37 +149,42 @@ class Ablation:
             ]
         return rows
 
-    def _helmert(self) -> list[Tensor]:
-        geometry = self.calibration.geometry
-        E = fixed_transform(Setting("ln_nullspace"), geometry.head_dim).E
-        return [E.expand(geometry.num_kv_heads, -1, -1)] * geometry.num_layers
+    def _helmert(self) -> list[Tensor | None]:
+        """For each layer a basis [H, d, d − 1] of all directions but the all-ones one; None where it keeps no V."""
+        shapes = [layer.v for layer in self.calibration.geometry.layers]
+        setting = Setting("ln_nullspace")
+        return [s and fixed_transform(setting, s.width).E.expand(s.heads, -1, -1) for s in shapes]
 
-    def _most_of_w_v(self) -> list[Tensor] | None:
+    def _most_of_w_v(self) -> list[Tensor | None]:
         """For each layer a basis [H, d, d − 1] of all directions but the one of each head's W_v with the smallest
-        singular value; None if the model has no v_proj."""
+        singular value; None where it keeps no V, and an empty list if the layers that do are not those with a v_proj.
+        """
         weights = [module.v_proj.weight for module in self.loaded.model.modules() if hasattr(module, "v_proj")]
-        geometry = self.calibration.geometry
-        if len(weights) != geometry.num_layers:
-            return None
-        heads = [w.detach().double().cpu().view(geometry.num_kv_heads, geometry.head_dim, -1) for w in weights]
-        return [torch.linalg.svd(w, full_matrices=False).U[..., : geometry.head_dim - 1] for w in heads]
+        shapes = [layer.v for layer in self.calibration.geometry.layers]
+        if [len(w) for w in weights] != [shape.size for shape in shapes if shape]:
+            return []
+        each = iter(weights)
+        return [shape and _without_least(next(each), shape) for shape in shapes]
 
-    def _projected(self, label: str, bases: list[Tensor] | None, about_mean=(False, True)) -> list[Row]:
+    def _projected(self, label: str, bases: list[Tensor | None], about_mean=(False, True)) -> list[Row]:
         """Rows with V projected onto E [H, d, r] in every layer, without and with its mean taken off first.
 
-        PCA takes off the mean as well. bases: E of each layer; None gives no rows.
+        PCA takes off the mean as well. bases: E of each layer, None where it keeps no V; an empty list gives no rows.
         """
-        rows = []
+        rows, geometry = [], self.loaded.geometry
         for centred in about_mean if bases else ():
-            means = [mean * float(centred) for mean in self.calibration.statistics.v.mean]
             v = [
-                Compressor(quantizer_for_bits(16), Transform(E, E.mT, mean).to(self.loaded.device, torch.float32))
-                for E, mean in zip(bases, means, strict=True)
+                E if E is None else self._projecting(E, mean * float(centred))
+                for E, mean in zip(bases, self.calibration.statistics.v.mean, strict=True)
             ]
-            make = partial(CompressedDynamicCache, [IdentityCompressor()] * len(v), v, sink_tokens=self.sink_tokens)
+            k = [own and IdentityCompressor() for own in v]
+            make = partial(CompressedDynamicCache, k, v, geometry=geometry, sink_tokens=self.sink_tokens)
             name = label + (", about the mean" if centred else "")
             rows.append(Row("nullspace", name, (name,), make))
         return rows
+
+    def _projecting(self, E: Tensor, mean: Tensor) -> Compressor:
+        return Compressor(quantizer_for_bits(16), Transform(E, E.mT, mean).to(self.loaded.device, torch.float32))
 
     def _policies(self) -> list[Row]:
         return [
@@ -191,6 +197,12 @@ class Ablation:
             )
             for name in KVPolicyName
         ]
+
+
+def _without_least(weight: Tensor, shape: Shape) -> Tensor:
+    """An orthonormal basis [H, d, d − 1] of a v_proj's outputs, without each head's smallest singular direction."""
+    w = weight.detach().double().cpu().view(shape.heads, shape.width, -1)
+    return torch.linalg.svd(w, full_matrices=False).U[..., : shape.width - 1]
 
 
 def measure(

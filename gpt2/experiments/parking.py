@@ -70,7 +70,8 @@ def fitting_rows(
 
 
 def subject(loaded: LoadedModel, contexts: Sequence[int]) -> Subject:
-    """A model with weights, which reads the contexts that it was trained for."""
+    """A model with weights, which reads the contexts that it was trained for. Raises PluginError if there are none."""
+    loaded.require_context(min(contexts), "--context-lengths")
     most = loaded.max_context or max(contexts)
     reads = tuple(tokens for tokens in contexts if tokens <= most)
     return Subject(loaded.slug, loaded, reads, cost_model.dimensions(loaded.model.config, loaded.spec))

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from gpt2.common.errors import PluginError, UnsupportedModel
+from gpt2.common.schema import Number, Record
 from gpt2.models.geometry import HYBRID, HYBRID_SLIDING, LINEAR, UNUSED, Geometry, Shape, config_field, layer_kinds
 from gpt2.models.support import SUPPORTED, auto_class, drops_at, refuse_unsupported, rotary_types
 
@@ -52,6 +53,7 @@ def _uncompressed(layer) -> dict[str, int]:
 
 
 SIGNS = 64  # of every matrix
+ROTARY = Record(others=Number())  # what `rotary` gives, in files
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -91,6 +93,26 @@ def likeness(a: dict[str, str], b: dict[str, str]) -> float:
         return 0.0
     different = (int(a["signs"], 16) ^ int(b["signs"], 16)).bit_count()
     return 1 - different / (4 * len(a["signs"]))
+
+
+def rotary(config) -> dict[str, float]:
+    """Numbers of a config's rotary positions, such as `rope_theta`; `full_attention.rope_theta` of a kind of layer.
+
+    The fingerprint has them only where positions are scaled, and stays as it is for the files that have it.
+    """
+    text = config.get_text_config(decoder=True)
+    held = config_field(text, "rope_parameters") or {"rope_theta": config_field(text, "rope_theta")}
+    parts = {f"{name}.": part for name, part in held.items() if isinstance(part, dict)} or {"": held}
+    return {
+        prefix + name: float(value) for prefix, part in parts.items() for name, value in part.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }  # fmt: skip
+
+
+def rotary_difference(one: dict[str, float], other: dict[str, float]) -> str | None:
+    """The first number that differs of those that both have, as "rope_theta 10000, not 500000"; None if none does."""
+    both = (name for name in one if name in other and one[name] != other[name])
+    return next((f"{name} {one[name]:g}, not {other[name]:g}" for name in both), None)
 
 
 def _cache_config(model: PreTrainedModel) -> bytes:

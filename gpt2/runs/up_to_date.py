@@ -195,7 +195,7 @@ class Matcher:
         for need in run.needs:
             record, path = self.record(need), self.product(need)
             if record and "sha256" in record and not path.is_file():
-                names = files.shown(path), self.options.fill("{results}/") + self.runs[need].output
+                names = files.recorded(path), self.options.fill("{results}/") + self.runs[need].output
                 made |= dict.fromkeys(names, record["sha256"])
         return made
 
@@ -241,7 +241,7 @@ def _plain(value, held: dict[str, str]):
     """An argument as it stands in a JSON record, file names replaced by hashes. held: name of a file to its sha256."""
     if isinstance(value, (list, tuple)):
         return [_plain(item, held) for item in value]
-    value = files.shown(value) if isinstance(value, Path) else value
+    value = files.recorded(value) if isinstance(value, Path) else value
     return f"sha256 {held[value]}" if isinstance(value, str) and value in held else value
 
 

@@ -43,7 +43,7 @@ class Worker:
         options = matcher.options
         # Workers with other settings, which would make other results under the same names, use another study
         text, code = Path(options.text or "").name, "any commit" if matcher.any_code else "known commits"
-        name = f"tables of {files.shown(options.results)}, {loading.slug_of(options.model)}, {text}, {code}"
+        name = f"tables of {files.recorded(options.results)}, {loading.slug_of(options.model)}, {text}, {code}"
         self.queue = TrialQueue(storage, name, pace=pace or PACE)
         self._made: set[str] = set()
 

@@ -80,6 +80,10 @@ class WrittenText(Text):
         ids = self.tokens(part, loaded)
         start = start_tokens(loaded.tokenizer)
         width = length - len(start)
+        if width < 1:
+            raise PluginError(
+                f"a segment of {length} token has room for the start token alone: give {flag} {length + 1} or more"
+            )
         available = len(ids) // width
         if available == 0:
             raise PluginError(

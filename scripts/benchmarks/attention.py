@@ -52,7 +52,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=cli.positive_int, default=20, help="timed steps per row and context")
     p.add_argument("--flush-mib", type=cli.positive_int, default=256, help="written before a step to flush caches")
     p.add_argument("--copy-mib", type=cli.positive_int, default=512, help="copied to measure the device's copy speed")
-    p.add_argument("--seed", type=int, default=0, help="of random keys, values and queries")
+    p.add_argument("--seed", type=cli.seed, default=0, help="of random keys, values and queries")
     cli.add_output_flag(p)
     return p
 

@@ -47,13 +47,13 @@ def main() -> None:
     loaded, text, eval_text, paths = script.loaded, script.text, script.eval_text, script.output_files("explore_codecs")
     loaded.require_context(args.seq_len)
     segments = script.evaluation_segments()
-    segments = text.segments("calibration", loaded, args.seq_len, args.samples, args.seed)
-    gathered = gather(loaded, segments, args.sink_tokens, seed=args.seed, progress=cli.bar("calibrating", "seq"))
+    calibrating = text.segments("calibration", loaded, args.seq_len, args.samples, args.seed)
+    gathered = gather(loaded, calibrating, args.sink_tokens, seed=args.seed, progress=cli.bar("calibrating", "seq"))
     rows, known = [], {}
     record = script.record(
         dtype=str(loaded.model.dtype), calibration_text=text.name,
         text_sha256={"calibration": text.sha256("calibration"), "evaluation": eval_text.sha256("evaluation")},
-        calibration_tokens=segments.numel(), segments=list(segments.shape), rows=rows,
+        calibration_tokens=calibrating.numel(), segments=list(segments.shape), rows=rows,
     )  # fmt: skip
     for question in args.rows:
         found = measure(

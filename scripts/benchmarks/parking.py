@@ -27,7 +27,7 @@ def arguments():
                    help="models without weights: files of configs/models, or none")  # fmt: skip
     p.add_argument("--presets", type=names, default="kv8,kv4,kv-4x", help="caches to park")
     p.add_argument("--context-lengths", type=cli.int_list, default=[4096, 8192, 32768], help="tokens of conversations")
-    p.add_argument("--memory-gb", type=float, default=64, help="memory for parked conversations, in 10⁹ bytes")
+    p.add_argument("--memory-gb", type=cli.positive_float, default=64, help="memory for conversations, in 10⁹ bytes")
     p.add_argument("--shape-tokens", type=cli.positive_int, default=1024, help="tokens that a shape's layers read")
     p.add_argument("--repeats", type=cli.positive_int, default=5, help="timed runs per cache and context")
     p.add_argument("--output", type=cli.output_file(".json"), help="JSON file")
@@ -35,8 +35,8 @@ def arguments():
 
 
 def names(words: str) -> list[str]:
-    """`a,b` as ["a", "b"], `none` as []."""
-    return [] if words == "none" else words.split(",")
+    """`a,b` as ["a", "b"], each name once, `none` as []."""
+    return [] if words == "none" else list(dict.fromkeys(words.split(",")))
 
 
 def main() -> None:
@@ -45,11 +45,12 @@ def main() -> None:
     loaded, shapes = script.loaded, random_weights.read_shapes(args.shapes)
     stem = cli.of_this_machine(f"parking_{loaded.slug}", loaded.device)
     output = args.output or files.check_writable(files.RESULTS / "runs" / f"{stem}.json")
+    subject = parking.subject(loaded, args.context_lengths)
     configs = {loaded.slug: loaded.model.config} | shapes
     longest, progress = max(args.context_lengths), cli.bar("bytes", "model")
     parked = parking.fitting_rows(configs, longest, args.presets, 1e9 * args.memory_gb, progress)
     own = machine.before_timing(args.device)
-    woken = [*woken_rows(args, parking.subject(loaded, args.context_lengths), parked, args.context_lengths)]
+    woken = woken_rows(args, subject, parked, args.context_lengths)
     for name, config in shapes.items():
         cut = parking.subject_of_shape(name, config, args.shape_tokens, loaded.device)
         woken += woken_rows(args, cut, parked, [longest])

@@ -34,7 +34,7 @@ def arguments():
     p.add_argument("--presets", type=names, default="kv8,kv4,kv-4x,fast-4x,store-4x", help="caches to predict")
     p.add_argument("--samples", type=cli.positive_int, default=48, help="samples of predicted calibrations")
     p.add_argument("--seq-len", type=cli.positive_int, default=1024, help="tokens per sample of these")
-    p.add_argument("--flops-per-s", type=float, default=2e14, help="assumed speed of the calibrating device")
+    p.add_argument("--flops-per-s", type=cli.positive_float, default=2e14, help="assumed speed of calibration")
     p.add_argument("--timed-shapes", type=names, default=TIMED, help="shapes of which one layer is calibrated")
     p.add_argument("--cache-shapes", type=names, default="llama-3.1-8b.json", help="shapes of measured caches")
     p.add_argument("--timed-presets", type=names, default="kv4,kv-4x,fast-4x,store-4x", help="caches to measure")
@@ -46,8 +46,8 @@ def arguments():
 
 
 def names(words: str) -> list[str]:
-    """`a,b` as ["a", "b"]."""
-    return words.split(",")
+    """`a,b` as ["a", "b"], each name once."""
+    return list(dict.fromkeys(words.split(",")))
 
 
 def main() -> None:

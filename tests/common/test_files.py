@@ -134,6 +134,15 @@ def test_a_record_is_written_after_its_picture_and_also_without_it(tmp_path):
     assert json.loads(record.read_text()) == {"x": 2}, "it took the work"
 
 
+def test_a_path_is_shown_as_it_can_be_pasted_and_recorded_as_it_is_on_every_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "ROOT", tmp_path / "checkout")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    made, own = tmp_path / "checkout/results/p.json", tmp_path / "work/p.json"
+    assert [files.shown(path) for path in (made, own, Path("p.json"))] == [str(made), "p.json", "p.json"]
+    assert [files.recorded(path) for path in (made, own)] == ["results/p.json", str(own)]
+
+
 def test_torch_files_load_without_running_code_and_are_the_same_to_the_byte(tmp_path):
     record = {"t": torch.arange(3), "meta": {"name": "x", "n": 1, "list": [1.5, None, True]}}
     one, two = (write_torch(tmp_path / name, record) for name in ("a.pt", "b.pt"))

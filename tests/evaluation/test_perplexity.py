@@ -82,6 +82,11 @@ def test_batch_size_doesnt_matter_and_every_batch_has_a_fresh_cache(llama, cache
         assert np.array_equal(one[name].nll[:3], one[name].nll[3:])
 
 
+def test_a_segment_without_a_second_token_is_rejected(llama, caches):
+    with pytest.raises(PluginError, match="a segment has 1 tokens: expected at least 2"):
+        score(llama, windows(2, 1), caches)
+
+
 def test_the_baseline_runs_first_and_may_be_left_out(llama, caches):
     scores = score(llama, SEGMENTS, dict(reversed(caches.items())))
     assert scores["x"].kl is not None and scores[BASELINE].kl is None

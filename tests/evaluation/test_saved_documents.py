@@ -53,6 +53,22 @@ def test_blocks_are_those_of_the_tokens_or_not(llama, ids, tmp_path):
     assert cache.get_seq_length() == len(ids), "forks were recomputed, not the cache"
 
 
+@pytest.mark.parametrize("padding", [(0, 0), (0, 30), (70, 5)])
+def test_each_row_of_a_batch_is_recomputed_from_its_own_tokens(llama, ids, tmp_path, padding):
+    batch = torch.stack((ids[:200], ids[90:]))
+    mask = (torch.arange(200) >= torch.tensor(padding)[:, None]).long()
+    batch[mask == 0] = 0
+    cache = from_preset("kv8", llama).make()
+    llama.model.generate(batch, attention_mask=mask, past_key_values=cache, max_new_tokens=1)
+    cache.save(tmp_path / "batch.safetensors", token_ids=batch, model=llama)
+    cache = CompressedDynamicCache.load(tmp_path / "batch.safetensors", model=llama)
+    ((start, difference),) = saved_documents.verify(llama, cache, 2)
+    assert start == 0 and difference < 0.1
+    cache.held_tokens.ids = cache.held_tokens.ids.flip(0)
+    ((_, difference),) = saved_documents.verify(llama, cache, 2)
+    assert difference > saved_documents.SAME
+
+
 def test_the_script(tmp_path, monkeypatch, capsys, model_folder):
     """From a document to an answer, to another preset, and to messages."""
     monkeypatch.chdir(tmp_path)

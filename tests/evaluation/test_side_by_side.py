@@ -29,11 +29,13 @@ def exact(llama):
     return from_preset(FREE_PRESET | {"bits": 16, "name": "exact", "sink_tokens": 4, "recent_tokens": 0}, llama)
 
 
-def test_a_document_is_the_end_of_a_file_or_of_the_evaluation_part(llama, tmp_path):
+def test_a_document_is_the_end_of_a_file_or_of_the_evaluation_part(llama, tmp_path, monkeypatch):
     (tmp_path / "t.txt").write_text(word_text(500))
     words = llama.tokenizer(word_text(500), add_special_tokens=False).input_ids
     assert read_document(str(tmp_path / "t.txt"), llama, 1000).tolist() == words, "a file as a whole"
     assert read_document(str(tmp_path / "t.txt"), llama, 40).tolist() == words[-40:]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_document("~/t.txt", llama, 1000).tolist() == words, "in the home folder too"
     (tmp_path / "a-valid.txt").write_text("w2 " * 90)
     (tmp_path / "a-test.txt").write_text("w3 " * 50)
     assert read_document(str(tmp_path), llama, 1000).tolist() == [3] * 50, "nothing that a calibration may have read"
@@ -119,5 +121,7 @@ def test_the_script_shows_one_table_and_writes_what_it_shows(tiny_flags, tmp_pat
     assert run(GENERATE, *flags, "w2 w3 w4", "--max-new-tokens", "4") == 0
     out = capsys.readouterr().out
     assert "[uncompressed] w" in out and "[kv8] w" in out and listing(tmp_path) == before
-    for bad, message in (([*flags, "w2"], "expected at least 2"), (tiny_flags[:2], "give --preset")):
+    for bad, message in (([*flags, "w2 w3"], "the prompt has 2 tokens: expected at least 3"),
+                         ([*flags[:-1], "--document", "words.txt", "--document-tokens", 1], "expected at least 2"),
+                         (tiny_flags[:2], "give --preset")):  # fmt: skip
         assert run(GENERATE, *bad) == 2 and message in capsys.readouterr().err

@@ -209,11 +209,12 @@ def test_metadata_is_what_fits_its_bits():
 
 
 def test_the_script_writes_a_table_and_a_figure(tiny_flags, tmp_path, capsys):
-    small = "--samples 2 --seq-len 128 --eval-tokens 256 --eval-seq-len 128 --bits 4,2 --rows levels,rotation"
+    small = "--samples 3 --seq-len 128 --eval-tokens 512 --eval-seq-len 256 --bits 4,2 --rows levels,rotation"
     assert run("benchmarks/codec_variations", *tiny_flags, *small.split(), "--output", "explore_codecs_tiny.json") == 0
     assert is_drawn(tmp_path / "explore_codecs_tiny.png")
     record = json.loads((tmp_path / "explore_codecs_tiny.json").read_text())
-    assert len(record["rows"]) == 2 * (2 + 2) and record["segments"] == [2, 128]
+    assert len(record["rows"]) == 2 * (2 + 2) and record["segments"] == [2, 256]
+    assert record["calibration_tokens"] == 3 * 128 and record["rows"][0]["tokens"] == 2 * 255, "measured on other text"
     table = regions.fill("<!-- results: explore_codecs_tiny rotation -->\n<!-- end -->", tmp_path)
     assert "| rotation: **none** |" in table and "levels" not in table
     assert "| changed | KL at 4 bits | KL at 2 bits | Δ perplexity at 2 bits |" in table

@@ -33,6 +33,16 @@ def test_what_fits(record):
     assert rows[1]["fit"] > rows[2]["fit"] > rows[0]["fit"] > 0
 
 
+def test_contexts_that_are_all_beyond_the_models_are_rejected_before_anything_is_counted(
+    model_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(parking, "fitting_rows", lambda *args: pytest.fail("counted"))
+    flags = ["--model", model_folder, "--shapes", "none", "--presets", "kv4", "--output", tmp_path / "p.json"]
+    assert run("benchmarks/parking", *flags, "--context-lengths", "700,600") == 2
+    err = capsys.readouterr().err
+    assert "a context of 600 tokens is longer than the 512" in err and "use --context-lengths 512 or less" in err
+
+
 def test_the_basis_takes_its_room_once():
     configs = {"tiny": tiny_model("llama").config}
     row = parking.fitting_rows(configs, 300, ["kv4"], 0)[1]

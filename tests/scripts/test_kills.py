@@ -28,7 +28,7 @@ import pictures
 import pytest
 import torch
 from forked import Child, at_every_write, start, unprivileged
-from jobs import JOBS, Job, make_home
+from jobs import JOBS, Job, make_home, results_here
 from matplotlib.figure import Figure
 from PIL import Image
 from sampling import ALL, covering
@@ -82,7 +82,9 @@ class Run:
 
     def start(self, *before) -> Child:
         said = self.folder.parent / f"{self.folder.name} said"
-        return start(self.job.script, self.flags, self.folder, said, draw_small, *self.job.before, *before)
+        return start(
+            self.job.script, self.flags, self.folder, said, draw_small, results_here, *self.job.before, *before
+        )
 
     def complete(self, *before) -> tuple[Child, int]:
         child = self.start(*before)

@@ -61,14 +61,18 @@ def test_the_script_measures_a_model_with_weights(shape, script, tmp_path):
     assert "Weights" not in tables.profile(record, []).note
 
 
-def test_codes_read_directly_are_measured_for_later_and_slower_ones_named(shape, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("busy", [0.0, 1.0])
+def test_codes_read_directly_are_measured_for_later_and_slower_ones_named(busy, shape, monkeypatch, tmp_path, capsys):
+    """For later only where nothing else is running: what is kept is asked for ever after."""
+    monkeypatch.setattr(machine, "busy_cores", lambda: busy)
     monkeypatch.setattr(crossover, "KNOWN", Crossovers(lambda: tmp_path / "kept.json"))
     monkeypatch.setattr(crossover, "measure", lambda *args: Crossover([8], [2.0], [1.0]))
     rows = []
     monkeypatch.setattr(lineup, "slower_directly", lambda found: rows.extend(found) or "note: it was slower")
     assert run(PROFILE, *shape, *SMALL, "--direct", "--output", "out/r.json") == 0
-    assert len(json.loads((tmp_path / "kept.json").read_text())["crossovers"]) == 2, "one for each batch size"
     said = capsys.readouterr().out
+    assert ("isn't measured now, as other work is running" in said) == bool(busy) != (tmp_path / "kept.json").exists()
+    assert busy or len(json.loads((tmp_path / "kept.json").read_text())["crossovers"]) == 2, "one for each batch size"
     assert said.count("note: it was slower\n") == 1 and said.index("memory") < said.index("note: it was slower")
     assert [row["cache"] for row in rows] == [BASELINE, "int4", "int4, direct"] * 2
 

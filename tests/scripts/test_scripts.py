@@ -40,16 +40,18 @@ def test_help_is_a_manual_unknown_flags_are_rejected_and_ctrl_c_is_expected(scri
     assert next(name for name in names if name not in sys.stdlib_module_names) == "gpt2"
 
 
-def test_calibrate_writes_where_it_is_asked_to(tiny_flags, tmp_path, capsys):
+def test_calibrate_writes_where_it_is_asked_to(tiny_flags, tmp_path, capsys, monkeypatch):
     assert run(CALIBRATE, *tiny_flags, *SMALL, "--rank", 9, "--output", "out/c.pt", "--gradient-checkpointing") == 0
     assert listing(tmp_path) == {"words.txt", "out/c.pt", "out/c.png"}
     meta = load_calibration(tmp_path / "out/c.pt").meta
     assert (meta["rank"], meta["samples"], meta["seq_len"], meta["tokens"]) == (9, 3, 64, 192)
     said = capsys.readouterr().out
     assert "variance kept at rank 9 of 12" in said and "need no gradients" in said
+    monkeypatch.setattr(files, "RESULTS", tmp_path / "checkout" / "results")
     assert run(CALIBRATE, *tiny_flags, *SMALL) == 0
     (written,) = {name for name in listing(tmp_path) if name.endswith(".pt")} - {"out/c.pt"}
-    assert written.startswith("results/calibrations/kv_lowrank_calib_tiny-llama"), "without --output"
+    assert written.startswith("checkout/results/calibrations/kv_lowrank_calib_tiny-llama"), "without --output"
+    assert f"wrote {written} and " in capsys.readouterr().out
 
 
 def test_safetensors_all_the_way(tiny_flags, tmp_path):
@@ -132,6 +134,7 @@ BAD = [
     ([CALIBRATE, "--seq-len", "511", "--text", "short.txt"], "fewer than one segment of 511"),
     ([CALIBRATE, "--seq-len", "4"], "longer than the 4 sink tokens"),
     ([CALIBRATE, "--device", "cuda:9"], "is not there"),
+    ([TUNE, "--eval-seq-len", "1"], "an evaluated segment has 1 token: expected at least 2"),
     ([TUNE, "--target-ppl-delta", "5"], "5 is out of range: 0.05 means 5 %"),
     ([TUNE, "--target-ppl-delta", "-0.1"], "out of range"),
     ([TUNE, "--rank-grid", "12,x"], "invalid"),

@@ -28,6 +28,11 @@ def soon_stale() -> None:
     trial_queue.PACE = worker.PACE = trial_queue.Pace(1, 2, 0.1)
 
 
+def results_here() -> None:
+    """What is written without --output, such as a calibration, goes to the working folder, not to this checkout."""
+    files.RESULTS = Path.cwd() / "results"
+
+
 def in_this_checkout() -> None:
     """The working folder is the checkout whose results and pages are made."""
     files.ROOT, files.RESULTS = Path.cwd(), Path.cwd() / "results"

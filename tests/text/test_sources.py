@@ -68,6 +68,8 @@ def test_parts_of_tokens_have_no_start_token_in_the_middle_and_every_segment_has
     assert (segments[:, 0] == 1).all() and segments.shape[1] == 9
     found = segments[:, 1:].flatten()
     assert torch.equal(found, joined[: len(found)]), "no token is lost between segments"
+    with pytest.raises(PluginError, match="room for the start token alone: give --eval-seq-len 2 or more"):
+        text.segments("calibration", reader, 1, flag="--eval-seq-len")
 
 
 @pytest.mark.parametrize(("seed", "length"), [(None, 7), (0, 64), (1, 7), (None, 64)])

@@ -15,6 +15,7 @@ from script_runs import listing, run
 from searches import search_of
 from tiny import save_tiny, tiny_loaded, word_tokenizer
 
+from gpt2.common import files
 from gpt2.common.errors import BadArtefact, PluginError
 from gpt2.compression.cache.size import attention_ratio, cache_bytes, filled, held_bytes, plain_bytes
 from gpt2.compression.calibration.calibrate import calibrate
@@ -64,11 +65,11 @@ def test_the_calibration_is_compact_and_used_again(llama, calibration, tmp_path,
 @pytest.fixture
 def make_presets(tiny_flags, tmp_path):
     """Runs the script on the tiny Llama; returns its exit code and the files that it has added to `out`."""
-    small = ["--samples", 2, "--seq-len", 100, "--eval-tokens", 256, "--eval-seq-len", 128, "--output", "out"]
+    small = ["--samples", 2, "--seq-len", 100, "--eval-tokens", 256, "--eval-seq-len", 128]
 
-    def call(*flags) -> tuple[int, set[str]]:
+    def call(*flags, output: str | None = "out") -> tuple[int, set[str]]:
         before = listing(tmp_path)
-        code = run("make_presets", *tiny_flags, *small, *flags)
+        code = run("make_presets", *tiny_flags, *small, *flags, *(["--output", output] if output else []))
         return code, {name.removeprefix("out/") for name in listing(tmp_path) - before}
 
     return call
@@ -101,10 +102,11 @@ def test_the_script_makes_presets_that_work(make_presets, llama, model_folder, t
     draw_nothing(monkeypatch)
     # A tag measures only; another basis gives other names, without a note where it was asked for
     capsys.readouterr()
-    code, made = make_presets("--ratios", "2", "--codec", "joint", "--tag", "b", "--whole-cache", 512)
+    monkeypatch.setattr(files, "RESULTS", tmp_path / "checkout")  # without --output
+    code, made = make_presets("--ratios", "2", "--codec", "joint", "--tag", "b", "--whole-cache", 512, output=None)
     assert code == 0 and made == {
-        f"runs/ratio_presets_joint_whole_{slug}_b.json", f"plots/ratio_presets_joint_whole_{slug}_b.png",
-        f"calibrations/kv_joint_{slug}_b.pt",
+        f"checkout/runs/ratio_presets_joint_whole_{slug}_b.json",
+        f"checkout/plots/ratio_presets_joint_whole_{slug}_b.png", f"checkout/calibrations/kv_joint_{slug}_b.pt",
     }  # fmt: skip
     said = capsys.readouterr().out
     assert "store-2x-whole: " in said and "of the whole cache at 512 tokens" in said and "note: " not in said

@@ -106,7 +106,7 @@ class Keeping(Cache):
         target = from_cache(self, preset, model=model, config=config, geometry=self.geometry)
         known = self.recipe and self.recipe.fingerprint
         if target.recipe.fingerprint is None and known:
-            target.recipe = Recipe(**vars(target.recipe) | {"fingerprint": known})
+            target.recipe = Recipe(**vars(target.recipe) | {"fingerprint": known, "rotary": self.recipe.rotary})
         target.held_tokens = HeldTokens(self.held_tokens.ids)
         return target
 

@@ -6,7 +6,7 @@ Presets come after the cache in the order of packages, so what makes a cache of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # Of a preset: what says nothing of how tokens are stored, and the folder on this machine
 LEFT_OUT = {"trials", "refused_on_evaluation_text", "provenance", "folder", "figures"}
@@ -16,18 +16,21 @@ LEFT_OUT = {"trials", "refused_on_evaluation_text", "provenance", "folder", "fig
 class Recipe:
     """preset: its JSON object. model: names the model. fingerprint: of the model, None where it isn't known.
 
-    windows: numbers of exact tokens, `sink_tokens` and `recent_tokens`.
+    windows: numbers of exact tokens, `sink_tokens` and `recent_tokens`. rotary: numbers of the model's rotary
+    positions, as `probe.rotary` gives them; empty where they aren't known.
     """
 
     preset: dict
     model: str
     fingerprint: str | None
     windows: dict[str, int]
+    rotary: dict[str, float] = field(default_factory=dict)
 
     def record(self) -> dict:
         """As a JSON object."""
         preset = {key: value for key, value in self.preset.items() if key not in LEFT_OUT}
-        return {"preset": preset, "model": self.model, "fingerprint": self.fingerprint, "windows": self.windows}
+        about = {"preset": preset, "model": self.model, "fingerprint": self.fingerprint, "windows": self.windows}
+        return about | ({"rotary": self.rotary} if self.rotary else {})
 
 
 class _FromPresets:

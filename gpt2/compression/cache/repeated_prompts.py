@@ -18,16 +18,21 @@ def reject_repeated(store: TokenStore, keys: Tensor) -> None:
     use_cache=False, where generate feeds the prompt and one token more at each step, and where generate is given a
     prompt that the cache holds to its end. In models whose K has no positions (ALiBi), a text that is fed twice in a
     row is rejected by mistake. keys: [B, H, n, d], as the store takes them.
+
+    Where the first layer has a window, what it still holds of the prompt is compared: nothing tells that a prompt was
+    fed again behind an answer as long as the window. Nor where it keeps no K and V (linear attention): K of later
+    layers depends on all tokens before, and differs the second time.
     """
     held, n = store.seen, keys.shape[2]
     # Of a prompt that is a part of what is held, generate leaves out as many tokens as are held beyond it: of P tokens
     # it feeds n = P - (held - P)
     start = (held - n) // 2
-    part = n >= FEWEST_ALIKE and start > 0 and (held - n) % 2 == 0
+    unknown = max(store.forgotten - start, 0)  # of the new ones, those that a window has forgotten
+    part = n - unknown >= FEWEST_ALIKE and start > 0 and (held - n) % 2 == 0
     whole = n in (held, held + 1)
     if not held or not (part or whole) or _alike(keys):  # rarely more than numbers are compared
         return
-    if part and store.holds_at(keys, start):
+    if part and store.holds_at(keys[:, :, unknown:], start + unknown):
         raise PluginError(
             f"a prompt of {n + start} tokens was given to a cache that holds it and {held - n - start} tokens "
             "more, so its last tokens would count twice: reset() the cache or make a new one, or give generate the "

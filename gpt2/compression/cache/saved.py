@@ -18,17 +18,19 @@ from torch import Tensor
 
 from gpt2.common import mapped_file
 from gpt2.common.errors import BadArtefact, PluginError
-from gpt2.common.schema import Anything, Nullable, OneOf, Record, String, Whole, parse
+from gpt2.common.schema import Anything, Default, Nullable, OneOf, Record, String, Whole, parse
 from gpt2.compression.cache import contents
 from gpt2.compression.cache.held_tokens import HeldTokens, as_ids
 from gpt2.compression.cache.recipe import FROM_PRESETS
 from gpt2.models.geometry import LAYERS, Geometry, Shape
+from gpt2.models.probe import ROTARY, rotary, rotary_difference
 
 FORMAT, KIND = "kv-plugin-cache/1", "saved cache"
 MOST_TOKENS = 2**31  # larger than any model's context
 RECIPE = Record({
     "preset": Record(others=Anything()), "model": String(), "fingerprint": Nullable(String(64)),
     "windows": Record({name: Whole(0, MOST_TOKENS) for name in ("sink_tokens", "recent_tokens")}),
+    "rotary": Default(ROTARY, {}),  # older files have none
 })  # fmt: skip
 HEADER = Record({
     "format": OneOf((FORMAT,)), "recipe": Nullable(RECIPE), "geometry": LAYERS, "tokens": Whole(0, MOST_TOKENS),
@@ -61,12 +63,17 @@ def save(cache, path: str | Path, token_ids, model) -> Path:
     tensors["token_ids"] = [ids.to(torch.int32)]
     about = recipe and recipe.record()
     if about and model is not None:
-        about |= {"fingerprint": FROM_PRESETS.fingerprint_of(model)}
+        about |= {"fingerprint": FROM_PRESETS.fingerprint_of(model), "rotary": rotary(_config_of(model))}
     header = {
         "format": FORMAT, "recipe": about, "geometry": _geometry(cache).record(), "tokens": length, "rows": cache.rows,
         "contents": record,
     }  # fmt: skip
     return mapped_file.write(path, header, tensors)
+
+
+def _config_of(model):
+    """Of a LoadedModel or a PreTrainedModel."""
+    return (model if hasattr(model, "config") else model.model).config
 
 
 def _geometry(cache) -> Geometry:
@@ -124,6 +131,9 @@ def _empty(header: dict, path: Path, model, config):
         if found != recipe["fingerprint"]:
             raise BadArtefact(f"it was filled by {recipe['model']} (fingerprint {recipe['fingerprint']}), not by this "
                               f"model ({found}): load it with that one, or {AGAIN}")  # fmt: skip
+    if difference := rotary_difference(recipe["rotary"], rotary(config or _config_of(model))):
+        raise BadArtefact(f"it was filled by {recipe['model']} with other rotary positions than this model's "
+                          f"({difference}): load it with that one, or {AGAIN}")  # fmt: skip
     preset = recipe["preset"] | {"folder": str(path.parent)}
     cache = FROM_PRESETS.create(preset, model=model, config=config, **recipe["windows"])
     known = all(layer.k is None or layer.k.heads for layer in geometry.layers)

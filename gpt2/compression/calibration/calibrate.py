@@ -21,7 +21,7 @@ from gpt2.compression.codecs import basis_of, full_rank, multi_head_bases, needs
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.codecs.formats import BLOCK
 from gpt2.models.loading import LoadedModel
-from gpt2.models.probe import sketch
+from gpt2.models.probe import rotary, sketch
 from gpt2.text.sources import Text
 
 
@@ -159,6 +159,7 @@ def calibration_key(loaded: LoadedModel, text: Text, samples: int, seq_len: int,
     """What decides a calibration's statistics: a file with the same values can be used again."""
     return {
         "fingerprint": loaded.fingerprint,
+        "rotary": rotary(loaded.model.config),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "text_sha256": text.sha256("calibration"),
         "samples": samples,

@@ -26,6 +26,7 @@ from gpt2.compression.codecs import basis_of, full_rank, multi_head_bases, needs
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.codecs.moments import Moments
 from gpt2.models.geometry import LAYERS, Geometry, Shape
+from gpt2.models.probe import ROTARY
 
 FORMAT = "kv-plugin-calibration/1"
 REMEDY = "make the file again"
@@ -48,6 +49,7 @@ META = {
     "model": _NAME,
     "fingerprint": _NAME,
     "sketch": Default(Record({"config": _HEX, "signs": _HEX})),  # files made before it have none
+    "rotary": Default(ROTARY),  # nor this
     "num_layers": _SIZE,
     "num_kv_heads": _SIZE,
     "head_dim": _SIZE,
@@ -185,7 +187,12 @@ def _square(shape: Shape) -> tuple[int, int, int]:
     return shape.heads, shape.width, shape.width
 
 
+def calibration_folder() -> Path:
+    """Where a new calibration goes: results/calibrations of this checkout, where presets and runs go too."""
+    return files.RESULTS / "calibrations"
+
+
 def calibration_folders() -> list[Path]:
-    """Where calibrations lie: results/calibrations of the working folder and of this checkout."""
+    """Where calibrations are looked for: results/calibrations of the working folder and of this checkout."""
     here = Path("results") / "calibrations"
-    return [here] if here.resolve() == (files.RESULTS / "calibrations") else [here, files.RESULTS / "calibrations"]
+    return [here] if here.resolve() == calibration_folder() else [here, calibration_folder()]

@@ -16,7 +16,7 @@ from gpt2.compression.calibration.statistics import Statistics
 from gpt2.compression.codecs import BASES, Quantizer, Transform, basis_of
 from gpt2.compression.codecs.moments import Moments
 from gpt2.models.geometry import LAYERS, Geometry
-from gpt2.models.probe import likeness, sketch
+from gpt2.models.probe import likeness, rotary, rotary_difference, sketch
 
 if TYPE_CHECKING:
     from gpt2.models.loading import LoadedModel
@@ -135,6 +135,11 @@ class Calibration:
         Of a copy whose weights differ a little, quantized or tuned further, its bases are used with a warning.
         """
         meta = self.meta
+        if difference := rotary_difference(meta.get("rotary", {}), rotary(loaded.model.config)):
+            raise BadArtefact(
+                f"{where}: calibrated on {meta['model']} with other rotary positions than those of {loaded.spec} "
+                f"({difference}): calibrate this model"
+            )
         if meta["fingerprint"] == loaded.fingerprint:
             return
         alike = likeness(meta["sketch"], sketch(loaded.model)) if "sketch" in meta else 0.0

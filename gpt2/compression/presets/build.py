@@ -30,7 +30,7 @@ from gpt2.compression.presets.schema import FIGURES, FORMAT, Preset, parse
 from gpt2.compression.settings import TARGETS, build, needs_calibration_file
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel, described
-from gpt2.models.probe import fingerprint, geometry_of
+from gpt2.models.probe import fingerprint, geometry_of, rotary
 from gpt2.models.support import warn_of_drop, warn_of_positions
 
 _BUILDING = threading.Lock()  # so that threads that ask for the same compressors at the same time share them
@@ -78,7 +78,7 @@ def create_cache_from_preset(
 def recipe_of(preset: Preset, exact: dict[str, int], spec: str, model: LoadedModel | None) -> Recipe:
     """What a cache of a preset is made from, as a file of it says it."""
     known = None if model is None or model.random_weights else model.fingerprint
-    return Recipe(preset.record, spec, known, exact)
+    return Recipe(preset.record, spec, known, exact, rotary(model.model.config) if known else {})
 
 
 def fingerprint_of(model: LoadedModel | PreTrainedModel) -> str:

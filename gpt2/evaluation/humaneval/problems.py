@@ -14,6 +14,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,8 @@ def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
         problem = Problem(record["task_id"], record["prompt"], record["entry_point"], record["test"])
         if not problem.entry_point.isidentifier():
             raise BadArtefact(f"{where}: entry_point: expected the name of a function, found {problem.entry_point!r}")
+        if not problem.prompt.strip():
+            raise BadArtefact(f"{where}: task_id {problem.task_id!r}: prompt: expected a function's head, found none")
         if problems.setdefault(problem.task_id, problem) is not problem:
             raise BadArtefact(f"{where}: task_id {problem.task_id!r} comes twice: give each problem its own")
     if not problems:
@@ -79,5 +82,5 @@ def _text(path: Path) -> str:
         if len(content) > MOST_BYTES:
             raise BadArtefact(f"{path}: expected at most {MOST_BYTES:,} bytes of problems")
         return content.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise BadArtefact(f"{path}: expected a file of problems, .jsonl or .jsonl.gz: {error}") from error

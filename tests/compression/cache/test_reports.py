@@ -28,10 +28,12 @@ PROMPT = prompt(60)
 # --- a cache that is used again
 
 
-@pytest.mark.parametrize(("name", "steps"), [("identity", 1), ("kv8", 20), ("kv4", 1)])
-def test_the_same_prompt_again_or_a_shorter_one_is_rejected(name, steps):
-    """Also after a run that Ctrl-C ended between steps: some tokens of an answer are held."""
-    model = model_of("llama")
+@pytest.mark.parametrize(("name", "steps", "window"), [
+    ("identity", 1, None), ("kv8", 20, None), ("kv4", 1, None), ("identity", 1, 24), ("kv8", 9, 24), ("kv4", 20, 32),
+])  # fmt: skip
+def test_the_same_prompt_again_or_a_shorter_one_is_rejected(name, steps, window):
+    """Also after a run that Ctrl-C ended between steps: some tokens of an answer are held; and of windows alone."""
+    model = tiny_model("mistral", sliding_window=window) if window else model_of("llama")
     cache = cache_of(name, model)
     generate(model, cache, PROMPT, max_new_tokens=steps + 1)
     with pytest.raises(PluginError, match="a prompt of 60 tokens was given to a cache that holds it and"):

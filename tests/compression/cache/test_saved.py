@@ -188,6 +188,12 @@ def test_files_of_other_kinds_and_of_other_models(good, tmp_path, model):
         rejected("no such file|no regular file", load, path, model=model, error=BadArtefact)
     by_another = r"filled by llama \(fingerprint \w{16}\), not by this model"
     rejected(by_another, load, good, model=other, error=BadArtefact)
+    turned = tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    by_positions = r"filled by llama with other rotary positions .*\(rope_theta 10000, not 500000\)"
+    for how in ({"model": turned}, {"config": turned.config}):
+        rejected(by_positions, load, good, **how, error=BadArtefact)
+    older = rewritten(good, lambda header: header["recipe"].pop("rotary"))
+    assert load(older, model=turned).rows == 2, "older files don't say them"
     smaller = tiny_model("llama", num_hidden_layers=2).config
     rejected("another model", load, good, config=smaller, error=BadArtefact)
     assert load(good, config=other.config).rows == 2, "a config tells layers alone"

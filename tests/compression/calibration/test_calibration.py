@@ -1,5 +1,6 @@
 """Calibration: files that are checked, and reuse only of what matches."""
 
+import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -183,7 +184,7 @@ def obtain(loaded, text=TEXT, **changes):
 
 def test_a_new_calibration_goes_to_results_and_is_used_again(space, llama, made, monkeypatch):
     first, path = obtain(llama)
-    assert path.parent == file.calibration_folders()[0] and "tiny-llama" in path.name and same(first, made)
+    assert path.parent == space / "checkout/results/calibrations" and "tiny-llama" in path.name and same(first, made)
     monkeypatch.setattr(reuse, "calibrate", None)  # it would fail
     second, again = obtain(llama)
     assert again == path and same(second, first)
@@ -198,15 +199,22 @@ def test_where_a_calibration_is_found(space, llama, made, folder):
 
 def test_reuse_is_only_on_a_full_match(space, llama, made):
     old = save_calibration(made, space / "work" / "old.pt")
-    others = [{"samples": 2}, {"seq_len": 40}, {"seed": 1}, {"sink_tokens": 3}, {"layers": 2},
+    others = [{"samples": 2}, {"seq_len": 40}, {"seed": 1}, {"sink_tokens": 3}, {"layers": 2}, {"theta": 5e5},
               {"text": by_position("words", "words.txt", word_text(3000, seed=1))}]  # fmt: skip
     for changed in others:
-        loaded = tiny_loaded("llama", num_hidden_layers=changed.pop("layers", 3))
+        rotary = {"rope_type": "default", "rope_theta": changed.pop("theta", 1e4)}
+        loaded = tiny_loaded("llama", num_hidden_layers=changed.pop("layers", 3), rope_parameters=rotary)
         found, path = obtain(loaded, **changed)
         assert path.resolve() != old and load_calibration(old).meta == made.meta, "the old one stays"
         assert found.geometry == loaded.geometry
     _, path = obtain(wrap(tiny_model("llama").bfloat16(), word_tokenizer(), "tiny-llama"))
     assert path.resolve() != old, "other numbers come of a model in another dtype"
+
+
+def test_an_older_file_that_doesnt_say_rotary_positions_is_used(space, llama, made):
+    older = {key: value for key, value in made.meta.items() if key != "rotary"}
+    path = save_calibration(dataclasses.replace(made, meta=older), space / "work" / "old.pt")
+    assert obtain(llama)[1].resolve() == path
 
 
 def test_a_damaged_one_that_was_found_says_how_to_get_another(space, llama, made):

@@ -1,6 +1,7 @@
 """Which models may use a calibration: its own, and with a warning copies whose weights differ a little."""
 
 import copy
+import dataclasses
 import logging
 
 import pytest
@@ -33,12 +34,25 @@ def test_a_quantized_copy_may_use_it_with_a_warning(calibration, llama, caplog):
     assert "copy.pt: calibrated on tiny-llama with other weights than those of a copy" in caplog.text
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}])
+OTHER_THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, LINEAR, OTHER_THETA])
 def test_other_models_are_rejected(calibration, llama, change):
     """Of other weights, and of the same weights at other positions."""
     other = tiny_loaded("llama", **change)
     with pytest.raises(BadArtefact, match=r"calibrated on tiny-llama .*calibrate this model"):
         calibration.check_model(other, "c.pt")
+
+
+def test_rotary_positions_are_compared_where_a_file_says_them(calibration):
+    """Files that were made before don't, and keep their model's fingerprint, which has only scaled positions."""
+    other = tiny_loaded("llama", **OTHER_THETA)
+    with pytest.raises(BadArtefact, match=r"other rotary positions .*\(rope_theta 10000, not 500000\)"):
+        calibration.check_model(other, "c.pt")
+    older = {key: value for key, value in calibration.meta.items() if key != "rotary"}
+    dataclasses.replace(calibration, meta=older).check_model(other, "c.pt")
 
 
 def test_likeness_is_the_share_of_signs_in_common(llama):
