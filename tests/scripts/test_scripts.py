@@ -146,6 +146,7 @@ BAD = [
     ([CALIBRATE, "--output", "x" * 300 + ".pt"], "File name too long"),
     ([CALIBRATE, "--output", "c.json"], "expected a name that ends in .pt or .safetensors, got c.json"),
     ([TUNE, "--output", "p.txt"], "expected a name that ends in .json, got p.txt"),
+    (["benchmarks/calibration", "--seq-len", "511", "--text", "short.txt"], "fewer than one segment of 511"),
     (["eval_stability", "--preset", "kv4", "--output", "s"], "expected a name that ends in .json, got s"),
     ([GENERATE, "--preset", "x" * 300 + ".json"], "no preset file"),
     ([TUNE, "--study", "half.db"], "can't use half.db as a study"),
