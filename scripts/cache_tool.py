@@ -71,7 +71,6 @@ def main() -> None:
     loaded = loading.load(args.model, args.device, args.dtype)
     if args.command == "read":
         ids = saved_documents.document_ids(args.document, loaded, args.document_tokens)
-        loaded.require_context(len(ids), "--document-tokens")
         how = {"chunk": args.prefill_chunk, "save_every_s": args.save_every, "progress": cli.bar("read", "chunk")}
         saved_documents.read(loaded, from_preset(args.preset, loaded), ids, args.output, **how)
         return info(args.output)

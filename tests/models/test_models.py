@@ -130,6 +130,10 @@ def test_a_context_longer_than_trained_is_rejected(llama):
     llama.require_context(512)
     with pytest.raises(PluginError, match="513 tokens is longer than the 512 that tiny-llama .* --seq-len 512"):
         llama.require_context(513)
+    with pytest.raises(PluginError, match="600 more .* use a smaller --new-tokens"):
+        llama.require_context(30, "--prompt-tokens", after=600, after_flag="--new-tokens")
+    with pytest.raises(PluginError, match="use --prompt-tokens 12 or less"):
+        llama.require_context(30, "--prompt-tokens", after=500, after_flag="--new-tokens")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
