@@ -112,18 +112,16 @@ def calibrate(
 def chosen_codec(codec: str | None, metric: str | None, compact: bool) -> tuple[str, str]:
     """Codec and metric of a calibration for which the user gave both, one or neither of them.
 
-    compact: choose a multi-head codec, the only kind that a compact file can hold. Raises PluginError where the given
-    codec or metric rules that out.
+    compact: choose a multi-head codec, the only kind that a compact file can hold, the first one if neither is given.
+    Raises PluginError where the given codec or metric rules that out.
     """
-    chosen = codec or metric or "pca"
-    metric = metric or basis_of(chosen).metric
-    if compact and not basis_of(chosen).multi_head:
-        several = list(multi_head_bases())
-        if codec or not takes_gradients(metric):
-            raise PluginError(f"--compact keeps one multi-head codec, which needs gradients: give --codec "
-                              f"{' or '.join(several)}")  # fmt: skip
-        chosen = several[0]
-    return chosen, metric
+    several = list(multi_head_bases())
+    if compact and (codec not in (None, *several) or (metric and not takes_gradients(metric))):
+        given = f"--codec {codec}" if codec not in (None, *several) else f"--metric {metric}"
+        raise PluginError(f"--compact keeps one codec that heads share, and {given} is none that goes with it: give "
+                          f"--codec {' or '.join(several)}, or leave --codec and --metric out")  # fmt: skip
+    chosen = codec or (several[0] if compact else metric or "pca")
+    return chosen, metric or basis_of(chosen).metric
 
 
 def recalibrate(calibration: Calibration, loaded: LoadedModel, text: Text, number: int, progress=iter) -> Calibration:
