@@ -45,7 +45,7 @@ def obtain_calibration(
     if path:
         print(f"calibration: using {path}", flush=True)
         try:
-            calibration = load_calibration(path)
+            calibration = load_calibration(path, loaded.spec)
         except BadArtefact as error:
             if given:
                 raise

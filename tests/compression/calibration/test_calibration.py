@@ -121,8 +121,8 @@ def test_every_rank_is_cut_from_one_file(made, path):
 
 def test_other_files_are_rejected(tmp_path):
     """Each with its message; many more are in test_bad_files."""
-    with pytest.raises(CalibrationNotFound, match=r"Calibration file not found: .*none\.pt.*calibrate_kv_lowrank\.py"):
-        load_calibration(tmp_path / "none.pt")
+    with pytest.raises(CalibrationNotFound, match=r"Calibration file not found: .*none\.pt.*lowrank\.py --model M "):
+        load_calibration(tmp_path / "none.pt", "M")
     (tmp_path / "text.pt").write_text("{}")
     for path in (tmp_path, tmp_path / "text.pt"):
         rejected(path, "not a readable calibration file", "make it again")
