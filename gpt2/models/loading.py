@@ -30,8 +30,15 @@ DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def slug_of(spec: str) -> str:
-    """A model's spec as a part of a file name."""
-    return Path(spec.rstrip("/")).name.lower().replace(" ", "-")
+    """A model's spec as a part of a file name. A folder has its real name, also where it is spelled `.` or `..`."""
+    return os.path.basename(os.path.abspath(os.path.expanduser(spec))).lower().replace(" ", "-")
+
+
+def plain_spec(spec: str) -> str:
+    """A model's spec in the spelling that results have: a folder without `./` before it and `/` behind it."""
+    plain = os.path.normpath(spec) if spec else spec
+    is_folder = os.path.isfile(os.path.join(os.path.expanduser(plain), "config.json"))
+    return plain if is_folder and plain != EMBEDDED else spec  # a folder of that name needs its ./
 
 
 @dataclass

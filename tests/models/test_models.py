@@ -136,6 +136,17 @@ def test_a_context_longer_than_trained_is_rejected(llama):
         llama.require_context(30, "--prompt-tokens", after=500, after_flag="--new-tokens")
 
 
+def test_a_folder_has_one_name_however_it_is_spelled(llama_folder, monkeypatch):
+    name = llama_folder.name
+    monkeypatch.chdir(llama_folder.parent)
+    for spelled in (f"{name}/", f"./{name}", f"./{name}//", f"../{llama_folder.parent.name}/{name}/../{name}"):
+        assert loading.slug_of(spelled) == "tiny-llama"
+        assert spelled.startswith("..") or loading.plain_spec(spelled) == name
+    assert loading.plain_spec("Org/Name") == "Org/Name" and loading.plain_spec("./none") == "./none"
+    monkeypatch.chdir(llama_folder)
+    assert load(loading.plain_spec("./")).slug == "tiny-llama" and loading.slug_of("Org/Na me") == "na-me"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_geometry_and_fingerprint_of_a_model_that_was_saved(family, tmp_path):
     """The geometry is read off the cache: grouped queries, windows, and a head_dim that isn't hidden / heads."""
