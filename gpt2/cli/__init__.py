@@ -16,6 +16,7 @@ from gpt2.cli.flags import (
     evaluation_parser,
     output_file,
     parser,
+    study,
 )
 from gpt2.cli.running import run
 from gpt2.cli.script import (
@@ -61,6 +62,7 @@ __all__ = [
     "positive_int",
     "ratio_list",
     "run",
+    "study",
     "word_list",
     "write",
 ]

@@ -15,7 +15,7 @@ from gpt2.common import files, processes, provenance
 from gpt2.common.errors import PluginError
 from gpt2.compression.codecs import CODECS, codec_name
 from gpt2.compression.presets.policies import KVPolicyName
-from gpt2.models import embedded
+from gpt2.models import embedded, loading
 
 WAIT_FOR_THE_FIRST_S = 3  # seconds in which the first process prints its error
 
@@ -104,7 +104,12 @@ def output_file(*endings: str) -> Callable[[str], Path]:
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:
     """--model, --device and --dtype."""
-    p.add_argument("--model", default=embedded.EMBEDDED, help="embedded model's name, local folder, or hub id")
+    p.add_argument(
+        "--model",
+        type=loading.plain_spec,
+        default=embedded.EMBEDDED,
+        help="embedded model's name, local folder, or hub id",
+    )
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, or all: layers over every GPU")
     p.add_argument("--dtype", default="auto", help="auto (float32 on CPU), float32, float16, bfloat16")
 
@@ -147,6 +152,16 @@ def codec(word: str) -> str:
     """An argument type: a codec's name. The error for an unknown one has the nearest known name."""
     try:
         return codec_name(word)
+    except PluginError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def study(word: str) -> Path | str:
+    """An argument type: an SQLite file, or a database's URL."""
+    from gpt2.common import trial_queue  # here, as most scripts have no study and importing Optuna takes time
+
+    try:
+        return trial_queue.storage_of(word)
     except PluginError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

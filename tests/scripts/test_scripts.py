@@ -141,6 +141,8 @@ BAD = [
     ([TUNE, "--study", "short.txt"], "can't use short.txt as a study (file is not a database)"),
     ([TUNE, "--study", "bank.db"], "it isn't an Optuna database"),
     ([TUNE, "--study", "pipe"], "it is no regular file"),
+    ([TUNE, "--study", "mysql://name:secret@host/x"], "can't use host/x as a study (expected an SQLite file, or a URL"),
+    ([TUNE, "--study", "sqlite:///short.txt"], "can't use short.txt as a study"),
     ([TUNE, "--calibration", "words.txt", "--output", "link.json"], "--output and --text name the same file"),
     ([CALIBRATE, "--output", "link.pt"], "--output and --text name the same file"),
     ([CALIBRATE, "--output", "x" * 300 + ".pt"], "File name too long"),
@@ -172,5 +174,5 @@ def test_bad_input_is_one_clear_line(command, message, tiny_flags, tmp_path, cap
     defaults = dict(zip(tiny_flags[::2], tiny_flags[1::2], strict=True)) if script != GENERATE else {}
     code = run(script, *(word for pair in defaults.items() for word in pair if pair[0] not in flags), *flags)
     err = capsys.readouterr().err
-    assert code == 2 and message in err and "Traceback" not in err
+    assert code == 2 and message in err and "Traceback" not in err and "secret" not in err
     assert listing(tmp_path) == before, "nothing may be left behind"
