@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,11 @@ from gpt2.compression.codecs import CODECS, codec_name
 from gpt2.compression.presets.policies import KVPolicyName
 from gpt2.models import embedded, loading
 
+# What argument types expect, by the names of their functions, which argparse's own message would show
+EXPECTED = dict.fromkeys(("int", "positive_int", "natural", "seed"), "a whole number")
+EXPECTED |= dict.fromkeys(("float", "fraction", "positive_float", "natural_float"), "a number")
+EXPECTED |= {"int_list": "whole numbers with commas between them", "positions": "numbers with commas between them"}
+EXPECTED |= {"lengths": EXPECTED["int_list"], "bits_list": EXPECTED["positions"]}
 WAIT_FOR_THE_FIRST_S = 3  # seconds in which the first process prints its error
 
 
@@ -31,6 +37,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if not processes.launched().first:  # all processes have the same arguments: the first one prints the error
             fail_after_the_first()
+        message = re.sub(
+            r"invalid (\w+) value: (.*)", lambda m: f"{m[2]} is not {EXPECTED.get(m[1], 'what it takes')}", message
+        )
         self.exit(2, f"error: {message} (--help shows all flags)\n")  # one line, as every other error
 
     def parse_args(self, *args, **kwargs):

@@ -327,7 +327,7 @@ BAD_FLAGS = [
     (["--needle-positions", "0.5,1.5"], "argument --needle-positions: 1.5 is out of range"),
     (["--needle-positions", "-0.1"], "-0.1 is out of range"),
     (["--needle-positions", "nan"], "nan is out of range"),
-    (["--needle-positions", "x"], "invalid positions value"),
+    (["--needle-positions", "x"], "'x' is not numbers with commas between them"),
     (["--context-lengths", "600"], "a context of 600 tokens is longer than the 512"),
     (["--context-lengths", "64"], "a context of 64 tokens has no room"),
     (["--context-lengths", "0"], "0 is not a positive number"),
