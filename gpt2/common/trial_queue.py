@@ -275,6 +275,7 @@ def storage_of(word: str) -> Path | str:
 def check_file(path: str | Path) -> Path:
     """Create the folder of an SQLite file. Raises PluginError if the file can't be written or isn't Optuna's."""
     path = files.check_writable(path)
+    path.parent.mkdir(parents=True, exist_ok=True)  # SQLite makes none
     if not path.exists():
         return path
     try:
