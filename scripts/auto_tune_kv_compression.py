@@ -51,7 +51,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--context-length", type=cli.positive_int, default=2048, help="tokens at which the ratio counts")
     study = files.RESULTS / "studies" / "auto_tune.db"
     p.add_argument("--study", type=cli.study, default=study, help="SQLite file, or a PostgreSQL database's URL")
-    p.add_argument("--name", help="name of the preset; from target and budget if omitted")
+    p.add_argument("--name", type=cli.file_word, help="name of the preset; from target and budget if omitted")
     p.add_argument(
         "--output", type=cli.output_file(".json"), help="preset file; results/presets/MODEL-NAME.json if omitted"
     )

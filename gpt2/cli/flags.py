@@ -165,6 +165,13 @@ def codec(word: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def file_word(word: str) -> str:
+    """An argument type: a word that becomes a part of a file's name."""
+    if not word.strip() or "/" in word or "\\" in word or not word.isprintable():
+        raise argparse.ArgumentTypeError(f"{word!r} becomes a part of a file's name: give a word without / and \\")
+    return word
+
+
 def study(word: str) -> Path | str:
     """An argument type: an SQLite file, or a database's URL."""
     from gpt2.common import trial_queue  # here, as most scripts have no study and importing Optuna takes time
