@@ -40,7 +40,12 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = arguments().parse_args()
+    p = arguments()
+    args = p.parse_args()
+    if args.document:
+        p.reject_changed(args, ["prompt"], "has no place beside --document: give --question")
+    else:
+        p.reject_changed(args, ["question", "document_tokens"], "belongs to --document: give one, or only --prompt")
     script = cli.open_script(args)
     loaded = script.loaded
     choices = cli.chosen_caches(args, loaded)

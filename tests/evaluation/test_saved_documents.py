@@ -73,6 +73,8 @@ def test_the_script(tmp_path, monkeypatch, capsys, model_folder):
     longest = int((said := capsys.readouterr().err).split("use --max-new-tokens ")[1].split()[0])
     assert "longer than the 512" in said and 200 < longest < 312, "the document and the question are held too"
     assert run(tool, "ask", *model) == 2 and "ask needs --prompt" in capsys.readouterr().err
+    assert run(tool, "verify", *model, "--prompt", "w5") == 2
+    assert "--prompt is not used by verify" in capsys.readouterr().err
     assert run(tool) == 2 and "give one of read, ask" in capsys.readouterr().err
     (tmp_path / "doc.safetensors").write_bytes((tmp_path / "doc.safetensors").read_bytes()[:-1])
     assert run(tool, "info", "--cache", "doc.safetensors") == 2
