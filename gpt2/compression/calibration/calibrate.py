@@ -6,6 +6,7 @@ from which another basis is fitted when it is asked for.
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -23,6 +24,9 @@ from gpt2.compression.codecs.formats import BLOCK
 from gpt2.models.loading import LoadedModel
 from gpt2.models.probe import sketch
 from gpt2.text.sources import Text
+
+log = logging.getLogger(__name__)
+FEW = 4  # tokens for each dimension of a basis; of fewer it fits these tokens rather than the model
 
 
 def calibrate(
@@ -79,6 +83,9 @@ def calibrate(
     if len(segments) < processes.size:
         raise PluginError(f"{processes.size} processes are too many for {len(segments)} sequences: start fewer, or "
                           "give more --samples")  # fmt: skip
+    if processes.first:
+        sizes = [shape.size if basis.multi_head else shape.width for _, _, shape in loaded.geometry.sides()]
+        _warn_of_few(segments, sink_tokens, max(sizes))
     own = segments[processes.share(len(segments))]
     statistics = None if compact else collect(loaded, progress(own), sink_tokens, processes=processes)
     fitted = {}
@@ -107,6 +114,14 @@ def calibrate(
         return calibration.compact(codec)
     calibration.bases = {side: fit(calibration.basis_codec, getattr(statistics, side)) for side in SIDES}
     return calibration
+
+
+def _warn_of_few(segments: torch.Tensor, sink_tokens: int, dimensions: int) -> None:
+    """Log a warning where segments [n, T] without their sinks have too few tokens for a basis of so many dimensions."""
+    tokens = segments.numel() - len(segments) * sink_tokens
+    if tokens < FEW * dimensions:
+        log.warning("a basis of %d dimensions is fitted to %d tokens, which is too few for a good one: give more "
+                    "--samples, a longer --seq-len or a longer --text", dimensions, tokens)  # fmt: skip
 
 
 def chosen_codec(codec: str | None, metric: str | None, compact: bool) -> tuple[str, str]:
