@@ -13,7 +13,7 @@ are measured, and at most as many are skipped, because their compression ratio, 
 model, can't beat the best so far. Some codecs need a calibration with gradients: make a --calibration file of your own
 with --metric fisher, or these codecs are left out.
 
-The search is an Optuna study in SQLite: run the same command to resume it after an interruption, or run it twice at
+The search is an Optuna study: run the same command to resume it after an interruption, or run it twice at
 once to share the work; more --num-trials add to those that are done. With --search grid, --layer-ablation compresses
 each layer alone, shows which layers matter, and stops; --per-layer uses the same figures to add plans in which
 sensitive layers keep more. A candidate whose loss is not finite counts as over the budget. If no candidate is within
@@ -49,8 +49,9 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--recent-grid", type=cli.int_list, help="codec: numbers of exact latest tokens to try, besides 0")
     p.add_argument("--calibration", type=Path, help="calibration file; a matching one is found or made if omitted")
     p.add_argument("--context-length", type=cli.positive_int, default=2048, help="tokens at which the ratio counts")
-    p.add_argument("--study", type=Path, default=files.RESULTS / "studies" / "auto_tune.db", help="SQLite file")
-    p.add_argument("--name", help="name of the preset; from target and budget if omitted")
+    study = files.RESULTS / "studies" / "auto_tune.db"
+    p.add_argument("--study", type=cli.study, default=study, help="SQLite file, or a PostgreSQL database's URL")
+    p.add_argument("--name", type=cli.file_word, help="name of the preset; from target and budget if omitted")
     p.add_argument(
         "--output", type=cli.output_file(".json"), help="preset file; results/presets/MODEL-NAME.json if omitted"
     )
@@ -68,7 +69,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    trial_queue.check_file(args.study)
+    if isinstance(args.study, Path):
+        trial_queue.check_file(args.study)
     script = cli.open_script(args)
     loaded, text = script.loaded, script.text
     grid = args.search == "grid"

@@ -32,6 +32,8 @@ from gpt2.models import loading
 
 NEEDS = {"read": ("preset", "document", "output"), "ask": ("cache", "prompt"), "info": ("cache",),
          "transcode": ("cache", "preset", "output"), "verify": ("cache",)}  # fmt: skip
+OPTIONS = {"read": ("document_tokens", "prefill_chunk", "save_every"), "ask": ("max_new_tokens",),
+           "verify": ("blocks",)}  # fmt: skip
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -66,12 +68,14 @@ def main() -> None:
     missing = [f"--{flag}" for flag in NEEDS.get(args.command, ()) if getattr(args, flag) is None]
     if args.command is None or missing:
         parser.error(f"{args.command} needs {' and '.join(missing)}" if missing else f"give one of {', '.join(NEEDS)}")
+    every = {name for names in (*NEEDS.values(), *OPTIONS.values()) for name in names}
+    unused = every.difference(NEEDS[args.command], OPTIONS.get(args.command, ()))
+    parser.reject_changed(args, sorted(unused), f"is not used by {args.command}")
     if args.command == "info":
         return info(args.cache)
     loaded = loading.load(args.model, args.device, args.dtype)
     if args.command == "read":
         ids = saved_documents.document_ids(args.document, loaded, args.document_tokens)
-        loaded.require_context(len(ids), "--document-tokens")
         how = {"chunk": args.prefill_chunk, "save_every_s": args.save_every, "progress": cli.bar("read", "chunk")}
         saved_documents.read(loaded, from_preset(args.preset, loaded), ids, args.output, **how)
         return info(args.output)

@@ -22,6 +22,7 @@ import importlib.metadata
 
 from gpt2 import cli
 from gpt2.evaluation import lineup, needle, other_caches, peers
+from gpt2.evaluation.needle_prompts import Flags
 from gpt2.report import plots
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -50,7 +51,8 @@ def main() -> None:
     compared = lineup.for_quality(loaded, args.peers, args.preset)
     segments = script.evaluation_segments()
     grid = {"lengths": args.needle_context_lengths, "depths": DEPTHS, "trials": args.num_trials, "seed": args.seed,
-            "prefill_chunk": args.chunk, "haystack_name": f"the evaluation part of text {text.name!r}"}  # fmt: skip
+            "prefill_chunk": args.chunk, "haystack_name": f"the evaluation part of text {text.name!r}",
+            "flags": Flags("--needle-context-lengths", None, None)}  # fmt: skip
     if args.needle_context_lengths:
         haystack = text.tokens("evaluation", loaded)
         needle.measure(loaded, haystack, {}, **grid)  # builds the prompts only, so that errors in them show early

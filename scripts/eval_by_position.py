@@ -65,6 +65,8 @@ def main() -> None:
             raise PluginError(f"{loaded.spec}'s config names no longest context: give --context-length")
         loaded.require_context(length, "--context-length")
         segments = text.segments("evaluation", loaded, length, args.segments, flag="--context-length")
+    if len(segments) < args.segments:
+        print(f"note: the evaluation part of {text.name} gives {len(segments)} segments, not {args.segments}")
     scores = score(loaded, segments, caches, chunk=args.chunk, batch_size=1, progress=cli.bar("scoring", "segment"))
     base = scores.pop(BASELINE)
     rows = [

@@ -40,7 +40,12 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = arguments().parse_args()
+    p = arguments()
+    args = p.parse_args()
+    if args.document:
+        p.reject_changed(args, ["prompt"], "has no place beside --document: give --question")
+    else:
+        p.reject_changed(args, ["question", "document_tokens"], "belongs to --document: give one, or only --prompt")
     script = cli.open_script(args)
     loaded = script.loaded
     choices = cli.chosen_caches(args, loaded)
@@ -52,7 +57,11 @@ def main() -> None:
         print(f"{len(document):,} tokens of {args.document}, then: {args.question}", flush=True)
     else:
         conversation = side_by_side.to_continue(loaded, args.prompt)
-    loaded.require_context(len(conversation), "--document-tokens", after=args.max_new_tokens)
+    if args.document:
+        after = len(conversation) - len(document) + args.max_new_tokens
+        loaded.require_context(len(document), "--document-tokens", after=after, after_flag="--max-new-tokens")
+    else:
+        loaded.require_context(args.max_new_tokens, "--max-new-tokens", after=len(conversation), after_flag="--prompt")
 
     readings, settings = [], {"max_new_tokens": args.max_new_tokens, "chunk": args.prefill_chunk}
     for choice in (None, *choices):

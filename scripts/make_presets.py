@@ -54,7 +54,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--whole-cache", type=cli.positive_int, metavar="TOKENS", help=whole)
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time for gradients")
     p.add_argument("--calibration-file", type=Path, help="results/calibrations/kv_CODEC_MODEL[_TAG].pt if omitted")
-    p.add_argument("--tag", help="only measure, and write ratio_presets_MODEL_TAG.json")
+    p.add_argument("--tag", type=cli.file_word, help="only measure, and write ratio_presets_MODEL_TAG.json")
     p.add_argument("--output", type=Path, help="folder of presets, calibrations, runs and plots; results if omitted")
     return p
 

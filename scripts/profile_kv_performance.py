@@ -54,7 +54,9 @@ def main() -> None:
     script = cli.open_script(args)
     loaded = script.loaded
     paths = cli.output_files(args.output, cli.of_this_machine(f"profile_{loaded.slug}", loaded.device))
-    loaded.require_context(max(args.context_lengths), "--context-lengths", after=args.decode_tokens)
+    loaded.require_context(
+        max(args.context_lengths), "--context-lengths", after=args.decode_tokens, after_flag="--decode-tokens"
+    )
     choices = cli.chosen_caches(args, loaded)
     direct, reconstruct = args.direct or args.direct_only, not args.direct_only
     caches = lineup.for_speed(

@@ -34,7 +34,7 @@ from pathlib import Path
 from gpt2 import cli
 from gpt2.common import files
 from gpt2.common.errors import PluginError
-from gpt2.models import embedded
+from gpt2.models import embedded, loading
 from gpt2.runs import check, config, pages, replay
 from gpt2.runs.up_to_date import Matcher
 from gpt2.runs.worker import Worker
@@ -43,12 +43,13 @@ from gpt2.runs.worker import Worker
 def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     p.add_argument("tables", nargs="*", metavar="NAME", help="tables or single runs to make; all tables if omitted")
-    p.add_argument("--model", default=embedded.EMBEDDED, help="embedded model's name, local folder, or hub id")
+    what = "embedded model's name, local folder, or hub id"
+    p.add_argument("--model", type=loading.plain_spec, default=embedded.EMBEDDED, help=what)
     p.add_argument("--text", help="--text of every run, such as ../wikitext")
     p.add_argument("--device", help="--device of this worker's runs, such as cuda:1; each script's default if omitted")
     p.add_argument("--machine", default=config.THIS, metavar="TAG",
                    help="tag of results that measure time: by default this machine's kind, else KIND-NAME")  # fmt: skip
-    p.add_argument("--study", help="SQLite file or database URL; results/tables/study.db if omitted")
+    p.add_argument("--study", type=cli.study, help="SQLite file or database URL; results/tables/study.db if omitted")
     p.add_argument("--any-code", action="store_true", help="also reuse results of code that was never committed")
     p.add_argument("--run-generated-code", action="store_true", help="allow runs of eval_code.py, which need this flag")
     how = p.add_mutually_exclusive_group()

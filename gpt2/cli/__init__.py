@@ -24,8 +24,10 @@ from gpt2.cli.flags import (
     add_shape_flags,
     add_text_flags,
     evaluation_parser,
+    file_word,
     output_file,
     parser,
+    study,
 )
 from gpt2.cli.running import run
 from gpt2.cli.script import (
@@ -60,6 +62,7 @@ __all__ = [
     "evaluation_length",
     "evaluation_parser",
     "evaluation_segments",
+    "file_word",
     "fraction",
     "int_list",
     "natural",
@@ -74,6 +77,7 @@ __all__ = [
     "ratio_list",
     "run",
     "seed",
+    "study",
     "word_list",
     "write",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,8 +16,13 @@ from gpt2.common import files, processes, provenance
 from gpt2.common.errors import PluginError
 from gpt2.compression.codecs import CODECS, codec_name
 from gpt2.compression.presets.policies import KVPolicyName
-from gpt2.models import embedded
+from gpt2.models import embedded, loading
 
+# What argument types expect, by the names of their functions, which argparse's own message would show
+EXPECTED = dict.fromkeys(("int", "positive_int", "natural", "seed"), "a whole number")
+EXPECTED |= dict.fromkeys(("float", "fraction", "positive_float", "natural_float"), "a number")
+EXPECTED |= {"int_list": "whole numbers with commas between them", "positions": "numbers with commas between them"}
+EXPECTED |= {"lengths": EXPECTED["int_list"], "bits_list": EXPECTED["positions"]}
 WAIT_FOR_THE_FIRST_S = 3  # seconds in which the first process prints its error
 
 
@@ -31,6 +37,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if not processes.launched().first:  # all processes have the same arguments: the first one prints the error
             fail_after_the_first()
+        message = re.sub(
+            r"invalid (\w+) value: (.*)", lambda m: f"{m[2]} is not {EXPECTED.get(m[1], 'what it takes')}", message
+        )
         self.exit(2, f"error: {message} (--help shows all flags)\n")  # one line, as every other error
 
     def parse_args(self, *args, **kwargs):
@@ -104,7 +113,12 @@ def output_file(*endings: str) -> Callable[[str], Path]:
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:
     """--model, --device and --dtype."""
-    p.add_argument("--model", default=embedded.EMBEDDED, help="embedded model's name, local folder, or hub id")
+    p.add_argument(
+        "--model",
+        type=loading.plain_spec,
+        default=embedded.EMBEDDED,
+        help="embedded model's name, local folder, or hub id",
+    )
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, or all: layers over every GPU")
     p.add_argument("--dtype", default="auto", help="auto (float32 on CPU), float32, float16, bfloat16")
 
@@ -147,6 +161,23 @@ def codec(word: str) -> str:
     """An argument type: a codec's name. The error for an unknown one has the nearest known name."""
     try:
         return codec_name(word)
+    except PluginError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def file_word(word: str) -> str:
+    """An argument type: a word that becomes a part of a file's name."""
+    if not word.strip() or "/" in word or "\\" in word or not word.isprintable():
+        raise argparse.ArgumentTypeError(f"{word!r} becomes a part of a file's name: give a word without / and \\")
+    return word
+
+
+def study(word: str) -> Path | str:
+    """An argument type: an SQLite file, or a database's URL."""
+    from gpt2.common import trial_queue  # here, as most scripts have no study and importing Optuna takes time
+
+    try:
+        return trial_queue.storage_of(word)
     except PluginError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

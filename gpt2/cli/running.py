@@ -69,8 +69,8 @@ def _with_exit_codes(work: Callable[[], None], own: processes.Processes) -> None
         if not is_out_of_memory(error):
             raise
         stop(_out_of_memory(), 4)
-    except KeyboardInterrupt:
-        stop(interrupts.MESSAGE, interrupts.EXIT_CODE)
+    except KeyboardInterrupt as error:  # its text, if any, says what was kept of the work
+        stop(f"\ninterrupted: {error}" if str(error) else interrupts.MESSAGE, interrupts.EXIT_CODE)
     except BrokenPipeError:  # `script | head`
         _discard_stdout()
         sys.exit(141)

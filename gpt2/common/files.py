@@ -79,13 +79,23 @@ def _real(path: str | Path) -> Path:
 def _claim(part: Path) -> int:
     """Create a temporary file and lock it; returns its handle. The system drops the lock when the process ends."""
     while True:
-        handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        handle = _created(part)
         if fcntl:
             with suppress(OSError):  # on file systems without locks abandoned files are not removed either
                 fcntl.flock(handle, fcntl.LOCK_EX)
         if not fcntl or os.fstat(handle).st_nlink:
             return handle
         os.close(handle)  # another process removed the file as abandoned before the lock was taken
+
+
+def _created(part: Path) -> int:
+    """A new file's handle. Its folder is made again if the `check_writable` of another process has removed it."""
+    how = os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666
+    try:
+        return os.open(part, *how)
+    except FileNotFoundError:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(part, *how)
 
 
 def _remove_abandoned(path: Path) -> None:
@@ -102,13 +112,21 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def check_writable(path: str | Path) -> Path:
-    """Create the folder of `path` and try to write there, so that an error shows before an hour of work, not after.
+    """Try to write at `path`, so that an error shows before an hour of work, not after.
 
-    Raises PluginError if it can't be written; the file itself is neither created nor changed.
+    Raises PluginError if it can't be written. Nothing is left: the file is neither created nor changed, and folders
+    that `atomic` makes for it are removed again, as the work may fail.
     """
-    with suppress(_Tried), atomic(path):
-        raise _Tried
-    return Path(path)
+    path = Path(path)
+    new = [folder for folder in path.parents if not os.path.exists(folder)]
+    try:
+        with suppress(_Tried), atomic(path):
+            raise _Tried
+    finally:
+        for folder in new:  # the innermost first; another process may have put something there
+            with suppress(OSError):
+                folder.rmdir()
+    return path
 
 
 class _Tried(Exception):

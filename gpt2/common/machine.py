@@ -63,8 +63,8 @@ def before_timing(device: str = "auto") -> dict:
     load, busy = load_average(), busy_cores()
     if is_busy({"busy_cores_before": busy}):
         print(
-            f"warning: other work is running ({busy:.1f} of {cores()} cores are busy): timings will be wrong. Wait "
-            "until it has ended, or stop it",
+            f"warning: other work is running ({busy:.1f} of this machine's {os.cpu_count() or 1} cores are busy): "
+            "timings will be wrong. Wait until it has ended, or stop it",
             file=sys.stderr, flush=True,
         )  # fmt: skip
     return describe(device) | {

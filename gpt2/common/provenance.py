@@ -60,6 +60,8 @@ def read_and_written(args: dict) -> list[str] | None:
 
 
 def _recorded(value):
+    if isinstance(value, str) and "://" in value:
+        return re.sub("//[^/]*@", "//", value)  # a database's URL has a user and a password before its host
     return files.recorded(value) if isinstance(value, Path) else value
 
 

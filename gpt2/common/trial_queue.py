@@ -260,9 +260,22 @@ def cant_use(place: str | Path, error: Exception) -> PluginError:
     return PluginError(f"can't use {shown} as a study ({reason}): give --study another")
 
 
+def storage_of(word: str) -> Path | str:
+    """A --study value: an SQLite file as a path, also where it is a URL, or a PostgreSQL server's URL as it is.
+
+    Raises PluginError for another URL.
+    """
+    if "://" not in word or word.startswith("sqlite:///"):
+        return Path(word.removeprefix("sqlite:///"))
+    if not word.startswith("postgresql"):
+        raise cant_use(word, ValueError("expected an SQLite file, or a URL such as postgresql://user@host/kv"))
+    return word
+
+
 def check_file(path: str | Path) -> Path:
     """Create the folder of an SQLite file. Raises PluginError if the file can't be written or isn't Optuna's."""
     path = files.check_writable(path)
+    path.parent.mkdir(parents=True, exist_ok=True)  # SQLite makes none
     if not path.exists():
         return path
     try:

@@ -29,7 +29,7 @@ def continuations(loaded: LoadedModel, prompts: Tensor, tokens: int, seed: int =
 
     Raises PluginError for a context longer than the model's.
     """
-    loaded.require_context(prompts.shape[1], "--prompt-tokens", after=tokens)
+    loaded.require_context(prompts.shape[1], "--prompt-tokens", after=tokens, after_flag="--new-tokens")
     streams = self_text.uniforms(PART, tokens + 1, len(prompts), seed)
     # One at a time, as a batch rounds differently: the first continuation must be the same however many there are
     pairs = zip(streams.split(1), prompts.split(1), strict=True)

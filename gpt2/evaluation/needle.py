@@ -38,8 +38,8 @@ def measure(
     task: settings of `Needles`. progress: wraps the iterable of prompts, such as tqdm. All prompts are built before the
     first one is asked, so a PluginError about them comes before any work.
     """
-    loaded.require_context(max(lengths), "--context-lengths")
     needles = Needles(loaded.tokenizer, haystack, **task)
+    loaded.require_context(max(lengths), needles.flags.lengths)
     asked = [
         ({"context_tokens": length, "depth": depth, "trial": trial}, needles.build(length, depth, trial, seed))
         for length, depth, trial in itertools.product(lengths, depths, range(trials))

@@ -27,6 +27,15 @@ COUNTRIES = "Norway Spain Poland Greece Turkey Brazil Canada Mexico Egypt Kenya 
 
 
 @dataclass(frozen=True)
+class Flags:
+    """A script's flags for the settings of prompts, which errors name; None for one that the script doesn't have."""
+
+    lengths: str = "--context-lengths"
+    distractors: str | None = "--distractors"
+    max_new_tokens: str | None = "--max-new-tokens"
+
+
+@dataclass(frozen=True)
 class Template:
     """One form of needle.
 
@@ -40,16 +49,20 @@ class Template:
     answers: str = ""
     subjects: str = NAMES
 
-    def draw(self, rng: np.random.Generator, count: int, taken: str) -> list[tuple[str, str]]:
-        """`count` different subjects with different answers, none of which occurs in the text `taken`."""
+    def draw(self, rng: np.random.Generator, count: int, taken: str, flags: Flags = Flags()) -> list[tuple[str, str]]:
+        """`count` different subjects with different answers, none of which occurs in the text `taken`.
+
+        Raises PluginError, naming the script's flags, if there are too few.
+        """
         numbers = rng.integers(10_000, 100_000, size=10 * count).astype(str).tolist()
         picked = []
         for words in (self.subjects.split(), self.answers.split() or numbers):
             free = [word for word in dict.fromkeys(words) if word not in taken]
             if len(free) < count:
+                fewer = f"fewer {flags.distractors}, " if flags.distractors and count > 1 else ""
                 raise PluginError(
                     f"needle template {self.name!r} has fewer than {count} subjects or answers that don't occur in "
-                    "the text: use fewer --distractors, shorter --context-lengths or another --text"
+                    f"the text: use {fewer}a smaller {flags.lengths} or another --text"
                 )
             picked.append(rng.choice(free, size=count, replace=False).tolist())
         return list(zip(*picked, strict=True))
@@ -98,7 +111,7 @@ class Prompt:
 class Needles:
     """Builds prompts.
 
-    haystack: token ids [n] of ordinary text. haystack_name: for error messages. distractors: needles about other
+    haystack: token ids [n] of ordinary text. haystack_name, flags: for error messages. distractors: needles about other
     subjects in each prompt. A context length includes room for the answer: prompts have exactly
     `length − max_new_tokens` tokens.
     """
@@ -109,6 +122,7 @@ class Needles:
     distractors: int = 1
     max_new_tokens: int = 12
     haystack_name: str = "the text"
+    flags: Flags = Flags()
 
     def build(self, length: int, depth: float, trial: int, seed: int = 0) -> Prompt:
         """The prompt of a trial; it depends on these four numbers only.
@@ -121,7 +135,7 @@ class Needles:
         template = self.templates[trial % len(self.templates)]
         begin = int(rng.integers(len(self.haystack) - length + 1))
         window = self.haystack[begin : begin + length]
-        drawn = template.draw(rng, 1 + self.distractors, self.tokenizer.decode(window))
+        drawn = template.draw(rng, 1 + self.distractors, self.tokenizer.decode(window), self.flags)
         sentences = [self._tokens(f"\n{template.sentence}\n".format(subject=s, answer=a)) for s, a in drawn]
         question, answer_ids = self._question(template, *drawn[0])
 
@@ -131,7 +145,7 @@ class Needles:
         if space < 1:
             raise PluginError(
                 f"a context of {length} tokens has no room for needle, distractors ({self.distractors}), question "
-                f"and answer: use --context-lengths {fixed + 1} or more"
+                f"and answer: use {self.flags.lengths} {fixed + 1} or more"
             )
         places = [round(depth * space), *rng.integers(space + 1, size=self.distractors).tolist()]
         ids, first = insert(window[:space], sentences, places)
@@ -147,7 +161,7 @@ class Needles:
         if length > len(self.haystack):
             raise PluginError(
                 f"{self.haystack_name} has {len(self.haystack):,} tokens, fewer than a context of {length:,}: give a "
-                "longer --text or shorter --context-lengths"
+                f"longer --text or a smaller {self.flags.lengths}"
             )
 
     def _tokens(self, text: str) -> Tensor:
@@ -155,7 +169,8 @@ class Needles:
 
     def _question(self, template: Template, subject: str, answer: str) -> tuple[Tensor, Tensor]:
         text, what = f"\n{template.question}".format(subject=subject), f"needle template {template.name!r}"
-        return question_and_answer(self.tokenizer, text, answer, self.max_new_tokens, what)
+        flag = self.flags.max_new_tokens
+        return question_and_answer(self.tokenizer, text, answer, self.max_new_tokens, what, flag)
 
     def _check(self, prompt: Prompt, sentence: Tensor, question: Tensor, length: int) -> None:
         """Raise PluginError for a prompt without its whole needle, with which any cache would fail."""

@@ -17,12 +17,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 
 
 def question_and_answer(
-    tokenizer: PreTrainedTokenizerBase, question: str, answer: str, max_new_tokens: int, what: str
-) -> tuple[Tensor, Tensor]:
+    tokenizer: PreTrainedTokenizerBase, question: str, answer: str, max_new_tokens: int, what: str,
+    flag: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Tokens of a question, and of ` answer` as they are when both are tokenized as one text.
 
-    what: names the kind of prompt in errors. Raises PluginError if the answer doesn't begin with a new token, or has no
-    room in max_new_tokens.
+    what: names the kind of prompt in errors. flag: sets max_new_tokens, if the script has such a flag. Raises
+    PluginError if the answer doesn't begin with a new token, or has no room in max_new_tokens.
     """
     asked, both = encode(tokenizer, question), encode(tokenizer, f"{question} {answer}")
     answer_ids = both[len(asked) :]
@@ -31,7 +32,8 @@ def question_and_answer(
             f"{what}: this tokenizer doesn't encode the answer {answer!r} in separate tokens after the question"
         )
     if (n := len(answer_ids)) >= max_new_tokens:
-        raise PluginError(f"the answer {answer!r} has {n} tokens: use --max-new-tokens {n + 1} or more")
+        advice = f"use {flag} {n + 1} or more" if flag else f"this test has room for {max_new_tokens - 1}: leave it out"
+        raise PluginError(f"{what}: the answer {answer!r} has {n} tokens: {advice}")
     return asked, answer_ids
 
 

@@ -28,9 +28,11 @@ SAME = 0.5  # difference of recomputed tokens, against their spread, up to which
 def document_ids(spec: str, loaded: LoadedModel, most: int | None = None) -> Tensor:
     """What a cache of a document holds, [n]: the chat template up to the document, and its first `most` tokens.
 
-    spec: as of `side_by_side.read_document`. Raises PluginError if there is no such text.
+    spec: as of `side_by_side.read_document`. Raises PluginError if there is no such text, or if it is longer than the
+    model's context.
     """
     conversation = about_document(loaded, read_document(spec, loaded, ALL)[:most], "")
+    loaded.require_context(len(conversation.document), "--document-tokens", after=len(conversation.start))
     return torch.cat((conversation.start, conversation.document))
 
 
@@ -48,16 +50,22 @@ def read(
     """Read tokens ids [n] into a cache, and save it.
 
     chunk: tokens fed at a time. save_every_s: seconds after which what is read so far is saved beside `output`; a run
-    that is started again goes on from there. progress: wraps the iterable of chunks.
+    that is started again goes on from there, as the KeyboardInterrupt of a Ctrl-C then says. progress: wraps the
+    iterable of chunks.
     """
     part = output.with_name(f".{output.name}.part")
     cache = _begun(part, loaded, choice, ids)
-    saved_at = time.monotonic()
-    for at in progress(range(cache.get_seq_length(), len(ids), chunk)):
-        loaded.model(ids[None, at : at + chunk].to(loaded.device), past_key_values=cache, use_cache=True)
-        if at + chunk < len(ids) and time.monotonic() - saved_at >= save_every_s:
-            cache.save(part, token_ids=ids[: at + chunk], model=loaded)
-            saved_at = time.monotonic()
+    kept, saved_at = cache.get_seq_length(), time.monotonic()
+    try:
+        for at in progress(range(kept, len(ids), chunk)):
+            loaded.model(ids[None, at : at + chunk].to(loaded.device), past_key_values=cache, use_cache=True)
+            if at + chunk < len(ids) and time.monotonic() - saved_at >= save_every_s:
+                cache.save(part, token_ids=ids[: at + chunk], model=loaded)
+                kept, saved_at = at + chunk, time.monotonic()
+    except KeyboardInterrupt as stop:
+        if not kept:
+            raise
+        raise KeyboardInterrupt(f"{part} has the first {kept:,} tokens: the same command goes on from there") from stop
     cache.save(output, token_ids=ids, model=loaded)
     part.unlink(missing_ok=True)
     return cache
@@ -87,10 +95,13 @@ def ask(
 ) -> str:
     """The answer to a question about the document that a cache holds, decoded greedily; the cache then holds both.
 
-    streamed: print the answer as its words come.
+    streamed: print the answer as its words come. Raises PluginError if document, question and answer are longer than
+    the model's context.
     """
     streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True) if streamed else None
     words = about_document(loaded, torch.empty(0, dtype=torch.long), question).question
+    before = cache.get_seq_length() + len(words)
+    loaded.require_context(max_new_tokens, "--max-new-tokens", after=before, after_flag="--document-tokens")
     inputs = cache.inputs(new=words)
     out = loaded.model.generate(
         **inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer

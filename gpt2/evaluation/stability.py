@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gpt2.common.errors import PluginError
 from gpt2.evaluation import needle
+from gpt2.evaluation.needle_prompts import Flags
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory, compare, score
 from gpt2.evaluation.timing import measure_cell
 from gpt2.models.loading import LoadedModel
@@ -105,6 +106,7 @@ def measure(setup: Setup, run: Run, progress=iter) -> dict:
     answered = needle.accuracy(
         loaded, setup.haystack, caches, lengths=[setup.needle_length], depths=[0.1, 0.5, 0.9],
         trials=setup.needle_trials, seed=run.seed, distractors=setup.distractors,
+        flags=Flags("--needle-length", None, None),
     )  # fmt: skip
     works = answered[BASELINE] >= needle.works_from(setup.distractors)
     speed = measure_cell(loaded, caches, setup.speed_context, 1, decode_tokens=8, repeats=3, seed=run.seed)

@@ -30,8 +30,15 @@ DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def slug_of(spec: str) -> str:
-    """A model's spec as a part of a file name."""
-    return Path(spec.rstrip("/")).name.lower().replace(" ", "-")
+    """A model's spec as a part of a file name. A folder has its real name, also where it is spelled `.` or `..`."""
+    return os.path.basename(os.path.abspath(os.path.expanduser(spec))).lower().replace(" ", "-")
+
+
+def plain_spec(spec: str) -> str:
+    """A model's spec in the spelling that results have: a folder without `./` before it and `/` behind it."""
+    plain = os.path.normpath(spec) if spec else spec
+    is_folder = os.path.isfile(os.path.join(os.path.expanduser(plain), "config.json"))
+    return plain if is_folder and plain != EMBEDDED else spec  # a folder of that name needs its ./
 
 
 @dataclass
@@ -64,14 +71,25 @@ class LoadedModel:
         """Longest trained context in tokens; None if the config doesn't have it."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
-    def require_context(self, tokens: int, flag: str = "--seq-len", *, after: int = 0) -> None:
-        """Raise PluginError for a context longer than the model was trained for. after: tokens that will follow it."""
-        if self.max_context and tokens + after > self.max_context:
-            following = f" with {after} after it" if after else ""
-            raise PluginError(
-                f"a context of {tokens} tokens{following} is longer than the {self.max_context} that {self.spec} was "
-                f"trained for: use {flag} {self.max_context - after} or less"
-            )
+    def require_context(
+        self, tokens: int, flag: str = "--seq-len", *, after: int = 0, after_flag: str | None = None
+    ) -> None:
+        """Raise PluginError for a context longer than the model was trained for.
+
+        tokens: as many as `flag` says. after: tokens that go with them, as many as `after_flag` says, if there is one.
+        """
+        longest = self.max_context
+        if not longest or tokens + after <= longest:
+            return
+        if after < longest:
+            advice = f"use {flag} {longest - after} or less"
+        else:
+            advice = f"use a smaller {after_flag}" if after_flag else "use a model with a longer context"
+        following = f" with {after} more" if after else ""
+        raise PluginError(
+            f"a context of {tokens} tokens{following} is longer than the {longest} that {self.spec} was trained for: "
+            f"{advice}"
+        )
 
 
 def load(spec: str = EMBEDDED, device: str = "auto", dtype: str = "auto") -> LoadedModel:

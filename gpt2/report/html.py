@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 from gpt2.common import files, machine, provenance
 from gpt2.common.errors import PluginError
 from gpt2.models import loading
+from gpt2.models.embedded import EMBEDDED
 from gpt2.report import chart, tables
 from gpt2.report import table as tabular
 from gpt2.report.table import Table
@@ -61,8 +62,17 @@ def sections(folder: Path, configs: Path, order: list[str], model: str) -> list[
     if not (folder / "runs").is_dir():
         raise PluginError(f"{folder} has no folder runs: --results is a folder with runs/*.json and plots/*.png")
     paths = sorted(configs.glob("tables/*.json"), key=lambda path: _place(path.stem, order))
-    declared = [{"name": path.stem} | _read_config(path, model, SECTION_KEYS) for path in paths]
+    declared = [
+        {"name": path.stem, "command": command(path.stem, model)} | _read_config(path, model, SECTION_KEYS)
+        for path in paths
+    ]
     return [_section(section, folder) for section in declared + _undeclared(declared, folder / "runs")]
+
+
+def command(table: str, model: str) -> str:
+    """The command that makes a table. model: a spec or its slug; all but the embedded model's is to be filled in."""
+    # A page knows its model's short name, which is no hub id; tables of the embedded model are of a text to be named
+    return f"python scripts/reproduce_tables.py {table} {'--text TEXT' if model == EMBEDDED else '--model MODEL'}"
 
 
 def _read_config(path: Path, model: str, keys: set[str]) -> dict:
@@ -98,7 +108,7 @@ def _section(section: dict, folder: Path) -> dict:
         "title": section["title"],
         "about": section["about"],
         "blocks": [
-            _block(show | {"results": name}, section["name"], folder / "runs")
+            _block(show | {"results": name}, section.get("command"), folder / "runs")
             for show in section["show"]
             for name in machine.siblings(folder / "runs", show["results"]) or [show["results"]]
         ],
@@ -112,11 +122,11 @@ def _is_png(path: Path) -> bool:
     return len(head) == 24 and head.startswith(b"\x89PNG")
 
 
-def _block(show: dict, section: str, runs: Path) -> dict:
+def _block(show: dict, command: str | None, runs: Path) -> dict:
     name, table, source, error = show["results"], None, None, None
     path = runs / f"{name}.json"
     if not path.is_file():
-        error = f"not measured yet: `python scripts/reproduce_tables.py {section}` makes `{name}`"
+        error = f"not measured yet: `{command}` makes `{name}`"
     else:
         try:
             record = tables.read(path)

@@ -37,10 +37,7 @@ def _parts(options: RunOptions, table: TableDefinition, item: dict) -> list[str]
     names = machine.siblings(options.results / "runs", item["results"])
     if names:
         return heading + [_part(options, name, item) for name in names]
-    # A page knows its model's short name, which is no hub id
-    model = "" if options.model == embedded.EMBEDDED else " --model MODEL"
-    command = f"python scripts/reproduce_tables.py {table.name}{model}"
-    return [*heading, f"Not measured yet: `{command}` makes `{item['results']}`."]
+    return [*heading, f"Not measured yet: `{html.command(table.name, options.model)}` makes `{item['results']}`."]
 
 
 def _part(options: RunOptions, name: str, item: dict) -> str:

@@ -115,7 +115,10 @@ def _wikitext2() -> tuple[str, str]:
 def _named(folder: Path, word: str) -> Path:
     found = sorted(path for path in folder.glob(f"*{word}*.txt") if path.is_file())  # reading a pipe would block
     if len(found) != 1:
-        raise PluginError(f"text folder {folder.name!r}: expected one *{word}*.txt, found {len(found)}")
+        raise PluginError(
+            f"text folder {str(folder)!r}: expected one *{word}*.txt, found {len(found)}: give a file, or a folder "
+            "with one *valid*.txt and one *test*.txt"
+        )
     return found[0]
 
 

@@ -114,8 +114,8 @@ class SelfText(Text):
 
     def tokens(self, part: str, loaded: LoadedModel) -> Tensor:
         raise PluginError(
-            f"text {self.name!r} is sampled in separate segments, so there is no running text for a needle test: give "
-            "--text embedded, wikitext2, a text file or a folder"
+            f"text {self.name!r} is sampled in separate segments, so it is no running text, as documents and needle "
+            "tests need: give embedded, wikitext2, a text file or a folder"
         )
 
     def available(self, part, loaded, length, *, flag="--seq-len") -> int:

@@ -96,7 +96,8 @@ def search_grid(job: Job, show_layers: Callable[[list[dict], Path, str], None]) 
     search = grid_search.GridSearch(**parts, target=args.target, codec=args.codec, sink_tokens=args.sink_tokens)
     name = job.study_name(search)
     if args.layer_ablation or args.per_layer:
-        beside = args.study.parent / f"layer_ablation_{job.loaded.slug}_{name[-8:]}.json"
+        folder = args.study.parent if isinstance(args.study, Path) else files.RESULTS / "studies"
+        beside = folder / f"layer_ablation_{job.loaded.slug}_{name[-8:]}.json"
         path, text_sha256 = args.output if args.layer_ablation and args.output else beside, job.text.sha256("tuning")
         made = provenance.provenance(args, text=job.text.name, text_sha256={"tuning": text_sha256})
         rows = search.ablate(cells, path, text_sha256, made)

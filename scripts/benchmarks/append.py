@@ -32,13 +32,13 @@ from gpt2.report import plots
 def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     p.add_argument("--tokens", type=cli.int_list, default=[1024, 4096, 16384], help="tokens held before appending")
-    p.add_argument("--layers", type=cli.positive_int, default=30)
-    p.add_argument("--kv-heads", type=cli.positive_int, default=3)
-    p.add_argument("--head-dim", type=cli.positive_int, default=64)
-    p.add_argument("--rank", type=cli.positive_int, default=60)
+    p.add_argument("--layers", type=cli.positive_int, default=30, help="layers of the cache")
+    p.add_argument("--kv-heads", type=cli.positive_int, default=3, help="KV heads of a layer")
+    p.add_argument("--head-dim", type=cli.positive_int, default=64, help="numbers of a head's key or value")
+    p.add_argument("--rank", type=cli.positive_int, default=60, help="coordinates that rows of low rank keep")
     p.add_argument("--window", type=cli.positive_int, help="sliding window of all layers, in tokens")
     p.add_argument("--repeats", type=cli.positive_int, default=200, help="appended tokens per figure")
-    p.add_argument("--device", default="auto")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     cli.add_output_flag(p)
     return p
 

@@ -77,14 +77,19 @@ def time_all(loaded: loading.LoadedModel, segment: torch.Tensor, turn: int) -> d
 
 def peak_megabytes(args, samples: int) -> float:
     """Peak resident size of the calibration script with so many samples, in MB. Raises PluginError if it fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "scripts/calibrate_kv_lowrank.py", "--model", args.model, "--device", args.device]
-        command += ["--dtype", args.dtype, "--samples", str(samples), "--seq-len", str(args.seq_len)]
-        command += ["--output", f"{folder}/calibration.pt", *(["--text", args.text] if args.text else [])]
-        child = subprocess.Popen(command, cwd=files.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
+        command = [sys.executable, str(files.ROOT / "scripts/calibrate_kv_lowrank.py"), "--model", args.model]
+        command += ["--device", args.device, "--dtype", args.dtype, "--samples", str(samples)]
+        command += ["--seq-len", str(args.seq_len), "--output", f"{folder}/calibration.pt"]
+        command += ["--text", args.text] if args.text else []
+        # In this folder, so that relative paths in --model and --text mean the same there
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         _, status, usage = os.wait4(child.pid, 0)
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
     if status:
-        raise PluginError(f"the calibration with {samples} samples failed: run it by hand to see why")
+        why = said[-1].removeprefix("error: ") if said else f"it ended with code {os.waitstatus_to_exitcode(status)}"
+        raise PluginError(f"the calibration with {samples} samples failed: {why}")
     return usage.ru_maxrss / 1024
 
 

@@ -37,7 +37,7 @@ def main() -> None:
     script = cli.open_script(args)
     loaded = script.loaded
     after = args.decode_tokens + largest_batch.WARM_STEPS
-    loaded.require_context(args.context_length, "--context-length", after=after)
+    loaded.require_context(args.context_length, "--context-length", after=after, after_flag="--decode-tokens")
     stem = f"largest_batch_{provenance.device_slug(loaded.device)}_{loaded.slug}"
     output = args.output or files.check_writable(files.RESULTS / "runs" / f"{stem}.json")
     choices = cli.chosen_caches(args, loaded)

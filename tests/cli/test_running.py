@@ -45,3 +45,13 @@ def test_an_output_has_an_ending_of_its_kind(tmp_path):
         with pytest.raises(argparse.ArgumentTypeError, match="ends in .pt or .safetensors, got"):
             either(str(tmp_path / "new" / name))
     assert not list(tmp_path.iterdir()), "rejected before a folder is made"
+
+
+@pytest.mark.parametrize(("words", "said"), [((), "nothing half-written was left behind"), (("kept 3",), "kept 3")])
+def test_ctrl_c_says_what_is_kept(words, said, capsys):
+    def interrupted():
+        raise KeyboardInterrupt(*words)
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(interrupted)
+    assert stopped.value.code == 130 and capsys.readouterr().err == f"\ninterrupted: {said}\n"

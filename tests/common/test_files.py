@@ -184,3 +184,10 @@ def test_the_commit_says_when_code_differs_from_it(tmp_path, monkeypatch, reques
     code.write_text("2")
     assert provenance.git_commit() == commit, "what a run began with"
     assert asked() == f"{commit}-dirty"
+
+
+def test_checking_leaves_no_folder_and_keeps_those_that_were_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for place in ("new/a/b.json", "empty/c.json", "empty/new/d.json"):
+        assert check_writable(tmp_path / place) == tmp_path / place
+    assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]

@@ -238,4 +238,7 @@ def test_the_script_runs_nothing_unless_it_is_asked_to(script, own, capsys, monk
     shown = tables.table("code_tiny", record).markdown()
     assert "| int4 |" in shown and "McNemar" in shown and "3 problems of own.jsonl" in shown
     assert script("eval_code", *flags, "--max-new-tokens", 500) == 2
-    assert "use --max-new-tokens" in capsys.readouterr().err
+    assert "use --max-new-tokens" in (said := capsys.readouterr().err)
+    longest = int(said.split("--max-new-tokens ")[1].split()[0])
+    assert script("eval_code", *flags, "--max-new-tokens", longest + 1) == 2 and longest < 500
+    assert script("eval_code", *flags, "--max-new-tokens", longest) == 0

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from gpt2.common.errors import PluginError
 from gpt2.compression.compressed_cache import identity_cache
 from gpt2.evaluation import needle, needle_prompts
-from gpt2.evaluation.needle_prompts import TEMPLATES, Needles, Prompt, Template
+from gpt2.evaluation.needle_prompts import TEMPLATES, Flags, Needles, Prompt, Template
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
 from gpt2.report import plots
 
@@ -75,6 +75,11 @@ BAD_CELLS = [
     ({"depth": 1.1}, "needle position 1.1 is out of range"),
     ({"depth": -0.1}, "needle position -0.1 is out of range"),
     ({"max_new_tokens": 6}, r"the answer '\d{5}' has 6 tokens: use --max-new-tokens 7 or more"),
+    ({"max_new_tokens": 6, "flags": Flags("--needle-length", None, None)}, "has 6 tokens: this test has room for 5"),
+    ({"length": 99, "flags": Flags("--needle-length", None, None)}, "has no room .* use --needle-length"),
+    ({"length": 3002, "flags": Flags("--needle-length", None, None)}, "longer --text or a smaller --needle-length"),
+    ({"distractors": 16}, "use fewer --distractors, a smaller --context-lengths or another --text"),
+    ({"distractors": 16, "flags": Flags("--needle-length", None, None)}, "the text: use a smaller --needle-length"),
     ({"distractors": 16}, "has fewer than 17 subjects or answers that don't occur in the text"),
     ({"tokenizer": word_tokenizer()}, "doesn't encode the answer '.*' in separate tokens"),
 ]
@@ -322,7 +327,7 @@ BAD_FLAGS = [
     (["--needle-positions", "0.5,1.5"], "argument --needle-positions: 1.5 is out of range"),
     (["--needle-positions", "-0.1"], "-0.1 is out of range"),
     (["--needle-positions", "nan"], "nan is out of range"),
-    (["--needle-positions", "x"], "invalid positions value"),
+    (["--needle-positions", "x"], "'x' is not numbers with commas between them"),
     (["--context-lengths", "600"], "a context of 600 tokens is longer than the 512"),
     (["--context-lengths", "64"], "a context of 64 tokens has no room"),
     (["--context-lengths", "0"], "0 is not a positive number"),

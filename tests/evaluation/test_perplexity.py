@@ -222,7 +222,7 @@ def test_the_script_writes_generated_text_and_long_context(script, tmp_path, cap
 
 def test_bad_input_is_one_clear_line(script, capsys):
     for flags, message in (
-        (["--new-tokens", "600"], "a context of 30 tokens with 600 after it is longer than the 512"),
+        (["--new-tokens", "600"], "with 600 more is longer than the 512 that"),
         (["--over", "text", "--context-length", "600"], "use --context-length 512 or less"),
     ):
         assert script("eval_by_position", *FLAGS, "--prompt-tokens", 30, *flags) == 2

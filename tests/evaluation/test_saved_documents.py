@@ -30,7 +30,7 @@ def test_an_interrupted_reading_goes_on(llama, ids, tmp_path, caplog):
             yield at
 
     how = {"chunk": 64, "save_every_s": 0}
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="doc.safetensors.part has the first 192 tokens: the same command"):
         saved_documents.read(llama, choice, ids, path, progress=interrupted, **how)
     assert not path.exists() and len(fed) == 3
     went_on = []
@@ -85,7 +85,12 @@ def test_the_script(tmp_path, monkeypatch, capsys, model_folder):
     assert run(tool, "verify", *model, "--blocks", 2) == 0 and "the same" in capsys.readouterr().out
     assert run(tool, "transcode", *model, "--preset", "kv4", "--output", "small.safetensors") == 0
     assert (tmp_path / "small.safetensors").stat().st_size < (tmp_path / "doc.safetensors").stat().st_size
+    assert run(tool, "ask", *model, "--prompt", "w5 w6 w7", "--max-new-tokens", 400) == 2
+    longest = int((said := capsys.readouterr().err).split("use --max-new-tokens ")[1].split()[0])
+    assert "longer than the 512" in said and 200 < longest < 312, "the document and the question are held too"
     assert run(tool, "ask", *model) == 2 and "ask needs --prompt" in capsys.readouterr().err
+    assert run(tool, "verify", *model, "--prompt", "w5") == 2
+    assert "--prompt is not used by verify" in capsys.readouterr().err
     assert run(tool) == 2 and "give one of read, ask" in capsys.readouterr().err
     (tmp_path / "doc.safetensors").write_bytes((tmp_path / "doc.safetensors").read_bytes()[:-1])
     assert run(tool, "info", "--cache", "doc.safetensors") == 2

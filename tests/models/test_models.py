@@ -130,6 +130,21 @@ def test_a_context_longer_than_trained_is_rejected(llama):
     llama.require_context(512)
     with pytest.raises(PluginError, match="513 tokens is longer than the 512 that tiny-llama .* --seq-len 512"):
         llama.require_context(513)
+    with pytest.raises(PluginError, match="600 more .* use a smaller --new-tokens"):
+        llama.require_context(30, "--prompt-tokens", after=600, after_flag="--new-tokens")
+    with pytest.raises(PluginError, match="use --prompt-tokens 12 or less"):
+        llama.require_context(30, "--prompt-tokens", after=500, after_flag="--new-tokens")
+
+
+def test_a_folder_has_one_name_however_it_is_spelled(llama_folder, monkeypatch):
+    name = llama_folder.name
+    monkeypatch.chdir(llama_folder.parent)
+    for spelled in (f"{name}/", f"./{name}", f"./{name}//", f"../{llama_folder.parent.name}/{name}/../{name}"):
+        assert loading.slug_of(spelled) == "tiny-llama"
+        assert spelled.startswith("..") or loading.plain_spec(spelled) == name
+    assert loading.plain_spec("Org/Name") == "Org/Name" and loading.plain_spec("./none") == "./none"
+    monkeypatch.chdir(llama_folder)
+    assert load(loading.plain_spec("./")).slug == "tiny-llama" and loading.slug_of("Org/Na me") == "na-me"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

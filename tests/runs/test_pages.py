@@ -42,7 +42,7 @@ def with_results(checkout) -> None:
 
 
 def test_a_page_that_was_edited_is_noticed(checkout):
-    assert "Not measured yet: `python scripts/reproduce_tables.py t`" in write(checkout).read_text()
+    assert "Not measured yet: `python scripts/reproduce_tables.py t --text TEXT`" in write(checkout).read_text()
     with_results(checkout)
     page = write(checkout)
     text = page.read_text()

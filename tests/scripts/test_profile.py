@@ -80,8 +80,8 @@ def test_codes_read_directly_are_measured_for_later_and_slower_ones_named(busy, 
 def test_bad_input_is_one_clear_line_before_any_work(shape, capsys, monkeypatch):
     monkeypatch.setattr(timing, "run_once", lambda *args: pytest.fail("measured"))
     for flags, message, advice in (
-        (["--context-lengths", "510"], "510 tokens with 16 after it is longer than the 512", "--context-lengths 496"),
-        (["--context-lengths", "64,1024"], "1024 tokens with 16 after it is longer", "or less"),
+        (["--context-lengths", "510"], "510 tokens with 16 more is longer than the 512", "--context-lengths 496"),
+        (["--context-lengths", "64,1024"], "1024 tokens with 16 more is longer", "or less"),
         (["--context-lengths", "0"], "0 is not a positive number", "--context-lengths"),
         (["--preset", "p.json", "p.json"], "two caches are called 'int4'", "another name"),
         (["--layers", "9"], "--layers 9: tiny-shape.json has 3 layers", "error"),

@@ -137,18 +137,26 @@ BAD = [
     ([TUNE, "--eval-seq-len", "1"], "an evaluated segment has 1 token: expected at least 2"),
     ([TUNE, "--target-ppl-delta", "5"], "5 is out of range: 0.05 means 5 %"),
     ([TUNE, "--target-ppl-delta", "-0.1"], "out of range"),
-    ([TUNE, "--rank-grid", "12,x"], "invalid"),
+    ([TUNE, "--rank-grid", "12,x"], "argument --rank-grid: '12,x' is not whole numbers with commas between them"),
+    ([TUNE, "--num-trials", "x"], "argument --num-trials: 'x' is not a whole number"),
+    ([TUNE, "--target-ppl-delta", "5 %"], "argument --target-ppl-delta: '5 %' is not a number"),
+    ([TUNE, "--name", "a/b"], "argument --name: 'a/b' becomes a part of a file's name: give a word without / and"),
+    ([GENERATE, "--preset", "kv4", "--document", "words.txt", "--prompt", "w2"], "--prompt has no place beside"),
+    ([GENERATE, "--preset", "kv4", "--question", "w2"], "--question belongs to --document"),
     ([TUNE, "--rank-grid", "99"], "rank 99 is out of range"),
     ([TUNE, "--bits", "7"], "bits 7 is not available: use 4, 8, 16"),
     ([TUNE, "--target", "q"], "invalid choice"),
     ([TUNE, "--study", "short.txt"], "can't use short.txt as a study (file is not a database)"),
     ([TUNE, "--study", "bank.db"], "it isn't an Optuna database"),
     ([TUNE, "--study", "pipe"], "it is no regular file"),
+    ([TUNE, "--study", "mysql://name:secret@host/x"], "can't use host/x as a study (expected an SQLite file, or a URL"),
+    ([TUNE, "--study", "sqlite:///short.txt"], "can't use short.txt as a study"),
     ([TUNE, "--calibration", "words.txt", "--output", "link.json"], "--output and --text name the same file"),
     ([CALIBRATE, "--output", "link.pt"], "--output and --text name the same file"),
     ([CALIBRATE, "--output", "x" * 300 + ".pt"], "File name too long"),
     ([CALIBRATE, "--output", "c.json"], "expected a name that ends in .pt or .safetensors, got c.json"),
     ([TUNE, "--output", "p.txt"], "expected a name that ends in .json, got p.txt"),
+    (["benchmarks/calibration", "--seq-len", "511", "--text", "short.txt"], "fewer than one segment of 511"),
     (["eval_stability", "--preset", "kv4", "--output", "s"], "expected a name that ends in .json, got s"),
     ([GENERATE, "--preset", "x" * 300 + ".json"], "no preset file"),
     ([TUNE, "--study", "half.db"], "can't use half.db as a study"),
@@ -174,5 +182,5 @@ def test_bad_input_is_one_clear_line(command, message, tiny_flags, tmp_path, cap
     defaults = dict(zip(tiny_flags[::2], tiny_flags[1::2], strict=True)) if script != GENERATE else {}
     code = run(script, *(word for pair in defaults.items() for word in pair if pair[0] not in flags), *flags)
     err = capsys.readouterr().err
-    assert code == 2 and message in err and "Traceback" not in err
+    assert code == 2 and message in err and "Traceback" not in err and "secret" not in err
     assert listing(tmp_path) == before, "nothing may be left behind"

@@ -213,7 +213,7 @@ def test_all_of_a_text_without_end_is_rejected_and_a_haystack_has_running_texts_
     a, b = written("a", 500), written("b", 300, 1)
     tokens = mixture(a, SELF, b).tokens("evaluation", llama)
     assert torch.equal(tokens, torch.cat([text.tokens("evaluation", llama) for text in (a, b)]))
-    with pytest.raises(PluginError, match="text 'self' .*no running text.*give --text embedded"):
+    with pytest.raises(PluginError, match="text 'self' .*no running text.*documents.*give embedded"):
         SELF.tokens("evaluation", llama)
 
 

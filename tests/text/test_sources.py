@@ -112,7 +112,7 @@ def test_files_of_any_name_and_in_the_home_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("names", "message"), [
     (["wiki_valid.txt", "wiki_test.txt", "README.md"], None),
-    ([], r"expected one \*valid\*.txt, found 0"),
+    ([], r"text folder '/.*': expected one \*valid\*.txt, found 0: give a file, or a folder with"),
     (["a_valid.txt"], r"expected one \*test\*.txt, found 0"),
     (["a_test.txt"], r"expected one \*valid\*.txt, found 0"),
     (["a_valid.txt", "b_valid.txt", "a_test.txt"], r"expected one \*valid\*.txt, found 2"),

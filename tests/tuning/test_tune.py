@@ -82,7 +82,7 @@ def test_ratios_are_of_the_context_length_and_the_preset_says_so(alike, tiny_fla
         draw_nothing(monkeypatch)
     ratios = {}
     for length, more in {2048: [], 256: ["--context-length", 256]}.items():
-        flags = ["--model", folder, *tiny_flags[2:], *GRID, "--study", "s.db", "--output", f"{length}.json"]
+        flags = ["--model", folder, *tiny_flags[2:], *GRID, "--study", "sqlite:///s.db", "--output", f"{length}.json"]
         assert run(TUNE, *flags, *more) == 0
         preset = load_preset(f"{length}.json")
         assert preset.get("context_length") == (None if alike and length == 2048 else length)

@@ -6,6 +6,7 @@ from which another basis is fitted when it is asked for.
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -23,6 +24,9 @@ from gpt2.compression.codecs.formats import BLOCK
 from gpt2.models.loading import LoadedModel
 from gpt2.models.probe import rotary, sketch
 from gpt2.text.sources import Text
+
+log = logging.getLogger(__name__)
+FEW = 4  # tokens for each dimension of a basis; of fewer it fits these tokens rather than the model
 
 
 def calibrate(
@@ -79,6 +83,9 @@ def calibrate(
     if len(segments) < processes.size:
         raise PluginError(f"{processes.size} processes are too many for {len(segments)} sequences: start fewer, or "
                           "give more --samples")  # fmt: skip
+    if processes.first:
+        sizes = [shape.size if basis.multi_head else shape.width for _, _, shape in loaded.geometry.sides()]
+        _warn_of_few(segments, sink_tokens, max(sizes))
     own = segments[processes.share(len(segments))]
     statistics = None if compact else collect(loaded, progress(own), sink_tokens, processes=processes)
     fitted = {}
@@ -109,21 +116,27 @@ def calibrate(
     return calibration
 
 
+def _warn_of_few(segments: torch.Tensor, sink_tokens: int, dimensions: int) -> None:
+    """Log a warning where segments [n, T] without their sinks have too few tokens for a basis of so many dimensions."""
+    tokens = segments.numel() - len(segments) * sink_tokens
+    if tokens < FEW * dimensions:
+        log.warning("a basis of %d dimensions is fitted to %d tokens, which is too few for a good one: give more "
+                    "--samples, a longer --seq-len or a longer --text", dimensions, tokens)  # fmt: skip
+
+
 def chosen_codec(codec: str | None, metric: str | None, compact: bool) -> tuple[str, str]:
     """Codec and metric of a calibration for which the user gave both, one or neither of them.
 
-    compact: choose a multi-head codec, the only kind that a compact file can hold. Raises PluginError where the given
-    codec or metric rules that out.
+    compact: choose a multi-head codec, the only kind that a compact file can hold, the first one if neither is given.
+    Raises PluginError where the given codec or metric rules that out.
     """
-    chosen = codec or metric or "pca"
-    metric = metric or basis_of(chosen).metric
-    if compact and not basis_of(chosen).multi_head:
-        several = list(multi_head_bases())
-        if codec or not takes_gradients(metric):
-            raise PluginError(f"--compact keeps one multi-head codec, which needs gradients: give --codec "
-                              f"{' or '.join(several)}")  # fmt: skip
-        chosen = several[0]
-    return chosen, metric
+    several = list(multi_head_bases())
+    if compact and (codec not in (None, *several) or (metric and not takes_gradients(metric))):
+        given = f"--codec {codec}" if codec not in (None, *several) else f"--metric {metric}"
+        raise PluginError(f"--compact keeps one codec that heads share, and {given} is none that goes with it: give "
+                          f"--codec {' or '.join(several)}, or leave --codec and --metric out")  # fmt: skip
+    chosen = codec or (several[0] if compact else metric or "pca")
+    return chosen, metric or basis_of(chosen).metric
 
 
 def recalibrate(calibration: Calibration, loaded: LoadedModel, text: Text, number: int, progress=iter) -> Calibration:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,16 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
     return tensor_file.write(path, record, compress=calibration.statistics is None)
 
 
-def load_calibration(path: str | Path) -> Calibration:
-    """Read a calibration. Raises BadArtefact, naming file, field, expected and found; never runs code from the file."""
+def load_calibration(path: str | Path, model: str = "MODEL") -> Calibration:
+    """Read a calibration. Raises BadArtefact, naming file, field, expected and found; never runs code from the file.
+
+    model: whose it is to be, as of --model, for the advice where there is no file.
+    """
     path = Path(path)
     if not os.path.exists(path):  # which takes any name, a pathlib.Path no long one
         raise CalibrationNotFound(
             f"Calibration file not found: {path}. Give its full path, or make it: "
-            f"python scripts/calibrate_kv_lowrank.py --output {path}"
+            f"python scripts/calibrate_kv_lowrank.py {shlex.join(['--model', model, '--output', str(path)])}"
         )
     return _calibration_from(tensor_file.read(path, "calibration file"), path)
 

@@ -53,7 +53,7 @@ def obtain_calibration(
     if path:
         print(f"calibration: using {files.shown(path)}", flush=True)
         try:
-            calibration = load_calibration(path)
+            calibration = load_calibration(path, loaded.spec)
         except BadArtefact as error:
             if given:
                 raise

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from gpt2.common.errors import PluginError
+from gpt2.common.errors import PluginError, brief, first_line
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.compression.cache.recipe import FROM_PRESETS, Recipe
 from gpt2.compression.calibration.fit import Calibration
@@ -33,6 +33,12 @@ from gpt2.models.loading import LoadedModel, described
 from gpt2.models.probe import fingerprint, geometry_of, rotary
 from gpt2.models.support import warn_of_drop, warn_of_positions
 
+EXPECTED = {
+    "model": "a loaded model, not its name or folder: from_pretrained gives one",
+    "config": "a model's config, such as model.config",
+    "geometry": "the layers of a cache, such as those of loading.load(...).geometry",
+    "dtype": "a dtype of PyTorch, such as torch.float32",
+}  # arguments of create_cache_from_preset, for errors
 _BUILDING = threading.Lock()  # so that threads that ask for the same compressors at the same time share them
 
 
@@ -52,8 +58,15 @@ def create_cache_from_preset(
     model: checks that preset and calibration are of this model, and tells the layers where the preset doesn't. config:
     of a model, for the layers alone; or geometry, these layers. dtype: of the transforms' arithmetic. overrides:
     `sink_tokens` or `recent_tokens` other than the preset's. Raises BadArtefact for a preset of other layers, naming
-    the first.
+    the first, and PluginError for an argument of another kind and a device that isn't there.
     """
+    for name, value, kinds in (
+        ("model", model, (LoadedModel, PreTrainedModel)), ("config", config, PretrainedConfig),
+        ("geometry", geometry, Geometry), ("dtype", dtype, torch.dtype),
+    ):  # fmt: skip
+        if value is not None and not isinstance(value, kinds):
+            found = brief(value) if isinstance(value, str) else type(value).__name__
+            raise PluginError(f"{name}: expected {EXPECTED[name]}, got {found}")
     preset = as_preset(preset)
     exact = preset.exact_tokens(**overrides)
     spec = getattr(model, "spec", None)
@@ -73,6 +86,15 @@ def create_cache_from_preset(
     k, v = compressors_from_preset(preset, device, model=model, dtype=dtype)
     recipe = recipe_of(preset, exact, spec or preset.model, model)
     return CompressedDynamicCache(k, v, geometry=preset.geometry, recipe=recipe, **exact)
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Raise PluginError unless tensors can be put on a device; None means that it is chosen later."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # PyTorch raises each of them for some devices
+        raise PluginError(f"device {brief(device)} can't be used ({first_line(error)}): give 'cpu', a GPU of this "
+                          "machine such as 'cuda:0', or None") from error  # fmt: skip
 
 
 def recipe_of(preset: Preset, exact: dict[str, int], spec: str, model: LoadedModel | None) -> Recipe:
@@ -105,6 +127,7 @@ def compressors_from_preset(
 
     calibration: used in place of the preset's file.
     """
+    check_device(device)
     if model is not None:
         preset = preset.for_model(model.geometry, model.spec)
     device = device or "cpu"

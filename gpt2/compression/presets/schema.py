@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Integral
 
-from gpt2.common.errors import BadArtefact, PluginError
+from gpt2.common.errors import BadArtefact, PluginError, brief
 from gpt2.common.schema import (
     ABSENT,
     Anything,
@@ -110,10 +111,13 @@ class Preset:
         return replace(self, geometry=geometry, plan=_plan(self.record, geometry, f"preset for {self.model}"))
 
     def exact_tokens(self, **overrides: int) -> dict[str, int]:
-        """Numbers of exact tokens, as a cache takes them. Raises PluginError for an override of another name."""
+        """Numbers of exact tokens, as a cache takes them. Raises PluginError for another name or kind of one."""
         exact = {"sink_tokens": self.sink_tokens, "recent_tokens": self.recent_tokens}
         if unknown := sorted(set(overrides) - set(exact)):
             raise PluginError(f"unknown {', '.join(unknown)}: a cache takes {' and '.join(exact)}")
+        for name, value in overrides.items():
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise PluginError(f"{name}: expected a number of tokens, got {brief(value)}")
         return exact | overrides
 
 

@@ -65,7 +65,7 @@ def answer_all(
     """
     prompts = {problem.task_id: prompt_ids(loaded, problem, setting.style) for problem in problems}
     longest = max(map(len, prompts.values()))
-    loaded.require_context(longest + setting.max_new_tokens, "--max-new-tokens")
+    loaded.require_context(setting.max_new_tokens, "--max-new-tokens", after=longest)
     order = sorted(prompts, key=lambda task_id: len(prompts[task_id]))  # little padding in a batch
     keys = {
         (name, problem.task_id): setting.key(loaded, cache.about | {"problem": problem.prompt})

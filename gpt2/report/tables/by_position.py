@@ -25,10 +25,14 @@ def by_position(record: dict, caches: list[str]) -> Table:
         ])  # fmt: skip
     count, length = record["segments"]
     over = "sampled by the model after prompts of" if record["args"]["over"] == "generated" else "of"
+    asked = any(row["greedy_tokens_same"] for row in record["rows"])
+    greedy = (
+        "median number before the first that differs from the uncompressed cache's" if asked else "not decoded here"
+    )
     return Table(
         ["cache", *(f"KL, {name} quarter" for name in QUARTERS[: len(kl)]), "last over first", "top-1, first", "last"]
         + ["Δ perplexity, first", "last", "greedy tokens the same"],
         lines,
         f"{record['model']}, {count} segments of {length - 1 - record['first']:,} predictions {over} {record['text']}. "
-        "KL in nats. Greedy tokens: median number before the first that differs from the uncompressed cache's.",
+        f"KL in nats. Greedy tokens: {greedy}.",
     )

@@ -105,5 +105,6 @@ def pairs(summary: list[dict]) -> Table:
          "sign test p", "change of log p, nats", "95 % interval"],
         lines,
         f"{summary[0]['prompts']} prompts per cache in {summary[0]['cells']} cells; only those "
-        "where the baseline works can be matched.",
+        "where the baseline works can be matched."
+        + (" One prompt gives no interval." if summary[0]["prompts"] == 1 else ""),
     )  # fmt: skip

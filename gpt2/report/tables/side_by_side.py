@@ -34,6 +34,10 @@ def side_by_side(record: dict, _: list[str]) -> Table:
     note += " Blocks of 64 tokens are compressed; attention sinks and an unfinished block stay exact."
     if scored >= FEWEST_TOKENS:
         note += f" Δ perplexity: {scored:,} tokens of the document, uncompressed {rows[0]['baseline_ppl']:.3f}."
+    else:
+        note += f" Δ perplexity – : {scored:,} tokens of the document are too few, it takes {FEWEST_TOKENS}."
+    if not all("token_ms_median" in row for row in rows):
+        note += " ms per token – : the answer was too short to time a token."
     if any(row["direct"] for row in rows):
         note += " *: read as stored; the other compressed caches are reconstructed at every step."
     columns = ["cache", "MiB", "basis MiB", "ratio", "Δ perplexity", "ms per token", "first words of the answer"]

@@ -81,6 +81,16 @@ REJECTED = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("samples", "codec", "warned"), [(2, "pca", 12), (3, "pca", None), (1, "framed", 24)])
+def test_too_few_tokens_for_a_basis_are_warned_of(samples, codec, warned, llama, caplog):
+    seq_len = 24 if codec == "pca" else 68  # 4 sinks among them, which don't count
+    calibrate(llama, TEXT, rank=9, samples=samples, seq_len=seq_len, codec=codec)
+    counted = samples * (seq_len - 4)
+    said = caplog.text
+    assert (f"a basis of {warned} dimensions is fitted to {counted} tokens" in said) == bool(warned)
+    assert ("dimensions" in said) == bool(warned)
+
+
 def test_calibrate_rejects(llama):
     for changed, message in REJECTED:
         settings = SMALL | {"rank": 9, "text": TEXT} | changed
@@ -122,8 +132,8 @@ def test_every_rank_is_cut_from_one_file(made, path):
 
 def test_other_files_are_rejected(tmp_path):
     """Each with its message; many more are in test_bad_files."""
-    with pytest.raises(CalibrationNotFound, match=r"Calibration file not found: .*none\.pt.*calibrate_kv_lowrank\.py"):
-        load_calibration(tmp_path / "none.pt")
+    with pytest.raises(CalibrationNotFound, match=r"Calibration file not found: .*none\.pt.*lowrank\.py --model M "):
+        load_calibration(tmp_path / "none.pt", "M")
     (tmp_path / "text.pt").write_text("{}")
     for path in (tmp_path, tmp_path / "text.pt"):
         rejected(path, "not a readable calibration file", "make it again")

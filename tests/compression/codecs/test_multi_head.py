@@ -186,7 +186,7 @@ def test_a_calibration_without_gradients_is_not_used_again_for_a_metric(llama, s
 GATHERED = [
     ([], "pca", False), (["--metric", "attention"], "attention", False), (["--metric", "fisher"], "fisher", True),
     (["--metric", "fisher", "--compact"], "framed", False), (["--metric", "fisher", "--codec", "pca"], "pca", True),
-    (["--codec", "joint", "--compact"], "joint", True),
+    (["--codec", "joint", "--compact"], "joint", True), (["--compact"], "framed", False),
     (["--codec", "joint", "--gradient-checkpointing"], "joint", True),
 ]  # fmt: skip
 
@@ -200,8 +200,8 @@ def test_the_script_gathers_what_is_asked_for(flags, codec, joint, tiny_flags, t
     assert (made.statistics is None) == ("--compact" in flags)
     assert "need no gradients" not in capsys.readouterr().out
     if not flags:
-        assert run("calibrate_kv_lowrank", *common, "--output", "other.pt", "--compact") == 2
-        message = "--compact keeps one multi-head codec, which needs gradients: give --codec framed or grouped or joint"
+        assert run("calibrate_kv_lowrank", *common, "--output", "other.pt", "--compact", "--metric", "pca") == 2
+        message = "--metric pca is none that goes with it: give --codec framed or grouped or joint, or leave"
         assert message in capsys.readouterr().err and not (tmp_path / "other.pt").exists()
 
 

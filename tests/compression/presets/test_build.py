@@ -107,6 +107,20 @@ def test_a_new_preset_is_read_back_from_its_file(space, llama, calibration):
     assert f"{words} --output results/calibrations/c.pt" in preset["made_by"]
 
 
+@pytest.mark.parametrize(("given", "message"), [
+    ({"device": "cuda:99"}, "device 'cuda:99' can't be used .*: give 'cpu'"),
+    ({"device": "tpu"}, "device 'tpu' can't be used"),
+    *(({"sink_tokens": value}, "sink_tokens: expected a number of tokens") for value in ("4", 2.5, True, None, [4])),
+    ({"recent_tokens": "4"}, "recent_tokens: expected a number of tokens, got '4'"),
+    ({"model": "smollm2-135m"}, "model: expected a loaded model, not its name or folder: .*, got 'smollm2-135m'"),
+    ({"config": {}}, "config: expected a model's config"), ({"geometry": 3}, "geometry: expected the layers of"),
+    ({"dtype": "float32"}, "dtype: expected a dtype of PyTorch, such as torch.float32, got 'float32'"),
+])  # fmt: skip
+def test_arguments_of_another_kind_are_rejected(given, message):
+    with pytest.raises(PluginError, match=message):
+        create_cache_from_preset(PRESET | {"codec": "identity", "calibration_file": ""}, **given)
+
+
 def test_a_callers_model_stays_as_it_was(preset):
     """In training mode where it is, and with the same parameters that learn."""
     model = tiny_loaded("llama").model
