@@ -9,6 +9,7 @@
 stored codes. It says at the end where that was slower than the uncompressed cache, and measures once per machine from
 how many tokens on codes are read faster than reconstructed, for enable_compressed_attention(model, when="auto"),
 unless other work is running.
+--noise fills caches with noise where a prompt would be read: decoding alone is measured, in a small part of the time.
 --identity adds our cache without compression; with --direct it is also read without copying K and V at every step and
 without repeating KV heads. --peers adds transformers' quantized caches.
 Caches take turns in one process, in alternating order, each time with a fresh cache after a warm-up. Figures are
@@ -40,6 +41,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--direct", action="store_true", help="also attend over the stored codes of our caches")
     p.add_argument("--direct-only", action="store_true", help="--direct without the rows that reconstruct")
     p.add_argument("--peers", type=cli.word_list(list(PACKAGES)), default=[], help="quanto, hqq, or both")
+    p.add_argument("--noise", action="store_true", help="fill caches with noise, not by reading a prompt: much faster")
     p.add_argument("--context-lengths", type=cli.int_list, default=[512, 1024, 2048], help="tokens before decoding")
     p.add_argument("--batch-sizes", type=cli.int_list, default=[1, 4], help="sequences in a batch")
     p.add_argument("--decode-tokens", type=cli.positive_int, default=16, help="tokens decoded per repeat")
@@ -76,7 +78,7 @@ def main() -> None:
             progress = cli.bar(f"batch {batch}, {context} tokens", "run")
             found = measure_cell(
                 loaded, caches, context, batch, decode_tokens=args.decode_tokens, repeats=args.repeats, seed=args.seed,
-                progress=progress,
+                noise=args.noise, progress=progress,
             )  # fmt: skip
             rows += found
             tables.show("profile", record | {"rows": found}, note=False)

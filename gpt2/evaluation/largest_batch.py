@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,11 +20,10 @@ from gpt2.common.errors import is_out_of_memory
 from gpt2.compression.cache import size
 from gpt2.compression.cache.attention import disable_compressed_attention, enable_compressed_attention
 from gpt2.evaluation.instruments import synchronizer
+from gpt2.evaluation.noise import fill
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory
 from gpt2.models.loading import LoadedModel
 
-CHUNK_VALUES = 1 << 28  # numbers of K or V appended at a time: half a gigabyte in 16 bits
-LEAST_CHUNK = 64  # tokens
 RESOLUTION = 32  # bisection ends when the batch is known to one part in 32
 WARM_STEPS = 1
 clock = time.perf_counter
@@ -103,22 +102,6 @@ def _filled_and_decoded(loaded: LoadedModel, cache: Cache, context: int, batch: 
         "token_ms": 1000 * seconds / steps,
         "cache_bytes": size.cache_bytes(cache),
     }
-
-
-def fill(cache: Cache, loaded: LoadedModel, context: int, batch: int, seed: int = 0) -> None:
-    """Put the same `context` tokens of noise into every layer: values change neither size nor speed."""
-    heads, d = loaded.geometry.num_kv_heads, loaded.geometry.head_dim
-    generator = torch.Generator(loaded.device).manual_seed(seed)
-    for tokens in chunks(context, batch * heads * d):
-        x = torch.randn(batch, heads, tokens, d, generator=generator, device=loaded.device, dtype=loaded.model.dtype)
-        size.fill(cache, [(x, x)])
-
-
-def chunks(context: int, values_per_token: int) -> Iterator[int]:
-    """Tokens to append at a time, so that a chunk takes a small part of memory."""
-    most = max(CHUNK_VALUES // values_per_token // LEAST_CHUNK, 1) * LEAST_CHUNK
-    for start in range(0, context, most):
-        yield min(most, context - start)
 
 
 def decode(model: PreTrainedModel, cache: Cache, token: Tensor, steps: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Latency, throughput and memory of caches in one model, side by side in one process.
 
-A cell is a context length and a batch size. In each cell every cache is filled by one prefill and then decoded from by
-the same greedy loop, with a fresh cache for each run. Caches take turns, in an order that is reversed with every
+A cell is a context length and a batch size. In each cell every cache is filled by one prefill, or with noise where
+decoding alone is measured, and then decoded from by the same greedy loop, with a fresh cache for each run. Caches take turns, in an order that is reversed with every
 repeat, so that a temporary slowdown of the machine affects them all; ratios pair the runs of one repeat.
 """
 
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,9 +25,12 @@ from gpt2.compression.cache.attention import AUTO, enable_compressed_attention
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.compression.cache.size import cache_bytes
 from gpt2.evaluation.instruments import SAMPLING, Memory, Stopwatch, cuda_devices, peak_memory, synchronizer, watched
+from gpt2.evaluation.noise import fill as fill_with_noise
 from gpt2.evaluation.perplexity import BASELINE, CacheFactory
 from gpt2.evaluation.statistics import spread
 from gpt2.models.loading import LoadedModel
+
+Fill = Callable[[Cache], None]  # puts tokens into an empty cache
 
 WARM_TOKENS, WARM_STEPS = 16, 2
 clock = time.perf_counter
@@ -34,9 +38,12 @@ clock = time.perf_counter
 
 @dataclass(frozen=True)
 class Run:
-    """One cache, filled and decoded from once. decode_s: seconds of all steps; tokens: [B, 1 + steps], generated."""
+    """One cache, filled and decoded from once.
 
-    prefill_s: float
+    prefill_s: None where it was filled with noise. decode_s: seconds of all steps. tokens: [B, 1 + steps], generated.
+    """
+
+    prefill_s: float | None
     decode_s: float
     tokens: Tensor
     held_bytes: int
@@ -65,24 +72,26 @@ def measure_cell(
     decode_tokens: int = 16,
     repeats: int = 3,
     seed: int = 0,
+    noise: bool = False,
     progress=iter,
 ) -> list[dict]:
     """Measure caches, by name, at one context length and batch size; one results record per cache.
 
     Contexts are random tokens, whose values change no time. decode_tokens: steps per run, from a cache that holds
-    `context_tokens` at first. If one of the caches is called "baseline", the others get ratios to it, paired by repeat.
-    progress: wraps the iterable of runs, such as tqdm. A cache that doesn't fit in memory gets a record with
-    `out_of_memory` instead of figures.
+    `context_tokens` at first. noise: fill caches with noise, which takes a small part of a prefill's time. If one of
+    the caches is called "baseline", the others get ratios to it, paired by repeat. progress: wraps the iterable of
+    runs, such as tqdm. A cache that doesn't fit in memory gets a record with `out_of_memory` instead of figures.
     """
     prompt = random_tokens(loaded, batch_size, context_tokens, seed)
     measured = {name: _Measured() for name in caches}
     for make in caches.values():
         run_once(loaded.model, make(), prompt[:1, :WARM_TOKENS], WARM_STEPS)
     # Turn 0 is for the instruments, and warms up what depends on shapes
+    fill = partial(fill_with_noise, loaded=loaded, context=context_tokens, batch=batch_size, seed=seed)
     turns = [(n, name) for n in range(repeats + 1) for name in (list(caches)[::-1] if n % 2 else caches)]
     for turn, name in progress(turns):
         if not measured[name].too_large:
-            measured[name].take(turn, loaded.model, caches[name], prompt, decode_tokens)
+            measured[name].take(turn, loaded.model, caches[name], prompt, decode_tokens, fill if noise else None)
     baseline = measured.get(BASELINE)
     cell = {"context_tokens": context_tokens, "batch_size": batch_size}
     return [
@@ -117,14 +126,16 @@ class _Measured:
     runs: list[Run] = field(default_factory=list)
     too_large: bool = False
 
-    def take(self, turn: int, model: PreTrainedModel, make: CacheFactory, prompt: Tensor, steps: int) -> None:
+    def take(
+        self, turn: int, model: PreTrainedModel, make: CacheFactory, prompt: Tensor, steps: int, fill: Fill | None
+    ) -> None:
         """One run with a fresh cache: with instruments in turn 0, timed in the others."""
         try:
             if turn:
-                self.runs.append(run_once(model, make(), prompt, steps))
+                self.runs.append(run_once(model, make(), prompt, steps, fill))
             else:
                 cache = make()
-                self.inside = look_inside(model, cache, prompt, steps)
+                self.inside = look_inside(model, cache, prompt, steps, fill)
                 self.parking = park(model, cache)
         except Exception as error:  # out of memory has another type on each device
             if not is_out_of_memory(error):
@@ -144,30 +155,37 @@ class _Measured:
 
 
 @torch.no_grad()
-def run_once(model: PreTrainedModel, cache: Cache, prompt: Tensor, steps: int) -> Run:
-    """Time filling an empty cache with a prompt [B, T] and decoding `steps` more tokens."""
+def run_once(model: PreTrainedModel, cache: Cache, prompt: Tensor, steps: int, fill: Fill | None = None) -> Run:
+    """Time filling an empty cache with a prompt [B, T] and decoding `steps` more tokens.
+
+    fill: fills the cache in the prompt's place, of which the last token is decoded first.
+    """
     wait, last_only = synchronizer(model), _last_logits_only(model)
     with _no_garbage_collection():
         wait()
         start = clock()
-        tokens = [_next(model, cache, prompt, **last_only)]
+        tokens = [_next(model, cache, prompt, **last_only)] if fill is None else [prompt[:, -1:]]
+        if fill:
+            fill(cache)
         wait()
         filled = clock()
         tokens += _decode(model, cache, tokens[-1], steps)
         wait()
         end = clock()
-    return Run(filled - start, end - filled, torch.cat(tokens, dim=1), cache_bytes(cache))
+    return Run(None if fill else filled - start, end - filled, torch.cat(tokens, dim=1), cache_bytes(cache))
 
 
 @torch.no_grad()
-def look_inside(model: PreTrainedModel, cache: Cache, prompt: Tensor, steps: int) -> Inside:
+def look_inside(model: PreTrainedModel, cache: Cache, prompt: Tensor, steps: int, fill: Fill | None = None) -> Inside:
     """The same with instruments: peak memory of prefill and warm-up steps, then where the time of `steps` steps goes.
 
     The prefill leaves out the last tokens of the prompt, so that the cache holds the prompt's length after warming up.
     """
     with peak_memory(cuda_devices(model)) as memory:
         most = prompt[:, : max(prompt.shape[1] - WARM_STEPS, 1)]
-        token = _next(model, cache, most, **_last_logits_only(model))
+        if fill:
+            fill(cache)
+        token = most[:, -1:] if fill else _next(model, cache, most, **_last_logits_only(model))
         token = _decode(model, cache, token, WARM_STEPS)[-1]
     watch = Stopwatch(synchronizer(model))
     with watched(model, watch):
@@ -241,12 +259,11 @@ def random_tokens(loaded: LoadedModel, batch_size: int, count: int, seed: int) -
 
 
 def _figures(runs: Sequence[Run], inside: Inside) -> dict:
-    prefill, token = [1000 * run.prefill_s for run in runs], [run.token_ms for run in runs]
+    prefill, token = [1000 * run.prefill_s for run in runs if run.prefill_s], [run.token_ms for run in runs]
     batch = len(runs[0].tokens)
     return {
-        "ttft_ms": prefill,
+        **({"ttft_ms": prefill} | spread("ttft_ms", prefill) if prefill else {}),
         "token_ms": token,
-        **spread("ttft_ms", prefill),
         **spread("token_ms", token),
         **spread("tokens_per_s", [1000 * batch / ms for ms in token]),
         "cache_bytes": runs[-1].held_bytes,
@@ -261,7 +278,7 @@ def _ratios(runs: Sequence[Run], baseline: Sequence[Run]) -> dict:
     """Ratios to the baseline, run by run, so that a slowdown of the machine cancels out."""
     pairs = list(zip(runs, baseline, strict=True))
     return {
-        **spread("ttft", [own.prefill_s / other.prefill_s for own, other in pairs]),
+        **(spread("ttft", [own.prefill_s / other.prefill_s for own, other in pairs]) if runs[0].prefill_s else {}),
         **spread("token_time", [own.token_ms / other.token_ms for own, other in pairs]),
         **spread("tokens_per_s", [other.token_ms / own.token_ms for own, other in pairs]),
         "cache_bytes": runs[-1].held_bytes / baseline[-1].held_bytes,

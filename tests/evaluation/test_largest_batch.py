@@ -11,7 +11,7 @@ from gpt2.compression.attention import is_enabled
 from gpt2.compression.cache.size import cache_bytes
 from gpt2.compression.compressed_cache import identity_cache
 from gpt2.compression.named_caches import from_preset
-from gpt2.evaluation import append_times, largest_batch
+from gpt2.evaluation import append_times, largest_batch, noise
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
 from gpt2.models.geometry import Shape
 from gpt2.report import tables
@@ -49,7 +49,7 @@ def failing_above(monkeypatch, most: int, error: Exception) -> set[bool]:
 @pytest.mark.parametrize("name", [BASELINE, "kv4"])
 def test_memory_that_runs_out_ends_the_search(name, llama, caches, monkeypatch):
     """A machine with room for 5 sequences; codes of our caches are read directly, the baseline as ever."""
-    monkeypatch.setattr(largest_batch, "CHUNK_VALUES", 1)
+    monkeypatch.setattr(noise, "CHUNK_VALUES", 1)
     enabled = failing_above(monkeypatch, 5, torch.OutOfMemoryError("CUDA out of memory"))
     row = largest_batch.measure(llama, name, caches[name], 70, decode_tokens=2)
     assert (row["largest_batch"], row["at_limit"]) == (5, False) and enabled == {name != BASELINE}
@@ -59,7 +59,7 @@ def test_memory_that_runs_out_ends_the_search(name, llama, caches, monkeypatch):
     assert row["tokens_per_s"] == row["tried"][-1]["tokens_per_s"] > 0
     whole = 5 * (70 + 1 + 2) * llama.geometry.bytes_per_token(4)  # a token to warm up
     assert row["cache_bytes"] == whole if name == BASELINE else 0 < row["cache_bytes"] < whole
-    assert list(largest_batch.chunks(150, 1000)) == [64, 64, 22]
+    assert list(noise.chunks(150, 1000)) == [64, 64, 22]
     assert row["tokens_per_s"] == pytest.approx(5000 / row["token_ms"]) and not is_enabled(llama.model)
 
 

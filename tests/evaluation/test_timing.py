@@ -17,6 +17,8 @@ from gpt2.compression.named_caches import from_preset
 from gpt2.evaluation import instruments, timing
 from gpt2.evaluation.instruments import PARTS, Stopwatch, peak_memory, watched
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
+from gpt2.experiments.miniatures import tiny_family
+from gpt2.models.loading import wrap
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mistral"])
@@ -52,13 +54,26 @@ def test_caches_take_turns_in_alternating_order_and_are_always_fresh(llama, cach
     assert not any("parking" in row for row in rows) and not caplog.records, "on a CPU nothing is parked"
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_next", "gemma4_text"])
+def test_noise_in_the_place_of_a_prompt(family, monkeypatch):
+    """The model only decodes: nothing is known of the time to a first token, and all else is as with a prompt."""
+    loaded, held = wrap(tiny_family(family), None, family), []
+    caches = {BASELINE: baseline_factory(loaded), "exact": lambda: identity_cache(loaded.geometry)}
+    made = {name: lambda make=make: held.append(make()) or held[-1] for name, make in caches.items()}
+    rows = timing.measure_cell(loaded, made, 40, 2, decode_tokens=3, repeats=1, noise=True)
+    assert [cache.get_seq_length() for cache in held[2:]] == [40 + 3 + 2] * 2 + [40 + 3] * 2
+    for row in rows:
+        assert "ttft_ms" not in row and row["token_ms_median"] > 0 and sum(row["share_of_step"].values()) > 0.99
+    assert set(rows[1]["ratio_to_baseline"]) & {"ttft_median", "tokens_per_s_median"} == {"tokens_per_s_median"}
+
+
 def test_figures_are_medians_quartiles_and_paired_ratios(llama, caches, monkeypatch):
     """Times are scripted: the second repeat is slow for both caches, which a ratio of medians would get wrong."""
     seconds = {BASELINE: [(1.0, 0.4), (10.0, 4.0), (2.0, 0.8)], "int4": [(3.0, 0.8), (20.0, 4.0), (4.0, 3.2)]}
     turns = {name: iter(pairs) for name, pairs in seconds.items()}
     real = timing.run_once
 
-    def scripted(model, cache, prompt, steps):
+    def scripted(model, cache, prompt, steps, fill=None):
         run = real(model, cache, prompt, steps)
         if steps == timing.WARM_STEPS:
             return run

@@ -52,6 +52,12 @@ def test_the_script_writes_figures_a_plot_and_a_table(shape, tmp_path, capsys):
         tables.profile(record, ["3"])
 
 
+def test_noise_leaves_out_the_first_token(shape, tmp_path):
+    assert run(PROFILE, *shape, *SMALL, "--noise", "--output", "out/r.json") == 0
+    table = tables.profile(json.loads((tmp_path / "out/r.json").read_text()), []).markdown()
+    assert table.count(" | – | ") == 4 and "no first token" in table and is_drawn(tmp_path / "out/r.png")
+
+
 def test_the_script_measures_a_model_with_weights(shape, script, tmp_path):
     assert script(PROFILE, *shape[2:], "--context-lengths", 16, "--batch-sizes", 1, "--repeats", 1) == 0
     name = machine.named("profile_tiny", machine.tag())

@@ -150,7 +150,7 @@ def profile(record: dict, words: list[str]) -> Table:
             ratio = f"{row['ratio_to_baseline']['tokens_per_s_median']:.2f}x ({low:.2f} … {high:.2f})"
         lines.append([
             *start,
-            f"{row['ttft_ms_median']:,.0f} ms",
+            f"{row['ttft_ms_median']:,.0f} ms" if "ttft_ms_median" in row else "–",
             f"{row['token_ms_median']:,.1f} ms",
             f"{row['tokens_per_s_median']:,.1f}",
             ratio,
@@ -158,12 +158,13 @@ def profile(record: dict, words: list[str]) -> Table:
             f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB",
         ])  # fmt: skip
     args = record["args"]
+    noise = " Caches were filled with noise, so that there is no first token." if args.get("noise") else ""
     return Table(
         ["batch", "context", "cache", "first token", "per token", "tokens/s", "against baseline", "cache",
          "peak memory"],
         lines,
         f"{record['model']} in {record['dtype']} on {record['device']}, {args['decode_tokens']} tokens decoded, "
-        f"medians of {args['repeats']} repeats, quartiles in brackets. Peak memory: {record['peak_memory']}."
+        f"medians of {args['repeats']} repeats, quartiles in brackets.{noise} Peak memory: {record['peak_memory']}."
         f"{_weights(record)} {machine.caption(record)}",
     )  # fmt: skip
 
