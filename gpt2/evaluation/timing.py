@@ -1,8 +1,9 @@
 """Latency, throughput and memory of caches in one model, side by side in one process.
 
 A cell is a context length and a batch size. In each cell every cache is filled by one prefill, or with noise where
-decoding alone is measured, and then decoded from by the same greedy loop, with a fresh cache for each run. Caches take turns, in an order that is reversed with every
-repeat, so that a temporary slowdown of the machine affects them all; ratios pair the runs of one repeat.
+decoding alone is measured, and then decoded from by the same greedy loop, with a fresh cache for each run. Caches take
+turns, in an order that is reversed with every repeat, so that a temporary slowdown of the machine affects them all;
+ratios pair the runs of one repeat.
 """
 
 from __future__ import annotations
