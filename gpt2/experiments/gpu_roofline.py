@@ -34,11 +34,15 @@ from gpt2.compression.codecs.formats import (
     CHANNEL,
     EXACT,
     FIXED_PLANES,
+    MOST_PLANES,
     PLANES,
     TOKEN,
+    WIDTHS,
     ChannelGrid,
     TokenRange,
+    WidthSearch,
 )
+from gpt2.compression.codecs.mixed import WIDEST_NARROW
 from gpt2.experiments.attention_speed import AttentionShape, compressors
 
 TILE = 64
@@ -54,6 +58,7 @@ SCORE = 8  # per score: scale and bias, the largest so far, difference, exponent
 MERGE = 4  # per number of a split
 COLUMNS, TURN = 64, 6  # of `triton_frames`: columns of a program; per channel: rotating, splitting, the mean's product
 CODING, SHARE = 12, 8  # per coordinate: range, division, rounding, clamping; and for the error of each further scale
+PLANES_WRITTEN = 3 * MOST_PLANES  # per coordinate: a bit is taken out, put in its place and added, of every plane
 SIXTEEN = "16-bit attention"
 
 
@@ -143,7 +148,7 @@ def step_works(
     """The work of each kernel for one step over codes, and of quantizing a prompt; None where no kernel reads them."""
     k, v = (_side(compressor, shape) for compressor in pair)
     if v is not None and pair[1].joint:
-        v = replace(v, nbytes=0.0, decode=0)  # K's codes, which the kernel unpacks once
+        v = replace(v, nbytes=0.0, decode=0, coding=v.coding and 0.0)  # K's codes, which kernels read and write once
     if k is None or v is None or k.groups != v.groups:
         return None
     groups, queries = shape.batch * k.groups, shape.heads // k.groups
@@ -165,7 +170,7 @@ def step_works(
             2 * 4 * absorbing * (k.rank + 1), 3 * 2 * 2 * absorbing * k.rank * shape.head_dim, turned
         )
     if k.coding is not None and v.coding is not None:
-        moved = sum(side.rank * HALF + side.nbytes for side in (k, v))
+        moved = sum(side.rank * HALF + side.nbytes for side in (k, v) if side.coding)
         works["quantize"] = Work(each * moved, 0.0, each * sum(side.rank * side.coding for side in (k, v)))
     return works
 
@@ -230,6 +235,11 @@ def padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
+def _grids_tried(encoding: WidthSearch) -> int:
+    """Grids that a search for widths tries of each channel in a block."""
+    return sum(len(encoding.narrow if bits <= WIDEST_NARROW else encoding.wide) for bits in WIDTHS if bits)
+
+
 def _side(compressor: Compressor, shape: AttentionShape) -> Side | None:
     """How K or V is stored, from a stored sample; None for a format that no kernel reads."""
     held = compressor.quantizer.memory_format
@@ -241,6 +251,7 @@ def _side(compressor: Compressor, shape: AttentionShape) -> Side | None:
     x = noise(heads, TOKENS, shape.head_dim, batch=1, dtype=torch.float32, generator=generator)
     nbytes = sum(part.nbytes for part in compressor.compress(x).values()) / (TOKENS * groups)
     encoding = compressor.quantizer.encoding(rank)
-    coding = {TokenRange: lambda: CODING, ChannelGrid: lambda: CODING + SHARE * (len(encoding.shares) - 1)}
+    coding = {TokenRange: lambda: CODING, ChannelGrid: lambda: CODING + SHARE * (len(encoding.shares) - 1),
+              WidthSearch: lambda: CODING + PLANES_WRITTEN + (CODING + SHARE) * _grids_tried(encoding)}  # fmt: skip
     known = coding.get(type(encoding))
     return Side(groups, rank, nbytes, DECODE[tuple(held)], float(known()) if known else None)

@@ -35,7 +35,11 @@ def test_bytes_and_operations_are_what_is_stored_and_what_kernels_do():
     # 1280 tokens are 20 tiles, at least two of them in a split
     assert found["split decode"].nbytes == 2 * 4 * (8 * 4 * 130) * 10
     assert works("int4_channel", 12800)["split decode"].nbytes == 2 * 4 * (8 * 4 * 130) * (4 * 132 // 8)
-    assert found["quantize"].nbytes == 1280 * 8 * 2 * (256 + 70) and "quantize" not in works("mixed", 1280)
+    assert found["quantize"].nbytes == 1280 * 8 * 2 * (256 + 70) and "quantize" not in works("none", 1280)
+    tries = 3 * 4 + 4 * 2  # of the narrow widths four shares each, of the wide ones two
+    assert works("mixed", 1280)["quantize"].vector == 1280 * 8 * 2 * 128 * (12 + 3 * 10 + 20 * tries)
+    framed = works("framed", 1280)["quantize"]
+    assert framed.vector == works("mixed", 1280)["quantize"].vector, "K and V are 256 channels of one code"
     narrow = AttentionShape(6, 3, 48, 2)  # channels are padded as well
     assert works("int8", 64, narrow)["weighted sums"].tensor == 2 * 64 * 64 * 16 * 6
     batch = works("int4", 1280, AttentionShape(32, 8, 128, 4))
