@@ -14,7 +14,7 @@ transcode codes a cache anew with another preset. From a lossy one, its loss sta
 verify    recomputes some blocks of 64 tokens from the document's tokens, compares what the file has of them, and
           ends with an error where they differ.
 
-A file belongs to the model that filled it and is refused by others, as are damaged ones. It holds the document's
+A file belongs to the model that filled it and is rejected by others, as are damaged ones. It holds the document's
 tokens, so whoever has it can read the document.
 """
 

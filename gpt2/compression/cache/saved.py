@@ -3,7 +3,7 @@
 One safetensors file (`gpt2.common.mapped_file`), which is mapped when it is loaded, and about as large as
 `cache.nbytes()`. Calibrated bases aren't in it: they weigh as much as several conversations, all caches of a preset
 share them, and the preset names the file. In their place the last tokens of every store are noted as they read, and a
-basis that reads them otherwise is refused.
+basis that reads them otherwise is rejected.
 """
 
 from __future__ import annotations
