@@ -201,20 +201,27 @@ def _side_by_side(
 
 
 def profile_steps(record: dict, words: list[str]) -> Table:
-    """Where the time of a decode step goes, in shares of an instrumented step; of some batch sizes or of all."""
+    """A decode step: its time, and where that goes in shares of an instrumented step; of some batch sizes or of all."""
     rows = [
         row for row in select(record["rows"], "batch_size", [int(word) for word in words]) if "share_of_step" in row
     ]
     parts = list(dict.fromkeys(part for row in rows for part in row["share_of_step"]))
     lines = [
-        [str(row["batch_size"]), f"{row['context_tokens']:,}", row["cache"]]
+        [str(row["batch_size"]), f"{row['context_tokens']:,}", row["cache"], *_step(row)]
         + [format(row["share_of_step"].get(part, 0), ".0%") for part in parts]
         for row in rows
     ]
     return Table(
-        ["batch", "context", "cache", *parts], lines,
-        f"Shares of a decode step, measured in a pass of its own. {machine.caption(record)}",
+        ["batch", "context", "cache", "per token", "against baseline", *parts], lines,
+        f"{record['model']} in {record['dtype']}. Shares of a decode step, measured in a pass of its own. "
+        f"{machine.caption(record)}",
     )  # fmt: skip
+
+
+def _step(row: dict) -> list[str]:
+    """A step's time, and how much faster it is than the baseline's."""
+    ratio = row["ratio_to_baseline"]["tokens_per_s_median"] if "ratio_to_baseline" in row else 1
+    return [f"{row['token_ms_median']:,.1f} ms", f"{ratio:.2f}x"]
 
 
 def profile_parking(record: dict, words: list[str]) -> Table:
