@@ -31,7 +31,7 @@ from gpt2.evaluation.perplexity import BASELINE, CacheFactory
 from gpt2.evaluation.statistics import spread
 from gpt2.models.loading import LoadedModel
 
-Fill = Callable[[Cache], None]  # puts tokens into an empty cache
+Fill = Callable[..., None]  # puts tokens into an empty cache: fill(cache, context=number of tokens)
 
 WARM_TOKENS, WARM_STEPS = 16, 2
 clock = time.perf_counter
@@ -88,7 +88,7 @@ def measure_cell(
     for make in caches.values():
         run_once(loaded.model, make(), prompt[:1, :WARM_TOKENS], WARM_STEPS)
     # Turn 0 is for the instruments, and warms up what depends on shapes
-    fill = partial(fill_with_noise, loaded=loaded, context=context_tokens, batch=batch_size, seed=seed)
+    fill = partial(fill_with_noise, loaded=loaded, batch=batch_size, seed=seed)
     turns = [(n, name) for n in range(repeats + 1) for name in (list(caches)[::-1] if n % 2 else caches)]
     for turn, name in progress(turns):
         if not measured[name].too_large:
@@ -167,7 +167,7 @@ def run_once(model: PreTrainedModel, cache: Cache, prompt: Tensor, steps: int, f
         start = clock()
         tokens = [_next(model, cache, prompt, **last_only)] if fill is None else [prompt[:, -1:]]
         if fill:
-            fill(cache)
+            fill(cache, context=prompt.shape[1])
         wait()
         filled = clock()
         tokens += _decode(model, cache, tokens[-1], steps)
@@ -182,10 +182,10 @@ def look_inside(model: PreTrainedModel, cache: Cache, prompt: Tensor, steps: int
 
     The prefill leaves out the last tokens of the prompt, so that the cache holds the prompt's length after warming up.
     """
+    most = prompt[:, : max(prompt.shape[1] - WARM_STEPS, 1)]
+    if fill:  # before memory is watched: it may take more than decoding does
+        fill(cache, context=most.shape[1])
     with peak_memory(cuda_devices(model)) as memory:
-        most = prompt[:, : max(prompt.shape[1] - WARM_STEPS, 1)]
-        if fill:
-            fill(cache)
         token = most[:, -1:] if fill else _next(model, cache, most, **_last_logits_only(model))
         token = _decode(model, cache, token, WARM_STEPS)[-1]
     watch = Stopwatch(synchronizer(model))

@@ -124,12 +124,16 @@ class CompressedDynamicCache(Keeping):
             )
         if layer_idx == 0:  # deeper, K and V of padding differ
             layer.check_shapes(key_states, value_states)  # before what is rejected counts as padding
-            self._padding.see(key_states, value_states)
+            self.look_for_padding(key_states, value_states)
         if self._padding.changing:
             layer.set_padding(self._padding.found)
         if self._drops_at and layer_idx == self._first:
             self._warn_near_drop(layer.get_seq_length() + key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def look_for_padding(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take in the first layer's new K and V [B, H, n, d], which tell how much padding rows begin with."""
+        self._padding.see(key_states, value_states)
 
     def _warn_near_drop(self, length: int) -> None:
         """Say once, before it happens, that transformers drops this cache; a prompt beyond the length keeps it."""

@@ -75,6 +75,7 @@ def inputs(cache, new, whole, mask) -> dict[str, Tensor]:
     """As `CompressedDynamicCache.inputs`."""
     if (new is None) == (whole is None):
         raise PluginError("give either new=, the tokens that follow what the cache holds, or whole=, all tokens")
+    cache.check_awake()
     length, held = cache.get_seq_length(), cache.held_tokens
     given = new if whole is None else whole
     ids = torch.as_tensor(given)

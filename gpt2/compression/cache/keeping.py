@@ -36,8 +36,9 @@ class Keeping(Cache):
     @property
     def padding(self) -> Tensor | None:
         """Slots of left padding of each row, [B] on the CPU; None where there is none."""
-        layers = (layer for layer in self.compressed if layer.is_initialized)
-        stored = next((s.own_sinks.padding for layer in layers for s in layer.stores.values()), None)
+        stores = (store for layer in self.compressed if layer.is_initialized for store in layer.stores.values())
+        known = (store.own_sinks.padding for store in stores)  # None of exact codecs
+        stored = next((padding for padding in known if padding is not None), None)
         # What is stored stays known where rows were selected until none tells padding from a row's first token
         return self._padding.found if stored is None else stored.cpu()
 

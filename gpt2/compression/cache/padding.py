@@ -112,6 +112,17 @@ class OwnSinks:
         self._end = 0  # slot behind the last
         self._found: tuple | None = None  # what `_present` found last
         self._apart: tuple | None = None  # what `apart` made of that
+        self._most: int | None = None  # largest padding
+
+    def _changed(self) -> None:
+        """Drop what was found of tokens and padding as they were."""
+        self._found = self._apart = self._most = None
+
+    def _most_padding(self) -> int:
+        """The largest padding; asked of a GPU once."""
+        if self._most is None:
+            self._most = int(self.padding.max())
+        return self._most
 
     def __bool__(self) -> bool:
         return self.kept is not None
@@ -121,7 +132,8 @@ class OwnSinks:
 
     def set_padding(self, padding: Tensor | None) -> None:
         """Padding of each row in slots; None where there turned out to be none."""
-        self.padding, self.complete, self._found = padding if self.block else None, False, None
+        self.padding, self.complete = padding if self.block else None, False
+        self._changed()
         if padding is None:
             self.forget()
 
@@ -139,7 +151,8 @@ class OwnSinks:
         rows, slots = ((place >= 0) & (place < x.shape[2])).nonzero(as_tuple=True)
         self.tokens[rows, :, slots] = x[rows, :, place[rows, slots]].to(self.tokens.dtype)
         self.kept[rows, slots] = True
-        self._found, self._end = None, int(self.padding.max()) + self.count
+        self._changed()
+        self._end = self._most_padding() + self.count
         self.complete = bool(self.kept.all()) and self._end <= start + x.shape[2]
 
     def crop(self, length: int) -> None:
@@ -151,7 +164,8 @@ class OwnSinks:
             return
         if self.kept is not None:
             self.kept = self.kept & (self._slots() < length)
-        self.padding, self.complete, self._found = self.padding.clamp_max(length), False, None
+        self.padding, self.complete = self.padding.clamp_max(length), False
+        self._changed()
         self._end = min(self._end, length + self.count)
 
     def without_padding(self, x: Tensor, start: int) -> Tensor:
@@ -159,7 +173,7 @@ class OwnSinks:
 
         start: slot of the first. Only in blocks that have text too: others are stored as they are.
         """
-        if start >= int(self.padding.max()):
+        if start >= self._most_padding():
             return x
         slot = torch.arange(start, start + x.shape[2], device=x.device)
         shared = slot >= self._text_block()[:, None]
@@ -225,7 +239,7 @@ class OwnSinks:
         for name in ("padding", "tokens", "kept"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else fn(value))
-        self._found = None
+        self._changed()
 
     def tensors(self) -> list[Tensor]:
         """All that is held."""

@@ -88,7 +88,8 @@ class Mixed(Quantizer):
         """Whether codes, metadata and far offsets of every block end within it; some blocks at a time."""
         parts = zip(*(field.split(AT_ONCE, dim=2) for field in encoded.values()), strict=True)
         named = (dict(zip(encoded, part, strict=True)) for part in parts)
-        return all(_end_within(part["block"], self._widths(part, rank)) for part in named)
+        within = (_end_within(part["block"], self._widths(part, rank)) for part in named)
+        return encoded["block"].numel() > 0 and all(within)
 
     def _widths(self, encoded: Encoded, rank: int) -> Tensor:
         """Bits of every channel of every block, [B, G, n, rank]."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+KEPT = 2  # answers of `frame_angles`: layers with and without a window hold different tokens
 LAYOUTS = ("none", "half", "interleaved")  # which two channels rotate together: c and c + n/2, or 2c and 2c + 1
 
 
@@ -58,16 +59,18 @@ class Rotary:
         """`angles` at the middles of frames of `frame` tokens, [frames, 2, n / 2], or [B, frames, 2, n / 2].
 
         first: position of the first frame's first token; [B] where rows have their own. All layers ask for the same, at
-        every step until another block is full, so that the latest answer is kept.
+        every step until another block is full, so that the latest answers are kept.
         """
-        kept, asked = self.__dict__.get("_kept"), (first, frames, frame)
-        if not isinstance(first, Tensor) and kept is not None and kept[0] == asked:
-            return kept[1]
+        kept, asked = self.__dict__.setdefault("_kept", {}), (first, frames, frame)
+        if not isinstance(first, Tensor) and asked in kept:
+            return kept[asked]
         middle = (frame - 1) / 2 + frame * torch.arange(frames, dtype=torch.float32, device=self.frequencies.device)
         if isinstance(first, Tensor):
             return self.angles(middle + first[:, None].to(middle.device))
         angles = self.angles(middle + first)
-        self.__dict__["_kept"] = (asked, angles)  # the dataclass is frozen, and this is not one of its fields
+        if len(kept) == KEPT:
+            kept.clear()
+        kept[asked] = angles  # the dataclass is frozen, and this is not one of its fields
         return angles
 
     def unrotate(self, x: Tensor, start: int | Tensor, frame: int = 1) -> Tensor:
@@ -85,8 +88,7 @@ class Rotary:
 
     def nbytes(self) -> int:
         """Bytes of its frequencies and of the angles that are kept."""
-        kept = self.__dict__.get("_kept")
-        return self.frequencies.nbytes + (kept[1].nbytes if kept else 0)
+        return self.frequencies.nbytes + sum(angles.nbytes for angles in self.__dict__.get("_kept", {}).values())
 
 
 NONE = Rotary(torch.zeros(0), "none")

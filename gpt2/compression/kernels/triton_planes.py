@@ -2,8 +2,9 @@
 
 Three launches for any number of blocks, where PyTorch takes several hundred: one tries every width's grids, one chooses
 widths block by block and places what is stored, and one writes codes. The arithmetic is that of `codecs.mixed`,
-operation by operation; sums of squared errors are in another order, so that of two choices that are equally good the
-other may be taken.
+operation by operation, with two exceptions. Sums of squared errors are in another order, so that of two choices that
+are equally good the other may be taken; and logarithms are approximate on GPUs, so that a scale halfway between two
+bytes may become the other one.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def _width(index):
 @triton.jit
 def _unit(bits):
     """Steps per unit of an offset, for codes of so many bits."""
-    return tl.maximum((1 << bits).to(tl.float32) / 64, 0.25)
+    return tl.maximum((1 << bits).to(tl.float32) * 0.015625, 0.25)
 
 
 @triton.jit
@@ -90,9 +91,11 @@ def measure_grids(z, errors, grids, steps, factors, RANK: tl.constexpr, LANES: t
         low = tl.minimum(tl.min(first, 0), tl.min(second, 0))
         high = tl.maximum(tl.max(first, 0), tl.max(second, 0))
         bits = _width(index)
-        last, unit, middle = ((1 << bits) - 1).to(tl.float32), _unit(bits), (low + high) / 2
+        last, unit, middle = ((1 << bits) - 1).to(tl.float32), _unit(bits), (low + high) * 0.5
         away = tl.div_rn(tl.abs(middle), tl.full([LANES], REACH, tl.float32) * unit)
-        far = away > FAR_FROM / last * (high - low)
+        far = away > tl.div_rn(tl.full([LANES], FAR_FROM, tl.float32), last + tl.zeros([LANES], tl.float32)) * (
+            high - low
+        )
         reach = tl.where(far, FAR_REACH, REACH)
         needed = tl.div_rn(tl.abs(middle), reach * unit) * WIDER
         least = tl.full([LANES], float("inf"), tl.float32)
@@ -104,7 +107,7 @@ def measure_grids(z, errors, grids, steps, factors, RANK: tl.constexpr, LANES: t
                 step = tl.load(steps + scale)
                 offset = _rounded(tl.div_rn(tl.div_rn(middle, step), tl.full([LANES], 1.0, tl.float32) * unit))
                 offset = tl.minimum(tl.maximum(offset, -reach), reach)
-                origin = step * (unit * offset - last / 2)
+                origin = step * (unit * offset - last * 0.5)
                 error = _error(first, step, origin, last) + _error(second, step, origin, last)
                 better = error < least
                 least = tl.where(better, error, least)
@@ -141,7 +144,9 @@ def choose_widths(errors, grids, blocks, widths, chosen, payload, RANK: tl.const
         fits = spent <= payload
         few, many = tl.where(fits, few, price), tl.where(fits, price, many)
     choice = tl.argmin(error + many.to(tl.float32) * size.to(tl.float32), 0, tie_break_left=True)
-    choice = tl.where(channel < RANK, choice, 0).to(tl.int32)
+    # Where coordinates are NaN, costs are too, and any index may be the least: nothing may be written beyond the block
+    spent = tl.sum(tl.sum(tl.where(index[:, None] == choice[None, :], size, 0), 1), 0)
+    choice = tl.where((channel < RANK) & (spent <= payload), choice, 0).to(tl.int32)
     is_chosen = index[:, None] == choice[None, :]
     own_grid = tl.sum(tl.where(is_chosen, grid, 0), 0)
     far = (tl.sum((is_chosen & is_far).to(tl.int32), 0) > 0) & (choice > 0)
@@ -179,7 +184,7 @@ def write_planes(z, blocks, chosen, steps, payload, RANK: tl.constexpr, LANES: t
     width, plane_place = placed & 255, placed >> 8
     step = tl.load(steps + (grid & 255))
     last = ((1 << width) - 1).to(tl.float32)
-    origin = step * (_unit(width) * ((grid >> 8) - OFFSET).to(tl.float32) - last / 2)
+    origin = step * (_unit(width) * ((grid >> 8) - OFFSET).to(tl.float32) - last * 0.5)
     low = _codes(first, step, origin, last[None, :]).to(tl.int32)
     high = _codes(second, step, origin, last[None, :]).to(tl.int32)
     token = tl.arange(0, BLOCK // 2)[:, None]

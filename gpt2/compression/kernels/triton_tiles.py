@@ -34,7 +34,7 @@ METADATA = tl.constexpr(formats.METADATA)
 CLASSES = tl.constexpr(len(formats.WIDTHS))
 WIDTH_TABLE = tl.constexpr(sum(width << 4 * index for index, width in enumerate(formats.WIDTHS)))  # 4 bits each
 COUNT_BITS = tl.constexpr(9)  # bits of a count of up to 511 channels: counts of seven classes fit into an int64
-MOST_CHANNELS = 384  # codes of a tile take 48 KiB; of more than 256 channels, registers spill
+MOST_CHANNELS = 384  # of more than 256, a tile's codes take 64 KiB and registers spill
 
 
 @triton.jit

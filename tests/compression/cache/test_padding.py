@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache.padding import PaddingFinder
 from gpt2.compression.calibration.stand_in import stand_in
-from gpt2.compression.codecs import multi_head_bases
+from gpt2.compression.codecs import IdentityCompressor, multi_head_bases
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.settings import build, compressors_for
 from gpt2.models.geometry import Geometry
@@ -141,9 +141,12 @@ def test_padding_is_found_by_keys_that_repeat(chunk):
 
 def test_padding_stays_known_when_the_rows_that_told_it_are_gone():
     """One slot of padding is told from a row's first token by another row that has more."""
-    cache = stored(cache_of("int4"))
-    cache.batch_select_indices(torch.tensor([0, 2]))
-    assert cache.padding.tolist() == [0, 1]
+    keys_exact = CompressedDynamicCache(
+        [IdentityCompressor()] * 3, [cache_of("int4").layers[0].stores["V"].compressor] * 3
+    )
+    for cache in (stored(cache_of("int4")), stored(keys_exact)):
+        cache.batch_select_indices(torch.tensor([0, 2]))
+        assert cache.padding.tolist() == [0, 1]
 
 
 def test_a_crop_before_the_end_of_the_sinks_leaves_room_for_other_tokens():

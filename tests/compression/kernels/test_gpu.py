@@ -115,6 +115,16 @@ def test_mixed_loses_as_much_as_on_the_cpu(bits):
     assert float((there - z).square().mean()) == pytest.approx(float((here - z).square().mean()), rel=1e-3)
 
 
+@only_cuda  # the interpreter's argmin raises where all is NaN
+def test_what_is_not_a_number_stays_within_its_block():
+    z = tokens(256, 32, 2).to(DEVICE)
+    whole = dispatch.quantize(QUANTIZERS["mixed"], z)["block"]
+    z[0, 0, 70, 3] = float("nan")
+    block = dispatch.quantize(QUANTIZERS["mixed"], z)["block"]
+    same = (block == whole).all(-1)
+    assert not same[0, 0, 1] and int((~same).sum()) == 1
+
+
 # --- a model
 
 
