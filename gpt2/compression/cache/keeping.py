@@ -39,7 +39,7 @@ class Keeping(Cache):
         stores = (store for layer in self.compressed if layer.is_initialized for store in layer.stores.values())
         known = (store.own_sinks.padding for store in stores)  # None of exact codecs
         stored = next((padding for padding in known if padding is not None), None)
-        # What is stored stays known where rows were selected until none tells padding from a row's first token
+        # The finder knows one slot of padding only by a row that has more, which a selection may have removed
         return self._padding.found if stored is None else stored.cpu()
 
     @property

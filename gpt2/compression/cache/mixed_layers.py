@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
-    Cache,
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
@@ -169,17 +168,6 @@ def map_states(layer, fn: Callable[[Tensor], Tensor]) -> None:
     """Apply `fn` to the recurrent and convolution states of a layer that has any: batch selection."""
     for states, _ in _states(layer):
         states.update({index: fn(state) for index, state in states.items() if state is not None})
-
-
-def select_rows(cache: Cache, rows: Tensor) -> None:
-    """Keep the rows [n] of a cache, ours or transformers' own, whose states its own selection leaves out."""
-    if hasattr(cache, "held_tokens"):
-        cache.batch_select_indices(rows)
-        return
-    for layer in cache.layers:
-        if hasattr(layer, "batch_select_indices"):
-            layer.batch_select_indices(rows)
-        map_states(layer, lambda state: state[rows.to(state.device)])
 
 
 def clear_states(layer) -> None:

@@ -62,8 +62,9 @@ class Rotary:
         every step until another block is full, so that the latest answers are kept.
         """
         kept, asked = self.__dict__.setdefault("_kept", {}), (first, frames, frame)
-        if not isinstance(first, Tensor) and asked in kept:
-            return kept[asked]
+        # Asked once: another thread may clear what is kept
+        if not isinstance(first, Tensor) and (found := kept.get(asked)) is not None:
+            return found
         middle = (frame - 1) / 2 + frame * torch.arange(frames, dtype=torch.float32, device=self.frequencies.device)
         if isinstance(first, Tensor):
             return self.angles(middle + first[:, None].to(middle.device))

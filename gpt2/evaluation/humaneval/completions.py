@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from gpt2.common import files, provenance
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
-from gpt2.compression.cache.mixed_layers import select_rows
+from gpt2.compression.cache.mixed_layers import map_states
 from gpt2.evaluation.asking import greedy
 from gpt2.evaluation.humaneval.prompts import cut
 from gpt2.evaluation.perplexity import CacheFactory
@@ -161,6 +161,17 @@ def _generate(
             select_rows(cache, left)
             rows, ids, mask = rows[left], ids[left], mask[left]
     return answers, torch.stack(logprobs.taken, dim=1).double().numpy()
+
+
+def select_rows(cache: Cache, rows: Tensor) -> None:
+    """Keep the rows [n] of a cache, ours or transformers' own, whose selection leaves out recurrent states."""
+    if isinstance(cache, CompressedDynamicCache):
+        cache.batch_select_indices(rows)
+        return
+    for layer in cache.layers:
+        if isinstance(layer, DynamicLayer):  # the others keep no K and V
+            layer.batch_select_indices(rows)
+        map_states(layer, lambda state: state[rows.to(state.device)])
 
 
 def padded(loaded: LoadedModel, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -140,7 +140,7 @@ def test_padding_is_found_by_keys_that_repeat(chunk):
 
 
 def test_padding_stays_known_when_the_rows_that_told_it_are_gone():
-    """One slot of padding is told from a row's first token by another row that has more."""
+    """That one slot of a row is padding, and not its first token, is known only from a row with more of it."""
     keys_exact = CompressedDynamicCache(
         [IdentityCompressor()] * 3, [cache_of("int4").layers[0].stores["V"].compressor] * 3
     )
