@@ -7,9 +7,8 @@
 
 One greedy answer per problem and cache, of at most --max-new-tokens tokens. Models with a chat template are asked as
 Qwen's own evaluation of its code models asks them (gpt2/evaluation/humaneval/prompts.py), others continue the prompt;
---prompt chooses. The uncompressed cache and ours take --batch-size prompts at a time, of similar length and padded on
-the left; caches of other packages (--peers, all of a family or those that --only-peers names) don't know padding and
-take one.
+--prompt chooses. Answers come in batches of --batch-size prompts of similar length, padded on the left. Caches of other
+packages (--peers, all of a family or those that --only-peers names) don't know padding, so each row gets its own.
 
 Generated code is run only with --run-generated-code: each answer in a process of its own with limits of time and
 memory, without a network, and without writing files. This stops accidents, not attacks: run models that you don't trust
@@ -60,7 +59,7 @@ def main() -> None:
     pads = loaded.geometry.layers[0].attends  # where padding is found
     caches |= {choice.label: measure.Compared(choice.make, choice.identity(), pads) for choice in chosen}
     peers = lineup.working(lineup.only(lineup.for_quality(loaded, args.peers, []), args.only_peers))
-    caches |= {label: measure.Compared(make, {"label": label}, pads=False) for label, make in peers.items()}
+    caches |= {label: measure.Compared(make, {"label": label}, pads, apart=True) for label, make in peers.items()}
     style = prompts.style_for(loaded, args.prompt)
     setting = measure.Setting(style, args.max_new_tokens, args.batch_size, args.prefill_chunk)
     kept = Kept(output.with_suffix(".completions.jsonl"))

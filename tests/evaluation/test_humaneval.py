@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from gpt2.compression.named_caches import from_preset
 from gpt2.evaluation.humaneval import completions, measure, problems, prompts, sandbox
 from gpt2.evaluation.humaneval.completions import Completion, Kept, complete
 from gpt2.evaluation.humaneval.measure import Compared, Setting
+from gpt2.evaluation.kivi import kivi_cache
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
 from gpt2.report import tables
 
@@ -22,6 +24,7 @@ DOUBLE = {"task_id": "own/0", "prompt": "def double(x):\n    '''Twice x.'''\n", 
           "test": "def check(f):\n    assert f(3) == 6\n"}  # fmt: skip
 OWN = [DOUBLE, DOUBLE | {"task_id": "own/1", "prompt": "import math\n\ndef double(x):\n    '''Two times x.'''\n"},
        DOUBLE | {"task_id": "own/2", "prompt": "def double(y):\n"}]  # fmt: skip
+BATCHES = [(BASELINE, None), ("int4", None), ("int4", 7), ("KIVI", None), ("KIVI", 1)]  # cache, chunk
 FAST = sandbox.Limits(seconds=20, memory_mib=256)
 
 
@@ -148,23 +151,28 @@ def asked(reader, own):
     return [prompts.prompt_ids(reader, problem, "plain").repeat(3) for problem in problems.read_problems(own)]
 
 
-@pytest.mark.parametrize(("name", "chunk"), [(BASELINE, None), ("int4", None), ("int4", 7)])
+@pytest.mark.parametrize(("name", "chunk"), BATCHES)
 def test_a_batch_answers_as_each_prompt_alone(reader, answering, asked, name, chunk):
+    """KIVI doesn't know padding, so each row has a cache of its own."""
     assert len({len(ids) for ids in asked}) == 3, "rows of a batch are padded"
-    how = (("\ndef",), 12, chunk)
-    batch = complete(reader, answering[name], asked, *how)
-    alone = [complete(reader, answering[name], [ids], *how)[0] for ids in asked]
+    how, apart = (("\ndef",), 12, chunk), name == "KIVI"
+    if apart:
+        reader = tiny_loaded("llama", char_tokenizer(), head_dim=16)  # it packs codes by 8 channels
+    make = partial(kivi_cache, reader.geometry.num_layers, 2) if apart else answering[name]
+    batch = complete(reader, make, asked, *how, apart)
+    alone = [complete(reader, make, [ids], *how)[0] for ids in asked]
     for own_row, row in zip(alone, batch, strict=True):
         assert row.text == own_row.text and row.tokens == own_row.tokens == 12 and not row.finished
         assert row.first_logprob_nats == pytest.approx(own_row.first_logprob_nats, abs=1e-3)
     assert len({row.text for row in batch}) > 1
     if name != BASELINE:
-        assert batch != complete(reader, answering[BASELINE], asked, *how), "the answers depend on the cache"
+        assert batch != complete(reader, baseline_factory(reader), asked, *how), "the answers depend on the cache"
 
 
-@pytest.mark.parametrize("name", [BASELINE, "int4"])
-def test_an_answer_ends_at_its_stop_or_its_end_token(reader, answering, asked, name, monkeypatch):
+@pytest.mark.parametrize(("name", "apart"), [(BASELINE, False), (BASELINE, True), ("int4", False)])
+def test_an_answer_ends_at_its_stop_or_its_end_token(reader, answering, asked, name, apart, monkeypatch):
     """Then its row leaves the batch, and the others' answers are the same."""
+    complete = partial(completions.complete, apart=apart)
     whole = complete(reader, answering[name], asked, (), 12)
     stop = whole[0].text[5:7]
     monkeypatch.setattr(completions, "PHASE", 4)
@@ -199,7 +207,7 @@ def test_an_interrupted_run_goes_on_with_the_problem_where_it_stopped(reader, an
     answers(setting=Setting("plain", max_new_tokens=3, batch_size=2))
     assert sum(batches) == 6, "answers of another setting count for nothing"
     answers({"peer": Compared(answering["int4"], {"name": "peer"}, pads=False), **caches})
-    assert batches == [1, 1, 1], "a cache that doesn't know padding gets one prompt at a time"
+    assert batches == [1, 1, 1], "where padding would be taken for text, one prompt at a time"
     path.write_text("no JSON\n")
     with pytest.raises(PluginError, match="expected completions of an earlier run.*: remove it"):
         Kept(path)

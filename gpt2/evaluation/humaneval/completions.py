@@ -24,6 +24,7 @@ from gpt2.compression.cache.mixed_layers import map_states
 from gpt2.evaluation.asking import greedy
 from gpt2.evaluation.humaneval.prompts import cut
 from gpt2.evaluation.perplexity import CacheFactory
+from gpt2.evaluation.row_caches import RowsCache
 from gpt2.models.loading import LoadedModel
 
 FIRST_TOKENS = 16  # of an answer, whose log-probability is recorded
@@ -110,14 +111,14 @@ class _FirstLogProbs(LogitsProcessor):
 @torch.no_grad()
 def complete(
     loaded: LoadedModel, make: CacheFactory, prompts: Sequence[Tensor], stops: Sequence[str], max_new_tokens: int,
-    prefill_chunk: int | None = None,
+    prefill_chunk: int | None = None, apart: bool = False,
 ) -> list[Completion]:  # fmt: skip
-    """Continue prompts [T] each, as one batch with left padding and a fresh cache.
+    """Continue prompts [T] each, as one batch with left padding and a fresh cache, or a cache per row if `apart`.
 
     Raises PluginError for a cache that gives no finite logits.
     """
     ids, mask = padded(loaded, prompts)
-    cache = make()
+    cache = RowsCache(make, (mask == 0).sum(-1).tolist()) if apart else make()
     if isinstance(cache, CompressedDynamicCache):
         cache.keep_reconstructed()  # the same values, each block reconstructed once instead of at every token
     _read(loaded, cache, ids, mask, prefill_chunk)
@@ -167,6 +168,9 @@ def select_rows(cache: Cache, rows: Tensor) -> None:
     """Keep the rows [n] of a cache, ours or transformers' own, whose selection leaves out recurrent states."""
     if isinstance(cache, CompressedDynamicCache):
         cache.batch_select_indices(rows)
+        return
+    if isinstance(cache, RowsCache):
+        cache.select(rows)
         return
     for layer in cache.layers:
         if isinstance(layer, DynamicLayer):  # the others keep no K and V

@@ -30,13 +30,14 @@ Answers = dict[tuple[str, str], Completion]  # by cache and task_id
 class Compared:
     """A cache by its factory. about: what it is, as JSON; answers are taken from an earlier run if it is the same.
 
-    pads: whether rows with left padding lose no more than alone. Others' caches don't know padding and get one prompt
-    at a time.
+    pads: whether the model's rows with left padding lose no more than alone; if not, prompts go one at a time. apart:
+    whether each row gets a cache of its own, as others' caches don't know padding (`row_caches`).
     """
 
     make: CacheFactory
     about: dict = field(default_factory=dict)
     pads: bool = True
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def answer_all(
             continue
         made = complete(
             loaded, caches[name].make, [prompts[task_id] for task_id in left], STOPS[setting.style],
-            setting.max_new_tokens, setting.prefill_chunk,
+            setting.max_new_tokens, setting.prefill_chunk, caches[name].apart,
         )  # fmt: skip
         own = {task_id: keys[name, task_id] for task_id in left}
         kept.add(name, own, made)
