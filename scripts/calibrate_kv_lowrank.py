@@ -72,6 +72,8 @@ def main(processes: Processes) -> None:
     rank = args.rank or suggested_rank(loaded.geometry.head_dim)
     default = calibration_folder() / f"kv_lowrank_calib_{loaded.slug}_r{rank}.pt"
     output = files.check_writable(args.output or default)
+    if processes.first and not args.output and output.exists():
+        print(f"note: {files.shown(output)} will be replaced, also for presets that name it; --output keeps it")
     calibration = calibrate(
         loaded, text, rank=rank, samples=args.samples, seq_len=args.seq_len, seed=args.seed,
         sink_tokens=args.sink_tokens, codec=codec, metric=metric, compact=args.compact,

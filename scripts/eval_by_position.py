@@ -56,9 +56,9 @@ def main() -> None:
     same, first = {}, 0
     if args.over == "generated":
         prompts = text.segments("evaluation", loaded, args.prompt_tokens, args.segments, flag="--prompt-tokens")
-        segments, first = continuations(loaded, prompts, args.new_tokens, args.seed), args.prompt_tokens - 1
         if args.greedy_tokens:
             same = divergence(loaded, prompts, caches, args.greedy_tokens, cli.bar("greedy decoding", "prompt"))
+        segments, first = continuations(loaded, prompts, args.new_tokens, args.seed), args.prompt_tokens - 1
     else:
         length = args.context_length or loaded.max_context
         if length is None:
@@ -69,8 +69,9 @@ def main() -> None:
         print(f"note: the evaluation part of {text.name} gives {len(segments)} segments, not {args.segments}")
     scores = score(loaded, segments, caches, chunk=args.chunk, batch_size=1, progress=cli.bar("scoring", "segment"))
     base = scores.pop(BASELINE)
+    counted = base.after(first)
     rows = [
-        {"cache": name, **compare(base, own, args.seed), "greedy_tokens_same": same.get(name, [])}
+        {"cache": name, **compare(counted, own.after(first), args.seed), "greedy_tokens_same": same.get(name, [])}
         | {key: by_position(base, own, n, first, args.seed) for key, n in (("bins", args.bins), ("quarters", 4))}
         for name, own in scores.items()
     ]  # fmt: skip

@@ -58,8 +58,9 @@ def main() -> None:
     caches = {BASELINE: measure.Compared(baseline_factory(loaded))}
     pads = loaded.geometry.layers[0].attends  # where padding is found
     caches |= {choice.label: measure.Compared(choice.make, choice.identity(), pads) for choice in chosen}
-    peers = lineup.working(lineup.only(lineup.for_quality(loaded, args.peers, []), args.only_peers))
-    caches |= {label: measure.Compared(make, {"label": label}, pads, apart=True) for label, make in peers.items()}
+    peers = lineup.only(lineup.for_quality(loaded, args.peers, []), args.only_peers)
+    lineup.working(peers)
+    caches |= {e.label: measure.Compared(e.make, e.identity, pads, apart=not e.preset) for e in peers}
     style = prompts.style_for(loaded, args.prompt)
     setting = measure.Setting(style, args.max_new_tokens, args.batch_size, args.prefill_chunk)
     kept = Kept(output.with_suffix(".completions.jsonl"))

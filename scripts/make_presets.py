@@ -104,6 +104,9 @@ def command(args: argparse.Namespace, calibration: Calibration) -> str:
     """The command that makes the same presets again, whichever basis comes first then."""
     text, codec = calibration.meta["text_spec"], calibration.meta["codec"]
     names = ("samples", "seq_len", "seed", "sink_tokens", "eval_text", "quantizer", "calibration_file")
+    defaults = arguments().parse_args([])
+    others = ("dtype", "eval_tokens", "eval_seq_len", "chunk")
+    names += tuple(name for name in others if getattr(args, name) != getattr(defaults, name))
     flags = {"codec": codec} | {name.replace("_", "-"): getattr(args, name) for name in (*names, "whole_cache")}
     ratios = ",".join(f"{ratio:g}" for ratio in args.ratios)
     return cli.command_line("make_presets", {"model": args.model, "text": text, **flags, "ratios": ratios})

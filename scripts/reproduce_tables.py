@@ -9,7 +9,8 @@
 
 A table is defined by a file that names its runs. A run is one script with arguments, which makes
 results/runs/NAME.json. Results are up to date if they were made with the same arguments, from files, texts and a
-calibration with the same contents, at a commit that is known. Without names all tables are made.
+calibration with the same contents, at a commit that is known; presets and policies that go by name count as code, which
+--replay checks. Without names all tables are made.
 
 Runs are trials of an Optuna study: start the command again to resume it after an interruption; start it several times,
 each with another --device, to share the work. A dead worker's run is taken over after a minute. On several machines,

@@ -117,10 +117,10 @@ def write(paths: tuple[Path, Path], record: dict, draw: Callable[[], Figure], sh
 
 
 def chosen_caches(args: argparse.Namespace, loaded: loading.LoadedModel) -> list[CacheChoice]:
-    """The caches that --preset and --policy name. Raises PluginError for none or for equal names."""
+    """The caches that --preset and --policy name. Raises PluginError for equal names, and for none without --peers."""
     chosen = [from_preset(word, loaded) for word in _words(args.preset)]
     chosen += [from_policy(word, loaded) for word in _words(args.policy)]
-    if not chosen:
+    if not chosen and not getattr(args, "peers", None):
         raise PluginError("nothing to measure: give --preset (a file or a built-in name) or --policy")
     taken = {BASELINE, IDENTITY}  # names of caches that scripts add themselves
     for choice in chosen:

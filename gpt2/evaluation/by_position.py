@@ -8,6 +8,7 @@ uncompressed cache's up to the first token that differs.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 
@@ -67,14 +68,18 @@ def divergence(
     """For each cache but the baseline and each prompt [n, P], how many greedy tokens are those of the baseline.
 
     It is `tokens` where nothing differs. Decoding doesn't stop at an end token, after which a model goes on as in
-    training. progress: wraps the iterable of prompts, such as tqdm.
+    training. progress: wraps the iterable of prompts, such as tqdm. Raises PluginError for a context longer than the
+    model's.
     """
+    loaded.require_context(prompts.shape[1], "--prompt-tokens", after=tokens, after_flag="--greedy-tokens")
+    endless = copy.deepcopy(loaded.model.generation_config)
+    endless.eos_token_id = None
     same: dict[str, list[int]] = {name: [] for name in caches if name != BASELINE}
     for prompt in progress(prompts):
         ids = prompt[None].to(loaded.device)
 
         def decoded(name: str, ids: Tensor = ids) -> Tensor:
-            return greedy(loaded, caches[name](), ids, tokens, min_new_tokens=tokens)[0]
+            return greedy(loaded, caches[name](), ids, tokens, generation_config=endless)[0]
 
         reference = decoded(BASELINE)
         for name, counts in same.items():

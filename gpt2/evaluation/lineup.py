@@ -84,13 +84,17 @@ def _reconstructing(make: CacheFactory) -> CacheFactory:
 
 @dataclass(frozen=True)
 class Entry:
-    """One cache of a comparison. make: None if it can't be made; `error` is then the reason."""
+    """One cache of a comparison. make: None if it can't be made; `error` is then the reason.
+
+    identity: what decides what the cache reads, as JSON: of a preset as `CacheChoice.identity` has it.
+    """
 
     family: str
     label: str
     make: CacheFactory | None = None
     error: Exception | None = None
     preset: dict = field(default_factory=dict)  # as results files have it; empty for caches without one
+    identity: dict = field(default_factory=dict)
 
 
 def for_quality(
@@ -140,7 +144,7 @@ def _of_family(family: str, loaded: LoadedModel) -> list[Entry]:
         try:
             other_caches.require_package(family)
             make()
-            entries.append(Entry(family, label, make))
+            entries.append(Entry(family, label, make, identity=other_caches.identity(family, label)))
         except Exception as error:  # third-party code may raise anything
             entries.append(Entry(family, label, error=error))
     return entries
@@ -157,4 +161,4 @@ def _of_choice(choice: CacheChoice) -> Entry:
     """An entry of a preset; one that only cuts coordinates, at 16 bits in all layers, is the guide's low rank."""
     preset = choice.record()
     cut = preset["bits"] == 16 and preset["rank"] < preset["head_dim"] and not preset.get("layers")
-    return Entry(LOW_RANK if cut else OURS, choice.label, choice.make, preset=preset)
+    return Entry(LOW_RANK if cut else OURS, choice.label, choice.make, preset=preset, identity=choice.identity())

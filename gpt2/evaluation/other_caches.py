@@ -11,7 +11,7 @@ turboquant     TurboQuant (Zandieh et al. 2025, arXiv:2504.19874), see `evaluati
 from __future__ import annotations
 
 import copy
-import importlib
+import importlib.metadata
 from collections.abc import Iterator
 from functools import partial
 
@@ -61,6 +61,12 @@ def factories(family: str, loaded: LoadedModel) -> Iterator[tuple[str, CacheFact
             for residual in RESIDUALS:
                 settings = {"nbits": bits, "q_group_size": 64, "residual_length": residual, **axes}
                 yield f"{family} {bits} bits, residual {residual}", partial(SharedCache, family, config, **settings)
+
+
+def identity(family: str, label: str) -> dict:
+    """What decides what a cache of `factories` reads: its label, and the version of the code behind it."""
+    package = PACKAGES.get(family, (None, None if family in PAPERS else "transformers"))[1]
+    return {"label": label} | ({package: importlib.metadata.version(package)} if package else {})
 
 
 def require_package(family: str) -> None:

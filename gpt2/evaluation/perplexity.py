@@ -42,6 +42,10 @@ class Scores:
     def perplexity(self) -> float:
         return math.exp(self.nll.mean())
 
+    def after(self, first: int) -> Scores:
+        """The measurements from prediction `first` of each segment on."""
+        return Scores(*(None if part is None else part[:, first:] for part in (self.nll, self.kl, self.agree)))
+
 
 @dataclass
 class _Pending:

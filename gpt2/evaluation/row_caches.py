@@ -1,8 +1,8 @@
 """A batch whose rows are kept by caches of their own, for caches that don't know left padding.
 
 Caches of other packages and papers store the keys of padding tokens as if they were text: they fill exact attention
-sinks and groups. With a cache per row none is stored, so that a batch gives what one prompt at a time gives and the
-model's weights are still read once per step for all rows.
+sinks and groups. With a cache per row none is stored, so that a batch whose prompts are read at once gives what one
+prompt at a time gives, and the model's weights are still read once per step for all rows.
 """
 
 from __future__ import annotations

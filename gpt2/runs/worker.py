@@ -46,10 +46,11 @@ class Worker:
         name = f"tables of {files.recorded(options.results)}, {loading.slug_of(options.model)}, {text}, {code}"
         self.queue = TrialQueue(storage, name, pace=pace or PACE)
         self._made: set[str] = set()
+        self._refused: dict[str, str] = {}  # what this worker may not make, which others of the study may
 
     def work(self, wanted: list[str]) -> dict[str, str]:
         """Make the wanted runs. Returns the reasons for runs that failed or that need a failed run, by name."""
-        failed = self.queue.work(lambda: self._ready(wanted), self._objective, self._report)
+        failed = self.queue.work(lambda: self._ready(wanted), self._objective, self._report) | self._refused
         left = self._left(wanted)
         blocked = {name: "it needs a run that failed" for name in left if name not in failed}
         return {name: why for name, why in failed.items() if name in left} | blocked
@@ -58,9 +59,20 @@ class Worker:
         return [name for name in self.matcher.to_make(wanted) if name not in self._made]
 
     def _ready(self, wanted: list[str]) -> dict[str, dict]:
-        """The runs that can be made now, because all runs that they need are made; they have no parameters."""
+        """The runs that can be made here and now, as all runs that they need are made; they have no parameters."""
         left = self._left(wanted)
-        return {name: {} for name in left if not set(self.matcher.runs[name].needs) & set(left)}
+        ready = [name for name in left if not set(self.matcher.runs[name].needs) & set(left)]
+        return {name: {} for name in ready if self._may_make(name)}
+
+    def _may_make(self, name: str) -> bool:
+        run = self.matcher.runs[name]
+        try:
+            self.matcher.check_machine(run)
+            self.matcher.command(run)
+        except PluginError as error:
+            self._refused[name] = str(error)
+            return False
+        return True
 
     def _report(self, note: str) -> None:
         if note:
@@ -74,11 +86,7 @@ class Worker:
 
     def _make(self, name: str) -> None:
         run = self.matcher.runs[name]
-        try:
-            self.matcher.check_machine(run)
-            command = self.matcher.command(run)
-        except PluginError as error:
-            raise TrialFailed(str(error)) from error
+        command = self.matcher.command(run)
         self.say(f"\n{name}: {shlex.join(['python', *map(_shown, command[1:])])}")
         code = call(command)
         if code not in WROTE_RESULTS:

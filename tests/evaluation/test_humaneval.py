@@ -208,6 +208,9 @@ def test_an_interrupted_run_goes_on_with_the_problem_where_it_stopped(reader, an
     assert sum(batches) == 6, "answers of another setting count for nothing"
     answers({"peer": Compared(answering["int4"], {"name": "peer"}, pads=False), **caches})
     assert batches == [1, 1, 1], "where padding would be taken for text, one prompt at a time"
+    chunked = Setting("plain", max_new_tokens=4, batch_size=2, prefill_chunk=8)
+    answers({"apart": Compared(answering[BASELINE], apart=True), "ours": caches["int4"]}, chunked)
+    assert batches == [1, 1, 2, 1, 1], "chunks of a row that has a cache of its own are cut as if it were alone"
     path.write_text("no JSON\n")
     with pytest.raises(PluginError, match="expected completions of an earlier run.*: remove it"):
         Kept(path)
@@ -250,3 +253,12 @@ def test_the_script_runs_nothing_unless_it_is_asked_to(script, own, capsys, monk
     longest = int(said.split("--max-new-tokens ")[1].split()[0])
     assert script("eval_code", *flags, "--max-new-tokens", longest + 1) == 2 and longest < 500
     assert script("eval_code", *flags, "--max-new-tokens", longest) == 0
+
+
+def test_caches_of_other_packages_need_none_of_ours(script, own, capsys):
+    flags = ["--problems", own, "--max-new-tokens", 4, "--output", "c.json", "--peers", "turboquant", "--only-peers"]
+    assert script("eval_code", *flags, "TurboQuant 2 bits") == 2 and "multiple of 8" in capsys.readouterr().err
+    for family, label in (("lowrank", "low rank"), ("kivi", "KIVI 9 bits")):
+        assert script("eval_code", *flags[:-2], family, "--only-peers", label) == 2
+        assert label in capsys.readouterr().err
+    assert script("eval_code", *flags[:-3]) == 2 and "give --preset" in capsys.readouterr().err

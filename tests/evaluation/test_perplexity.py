@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.compressed_cache import identity_cache
+from gpt2.evaluation.asking import greedy
 from gpt2.evaluation.by_position import by_position, continuations, divergence
 from gpt2.evaluation.perplexity import BASELINE, Scores, baseline_factory, compare, score, segment_sums
 from gpt2.evaluation.statistics import mean_interval, paired_bootstrap, sign_test, spread
@@ -202,6 +203,16 @@ def test_drift_shows_where_it_begins(llama, caches):
     assert same["identity"] == [12, 12] and all(4 <= count < 12 for count in same["drifting"])
 
 
+def test_an_end_token_is_a_token_of_greedy_decoding_like_others(llama, caches, monkeypatch):
+    compared, decoded = {BASELINE: caches[BASELINE]}, []
+    spy = lambda *args, **how: decoded.append(greedy(*args, **how)) or decoded[-1]  # noqa: E731
+    monkeypatch.setattr("gpt2.evaluation.by_position.greedy", spy)
+    divergence(llama, windows(1, 20), compared, 12)
+    monkeypatch.setattr(llama.model.generation_config, "eos_token_id", decoded[0][0, 3:4].tolist())
+    divergence(llama, windows(1, 20), compared, 12)
+    assert decoded[0].shape == (1, 12) and torch.equal(*decoded)
+
+
 FLAGS = ["--text", "prose.txt", "--preset", "p.json", "--segments", 2, "--chunk", 32, "--bins", 8]
 
 
@@ -216,13 +227,16 @@ def test_the_script_writes_generated_text_and_long_context(script, tmp_path, cap
     assert all(is_drawn(tmp_path / f"results/plots/{name}.png") for name in names)
     (row,) = generated["rows"]
     assert len(row["bins"]) == 8 and sum(cell["tokens"] for cell in row["quarters"]) == 2 * 64
-    assert len(row["greedy_tokens_same"]) == 2 and text["rows"][0]["greedy_tokens_same"] == []
+    assert (
+        row["tokens"] == 2 * 64 and len(row["greedy_tokens_same"]) == 2 and text["rows"][0]["greedy_tokens_same"] == []
+    )
     assert tables.table("long_context_tiny", text).rows[0][-1] == "–"
 
 
 def test_bad_input_is_one_clear_line(script, capsys):
     for flags, message in (
         (["--new-tokens", "600"], "with 600 more is longer than the 512 that"),
+        (["--new-tokens", "9", "--greedy-tokens", "600"], "with 600 more is longer than the 512 that"),
         (["--over", "text", "--context-length", "600"], "use --context-length 512 or less"),
     ):
         assert script("eval_by_position", *FLAGS, "--prompt-tokens", 30, *flags) == 2

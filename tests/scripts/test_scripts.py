@@ -51,7 +51,9 @@ def test_calibrate_writes_where_it_is_asked_to(tiny_flags, tmp_path, capsys, mon
     assert run(CALIBRATE, *tiny_flags, *SMALL) == 0
     (written,) = {name for name in listing(tmp_path) if name.endswith(".pt")} - {"out/c.pt"}
     assert written.startswith("checkout/results/calibrations/kv_lowrank_calib_tiny-llama"), "without --output"
-    assert f"wrote {written} and " in capsys.readouterr().out
+    assert f"wrote {written} and " in (said := capsys.readouterr().out) and "will be replaced" not in said
+    assert run(CALIBRATE, *tiny_flags, *SMALL) == 0
+    assert f"note: {written} will be replaced" in capsys.readouterr().out
 
 
 def test_safetensors_all_the_way(tiny_flags, tmp_path):

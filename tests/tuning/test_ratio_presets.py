@@ -93,6 +93,7 @@ def test_the_script_makes_presets_that_work(make_presets, llama, model_folder, t
         assert preset["compression_ratio"] == pytest.approx(row["compression_ratio_2048"], abs=1e-3)
         assert preset["ppl_delta"] == pytest.approx(row["ppl_delta"], abs=1e-6)
         assert "--codec framed" in preset["made_by"] and preset["bits"] == row["bits"]
+        assert "--eval-tokens" in preset["made_by"] and "--chunk" not in preset["made_by"], "what isn't the default"
         assert generates(llama.model, create_cache_from_preset(preset))
     one, two = (create_cache_from_preset(preset).layers[0].stores["KV"].compressor for _ in range(2))
     assert one is two, "caches made one after another share the basis"

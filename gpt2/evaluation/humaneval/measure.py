@@ -72,7 +72,7 @@ def answer_all(
         (name, problem.task_id): setting.key(loaded, cache.about | {"problem": problem.prompt})
         for name, cache in caches.items() for problem in problems
     }  # fmt: skip
-    for name, ids in progress(_batches(order, caches, setting.batch_size)):
+    for name, ids in progress(_batches(order, caches, setting)):
         left = [task_id for task_id in ids if kept.get(keys[name, task_id], task_id) is None]
         if not left:
             continue
@@ -85,13 +85,17 @@ def answer_all(
     return {(name, task_id): kept.get(key, task_id) for (name, task_id), key in keys.items()}
 
 
-def _batches(order: list[str], caches: Mapping[str, Compared], size: int) -> list[tuple[str, list[str]]]:
-    """Names of caches with task_ids: all caches of a batch of problems before the next batch."""
+def _batches(order: list[str], caches: Mapping[str, Compared], setting: Setting) -> list[tuple[str, list[str]]]:
+    """Names of caches with task_ids: all caches of a batch of problems before the next batch.
+
+    Chunks are cut where the longest row has them, and others' caches read another answer from other chunks.
+    """
+    size = setting.batch_size
     return [
         (name, order[at : at + step])
         for start in range(0, len(order), size)
         for name, cache in caches.items()
-        for step in [size if cache.pads else 1]
+        for step in [size if cache.pads and not (cache.apart and setting.prefill_chunk) else 1]
         for at in range(start, min(start + size, len(order)), step)
     ]
 
