@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from gpt2.common.errors import PluginError, brief
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.cache.recipe import FROM_PRESETS
 from gpt2.compression.codecs import Compressor, IdentityCompressor
@@ -31,6 +32,9 @@ def load_calibrated_compressors(
     from gpt2.compression.calibration.file import load_calibration
     from gpt2.compression.settings import compressors_for
 
+    if not isinstance(dtype, torch.dtype):
+        raise PluginError(f"dtype: expected a dtype of PyTorch, such as torch.float32, got {brief(dtype)}: "
+                          "the number of bits is quantize_bits")  # fmt: skip
     calibration = load_calibration(path)
     k, v = compressors_for(
         "kv", quantize_bits or 16, None, calibration, rank=rank, codec=codec, dtype=dtype, device=device

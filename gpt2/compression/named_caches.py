@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from gpt2.common import files
+from gpt2.common.errors import PluginError
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.presets.build import as_preset, compressors_from_preset, preset_for_shape, recipe_of
@@ -51,6 +52,8 @@ def from_preset(
     calibration: used in place of the preset's own. overrides: `sink_tokens` or `recent_tokens` other than the preset's.
     Raises PluginError where the preset or its calibration isn't of this model.
     """
+    if not isinstance(loaded, LoadedModel):
+        raise PluginError(f"expected a model as gpt2.models.loading.load returns it, got {type(loaded).__name__}")
     word = preset if isinstance(preset, (str, Path)) else None
     preset = as_preset(preset) if word is None else resolve_preset(word, loaded)
     preset = preset_for_shape(preset, loaded) if loaded.random_weights else preset

@@ -13,9 +13,12 @@ from gpt2.compression.codecs import (
     IDENTITY,
     Compressor,
     IdentityCompressor,
+    Quantizer,
     Transform,
+    adjustable_quantizers,
     basis_of,
     full_rank,
+    multi_head_bases,
     needs_calibration,
     quantizer_of,
 )
@@ -96,7 +99,7 @@ def build(
             return identity
         width = geometry.layers[layer].side(side).width
         _check_rank(setting, width, f"layer {layer}, {side.upper()}")
-        quantizer = quantizer_of(setting.quantizer, setting.bits)
+        quantizer = quantizer_for(setting)
         if not needs_calibration(setting.codec):
             if (setting, width) not in fixed:
                 transform = fixed_transform(setting, width)
@@ -128,6 +131,18 @@ def build(
 
     pairs = [pair(layer, k, v) for layer, (k, v) in enumerate(zip(plan["k"], plan["v"], strict=True))]
     return [k for k, _ in pairs], [v for _, v in pairs]
+
+
+def quantizer_for(setting: Setting) -> Quantizer:
+    """The quantizer of a setting. Raises PluginError for one that doesn't exist, or that needs another codec."""
+    quantizer = quantizer_of(setting.quantizer, setting.bits)
+    if quantizer.calibrated and not basis_of(setting.codec).multi_head:
+        shared = ", ".join(multi_head_bases())
+        raise PluginError(
+            f"quantizer {setting.quantizer} takes widths from a calibration, which codec {setting.codec} has none in: "
+            f"use a codec that heads share ({shared}), or quantizer {adjustable_quantizers()[0]}"
+        )
+    return quantizer
 
 
 def kept_whole(codec: str) -> bool:

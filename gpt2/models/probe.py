@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 from dataclasses import replace
 
@@ -166,15 +167,15 @@ def lay_out(model_config, model_id: str) -> tuple[PreTrainedModel, Geometry]:
     Raises PluginError where the config alone doesn't tell that shape.
     """
     # With a padding token some models look for it among the probe's tokens, which have no values here; others need one
-    for padded in (False, True):
+    for padded, attention in itertools.product((False, True), ("eager", "sdpa")):
         try:
             config = copy.deepcopy(model_config)
             config.pad_token_id = getattr(config, "pad_token_id", None) if padded else None
             _fix_frequencies(config)
             with torch.device("meta"):
-                # eager: the mask of others may look at values that there are none of. bfloat16: shapes don't depend on
-                # it, and products of experts have no other without values
-                model = auto_class(config).from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
+                # eager first: the mask of others may look at values that there are none of. bfloat16: shapes don't
+                # depend on it, and products of experts have no other without values
+                model = auto_class(config).from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
             return model, probe_geometry(model, model_id)
         except PluginError:
             raise
@@ -182,5 +183,5 @@ def lay_out(model_config, model_id: str) -> tuple[PreTrainedModel, Geometry]:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
     raise PluginError(
         f"{model_id} ({model_config.model_type}): its config alone doesn't tell the shape of its cache ({reason}): "
-        "load the model and use from_preset or from_policy of gpt2.compression.named_caches, or give geometry="
+        "load it with gpt2.models.loading.load, and use from_preset or from_policy of gpt2.compression.named_caches"
     )

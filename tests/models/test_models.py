@@ -8,6 +8,7 @@ from tiny import FAMILIES, SHAPE, save_tiny, tiny_loaded, tiny_model, word_token
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpt2.common.errors import PluginError, UnsupportedModel
+from gpt2.compression.named_caches import from_preset
 from gpt2.models import loading, probe, random_weights
 from gpt2.models.embedded import EMBEDDED
 from gpt2.models.geometry import FULL, LINEAR, NOTHING, SLIDING, Geometry, LayerGeometry, Shape, layer_kinds
@@ -223,3 +224,20 @@ def test_what_only_the_model_shows_is_rejected_when_it_is_there(family, settings
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
     with pytest.raises(UnsupportedModel, match=f"Model doesn't have past_key_values.*{reason}"):
         wrap(model, word_tokenizer(), family)
+
+
+def test_a_config_whose_head_counts_only_some_attention_takes_has_a_geometry():
+    """DeepSeek with the default of num_key_value_heads: its eager attention would repeat heads."""
+    sizes = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12, "q_lora_rank": 16, "kv_lora_rank": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+    config = AutoConfig.for_model(
+        "deepseek_v3", vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        moe_intermediate_size=16, first_k_dense_replace=1, **sizes, **experts,
+    )  # fmt: skip
+    assert config.num_key_value_heads != config.num_attention_heads
+    assert probe.geometry_of(config, "m")[0].num_layers == 2
+
+
+def test_a_cache_for_a_model_that_was_loaded_otherwise_is_rejected():
+    with pytest.raises(PluginError, match="gpt2.models.loading.load returns it, got LlamaForCausalLM"):
+        from_preset("kv4", tiny_model("llama"))

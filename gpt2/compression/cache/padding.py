@@ -40,8 +40,9 @@ class PaddingFinder:
             return
         states, count = tuple(x.detach() for x in states), len(states[0])
         if self.first is None:
-            self.first, self.open = tuple(x[:, :, :1].clone() for x in states), torch.ones(count, dtype=torch.bool)
-            self.rows = torch.zeros(count, dtype=torch.long)
+            self.first = tuple(x[:, :, :1].clone() for x in states)
+            self.open = torch.ones(count, dtype=torch.bool, device="cpu")
+            self.rows = torch.zeros(count, dtype=torch.long, device="cpu")
         run = _same(states, self.first).long().cumprod(1).sum(1).cpu()
         self.rows = self.rows + run * self.open
         self.open = self.open & (run == states[0].shape[2])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import contextmanager
 
 import torch
 import transformers
@@ -29,6 +30,14 @@ log = logging.getLogger(__name__)
 FEW = 4  # tokens for each dimension of a basis; of fewer it fits these tokens rather than the model
 
 
+@contextmanager
+def _on_the_cpu():
+    """What is gathered lies there, whatever the caller's default device."""
+    with torch.device("cpu"):
+        yield
+
+
+@_on_the_cpu()
 def calibrate(
     loaded: LoadedModel,
     text: Text,

@@ -79,14 +79,14 @@ def drawn_labels(logits: Tensor, seed: int, segment: int) -> Tensor:
 
 def detect_rotary(loaded: LoadedModel, segment: Tensor, sink_tokens: int) -> list[Rotary]:
     """Per layer, the rotation that explains its keys best; none where positions aren't rotary, or there are no keys."""
-    choices = {
-        width: rope.candidates(loaded.model, width)
-        for width in {loaded.geometry.layers[layer].k.width for layer in loaded.geometry.attention}
-    }
+    choices: dict[int, list[Rotary]] = {}
     found = [rope.NONE] * loaded.geometry.num_layers
 
     def record(layer: int, k: Tensor, v: Tensor) -> None:
-        found[layer] = rope.best_fit(k[0, :, sink_tokens:].cpu(), sink_tokens, choices[k.shape[-1]])
+        width = k.shape[-1]
+        if width not in choices:  # within the pass, as frequencies may depend on how long a text is
+            choices[width] = rope.candidates(loaded.model, width)
+        found[layer] = rope.best_fit(k[0, :, sink_tokens:].cpu(), sink_tokens, choices[width])
 
     with torch.no_grad():
         cache = tapped(loaded.model, record)

@@ -16,6 +16,7 @@ from gpt2.compression.calibration.stacks import Stacks
 from gpt2.compression.calibration.statistics import MultiHeadStatistics
 from gpt2.compression.codecs import MultiHead, Quantizer, Transform
 from gpt2.compression.codecs.formats import BLOCK, WIDTHS
+from gpt2.compression.codecs.metric import SMALLEST_WEIGHT
 from gpt2.compression.codecs.mixed import COSTS, errors
 from gpt2.compression.codecs.rope import LAYOUTS, NONE, Rotary
 from gpt2.models.geometry import Geometry, LayerGeometry
@@ -139,6 +140,7 @@ def fit_multi_head(statistics: MultiHeadStatistics) -> MultiHeadFit:
     fitted = [None if mean is None else statistics.basis.fit(moments, i) for i, mean in enumerate(moments.mean)]
     spectra = [found and found[1] for found in fitted]
     Es = [found and found[0].E for found in fitted]
+    _weaken_unfelt(Es, spectra, [found and statistics.basis.metric_of(moments, i) for i, found in enumerate(fitted)])
     unit = _unit(*([part for part in parts if part is not None] for parts in (Es, moments.mean, spectra)))
     means, Es = _of_each(Tensor.float, moments.mean), _of_each(lambda E: (E / unit).float(), Es)
 
@@ -149,6 +151,22 @@ def fit_multi_head(statistics: MultiHeadStatistics) -> MultiHeadFit:
     allocation = BitAllocation.measured([tried(*parts) for parts in zip(statistics.blocks, means, Es, strict=True)])
     spectra = _of_each(lambda spectrum: (spectrum / unit**2).float(), spectra)
     return MultiHeadFit(statistics.basis, means, Es, spectra, statistics.rotary, allocation)
+
+
+def _weaken_unfelt(Es: list[Tensor | None], spectra: list[Tensor | None], metrics: list[Tensor | None]) -> None:
+    """Scale what belongs to groups that the loss doesn't feel at all, as behind an output projection of zeros.
+
+    `fit_in_metric` gives their directions weights of 1, which would take bits from groups whose weights are losses.
+    """
+    felt = [None if metric is None else metric.diagonal(dim1=-2, dim2=-1).sum(-1) > 0 for metric in metrics]
+    weights = [E[own].square().sum(-2) for E, own in zip(Es, felt, strict=True) if own is not None and bool(own.any())]
+    if not weights:  # nothing is felt anywhere: all count alike
+        return
+    least = SMALLEST_WEIGHT * torch.cat([part.flatten() for part in weights]).mean()
+    for E, spectrum, own in zip(Es, spectra, felt, strict=True):
+        if own is not None and not bool(own.all()):
+            E[~own] *= least.sqrt()
+            spectrum[~own] *= least
 
 
 def _unit(Es: list[Tensor], means: list[Tensor], spectra: list[Tensor]) -> Tensor:

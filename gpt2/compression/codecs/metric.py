@@ -19,6 +19,7 @@ from gpt2.models.geometry import Geometry, Shape
 
 SMALLEST_WEIGHT = 1e-6  # of the largest: directions that nothing reads still need a finite way back
 LARGEST_FACTOR = 2.0**8  # between coordinates and channels, and its inverse, for which quantizers have steps to spare
+NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # weights of fewer bits have scales elsewhere
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")  # what models call an attention's output projection
 
 
@@ -101,9 +102,10 @@ def within_reach(metric: Tensor) -> Tensor:
 
 
 def output_metric(model: torch.nn.Module, geometry: Geometry) -> list[Tensor | None]:
-    """Σ WᵀW of each KV head's part of a layer's output projection, [H, d, d] float64; None where it isn't found.
+    """Σ WᵀW of each KV head's part of a layer's output projection, [H, d, d] float64.
 
-    What an error of V weighs in the output of its layer, with all attention on one token.
+    What an error of V weighs in the output of its layer, with all attention on one token. None where the projection
+    isn't found, or is quantized.
     """
     found: dict[int, list[tuple[torch.nn.Module, Tensor]]] = {}
     for module in model.modules():
@@ -119,7 +121,7 @@ def _of_output(found: list[tuple[torch.nn.Module, Tensor]], v: Shape | None) -> 
     """Σ WᵀW of one layer, of modules with their output projections: that of attention, if there is exactly one."""
     if len(found) > 1:  # hybrid layers have another in their recurrent part
         found = [(module, w) for module, w in found if hasattr(module, "is_causal")]
-    if v is None or len(found) != 1 or found[0][1].shape[1] % v.size:
+    if v is None or len(found) != 1 or found[0][1].shape[1] % v.size or found[0][1].dtype not in NUMBERS:
         return None
     w = found[0][1].detach().double().cpu()
     w = w.T.reshape(v.heads, -1, v.width, w.shape[0])  # [H, heads that share it, d, hidden]

@@ -108,7 +108,10 @@ def middles(tokens: int, start: int | Tensor, frame: int, device: torch.device |
 
 
 def candidates(model: nn.Module, head_dim: int) -> list[Rotary]:
-    """No rotation, and every one that the model's buffers of frequencies allow, in both layouts."""
+    """No rotation, and every one that the model's buffers of frequencies allow, in both layouts.
+
+    Copies, as some models overwrite their buffers where a text is longer or shorter than the one before.
+    """
     found = [NONE]
     seen = set()
     for name, buffer in model.named_buffers():
@@ -116,7 +119,8 @@ def candidates(model: nn.Module, head_dim: int) -> list[Rotary]:
         key = tuple(buffer.tolist()) if fits else None
         if fits and key not in seen:
             seen.add(key)
-            found += [Rotary(buffer.detach().float().cpu(), layout) for layout in LAYOUTS[1:]]
+            frequencies = buffer.detach().float().cpu().clone()
+            found += [Rotary(frequencies, layout) for layout in LAYOUTS[1:]]
     return found
 
 

@@ -144,7 +144,7 @@ def decoded(quantizer: Quantizer, encoded: Encoded, D: Tensor, mean: Tensor) -> 
     columns = torch.cat((D, mean[:, None]), dim=1).mT.expand(B, G, -1, -1)  # [B, G, w, r + 1]
     length = blocks * quantizer.block_tokens
     part = coded(quantizer, encoded, rank=D.shape[1], start=0, length=length, skip=0, affine=True)
-    out = torch.empty(B, G, D.shape[2], length)
+    out = torch.empty(B, G, D.shape[2], length, dtype=torch.float32, device=D.device)
     scores([part], [columns], out)
     return out.mT
 
@@ -208,17 +208,23 @@ def loaded() -> bool:
     An instruction set in KV_CPU_ISA that this processor lacks is an error.
     """
     flags = FLAGS + _instruction_set()
-    name = f"kv_compression_{_built_for(flags)}"
+    name, built = f"kv_compression_{_built_for(flags)}", None
     try:
         from torch.utils import cpp_extension
 
         folder = Path(cpp_extension._get_build_directory(name, verbose=False))
+        built = folder / f"{name}.so"
+        if not built.is_file() and sys.stderr.isatty():
+            print("building CPU kernels, which takes about a minute, once on this machine", file=sys.stderr)
         # A killed build leaves PyTorch's own lock file behind, for which the next process would wait forever
         with FileLock(folder / "building"), _ninja_of_this_environment():
             (folder / "lock").unlink(missing_ok=True)
             source, where = str(SOURCES / "kernels.cpp"), str(folder)
             cpp_extension.load(name, [source], extra_cflags=flags, build_directory=where, is_python_module=False)
     except (RuntimeError, OSError, ImportError) as error:
+        if built is not None and built.is_file() and isinstance(error, OSError):  # by another user, in a folder of his
+            torch.ops.load_library(built)
+            return True
         log.warning(
             "no CPU kernels (building them needs ninja, and GCC 12 or Clang), so attention over codes is slower: %s",
             _first_line(error),

@@ -20,9 +20,9 @@ from gpt2.common.schema import (
     Whole,
 )
 from gpt2.common.schema import parse as parse_record
-from gpt2.compression.codecs import bases_in, basis_of, full_rank, needs_calibration, quantizer_of
+from gpt2.compression.codecs import bases_in, basis_of, full_rank, needs_calibration
 from gpt2.compression.codecs.base import SIDES
-from gpt2.compression.settings import TARGETS, Plan, Setting, kept_whole
+from gpt2.compression.settings import TARGETS, Plan, Setting, kept_whole, quantizer_for
 from gpt2.models.geometry import ATTENTION_KINDS, HYBRID_SLIDING, LAYERS, SLIDING, Geometry
 
 WINDOWED = (SLIDING, HYBRID_SLIDING)
@@ -196,7 +196,7 @@ def _setting(record: dict, where: str) -> Setting:
     except PluginError as error:
         raise BadArtefact(f"{where}: key 'codec': {error}") from error
     try:
-        quantizer_of(setting.quantizer, setting.bits)
+        quantizer_for(setting)
     except PluginError as error:
         raise BadArtefact(f"{where}: keys 'quantizer' and 'bits': {error}") from error
     return setting

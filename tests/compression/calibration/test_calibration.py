@@ -17,6 +17,7 @@ from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.calibration.statistics import Statistics
 from gpt2.compression.codecs import QUANTIZERS, IdentityCompressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache, load_calibrated_compressors
+from gpt2.compression.settings import compressors_for
 from gpt2.models.loading import wrap
 from gpt2.text.sources import by_position
 
@@ -114,6 +115,21 @@ def test_what_is_loaded_is_what_was_saved(made, path):
     assert not load_calibration(save_calibration(replace(made, statistics=statistics), path)).statistics.k.metrics
 
 
+def test_the_default_device_is_of_no_matter(made):
+    """A caller may have set a GPU's, while a model and its cache are on the CPU."""
+    x, read = torch.randn(1, 2, 200, 12), []
+    for device in ("meta", None):
+        torch.set_default_device(device)
+        try:
+            cache = CompressedDynamicCache(*compressors_for("kv", 4, None, made))
+            read += [[part for each in x.split(150, dim=2) for part in cache.update(each, each, 0)]]
+            again = calibrate(tiny_loaded("llama"), TEXT, rank=6, samples=2, seq_len=80, codec="framed")
+        finally:
+            torch.set_default_device(None)
+        assert again.multi_head["framed"].E[0].device.type == "cpu"
+    assert all(map(torch.equal, *read))
+
+
 def test_every_rank_is_cut_from_one_file(made, path):
     for rank in (1, 5, 12):
         for side, compressors in zip("kv", load_calibrated_compressors(path, rank=rank)[:2], strict=True):
@@ -123,6 +139,8 @@ def test_every_rank_is_cut_from_one_file(made, path):
     for rank in (13, -1, 0):
         with pytest.raises(PluginError, match=f"rank {rank} is out of range"):
             load_calibrated_compressors(path, rank=rank)
+    with pytest.raises(PluginError, match="dtype: expected a dtype .* got 8: the number of bits is quantize_bits"):
+        load_calibrated_compressors(path, "cpu", 8)
     k, _, _ = load_calibrated_compressors(path, codec="random")
     default, _, _ = load_calibrated_compressors(path)
     assert k[0].transform.rank == 9 and torch.equal(k[0].transform.mean, default[0].transform.mean)

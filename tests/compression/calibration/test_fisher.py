@@ -7,8 +7,9 @@ import pytest
 import torch
 from calibrations import SINKS, TEXT, close, direct_gradients
 from sampling import covering, sampled
-from tiny import FAMILIES, tiny_loaded, windows
+from tiny import FAMILIES, GQA, tiny_loaded, windows
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from gpt2.common.errors import PluginError
@@ -267,6 +268,10 @@ def test_the_attention_metric_of_values_is_what_they_do_to_the_output(family):
             assert found == pytest.approx(float(expected), rel=1e-3)
     if family == "llama":
         for attention in attentions:
+            codes = attention.o_proj.weight.to(torch.int8)
+            attention.o_proj.weight = torch.nn.Parameter(codes, requires_grad=False)
+        assert output_metric(loaded.model, loaded.geometry) == [None] * 3, "where weights have scales elsewhere"
+        for attention in attentions:
             attention.elsewhere = attention.o_proj
             del attention.o_proj
         assert output_metric(loaded.model, loaded.geometry) == [None] * 3, "where no output projection is found"
@@ -294,6 +299,20 @@ def test_each_kind_of_layer_has_a_rotation_of_its_own():
     found = [rotary.frequencies for rotary in detect_rotary(loaded, windows(1, 300)[0], SINKS)]
     assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
     assert found[1][-1] < found[0][-1]
+
+
+def test_frequencies_are_those_of_the_text_and_stay_so():
+    """longrope: the model overwrites its buffer where a text is longer or shorter than the original context."""
+    factors = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64, **factors}
+    config = AutoConfig.for_model("phi3", **GQA, rope_parameters=rope, original_max_position_embeddings=64)
+    loaded = wrap(AutoModelForCausalLM.from_config(config), None, "phi3")
+    found = {}
+    for tokens in (60, 200, 60):
+        rotary = detect_rotary(loaded, windows(1, tokens)[0], SINKS)[0]
+        assert torch.equal(rotary.frequencies, loaded.model.model.rotary_emb.inv_freq)
+        found.setdefault(tokens, rotary.frequencies)
+    torch.testing.assert_close(found[200], found[60] / 4)
 
 
 @pytest.mark.parametrize("start", [0, 5, 3000])

@@ -56,6 +56,24 @@ def test_a_compact_file_is_deflated_and_pytorch_reads_it(llama_fit, tmp_path):
         assert {part.compress_type for part in archive.infolist()} == {zipfile.ZIP_DEFLATED}
 
 
+@pytest.mark.parametrize("name", ["framed", "grouped"])
+def test_a_layer_that_the_loss_does_not_feel_takes_no_bits_from_others(name):
+    """As behind an output projection of zeros, with which blocks are added to a model."""
+    bits = {}
+    for felt in (True, False):
+        loaded = tiny_loaded("llama")
+        with torch.no_grad():
+            for weight in loaded.model.parameters():
+                weight *= 0.3 if weight.ndim > 1 else 1
+            if not felt:
+                loaded.model.model.layers[1].self_attn.o_proj.weight.zero_()
+        found = calibrate(loaded, TEXT, rank=6, samples=3, seq_len=132, codec=name)
+        each = found.multi_head[name].allocation.bits_of_each(4.0)
+        bits[felt] = [sum(each[i::3]) if name == "framed" else sum(each[2 * i : 2 * i + 2]) for i in range(3)]
+    assert bits[False][1] < 0.5 < bits[True][1]
+    assert bits[False][0] > bits[True][0] and bits[False][2] > bits[True][2], "others have its bits"
+
+
 @pytest.mark.parametrize("name", BASES)
 def test_a_compact_basis_is_rounded_to_eight_bits_of_each_columns_largest(name):
     fit = fit_of(name)

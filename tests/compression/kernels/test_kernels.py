@@ -170,6 +170,22 @@ def test_an_instruction_set_that_isnt_there(wanted, monkeypatch):
         cpu.loaded.__wrapped__()
 
 
+def test_a_build_in_a_folder_that_cant_be_written_is_used(monkeypatch, caplog):
+    if not cpu.loaded():
+        pytest.skip("no compiler on this machine")
+    monkeypatch.setattr(cpu, "FileLock", raising(PermissionError("read-only")))
+    assert cpu.loaded.__wrapped__() and not caplog.records
+    monkeypatch.setattr(cpu, "_built_for", lambda flags: "of_another_source")
+    assert not cpu.loaded.__wrapped__() and "read-only" in caplog.text
+
+
+def raising(error: Exception):
+    def called(*args):
+        raise error
+
+    return called
+
+
 def test_every_instruction_set_has_its_build(monkeypatch):
     named = [cpu._built_for(flags) for flags in cpu.instruction_sets().values()]
     assert len(set(named)) == len(named) > 1
@@ -199,3 +215,8 @@ def test_bit_planes_are_reconstructed_as_by_pytorch(name, basis):
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3 if dtype == torch.float16 else 1e-4)
         later = {field: stored[:, :, 1:3] for field, stored in encoded.items()}
         assert torch.equal(dispatch.reconstruct(own, later, d, dtype, 128), found[:, :, 64:192])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(dispatch.reconstruct(own, encoded, d, torch.float16, 64), found)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -40,6 +40,7 @@ INVALID = [
     ({"codec": "pcaa"}, "key 'codec': unknown codec 'pcaa', did you mean 'pca'"),
     ({"bits": 5}, "keys 'quantizer' and 'bits': bits 5 is not available: use 4, 8, 16"),
     ({"quantizer": "mixd", "bits": 4}, "unknown quantizer 'mixd', did you mean 'mixed'"),
+    ({"quantizer": "mixed_fixed", "bits": 4, "codec": "hadamard"}, "use a codec that heads share .framed, "),
     ({"quantizer": "mixed", "bits": 99.5}, "keys 'quantizer' and 'bits': .*takes 0.25 to"),
     ({"quantizer": "mixed", "bits": "4"}, "key 'bits': expected a number between .*, found '4'"),
     ({"quantizer": "int4", "bits": 8}, "bits 8: quantizer int4 has 4"),
