@@ -117,14 +117,14 @@ def test_what_is_loaded_is_what_was_saved(made, path):
 
 def test_the_default_device_is_of_no_matter(made):
     """A caller may have set a GPU's, while a model and its cache are on the CPU."""
-    x, read = torch.randn(1, 2, 200, 12), []
+    x, read, loaded = torch.randn(1, 2, 200, 12), [], tiny_loaded("llama")
     for device in ("meta", None):
         torch.set_default_device(device)
         try:
             cache = CompressedDynamicCache(*compressors_for("kv", 4, None, made))
             for each in x.split(150, dim=2):
                 read += [part for layer in range(3) for part in cache.update(each, each, layer)]
-            again = calibrate(tiny_loaded("llama"), TEXT, rank=6, samples=2, seq_len=80, codec="framed")
+            again = calibrate(loaded, TEXT, rank=6, samples=2, seq_len=80, codec="framed")
         finally:
             torch.set_default_device(None)
         assert again.multi_head["framed"].E[0].device.type == "cpu"
