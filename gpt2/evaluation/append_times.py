@@ -10,6 +10,7 @@ import torch
 from transformers import Cache
 
 from gpt2.compression.cache.size import cache_bytes, store
+from gpt2.evaluation.statistics import spread
 from gpt2.models.geometry import Shape
 
 
@@ -33,9 +34,8 @@ def measure(
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - start))
-    low, median, high = statistics.quantiles(times, n=4)
     return {
-        "tokens_held": tokens_held, "append_ms_median": median, "append_ms_quartiles": [low, high],
-        "append_ms_mean": statistics.mean(times), "cache_bytes": cache_bytes(cache),
+        "tokens_held": tokens_held, **spread("append_ms", times), "append_ms_mean": statistics.mean(times),
+        "cache_bytes": cache_bytes(cache),
         "bytes_per_token": cache_bytes(cache) / (tokens_held + repeats),
     }  # fmt: skip

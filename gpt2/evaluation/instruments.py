@@ -20,6 +20,7 @@ from types import ModuleType
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.pytorch_utils import Conv1D
 
 from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.codecs import Compressor
@@ -28,9 +29,10 @@ from gpt2.models.attention_function import wrapped_attention
 
 # Part of a step, and the method that does it in a class and its subclasses. `copies` is the rest of a cache's update:
 # joining the tokens held with the new ones. `folding` takes queries through a basis and sums out of it, once per step.
-# `kernels` reads codes on a CPU; `attention` is then its softmax and its Python. `matmuls` are the model's own layers,
-# and what is left, `rest`, is Python per layer, norms, positions and hooks. `_quantize` and `_dequantize` are of
-# transformers' quantized caches.
+# `kernels` reads codes on a CPU; `attention` is then its softmax and its Python. `matmuls` are the model's own layers:
+# Linear, and GPT-2's Conv1D. What is left, `rest`, is Python per layer, norms, positions and hooks, and the matmuls of
+# experts, which in mixtures of experts are raw parameters. `_quantize` and `_dequantize` are of transformers' quantized
+# caches.
 WATCHED = (
     ("copies", Cache, "update"),
     ("compress", TokenStore, "compress"),
@@ -43,6 +45,7 @@ WATCHED = (
     ("kernels", cpu, "weighted_sums"),
     ("kernels", cpu, "attend"),
     ("matmuls", torch.nn.Linear, "forward"),
+    ("matmuls", Conv1D, "forward"),
 )
 ATTENTION, SAMPLING, REST = "attention", "sampling", "rest"
 PARTS = ("compress", "expand", "copies", "folding", "kernels", ATTENTION, "matmuls", SAMPLING, REST)

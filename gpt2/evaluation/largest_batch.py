@@ -30,11 +30,18 @@ clock = time.perf_counter
 
 
 def search(fits: Callable[[int], bool], most: int, resolution: int = RESOLUTION) -> int:
-    """The largest batch that fits, to 1 / `resolution` of itself and at most `most`; 0 if one sequence doesn't fit."""
+    """The largest batch that fits, to 1 / `resolution` of itself and at most `most`; 0 if one sequence doesn't fit.
+
+    If `most` fits it is found exactly, since a search that nothing ended doesn't know the largest.
+    """
     fit, batch = 0, 1
     while batch <= most and fits(batch):
         fit, batch = batch, 2 * batch
-    too_large = min(batch, most + 1)
+    if batch > most:
+        if fit == most or fits(most):
+            return most
+        batch = most
+    too_large = batch
     while too_large - fit > 1 + fit // resolution:
         middle = (fit + too_large) // 2
         if fits(middle):

@@ -46,10 +46,11 @@ class Conversation:
 
 @dataclass
 class Reading:
-    """Measurements of one cache on a conversation of `tokens` tokens.
+    """Measurements of one cache on a conversation.
 
-    cached_bytes: of this conversation in a model that runs in 16 bits. codec_bytes: of the basis, which all
-    conversations share. direct: whether attention read the stored codes. scores: of the document's tokens, [1, n].
+    cached_bytes: of `tokens` tokens in a model that runs in 16 bits; tokens: of the conversation with the longest
+    answer allowed, the same for all caches, as answers may end at different lengths. codec_bytes: of the basis, which
+    all conversations share. direct: whether attention read the stored codes. scores: of the document's tokens, [1, n].
     step_ms: milliseconds of each timed step.
     """
 
@@ -135,7 +136,8 @@ def read(
     cache = choice.make() if choice else baseline_factory(loaded)()
     scores = _fill(loaded, cache, conversation, chunk, progress)
     new, step_ms = _answer(loaded, cache, conversation, max_new_tokens)
-    answer, tokens = loaded.tokenizer.decode(new, skip_special_tokens=True).strip(), cache.get_seq_length()
+    answer = loaded.tokenizer.decode(new, skip_special_tokens=True).strip()
+    tokens = len(conversation) + max_new_tokens - 1  # the last new token is never fed
     if choice is None:
         size = plain_bytes(loaded.geometry, tokens)
         return Reading(UNCOMPRESSED, tokens, size, 0, False, scores, step_ms, answer)
@@ -164,11 +166,17 @@ def _answer(
     ids = torch.cat((conversation.start, conversation.document, conversation.question)).to(loaded.device)
     clock, asked = _Clock(), len(ids)
     ids = _generate(loaded, cache, ids, min(TIMED_TOKENS, max_new_tokens), clock)
-    if len(ids) - asked == TIMED_TOKENS < max_new_tokens:
+    if len(ids) - asked == TIMED_TOKENS < max_new_tokens and not _ended(loaded, ids):
         if isinstance(cache, CompressedDynamicCache):
             cache.keep_reconstructed()
         ids = _generate(loaded, cache, ids, max_new_tokens - TIMED_TOKENS)
     return ids[asked:], clock.steps_ms()
+
+
+def _ended(loaded: LoadedModel, ids: Tensor) -> bool:
+    """Whether the last token is one that ends an answer: `generate` wouldn't see it in a prompt."""
+    ends = loaded.model.generation_config.eos_token_id
+    return ids[-1].item() in (ends if isinstance(ends, list) else [ends])
 
 
 def _generate(loaded: LoadedModel, cache: Cache, ids: Tensor, most: int, clock: _Clock | None = None) -> Tensor:

@@ -108,7 +108,7 @@ def load(spec: str = EMBEDDED, device: str = "auto", dtype: str = "auto") -> Loa
             source, config=config, dtype=resolve_dtype(dtype, target), output_loading_info=True,
             trust_remote_code=False, device_map=SPREAD.get(device),
         )  # fmt: skip
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = read_tokenizer(spec)
     except PluginError:
         raise
     except Exception as error:  # damaged files raise errors of many kinds
@@ -134,6 +134,15 @@ def read_config(spec: str) -> transformers.PretrainedConfig:
         raise PluginError(_cant_load(spec, error)) from error
     refuse_unsupported(config, spec)
     return config
+
+
+def read_tokenizer(spec: str) -> transformers.PreTrainedTokenizerBase:
+    """A model's tokenizer, without its weights. Raises PluginError as `load` does."""
+    source = _source(spec)
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # damaged files raise errors of many kinds
+        raise PluginError(_cant_load(spec, error)) from error
 
 
 def reject_offloaded(model: PreTrainedModel, spec: str, target: torch.device) -> None:

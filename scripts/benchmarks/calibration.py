@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import torch
 
@@ -46,10 +47,11 @@ def main() -> None:
     args = arguments().parse_args()
     # Checked before the first calibration; the real name has the model's slug, which is known only after loading
     files.check_writable(args.output or files.RESULTS / "runs" / "benchmark_calibration.json")
+    text = sources.load_text(args.text, args.model)
+    require_segments(args, text)
     memory = {str(n): peak_megabytes(args, n) for n in args.samples}  # first: a child's peak starts at its parent's
     loaded = loading.load(args.model, args.device, args.dtype)
     output = args.output or files.RESULTS / "runs" / f"benchmark_calibration_{loaded.slug}.json"
-    text = sources.load_text(args.text, args.model)
     segments = text.segments("calibration", loaded, args.seq_len, args.repeats + 1)
     times = [time_all(loaded, segment, turn) for turn, segment in enumerate(segments)][1:]  # the first one warms up
     ratios = {name: statistics.median(t["capture"] / t[name] for t in times) for name in ("body", "with_logits")}
@@ -60,6 +62,20 @@ def main() -> None:
     files.write_json(output, record)
     tables.show("benchmark_calibration", record)
     print(f"wrote {output}")
+
+
+def require_segments(args, text: sources.Text) -> None:
+    """Raise PluginError for a text without a segment to warm up and one to time; say if there are fewer than asked.
+
+    Counted before the children run, with the tokenizer alone, as a model loaded here would count as their memory.
+    """
+    words = SimpleNamespace(tokenizer=loading.read_tokenizer(args.model))
+    found, own = text.available("calibration", words, args.seq_len), f"the calibration part of text {text.name!r} has"
+    if found < 2:
+        raise PluginError(f"{own} one segment of {args.seq_len} tokens: expected at least 2, one to warm up and one to "
+                          "time: give a longer --text or a shorter --seq-len")  # fmt: skip
+    if found <= args.repeats:
+        print(f"note: {own} only {found} of the {args.repeats + 1} segments: {found - 1} timed rounds", flush=True)
 
 
 @torch.no_grad()

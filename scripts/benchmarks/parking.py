@@ -28,7 +28,7 @@ def arguments():
     p.add_argument("--presets", type=names, default="kv8,kv4,kv-4x", help="caches to park")
     p.add_argument("--context-lengths", type=cli.int_list, default=[4096, 8192, 32768], help="tokens of conversations")
     p.add_argument("--memory-gb", type=cli.positive_float, default=64, help="memory for conversations, in 10⁹ bytes")
-    p.add_argument("--shape-tokens", type=cli.positive_int, default=1024, help="tokens that a shape's layers read")
+    p.add_argument("--shape-tokens", type=cli.positive_int, default=1024, help="most tokens that a shape's layers read")
     p.add_argument("--repeats", type=cli.positive_int, default=5, help="timed runs per cache and context")
     p.add_argument("--output", type=cli.output_file(".json"), help="JSON file")
     return p
@@ -52,7 +52,7 @@ def main() -> None:
     own = machine.before_timing(args.device)
     woken = woken_rows(args, subject, parked, args.context_lengths)
     for name, config in shapes.items():
-        cut = parking.subject_of_shape(name, config, args.shape_tokens, loaded.device)
+        cut = parking.subject_of_shape(name, config, min(args.shape_tokens, longest), loaded.device)
         woken += woken_rows(args, cut, parked, [longest])
     record = script.record(machine=own, dtype=script.dtype, parked=parked, woken=woken)
     files.write_json(output, record)

@@ -22,9 +22,10 @@ def test_the_search_finds_the_limit_and_ends_at_the_most(limit):
     asked = []
     found = largest_batch.search(lambda batch: asked.append(batch) or batch <= limit, most=1000)
     expected = min(limit, 1000)
-    assert expected - expected // largest_batch.RESOLUTION <= found <= expected
+    inexact = expected // largest_batch.RESOLUTION if limit < 1000 else 0
+    assert expected - inexact <= found <= expected
     assert len(asked) == len(set(asked)) <= 18 and max(asked) <= 1000
-    assert largest_batch.search(lambda batch: True, most=min(limit, 5)) == min(limit, 5)
+    assert largest_batch.search(lambda batch: True, most=limit) == limit
 
 
 @pytest.fixture
@@ -101,12 +102,13 @@ def test_every_appended_token_is_timed_and_counted(monkeypatch):
     )
     assert made[0].get_seq_length() == row["tokens_held"] + 4 == 34
     # Steps between squares: 1, 5, 9 and 13 microseconds
+    assert row["append_ms_quartiles"] == pytest.approx([0.004, 0.010])
     assert (row["append_ms_median"], row["append_ms_mean"]) == pytest.approx((0.007, 0.007))
     assert row["cache_bytes"] == cache_bytes(made[0]) == pytest.approx(34 * row["bytes_per_token"])
 
 
 def test_the_script_has_a_row_for_every_codec_and_number_of_tokens(tmp_path):
-    flags = ["--tokens", "16,32", "--layers", 2, "--repeats", 4, "--output", tmp_path / "a.json"]
+    flags = ["--tokens", "16,32", "--layers", 2, "--repeats", 1, "--output", tmp_path / "a.json"]
     assert run("benchmarks/append", *flags, "--window", 20) == 0
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert [row["tokens_held"] for row in rows] == [16, 32] * 5 and len({row["codec"] for row in rows}) == 5

@@ -17,7 +17,7 @@ from gpt2.compression.compressed_cache import identity_cache
 from gpt2.evaluation import needle, needle_prompts
 from gpt2.evaluation.needle_prompts import TEMPLATES, Flags, Needles, Prompt, Template
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
-from gpt2.report import plots
+from gpt2.report import plots, tables
 
 LENGTH = 320
 DEPTHS = (0, 0.1, 0.5, 0.9, 1)
@@ -295,6 +295,11 @@ def test_verdicts_summary_and_plot_say_when_a_baseline_fails():
     assert low < -2 / 12 < high
     (summary,) = needle.summarize(rows_of({BASELINE: {0.5: [1]}, "small": {0.5: [0]}}))
     assert summary["logprob_change_nats"] == -1 and summary["logprob_change_nats_interval"] is None, "of one prompt"
+    for hits, interval in (([0], "–"), ([0, 1], "-1.000 … +0.000")):
+        rows = rows_of({BASELINE: {0.5: [1 for _ in hits]}, "small": {0.5: hits}})
+        record = {"rows": rows, "cells": needle.cells(rows), "model": "m", "text": "t", "baseline_works_from": 0.75}
+        table = tables.TABLES["needle"](record, [])
+        assert table.rows[0][5] == interval and ("One prompt gives no interval" in table.note) == (len(hits) == 1)
     panels = [axis for axis in plots.needles(needle.cells(grades), "title").axes if axis.get_title()]
     shown = [axis.get_title() for axis in panels]
     assert shown == ["baseline: exact match", "small: exact match", "small: change of log p"]

@@ -89,6 +89,33 @@ def test_bytes_are_those_of_a_16_bit_model(llama, document):
     assert record["compression_ratio"] == plain / held > 1 and record["ppl_delta"] != 0
 
 
+def test_bytes_are_of_the_same_tokens_when_answers_end_at_different_lengths(document, monkeypatch):
+    llama = tiny_loaded()
+    conversation, choice = about_document(llama, document, "w9 w8"), from_preset("kv4", llama)
+    ours = read(llama, conversation, choice, max_new_tokens=90)
+    first = read(llama, conversation, None, max_new_tokens=1)
+    ends = llama.tokenizer(first.answer, add_special_tokens=False).input_ids
+    monkeypatch.setattr(llama.model.generation_config, "eos_token_id", ends)
+    baseline = read(llama, conversation, None, max_new_tokens=90)
+    assert baseline.answer == first.answer and len(ours.answer.split()) > 2
+    rows, tokens = [reading.record(baseline) for reading in (baseline, ours)], len(conversation) + 89
+    ratio = plain_bytes(llama.geometry, tokens) / held_bytes(choice.make, llama.geometry, tokens)
+    assert [row["compression_ratio"] for row in rows] == [1, ratio]
+    note = tables.side_by_side({"model": "m", "dtype": "float32", "device": "cpu", "rows": rows}, []).note
+    assert f"MiB: {tokens} tokens, with an answer of the greatest length" in note
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_answer_stops_at_an_end_token_also_where_the_timed_steps_end(several, document, monkeypatch):
+    llama = tiny_loaded()
+    conversation = about_document(llama, document, "w9 w8")
+    words = read(llama, conversation, None, max_new_tokens=12).answer.split()
+    end = llama.tokenizer.convert_tokens_to_ids(words[side_by_side.TIMED_TOKENS - 1])
+    monkeypatch.setattr(llama.model.generation_config, "eos_token_id", [1, end] if several else end)
+    stopped = read(llama, conversation, None, max_new_tokens=12).answer.split()
+    assert stopped == words[: side_by_side.TIMED_TOKENS]
+
+
 def test_a_cache_is_read_as_stored_where_that_is_enabled_and_few_tokens_show_no_change_of_perplexity(exact):
     llama = tiny_loaded()
     conversation = to_continue(llama, word_text(80))

@@ -4,8 +4,10 @@ from collections import Counter
 
 import pytest
 import torch
+from script_runs import INT4_PRESET
 from tiny import tiny_loaded
 from transformers import DynamicCache
+from transformers.pytorch_utils import Conv1D
 
 from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
 from gpt2.compression.cache.size import cache_bytes
@@ -203,19 +205,21 @@ def test_every_part_of_a_step_is_seen(llama, caches, monkeypatch):
     assert set(share("int4")) == set(PARTS) - {"attention"}, "attention that can't be replaced stays in the rest"
 
 
-def test_a_part_is_counted_as_often_as_it_runs(llama, caches):
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_part_is_counted_as_often_as_it_runs(family):
     """Per step and layer: one update, one attention; K as it is and V in int4 are both stored and read."""
-    calls = []
+    calls, loaded = [], tiny_loaded(family)
+    model = loaded.model
 
     class Counting(Stopwatch):
         def timed(self, name):
             return lambda fn: lambda *args, **kwargs: calls.append(name) or fn(*args, **kwargs)
 
-    cache = caches["int4"]()
-    llama.model(torch.randint(2, 97, (1, 20)), past_key_values=cache, use_cache=True)
-    with watched(llama.model, Counting()):
-        llama.model(torch.tensor([[5]]), past_key_values=cache, use_cache=True)
-    linear = sum(isinstance(module, torch.nn.Linear) for module in llama.model.modules())
+    cache = from_preset(INT4_PRESET, loaded).make()
+    model(torch.randint(2, 97, (1, 20)), past_key_values=cache, use_cache=True)
+    with watched(model, Counting()):
+        model(torch.tensor([[5]]), past_key_values=cache, use_cache=True)
+    linear = sum(isinstance(module, (torch.nn.Linear, Conv1D)) for module in model.modules())
     # Our update calls the one it overrides; the inner one takes no second
     assert Counter(calls) == {"attention": 3, "compress": 6, "expand": 6, "copies": 6, "matmuls": linear}
 

@@ -26,6 +26,16 @@ def record(tmp_path_factory, model_folder):
     return json.loads((folder / "p.json").read_text())
 
 
+def test_a_shape_reads_no_more_than_the_longest_context(model_folder, tmp_path):
+    """The shape's layers are those of the model, of which it runs one."""
+    shape = write_shape(tmp_path / "shape.json")
+    flags = ["--model", model_folder, "--shapes", shape, "--presets", "kv8", "--repeats", 1]
+    assert run("benchmarks/parking", *flags, "--context-lengths", 130, "--output", tmp_path / "p.json") == 0
+    own, cut = json.loads((tmp_path / "p.json").read_text())["woken"]
+    assert own["context_tokens"] == cut["context_tokens"] == 130
+    assert 3 * cut["held_bytes"] == own["held_bytes"]
+
+
 def test_what_fits(record):
     rows = record["parked"]
     assert [row["cache"] for row in rows] == 2 * ["16-bit", "kv4", "kv8"]

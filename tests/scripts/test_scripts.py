@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import sqlite3
+import subprocess
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from script_runs import CALIBRATE, GENERATE, SMALL, SMALL_EVAL, TUNE, VALIDATE, 
 from tiny import tiny_model, word_text
 
 from gpt2.common import files
+from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.file import load_calibration
 from gpt2.compression.codecs import IdentityCompressor
 from gpt2.compression.presets import create_cache_from_preset
@@ -186,3 +188,21 @@ def test_bad_input_is_one_clear_line(command, message, tiny_flags, tmp_path, cap
     err = capsys.readouterr().err
     assert code == 2 and message in err and "Traceback" not in err and "secret" not in err
     assert listing(tmp_path) == before, "nothing may be left behind"
+
+
+def test_the_text_to_time_calibration_on_is_counted_before_calibrations_run(tiny_flags, monkeypatch, capsys):
+    """Of 1,800 tokens."""
+    popen, said = subprocess.Popen, []
+
+    def child(command, **how):
+        if sys.executable in command:
+            raise PluginError("a child ran")
+        return popen(command, **how)
+
+    monkeypatch.setattr(subprocess, "Popen", child)
+    for tokens in (100, 500, 1000):
+        assert run("benchmarks/calibration", *tiny_flags, "--seq-len", tokens) == 2
+        said.append(capsys.readouterr())
+    assert "note" not in said[0].out and "a child ran" in said[0].err and "a child ran" in said[1].err
+    assert "has only 3 of the 10 segments: 2 timed rounds" in said[1].out
+    assert "has one segment of 1000 tokens: expected at least 2" in said[2].err

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from gpt2.evaluation.statistics import mean_interval
 from gpt2.report.table import Table
+
+NO_INTERVAL = "–"
 
 
 def needle(record: dict, _: list[str]) -> Table:
@@ -19,19 +23,25 @@ def needle(record: dict, _: list[str]) -> Table:
         works = [c for c in own if c["baseline_works"]]
         exact, reference = (sum(c["exact_match"] for c in some) / len(some) for some in (own, base))
         changes = _logprob_changes(record, cache, length)
-        low, high = mean_interval(changes)
+        edges = mean_interval(changes) if len(changes) > 1 else None
         matched = sum(c["verdict"] == "matches" for c in works)
         verdict = f"{matched} of {len(works)} depths" if works else "the baseline fails"
         lines.append([cache, f"{length:,}", f"{exact:.0%}", f"{reference:.0%}", f"{changes.mean():+.3f}"])
-        lines[-1] += [f"{low:+.3f} … {high:+.3f}", verdict]
+        lines[-1] += [_interval(edges), verdict]
     prompts = sum(c["trials"] for c in record["cells"] if c["cache"] == "baseline")
     return Table(
         ["cache", "context", "exact match", "baseline's", "change of log p, nats", "95 % interval"]
         + ["matches where the baseline works"],
         lines,
         f"{record['model']}, {prompts} prompts per cache in {record['text']}; a baseline works from "
-        f"{record['baseline_works_from']:.0%} exact match on.",
+        f"{record['baseline_works_from']:.0%} exact match on."
+        + (" One prompt gives no interval." if any(line[5] == NO_INTERVAL for line in lines) else ""),
     )
+
+
+def _interval(edges: Sequence[float] | None) -> str:
+    """An interval, of which there is none for one prompt."""
+    return f"{edges[0]:+.3f} … {edges[1]:+.3f}" if edges else NO_INTERVAL
 
 
 def _logprob_changes(record: dict, cache: str, length: int) -> np.ndarray:
@@ -88,7 +98,6 @@ def pairs(summary: list[dict]) -> Table:
     """A table of what `evaluation.asking.summarize` makes, a row per cache."""
     lines = []
     for row in summary:
-        edges = row["logprob_change_nats_interval"]
         lines.append([
             row["cache"],
             f"{row['cells_matched']} of {row['cells_where_baseline_works']}",
@@ -98,7 +107,7 @@ def pairs(summary: list[dict]) -> Table:
             str(row["only_compressed_right"]),
             f"{row['sign_test_p']:.2g}",
             f"{row['logprob_change_nats']:+.3f}",
-            f"{edges[0]:+.3f} … {edges[1]:+.3f}" if edges else "–",
+            _interval(row["logprob_change_nats_interval"]),
         ])  # fmt: skip
     return Table(
         ["cache", "cells matched", "exact match", "baseline's", "only the baseline right", "only the cache right",

@@ -26,10 +26,9 @@ def side_by_side(record: dict, _: list[str]) -> Table:
             textwrap.shorten(row["answer"], FIRST_WORDS, placeholder=" …"),
         ])  # fmt: skip
     outweighs = largest["codec_bytes"] > largest["bytes"]
-    note = (
-        f"{record['model']}, {record['dtype']} on {record['device']}. MiB: {rows[0]['context_tokens']:,} tokens, as a "
-    )
-    note += "model that runs in 16 bits holds them. Basis: stored once for all conversations"
+    note = f"{record['model']}, {record['dtype']} on {record['device']}. MiB: {rows[0]['context_tokens']:,} tokens, "
+    note += "with an answer of the greatest length, as a model that runs in 16 bits holds them. Basis: stored once for "
+    note += "all conversations"
     note += f"; that of {largest['cache']} outweighs one of this length in a model this small." if outweighs else "."
     note += " Blocks of 64 tokens are compressed; attention sinks and an unfinished block stay exact."
     if scored >= FEWEST_TOKENS:
