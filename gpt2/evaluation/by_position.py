@@ -8,7 +8,6 @@ uncompressed cache's up to the first token that differs.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 
@@ -22,6 +21,7 @@ from gpt2.evaluation.statistics import mean_interval
 from gpt2.models.loading import LoadedModel
 from gpt2.text import self_text
 
+NO_TOKEN = 2**31 - 1  # an id that no vocabulary has
 PART = "long generation"  # names the streams of random numbers; no part of a text has this name
 
 
@@ -72,14 +72,12 @@ def divergence(
     model's.
     """
     loaded.require_context(prompts.shape[1], "--prompt-tokens", after=tokens, after_flag="--greedy-tokens")
-    endless = copy.deepcopy(loaded.model.generation_config)
-    endless.eos_token_id = None
     same: dict[str, list[int]] = {name: [] for name in caches if name != BASELINE}
     for prompt in progress(prompts):
         ids = prompt[None].to(loaded.device)
 
         def decoded(name: str, ids: Tensor = ids) -> Tensor:
-            return greedy(loaded, caches[name](), ids, tokens, generation_config=endless)[0]
+            return greedy(loaded, caches[name](), ids, tokens, eos_token_id=NO_TOKEN)[0]
 
         reference = decoded(BASELINE)
         for name, counts in same.items():
