@@ -80,7 +80,7 @@ def store(
         made.own_sinks.set_padding(padding)
     made.prepare(x, "test")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "usable", lambda x: False)
+        patch.setattr(dispatch, "interpreted", lambda: False)
         for chunk in x.split(chunks, dim=2):
             made.append(chunk)
     return made

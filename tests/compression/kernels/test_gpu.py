@@ -24,7 +24,6 @@ from kernels_interpreted import (  # noqa: E402
     bfloat16_products,  # noqa: F401
     compare,
     compressor,
-    padded_store,
     quantizer,
     store,
     tokens,
@@ -86,7 +85,8 @@ def test_left_padding(own_sinks, monkeypatch):
     seen = torch.ones(2, 1, 1, len(k), dtype=torch.bool, device=DEVICE)
     seen[1, ..., :90] = False
     if own_sinks:
-        k, v = (padded_store(own.compressor, own.read(), torch.tensor([0, 90], device=DEVICE)) for own in (k, v))
+        padding = torch.tensor([0, 90], device=DEVICE)
+        k, v = (store(own.compressor, own.read(), (len(own),), padding=padding) for own in (k, v))
     compare(monkeypatch, k, v, query, seen, tolerance=TOLERANCES[torch.float32])
 
 
