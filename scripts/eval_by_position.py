@@ -55,6 +55,8 @@ def main() -> None:
     caches |= lineup.working(lineup.for_quality(loaded, args.peers, []))
     same, first = {}, 0
     if args.over == "generated":
+        for flag, tokens in (("--new-tokens", args.new_tokens), ("--greedy-tokens", args.greedy_tokens)):
+            loaded.require_context(args.prompt_tokens, "--prompt-tokens", after=tokens, after_flag=flag)
         prompts = text.segments("evaluation", loaded, args.prompt_tokens, args.segments, flag="--prompt-tokens")
         if args.greedy_tokens:
             same = divergence(loaded, prompts, caches, args.greedy_tokens, cli.bar("greedy decoding", "prompt"))
