@@ -222,7 +222,8 @@ def loaded() -> bool:
             source, where = str(SOURCES / "kernels.cpp"), str(folder)
             cpp_extension.load(name, [source], extra_cflags=flags, build_directory=where, is_python_module=False)
     except (RuntimeError, OSError, ImportError) as error:
-        if built is not None and built.is_file() and isinstance(error, OSError):  # by another user, in a folder of his
+        # Another user has built them, in a folder that only that user can write to
+        if built is not None and built.is_file() and isinstance(error, OSError):
             torch.ops.load_library(built)
             return True
         log.warning(
