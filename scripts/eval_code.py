@@ -59,8 +59,8 @@ def main() -> None:
     pads = loaded.geometry.layers[0].attends  # where padding is found
     caches |= {choice.label: measure.Compared(choice.make, choice.identity(), pads) for choice in chosen}
     peers = lineup.only(lineup.for_quality(loaded, args.peers, []), args.only_peers)
-    lineup.working(peers)
-    caches |= {e.label: measure.Compared(e.make, e.identity, pads, apart=not e.preset) for e in peers}
+    made = lineup.working(peers)
+    caches |= {e.label: measure.Compared(made[e.label], e.identity, pads, apart=not e.preset) for e in peers}
     style = prompts.style_for(loaded, args.prompt)
     setting = measure.Setting(style, args.max_new_tokens, args.batch_size, args.prefill_chunk)
     kept = Kept(output.with_suffix(".completions.jsonl"))

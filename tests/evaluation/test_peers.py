@@ -121,6 +121,19 @@ def test_built_in_presets_are_compared_unless_others_are_given(llama, tmp_path, 
     assert lineup.only(found, None) == found and lineup.only(found, ["int4-vonly"]) == found[1:]
 
 
+def test_caches_are_told_apart_by_what_decides_what_they_read(llama, tmp_path):
+    """So that answers of an earlier run aren't taken for those of another preset or version."""
+    one, other = tmp_path / "one.json", tmp_path / "other.json"
+    for path, bits in ((one, 4), (other, 8)):
+        files.write_json(path, FREE_PRESET | {"name": "same", "rank": 16, "bits": bits, "head_dim": 16})
+    told = [lineup.for_quality(llama, [], [str(path)])[0] for path in (one, other)]
+    assert told[0].label == told[1].label and told[0].identity != told[1].identity
+    assert told[0].identity == from_preset(str(one), llama).identity()
+    (kivi_entry, *_) = lineup.for_quality(llama, ["kivi"], [])
+    assert kivi_entry.identity == {"label": kivi_entry.label}
+    assert set(other_caches.identity("fp8", "fp8")) == {"label", "transformers"}
+
+
 def test_caches_for_speed_come_by_name_with_the_baseline_first(llama):
     choices = [from_preset("kv4", llama)]
     assert list(lineup.for_speed(llama, choices)) == [BASELINE, "kv4"]

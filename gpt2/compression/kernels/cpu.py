@@ -1,4 +1,4 @@
-"""Kernels for CPUs in C++. PyTorch builds them on first use, which needs a compiler and takes some seconds.
+"""Kernels for CPUs in C++. PyTorch builds them on first use, which needs a compiler and takes up to a minute.
 
 C++ was chosen by measurement: torch.compile is nearly as fast on plain integers, but it reads no bit planes, takes
 longer to build, and compiles again for every shape. Without a compiler, PyTorch computes the same numbers.
@@ -215,7 +215,7 @@ def loaded() -> bool:
         folder = Path(cpp_extension._get_build_directory(name, verbose=False))
         built = folder / f"{name}.so"
         if not built.is_file() and sys.stderr.isatty():
-            print("building CPU kernels, which takes about a minute, once on this machine", file=sys.stderr)
+            print("building CPU kernels, which takes up to a minute, once on this machine", file=sys.stderr)
         # A killed build leaves PyTorch's own lock file behind, for which the next process would wait forever
         with FileLock(folder / "building"), _ninja_of_this_environment():
             (folder / "lock").unlink(missing_ok=True)
