@@ -15,9 +15,10 @@ namespace {
 constexpr int kTogether = 6;  // blocks
 constexpr int kPanel = kLanes * power_up_to(std::min(kSet.widest, kSet.sums / kTogether));  // columns of a basis
 
-// What reads the keys of heads that share a basis, read [G, h, r + 1, d], as panels of columns [G, h, panels, d, kPanel]
+// What reads the keys of heads that share a basis, of read [G, h, r + 1, d] all but the last line, as panels of columns
+// [G, h, panels, d, kPanel]
 Tensor panels(const Tensor& read) {
-  const int64_t columns = read.size(2), count = (columns + kPanel - 1) / kPanel, d = read.size(3);
+  const int64_t columns = read.size(2) - 1, count = (columns + kPanel - 1) / kPanel, d = read.size(3);
   Tensor out = at::empty({read.size(0), read.size(1), count, d, kPanel}, read.options());
   const Tensor from = read.contiguous();
   const float* x = from.const_data_ptr<float>();
@@ -26,17 +27,19 @@ Tensor panels(const Tensor& read) {
   for (int64_t head = 0; head < read.size(0) * read.size(1); head++)
     for (int64_t c = 0; c < columns; c++)
       for (int64_t i = 0; i < d; i++)
-        to[((head * count + c / kPanel) * d + i) * kPanel + c % kPanel] = x[(head * columns + c) * d + i];
+        to[((head * count + c / kPanel) * d + i) * kPanel + c % kPanel] = x[(head * (columns + 1) + c) * d + i];
   return out;
 }
 
 // How queries are absorbed for each block
 struct Frames {
   const Tensor panels;     // of `panels`
+  const Tensor constant;   // [G, h, d]: its product with a query is what the scores of all tokens have added
   const Tensor angles;     // [frames, 2, pairs], or [B, frames, 2, pairs] where rows have their own: cosines, and sines
   const bool interleaved;  // whether channels 2i and 2i + 1 rotate together, rather than i and i + pairs
 
-  int64_t columns() const { return panels.size(2) * kPanel; }
+  // From one absorbed query to the next
+  int64_t columns() const { return panels.size(2) * kPanel + kLanes; }
 
   // out[i] of x [d], rotated back by the angles of one frame
   void rotate_back(const float* x, const float* cos, float* out) const {
@@ -52,7 +55,7 @@ struct Frames {
   }
 
   // q: the queries of a group of heads, [h, M, d] → out [count, h · M, columns] for `count` frames from `frame` on. Of
-  // the columns only the first `used` are computed, and what every token's score has added, column r
+  // the columns only the first `used` are computed, and column r, what the scores of all tokens have added
   void absorb(const float* q, int64_t b, int64_t g, int64_t frame, int count, int64_t M, int used, int r, float* rotated,
               float* out) const {
     const int64_t h = panels.size(1), P = panels.size(2), d = panels.size(3), rows = h * M;
@@ -61,15 +64,19 @@ struct Frames {
     for (int64_t row = 0; row < rows; row++)
       for (int f = 0; f < count; f++)
         rotate_back(q + row * d, own + f * 2 * angles.size(-1), rotated + (row * count + f) * d);
-    std::fill_n(out, count * rows * columns(), 0.f);
+    const int64_t needed = (used + kPanel - 1) / kPanel;
+    for (int64_t i = 0; i < count * rows; i++) std::fill_n(out + i * columns(), needed * kPanel, 0.f);
     const float* panel = panels.const_data_ptr<float>() + g * h * P * d * kPanel;
-    for (int64_t head = 0; head < h; head++)
-      for (int64_t p = 0; p < P; p++, panel += d * kPanel) {
-        if (p * kPanel >= used && p != r / kPanel) continue;
+    const float* added = constant.const_data_ptr<float>() + g * h * d;
+    for (int64_t head = 0; head < h; head++, panel += P * d * kPanel, added += d) {
+      for (int64_t p = 0; p < needed; p++)
         for (int64_t row = head * M; row < (head + 1) * M; row++)
-          along(rotated + row * count * d, d, panel, d, kPanel, count, out + row * columns() + p * kPanel,
-                rows * columns());
-      }
+          along(rotated + row * count * d, d, panel + p * d * kPanel, d, kPanel, count,
+                out + row * columns() + p * kPanel, rows * columns());
+      for (int64_t row = head * M; row < (head + 1) * M; row++)
+        for (int f = 0; f < count; f++)
+          out[(f * rows + row) * columns() + r] = dot(rotated + (row * count + f) * d, added, d);
+    }
   }
 };
 
