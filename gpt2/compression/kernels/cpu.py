@@ -48,6 +48,8 @@ FLAGS += ["-fopenmp"] * (sys.platform == "linux")
 AVX2 = ("-march=x86-64-v3", {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
 AVX512 = ("-march=x86-64-v4", AVX2[1] | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
 EXACT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Bits up to which rounding to bfloat16 what codes are multiplied with costs less than a tenth of the codec's error
+PAIR_BITS = 6
 FRAME = 64  # tokens that may have a query of their own: a block
 CODED = (TOKEN, CHANNEL, PLANES, FIXED_PLANES)  # kinds of formats of codes that the kernels read
 
@@ -163,6 +165,7 @@ def weighted_sums(parts: list[Part], p: Tensor, outs: list[int]) -> list[Tensor]
 def attend(
     ks: list[Part], qs: list[Tensor], vs: list[Part], outs: list[int], tokens: int, *, scaling: float,
     bias: Tensor | None = None, sinks: Tensor | None = None, values: Tensor | None = None, frames: Frames | None = None,
+    pairs: bool = False,
 ) -> Tensor | None:  # fmt: skip
     """Σ p v̂ [B, H, M, d] float32 over the parts of V, p the softmax of `scores` over the parts of K, in one pass.
 
@@ -170,18 +173,24 @@ def attend(
     float32 is added to them then. sinks: logits of query heads, [Hq] float32, which take weight without a token of
     their own. values: the basis of V's affine parts, [G or 1, h, r + 1, d], v̂ of a group's h heads being [ẑ, 1] @ it.
     frames: how queries are absorbed, where qs of coded parts are queries as the model has them, [B, H, M, d]. None
-    where blocks of K and V overlap so that it takes two passes.
+    where blocks of K and V overlap so that it takes two passes. pairs: whether products may be of bfloat16 numbers, by
+    which a processor that has them multiplies twice as fast, and what is multiplied with codes is rounded.
     """
     values = None if values is None else values.float()
     arguments = (*_arguments(ks), *_arguments(vs), outs, tokens, scaling, bias, sinks, values)
     qs = [q.contiguous() for q in qs] if frames else qs
-    found = torch.ops.kv_compression.attend.default(_queries(qs), *arguments, *(frames or (None, None, None, False)))
+    found = torch.ops.kv_compression.attend.default(
+        _queries(qs), *arguments, *(frames or (None, None, None, False)), pairs
+    )
     return found[0] if found else None
 
 
-def panels(read: Tensor) -> Tensor:
-    """A basis read [G, h, r + 1, d] without its last line as `Frames` has it; keys of h heads are [ẑ, 1] @ read."""
-    return torch.ops.kv_compression.panels(read.float())
+def panels(read: Tensor, pairs: bool = False) -> Tensor:
+    """A basis read [G, h, r + 1, d] without its last line as `Frames` has it; keys of h heads are [ẑ, 1] @ read.
+
+    pairs: as of `attend`.
+    """
+    return torch.ops.kv_compression.panels(read.float(), pairs)
 
 
 def quantized(encoding: WidthSearch, z: Tensor) -> Encoded:
