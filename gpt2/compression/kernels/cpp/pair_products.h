@@ -9,6 +9,7 @@
 #include "vectors.h"
 
 #include <algorithm>
+#include <array>
 
 #ifdef __AVX512BF16__
 
@@ -26,7 +27,8 @@ inline __m512i rounded(__m512 x, __m512 y) { return (__m512i)_mm512_cvtne2ps_pbh
 
 // Up to 16 floats, those of n that begin at i; 0 for others
 inline __m512 load_up_to(const float* from, int i, int n) {
-  return n - i >= kLanes ? _mm512_loadu_ps(from + i) : i < n ? _mm512_maskz_loadu_ps((1 << (n - i)) - 1, from + i) : __m512{};
+  if (n - i >= kLanes) return _mm512_loadu_ps(from + i);
+  return i < n ? _mm512_maskz_loadu_ps((1 << (n - i)) - 1, from + i) : _mm512_setzero_ps();
 }
 
 // n floats as bfloat16, and a 0 behind them where n is odd
@@ -55,13 +57,20 @@ inline __m512i interleaved(const float* x, const float* y) {
   return _mm512_or_si512(wide(x), _mm512_slli_epi32(wide(y), 16));
 }
 
-// The lower four bits of 16-bit numbers as bfloat16. Twice the same table, as an index has five bits
-inline __m512i nibbles(__m512i x) {
-  alignas(64) static constexpr uint16_t table[] = {
-      0,      0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170,
-      0,      0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
-  return _mm512_permutexvar_epi16(x, load_pairs(table));
+// Integers from `first` on as bfloat16, which has the upper half of a float's bits; the same again after `count` of them
+inline std::array<uint16_t, 64> integers(int first, int count) {
+  std::array<uint16_t, 64> all{};
+  for (int i = 0; i < 64; i++) {
+    const float x = first + i % count;
+    std::memcpy(&all[i], reinterpret_cast<const char*>(&x) + 2, 2);
+  }
+  return all;
 }
+
+const std::array<uint16_t, 64> kNibbles = integers(0, 16);
+
+// The lower four bits of 16-bit numbers as bfloat16: five bits index a table, which has four bits' numbers twice
+inline __m512i nibbles(__m512i x) { return _mm512_permutexvar_epi16(x, load_pairs(&kNibbles[0])); }
 
 // Of every fourth byte, from byte `part` on, the lower and then the upper four bits, as bfloat16
 inline __m512i nibbles_of_byte(__m512i bytes, int part) {
@@ -135,7 +144,8 @@ void across_tokens(const uint16_t* p, const uint16_t* tile, float* out, int64_t 
       sums[m * rows + i] = Lanes(add_pairs(add_pairs(_mm512_setzero_ps(), own[m][0], one), own[m][1], other));
   }
   const Lanes all = totals(sums);
-  for (int m = 0; m < R; m++) std::memcpy(out + m * out_row, reinterpret_cast<const float*>(&all) + m * rows, rows * sizeof(float));
+  const float* each = reinterpret_cast<const float*>(&all);
+  for (int m = 0; m < R; m++) std::copy_n(each + m * rows, rows, out + m * out_row);
 }
 
 }  // namespace

@@ -216,16 +216,8 @@ class PairTile {
     }
   }
 
-  // Centered codes of up to six bits as bfloat16: the upper halves of floats
   template <int bits>
-  inline static const std::array<uint16_t, 64> kCentered = [] {
-    std::array<uint16_t, 64> all{};
-    for (int i = 0; i < 64; i++) {
-      const float x = i - (1 << (bits - 1));
-      std::memcpy(&all[i], reinterpret_cast<const char*>(&x) + 2, 2);
-    }
-    return all;
-  }();
+  inline static const std::array<uint16_t, 64> kCentered = integers(-(1 << (bits - 1)), 1 << bits);
 };
 
 #endif
