@@ -49,8 +49,8 @@ def attention_times(record: dict) -> Figure:
     axis.set_ylabel("ms of attention, one layer, one token per sequence")
     axis.set_title(
         f"{args['heads']} query heads, {args['kv_heads']} KV heads of {args['head_dim']}, batch {args['batch_size']}\n"
-        f"{machine.short(record)}, medians of {args['repeats']} with quartiles"
-    )
+        f"{machine.short(record)}\nmedians of {args['repeats']} with quartiles", fontsize=10,
+    )  # fmt: skip
     figure.legend(loc="outside right upper", fontsize=8)
     return figure
 

@@ -228,6 +228,17 @@ def test_who_reads_codes_where_that_is_slower_is_told_once(table, told_at, prete
     assert pretended.measured == 1
 
 
+def test_a_layer_asks_once_for_a_batch_what_is_known(pretend, auto, fresh, monkeypatch):
+    """The name of a kind of step takes a good part of a step to put together."""
+    pretended, asked, kind = pretend("from 12 on"), [], crossover.kind
+    ways(auto, pretended, [5])
+    fresh()
+    llama = enable_compressed_attention(disable_compressed_attention(auto))
+    monkeypatch.setattr(crossover, "kind", lambda *of: asked.append(0) or kind(*of))
+    ways(llama, pretended, range(12, 20))
+    assert len(asked) == 1
+
+
 def test_by_default_nothing_is_measured_and_codes_are_read(pretend, llama, tmp_path, caplog):
     pretended = pretend("never")
     with caplog.at_level(logging.INFO, "gpt2"):
