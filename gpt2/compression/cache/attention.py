@@ -229,15 +229,15 @@ def _reconstructed(module, query: Tensor, key: StoredKV, mask: Tensor | None, **
 def _reads_codes(module, query: Tensor, key: StoredKV, plain: dict) -> bool:
     """Whether a step reads codes: always, or where that pays. Where it is done and doesn't pay, says so once."""
     reader, known = key.reader, crossover.KNOWN
-    if reader.when == ALWAYS and (reader.told or not known.some_slower):
-        return True
-    kind, tokens = crossover.kind(key, query), len(key.stores()[0])
     if reader.when == AUTO:
         how = {name: plain[name] for name in ("scaling", "softcap", "s_aux")}
         direct, reconstructed = partial(_direct, mask=None, **how), partial(_reconstructed, module, mask=None, **how)
-        return known.measured(kind, lambda: crossover.measure(key, query, direct, reconstructed)).pays(tokens)
-    found = known.find(kind)
-    if found is not None and not found.pays(tokens):
+        found = known.measured(crossover.kind(key, query), lambda: crossover.measure(key, query, direct, reconstructed))
+        return found.pays(len(key.stores()[0]))
+    if reader.told or not known.some_slower:
+        return True
+    found = crossover.found(key, query)
+    if found is not None and not found.pays(tokens := len(key.stores()[0])):
         reader.told = True
         log.warning(
             "reading codes directly is the slower way on this machine at %s tokens: it is %s. "
@@ -285,7 +285,8 @@ def _plain(
 
 def _begin_reading(module, args, kwargs) -> None:
     _check_mask(args, kwargs)
-    _set_reader(kwargs, getattr(module, _STATE, None))
+    reader = getattr(module, _STATE, None)
+    _set_reader(kwargs, reader if reader is not None and reader.active else None)
 
 
 def _end_reading(module, args, kwargs, output) -> None:

@@ -110,25 +110,41 @@ def _in_one_pass(
         return None
     tokens = len(k)
     k_exact, v_exact = _exact(k, tokens), _exact(v, tokens)
-    q = (query * scaling).reshape(B, k.sinks.shape[1], -1, d)
-    frames = _frames(k, d) if k_blocks else None
-    absorbed = [q] * len(k_blocks) if frames else absorb_query(k, q)
+    q = query.reshape(B, k.sinks.shape[1], -1, d)
+    most = max(k.compressor.quantizer.bits, v.compressor.quantizer.bits)
+    pairs = query.dtype == torch.bfloat16 and most <= cpu.PAIR_BITS
+    frames = _frames(k, d, pairs) if k_blocks else None
+    if frames or k.compressor.frame is None:
+        absorbed = [q if frames else k.compressor.absorb_query(q)] * len(k_blocks)
+    else:
+        absorbed = absorb_query(k, q)
     out = cpu.attend(
         k_exact + k_blocks, [q] * len(k_exact) + absorbed, v_exact + v_blocks, _outs(v_exact, v_blocks), tokens,
-        bias=None if mask is None else _bias(mask, B, tokens), sinks=None if sinks is None else sinks.float(),
+        scaling=scaling, bias=None if mask is None else _bias(mask, B, tokens),
+        sinks=None if sinks is None else sinks.float(),
         values=v.compressor.summed_basis(v.sinks.shape[3]) if v_blocks else None, frames=frames,
+        pairs=pairs,
     )  # fmt: skip
     return None if out is None else out.view(B, heads, Q, -1).to(query.dtype)
 
 
-def _frames(store: TokenStore | Half, head_dim: int) -> cpu.Frames | None:
-    """How the kernel absorbs queries for K's frames by itself; None where it takes queries that are absorbed."""
+def _frames(store: TokenStore | Half, head_dim: int, pairs: bool) -> cpu.Frames | None:
+    """How the kernel absorbs queries for K's frames by itself; None where it takes queries that are absorbed.
+
+    pairs: as of `cpu.attend`.
+    """
     store, transform = store.whole, store.compressor.transform
     rotation = None if store.compressor.frame is None else transform.frame_rotation(*store.frames())
     if rotation is None:
         return None
-    panels = transform.derived("panels", head_dim, lambda: cpu.panels(transform.read_basis(head_dim)))
-    return cpu.Frames(panels, *rotation)
+
+    def read() -> Tensor:
+        return transform.read_basis(head_dim).float()
+
+    name = "panels of pairs" if pairs else "panels"
+    panels = transform.derived(name, head_dim, lambda: cpu.panels(read(), pairs))
+    constant = transform.derived("constant", head_dim, lambda: read()[:, :, -1].contiguous())
+    return cpu.Frames(panels, constant, *rotation)
 
 
 def _bias(mask: Tensor, batch: int, tokens: int) -> Tensor:

@@ -40,7 +40,7 @@ class StoredKV:
 
     @property
     def kinds(self) -> dict:
-        """Kinds of decode steps in this layer, as `crossover` has named them."""
+        """Kinds of decode steps in this layer, as `crossover` has named them, and what it found of them."""
         return self._layer.kinds
 
     def stores(self) -> tuple[TokenStore | Half, TokenStore | Half]:
@@ -125,7 +125,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def reads_stored(self, key_states: Tensor, value_states: Tensor) -> bool:
         """Whether the attention that asks reads the stores themselves. Where it learns, it needs tensors."""
-        return self.reader is not None and self.reader.active and not _learning(key_states, value_states)
+        return self.reader is not None and self.reader.enabled and not _learning(key_states, value_states)
 
     def read(self) -> tuple[Tensor, Tensor]:
         """K and V of all tokens, [B, H, T, d] each, as they are stored."""
@@ -153,7 +153,7 @@ class CompressedLayer(CacheLayerMixin):
                 reject_repeated(self._first, parts[0])
             self._begin_change()
             for store, x in zip(self.stores.values(), parts, strict=True):
-                store.append(x.detach())
+                store.append(x.detach() if x.requires_grad else x)
             self.inconsistent = False
 
     def forget(self) -> None:

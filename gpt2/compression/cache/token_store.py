@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -27,10 +28,13 @@ SAME_SHARE = 0.3
 SHORTEST_REACH = 2 * DROPPED - 1  # of windows that are compressed
 
 
+_has_autocast = functools.cache(torch.amp.is_autocast_available)  # asked in every layer at every step
+
+
 def in_autocast(x: Tensor) -> bool:
     """Whether autocast is on, on the device of x."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
@@ -117,7 +121,9 @@ class TokenStore:
 
     @property
     def compressed_blocks(self) -> int:
-        return next((stored.length for stored in self.blocks.values()), 0)
+        for stored in self.blocks.values():  # all are of one length
+            return stored.length
+        return 0
 
     @property
     def compressed_tokens(self) -> int:
@@ -134,7 +140,8 @@ class TokenStore:
         if x.dtype != self.sinks.dtype:
             self._widen(torch.promote_types(x.dtype, self.sinks.dtype))
             x = x.to(self.sinks.dtype)
-        self.own_sinks.see(x, self.seen)
+        if self.own_sinks.padding is not None:
+            self.own_sinks.see(x, self.seen)
         missing = self.sink_tokens - self.sinks.shape[2]
         if missing > 0 and not self.dropped_blocks:
             self.sinks = torch.cat((self.sinks, x[:, :, :missing]), dim=2)

@@ -48,6 +48,8 @@ FLAGS += ["-fopenmp"] * (sys.platform == "linux")
 AVX2 = ("-march=x86-64-v3", {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
 AVX512 = ("-march=x86-64-v4", AVX2[1] | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
 EXACT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Bits up to which rounding to bfloat16 what codes are multiplied with costs less than a tenth of the codec's error
+PAIR_BITS = 6
 FRAME = 64  # tokens that may have a query of their own: a block
 CODED = (TOKEN, CHANNEL, PLANES, FIXED_PLANES)  # kinds of formats of codes that the kernels read
 
@@ -73,11 +75,14 @@ class Part(NamedTuple):
 class Frames(NamedTuple):
     """How a decode step absorbs queries by itself, for each frame of FRAME tokens: rotated back, then in a basis.
 
-    basis: of `panels`. angles: cosines and sines of each frame's rotation, [n, 2, pairs], or [B, n, 2, pairs] where
-    rows have their own. interleaved: whether channels 2i and 2i + 1 rotate together, rather than i and i + pairs.
+    basis: of `panels`. constant [G, h, d]: the basis's last line, which `panels` leaves out: for one column more, every
+    frame would take as long as for a whole panel. angles: cosines and sines of each frame's rotation, [n, 2, pairs], or
+    [B, n, 2, pairs] where rows have their own. interleaved: whether channels 2i and 2i + 1 rotate together, rather than
+    i and i + pairs.
     """
 
     basis: Tensor
+    constant: Tensor
     angles: Tensor
     interleaved: bool
 
@@ -158,27 +163,34 @@ def weighted_sums(parts: list[Part], p: Tensor, outs: list[int]) -> list[Tensor]
 
 
 def attend(
-    ks: list[Part], qs: list[Tensor], vs: list[Part], outs: list[int], tokens: int, *,
+    ks: list[Part], qs: list[Tensor], vs: list[Part], outs: list[int], tokens: int, *, scaling: float,
     bias: Tensor | None = None, sinks: Tensor | None = None, values: Tensor | None = None, frames: Frames | None = None,
+    pairs: bool = False,
 ) -> Tensor | None:  # fmt: skip
     """Σ p v̂ [B, H, M, d] float32 over the parts of V, p the softmax of `scores` over the parts of K, in one pass.
 
-    For one query per head. outs: as of `weighted_sums`. bias [B, tokens] float32 is added to scores. sinks: logits of
-    query heads, [Hq] float32, which take weight without a token of their own. values: the basis of V's affine parts,
-    [G or 1, h, r + 1, d], v̂ of a group's h heads being [ẑ, 1] @ it. frames: how queries are absorbed, where qs of coded
-    parts are queries as the model has them, [B, H, M, d]. None where blocks of K and V overlap so that it takes two
-    passes.
+    For one query per head. outs: as of `weighted_sums`. scaling: what scores are multiplied with. bias [B, tokens]
+    float32 is added to them then. sinks: logits of query heads, [Hq] float32, which take weight without a token of
+    their own. values: the basis of V's affine parts, [G or 1, h, r + 1, d], v̂ of a group's h heads being [ẑ, 1] @ it.
+    frames: how queries are absorbed, where qs of coded parts are queries as the model has them, [B, H, M, d]. None
+    where blocks of K and V overlap so that it takes two passes. pairs: whether products may be of bfloat16 numbers, by
+    which a processor that has them multiplies twice as fast, and what is multiplied with codes is rounded.
     """
     values = None if values is None else values.float()
-    arguments = (*_arguments(ks), *_arguments(vs), outs, tokens, bias, sinks, values, *(frames or (None, None, False)))
+    arguments = (*_arguments(ks), *_arguments(vs), outs, tokens, scaling, bias, sinks, values)
     qs = [q.contiguous() for q in qs] if frames else qs
-    found = torch.ops.kv_compression.attend(_queries(qs), *arguments)
+    found = torch.ops.kv_compression.attend.default(
+        _queries(qs), *arguments, *(frames or (None, None, None, False)), pairs
+    )
     return found[0] if found else None
 
 
-def panels(read: Tensor) -> Tensor:
-    """A basis read [G, h, r + 1, d] as `Frames` has it: keys of h heads are [ẑ, 1] @ read."""
-    return torch.ops.kv_compression.panels(read.float())
+def panels(read: Tensor, pairs: bool = False) -> Tensor:
+    """A basis read [G, h, r + 1, d] without its last line as `Frames` has it; keys of h heads are [ẑ, 1] @ read.
+
+    pairs: as of `attend`.
+    """
+    return torch.ops.kv_compression.panels(read.float(), pairs)
 
 
 def quantized(encoding: WidthSearch, z: Tensor) -> Encoded:
@@ -193,8 +205,12 @@ def quantized(encoding: WidthSearch, z: Tensor) -> Encoded:
 
 def _queries(qs: list[Tensor]) -> list[Tensor]:
     """Queries in float32, those of each group or block side by side."""
-    floats = [q.float() for q in qs]
-    return [q if q.stride(-1) == 1 and q.stride(-2) == q.shape[-1] else q.contiguous() for q in floats]
+    made: dict[int, Tensor] = {}  # of each tensor once, as parts mostly share theirs
+    for q in qs:
+        if id(q) not in made:
+            x = q.float()
+            made[id(q)] = x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
+    return [made[id(q)] for q in qs]
 
 
 def _arguments(parts: list[Part]) -> tuple[list[Tensor], list[int]]:

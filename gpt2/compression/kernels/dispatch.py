@@ -67,6 +67,7 @@ def reconstruct(
     return in_dtype(transform.heads_of(x, head_dim, start), dtype)
 
 
+@cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"

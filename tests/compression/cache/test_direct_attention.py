@@ -116,6 +116,35 @@ def test_a_decode_step_absorbs_queries_for_every_frame(quantizer, layout, heads,
     assert (found - direct_attention.attend(*stores, query, None, d**-0.5)).abs().max() <= 3e-5 * found.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("quantizer", "heads", "d", "M", "bits"),
+    covering(["mixed", "int4_channel"], [1, 2, "joint"], [(64, 64), (80, 41), (128, 128)], [1, 2, 4, 7, 13], [4, 1.5]),
+)  # fmt: skip
+def test_products_of_bfloat16_models_are_in_bfloat16_where_the_processor_has_them(quantizer, heads, d, M, bits):
+    """As near as what is multiplied with codes; odd ranks, rows of codes that fill whole vectors, and others."""
+    if not cpu.loaded():
+        pytest.skip("no compiler on this machine")
+    (d, rank), H, T, generator = d, 4, 64 * 9 + 9, torch.Generator().manual_seed(M)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    q, h, joint = QUANTIZERS[quantizer], 2 if heads == "joint" else heads, heads == "joint"
+    w = d * h * (2 if joint else 1)
+    E = torch.linalg.qr(draw(H // h, w, w)).Q[..., : rank * h * (2 if joint else 1)]
+    matrices = E, E.mT.contiguous(), draw(H // h, w)
+    how = {"rotary": Rotary(torch.logspace(0, -3, 24)), "shared": 64}
+    transform = JointTransform(*matrices, **how) if joint else Transform(*matrices)
+    compressor = Compressor(q.at(bits) if q.adjustable else q, transform)
+    parts = [x.bfloat16() for x in draw(2, 2 * H if joint else H, T, d).split([500, T - 500], dim=2)]
+    store = filled(compressor, (4, 0), parts)
+    stores = (Half(store, 0), Half(store, 1)) if joint else (store, filled(Compressor(q), (4, 0), parts))
+    query = draw(2, H * M, 1, d).bfloat16()
+    expected = direct_attention.attend(*stores, query.float(), None, d**-0.5)
+    found, rounded = direct_attention.attend(*stores, query, None, d**-0.5).float(), expected.bfloat16().float()
+    assert (found - expected).norm() <= 0.01 * expected.norm()
+    has_pairs = "avx512_bf16" in cpu._processor().split() and not os.environ.get("KV_CPU_ISA")
+    if has_pairs and (quantizer == "mixed" or E.shape[2] % 64 == 0):
+        assert not torch.equal(found, rounded), "otherwise nothing was tested"
+
+
 def test_parts_for_the_kernel_are_made_once_a_block_and_never_pickled(monkeypatch):
     if not cpu.loaded():
         pytest.skip("no compiler on this machine")

@@ -113,7 +113,7 @@ def test_a_window_holds_what_it_needs_and_a_block(codec, window, layout, n, read
     """Read at each step, or only stored, as while attention reads the stores."""
     cache, theirs = cache_of(codec, window, layout), DynamicSlidingWindowLayer(window)
     (layer,), held_bytes = cache.layers, []
-    layer.reader = None if reads else SimpleNamespace(active=True)  # as set while such a model runs
+    layer.reader = None if reads else SimpleNamespace(enabled=True)  # as set while such a model runs
     x = noise(heads(codec), SEEN, D).float()
     for step, part in enumerate(x.split(n, dim=2)):
         sizes = layer.get_mask_sizes(part.shape[2])

@@ -55,7 +55,7 @@ def test_without_a_compiler_for_launches(monkeypatch, caplog):
 
 
 def test_not_for_tensors_on_the_cpu(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     assert not dispatch.usable(torch.zeros(1))
 
 
@@ -170,12 +170,12 @@ def test_an_instruction_set_that_isnt_there(wanted, monkeypatch):
         cpu.loaded.__wrapped__()
 
 
-def test_a_build_in_a_folder_that_cant_be_written_is_used(monkeypatch, caplog):
+def test_a_build_in_a_folder_that_cant_be_written_is_used(monkeypatch, caplog, tmp_path):
     if not cpu.loaded():
         pytest.skip("no compiler on this machine")
     monkeypatch.setattr(cpu, "FileLock", raising(PermissionError("read-only")))
     assert cpu.loaded.__wrapped__() and not caplog.records
-    monkeypatch.setattr(cpu, "_built_for", lambda flags: "of_another_source")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     assert not cpu.loaded.__wrapped__() and "read-only" in caplog.text
 
 

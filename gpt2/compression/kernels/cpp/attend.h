@@ -123,15 +123,16 @@ struct Attention {
   const at::TensorList qs;
   const at::IntArrayRef outs;
   const std::optional<Frames>& frames;  // of K's coded parts, whose queries these absorb; else they are absorbed already
+  const float scaling;  // of scores
   const int64_t B, rows;  // rows: queries of one sequence, of all heads
   std::vector<Sum> sums;
   int64_t units = 0;  // ranges of heads that no group of heads crosses
   int64_t first_coded = 0;  // position of the first slot of K's coded parts
 
   Attention(at::TensorList qs, at::TensorList k_fields, at::IntArrayRef k_layout, at::TensorList v_fields,
-            at::IntArrayRef v_layout, at::IntArrayRef outs, const std::optional<Frames>& frames)
+            at::IntArrayRef v_layout, at::IntArrayRef outs, const std::optional<Frames>& frames, float scaling)
       : ks(parts_of(k_fields, k_layout)), vs(parts_of(v_fields, v_layout)), qs(qs), outs(outs), frames(frames),
-        B(qs[0].size(0)), rows(qs[0].numel() / qs[0].size(-1) / B) {
+        scaling(scaling), B(qs[0].size(0)), rows(qs[0].numel() / qs[0].size(-1) / B) {
     for (const auto* parts : {&ks, &vs})
       for (const Part& part : *parts) units = std::gcd(units, part.groups);
     const auto coded = std::find_if(ks.begin(), ks.end(), [](const Part& part) { return part.affine; });
@@ -148,6 +149,7 @@ struct Attention {
     score(span, b, unit, ahead, queries, absorbed, weights.data(), scratch);
     for (int64_t m = 0; m < own_rows; m++) {
       float* x = &weights[m * kBlock];
+      for (int t = 0; t < kBlock; t++) x[t] *= scaling;
       for (int t = 0; bias && t < span.tokens; t++) x[span.k_offset + t] += bias[span.position + t];
       to.weigh(b * rows + first_row + m, x, span.k_offset, span.tokens);
       if (span.k_offset == span.v_offset) continue;
@@ -246,16 +248,18 @@ Tensor output(const std::vector<Tensor>& sums, const std::optional<Tensor>& valu
 }
 
 // outs: for each part of V the index of the sum to which it is added: exact parts have one and coded parts have one.
-// bias [B, T] and sinks [heads] may be empty. values: as of `output`, where the coded sum is in coordinates of a basis.
-// basis: of `panels`, where every block of K has queries of its own, which are absorbed here; angles as of `Frames`.
+// scaling: of q · ẑ. bias [B, T], added to scores, and sinks [heads] may be empty. values: as of `output`, where the coded sum is in coordinates of a basis.
+// basis, constant and angles: as of `Frames`, where every block of K has queries of its own, which are absorbed here.
+// pairs: whether products may be of bfloat16 numbers, as for models in bfloat16.
 // Returns one tensor, or none if K's and V's blocks overlap in a way that one pass can't follow
 std::vector<Tensor> attend(at::TensorList qs, at::TensorList k_fields, at::IntArrayRef k_layout,
-                           at::TensorList v_fields, at::IntArrayRef v_layout, at::IntArrayRef outs, int64_t tokens,
+                           at::TensorList v_fields, at::IntArrayRef v_layout, at::IntArrayRef outs, int64_t tokens, double scaling,
                            const std::optional<Tensor>& bias, const std::optional<Tensor>& sinks,
-                           const std::optional<Tensor>& values, const std::optional<Tensor>& basis, const std::optional<Tensor>& angles, bool interleaved) {
+                           const std::optional<Tensor>& values, const std::optional<Tensor>& basis, const std::optional<Tensor>& constant,
+                           const std::optional<Tensor>& angles, bool interleaved, bool pairs) {
   std::optional<Frames> frames;
-  if (basis) frames.emplace(*basis, *angles, interleaved);
-  Attention attention(qs, k_fields, k_layout, v_fields, v_layout, outs, frames);
+  if (basis) frames.emplace(*basis, *constant, *angles, interleaved);
+  Attention attention(qs, k_fields, k_layout, v_fields, v_layout, outs, frames, scaling);
   const auto spans = spans_of(attention.ks, attention.vs, tokens);
   if (spans.empty()) return {};
   const int64_t count = spans.size(), B = attention.B, units = attention.units;
@@ -266,7 +270,7 @@ std::vector<Tensor> attend(at::TensorList qs, at::TensorList k_fields, at::IntAr
     Queries queries;
     Absorbed absorbed;
     std::vector<float> weights;
-    Scratch scratch;
+    Scratch scratch(pairs);
     for (int64_t i = begin; i < end; i++) {
       const int64_t b = i / (units * count), ahead = std::min(end - i, count - i % count);
       attention.run(spans[i % count], b, i / count % units, ahead, added ? added + b * tokens : nullptr, own, queries,

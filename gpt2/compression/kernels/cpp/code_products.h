@@ -5,6 +5,7 @@
 // comes in their order (`CodeOrder`).
 #pragma once
 
+#include "pair_products.h"
 #include "vectors.h"
 
 #include <algorithm>
@@ -154,34 +155,93 @@ struct Codes {
     }
   }
 
-  // Calls run<R>(m) for as many queries at a time as fit into registers, in passes of about equal size
-  template <typename Run>
-  static void in_passes(int M, const Run& run) {
-    constexpr int most = kSet.queries;
-    int m = 0;
-    for (int passes = (M + most - 1) / most; passes > 0; passes--) {
-      const int queries = (M - m + passes - 1) / passes;
-      pass<most>(queries, m, run);
-      m += queries;
-    }
-  }
-  template <int R, typename Run>
-  static void pass(int queries, int m, const Run& run) {
-    if (queries == R) return run(std::integral_constant<int, R>(), m);
-    if constexpr (R > 1) pass<R - 1>(queries, m, run);
-  }
-
  public:
   // out[m][i] = Σ_c w[m][c] codes[i][c], w in the order of codes
   static void dot_rows(const Rows& rows, const float* w, int64_t w_row, int M, float* out, int64_t out_row) {
-    in_passes(M, [&](auto few, int m) {
+    in_passes<kSet.queries>(M, [&](auto few, int m) {
       dot_few<decltype(few)::value>(rows, w + m * w_row, w_row, out + m * out_row, out_row);
     });
   }
 
+#ifdef __AVX512BF16__
+  // As `dot_rows` of paired rows, in bfloat16
+  static void dot_pairs(const Rows& rows, const float* w, int64_t w_row, int M, float* out, int64_t out_row) {
+    static_assert(paired);
+    in_passes<kSet.queries>(M, [&](auto few, int first) {
+      constexpr int R = decltype(few)::value;
+      uint16_t own[R][rows.bytes];
+      for (int m = 0; m < R; m++)
+        for (int j = 0; j < rows.bytes; j += kUnit) {
+          const float* from = w + (first + m) * w_row + j;
+          const __m512i even = interleaved(from, from + 2 * kLanes), odd = interleaved(from + kLanes, from + 3 * kLanes);
+          std::memcpy(&own[m][j], &even, sizeof even), std::memcpy(&own[m][j + kPairLanes], &odd, sizeof odd);
+        }
+      for (int i = 0; i < rows.count; i += kLanes) {
+        Lanes each[2][R][kLanes];
+        for (int k = 0; k < kLanes; k++) {
+          const uint8_t* row = rows[i + k];
+          __m512 sums[2][R] = {};
+          for (int j = 0; j < rows.bytes; j += kUnit) {
+            __builtin_prefetch(row + rows.next + j);
+            const __m512i bytes = load_pairs(row + j);
+            const __m512i one[] = {nibbles(bytes), nibbles(_mm512_srli_epi16(bytes, 8))};
+            const __m512i two[] = {nibbles(_mm512_srli_epi16(bytes, 4)), nibbles(_mm512_srli_epi16(bytes, 12))};
+            for (int m = 0; m < R; m++)
+              for (int odd = 0; odd < 2; odd++) {
+                const __m512i weights = load_pairs(&own[m][j + odd * kPairLanes]);
+                sums[0][m] = add_pairs(sums[0][m], weights, one[odd]);
+                sums[1][m] = add_pairs(sums[1][m], weights, two[odd]);
+              }
+          }
+          for (int h = 0; h < 2; h++)
+            for (int m = 0; m < R; m++) each[h][m][k] = Lanes(sums[h][m]);
+        }
+        for (int h = 0; h < 2; h++)
+          for (int m = 0; m < R; m++) {
+            const Lanes sums = totals(each[h][m]);
+            std::memcpy(out + (first + m) * out_row + h * rows.count + i, &sums, sizeof sums);
+          }
+      }
+    });
+  }
+
+  // As `combine_rows` of paired rows, in bfloat16
+  static void combine_pairs(const Rows& rows, const float* w, int64_t w_row, int M, float* out, int64_t out_row) {
+    static_assert(paired);
+    in_passes<kSet.queries>(M, [&](auto few, int first) {
+      constexpr int R = decltype(few)::value, N = std::min(4, power_up_to(kSet.mixed / R));
+      uint32_t own[R][rows.count];
+      for (int m = 0; m < R; m++)
+        for (int i = 0; i < rows.count; i += kLanes) {
+          const float* from = w + (first + m) * w_row + i;
+          const __m512i both = interleaved(from, from + rows.count);
+          std::memcpy(&own[m][i], &both, sizeof both);
+        }
+      for (int j = 0; j < rows.bytes; j += kUnit)
+        for (int part = 0; part < 4; part += N) {
+          __m512 sums[N][R] = {};
+          for (int i = 0; i < rows.count; i++) {
+            const uint8_t* row = rows[i] + j;
+            if (!part) __builtin_prefetch(row + rows.next);
+            const __m512i bytes = load_pairs(row);
+            __m512i both[N];
+            for (int n = 0; n < N; n++) both[n] = nibbles_of_byte(bytes, part + n);
+            for (int m = 0; m < R; m++) {
+              const __m512i weights = _mm512_set1_epi32(own[m][i]);
+              for (int n = 0; n < N; n++) sums[n][m] = add_pairs(sums[n][m], weights, both[n]);
+            }
+          }
+          for (int n = 0; n < N; n++)
+            for (int m = 0; m < R; m++)
+              _mm512_storeu_ps(out + (first + m) * out_row + j + (part + n) * kLanes, sums[n][m]);
+        }
+    });
+  }
+#endif
+
   // out[m][c] = Σ_i w[m][i] codes[i][c], out in the order of codes. If the number of rows is odd, w has a 0 behind them
   static void combine_rows(const Rows& rows, const float* w, int64_t w_row, int M, float* out, int64_t out_row) {
-    in_passes(M, [&](auto few, int m) {
+    in_passes<kSet.queries>(M, [&](auto few, int m) {
       constexpr int R = decltype(few)::value, N = std::min(4, power_up_to(kSet.mixed / R));
       for (int j = 0; j < rows.bytes; j += kUnit)
         combine_few<R, N>(rows, j, w + m * w_row, w_row, out + m * out_row, out_row);

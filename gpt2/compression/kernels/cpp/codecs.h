@@ -68,7 +68,11 @@ struct Block {
 // halves the rate of loads and stores
 class Scratch {
  public:
+  const bool pairs;             // whether products may be of bfloat16 numbers, where the processor has them
   const void* holds = nullptr;  // the codes of which the memory has the tile, if any
+  bool holds_pairs = false;     // whether that tile is one of bfloat16 numbers
+
+  explicit Scratch(bool pairs = false) : pairs(pairs) {}
 
   // Memory that may hold a tile from before
   float* floats(size_t count) {
@@ -240,6 +244,13 @@ struct Channel final : TileCodec {
       const int few = std::min(kQueries, M - first);
       for (int m = 0; m < few; m++)
         for (int c = 0; c < r; c++) own[m * r + c] = q[(first + m) * q_row + c] * s[c];
+#ifdef __AVX512BF16__
+      if constexpr (bits == 4)
+        if (scratch.pairs) {
+          pair_scores(rows(at), s, o, own, few, out + first * kBlock);
+          continue;
+        }
+#endif
       Of::dot_rows(rows(at), own, r, few, out + first * kBlock, kBlock);
       for (int m = first; m < first + few; m++) {
         const float all = dot(q + m * q_row, o, r);
@@ -250,19 +261,47 @@ struct Channel final : TileCodec {
 
   void add_sums(const Block& at, const float* p, int M, float* out, int64_t out_row, Scratch& scratch) const override {
     if (!order) return TileCodec::add_sums(at, p, M, out, out_row, scratch);
-    float* s = scratch.fresh((2 + kQueries) * r);
-    float *o = s + r, *sums = o + r;
+    float* s = scratch.fresh((2 + kQueries) * r + kQueries * kBlock);
+    float *o = s + r, *sums = o + r, *spare = sums + kQueries * r;
     scales(at, s, o);
     for (int first = 0; first < M; first += kQueries) {
       const int few = std::min(kQueries, M - first);
-      Of::combine_rows(rows(at), p + first * kBlock, kBlock, few, sums, r);
+      const float* weights = combine(rows(at), p + first * kBlock, few, sums, spare, scratch);
       for (int m = 0; m < few; m++) {
-        const float all = sum(p + (first + m) * kBlock, kBlock);
+        const float all = sum(weights + m * kBlock, kBlock);
         float* to = out + (first + m) * out_row;
         for (int c = 0; c < r; c++) to[c] += sums[m * r + c] * s[c] + all * o[c];
       }
     }
   }
+
+  // Sums of codes by weights p [M][64]; returns the weights with which they were multiplied, p or `spare`
+  const float* combine(const Rows& rows, const float* p, int M, float* sums, float* spare, const Scratch& scratch) const {
+#ifdef __AVX512BF16__
+    if constexpr (bits == 4)
+      if (scratch.pairs) {
+        round_floats(p, M * kBlock, spare);
+        Of::combine_pairs(rows, spare, kBlock, M, sums, r);
+        return spare;
+      }
+#endif
+    Of::combine_rows(rows, p, kBlock, M, sums, r);
+    return p;
+  }
+
+#ifdef __AVX512BF16__
+  // As `scores`, of queries times their scales, which it rounds
+  void pair_scores(const Rows& rows, const float* s, const float* o, float* q, int M, float* out) const {
+    float shift[r];
+    for (int c = 0; c < r; c++) shift[c] = o[c] / s[c];
+    round_floats(q, M * r, q);
+    Of::dot_pairs(rows, q, r, M, out, kBlock);
+    for (int m = 0; m < M; m++) {
+      const float all = dot(q + m * r, shift, r);
+      for (int t = 0; t < kBlock; t++) out[m * kBlock + t] += all;
+    }
+  }
+#endif
 
   void decode(const Block& at, float* tile) const override {
     float s[r], o[r];

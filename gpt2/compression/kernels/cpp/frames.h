@@ -6,6 +6,8 @@
 
 #include "parts.h"
 
+#include <ATen/ops/zeros.h>
+
 #include <algorithm>
 #include <optional>
 #include <vector>
@@ -15,9 +17,19 @@ namespace {
 constexpr int kTogether = 6;  // blocks
 constexpr int kPanel = kLanes * power_up_to(std::min(kSet.widest, kSet.sums / kTogether));  // columns of a basis
 
-// What reads the keys of heads that share a basis, read [G, h, r + 1, d], as panels of columns [G, h, panels, d, kPanel]
-Tensor panels(const Tensor& read) {
-  const int64_t columns = read.size(2), count = (columns + kPanel - 1) / kPanel, d = read.size(3);
+// What reads the keys of heads that share a basis, of read [G, h, r + 1, d] all but the last line, as panels of columns
+// [G, h, panels, d, kPanel]. pairs: as pairs of bfloat16 numbers, [G, h, panels, (d + 1) / 2, kPanel, 2], if the
+// processor has products of these
+Tensor panels(const Tensor& read, bool pairs) {
+  const int64_t columns = read.size(2) - 1, count = (columns + kPanel - 1) / kPanel, d = read.size(3);
+#ifdef __AVX512BF16__
+  if (pairs) {
+    const Tensor wide = at::zeros({read.size(0), read.size(1), count * kPanel, (d + 1) / 2 * 2}, read.options());
+    wide.narrow(2, 0, columns).narrow(3, 0, d).copy_(read.narrow(2, 0, columns));
+    const Tensor apart = wide.view({read.size(0), read.size(1), count, kPanel, (d + 1) / 2, 2});
+    return apart.transpose(3, 4).to(at::kBFloat16).contiguous();
+  }
+#endif
   Tensor out = at::empty({read.size(0), read.size(1), count, d, kPanel}, read.options());
   const Tensor from = read.contiguous();
   const float* x = from.const_data_ptr<float>();
@@ -26,21 +38,25 @@ Tensor panels(const Tensor& read) {
   for (int64_t head = 0; head < read.size(0) * read.size(1); head++)
     for (int64_t c = 0; c < columns; c++)
       for (int64_t i = 0; i < d; i++)
-        to[((head * count + c / kPanel) * d + i) * kPanel + c % kPanel] = x[(head * columns + c) * d + i];
+        to[((head * count + c / kPanel) * d + i) * kPanel + c % kPanel] = x[(head * (columns + 1) + c) * d + i];
   return out;
 }
 
 // How queries are absorbed for each block
 struct Frames {
   const Tensor panels;     // of `panels`
+  const Tensor constant;   // [G, h, d]: its product with a query is what the scores of all tokens have added
   const Tensor angles;     // [frames, 2, pairs], or [B, frames, 2, pairs] where rows have their own: cosines, and sines
   const bool interleaved;  // whether channels 2i and 2i + 1 rotate together, rather than i and i + pairs
 
-  int64_t columns() const { return panels.size(2) * kPanel; }
+  bool pairs() const { return panels.scalar_type() == at::kBFloat16; }
+
+  // From one absorbed query to the next
+  int64_t columns() const { return panels.size(2) * kPanel + kLanes; }
 
   // out[i] of x [d], rotated back by the angles of one frame
   void rotate_back(const float* x, const float* cos, float* out) const {
-    const int64_t pairs = angles.size(-1), d = panels.size(3);
+    const int64_t pairs = angles.size(-1), d = constant.size(2);
     const float* sin = cos + pairs;
     std::copy(x + 2 * pairs, x + d, out + 2 * pairs);
     for (int64_t i = 0; i < pairs; i++) {
@@ -52,25 +68,59 @@ struct Frames {
   }
 
   // q: the queries of a group of heads, [h, M, d] → out [count, h · M, columns] for `count` frames from `frame` on. Of
-  // the columns only the first `used` are computed, and what every token's score has added, column r
+  // the columns only the first `used` are computed, and column r, what the scores of all tokens have added
   void absorb(const float* q, int64_t b, int64_t g, int64_t frame, int count, int64_t M, int used, int r, float* rotated,
               float* out) const {
-    const int64_t h = panels.size(1), P = panels.size(2), d = panels.size(3), rows = h * M;
+    const int64_t h = panels.size(1), d = constant.size(2), rows = h * M;
     const float* own = angles.const_data_ptr<float>() +
                        (frame + (angles.dim() == 4 ? b * angles.size(1) : 0)) * 2 * angles.size(-1);
     for (int64_t row = 0; row < rows; row++)
       for (int f = 0; f < count; f++)
         rotate_back(q + row * d, own + f * 2 * angles.size(-1), rotated + (row * count + f) * d);
-    std::fill_n(out, count * rows * columns(), 0.f);
-    const float* panel = panels.const_data_ptr<float>() + g * h * P * d * kPanel;
-    for (int64_t head = 0; head < h; head++)
-      for (int64_t p = 0; p < P; p++, panel += d * kPanel) {
-        if (p * kPanel >= used && p != r / kPanel) continue;
-        for (int64_t row = head * M; row < (head + 1) * M; row++)
-          along(rotated + row * count * d, d, panel, d, kPanel, count, out + row * columns() + p * kPanel,
-                rows * columns());
-      }
+#ifdef __AVX512BF16__
+    pairs() ? times_pairs(rotated, g, count, M, used, out) : times_floats(rotated, g, count, M, used, out);
+#else
+    times_floats(rotated, g, count, M, used, out);
+#endif
+    const float* added = constant.const_data_ptr<float>() + g * h * d;
+    for (int64_t row = 0; row < rows; row++)
+      for (int f = 0; f < count; f++)
+        out[(f * rows + row) * columns() + r] = dot(rotated + (row * count + f) * d, added + row / M * d, d);
   }
+
+ private:
+  // Rotated queries [h · M, count, d] times the columns of a group's basis
+  void times_floats(const float* rotated, int64_t g, int count, int64_t M, int used, float* out) const {
+    const int64_t h = panels.size(1), P = panels.size(2), d = panels.size(3), rows = h * M;
+    const float* panel = panels.const_data_ptr<float>() + g * h * P * d * kPanel;
+    const int64_t needed = (used + kPanel - 1) / kPanel;
+    for (int64_t i = 0; i < count * rows; i++) std::fill_n(out + i * columns(), needed * kPanel, 0.f);
+    for (int64_t head = 0; head < h; head++, panel += P * d * kPanel)
+      for (int64_t p = 0; p < needed; p++)
+        for (int64_t row = head * M; row < (head + 1) * M; row++)
+          along(rotated + row * count * d, d, panel + p * d * kPanel, d, kPanel, count,
+                out + row * columns() + p * kPanel, rows * columns());
+  }
+
+#ifdef __AVX512BF16__
+  // As `times_floats`
+  void times_pairs(const float* rotated, int64_t g, int count, int64_t M, int used, float* out) const {
+    static_assert(kPanel == kColumns);
+    const int64_t h = panels.size(1), P = panels.size(2), pairs = panels.size(3), d = constant.size(2), rows = h * M;
+    const auto* panel = static_cast<const uint32_t*>(panels.const_data_ptr()) + g * h * P * pairs * kPanel;
+    std::vector<uint32_t> own(count * pairs);
+    for (int64_t row = 0; row < rows; row++) {
+      for (int f = 0; f < count; f++)
+        round_to(rotated + (row * count + f) * d, d, reinterpret_cast<uint16_t*>(&own[f * pairs]));
+      const uint32_t* basis = panel + row / M * P * pairs * kPanel;
+      for (int64_t p = 0; p * kPanel < used; p++)
+        in_passes<kTogether>(count, [&](auto few, int f) {
+          times_panel<decltype(few)::value>(&own[f * pairs], pairs, basis + p * pairs * kPanel, pairs,
+                                            out + (f * rows + row) * columns() + p * kPanel, rows * columns());
+        });
+    }
+  }
+#endif
 };
 
 // What a thread has absorbed for the blocks ahead, of each group of heads

@@ -35,17 +35,9 @@ void along_rows(
 
 // As many queries at a time as fit into registers, in passes of about equal size
 void along(const float* a, int64_t a_row, const float* tile, int I, int J, int M, float* out, int64_t out_row) {
-  for (int passes = (M + 5) / 6; passes > 0; passes--) {
-    const int rows = (M + passes - 1) / passes;
-    const auto run = rows == 6   ? along_rows<6>
-                     : rows == 5 ? along_rows<5>
-                     : rows == 4 ? along_rows<4>
-                     : rows == 3 ? along_rows<3>
-                     : rows == 2 ? along_rows<2>
-                                 : along_rows<1>;
-    run(a, a_row, tile, I, J, out, out_row, 0);
-    M -= rows, a += rows * a_row, out += rows * out_row;
-  }
+  in_passes<6>(M, [&](auto few, int m) {
+    along_rows<decltype(few)::value>(a + m * a_row, a_row, tile, I, J, out + m * out_row, out_row);
+  });
 }
 
 // out[m][i] += Σ_j a[m][j] tile[i][j] for R queries and as many rows of the tile as a vector has lanes

@@ -102,6 +102,23 @@ inline float dot(const float* a, const float* b, int n) {
   return sum;
 }
 
+template <int R, typename Run>
+void pass(int queries, int m, const Run& run) {
+  if (queries == R) return run(std::integral_constant<int, R>(), m);
+  if constexpr (R > 1) pass<R - 1>(queries, m, run);
+}
+
+// Calls run<R>(m) for up to `most` of M queries at a time, from query m on, in passes of about equal size
+template <int most, typename Run>
+void in_passes(int M, const Run& run) {
+  int m = 0;
+  for (int passes = (M + most - 1) / most; passes > 0; passes--) {
+    const int queries = (M - m + passes - 1) / passes;
+    pass<most>(queries, m, run);
+    m += queries;
+  }
+}
+
 // The largest power of two up to n: the columns of most tiles are a multiple of such widths
 constexpr int power_up_to(int n) { return n < 2 ? 1 : 2 * power_up_to(n / 2); }
 
