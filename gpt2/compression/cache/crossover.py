@@ -109,10 +109,12 @@ def kind(key: StoredKV, query: Tensor) -> Kind:
 
 
 def found(key: StoredKV, query: Tensor) -> Crossover | None:
-    """What is known of steps like this one, as `Crossovers.find` has it. A layer asks once, for asking takes time."""
-    asked = (query.shape[0], query.dtype)
+    """What is known of steps like this one, as `Crossovers.find` has it; once it is known, a layer keeps it."""
+    asked = (query.shape[0], query.dtype, key.stores()[0].sinks.dtype, torch.get_num_threads())
     if asked not in key.kinds:
-        key.kinds[asked] = KNOWN.find(kind(key, query))
+        if (known := KNOWN.find(kind(key, query))) is None:
+            return None
+        key.kinds[asked] = known
     return key.kinds[asked]
 
 

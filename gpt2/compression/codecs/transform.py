@@ -96,6 +96,10 @@ class Transform:
 
         return self.derived("by head", head_dim, make)
 
+    def __getstate__(self) -> dict:
+        # What kernels made of the basis is as this machine's kernels read it, and another's may read it otherwise
+        return {name: value for name, value in self.__dict__.items() if name != "_derived"}
+
     def derived(self, name: str, head_dim: int, make: Callable[[], Tensor]) -> Tensor:
         """What is made of the basis for heads of `head_dim` channels: by `make` at first, then as it is kept."""
         kept = self.__dict__.setdefault("_derived", {})  # the dataclass is frozen, and this is not one of its fields

@@ -174,7 +174,7 @@ def attend(
     their own. values: the basis of V's affine parts, [G or 1, h, r + 1, d], v̂ of a group's h heads being [ẑ, 1] @ it.
     frames: how queries are absorbed, where qs of coded parts are queries as the model has them, [B, H, M, d]. None
     where blocks of K and V overlap so that it takes two passes. pairs: whether products may be of bfloat16 numbers, by
-    which a processor that has them multiplies twice as fast, and what is multiplied with codes is rounded.
+    which a processor that has them multiplies twice as fast; queries, weights and the basis of frames are rounded then.
     """
     values = None if values is None else values.float()
     arguments = (*_arguments(ks), *_arguments(vs), outs, tokens, scaling, bias, sinks, values)

@@ -164,6 +164,15 @@ def test_parts_for_the_kernel_are_made_once_a_block_and_never_pickled(monkeypatc
     assert len(pickle.dumps(store)) == pickled
 
 
+def test_what_kernels_made_of_a_basis_is_never_pickled():
+    """Another machine's kernels may read it in another way."""
+    transform = JointTransform(torch.eye(8)[None], torch.eye(8)[None], torch.zeros(1, 8), Rotary(torch.ones(2)), 64)
+    transform.derived("panels", 4, lambda: torch.zeros(1000))
+    again = pickle.loads(pickle.dumps(transform))
+    assert "_derived" not in vars(again) and again.derived("panels", 4, lambda: torch.ones(1)) == 1
+    assert torch.equal(again.E, transform.E) and transform.derived("panels", 4, lambda: torch.ones(1)).numel() == 1000
+
+
 def test_any_number_of_threads_gives_the_same(kernels):
     x = torch.randn(1, 3, 640, 64, generator=torch.Generator().manual_seed(0))
     store = filled(Compressor(QUANTIZERS["int4_channel"]), (4, 0), [x])

@@ -231,6 +231,13 @@ struct Channel final : TileCodec {
       s[place] = kSteps[exponent[c]], o[place] = number(origin[c]);
     }
   }
+  // As these, of codes as their products take them
+  void scales(const Block& at, float* s, float* o, const Scratch& scratch) const {
+    scales(at, s, o);
+#ifdef __AVX512BF16__
+    for (int c = 0; bits == 4 && scratch.pairs && c < r; c++) o[c] += kMiddle * s[c];
+#endif
+  }
   Rows rows(const Block& at) const {
     return {codes.at(at.b, at.g, at.index()), r, kBlock * bits / 8, r, codes.block};
   }
@@ -239,19 +246,12 @@ struct Channel final : TileCodec {
     if (!order) return TileCodec::scores(at, q, q_row, M, out, scratch);
     float* s = scratch.fresh((2 + kQueries) * r);
     float *o = s + r, *own = o + r;
-    scales(at, s, o);
+    scales(at, s, o, scratch);
     for (int first = 0; first < M; first += kQueries) {
       const int few = std::min(kQueries, M - first);
       for (int m = 0; m < few; m++)
         for (int c = 0; c < r; c++) own[m * r + c] = q[(first + m) * q_row + c] * s[c];
-#ifdef __AVX512BF16__
-      if constexpr (bits == 4)
-        if (scratch.pairs) {
-          pair_scores(rows(at), s, o, own, few, out + first * kBlock);
-          continue;
-        }
-#endif
-      Of::dot_rows(rows(at), own, r, few, out + first * kBlock, kBlock);
+      dot_codes(rows(at), own, few, out + first * kBlock, scratch);
       for (int m = first; m < first + few; m++) {
         const float all = dot(q + m * q_row, o, r);
         for (int t = 0; t < kBlock; t++) out[m * kBlock + t] += all;
@@ -263,7 +263,7 @@ struct Channel final : TileCodec {
     if (!order) return TileCodec::add_sums(at, p, M, out, out_row, scratch);
     float* s = scratch.fresh((2 + kQueries) * r + kQueries * kBlock);
     float *o = s + r, *sums = o + r, *spare = sums + kQueries * r;
-    scales(at, s, o);
+    scales(at, s, o, scratch);
     for (int first = 0; first < M; first += kQueries) {
       const int few = std::min(kQueries, M - first);
       const float* weights = combine(rows(at), p + first * kBlock, few, sums, spare, scratch);
@@ -273,6 +273,15 @@ struct Channel final : TileCodec {
         for (int c = 0; c < r; c++) to[c] += sums[m * r + c] * s[c] + all * o[c];
       }
     }
+  }
+
+  // Products of codes with queries that are multiplied with their scales
+  void dot_codes(const Rows& rows, const float* q, int M, float* out, const Scratch& scratch) const {
+#ifdef __AVX512BF16__
+    if constexpr (bits == 4)
+      if (scratch.pairs) return Of::dot_pairs(rows, q, r, M, out, kBlock);
+#endif
+    Of::dot_rows(rows, q, r, M, out, kBlock);
   }
 
   // Sums of codes by weights p [M][64]; returns the weights with which they were multiplied, p or `spare`
@@ -288,20 +297,6 @@ struct Channel final : TileCodec {
     Of::combine_rows(rows, p, kBlock, M, sums, r);
     return p;
   }
-
-#ifdef __AVX512BF16__
-  // As `scores`, of queries times their scales, which it rounds
-  void pair_scores(const Rows& rows, const float* s, const float* o, float* q, int M, float* out) const {
-    float shift[r];
-    for (int c = 0; c < r; c++) shift[c] = o[c] / s[c];
-    round_floats(q, M * r, q);
-    Of::dot_pairs(rows, q, r, M, out, kBlock);
-    for (int m = 0; m < M; m++) {
-      const float all = dot(q + m * r, shift, r);
-      for (int t = 0; t < kBlock; t++) out[m * kBlock + t] += all;
-    }
-  }
-#endif
 
   void decode(const Block& at, float* tile) const override {
     float s[r], o[r];

@@ -39,8 +39,8 @@ inline void round_to(const float* from, int n, uint16_t* to) {
   }
 }
 
-// n floats, each with the bits that bfloat16 has. A constant that codes have added is multiplied with the same numbers
-// as the codes are: else, where the two nearly cancel, what was rounded would be large beside what is left
+// n floats, each with the bits that bfloat16 has. Weights of a sum are rounded for its constant as well as for its codes:
+// else, where the two nearly cancel, what was rounded would be large beside what is left
 inline void round_floats(const float* from, int n, float* to) {
   for (int i = 0; i < n; i += kLanes) {
     const __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(load_up_to(from, i, n)));
@@ -67,7 +67,8 @@ inline std::array<uint16_t, 64> integers(int first, int count) {
   return all;
 }
 
-const std::array<uint16_t, 64> kNibbles = integers(0, 16);
+constexpr int kMiddle = 8;  // of four bits, from which these are counted, so that rounding is of the smallest numbers
+const std::array<uint16_t, 64> kNibbles = integers(-kMiddle, 16);
 
 // The lower four bits of 16-bit numbers as bfloat16: five bits index a table, which has four bits' numbers twice
 inline __m512i nibbles(__m512i x) { return _mm512_permutexvar_epi16(x, load_pairs(&kNibbles[0])); }

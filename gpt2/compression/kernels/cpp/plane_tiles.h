@@ -165,9 +165,8 @@ class PairTile {
       for (int m = 0; m < R; m++) {
         const float* from = q + (first + m) * q_row;
         for (int c = 0; c < used; c++) scaled[c] = from[c] * steps[c];
-        round_floats(scaled, used, scaled);
         round_to(scaled, used, own + m * rows);
-        constant[m] = dot(scaled, shifts, used);
+        constant[m] = dot(scaled, shifts, used);  // not rounded: a bias may be hundreds of times what codes tell apart
       }
       float* to = out + first * kBlock;
       along_tokens<R>(reinterpret_cast<uint32_t*>(own), rows / 2, codes, (used + 1) / 2, to, kBlock);
