@@ -206,3 +206,21 @@ def test_bfloat16_products_cost_little_beside_what_codes_lose(case, monkeypatch)
         found, floats = (results.pop(0).view(exact.shape) for _ in range(2))
         rounding = torch.finfo(torch.bfloat16).eps / 4 * floats.norm()
         assert (found - floats).norm() <= 0.1 * (floats - exact).norm() + 0.25 * rounding, c
+
+
+@pytest.mark.parametrize("quantizer", ["int4_channel", "mixed"])
+def test_biases_of_keys_take_nothing_from_bfloat16_products(quantizer):
+    """A bias has hundreds of times what tells keys apart, and would move whole blocks against each other."""
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, 2, 2048, 64, generator=generator) for _ in range(2))
+    k[..., :6] += 200 * torch.tensor([1, -0.7, 0.5, 0.9, -1, 0.6])
+    k, v, q = (x.bfloat16() for x in (k, v, torch.randn(1, 4, 1, 64, generator=generator)))
+    c = Compressor(QUANTIZERS[quantizer].at(4.0) if QUANTIZERS[quantizer].adjustable else QUANTIZERS[quantizer])
+    cache = CompressedDynamicCache([c], [c])
+    cache.update(k, v, 0)
+    found, floats = (
+        direct_attention.attend(*cache.layers[0].stores.values(), query, None, 1 / 8).float()
+        for query in (q, q.float())
+    )
+    exact = attention_math.attend_reconstructed(k.float(), v.float(), q.float(), None, 1 / 8)
+    assert (found - floats).norm() < 0.05 * (floats - exact).norm()
