@@ -62,7 +62,10 @@ class Reader:
 
     @property
     def active(self) -> bool:
-        """False after `disable`, and while another attention function is set that isn't a wrapper of ours."""
+        """False after `disable`, and while another attention function is set that isn't a wrapper of ours.
+
+        Asked at the beginning of a forward pass: in every layer it would take a good part of a short step.
+        """
         name = self.config._attn_implementation
         return self.enabled and (name == NAME or _wraps_ours(name))
 

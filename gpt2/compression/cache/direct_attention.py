@@ -114,8 +114,10 @@ def _in_one_pass(
     most = max(k.compressor.quantizer.bits, v.compressor.quantizer.bits)
     pairs = query.dtype == torch.bfloat16 and most <= cpu.PAIR_BITS
     frames = _frames(k, d, pairs) if k_blocks else None
-    if frames or k.compressor.frame is None:
-        absorbed = [q if frames else k.compressor.absorb_query(q)] * len(k_blocks)
+    if frames:
+        absorbed = [q] * len(k_blocks)
+    elif k_blocks and k.compressor.frame is None:
+        absorbed = [k.compressor.absorb_query(q)] * len(k_blocks)
     else:
         absorbed = absorb_query(k, q)
     out = cpu.attend(
