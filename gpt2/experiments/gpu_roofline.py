@@ -4,12 +4,13 @@ A kernel takes at least the time of its bytes at the speed of memory, of its pro
 its other arithmetic at that of vector units; with all three overlapped, the longest counts. What is counted, for T
 tokens, G groups of KV heads in the batch, M queries per group and r channels, is what the Triton kernels do:
 
-    scores         reads codes of K; 2 T r' M' per group on tensor cores, twice where queries need more than 16 bits
+    scores         reads codes of K; 2 T r' M' per group on tensor cores, twice where queries need more than 16 bits:
+                   in a bfloat16 model, which is assumed, codes of up to six bits meet queries in 16
     weighted sums  reads codes of V; 2 T r' M' per group on tensor cores. One launch does both (`attend_tiles`)
     absorb         where blocks have queries of their own (frames): every query times the basis for every block, 2 d r
-                   per query and block, three times at half the speed of 16 bits, as the kernel does it in two parts of
-                   TF32 each; and rotated back, d per query, block and COLUMNS of the basis. Written and read again
-                   (`absorb_frames`)
+                   per query and block, in TF32 at half the speed of 16 bits, three times where queries need more than
+                   16; and rotated back, d per query, block and COLUMNS of the basis. Written and read again, in as many
+                   bits as queries need (`absorb_frames`)
     split decode   writes, reads and merges 4 M (r + 2) bytes per group and split (`merge_splits`)
     quantize       of a prompt: reads 16-bit K and V, writes codes, searches scales (`triton_quantize`)
 
@@ -43,6 +44,7 @@ from gpt2.compression.codecs.formats import (
     WidthSearch,
 )
 from gpt2.compression.codecs.mixed import WIDEST_NARROW
+from gpt2.compression.kernels import dispatch
 from gpt2.experiments.attention_speed import AttentionShape, compressors
 
 TILE = 64
@@ -152,7 +154,8 @@ def step_works(
     if k is None or v is None or k.groups != v.groups:
         return None
     groups, queries = shape.batch * k.groups, shape.heads // k.groups
-    split = 1 if pair[0].quantizer.memory_format.kind == EXACT and pair[0].transform is None else 2
+    rounded = dispatch.rounds_queries(torch.bfloat16, pair[0])
+    split = 1 if rounded or pair[0].quantizer.memory_format.kind == EXACT and pair[0].transform is None else 2
     each, rows = float(tokens * groups), padded(queries)
     splits = max(min(PROGRAMS * multiprocessors // groups, tokens // (2 * TILE)), 1)
     partial = float(groups * queries * (v.rank + 2) * splits)
@@ -166,8 +169,9 @@ def step_works(
     if frame := pair[0].frame:
         absorbing = shape.batch * shape.heads * (tokens / frame)  # queries
         turned = absorbing * math.ceil(k.rank / COLUMNS) * shape.head_dim * TURN
+        size, products = (HALF, 1) if rounded else (4, 3)
         works["absorb"] = Work(
-            2 * 4 * absorbing * (k.rank + 1), 3 * 2 * 2 * absorbing * k.rank * shape.head_dim, turned
+            2 * absorbing * (size * k.rank + 4), products * 2 * 2 * absorbing * k.rank * shape.head_dim, turned
         )
     if k.coding is not None and v.coding is not None:
         moved = sum(side.rank * HALF + side.nbytes for side in (k, v) if side.coding)

@@ -27,8 +27,9 @@ def test_bytes_and_operations_are_what_is_stored_and_what_kernels_do():
         assert found["scores"].nbytes == found["weighted sums"].nbytes == 6400 * 8 * each
     found = works("int4_channel", 1280)
     product = 2 * 1280 * 128 * 16 * 8  # four queries per KV head are padded to 16
-    assert found["weighted sums"].tensor == product and found["scores"].tensor == 2 * product
-    assert works("none", 1280)["scores"].tensor == product, "16-bit keys need no second product"
+    assert found["weighted sums"].tensor == found["scores"].tensor == product
+    assert works("none", 1280)["scores"].tensor == product
+    assert works("int8_channel", 1280)["scores"].tensor == 2 * product, "codes of eight bits need more of a query"
     assert found["weighted sums"].vector == 1280 * 8 * 128 * 2
     planes = works("mixed", 1280)["weighted sums"].vector
     assert planes == 1280 * 8 * 128 * 3.625, "eight planes transposed, bytes apart, and exponents"
@@ -50,7 +51,7 @@ def test_queries_of_frames_are_absorbed_for_every_block_and_shared_codes_are_rea
     """A basis for K and V of each of 8 heads, 256 channels, of which queries absorb half."""
     found = works("framed", 1280)
     assert found["weighted sums"].nbytes == 0 < found["scores"].nbytes
-    assert found["absorb"] == Work(2 * 4 * 32 * 20 * 257, 12 * 32 * 20 * 256 * 128, 32 * 20 * 4 * 128 * 6)
+    assert found["absorb"] == Work(2 * 32 * 20 * (2 * 256 + 4), 4 * 32 * 20 * 256 * 128, 32 * 20 * 4 * 128 * 6)
     assert "absorb" not in works("grouped", 1280) and works("grouped", 1280)["weighted sums"].nbytes > 0
     without = {name: work for name, work in found.items() if name != "absorb"}
     absorbed = found["absorb"].bound(UNIT)["bound_us"]

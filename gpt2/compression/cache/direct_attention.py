@@ -111,8 +111,7 @@ def _in_one_pass(
     tokens = len(k)
     k_exact, v_exact = _exact(k, tokens), _exact(v, tokens)
     q = query.reshape(B, k.sinks.shape[1], -1, d)
-    most = max(k.compressor.quantizer.bits, v.compressor.quantizer.bits)
-    pairs = query.dtype == torch.bfloat16 and most <= cpu.PAIR_BITS
+    pairs = dispatch.rounds_queries(query.dtype, k.compressor, v.compressor)
     frames = _frames(k, d, pairs) if k_blocks else None
     if frames:
         absorbed = [q] * len(k_blocks)

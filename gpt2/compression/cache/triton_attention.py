@@ -23,7 +23,7 @@ from gpt2.compression.cache import attention_math
 from gpt2.compression.cache.token_store import Half, TokenStore
 from gpt2.compression.codecs import Compressor
 from gpt2.compression.codecs.base import Encoded
-from gpt2.compression.kernels import triton_frames
+from gpt2.compression.kernels import dispatch, triton_frames
 from gpt2.compression.kernels.triton_kernels import attend_tiles, merge_splits
 from gpt2.compression.kernels.triton_tiles import DECODERS, MOST_CHANNELS, TILE, Decoder
 
@@ -182,15 +182,15 @@ def attend_compressed(
 
 
 def _absorbed(store: TokenStore | Half, q: Tensor) -> tuple[Tensor, Tensor]:
-    """q [B, H, M, d] as K's codes are compared with it, [B, G, M, r], and what is added to scores, [B, G, M], float32.
+    """q [B, H, M, d] as K's codes are compared with it, [B, G, M, r], and what is added to scores, [B, G, M] float32.
 
-    Both with a dimension of frames behind G where frames have queries of their own.
+    Both with a dimension of frames behind G where frames have queries of their own, which may be in bfloat16.
     """
     k, d = store.compressor, q.shape[-1]
     rotation = None if k.frame is None else k.transform.frame_rotation(*store.frames())
     if rotation is not None:
         basis = k.transform.derived("read", d, lambda: k.transform.read_basis(d).float().contiguous())
-        return triton_frames.absorbed(q, basis, *rotation)
+        return triton_frames.absorbed(q, basis, *rotation, dispatch.rounds_queries(q.dtype, k))
     x, rank = k.absorb_query(q, None if k.frame is None else store.frame_starts(q.device)).float(), _rank(k, d)
     bias = x[..., rank].contiguous() if k.affine else x.new_zeros(x.shape[:-1])
     return x[..., :rank].contiguous(), bias
@@ -216,8 +216,10 @@ class _Launch:
             "K_RANK": self.k_rank, "V_RANK": self.v_rank, "ROWS": rows, "SOFTCAP": softcap is not None,
             "FRAMED": absorbed.ndim == 5, "SHARED": shared,
             "K_R": slots(self.k_rank, self.decoders[0]), "V_R": slots(self.v_rank, self.decoders[1]),
-            # Queries that a basis has made float32, or that are multiplied by scales, don't fit into 16 bits
-            "SPLIT": k.transform is not None or self.decoders[0].axis != 0 or self.dtype != torch.bfloat16,
+            # Queries that a basis has made float32, or that are multiplied by scales, need more than 16 bits, or are
+            # rounded to float16's eleven
+            "SPLIT": not dispatch.rounds_queries(self.dtype, k)
+            and (k.transform is not None or self.decoders[0].axis != 0 or self.dtype != torch.bfloat16),
             "SPLIT_P": self.dtype == torch.float32,
         }  # fmt: skip
         self.softcap = softcap or 1.0

@@ -48,8 +48,6 @@ FLAGS += ["-fopenmp"] * (sys.platform == "linux")
 AVX2 = ("-march=x86-64-v3", {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
 AVX512 = ("-march=x86-64-v4", AVX2[1] | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
 EXACT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Bits up to which rounding to bfloat16 what codes are multiplied with costs less than a tenth of the codec's error
-PAIR_BITS = 6
 FRAME = 64  # tokens that may have a query of their own: a block
 CODED = (TOKEN, CHANNEL, PLANES, FIXED_PLANES)  # kinds of formats of codes that the kernels read
 

@@ -2,7 +2,8 @@
 
 One launch for all frames of a layer rotates queries back, multiplies them with the basis, and writes them as attention
 reads them. PyTorch would write rotated queries, their products and a copy of these, and its product in float32 has no
-tensor cores: by operations it would take longer than all else but unpacking codes.
+tensor cores: by operations it would take longer than all else but unpacking codes. What is written is read again at
+once, as many bytes as codes of four bits take: so it has 16 bits where that suffices (`dispatch.rounds_queries`).
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ DEPTH = 32  # channels that are multiplied at a time: three products keep two ha
 def absorb_frames(
     q_ptr, basis_ptr, angles_ptr, out, bias_out, frames, angles_b, M, H,
     GROUP: tl.constexpr, RANK: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Queries of ROWS pairs of a frame and a query, of one KV head, times COLUMNS columns of its basis.
 
     q [B, H, M, HEAD_DIM], basis [H, RANK + 1, HEAD_DIM], angles [B or 1, frames, 2, PAIRS] → out [B · H / GROUP,
     frames, GROUP · M, RANK], and bias_out without the last dimension: the product with the last row of the basis, which
-    is the mean. GROUP: heads that share a code. DEPTH: channels that are multiplied at a time.
+    is the mean. GROUP: heads that share a code. DEPTH: channels that are multiplied at a time. PRECISION: of products,
+    as `tl.dot` has it.
     """
     head, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
@@ -50,31 +52,34 @@ def absorb_frames(
         sin = tl.load(own_angles + PAIRS + pair[None, :], mask=there & turned, other=0.0)
         q = q * cos + partner * sin * sign[None, :]
         basis = tl.load(own_basis + column[:, None] * HEAD_DIM + c[None, :], mask=used & is_channel, other=0.0)
-        # About 22 bits of precision, on tensor cores
-        x = tl.dot(q, tl.trans(basis), x, input_precision="tf32x3")
+        x = tl.dot(q, tl.trans(basis), x, input_precision=PRECISION)
         # The mean may be far larger than all else, and is summed in float32
         mean = tl.load(own_basis + RANK * HEAD_DIM + c, mask=c < HEAD_DIM, other=0.0)
         bias += tl.sum(q * mean[None, :], 1)
     place = ((head // GROUP).to(tl.int64) * frames + frame) * (GROUP * M) + (head % GROUP) * M + m
-    tl.store(out + place[:, None] * RANK + column[None, :], x, mask=there & (column < RANK)[None, :])
+    places = out + place[:, None] * RANK + column[None, :]
+    tl.store(places, x.to(out.dtype.element_ty), mask=there & (column < RANK)[None, :])
     if tl.program_id(2) == 0:
         tl.store(bias_out + place, bias, mask=frame < frames)
 
 
-def absorbed(q: Tensor, basis: Tensor, angles: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+def absorbed(
+    q: Tensor, basis: Tensor, angles: Tensor, interleaved: bool, rounded: bool = False
+) -> tuple[Tensor, Tensor]:
     """Queries q [B, H, M, d] as codes are compared with them in each of n frames, and what the mean adds to scores.
 
     basis [G, h, r + 1, d] of `Transform.read_basis`, angles [n, 2, pairs] or [B, n, 2, pairs] of
-    `Transform.frame_rotation`, both float32 → [B, G, n, h · M, r] and [B, G, n, h · M], float32.
+    `Transform.frame_rotation`, both float32 → [B, G, n, h · M, r] and [B, G, n, h · M], float32. rounded: the first in
+    bfloat16, of products with about 11 bits of precision rather than 22.
     """
     (B, H, M, d), (G, h, rank) = q.shape, basis.shape[:3]
     rank, frames, angles = rank - 1, angles.shape[-3], angles.contiguous()
-    out = q.new_empty(B, G, frames, h * M, rank, dtype=torch.float32)
+    out = q.new_empty(B, G, frames, h * M, rank, dtype=torch.bfloat16 if rounded else torch.float32)
     bias = q.new_empty(B, G, frames, h * M, dtype=torch.float32)
     grid = B * H, triton.cdiv(frames * M, ROWS), triton.cdiv(rank, COLUMNS)
     absorb_frames[grid](
         q.contiguous(), basis, angles, out, bias, frames, angles.stride(0) if angles.ndim == 4 else 0, M, H,
         GROUP=h, RANK=rank, HEAD_DIM=d, PAIRS=angles.shape[-1], INTERLEAVED=interleaved, ROWS=ROWS, COLUMNS=COLUMNS,
-        DEPTH=DEPTH, num_stages=1,
+        DEPTH=DEPTH, PRECISION="tf32" if rounded else "tf32x3", num_stages=1,
     )  # fmt: skip
     return out, bias
