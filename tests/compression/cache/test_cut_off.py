@@ -16,13 +16,13 @@ from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_c
 HELD = 10
 
 
-@pytest.fixture(params=[False, True], ids=["reconstruction", "direct"])
+@pytest.fixture(params=[False, True], ids=["reconstruction", "direct"], scope="module")
 def model(request):
     model = tiny_model("llama")
     return enable_compressed_attention(model) if request.param else model
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def llama():
     return tiny_model("llama")
 
