@@ -208,33 +208,25 @@ def test_out_of_memory_reads_codes_and_keeps_nothing(pretend, auto, monkeypatch,
 
 
 @pytest.mark.parametrize(("table", "told_at"), [("never", 5), ("from 12 on", 5), ("always", None)])
-def test_who_reads_codes_where_that_is_slower_is_told_once(table, told_at, pretend, auto, fresh, caplog):
+def test_who_reads_codes_where_that_is_slower_is_told_once(table, told_at, pretend, auto, fresh, caplog, monkeypatch):
     """Another process has measured it; above the crossover no warning is logged."""
-    pretended = pretend(table)
+    pretended, asked, kind = pretend(table), [], crossover.kind
     ways(auto, pretended, [5])
     fresh()
     llama = enable_compressed_attention(disable_compressed_attention(auto))
     caplog.clear()
+    monkeypatch.setattr(crossover, "kind", lambda *of: asked.append(0) or kind(*of))
     if table != "never":
-        ways(llama, pretended, [12, 13, 30])
+        ways(llama, pretended, range(12, 20))
         assert not caplog.records
+        # The name of a kind of step takes a good part of a step to put together
+        assert len(asked) == (table == "from 12 on"), "a layer asks once what is known, and only if anything is slower"
     for _ in range(2):
         assert set(ways(llama, pretended, [5, 6, 30])) == {DIRECT}, "always reads codes"
     said = [record.message for record in caplog.records]
     assert len(said) == (told_at is not None)
     assert all(f"at {told_at} tokens" in line and "when='auto'" in line for line in said)
     assert pretended.measured == 1
-
-
-def test_a_layer_asks_once_for_a_batch_what_is_known(pretend, auto, fresh, monkeypatch):
-    """The name of a kind of step takes a good part of a step to put together."""
-    pretended, asked, kind = pretend("from 12 on"), [], crossover.kind
-    ways(auto, pretended, [5])
-    fresh()
-    llama = enable_compressed_attention(disable_compressed_attention(auto))
-    monkeypatch.setattr(crossover, "kind", lambda *of: asked.append(0) or kind(*of))
-    ways(llama, pretended, range(12, 20))
-    assert len(asked) == 1
 
 
 def test_by_default_nothing_is_measured_and_codes_are_read(pretend, llama, tmp_path, caplog):
