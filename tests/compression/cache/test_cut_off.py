@@ -60,31 +60,23 @@ def assert_reset_mends(model, cache) -> None:
     assert torch.equal(fed(model, cache, windows(2, 3)), fed(model, coded(), windows(2, 3)))
 
 
-@pytest.mark.parametrize(("n", "layer"), [(1, 1), (3, 2)])
-def test_a_run_cut_off_between_layers(model, n, layer):
-    """To go on would attend to its tokens twice in the first layers, and once in the others."""
+@pytest.mark.parametrize(("held", "n", "layer"), [(HELD, 1, 1), (HELD, 3, 2), (0, HELD, 1)])
+def test_a_run_cut_off_between_layers(model, held, n, layer):
+    """To go on would attend to its tokens twice in the first layers, and once in the others. Also the first prompt."""
     more, whole, cache = windows(1, n, seed=1), identity_cache(3), identity_cache(3)
-    for each in (whole, cache):
-        fed(model, each, windows(1, HELD))
     cut_off(model, cache, more, layer)
-    with pytest.raises(PluginError, match=rf"holds {HELD + n} tokens and the last {HELD}: .*crop\(-{n}\)"):
+    cache.reset()
+    for each in (whole, cache) if held else ():
+        fed(model, each, windows(1, held))
+    cut_off(model, cache, more, layer)
+    with pytest.raises(PluginError, match=rf"holds {held + n} tokens and the last {held}: .*crop\(-{n}\)"):
         fed(model, cache, more)
     if n > 1:
         with pytest.raises(PluginError, match="crop more or reset"):
             cache.crop(-1)
     cache.crop(-n)
     assert torch.equal(fed(model, cache, more), fed(model, whole, more))
-    assert {layer.get_seq_length() for layer in cache.layers} == {HELD + n}
-
-
-def test_the_first_prompt_cut_off(model):
-    cache, ids = identity_cache(3), windows(1, HELD)
-    for forget in (lambda: cache.crop(-HELD), cache.reset):
-        cut_off(model, cache, ids)
-        with pytest.raises(PluginError, match=f"holds {HELD} tokens and the last 0"):
-            fed(model, cache, windows(1, 4, seed=1))
-        forget()
-    assert torch.equal(fed(model, cache, ids), fed(model, identity_cache(3), ids))
+    assert {layer.get_seq_length() for layer in cache.layers} == {held + n}
 
 
 ROWS = torch.tensor([1, 0])
