@@ -35,7 +35,7 @@ from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.kernels import cpu
 from gpt2.models.geometry import FULL, LINEAR, NOTHING, SLIDING, Geometry, LayerGeometry, Shape
 
-HISTORIES = int(os.environ.get("FUZZ_HISTORIES", 100 if ALL else 20))
+HISTORIES = int(os.environ.get("FUZZ_HISTORIES", 100 if ALL else 30))
 H, D = 2, 16
 LAYOUTS = [(0, 0), (4, 0), (5, 6), (64, 0), (70, 40)]  # exact sinks, exact latest tokens
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
