@@ -117,8 +117,15 @@ def test_each_step_takes_the_faster_way_for_what_it_holds(table, pretend, auto):
     assert ways(auto, pretended, lengths) == expected and pretended.measured == 1
 
 
+TIMES = {"tokens": [8, 16], "direct_ms": [1.0, 2.0], "reconstructed_ms": [2.0, 3.0]}
+
+
 def test_a_crossover_is_measured_once_and_read_by_later_processes(pretend, auto, fresh, path, caplog):
+    """What another process writes meanwhile stays in the file."""
     pretended = pretend("from 12 on")
+    assert crossover.KNOWN.find("nothing") is None, "the file is read before the other process writes it"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"crossovers": {"of another": TIMES}}))
     for _ in range(3):
         assert ways(auto, pretended, [11, 13]) == [RECONSTRUCTED, DIRECT]
         fresh()
@@ -126,6 +133,8 @@ def test_a_crossover_is_measured_once_and_read_by_later_processes(pretend, auto,
     (record,) = caplog.records
     assert "below 12 tokens (3 against 1 ms at 8 tokens, " in record.message and "\n" not in record.message
     assert str(path.parent) in record.message
+    held = json.loads(path.read_text())["crossovers"]
+    assert len(held) == 2 and held["of another"] == TIMES
 
 
 def test_another_kind_of_step_is_measured_for_itself(pretend, auto, monkeypatch):
@@ -142,7 +151,6 @@ def test_another_kind_of_step_is_measured_for_itself(pretend, auto, monkeypatch)
     assert pretended.measured == len(kinds)
 
 
-TIMES = {"tokens": [8, 16], "direct_ms": [1.0, 2.0], "reconstructed_ms": [2.0, 3.0]}
 DAMAGED = {
     "empty": "", "cut off": '{"crossovers": {"a', "a list": "[]", "of another kind": '{"crossovers": 3}',
     "without crossovers": "{}", "not text": b"\xff\xfe\x00\xff", "deep": "[" * 100_000,
@@ -151,19 +159,19 @@ DAMAGED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_file_counts_as_empty_and_is_replaced(content, pretend, auto, fresh, path):
+def test_a_damaged_file_counts_as_empty_and_is_replaced(pretend, auto, fresh, path):
     pretended = pretend("from 12 on")
-    if isinstance(content, dict):
-        ways(auto, pretended, [5])
-        content = json.dumps({"crossovers": dict.fromkeys(json.loads(path.read_text())["crossovers"], content)})
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    fresh()
-    pretended.measured = 0
-    assert ways(auto, pretended, [11, 13]) == [RECONSTRUCTED, DIRECT] and pretended.measured == 1
-    (held,) = json.loads(path.read_text())["crossovers"].values()
-    assert held["tokens"] == [8, 16, 32]
+    ways(auto, pretended, [5])
+    (kind,) = json.loads(path.read_text())["crossovers"]
+    for what, content in DAMAGED.items():
+        if isinstance(content, dict):
+            content = json.dumps({"crossovers": {kind: content}})
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        fresh()
+        pretended.measured = 0
+        assert ways(auto, pretended, [11, 13]) == [RECONSTRUCTED, DIRECT] and pretended.measured == 1, what
+        held = json.loads(path.read_text())["crossovers"]
+        assert list(held) == [kind] and held[kind]["tokens"] == [8, 16, 32], what
 
 
 @pytest.mark.parametrize("where", ["a folder", "below a file", "no home"])
@@ -179,16 +187,6 @@ def test_where_nothing_can_be_written_it_is_kept_in_memory(where, pretend, auto,
     monkeypatch.setattr(crossover, "KNOWN", Crossovers(path))
     assert ways(auto, pretended, [11, 13]) == ways(auto, pretended, [11, 13]) == [RECONSTRUCTED, DIRECT]
     assert pretended.measured == 1 and "kept in this process alone (" in caplog.records[-1].message
-
-
-def test_what_other_processes_have_measured_stays_in_the_file(pretend, auto, path):
-    pretended = pretend("never")
-    assert crossover.KNOWN.find("nothing") is None, "the file is read before the other process writes it"
-    path.parent.mkdir()
-    path.write_text(json.dumps({"crossovers": {"of another": TIMES}}))
-    ways(auto, pretended, [5])
-    held = json.loads(path.read_text())["crossovers"]
-    assert len(held) == 2 and held["of another"] == TIMES
 
 
 def test_a_slow_machine_is_measured_at_fewer_lengths(pretend, auto, monkeypatch):
@@ -210,33 +208,25 @@ def test_out_of_memory_reads_codes_and_keeps_nothing(pretend, auto, monkeypatch,
 
 
 @pytest.mark.parametrize(("table", "told_at"), [("never", 5), ("from 12 on", 5), ("always", None)])
-def test_who_reads_codes_where_that_is_slower_is_told_once(table, told_at, pretend, auto, fresh, caplog):
+def test_who_reads_codes_where_that_is_slower_is_told_once(table, told_at, pretend, auto, fresh, caplog, monkeypatch):
     """Another process has measured it; above the crossover no warning is logged."""
-    pretended = pretend(table)
+    pretended, asked, kind = pretend(table), [], crossover.kind
     ways(auto, pretended, [5])
     fresh()
     llama = enable_compressed_attention(disable_compressed_attention(auto))
     caplog.clear()
+    monkeypatch.setattr(crossover, "kind", lambda *of: asked.append(0) or kind(*of))
     if table != "never":
-        ways(llama, pretended, [12, 13, 30])
+        ways(llama, pretended, range(12, 20))
         assert not caplog.records
+        # The name of a kind of step takes a good part of a step to put together
+        assert len(asked) == (table == "from 12 on"), "a layer asks once what is known, and only if anything is slower"
     for _ in range(2):
         assert set(ways(llama, pretended, [5, 6, 30])) == {DIRECT}, "always reads codes"
     said = [record.message for record in caplog.records]
     assert len(said) == (told_at is not None)
     assert all(f"at {told_at} tokens" in line and "when='auto'" in line for line in said)
     assert pretended.measured == 1
-
-
-def test_a_layer_asks_once_for_a_batch_what_is_known(pretend, auto, fresh, monkeypatch):
-    """The name of a kind of step takes a good part of a step to put together."""
-    pretended, asked, kind = pretend("from 12 on"), [], crossover.kind
-    ways(auto, pretended, [5])
-    fresh()
-    llama = enable_compressed_attention(disable_compressed_attention(auto))
-    monkeypatch.setattr(crossover, "kind", lambda *of: asked.append(0) or kind(*of))
-    ways(llama, pretended, range(12, 20))
-    assert len(asked) == 1
 
 
 def test_by_default_nothing_is_measured_and_codes_are_read(pretend, llama, tmp_path, caplog):
@@ -257,21 +247,17 @@ def test_a_wrong_choice_names_the_right_ones(llama):
         assert repr(when) in str(caught.value) and not is_enabled(llama)
 
 
-def test_a_copy_keeps_its_choice_when_the_original_changes(pretend, llama):
+def test_enabling_again_takes_what_the_last_call_says_and_copies_keep_their_choice(pretend, llama):
     pretended = pretend("never")
-    enable_compressed_attention(llama, when="auto")
+    for when, expected in (("always", DIRECT), ("auto", RECONSTRUCTED)):
+        assert enable_compressed_attention(llama, when=when) is llama
+        assert ways(llama, pretended, [5]) == [expected]
     copies = copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))
     enable_compressed_attention(llama)
     assert ways(llama, pretended, [5]) == [DIRECT]
     for other in copies:
         assert ways(other, pretended, [5]) == [RECONSTRUCTED]
-
-
-def test_enabling_again_takes_what_the_last_call_says(pretend, llama):
-    pretended = pretend("never")
-    for when, expected in (("auto", RECONSTRUCTED), ("always", DIRECT), ("auto", RECONSTRUCTED)):
-        assert enable_compressed_attention(llama, when=when) is llama
-        assert ways(llama, pretended, [5]) == [expected]
+    enable_compressed_attention(llama, when="auto")
     disable_compressed_attention(llama)
     enable_compressed_attention(llama)
     assert ways(llama, pretended, [5]) == [DIRECT], "a disabled model has no choice left"

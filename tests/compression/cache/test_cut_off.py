@@ -16,13 +16,13 @@ from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_c
 HELD = 10
 
 
-@pytest.fixture(params=[False, True], ids=["reconstruction", "direct"])
+@pytest.fixture(params=[False, True], ids=["reconstruction", "direct"], scope="module")
 def model(request):
     model = tiny_model("llama")
     return enable_compressed_attention(model) if request.param else model
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def llama():
     return tiny_model("llama")
 
@@ -60,31 +60,23 @@ def assert_reset_mends(model, cache) -> None:
     assert torch.equal(fed(model, cache, windows(2, 3)), fed(model, coded(), windows(2, 3)))
 
 
-@pytest.mark.parametrize(("n", "layer"), [(1, 1), (3, 2)])
-def test_a_run_cut_off_between_layers(model, n, layer):
-    """To go on would attend to its tokens twice in the first layers, and once in the others."""
+@pytest.mark.parametrize(("held", "n", "layer"), [(HELD, 1, 1), (HELD, 3, 2), (0, HELD, 1)])
+def test_a_run_cut_off_between_layers(model, held, n, layer):
+    """To go on would attend to its tokens twice in the first layers, and once in the others. Also the first prompt."""
     more, whole, cache = windows(1, n, seed=1), identity_cache(3), identity_cache(3)
-    for each in (whole, cache):
-        fed(model, each, windows(1, HELD))
     cut_off(model, cache, more, layer)
-    with pytest.raises(PluginError, match=rf"holds {HELD + n} tokens and the last {HELD}: .*crop\(-{n}\)"):
+    cache.reset()
+    for each in (whole, cache) if held else ():
+        fed(model, each, windows(1, held))
+    cut_off(model, cache, more, layer)
+    with pytest.raises(PluginError, match=rf"holds {held + n} tokens and the last {held}: .*crop\(-{n}\)"):
         fed(model, cache, more)
     if n > 1:
         with pytest.raises(PluginError, match="crop more or reset"):
             cache.crop(-1)
     cache.crop(-n)
     assert torch.equal(fed(model, cache, more), fed(model, whole, more))
-    assert {layer.get_seq_length() for layer in cache.layers} == {HELD + n}
-
-
-def test_the_first_prompt_cut_off(model):
-    cache, ids = identity_cache(3), windows(1, HELD)
-    for forget in (lambda: cache.crop(-HELD), cache.reset):
-        cut_off(model, cache, ids)
-        with pytest.raises(PluginError, match=f"holds {HELD} tokens and the last 0"):
-            fed(model, cache, windows(1, 4, seed=1))
-        forget()
-    assert torch.equal(fed(model, cache, ids), fed(model, identity_cache(3), ids))
+    assert {layer.get_seq_length() for layer in cache.layers} == {held + n}
 
 
 ROWS = torch.tensor([1, 0])
@@ -110,20 +102,18 @@ def test_a_change_cut_off_halfway(change, error, llama, monkeypatch):
     assert_reset_mends(llama, cache)
 
 
-@pytest.mark.parametrize("change", [
-    lambda cache: cache.reorder_cache(ROWS), lambda cache: cache.batch_select_indices(ROWS),
-    lambda cache: cache.batch_repeat_interleave(1),
-], ids=["reorder", "select", "repeat"])  # fmt: skip
-def test_rows_changed_in_the_first_layers_only(change, llama, monkeypatch):
+def test_rows_changed_in_the_first_layers_only(llama, monkeypatch):
     """Beams of one layer would read those of another."""
     cache = filled(llama)
-    with monkeypatch.context() as patch:
-        patch.setattr(cache.layers[1], "_map", stop)
-        with pytest.raises(KeyboardInterrupt):
-            change(cache)
-    with pytest.raises(PluginError, match="batch selection was interrupted"):
-        fed(llama, cache, windows(2, 1))
-    assert_reset_mends(llama, cache)
+    for change, how in ((cache.reorder_cache, ROWS), (cache.batch_select_indices, ROWS),
+                        (cache.batch_repeat_interleave, 1)):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(cache.layers[1], "_map", stop)
+            with pytest.raises(KeyboardInterrupt):
+                change(how)
+        with pytest.raises(PluginError, match="batch selection was interrupted"):
+            fed(llama, cache, windows(2, 1))
+        assert_reset_mends(llama, cache)
 
 
 def test_what_is_refused_changes_nothing(llama):

@@ -23,20 +23,32 @@ QUANTIZED = ["int8", "int4", "int8_channel", "int4_channel", "none"]
 WIDTHS = [0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0]  # bits of "mixed"
 
 
+@pytest.fixture
+def compiled():
+    if not cpu.loaded():
+        pytest.skip("no compiler on this machine")
+
+
+def drawing(seed: int):
+    """A function that draws noise of a shape."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator)
+
+
+def stores_of(name: str, bits: float, transform: Transform, sinks: int, parts: list) -> tuple:
+    """K's store and V's: halves of one where a basis is of both, otherwise V coded without a basis."""
+    q = QUANTIZERS[name]
+    store = filled(Compressor(q.at(bits) if q.adjustable else q, transform), (sinks, 0), parts)
+    return (Half(store, 0), Half(store, 1)) if transform.joint else (store, filled(Compressor(q), (sinks, 0), parts))
+
+
 @pytest.mark.parametrize(
     ("head_dim", "quantizer", "heads", "M"),
-    covering(
-        [20, 64, 80, 96, 128, 256], [*QUANTIZED, *WIDTHS], [1, 2], range(1, 8),
-    ),
-)  # fmt: skip
+    covering([20, 64, 80, 96, 128, 256], [*QUANTIZED, *WIDTHS], [1, 2], range(1, 8)),
+)
 def test_scores_and_sums(quantizer, head_dim, heads, M, kernels):
     """Ranks of any length, codes of any width, heads that share a basis, a mean, sinks that a block shares."""
-    generator = torch.Generator().manual_seed(head_dim)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    B, H, T, w = 2, 4, 64 * 3 + 9, head_dim * heads
+    B, H, T, w, draw = 2, 4, 64 * 3 + 9, head_dim * heads, drawing(head_dim)
     q = QUANTIZERS["mixed"].at(quantizer) if quantizer in WIDTHS else QUANTIZERS[quantizer]
     rank = min(w - 3, 200) if M % 2 else min(w, 256)  # rows of codes that fill whole vectors, and others
     transform = Transform(draw(H // heads, w, rank), draw(H // heads, rank, w) / w, draw(H // heads, w))
@@ -49,43 +61,38 @@ def test_scores_and_sums(quantizer, head_dim, heads, M, kernels):
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(
     ("k", "v", "shape", "mask"),
-    covering(
-        STORED, STORED, [(64, 1), (128, 4), (80, 3), (256, 7), (64, 11)], [None, "bool", "float", "sink logits"],
-        times=2,
-    ),
+    covering(STORED, STORED, [(64, 1), (128, 4), (80, 3), (256, 7), (64, 11)], [None, "bool", "float", "sink logits"],
+             times=2),
 )  # fmt: skip
 def test_a_decode_step_in_one_pass(k, v, shape, mask, monkeypatch):
     """Blocks of K beside single tokens of V and the other way round, groups of heads, several sequences, any mask."""
-    if not cpu.loaded():
-        pytest.skip("no compiler on this machine")
     d, M = shape
-    generator = torch.Generator().manual_seed(d + M)
-    B, H, T = 2, 4, 64 * 3 + 9
+    B, H, T, draw = 2, 4, 64 * 3 + 9, drawing(d + M)
     stores = []
     for name, heads in ((k, 1), (v, 2)):
-        quantizer, w = QUANTIZERS[name], d * heads
-        E = torch.linalg.qr(torch.randn(H // heads, w, w, generator=generator)).Q
-        transform = Transform(E, E.mT.contiguous(), torch.randn(H // heads, w, generator=generator))
-        compressor = Compressor(quantizer.at(5.0) if quantizer.adjustable else quantizer, transform)
-        stores.append(filled(compressor, (4, 0), [torch.randn(B, H, T, d, generator=generator)]))
-    query = torch.randn(B, H * M, 1, d, generator=generator)
+        E = torch.linalg.qr(draw(H // heads, d * heads, d * heads)).Q
+        transform = Transform(E, E.mT.contiguous(), draw(H // heads, d * heads))
+        quantizer = QUANTIZERS[name].at(5.0) if QUANTIZERS[name].adjustable else QUANTIZERS[name]
+        stores.append(filled(Compressor(quantizer, transform), (4, 0), [draw(B, H, T, d)]))
+    query, how = draw(B, H * M, 1, d), {"mask": None, "scaling": d**-0.5}
     hidden = torch.arange(T) < torch.tensor([[0], [70]])
-    how = {"mask": None, "scaling": d**-0.5}
     if mask == "sink logits":
-        how["sinks"] = torch.randn(H * M, generator=generator)
+        how["sinks"] = draw(H * M)
     elif mask:
         lowest = torch.finfo(torch.float32).min
         how["mask"] = ~hidden[:, None, None] if mask == "bool" else (hidden * lowest)[:, None, None]
     found = direct_attention.attend(*stores, query, **how)
-    monkeypatch.setattr(direct_attention, "scores", None)
-    assert torch.equal(found, direct_attention.attend(*stores, query, **how)), "one pass needs no scores"
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(direct_attention, "scores", None)
+        assert torch.equal(found, direct_attention.attend(*stores, query, **how)), "one pass needs no scores"
     monkeypatch.setattr(cpu, "attend", lambda *args, **kwargs: None)
     assert (found - direct_attention.attend(*stores, query, **how)).abs().max() <= 1e-5 * found.abs().max()
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(
     ("quantizer", "layout", "heads", "d", "M", "sinks", "joint", "bits"),
     covering(["mixed", "int4_channel", "int8_channel"], ["half", "interleaved"], [(4, 1), (4, 2), (2, 2)], [64, 80],
@@ -96,47 +103,36 @@ def test_a_decode_step_absorbs_queries_for_every_frame(quantizer, layout, heads,
 
     Coordinates spread less and less, so that at one bit the last of them have no codes in any block.
     """
-    if not cpu.loaded():
-        pytest.skip("no compiler on this machine")
-    generator = torch.Generator().manual_seed(d + M)
-    (H, groups), B, T = heads, 2, 64 * 17 + 9
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    q, w = QUANTIZERS[quantizer], (2 if joint else 1) * H // groups * d
+    (H, groups), B, T, draw = heads, 2, 64 * 17 + 9, drawing(d + M)
+    w = (2 if joint else 1) * H // groups * d
     Q, spread = torch.linalg.qr(draw(groups, w, w)).Q, torch.logspace(0, -2, w)
     how = {"rotary": Rotary(torch.logspace(0, -3, 24), layout), "shared": 64}
     kind = JointTransform if joint else UnrotatedTransform
     transform = kind(Q * spread, (Q / spread).mT.contiguous(), draw(groups, w), **how)
-    compressor = Compressor(q.at(bits) if q.adjustable else q, transform)
     parts = draw(B, 2 * H if joint else H, T, d).split([700, T - 700], dim=2)
-    store = filled(compressor, (sinks, 0), parts)
-    stores = (Half(store, 0), Half(store, 1)) if joint else (store, filled(Compressor(q), (sinks, 0), parts))
-    query = draw(B, H * M, 1, d)
+    stores, query = stores_of(quantizer, bits, transform, sinks, parts), draw(B, H * M, 1, d)
     found = direct_attention.attend(*stores, query, None, d**-0.5)
     monkeypatch.setattr(cpu, "attend", lambda *args, **kwargs: None)
     assert (found - direct_attention.attend(*stores, query, None, d**-0.5)).abs().max() <= 3e-5 * found.abs().max()
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(
     ("quantizer", "heads", "d", "M", "bits"),
     covering(["mixed", "int4_channel"], [1, 2, "joint"], [(64, 64), (80, 41), (128, 128)], [1, 2, 4, 7, 13], [4, 1.5]),
 )  # fmt: skip
 def test_products_of_bfloat16_models_are_in_bfloat16_where_the_processor_has_them(quantizer, heads, d, M, bits):
     """As near as what is multiplied with codes; odd ranks, rows of codes that fill whole vectors, and others."""
-    if not cpu.loaded():
-        pytest.skip("no compiler on this machine")
-    (d, rank), H, T, generator = d, 4, 64 * 9 + 9, torch.Generator().manual_seed(M)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    q, h, joint = QUANTIZERS[quantizer], 2 if heads == "joint" else heads, heads == "joint"
-    w = d * h * (2 if joint else 1)
-    E = torch.linalg.qr(draw(H // h, w, w)).Q[..., : rank * h * (2 if joint else 1)]
+    (d, rank), H, T, draw = d, 4, 64 * 9 + 9, drawing(M)
+    joint = heads == "joint"
+    h, sides = 2 if joint else heads, 2 if joint else 1
+    w = d * h * sides
+    E = torch.linalg.qr(draw(H // h, w, w)).Q[..., : rank * h * sides]
     matrices = E, E.mT.contiguous(), draw(H // h, w)
     how = {"rotary": Rotary(torch.logspace(0, -3, 24)), "shared": 64}
     transform = JointTransform(*matrices, **how) if joint else Transform(*matrices)
-    compressor = Compressor(q.at(bits) if q.adjustable else q, transform)
-    parts = [x.bfloat16() for x in draw(2, 2 * H if joint else H, T, d).split([500, T - 500], dim=2)]
-    store = filled(compressor, (4, 0), parts)
-    stores = (Half(store, 0), Half(store, 1)) if joint else (store, filled(Compressor(q), (4, 0), parts))
-    query = draw(2, H * M, 1, d).bfloat16()
+    parts = [x.bfloat16() for x in draw(2, H * sides, T, d).split([500, T - 500], dim=2)]
+    stores, query = stores_of(quantizer, bits, transform, 4, parts), draw(2, H * M, 1, d).bfloat16()
     expected = direct_attention.attend(*stores, query.float(), None, d**-0.5)
     found, rounded = direct_attention.attend(*stores, query, None, d**-0.5).float(), expected.bfloat16().float()
     assert (found - expected).norm() <= 0.01 * expected.norm()
@@ -145,9 +141,8 @@ def test_products_of_bfloat16_models_are_in_bfloat16_where_the_processor_has_the
         assert not torch.equal(found, rounded), "otherwise nothing was tested"
 
 
+@pytest.mark.usefixtures("compiled")
 def test_parts_for_the_kernel_are_made_once_a_block_and_never_pickled(monkeypatch):
-    if not cpu.loaded():
-        pytest.skip("no compiler on this machine")
     made, coded = [], cpu.coded
     monkeypatch.setattr(cpu, "coded", lambda *args, **kwargs: made.append(0) or coded(*args, **kwargs))
     x = torch.randn(1, 2, 200, 32)
@@ -174,8 +169,7 @@ def test_what_kernels_made_of_a_basis_is_never_pickled():
 
 
 def test_any_number_of_threads_gives_the_same(kernels):
-    x = torch.randn(1, 3, 640, 64, generator=torch.Generator().manual_seed(0))
-    store = filled(Compressor(QUANTIZERS["int4_channel"]), (4, 0), [x])
+    store = filled(Compressor(QUANTIZERS["int4_channel"]), (4, 0), [drawing(0)(1, 3, 640, 64)])
     q, p = torch.randn(1, 3, 3, 64), torch.rand(1, 3, 3, 640)
     found, before = [], torch.get_num_threads()
     try:
