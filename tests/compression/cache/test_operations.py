@@ -48,18 +48,14 @@ def tensors(cache) -> dict[str, Tensor]:
     """All that a cache of either kind holds for later queries, by name."""
     held = {}
     for index, layer in enumerate(cache.layers):
-        window = getattr(layer, "sliding_window", None)
-        for name in ("keys", "values"):
-            x = getattr(layer, name, None)
-            if x is not None and x.numel():
-                held[f"{index}.{name}"] = x[:, :, -(window - 1) :] if window else x
+        for name in ("keys", "values", "indexer_keys", "indexer_position_ids"):
+            held[f"{index}.{name}"] = getattr(layer, name, None)
+        if window := getattr(layer, "sliding_window", None):
+            for name in (f"{index}.keys", f"{index}.values"):
+                held[name] = None if held[name] is None else held[name][:, :, -(window - 1) :]
         for name in ("conv_states", "recurrent_states"):
-            states = getattr(layer, name, {})
-            held |= {f"{index}.{name}.{i}": state for i, state in states.items() if state is not None}
-        for name in ("indexer_keys", "indexer_position_ids"):
-            if getattr(layer, name, None) is not None:
-                held[f"{index}.{name}"] = getattr(layer, name)
-    return held
+            held |= {f"{index}.{name}.{i}": state for i, state in getattr(layer, name, {}).items()}
+    return {name: x for name, x in held.items() if x is not None and x.numel()}
 
 
 def assert_same(family: str, ours, theirs, more: Tensor, exactly: bool = True) -> None:

@@ -58,8 +58,7 @@ def exact() -> tuple:
 
 
 @pytest.mark.parametrize(
-    ("name", "sinks", "chunk"),
-    covering(["int4", "int4_channel", "joint", "framed"], [0, 4, 66], [150, 64, 7]),
+    ("name", "sinks", "chunk"), covering(["int4", "int4_channel", "joint", "framed"], [0, 4, 66], [150, 64, 7])
 )
 def test_each_row_has_sinks_of_its_own(name, sinks, chunk):
     """However the prompt is fed; a row of one padding slot is known from the others."""
