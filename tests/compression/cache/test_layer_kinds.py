@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from generation import assistant_of, generate, sample
 from kinds import KINDS, RECURRENT, STEPWISE, cut, feed, geometry_of, ids_of, model_of, ours, theirs
-from sampling import covering, sampled
+from sampling import covering
 from torch import Tensor
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache.size import cache_bytes
 from gpt2.compression.codecs import QUANTIZERS, Compressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache
-from gpt2.evaluation.humaneval.completions import select_rows
 
 NEW = 10  # generated tokens
 
 
+def prompt(model) -> Tensor:
+    return cut(model.config.model_type, ids_of())
+
+
 def answer(model, cache, ids: Tensor | None = None, **how) -> Tensor:
-    return generate(model, cache, ids_of() if ids is None else ids, **{"max_new_tokens": NEW} | how)
+    return generate(model, cache, prompt(model) if ids is None else ids, **{"max_new_tokens": NEW} | how)
 
 
 def left_padded(model, cache) -> Tensor:
@@ -38,14 +39,14 @@ def turns(model, cache, first: int, second: int, **how) -> Tensor:
 
 
 def warm_beams(model, cache) -> Tensor:
-    feed(model, cache, ids_of()[:, :-1])
+    feed(model, cache, prompt(model)[:, :-1])
     cache.batch_repeat_interleave(2)
     return answer(model, cache, num_beams=2)
 
 
 MODES = {
     "greedy": answer,
-    "sampling": lambda model, cache: sample(model, cache, ids_of(), max_new_tokens=NEW),
+    "sampling": lambda model, cache: sample(model, cache, prompt(model), max_new_tokens=NEW),
     "beams": lambda model, cache: answer(model, cache, num_beams=3, num_return_sequences=2),
     "beams-batch": lambda model, cache: answer(model, cache, ids_of(batch=2), num_beams=2),
     "prompt-lookup": lambda model, cache: answer(model, cache, ids_of(70).repeat(1, 2), prompt_lookup_num_tokens=4),
@@ -60,7 +61,9 @@ MODES = {
 }
 
 
-@functools.cache
+TAKES_BACK = ("prompt-lookup", "assisted", "assisted-turns")  # guesses that were wrong
+
+
 def expected(family: str, mode: str) -> Tensor | Exception:
     """The tokens with transformers' own cache, or its error, of any kind."""
     try:
@@ -75,7 +78,7 @@ def test_logits_are_those_of_transformers(family):
     geometry = geometry_of(family)
     coarse = [Compressor(QUANTIZERS["int4"])] * geometry.num_layers
     lossy = CompressedDynamicCache(coarse, coarse, geometry=geometry, sink_tokens=0)
-    sizes = [20, 10, 1, 1, 7] if family in STEPWISE else [100, 60, 1, 1, 7]
+    sizes = [20, 10, 1, 1, 7] if family in STEPWISE else [100, 40, 1, 1, 7]
     parts = ids_of(sum(sizes)).split(sizes, dim=1)
     caches = (theirs(family), ours(family), lossy)
     wanted, exact, changed = (torch.cat([feed(model_of(family), each, x) for x in parts], dim=1) for each in caches)
@@ -89,32 +92,13 @@ def test_logits_are_those_of_transformers(family):
 def test_an_exact_cache_gives_the_same_tokens_or_the_same_refusal(family, mode):
     model, wanted = model_of(family), expected(family, mode)
     if not isinstance(wanted, Exception):
+        assert family not in RECURRENT or mode not in TAKES_BACK, "recurrent states can't be put back"
         assert torch.equal(MODES[mode](model, ours(family)), wanted)
         assert len(wanted[0, -NEW:].unique()) >= 4, "a model that repeats itself would prove nothing"
     elif mode == "warm-beams":  # transformers' own cache can't repeat the states of linear layers, ours can
         assert any(layer.kind != "full_attention" for layer in geometry_of(family).layers)
         assert torch.equal(MODES[mode](model, ours(family)), answer(model, theirs(family), num_beams=2))
-    else:
+    else:  # older versions of transformers can't take tokens back behind a window either
+        assert mode in TAKES_BACK, f"transformers itself failed: {wanted!r}"
         with pytest.raises((type(wanted), PluginError)):
             MODES[mode](model, ours(family))
-
-
-def test_transformers_does_what_is_compared():
-    """Otherwise the same refusal would be all that is seen."""
-    some = {*RECURRENT, *sampled(KINDS, 4)}
-    refused = {family for family in some if isinstance(expected(family, "assisted"), Exception)}
-    # Older versions can't take tokens back behind a window either
-    assert set(RECURRENT) <= refused < some, "recurrent states can't be put back"
-    assert not any(isinstance(expected(family, "greedy"), Exception) for family in some)
-
-
-@pytest.mark.parametrize(("family", "make"), covering(KINDS, [ours, theirs]))
-def test_rows_are_selected_with_their_states(family, make):
-    """Also of transformers' own cache, which leaves states out or raises."""
-    model, cache, ids = model_of(family), make(family), cut(family, ids_of(40, batch=3))
-    feed(model, cache, ids)
-    select_rows(cache, torch.tensor([2, 0]))
-    alone = make(family)
-    feed(model, alone, ids[[2, 0]])
-    more = ids_of(3, batch=2, seed=1)
-    torch.testing.assert_close(feed(model, cache, more), feed(model, alone, more), rtol=1e-3, atol=1e-4)

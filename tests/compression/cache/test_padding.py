@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from direct import SETTINGS, both
+from direct import cache_of as setting_cache_of
 from generation import generate, model_of, prompt
 from sampling import covering
 from tiny import tiny_loaded
@@ -13,10 +14,9 @@ from transformers import DynamicCache
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache.padding import PaddingFinder
 from gpt2.compression.calibration.stand_in import stand_in
-from gpt2.compression.codecs import IdentityCompressor, multi_head_bases
+from gpt2.compression.codecs import QUANTIZERS, Compressor, multi_head_bases
 from gpt2.compression.compressed_cache import CompressedDynamicCache
-from gpt2.compression.settings import build, compressors_for
-from gpt2.models.geometry import Geometry
+from gpt2.compression.settings import compressors_for
 
 LENGTHS = (150, 20, 149, 87)  # tokens of the rows: no padding, much, one slot, less than a block
 
@@ -28,12 +28,16 @@ def batch(lengths=LENGTHS, longest=150):
     return ids.masked_fill(mask == 0, 0), mask
 
 
+@functools.cache
+def calibration():
+    return stand_in(tiny_loaded("llama"))
+
+
 def cache_of(name: str, **how):
-    if name in multi_head_bases():
-        made = stand_in(tiny_loaded("llama"))
-        return CompressedDynamicCache(*compressors_for("kv", 4.0, None, made, codec=name, quantizer="mixed"), **how)
-    sides = {side: [SETTINGS[name]] * 3 for side in ("k", "v")}
-    return CompressedDynamicCache(*build(sides, Geometry.uniform(3, 2, 12)), **how)
+    if name not in multi_head_bases():
+        return setting_cache_of(model_of("llama"), SETTINGS[name], SETTINGS[name], **how)
+    compressors = compressors_for("kv", 4.0, None, calibration(), codec=name, quantizer="mixed")
+    return CompressedDynamicCache(*compressors, **how)
 
 
 def stored(cache, chunk: int = 150):
@@ -54,8 +58,7 @@ def exact() -> tuple:
 
 
 @pytest.mark.parametrize(
-    ("name", "sinks", "chunk"),
-    covering(["int4", "int4_channel", "joint", "framed"], [0, 4, 66], [150, 64, 7]),
+    ("name", "sinks", "chunk"), covering(["int4", "int4_channel", "joint", "framed"], [0, 4, 66], [150, 64, 7])
 )
 def test_each_row_has_sinks_of_its_own(name, sinks, chunk):
     """However the prompt is fed; a row of one padding slot is known from the others."""
@@ -116,8 +119,8 @@ def test_a_conversation_of_padded_rows_goes_on_and_starts_again():
 @pytest.mark.parametrize(("rows", "others"), [(1, 4), (2, 4), (4, 1)])
 def test_a_batch_that_is_rejected_does_not_count_as_padding(rows, others):
     """Rows of one slot could still be padding; of another number of rows they would be broadcast, or fail."""
-    sides = {side: [SETTINGS["int4"]] for side in ("k", "v")}
-    cache, same = (CompressedDynamicCache(*build(sides, Geometry.uniform(1, 2, 12))) for _ in range(2))
+    int4 = [Compressor(QUANTIZERS["int4"])]
+    cache, same = CompressedDynamicCache(int4, int4), CompressedDynamicCache(int4, int4)
     first, more = (torch.randn(2, rows, 2, n, 12) for n in (1, 90))
     cache.update(*first, 0), same.update(*first, 0)
     with pytest.raises(PluginError, match=f"holds a batch of {rows}, got {others} sequences"):
@@ -141,11 +144,9 @@ def test_padding_is_found_by_keys_that_repeat(chunk):
 
 def test_padding_stays_known_when_the_rows_that_told_it_are_gone():
     """That one slot of a row is padding, and not its first token, is known only from a row with more of it."""
-    keys_exact = CompressedDynamicCache(
-        [IdentityCompressor()] * 3, [cache_of("int4").layers[0].stores["V"].compressor] * 3
-    )
-    for cache in (stored(cache_of("int4")), stored(keys_exact)):
-        cache.batch_select_indices(torch.tensor([0, 2]))
+    keys_exact = setting_cache_of(model_of("llama"), None, SETTINGS["int4"])
+    for cache in (cache_of("int4"), keys_exact):
+        stored(cache).batch_select_indices(torch.tensor([0, 2]))
         assert cache.padding.tolist() == [0, 1]
 
 

@@ -6,7 +6,7 @@ from direct import named_cache as cache_of
 from generation import assistant_of, generate, model_of, prompt
 from reported import bloom, enabled, logits, lost
 from sampling import covering, sampled
-from tiny import tiny_model
+from tiny import GQA, tiny_model
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -65,13 +65,13 @@ def test_values_beyond_float16_are_stored_and_read_directly(name, dtype, first, 
 WARNED = ["layer 0, K:", "layer 0, V:"]
 
 
-@pytest.mark.parametrize(("name", "size", "dtype"), [
-    ("mixed", 1e5, torch.float32), ("int4_channel", 1e6, torch.bfloat16), ("int8", 1e3, torch.float32),
-    ("int4_channel", 6e4, torch.float16),
+@pytest.mark.parametrize(("name", "size", "dtype", "warned"), [
+    ("mixed", 1e5, torch.float32, WARNED), ("int4_channel", 1e6, torch.bfloat16, WARNED),
+    ("int8", 1e3, torch.float32, []), ("int4_channel", 6e4, torch.float16, []),
 ])  # fmt: skip
-def test_values_beyond_what_a_codec_can_say_are_warned_of_once(name, size, dtype, caplog):
+def test_values_beyond_what_a_codec_can_say_are_warned_of_once(name, size, dtype, warned, caplog):
     stored_singly(name, torch.full((1, 2, 192, 12), -size, dtype=dtype))
-    assert [record.getMessage()[:11] for record in caplog.records] == (WARNED if size >= 1e5 else [])
+    assert [record.getMessage()[:11] for record in caplog.records] == warned
 
 
 def test_single_tokens_on_a_gpu_are_looked_at_later(monkeypatch, caplog):
@@ -108,12 +108,8 @@ def test_a_prompt_of_one_token(family, name, direct):
     model = enabled(tiny_model(family), direct)
     ids = prompt(70, seed=3)
     assert lost(*ours_and_plain(model, name, *ids.split([1, 1, 68], dim=1))) < 0.06
-    embedded = model.get_input_embeddings()(ids[:, :1])
-    caches = cache_of(name, model), cache_of("plain", model)
-    found, expected = (
-        model.generate(inputs_embeds=embedded, past_key_values=cache, max_new_tokens=5, do_sample=False)
-        for cache in caches
-    )
+    how = {"inputs_embeds": model.get_input_embeddings()(ids[:, :1]), "max_new_tokens": 5, "do_sample": False}
+    found, expected = (model.generate(past_key_values=cache_of(each, model), **how) for each in (name, "plain"))
     assert found.shape == expected.shape and torch.equal(found[:, :4], expected[:, :4]), "within the sinks"
 
 
@@ -126,7 +122,7 @@ def test_a_text_that_begins_with_one_token_many_times(name, repeats, sinks):
     assert lost(*ours_and_plain(bloom(), name, *ids.split([40, repeats + 60], dim=1), sink_tokens=sinks)) < 0.03
 
 
-def test_it_is_read_directly_too():
+def test_direct_attention_reads_a_text_that_begins_with_one_token_many_times():
     cache = cache_of("int8_channel", tiny_model("llama"))
     k = torch.randn(1, 2, 150, 12, generator=torch.Generator().manual_seed(0))
     k[:, :, :80] = k[:, :, :1]
@@ -160,18 +156,16 @@ def test_other_tokens_after_a_crop_of_padded_rows(name, kept, direct):
     model, ids = enabled(tiny_model("llama"), direct), prompt(150, batch=2)
     mask = torch.ones_like(ids)
     mask[0, :20] = ids[0, :20] = 0
-    after, again = prompt(80, batch=2, seed=9), torch.cat((mask[:, :kept], torch.ones(2, 80, dtype=torch.long)), dim=1)
-    where, found = kept + torch.arange(80).expand(2, -1), []
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    after = prompt(80, batch=2, seed=9)
+    again, where = torch.cat((mask[:, :kept], torch.ones_like(after)), dim=1), kept + torch.arange(80).expand(2, -1)
+    found = []
     for cache in (cache_of(name, model), cache_of("plain", model)):
-        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
         model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
         cache.crop(kept - 150)
-        parts = (
-            model(after[:, x], again[:, : kept + x.stop], where[:, x], past_key_values=cache).logits
-            for x in (slice(0, 1), slice(1, 80))
-        )
-        found.append(torch.cat(list(parts), dim=1))
-    assert lost(*found) < 0.08
+        for x in (slice(0, 1), slice(1, 80)):
+            found.append(model(after[:, x], again[:, : kept + x.stop], where[:, x], past_key_values=cache).logits)
+    assert lost(torch.cat(found[:2], dim=1), torch.cat(found[2:], dim=1)) < 0.08
 
 
 @pytest.mark.parametrize("length", sampled([1, 3, 2], 2))
@@ -189,8 +183,8 @@ def test_guesses_that_are_taken_back_behind_a_short_padded_prompt(length):
 # --- positions that change with the length of a text
 
 
-ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6,
-        "original_max_position_embeddings": 40}  # fmt: skip
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6,
+            "original_max_position_embeddings": 40}  # fmt: skip
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 
 
@@ -199,32 +193,23 @@ def said(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name.startswith("gpt2")]
 
 
-@pytest.fixture
-def phi3():
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        "phi3", vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0, eos_token_id=None, original_max_position_embeddings=40,
-        max_position_embeddings=512, rope_parameters=ROPE,
-    )).eval()  # fmt: skip
-
-
-def test_a_long_prompt_of_phi3_keeps_the_cache_it_is_given(phi3):
-    cache = identity_cache(2)
+def test_phi3_keeps_a_cache_of_a_long_prompt_and_drops_that_of_a_growing_text(tmp_path, caplog):
+    """Near the length at which it is dropped a cache says so once, and each way in says it of the model."""
+    shape = GQA | {"num_hidden_layers": 2, "original_max_position_embeddings": 40, "rope_parameters": LONGROPE}
+    phi3 = AutoModelForCausalLM.from_config(AutoConfig.for_model("phi3", **shape)).eval()
+    cache, how = identity_cache(2), {"return_dict_in_generate": True}
     assert not cache
-    out = generate(phi3, cache, PROMPT, max_new_tokens=5, return_dict_in_generate=True)
+    out = generate(phi3, cache, PROMPT, max_new_tokens=5, **how)
     assert out.past_key_values is cache and cache.get_seq_length() == 64 and cache
 
-
-def test_a_cache_near_the_length_at_which_phi3_drops_it_says_so_once(phi3, caplog):
+    caplog.clear()
     cache = identity_cache(probe_geometry(phi3, "tiny"))
     generate(phi3, cache, PROMPT[:, :20], max_new_tokens=4)
     assert not said(caplog)
-    out = generate(phi3, cache, PROMPT[:, :30], max_new_tokens=30, return_dict_in_generate=True)
+    out = generate(phi3, cache, PROMPT[:, :30], max_new_tokens=30, **how)
     assert out.past_key_values is not cache and cache.get_seq_length() == 40
     assert [text[:27] for text in said(caplog)] == ["this cache holds 30 tokens,"]
 
-
-def test_each_way_in_warns_that_phi3_will_drop_a_cache(phi3, tmp_path, caplog):
     phi3.config.save_pretrained(tmp_path)
     for way in (lambda: create_cache_from_preset(get_preset_info(str(tmp_path), "kv8")),
                 lambda: create_cache_from_policy(phi3.config, "default"),
@@ -243,14 +228,11 @@ def test_positions_that_change_with_length_are_warned_of(family, how, warning, c
     assert [warning in text for text in said(caplog)] == [True] * (warning is not None)
 
 
-def test_a_config_with_dynamic_positions_tells_the_shape_of_its_cache():
-    config = tiny_model("llama", rope_parameters=DYNAMIC).config
-    assert str(geometry_of(config, "tiny")[0]) == "3 layers: full_attention, K 2 x 12, V 2 x 12"
-    assert config.rope_parameters["rope_type"] == "dynamic"
-
-
-def test_scaled_positions_are_another_model():
+def test_other_positions_are_another_model_with_a_cache_of_the_same_shape():
     yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 512}
     plain, scaled = tiny_model("llama"), tiny_model("llama", rope_parameters=yarn)
     assert fingerprint(plain) != fingerprint(scaled)
     assert fingerprint(plain) == fingerprint(tiny_model("llama", max_position_embeddings=1024))
+    config = tiny_model("llama", rope_parameters=DYNAMIC).config
+    assert str(geometry_of(config, "tiny")[0]) == "3 layers: full_attention, K 2 x 12, V 2 x 12"
+    assert config.rope_parameters["rope_type"] == "dynamic"

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from gpt2.compression.cache import size
 from gpt2.compression.cache.size import cache_bytes, compression_ratio, exact_and_unused_bytes, filled, held_bytes
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
-from gpt2.compression.settings import Setting, build, compressors_for, uniform
+from gpt2.compression.settings import Setting, build, compressors_for
 from gpt2.models.geometry import FULL, SLIDING, Geometry, LayerGeometry, Shape
 
 SHAPE = Geometry.uniform(2, 3, 64)
@@ -81,9 +81,8 @@ def shorter(monkeypatch):
     monkeypatch.setattr(size, "LONGEST_MEASURED", LONGEST)
 
 
-def factory(geometry: Geometry, setting: Setting | None, **exact: int):
-    plan = uniform("kv", geometry, setting) if setting else dict.fromkeys("kv", [None] * geometry.num_layers)
-    return partial(CompressedDynamicCache, *build(plan, geometry), geometry=geometry, **exact)
+def factory(geometry: Geometry, settings: list[Setting | None], **exact: int):
+    return partial(CompressedDynamicCache, *build({"k": settings, "v": settings}, geometry), geometry=geometry, **exact)
 
 
 def assert_as_filled(make, geometry: Geometry, **how) -> None:
@@ -92,22 +91,19 @@ def assert_as_filled(make, geometry: Geometry, **how) -> None:
     assert held_bytes(make, geometry, LONGER, **how) == real
 
 
-@pytest.mark.parametrize(("setting", "exact", "how"), [
-    (None, {}, {}), (INT4, {}, {}), (BLOCKS, {}, {}), (BLOCKS, {"sink_tokens": 0}, {"dtype": torch.float32}),
-    (BLOCKS, {"sink_tokens": 7, "recent_tokens": 100}, {"dtype": torch.float32, "chunk": 300}),
+@pytest.mark.parametrize(("settings", "exact", "how"), [
+    ([None] * 2, {}, {}), ([INT4] * 2, {}, {}), ([BLOCKS] * 2, {}, {}),
+    ([BLOCKS] * 2, {"sink_tokens": 0}, {"dtype": torch.float32}),
+    ([BLOCKS] * 2, {"sink_tokens": 7, "recent_tokens": 100}, {"dtype": torch.float32, "chunk": 300}),
+    ([INT4, None, INT4], {}, {}),
 ])  # fmt: skip
-def test_bytes_of_a_long_sequence_are_those_of_a_real_cache(setting, exact, how):
-    geometry = Geometry((STATES, WINDOW))
-    assert_as_filled(factory(geometry, setting, **exact), geometry, **how)
-
-
-def test_layers_of_different_codecs_count_each_as_its_own():
-    geometry = Geometry((FULL_LAYER,) * 3)
-    make = partial(
-        CompressedDynamicCache, *build({side: [INT4, None, INT4] for side in "kv"}, geometry), geometry=geometry
-    )
-    assert size.layers_alike(make, geometry) == {0: 2, 1: 1}
-    assert_as_filled(make, geometry)
+def test_bytes_of_a_long_sequence_are_those_of_a_real_cache(settings, exact, how):
+    """Layers of different kinds and codecs count each as its own."""
+    geometry = Geometry((STATES, WINDOW) if len(settings) == 2 else (FULL_LAYER,) * 3)
+    make = factory(geometry, settings, **exact)
+    if len(settings) == 3:
+        assert size.layers_alike(make, geometry) == {0: 2, 1: 1}
+    assert_as_filled(make, geometry, **how)
 
 
 def test_nothing_longer_than_that_is_stored(monkeypatch):
@@ -115,7 +111,7 @@ def test_nothing_longer_than_that_is_stored(monkeypatch):
     geometry, lengths, real = Geometry.uniform(1, 1, 16), [], size.noise
     monkeypatch.setattr(size, "noise", lambda *shape, **how: lengths.append(shape[1]) or real(*shape, **how))
     for tokens in (LONGEST, LONGER):
-        held_bytes(factory(geometry, INT4), geometry, tokens)
+        held_bytes(factory(geometry, [INT4]), geometry, tokens)
     assert lengths == [LONGEST]
 
 

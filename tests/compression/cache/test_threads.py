@@ -11,20 +11,18 @@ from functools import partial
 
 import pytest
 import torch
-from calibrations import TEXT
 from presets import PRESET
 from sampling import ALL
-from tiny import tiny_loaded, windows
+from tiny import windows
 from torch import Tensor
 from transformers import DynamicCache
 
 from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention, is_enabled
 from gpt2.compression.cache.attention import NAME
-from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import save_calibration
 from gpt2.compression.presets import build, calibration_lookup, create_cache_from_preset
 
-STEPS = 25 if ALL else 8
+STEPS = 25 if ALL else 6
 
 
 @pytest.fixture(autouse=True)
@@ -36,21 +34,15 @@ def often():
     sys.setswitchinterval(before)
 
 
-@pytest.fixture(scope="module")
-def loaded():
-    return tiny_loaded("llama")
+@pytest.fixture
+def model(llama):
+    yield llama.model
+    disable_compressed_attention(llama.model)
 
 
 @pytest.fixture
-def model(loaded):
-    yield loaded.model
-    disable_compressed_attention(loaded.model)
-
-
-@pytest.fixture(scope="module")
-def preset(loaded, tmp_path_factory):
-    made = calibrate(loaded, TEXT, rank=6, samples=2, seq_len=48)
-    file = save_calibration(made, tmp_path_factory.mktemp("made") / "c.pt")
+def preset(calibration, tmp_path):
+    file = save_calibration(calibration, tmp_path / "c.pt")
     return PRESET | {"target": "kv", "bits": 4, "calibration_file": str(file)}
 
 
@@ -91,7 +83,7 @@ def steps(model, cache, ids: Tensor) -> Iterator[list[float]]:
 
 def prompt(i: int) -> Tensor:
     """Of the `i`th thread: the steps after it fill a block."""
-    return windows(1, 186 + i, seed=i)
+    return windows(1, 123 + i, seed=i)
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["reconstruction", "direct"])
