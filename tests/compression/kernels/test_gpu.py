@@ -11,7 +11,7 @@ from tiny import tiny_model, windows
 from torch import Tensor
 
 from gpt2.compression.cache.token_store import Half
-from gpt2.compression.codecs import QUANTIZERS, Compressor, JointTransform
+from gpt2.compression.codecs import QUANTIZERS, Compressor
 from gpt2.compression.codecs.rope import Rotary
 from gpt2.compression.kernels import dispatch
 
@@ -24,10 +24,10 @@ from kernels_interpreted import (  # noqa: E402
     bfloat16_products,  # noqa: F401
     compare,
     compressor,
+    joint,
     quantizer,
     store,
     tokens,
-    transform,
 )
 
 from gpt2.common.errors import PluginError  # noqa: E402
@@ -65,8 +65,8 @@ def test_every_quantizer(name, dtype, rank, monkeypatch):
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_codes_that_k_and_v_share_and_a_query_for_every_frame(dtype, layout, monkeypatch):
-    basis, rotary = transform(256, 256), Rotary(torch.logspace(0, -3, 24), layout)  # of 64 channels 48 rotate
-    own = Compressor(quantizer("mixed", 256), JointTransform(*vars(basis).values(), rotary, 64))
+    rotary = Rotary(torch.logspace(0, -3, 24), layout)  # of 64 channels 48 rotate
+    own = Compressor(quantizer("mixed", 256), joint(256, rotary))
     x = (tokens(1000 if CUDA else 300, 64, 2, heads=8) + 3).to(DEVICE, dtype)
     held, query = store(own, x, (200, x.shape[2] - 200)), tokens(1, 64, 2, heads=8, seed=3).to(DEVICE, dtype)
     compare(monkeypatch, Half(held, 0), Half(held, 1), query, tolerance=max(TOLERANCES[dtype], 2e-4))
