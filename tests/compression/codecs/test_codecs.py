@@ -12,9 +12,8 @@ from gpt2.compression import codecs
 from gpt2.compression.codecs import BASES, CODECS, IDENTITY, QUANTIZERS, Compressor, JointTransform, Transform, basis_of
 from gpt2.compression.codecs.mixed import MixedFixed, cheapest, errors
 from gpt2.compression.codecs.moments import Moments
-from gpt2.compression.codecs.multi_head import heads_per_group, side_by_side
 from gpt2.compression.codecs.per_channel import Int4Channel
-from gpt2.compression.codecs.rope import Rotary
+from gpt2.compression.codecs.rope import NONE
 from gpt2.models.geometry import Geometry
 
 H, D, T = 4, 12, 256  # heads of K or V; of both together for a codec that takes them so
@@ -46,12 +45,11 @@ def moments_of(x: torch.Tensor) -> Moments:
 
 def fit(codec: str, x: torch.Tensor) -> tuple[Transform, torch.Tensor]:
     """A codec's transform of x, in float64, and its spectrum; the first half of the heads is K where it is joint."""
-    if not basis_of(codec).joint:
-        return basis_of(codec).fit(moments_of(x), 0)
-    k, v = x.chunk(2, dim=1)
-    groups = k.shape[1] // heads_per_group(k.shape[1], D)
-    transform, spectrum = basis_of(codec).fit(moments_of(side_by_side(k, v, groups)), 0)
-    return JointTransform(transform.E, transform.D, transform.mean, Rotary(torch.zeros(0), "none")), spectrum
+    basis = basis_of(codec)
+    if not basis.joint:
+        return basis.fit(moments_of(x), 0)
+    transform, spectrum = basis.fit(moments_of(basis.arrange(*x.chunk(2, dim=1), NONE, 0)[0]), 0)
+    return JointTransform(transform.E, transform.D, transform.mean, NONE), spectrum
 
 
 def compressor(codec: str, quantizer: str, x: torch.Tensor, rank: int = D) -> Compressor:

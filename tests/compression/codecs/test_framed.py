@@ -6,7 +6,7 @@ from calibrations import TEXT, D, H, L, preset_of
 from direct import both
 from multi_head import reads_like_the_reference, vectors
 from sampling import covering
-from tiny import tiny_loaded, windows
+from tiny import windows
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.codecs import QUANTIZERS, Compressor, JointTransform
@@ -96,19 +96,18 @@ def test_quantizers_that_cut_frames_are_rejected_and_what_has_few_is_read_direct
 # --- from calibration to generation
 
 
-def test_its_presets_by_ratio_are_read_as_they_are_stored(tmp_path):
-    loaded, prompt = tiny_loaded("llama"), windows(2, 150)
-    how = {"codec": "framed", "samples": 4, "seq_len": 200, "seed": 0, "sink_tokens": 4}
-    made = compact_calibration(loaded, TEXT, tmp_path / "f.pt", **how)
-    found = make_ratio_preset(loaded, made, 3.5)
+def test_its_presets_by_ratio_are_read_as_they_are_stored(llama, tmp_path):
+    prompt, how = windows(2, 150), {"codec": "framed", "samples": 4, "seq_len": 200, "seed": 0, "sink_tokens": 4}
+    made = compact_calibration(llama, TEXT, tmp_path / "f.pt", **how)
+    found = make_ratio_preset(llama, made, 3.5)
     assert found.name == "kv-3.5x" and found.compression_ratio >= 3.5
     preset = preset_of(made, tmp_path / "f.pt")
     cache = create_cache_from_preset(preset, dtype=torch.float64)
-    reads_like_the_reference(loaded, cache, prompt, max_new_tokens=8)
+    reads_like_the_reference(llama, cache, prompt, max_new_tokens=8)
     assert [sorted(layer.stores) for layer in cache.layers] == [["KV"]] * L and cache.readable
     assert cache.layers[0].stores["KV"].compressor.transform.E.shape == (1, 2 * H * D, 2 * H * D)
 
     def tokens(cache):
-        return loaded.model.generate(prompt, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        return llama.model.generate(prompt, past_key_values=cache, max_new_tokens=6, do_sample=False)
 
-    assert torch.equal(*both(loaded.model, lambda: create_cache_from_preset(preset, model=loaded), tokens))
+    assert torch.equal(*both(llama.model, lambda: create_cache_from_preset(preset, model=llama), tokens))

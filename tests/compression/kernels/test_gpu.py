@@ -25,6 +25,7 @@ from kernels_interpreted import (  # noqa: E402
     compare,
     compressor,
     joint,
+    make,
     quantizer,
     store,
     tokens,
@@ -44,12 +45,10 @@ pytestmark = [
 only_cuda = pytest.mark.skipif(not CUDA, reason="too slow in the interpreter")
 
 
-def layer(k: str, v: str, d: int, dtype: torch.dtype, *, rank: int | None = None, chunks=(150, 70, 1), per_head=3,
-          batch=1, heads=2):  # fmt: skip
+def layer(k: str, v: str, d: int, rank: int | None = None, *, chunks=(150, 70, 1), per_head=3, **how):
     """K's store, V's store and a query of one token, [B, Hq, 1, d], on the device."""
-    sides = [tokens(sum(chunks), d, batch, heads, seed).to(DEVICE, dtype) for seed in (1, 2)]
-    stores = [store(compressor(name, d, rank), x, chunks) for name, x in zip((k, v), sides, strict=True)]
-    return *stores, tokens(1, d, batch, heads * per_head, 3).to(DEVICE, dtype)
+    own = (compressor(name, d, rank) for name in (k, v))
+    return make(*own, d, chunks=chunks, per_head=per_head, device=DEVICE, **how)
 
 
 # --- kernels
@@ -58,7 +57,7 @@ def layer(k: str, v: str, d: int, dtype: torch.dtype, *, rank: int | None = None
 @pytest.mark.parametrize(("dtype", "rank"), [*((dtype, None) for dtype in TOLERANCES), (torch.bfloat16, 60)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_quantizer(name, dtype, rank, monkeypatch):
-    made = layer(name, "int4" if rank else name, 64, dtype, rank=rank)
+    made = layer(name, "int4" if rank else name, 64, rank, dtype=dtype)
     compare(monkeypatch, *made, tolerance=TOLERANCES[dtype])
 
 
@@ -75,13 +74,13 @@ def test_codes_that_k_and_v_share_and_a_query_for_every_frame(dtype, layout, mon
 @only_cuda
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "mixed_fixed"])
 def test_a_long_context_of_a_real_shape(name, monkeypatch):
-    made = layer(name, name, 128, torch.bfloat16, chunks=(9000, 500, 1, 1), per_head=4, batch=2, heads=8)
+    made = layer(name, name, 128, dtype=torch.bfloat16, chunks=(9000, 500, 1, 1), per_head=4, batch=2, heads=8)
     compare(monkeypatch, *made, tolerance=TOLERANCES[torch.bfloat16])
 
 
 @pytest.mark.parametrize("own_sinks", [False, True])
 def test_left_padding(own_sinks, monkeypatch):
-    k, v, query = layer("int4_channel", "int8", 64, torch.float32, batch=2)
+    k, v, query = layer("int4_channel", "int8", 64, batch=2)
     seen = torch.ones(2, 1, 1, len(k), dtype=torch.bool, device=DEVICE)
     seen[1, ..., :90] = False
     if own_sinks:
