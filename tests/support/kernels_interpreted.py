@@ -88,25 +88,23 @@ def store(
 
 def make(
     k: Compressor, v: Compressor, d: int, *, n: int = 150, chunks=(), queries: int = 1, per_head: int = 1,
-    batch: int = 1, dtype=torch.float32, **layout,
+    batch: int = 1, heads: int = H, dtype=torch.float32, device="cpu", **layout,
 ):  # fmt: skip
     """K's store, V's store and a query [B, Hq, Q, d]."""
     chunks = chunks or (n,)
-    sides = (tokens(sum(chunks), d, batch, seed=seed).to(dtype) for seed in (1, 2))
+    sides = (tokens(sum(chunks), d, batch, heads, seed).to(device, dtype) for seed in (1, 2))
     stores = (store(own, x, chunks, **layout) for own, x in zip((k, v), sides, strict=True))
-    return *stores, tokens(queries, d, batch, H * per_head, seed=3).to(dtype)
+    return *stores, tokens(queries, d, batch, heads * per_head, seed=3).to(device, dtype)
 
 
-def compare(monkeypatch, k, v, query, mask=None, tolerance: float = 1.2e-5, **options) -> None:
+def compare(monkeypatch, k, v, query, mask=None, tolerance: float | None = None, **options) -> None:
     """Attention gives by a kernel, which it takes, what it gives through PyTorch."""
+    tolerance = tolerance or (1.2e-5 if query.dtype == torch.float32 else 6 * torch.finfo(query.dtype).eps)
     by_kernel, attend = [], triton_attention.attend
-
-    def watched(*args, **how):
-        by_kernel.append(attend(*args, **how))
-        return by_kernel[-1]
-
     with monkeypatch.context() as patch:
-        patch.setattr(triton_attention, "attend", watched)
+        patch.setattr(
+            triton_attention, "attend", lambda *a, **how: by_kernel.append(attend(*a, **how)) or by_kernel[-1]
+        )
         found = direct_attention.attend(k, v, query, mask, 0.3, **options)
         assert len(by_kernel) == 1 and by_kernel[0] is found
         patch.setattr(dispatch, "usable", lambda x: False)
@@ -117,52 +115,46 @@ def compare(monkeypatch, k, v, query, mask=None, tolerance: float = 1.2e-5, **op
     assert error < tolerance
 
 
-@pytest.mark.parametrize(("k", "step"), covering(NAMES, (0, 1, 4)))
-def test_every_quantizer_for_k_and_for_v(k, step, monkeypatch):
-    v = NAMES[(NAMES.index(k) + step) % len(NAMES)]
-    compare(monkeypatch, *make(compressor(k, 16), compressor(v, 16, rank=9), 16, sinks=0 if step == 1 else 4))
+WIDTHS_AND_RANKS = sampled([(64, 60), (80, None), (96, 90), (128, None), (256, None), (64, None)], 2)
+# K's quantizer and V's, head_dim, ranks of K and V, and how stores and queries are made
+STEPS = [
+    *((k, NAMES[(NAMES.index(k) + step) % len(NAMES)], 16, (None, 9), {"sinks": 0 if step == 1 else 4})
+      for k, step in covering(NAMES, (0, 1, 4))),
+    *((name, name, d, (rank, rank), {"n": 80, "per_head": 3})
+      for name, (d, rank) in covering(("int4", "int4_channel"), WIDTHS_AND_RANKS)),
+    *sampled([(name, name, 64, (60, 60), {"n": 80, "per_head": 3}) for name in ("mixed", "none", "int8")], 1),
+    *sampled([("none", "none", 32, (30, 30), {"dtype": torch.float16}),
+              *((name, name, 32, (30, 30), {"dtype": torch.bfloat16}) for name in NAMES)], 1),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("bits", sampled((3.0, 1.5, 4.0, 8.0), 1))
-def test_every_budget_of_mixed(bits, monkeypatch):
-    own = Compressor(Mixed(bits), transform(30, 32))
-    compare(monkeypatch, *make(own, own, 32))
+@pytest.mark.parametrize(("k", "v", "d", "ranks", "how"), STEPS)
+def test_every_quantizer_width_rank_and_dtype(k, v, d, ranks, how, monkeypatch):
+    own = (compressor(name, d, rank) for name, rank in zip((k, v), ranks, strict=True))
+    compare(monkeypatch, *make(*own, d, **how))
+
+
+def joint(rank: int, rotary: Rotary, groups: int = H) -> JointTransform:
+    """A basis for K and V together, whose keys are rotated back by a position for every block."""
+    return JointTransform(*vars(transform(rank, rank, groups)).values(), rotary, 64)
 
 
 def test_a_basis_of_384_channels(monkeypatch):
     """As the embedded model's: K and V of three heads of 64 channels, coded together."""
-    basis = transform(384, 384, groups=1)
-    own = Compressor(
-        quantizer("mixed", 384), JointTransform(*vars(basis).values(), Rotary(torch.logspace(0, -2, 32)), 64)
-    )
+    own = Compressor(quantizer("mixed", 384), joint(384, Rotary(torch.logspace(0, -2, 32)), groups=1))
     held = store(own, tokens(70, 64, heads=6), (70,))
     compare(monkeypatch, Half(held, 0), Half(held, 1), tokens(1, 64, heads=9, seed=3))
 
 
-@pytest.mark.parametrize("d", sampled((16, 80, 12), 1))
-def test_mixed_widths_far_from_zero(d, monkeypatch):
+@pytest.mark.parametrize(("d", "bits"), sampled([(16, 4.5), (80, 3.0), (12, 1.5), (80, 4.0), (12, 8.0)], 1))
+def test_mixed_widths_of_any_budget_and_far_from_zero(d, bits, monkeypatch):
     """Some channels' offsets lie behind the metadata, and are found among those that don't."""
-    own = Compressor(Mixed(4.5))
+    own = Compressor(Mixed(bits))
     bias = 400 * torch.linspace(-1, 1, d) * (torch.arange(d) % 3 > 0)
     keys, values = (tokens(150, d, seed=seed) + bias for seed in (1, 2))
     k, v = (store(own, x, (150,)) for x in (keys, values))
-    assert (k.read() - keys).abs().amax() < 1, "nearer than an offset in a byte comes"
+    assert bits < 4 or (k.read() - keys).abs().amax() < 1, "nearer than an offset in a byte comes"
     compare(monkeypatch, k, v, tokens(1, d, seed=3) / 400)
-
-
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        *covering(
-            ("int4", "int4_channel"), sampled([(64, 60), (80, None), (96, 90), (128, None), (256, None), (64, None)], 2)
-        ),
-        *sampled([(name, (64, 60)) for name in ("mixed", "none", "int8")], 1),
-    ],
-)
-def test_head_widths_and_ranks(name, shape, monkeypatch):
-    d, rank = shape
-    own = compressor(name, d, rank)
-    compare(monkeypatch, *make(own, own, d, n=80, per_head=3))
 
 
 @pytest.mark.parametrize(
@@ -200,21 +192,21 @@ def test_left_padding(per_head, queries, mask, monkeypatch):
 )
 def test_sinks_of_padded_rows(names, mask, queries, monkeypatch):
     """Exact, of each row its own, in the place of what blocks hold there; also the padding that a mask doesn't hide."""
-    padding, x = torch.tensor([0, 100]), tokens(140, 16, 2, heads=4)
+    heads = 4 if names[0] == "framed" else H
+    padding, x = torch.tensor([0, 100]), tokens(140, 16, 2, heads)
     hidden = torch.arange(140) < padding[:, None]
     x = torch.where(hidden[:, None, :, None], x[:1, :, :1] + 5, x)
     if names[0] == "framed":
-        basis = transform(64, 64)
-        own = Compressor(quantizer("mixed", 64), JointTransform(*vars(basis).values(), Rotary(torch.ones(4)), 64))
-        held = [store(own, x.repeat(1, 2, 1, 1), (x.shape[2],), padding=padding)]
-        stores = [Half(held[0], 0), Half(held[0], 1)]
+        own = Compressor(quantizer("mixed", 64), joint(64, Rotary(torch.ones(4))))
+        held = store(own, x.repeat(1, 2, 1, 1), (x.shape[2],), padding=padding)
+        stores = [Half(held, 0), Half(held, 1)]
     else:
         stores = [store(compressor(name, 16), x, (x.shape[2],), padding=padding) for name in names]
-    query, seen = tokens(queries, 16, 2, heads=8, seed=3), None
+    query, seen = tokens(queries, 16, 2, 2 * heads, seed=3), None
     if mask:
         seen = MASKS[mask](~hidden[:, None, None] & torch.ones(queries, 140, dtype=torch.bool).tril(140 - queries))
     # Values that are coded by token lose in padding what keys by channel don't, where no mask hides it
-    compare(monkeypatch, *stores, query, seen, tolerance=1.2e-5 if mask or names[1] != "int8" else 2e-3)
+    compare(monkeypatch, *stores, query, seen, tolerance=None if mask or names[1] != "int8" else 2e-3)
 
 
 @pytest.mark.parametrize(("softcap", "sinks"), sampled([(5.0, True), (2.0, False), (None, True)], 1), ids=str)
@@ -230,14 +222,6 @@ def test_one_basis_for_two_heads_and_a_mask_of_each_query_head(monkeypatch):
     compare(monkeypatch, *make(*own, 32, per_head=3, queries=2), bias)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), sampled([("none", torch.float16), *((name, torch.bfloat16) for name in NAMES)], 1)
-)
-def test_16_bit_models(name, dtype, monkeypatch):
-    own = compressor(name, 32, 30)
-    compare(monkeypatch, *make(own, own, 32, dtype=dtype), tolerance=6 * torch.finfo(dtype).eps)
-
-
 def test_after_crop_and_batch_selection(monkeypatch):
     own = compressor("int4_channel", 16), compressor("int4_channel", 16)
     k, v, query = make(*own, 16, n=140, batch=3)
@@ -251,15 +235,14 @@ def test_after_crop_and_batch_selection(monkeypatch):
 
 
 def test_a_model_generates_the_same(monkeypatch):
-    model = enable_compressed_attention(tiny_model(num_hidden_layers=2))
+    model = enable_compressed_attention(tiny_model(num_hidden_layers=1))
     ids = torch.arange(3, 3 + 64)[None] % model.config.vocab_size
 
     def generate() -> Tensor:
-        cache = CompressedDynamicCache(*([Compressor(QUANTIZERS[name])] * 2 for name in ("int8_channel", "int8")))
+        cache = CompressedDynamicCache(*([Compressor(QUANTIZERS[name])] for name in ("int8_channel", "int8")))
         return model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False)
 
-    attended = []
-    attend = triton_attention.attend_compressed
+    attended, attend = [], triton_attention.attend_compressed
     monkeypatch.setattr(triton_attention, "attend_compressed", lambda *args: attended.append(1) or attend(*args))
     found = generate()
     assert attended
@@ -272,16 +255,14 @@ def test_a_model_generates_the_same(monkeypatch):
 )
 def test_codes_that_k_and_v_share_and_a_query_for_every_frame(name, sinks, queries, monkeypatch):
     """Two groups of two heads, after whole blocks were dropped and new ones appended."""
-    d, basis = 8, transform(32, 32)
-    own = Compressor(quantizer(name, 32), JointTransform(*vars(basis).values(), Rotary(torch.logspace(0, -2, 3)), 64))
-    x = tokens(300, d, 2, heads=8) + 3
-    held = store(own, x[:, :, :200], (70, 130), sinks=sinks)
-    query = tokens(queries, d, 2, heads=8, seed=3)
+    own = Compressor(quantizer(name, 32), joint(32, Rotary(torch.logspace(0, -2, 3))))
+    x = tokens(300, 8, heads=8) + 3
+    held, query = store(own, x[:, :, :200], (70, 130), sinks=sinks), tokens(queries, 8, heads=8, seed=3)
     for change in (lambda: None, lambda: held.append(x[:, :, 200:]), lambda: held.drop_front(held.droppable(150))):
         change()
-        if ALL:
+        if ALL or held.forgotten:
             compare(monkeypatch, Half(held, 0), Half(held, 1), query)
-    compare(monkeypatch, Half(held, 0), Half(held, 1), query)
+    assert held.forgotten
 
 
 @pytest.mark.parametrize(
@@ -310,10 +291,9 @@ def test_a_kernel_that_does_not_fit(monkeypatch):
     def too_large(*args):
         raise triton_attention.OutOfResources(300_000, 232_448, "shared memory")
 
-    monkeypatch.setattr(triton_attention, "attend_compressed", too_large)
-    assert triton_attention.attend(*stores, None, 1.0) is None
-    monkeypatch.setattr(triton_attention, "attend_compressed", None)
-    assert triton_attention.attend(*stores, None, 1.0) is None  # it isn't tried again
+    for attend_compressed in (too_large, None):  # it isn't tried again
+        monkeypatch.setattr(triton_attention, "attend_compressed", attend_compressed)
+        assert triton_attention.attend(*stores, None, 1.0) is None
 
 
 def test_pytorch_takes_what_has_no_kernel():
@@ -324,21 +304,21 @@ def test_pytorch_takes_what_has_no_kernel():
     assert triton_attention.attend(k, v, query.clone().requires_grad_(), None, 1.0) is None
     shared = Compressor(own.quantizer, transform(20, 32, groups=1))  # K by head, V by pairs of heads
     assert not triton_attention.supported(own, shared, query, H)
-    joint = transform(20, 32)
-    rotated = JointTransform(joint.E, joint.D, joint.mean, Rotary(torch.ones(8)))
+    rotated = JointTransform(*vars(transform(20, 32)).values(), Rotary(torch.ones(8)))
     assert not triton_attention.supported(Compressor(own.quantizer, rotated), own, query, H)
     other = type("Other", (type(own.quantizer),), {"memory_format": None})()
     assert not triton_attention.supported(Compressor(other), own, query, H)
     assert triton_attention.attend(*make(own, own, 16, n=3)[:2], query, None, 1.0) is None  # sinks alone
 
 
-def both_ways(name: str, z: Tensor, monkeypatch) -> list[dict[str, Tensor]]:
-    """What a kernel stores of z, and what PyTorch does."""
+def both_ways(name: str, z: Tensor, monkeypatch) -> tuple[list[dict[str, Tensor]], list[float]]:
+    """What a kernel stores of z, and what PyTorch does; and the share of every part that is the same."""
     found = dispatch.quantize(QUANTIZERS[name], z)
     monkeypatch.setattr(dispatch, "usable", lambda x: False)
     expected = QUANTIZERS[name].quantize(z)
-    assert found.keys() == expected.keys()
-    return [found, expected]
+    shapes = [{part: (x.shape, x.dtype) for part, x in encoded.items()} for encoded in (found, expected)]
+    assert shapes[0] == shapes[1]
+    return [found, expected], [float((found[part] == value).double().mean()) for part, value in expected.items()]
 
 
 @pytest.mark.parametrize(
@@ -349,9 +329,8 @@ def test_quantizing(name, rank, dtype, monkeypatch):
     z = (tokens(128, rank, 2) + torch.arange(rank) % 7 * 5).to(dtype)  # not contiguous
     z[0, 0, :70] = 3.0  # no range at all
     z[1, 1, 3] *= 1e6  # beyond float16
-    found, expected = both_ways(name, z, monkeypatch)
-    for part, value in expected.items():
-        assert torch.equal(found[part], value), part
+    _, alike = both_ways(name, z, monkeypatch)
+    assert set(alike) == {1.0}
 
 
 @pytest.mark.parametrize(
@@ -360,33 +339,32 @@ def test_quantizing(name, rank, dtype, monkeypatch):
 )
 def test_bit_planes(bits, rank, dtype, monkeypatch):
     """Of channels of very different size, of which some are far from zero and one has no range at all."""
-    z = (tokens(128, rank) + 400 * torch.linspace(-1, 1, rank) * (torch.arange(rank) % 3 > 1)).to(dtype)
+    n, heads = (128, H) if ALL else (128, 1) if rank == 9 else (64, H)
+    z = (tokens(n, rank, heads=heads) + 400 * torch.linspace(-1, 1, rank) * (torch.arange(rank) % 3 > 1)).to(dtype)
     z[..., 0] = 3.0
     monkeypatch.setitem(QUANTIZERS, "mixed", Mixed(bits))
-    found, expected = both_ways("mixed", z, monkeypatch)
-    for part, value in expected.items():
-        assert torch.equal(found[part], value), part
+    _, alike = both_ways("mixed", z, monkeypatch)
+    assert set(alike) == {1.0}
 
 
 @pytest.mark.parametrize(("case", "name"), sampled(covering(HARD, (*ENCODED, "mixed")), 2))
 def test_quantizing_what_is_hard(name, case, monkeypatch):
     z = hostile(case, (1, 2, 128, 16))
-    found, expected = both_ways(name, z, monkeypatch)
-    alike = [float((found[part] == value).float().mean()) for part, value in expected.items()]
+    stored, alike = both_ways(name, z, monkeypatch)
     assert min(alike) > (0.99 if QUANTIZERS[name].block_tokens > 1 else 1 - 1e-9), alike
-    one, other = ((QUANTIZERS[name].dequantize(f, 16) - z).double().square().sum() for f in (found, expected))
+    one, other = ((QUANTIZERS[name].dequantize(f, 16) - z).double().square().sum() for f in stored)
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-12)
 
 
 @pytest.mark.parametrize("sinks", sampled([70, 0, 4], 1))
-@pytest.mark.parametrize("names", [("int4_channel", "int8")])
-def test_windows_that_have_forgotten(names, sinks):
+def test_windows_that_have_forgotten(sinks):
     """Tokens that are held behind the window are hidden by the mask, of the K that forgot in blocks and of V."""
-    layer = CompressedSlidingLayer(*(Compressor(QUANTIZERS[name]) for name in names), sinks, 0, 0, window=200)
+    own = (Compressor(QUANTIZERS[name]) for name in ("int4_channel", "int8"))
+    layer = CompressedSlidingLayer(*own, sinks, 0, 0, window=200)
     g = torch.Generator().manual_seed(sinks)
     for n in (300, 1, 64, 130, 1):
         layer.store(*torch.randn(2, 1, H, n, 32, generator=g))
-        if not ALL and n in (1, 64):
+        if not ALL and n != 130:
             continue
         q = torch.randn(1, 2 * H, 1, 32, generator=g)
         k, v = layer.stores["K"], layer.stores["V"]
@@ -394,4 +372,5 @@ def test_windows_that_have_forgotten(names, sinks):
         found = triton_attention.attend(k, v, q, mask, 0.2)
         expected = attention_math.attend_reconstructed(*layer.read(), q, None, 0.2)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert ALL or mask is not None
     assert k.hidden

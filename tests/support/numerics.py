@@ -10,15 +10,7 @@ from torch import Tensor
 
 from gpt2.compression.calibration.multi_head_fit import MultiHeadFit, fit_multi_head
 from gpt2.compression.calibration.statistics import MultiHeadStatistics
-from gpt2.compression.codecs import (
-    BASES,
-    IDENTITY,
-    QUANTIZERS,
-    Compressor,
-    Quantizer,
-    Transform,
-    basis_of,
-)
+from gpt2.compression.codecs import BASES, IDENTITY, QUANTIZERS, Compressor, Quantizer, Transform, basis_of
 from gpt2.compression.codecs.mixed import MixedFixed
 from gpt2.compression.codecs.moments import Moments
 from gpt2.compression.codecs.rope import Rotary
@@ -96,9 +88,9 @@ def compressor(codec: str, quantizer: str, case: str, shape: tuple, fitted_on: s
 def transform_of(codec: str, sample: str, shape: tuple) -> Transform | None:
     if codec == IDENTITY:
         return None
-    if basis_of(codec).multi_head:
-        return fit_of_heads(codec, sample, shape).transform(0)
     basis = basis_of(codec)
+    if basis.multi_head:
+        return fit_of_heads(codec, sample, shape).transform(0)
     if not basis.calibrated:
         return basis.transform(shape[3]).to("cpu", torch.float32)
     return basis.fit(moments_of(sampled(sample, shape), codec), 0)[0].to("cpu", torch.float32)

@@ -62,14 +62,9 @@ def tokens(n: int, batch: int = 2, heads: int = H, d: int = D, seed: int = 0, dt
     return (x * (1 + torch.arange(d))).to(dtype).transpose(1, 2)
 
 
-def make_store(compressor: Compressor, layout: tuple[int, int], x: Tensor) -> TokenStore:
-    store = TokenStore(compressor, *layout)
-    store.prepare(x, "test")
-    return store
-
-
 def filled(compressor: Compressor, layout: tuple[int, int], chunks: list[Tensor] | tuple[Tensor, ...]) -> TokenStore:
-    store = make_store(compressor, layout, chunks[0])
+    store = TokenStore(compressor, *layout)
+    store.prepare(chunks[0], "test")
     for chunk in chunks:
         store.append(chunk)
     return store

@@ -5,17 +5,11 @@ from calibrations import OF_HEADS, TEXT, preset_of
 
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.fit import Calibration
-from gpt2.compression.calibration.multi_head_fit import MultiHeadFit
 
 
 @pytest.fixture(scope="session")
 def made(llama) -> Calibration:
     return calibrate(llama, TEXT, codec="joint", **OF_HEADS)
-
-
-@pytest.fixture
-def codec(made) -> MultiHeadFit:
-    return made.fit_of("joint")
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from gpt2.compression import codecs
 from gpt2.compression.codecs import BASES, CODECS, IDENTITY, QUANTIZERS, Compressor, JointTransform, Transform, basis_of
 from gpt2.compression.codecs.mixed import MixedFixed, cheapest, errors
 from gpt2.compression.codecs.moments import Moments
-from gpt2.compression.codecs.multi_head import heads_per_group, side_by_side
-from gpt2.compression.codecs.rope import Rotary
+from gpt2.compression.codecs.per_channel import Int4Channel
+from gpt2.compression.codecs.rope import NONE
 from gpt2.models.geometry import Geometry
 
 H, D, T = 4, 12, 256  # heads of K or V; of both together for a codec that takes them so
@@ -45,12 +45,11 @@ def moments_of(x: torch.Tensor) -> Moments:
 
 def fit(codec: str, x: torch.Tensor) -> tuple[Transform, torch.Tensor]:
     """A codec's transform of x, in float64, and its spectrum; the first half of the heads is K where it is joint."""
-    if not basis_of(codec).joint:
-        return basis_of(codec).fit(moments_of(x), 0)
-    k, v = x.chunk(2, dim=1)
-    groups = k.shape[1] // heads_per_group(k.shape[1], D)
-    transform, spectrum = basis_of(codec).fit(moments_of(side_by_side(k, v, groups)), 0)
-    return JointTransform(transform.E, transform.D, transform.mean, Rotary(torch.zeros(0), "none")), spectrum
+    basis = basis_of(codec)
+    if not basis.joint:
+        return basis.fit(moments_of(x), 0)
+    transform, spectrum = basis.fit(moments_of(basis.arrange(*x.chunk(2, dim=1), NONE, 0)[0]), 0)
+    return JointTransform(transform.E, transform.D, transform.mean, NONE), spectrum
 
 
 def compressor(codec: str, quantizer: str, x: torch.Tensor, rank: int = D) -> Compressor:
@@ -104,15 +103,20 @@ def test_bases_know_the_variance_of_their_coordinates(codec):
     assert codec != "pca" or (spectrum.diff(dim=-1) <= 0).all(), "largest first"
 
 
-def test_pca_loses_exactly_the_spectrum_it_drops_and_less_than_random():
-    """And its mean takes a bias out, which costs a raw int8 its whole range."""
+@pytest.mark.parametrize("codec", ["pca", "ln_nullspace+pca"])
+def test_a_cut_rank_loses_exactly_the_spectrum_that_it_drops_and_less_than_random(codec):
+    """A basis after another takes off both means: of the vectors, and of what the first basis makes of them."""
     x = vectors()
-    _, spectrum = BASES["pca"].fit(moments_of(x), 0)
-    for rank in (3, 8):
-        pca = error(compressor("pca", "none", x, rank), x)
-        assert pca == pytest.approx((spectrum[:, rank:].sum() / spectrum.sum()).item(), rel=1e-3)
-        assert pca < error(compressor("random", "none", x, rank), x)
-    x = x + 400 * torch.eye(D)[3]
+    kept = x - x.mean(-1, keepdim=True) if "+" in codec else x
+    for rank in (3, 5, 8):
+        back, random = (round_trip(compressor(name, "none", x, rank), x) for name in (codec, "random"))
+        lost = (back - kept).square().mean((0, 2)).sum(-1)
+        assert torch.allclose(lost, fit(codec, x)[1][:, rank:].sum(-1).float(), rtol=1e-3)
+        assert lost.mean() < (random - x).square().mean((0, 2)).sum(-1).mean()
+
+
+def test_the_mean_of_pca_takes_a_bias_out_which_costs_a_raw_int8_its_whole_range():
+    x = vectors() + 400 * torch.eye(D)[3]
     assert error(compressor("pca", "int8", x), x) < error(compressor(IDENTITY, "int8", x), x) / 100
 
 
@@ -127,12 +131,17 @@ def test_the_nullspace_codec_loses_the_mean_over_channels_and_nothing_else():
     assert codecs.full_rank("ln_nullspace", 10**12) == 10**12 - 1, "without making the basis"
 
 
-def test_a_basis_after_another_loses_the_spectrum_that_it_drops():
-    """It takes off both means: of the vectors, and of what the first basis makes of them."""
-    x = vectors()
-    back = round_trip(compressor("ln_nullspace+pca", "none", x, 5), x)
-    lost = (back - (x - x.mean(-1, keepdim=True))).square().mean((0, 2)).sum(-1)
-    assert torch.allclose(lost, fit("ln_nullspace+pca", x)[1][:, 5:].sum(-1).float(), rtol=1e-3)
+def test_the_rotation_of_hadamard_is_orthonormal_and_spreads_a_channel_evenly_over_its_power_of_two():
+    """Over the rest of a width, as a cosine basis spreads. It takes no mean off."""
+    for d in (1, 2, 7, 12, 16, 20, 32, 40, 45, 48, 64, 80, 96, 112, 120, 128, 160, 192, 256):
+        transform, power = basis_of("hadamard").transform(d), d & -d
+        assert transform.E.shape == transform.D.shape == (1, d, d) and codecs.full_rank("hadamard", d) == d
+        E = transform.E[0]
+        assert torch.allclose(E.T @ E, torch.eye(d, dtype=torch.float64), atol=1e-12)
+        assert torch.equal(transform.D[0], E.T) and not transform.mean.any()
+        energy = E.square().view(power, d // power, power, d // power).sum((1, 3)) * power
+        assert torch.allclose(energy / (d // power), torch.ones(power, power, dtype=torch.float64)), d
+    assert not codecs.needs_calibration("hadamard")
 
 
 # --- integers
@@ -179,6 +188,48 @@ def test_float16s_ends_and_what_is_beyond_or_small():
     assert all(error(Compressor(QUANTIZERS["int8"]), vectors() * size) < 1e-4 for size in (1.0, 1e-2, 1e-3))
 
 
+# --- integers by channel
+
+
+@pytest.mark.parametrize(("quantizer", "bits"), [("int8_channel", 8), ("int4_channel", 4)])
+@pytest.mark.parametrize("r", [1, 7, 64])
+def test_a_code_by_channel_is_off_by_half_a_step_of_its_own_channel(quantizer, bits, r):
+    """The others' ranges, of a thousandth to a thousand times its own, don't matter; nor does where it lies."""
+    torch.manual_seed(r)
+    spread = torch.logspace(-3, 3, r)
+    x = (torch.rand(2, 3, 128, r) + torch.randint(-30, 30, (3, 1, r))) * spread
+    encoded = QUANTIZERS[quantizer].quantize(x)
+    assert sum(part.nbytes for part in encoded.values()) == 2 * 3 * 2 * r * (8 * bits + 3), "codes, scale, offset"
+    error = ((round_trip(Compressor(QUANTIZERS[quantizer]), x) - x) / spread).abs()
+    levels = 2**bits - 1
+    # A scale is rounded by up to 2^(1/16), and wider by as much where it must reach the extremes
+    assert error.max() < (0.6 if quantizer == "int8_channel" else 2.5) / levels + 30 * 2**-11
+    assert error.square().mean().sqrt() < 0.36 / levels + 0.01, "a step over √12, and what float16 does to offsets"
+
+
+def test_the_largest_numbers_stay_finite_and_other_channels_do_not_notice():
+    x = torch.randn(1, 1, 64, 4).to(torch.bfloat16)
+    x[0, 0, 3, 1], x[0, 0, 4, 2] = torch.finfo(torch.bfloat16).max, torch.finfo(torch.bfloat16).min
+    for quantizer in ("int8_channel", "int4_channel"):
+        back = round_trip(Compressor(QUANTIZERS[quantizer]), x)
+        assert torch.isfinite(back).all() and (back - x)[..., [0, 3]].abs().max() < 1
+
+
+def test_cutting_extremes_off_pays_at_four_bits_by_channel():
+    """Heavy tails on both sides: reaching them would cost the many near the middle their resolution."""
+    whole = type("Whole", (Int4Channel,), {"shares": (1.0,)})()
+    torch.manual_seed(0)
+    x = torch.distributions.Laplace(0.0, 1.0).sample((1, 4, 640, 16))
+    lost = [(q.dequantize(q.quantize(x), 16) - x).square().mean().item() for q in (Int4Channel(), whole)]
+    assert lost[0] < 0.98 * lost[1]
+
+
+def test_nibbles_by_channel_hold_the_early_tokens_low():
+    encoded = QUANTIZERS["int4_channel"].quantize(torch.linspace(0, 15, 64).view(1, 1, 64, 1))
+    codes = torch.cat((encoded["codes"] & 15, encoded["codes"] >> 4), dim=3).flatten()
+    assert codes.shape == (64,) and (codes.int().diff() >= 0).all() and codes[0] == 0 and codes[-1] == 15
+
+
 # --- registry
 
 UNKNOWN = {name: rf"unknown codec .*{near}.*\(there are: identity, pca" for name, near in {
@@ -187,7 +238,9 @@ UNKNOWN = {name: rf"unknown codec .*{near}.*\(there are: identity, pca" for name
 }.items()}  # fmt: skip
 
 
-def test_names_and_bits_of_no_codec_list_those_that_exist_and_suggest_the_nearest():
+def test_names_and_bits_are_unique_and_others_list_those_that_exist_and_suggest_the_nearest():
+    assert all(name == entry.name for table in (BASES, QUANTIZERS) for name, entry in table.items())
+    assert len(codecs.BITS) == sum(q.by_bits for q in QUANTIZERS.values()) and IDENTITY not in BASES
     for name, message in UNKNOWN.items():
         with pytest.raises(PluginError, match=message):
             codecs.codec_name(name)
@@ -200,11 +253,6 @@ def test_names_and_bits_of_no_codec_list_those_that_exist_and_suggest_the_neares
                           ("+".join(["ln_nullspace"] * D), "leaves nothing of a head_dim")):  # fmt: skip
         with pytest.raises(PluginError, match=message):
             codecs.full_rank(name, D)
-
-
-def test_names_and_bits_are_unique():
-    assert all(name == entry.name for table in (BASES, QUANTIZERS) for name, entry in table.items())
-    assert len(codecs.BITS) == sum(q.by_bits for q in QUANTIZERS.values()) and IDENTITY not in BASES
 
 
 @pytest.mark.parametrize("shared", [None, "all heads", "K and V"])

@@ -3,14 +3,13 @@
 import pytest
 import torch
 from calibrations import TEXT, D, H, L, preset_of
+from direct import both
 from multi_head import reads_like_the_reference, vectors
 from sampling import covering
-from tiny import tiny_loaded, windows
+from tiny import windows
 
 from gpt2.common.errors import PluginError
-from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention
 from gpt2.compression.codecs import QUANTIZERS, Compressor, JointTransform
-from gpt2.compression.codecs.framed import Framed
 from gpt2.compression.codecs.multi_head import UnrotatedTransform
 from gpt2.compression.codecs.rope import NONE, Rotary, middles
 from gpt2.compression.presets import create_cache_from_preset
@@ -40,16 +39,18 @@ def test_where_rows_have_positions_of_their_own_a_frame_begins_with_the_first_to
 
 
 @pytest.mark.parametrize(
-    ("frame", "layout", "d", "groups", "own"),
-    covering([1, 16, 64, None], ["half", "interleaved"], [8, 12], [1, 2, 4], [False, True]),
+    ("frame", "layout", "d", "groups", "own", "joint"),
+    covering([16, 64, 1, None], ["half", "interleaved"], [8, 12], [1, 2, 4], [False, True], [True, False], times=2),
 )
-def test_a_query_for_every_frame(frame, layout, d, groups, own):
-    """Of 12 channels four have no position."""
+def test_a_query_for_every_frame(frame, layout, d, groups, own, joint):
+    """Of K and V together, or of keys alone. Of 12 channels four have no position."""
     heads, starts = 4, OWN if own else 128
     rotary = Rotary(ROTARY.frequencies, layout) if frame else NONE
-    transform = basis(groups, 2 * heads // groups * d, rotary=rotary, shared=frame or 64)
+    width, kind = (1 + joint) * heads // groups * d, JointTransform if joint else UnrotatedTransform
+    transform = basis(groups, width, kind, rotary=rotary, shared=frame or 64)
     assert transform.frame == frame
-    x, q, p = (vectors(n, m, d=k, seed=n) for n, m, k in ((2 * heads, 192, d), (heads, 3, d), (heads, 3, 192)))
+    k, v, q = (vectors(heads, n, d=d, seed=seed) for seed, n in enumerate((192, 192, 3)))
+    x = torch.cat((k, v), dim=1) if joint else k
     z = transform.forward(x, starts)
     torch.testing.assert_close(transform.inverse(z, d, starts), x, rtol=1e-5, atol=1e-5)
     steps = torch.arange(0, 192, frame or 64)
@@ -60,19 +61,11 @@ def test_a_query_for_every_frame(frame, layout, d, groups, own):
     else:
         assert absorbed.shape[2] == 192 // frame
         scores = (absorbed @ with_one.unflatten(2, (-1, frame)).mT).transpose(2, 3).flatten(3)
-    k, v = x.chunk(2, dim=1)
     torch.testing.assert_close(scores.reshape(2, heads, 3, 192), q @ k.mT, rtol=1e-4, atol=1e-4)
-    sums = transform.reconstruct_sum(p.reshape(2, groups, -1, 192) @ with_one, d)
-    torch.testing.assert_close(sums, p @ v)
-
-
-def test_keys_alone_may_have_frames_too():
-    transform = basis(2, 16, UnrotatedTransform, rotary=ROTARY, shared=16)
-    x, q = vectors(4, 64, d=8), vectors(4, 3, d=8, seed=1)
-    z = transform.forward(x, 64)
-    absorbed = transform.absorb_query(q, torch.arange(64, 128, 16))
-    scores = (absorbed[..., :-1] @ z.unflatten(2, (4, 16)).mT + absorbed[..., -1:]).transpose(2, 3).flatten(3)
-    torch.testing.assert_close(scores.reshape(2, 4, 3, 64), q @ x.mT, rtol=1e-4, atol=1e-4)
+    if joint:
+        p = vectors(heads, 3, d=192, seed=3)
+        sums = transform.reconstruct_sum(p.reshape(2, groups, -1, 192) @ with_one, d)
+        torch.testing.assert_close(sums, p @ v)
 
 
 @pytest.mark.parametrize("name", ["mixed", "int4_channel", "int8_channel"])
@@ -88,16 +81,13 @@ def test_any_quantizer_of_whole_blocks_takes_queries_of_frames(name, frame):
         torch.testing.assert_close(out[..., t], (q[:, :, t // frame] @ back[:, :, t, :, None])[..., 0])
 
 
-def test_quantizers_that_cut_frames_are_rejected():
+def test_quantizers_that_cut_frames_are_rejected_and_what_has_few_is_read_directly():
     transform = basis(1, 16, rotary=ROTARY, shared=64)
     with pytest.raises(PluginError, match="int8 codes 1 tokens together, but keys .* in frames of 64: use mixed"):
         Compressor(QUANTIZERS["int8"], transform)
     with pytest.raises(PluginError, match="frames of 128"):
         Compressor(QUANTIZERS["mixed"], basis(1, 16, rotary=ROTARY, shared=128))
     assert Compressor(QUANTIZERS["int8"], basis(1, 16, shared=64)).readable, "without positions there are no frames"
-
-
-def test_what_is_read_directly():
     for shared, rotary, readable in ((1, ROTARY, False), (16, ROTARY, True), (64, ROTARY, True), (1, NONE, True)):
         own = Compressor(QUANTIZERS["mixed"], basis(1, 16, rotary=rotary, shared=shared))
         assert own.readable == readable, (shared, rotary)
@@ -106,31 +96,18 @@ def test_what_is_read_directly():
 # --- from calibration to generation
 
 
-def test_fewer_heads_share_a_basis():
-    fits = {(3, 64): 3, (8, 64): 2, (8, 128): 1, (4, 96): 2, (2, 512): 1}
-    assert {shape: Framed().heads_per_group(*shape) for shape in fits} == fits
-
-
-def test_its_presets_by_ratio_are_read_as_they_are_stored(tmp_path):
-    loaded, prompt = tiny_loaded("llama"), windows(2, 150)
-    how = {"codec": "framed", "samples": 4, "seq_len": 200, "seed": 0, "sink_tokens": 4}
-    made = compact_calibration(loaded, TEXT, tmp_path / "f.pt", **how)
-    found = make_ratio_preset(loaded, made, 3.5)
+def test_its_presets_by_ratio_are_read_as_they_are_stored(llama, tmp_path):
+    prompt, how = windows(2, 150), {"codec": "framed", "samples": 4, "seq_len": 200, "seed": 0, "sink_tokens": 4}
+    made = compact_calibration(llama, TEXT, tmp_path / "f.pt", **how)
+    found = make_ratio_preset(llama, made, 3.5)
     assert found.name == "kv-3.5x" and found.compression_ratio >= 3.5
     preset = preset_of(made, tmp_path / "f.pt")
     cache = create_cache_from_preset(preset, dtype=torch.float64)
-    reads_like_the_reference(loaded, cache, prompt, max_new_tokens=8)
+    reads_like_the_reference(llama, cache, prompt, max_new_tokens=8)
     assert [sorted(layer.stores) for layer in cache.layers] == [["KV"]] * L and cache.readable
     assert cache.layers[0].stores["KV"].compressor.transform.E.shape == (1, 2 * H * D, 2 * H * D)
 
-    def tokens():
-        return loaded.model.generate(
-            prompt, past_key_values=create_cache_from_preset(preset, model=loaded), max_new_tokens=6, do_sample=False
-        )
+    def tokens(cache):
+        return llama.model.generate(prompt, past_key_values=cache, max_new_tokens=6, do_sample=False)
 
-    reconstructed = tokens()
-    enable_compressed_attention(loaded.model)
-    try:
-        assert torch.equal(reconstructed, tokens())
-    finally:
-        disable_compressed_attention(loaded.model)
+    assert torch.equal(*both(llama.model, lambda: create_cache_from_preset(preset, model=llama), tokens))

@@ -61,13 +61,12 @@ def test_squared_error_of_coordinates_is_the_error_in_the_metric(name):
 
 def test_a_cut_rank_loses_less_in_the_metric_than_any_other_basis():
     metric, x = metric_and_vectors()
+    bases = {name: fitted(name, x, metric) for name in ("fisher", "pca", "random")}
+    variances = bases["fisher"][1]
     for rank in (2, 5):
-        lost = {}
-        for name in ("fisher", "pca", "random"):
-            transform = fitted(name, x, metric)[0].truncate(rank)
-            lost[name] = m_norm(transform.inverse(transform.forward(x), 8) - x, metric)
+        cut = {name: transform.truncate(rank) for name, (transform, _) in bases.items()}
+        lost = {name: m_norm(basis.inverse(basis.forward(x), 8) - x, metric) for name, basis in cut.items()}
         assert (lost["fisher"] < 0.9 * lost["pca"]).all() and (lost["fisher"] < lost["random"]).all()
-        _, variances = fitted("fisher", x, metric)
         torch.testing.assert_close(lost["fisher"] / 500, variances[:, rank:].sum(-1), rtol=1e-4, atol=1e-6)
 
 
@@ -85,11 +84,17 @@ def test_directions_that_nothing_reads_come_back_all_the_same():
 # --- the transform
 
 
+FITS = {(3, 64): 3, (4, 64): 4, (8, 64): 4, (8, 128): 2, (4, 256): 1, (2, 512): 1, (6, 64): 3, (5, 128): 1, (1, 12): 1}
+FITS_FRAMED = {(3, 64): 3, (8, 64): 2, (8, 128): 1, (4, 96): 2, (2, 512): 1}
+
+
+def test_as_many_heads_share_a_basis_as_fit_and_fewer_of_framed():
+    for heads, fits in ((heads_per_group, FITS), (BASES["framed"].heads_per_group, FITS_FRAMED)):
+        assert {shape: heads(*shape) for shape in fits} == fits
+
+
 @pytest.mark.parametrize("groups", [1, 2, 3, 6])
 def test_side_by_side_and_apart_are_inverse(groups):
-    """As many heads share a basis as fit."""
-    fits = {(3, 64): 3, (4, 64): 4, (8, 64): 4, (8, 128): 2, (4, 256): 1, (2, 512): 1, (6, 64): 3, (5, 128): 1}
-    assert {shape: heads_per_group(*shape) for shape in fits} == fits and heads_per_group(1, 12) == 1
     k, v = vectors(6, 5), vectors(6, 5, seed=1)
     x = side_by_side(k, v, groups)
     assert x.shape == (2, groups, 5, 12 * D // groups)

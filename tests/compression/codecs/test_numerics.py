@@ -25,9 +25,10 @@ import torch
 from hostile import CHANNELS, HOSTILE, SHAPES, SIZES, hostile
 from numerics import BY_BLOCK, CODED, END, SMALL, allowed, compressor, given, held, lost, round_trip
 from sampling import covering, sampled
+from stores import filled
+from torch import Tensor
 
 from gpt2.compression.cache import attention_math, direct_attention
-from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.codecs import IDENTITY, QUANTIZERS, Compressor, basis_of, needs_calibration
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.kernels import cpu, dispatch
@@ -35,34 +36,27 @@ from gpt2.compression.kernels import cpu, dispatch
 # --- never NaN, never worse than int4
 
 
-@pytest.mark.parametrize(("case", "shape"), sampled(covering(HOSTILE, SHAPES), 9))
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+IN_16_BITS = [*((IDENTITY, quantizer) for quantizer in CODED), ("hadamard", "int4_channel"), ("pca", "mixed")]
+
+
+@pytest.mark.parametrize(("case", "shape"), sampled(covering(HOSTILE, SHAPES), 7))
 def test_finite_and_never_worse_than_int4_per_token(shape, case):
-    x = hostile(case, shape)
+    """Also of 16-bit models, which may lose as much again as rounding does."""
     worse = []
     for codec in numerics.BASIS_NAMES if shape == SHAPES[0] else (IDENTITY, "hadamard", "pca", "fisher"):
-        own = given(codec, x, case)
         for fitted_on in numerics.FITTED_ON[: 1 + needs_calibration(codec)]:
             for quantizer in (*CODED, "mixed_fixed") if basis_of(codec).multi_head else CODED:
                 c = compressor(codec, quantizer, case, shape, fitted_on)
-                back = round_trip(c, own)
-                assert torch.isfinite(back).all(), (codec, quantizer, fitted_on)
-                if not held(codec, quantizer, case, fitted_on):
-                    continue
-                ratio = lost(codec, back, own) / allowed(codec, c.quantizer, own)
-                worse += [f"{codec} {quantizer}, fitted on {fitted_on}: {ratio:.3g}"] * (ratio > 1)
+                for dtype in DTYPES if (codec, quantizer) in IN_16_BITS else DTYPES[:1]:
+                    own = given(codec, hostile(case, shape, dtype=dtype), case)
+                    back = round_trip(c, own)
+                    assert back.dtype == dtype and torch.isfinite(back).all(), (codec, quantizer, fitted_on)
+                    if held(codec, quantizer, case, fitted_on):
+                        rounded = float((torch.finfo(dtype).eps * own.double()).square().sum())
+                        ratio = lost(codec, back, own) / (allowed(codec, c.quantizer, own) + rounded)
+                        worse += [f"{codec} {quantizer} {dtype}, fitted on {fitted_on}: {ratio:.3g}"] * (ratio > 1)
     assert not worse
-
-
-@pytest.mark.parametrize(("case", "dtype"), sampled(covering(HOSTILE, [torch.float16, torch.bfloat16]), 8), ids=str)
-def test_16_bit_models(case, dtype):
-    x = hostile(case, SMALL, dtype=dtype)
-    for codec, quantizer in [*((IDENTITY, q) for q in CODED), ("hadamard", "int4_channel"), ("pca", "mixed")]:
-        c = compressor(codec, quantizer, case, SMALL)
-        back = round_trip(c, x)
-        assert back.dtype == dtype and torch.isfinite(back).all()
-        if held(codec, quantizer, case, "the same"):
-            rounded = float((torch.finfo(dtype).eps * x.double()).square().sum())
-            assert lost(codec, back, x) <= allowed(codec, c.quantizer, x) + rounded, (codec, quantizer)
 
 
 @pytest.mark.parametrize("codec", numerics.BASIS_NAMES)
@@ -73,11 +67,7 @@ def test_massive_tokens_in_the_sinks_touch_nothing_else(codec):
     spoiled[:, :, :4] *= 1e4
     for quantizer in CODED:
         c = compressor(codec, quantizer, "plain", SMALL)
-        stores = [TokenStore(c, 4, 0) for _ in range(2)]
-        for store, own in zip(stores, (x, spoiled), strict=True):
-            store.prepare(own, "test")
-            store.append(own)
-        plain, other = (store.read() for store in stores)
+        plain, other = (filled(c, (4, 0), [own]).read() for own in (x, spoiled))
         assert torch.equal(other[:, :, :4], spoiled[:, :, :4]) and torch.equal(other[:, :, 4:], plain[:, :, 4:])
 
 
@@ -117,6 +107,14 @@ def test_a_cut_rank_loses_what_it_drops_and_what_quantizing_loses(case, quantize
 # --- through the cache
 
 
+def attended(c: Compressor, k: Tensor, v: Tensor, *queries: Tensor, scale: float = 1.0) -> tuple[tuple, list[Tensor]]:
+    """K and V as a cache with one codec gives them back, and what each query finds in it as they are stored."""
+    cache = CompressedDynamicCache([c], [c])
+    return cache.update(k, v, 0), [
+        direct_attention.attend(*cache.layers[0].stores.values(), q, None, scale) for q in queries
+    ]
+
+
 @pytest.mark.parametrize(("dtype", "case"), sampled(covering([torch.float32, torch.bfloat16], HOSTILE), 8))
 def test_attention_reads_what_is_stored(case, dtype, kernels):
     """Directly, as by reconstruction: sinks, blocks and a tail, for every quantizer."""
@@ -128,10 +126,7 @@ def test_attention_reads_what_is_stored(case, dtype, kernels):
         pytest.skip("keys so small that no query could read them")
     for codec, quantizer in [*((IDENTITY, name) for name in CODED), ("pca", "mixed"), ("hadamard", "int4_channel")]:
         c = compressor(codec, quantizer, case, (1, 2, 128, 16))
-        cache = CompressedDynamicCache([c], [c])
-        read = cache.update(k, v, 0)
-        stores = cache.layers[0].stores
-        found = direct_attention.attend(stores["K"], stores["V"], q, None, 1.0)
+        read, (found,) = attended(c, k, v, q)
         expected = attention_math.attend_reconstructed(*(x.float() for x in read), q.float(), None, 1.0)
         assert torch.isfinite(found).all() and all(torch.isfinite(x).all() for x in read)
         size = read[1].float().abs().amax()
@@ -197,10 +192,7 @@ def test_bfloat16_products_cost_little_beside_what_codes_lose(case, monkeypatch)
     named = [(IDENTITY, "int4_channel"), (IDENTITY, "mixed"), ("pca", "mixed")]
     finer = [Compressor(QUANTIZERS["mixed"].at(bits)) for bits in (6.0, 8.0)]
     for c in [*(compressor(codec, quantizer, case, shape) for codec, quantizer in named), *finer]:
-        cache = CompressedDynamicCache([c], [c])
-        cache.update(k, v, 0)
-        for query in (q, q.float()):
-            direct_attention.attend(*cache.layers[0].stores.values(), query, None, 1.0)
+        attended(c, k, v, q, q.float())
         if not results:  # PyTorch reads what float16 can't hold
             continue
         found, floats = (results.pop(0).view(exact.shape) for _ in range(2))
@@ -215,12 +207,6 @@ def test_biases_of_keys_take_nothing_from_bfloat16_products(quantizer):
     k, v = (torch.randn(1, 2, 2048, 64, generator=generator) for _ in range(2))
     k[..., :6] += 200 * torch.tensor([1, -0.7, 0.5, 0.9, -1, 0.6])
     k, v, q = (x.bfloat16() for x in (k, v, torch.randn(1, 4, 1, 64, generator=generator)))
-    c = Compressor(QUANTIZERS[quantizer].at(4.0) if QUANTIZERS[quantizer].adjustable else QUANTIZERS[quantizer])
-    cache = CompressedDynamicCache([c], [c])
-    cache.update(k, v, 0)
-    found, floats = (
-        direct_attention.attend(*cache.layers[0].stores.values(), query, None, 1 / 8).float()
-        for query in (q, q.float())
-    )
+    _, (found, floats) = attended(Compressor(QUANTIZERS[quantizer]), k, v, q, q.float(), scale=1 / 8)
     exact = attention_math.attend_reconstructed(k.float(), v.float(), q.float(), None, 1 / 8)
     assert (found - floats).norm() < 0.05 * (floats - exact).norm()

@@ -11,7 +11,7 @@ from tiny import tiny_model, windows
 from torch import Tensor
 
 from gpt2.compression.cache.token_store import Half
-from gpt2.compression.codecs import QUANTIZERS, Compressor, JointTransform
+from gpt2.compression.codecs import QUANTIZERS, Compressor
 from gpt2.compression.codecs.rope import Rotary
 from gpt2.compression.kernels import dispatch
 
@@ -24,10 +24,11 @@ from kernels_interpreted import (  # noqa: E402
     bfloat16_products,  # noqa: F401
     compare,
     compressor,
+    joint,
+    make,
     quantizer,
     store,
     tokens,
-    transform,
 )
 
 from gpt2.common.errors import PluginError  # noqa: E402
@@ -44,12 +45,10 @@ pytestmark = [
 only_cuda = pytest.mark.skipif(not CUDA, reason="too slow in the interpreter")
 
 
-def layer(k: str, v: str, d: int, dtype: torch.dtype, *, rank: int | None = None, chunks=(150, 70, 1), per_head=3,
-          batch=1, heads=2):  # fmt: skip
+def layer(k: str, v: str, d: int, rank: int | None = None, *, chunks=(150, 70, 1), per_head=3, **how):
     """K's store, V's store and a query of one token, [B, Hq, 1, d], on the device."""
-    sides = [tokens(sum(chunks), d, batch, heads, seed).to(DEVICE, dtype) for seed in (1, 2)]
-    stores = [store(compressor(name, d, rank), x, chunks) for name, x in zip((k, v), sides, strict=True)]
-    return *stores, tokens(1, d, batch, heads * per_head, 3).to(DEVICE, dtype)
+    own = (compressor(name, d, rank) for name in (k, v))
+    return make(*own, d, chunks=chunks, per_head=per_head, device=DEVICE, **how)
 
 
 # --- kernels
@@ -58,15 +57,15 @@ def layer(k: str, v: str, d: int, dtype: torch.dtype, *, rank: int | None = None
 @pytest.mark.parametrize(("dtype", "rank"), [*((dtype, None) for dtype in TOLERANCES), (torch.bfloat16, 60)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_quantizer(name, dtype, rank, monkeypatch):
-    made = layer(name, "int4" if rank else name, 64, dtype, rank=rank)
+    made = layer(name, "int4" if rank else name, 64, rank, dtype=dtype)
     compare(monkeypatch, *made, tolerance=TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_codes_that_k_and_v_share_and_a_query_for_every_frame(dtype, layout, monkeypatch):
-    basis, rotary = transform(256, 256), Rotary(torch.logspace(0, -3, 24), layout)  # of 64 channels 48 rotate
-    own = Compressor(quantizer("mixed", 256), JointTransform(*vars(basis).values(), rotary, 64))
+    rotary = Rotary(torch.logspace(0, -3, 24), layout)  # of 64 channels 48 rotate
+    own = Compressor(quantizer("mixed", 256), joint(256, rotary))
     x = (tokens(1000 if CUDA else 300, 64, 2, heads=8) + 3).to(DEVICE, dtype)
     held, query = store(own, x, (200, x.shape[2] - 200)), tokens(1, 64, 2, heads=8, seed=3).to(DEVICE, dtype)
     compare(monkeypatch, Half(held, 0), Half(held, 1), query, tolerance=max(TOLERANCES[dtype], 2e-4))
@@ -75,13 +74,13 @@ def test_codes_that_k_and_v_share_and_a_query_for_every_frame(dtype, layout, mon
 @only_cuda
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "mixed_fixed"])
 def test_a_long_context_of_a_real_shape(name, monkeypatch):
-    made = layer(name, name, 128, torch.bfloat16, chunks=(9000, 500, 1, 1), per_head=4, batch=2, heads=8)
+    made = layer(name, name, 128, dtype=torch.bfloat16, chunks=(9000, 500, 1, 1), per_head=4, batch=2, heads=8)
     compare(monkeypatch, *made, tolerance=TOLERANCES[torch.bfloat16])
 
 
 @pytest.mark.parametrize("own_sinks", [False, True])
 def test_left_padding(own_sinks, monkeypatch):
-    k, v, query = layer("int4_channel", "int8", 64, torch.float32, batch=2)
+    k, v, query = layer("int4_channel", "int8", 64, batch=2)
     seen = torch.ones(2, 1, 1, len(k), dtype=torch.bool, device=DEVICE)
     seen[1, ..., :90] = False
     if own_sinks:
