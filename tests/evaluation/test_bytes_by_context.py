@@ -1,6 +1,5 @@
 """The script that counts bytes by context length, its table, and one layer that stands for all like it."""
 
-import functools
 import json
 
 import pytest
@@ -18,23 +17,31 @@ from gpt2.models import random_weights
 from gpt2.models.geometry import FULL, SLIDING, Geometry, LayerGeometry, Shape
 from gpt2.report import plots, tables
 
-outline = functools.cache(random_weights.outline)
 TOKEN = 2 * 3 * 2 * 12 * 2  # bytes of a token of the tiny model, K and V, in 16 bits
 
 
-def counted(folder, model, preset: str, contexts: str) -> tuple[dict, str, list[str]]:
-    """Runs the script; returns its record, and the table and the legend of the picture made of it."""
-    output = folder / "runs" / "cache_bytes_x.json"
-    flags = ["--model", model, "--preset", preset, "--context-lengths", contexts, "--output", output]
-    assert run("benchmarks/cache_bytes", *flags) == 0
-    assert (folder / "plots" / "cache_bytes_x.png").is_file(), "pictures of results lie beside the runs"
-    record = json.loads(output.read_text())
-    legend = plots.ratios_by_context(record["rows"], "x").legends[0].get_texts()
-    return record, tables.table("cache_bytes_x", record).markdown(), [text.get_text() for text in legend]
+def assert_smaller(rows: list[dict], has_states: bool) -> None:
+    """Also 63 tokens into a block, where most of them are exact; and what stays as it is counts on both sides."""
+    for row, least in zip(rows, (3.5, 2.8), strict=True):
+        assert row["attention_ratio"] > least and row["compression_ratio"] > 1
+        states, less = row["uncompressed_bytes"] > 0, row["compression_ratio"] < row["attention_ratio"]
+        assert states == less == has_states
 
 
 def test_the_script_and_its_table(tmp_path, model_folder):
-    record, table, legend = counted(tmp_path, model_folder, "kv4", "70,300")
+    """A shape needs no weights; where a model has states, K and V alone have a ratio beside theirs."""
+    output = tmp_path / "runs" / "cache_bytes_x.json"
+
+    def counted(model, preset: str, contexts: str) -> tuple[dict, str, list[str]]:
+        """The record, and the table and the legend of the picture made of it."""
+        flags = ["--model", model, "--preset", preset, "--context-lengths", contexts, "--output", output]
+        assert run("benchmarks/cache_bytes", *flags) == 0
+        record = json.loads(output.read_text())
+        legend = plots.ratios_by_context(record["rows"], "x").legends[0].get_texts()
+        return record, tables.table("cache_bytes_x", record).markdown(), [text.get_text() for text in legend]
+
+    record, table, legend = counted(model_folder, "kv4", "70,300")
+    assert (tmp_path / "plots" / "cache_bytes_x.png").is_file(), "pictures of results lie beside the runs"
     short, long = record["rows"]
     assert short["plain_bytes"] == 70 * TOKEN and long["plain_bytes"] == 300 * TOKEN
     assert long["compression_ratio"] == pytest.approx(300 * TOKEN / long["bytes"])
@@ -42,26 +49,18 @@ def test_the_script_and_its_table(tmp_path, model_folder):
     assert record["git_commit"] and record["inputs"] == {}
     assert f"| kv4 | 300 | {long['bytes']:,} |" in table
     assert "K and V alone" not in table and "K and V alone, without states" not in legend, "it is all"
-
-
-def test_a_shape_needs_no_weights_and_k_and_v_have_a_ratio_beside_states(tmp_path):
-    record, table, legend = counted(tmp_path, "qwen3.5-4b.json", "kv8", "128")
-    assert record["model"] == "qwen3.5-4b"
-    assert len(record["cache_layers"]) == len(outline("qwen3.5-4b.json").geometry.layers)
+    record, table, legend = counted("qwen3.5-4b.json", "kv4", "1024,1087")
+    assert record["model"] == "qwen3.5-4b" and len(record["cache_layers"]) == 32
+    assert_smaller(record["rows"], has_states=True)
     assert "K and V alone" in table and "with the basis" not in table and "K and V alone, without states" in legend
 
 
-@pytest.mark.parametrize("shape", ["deepseek-v3", "gemma-3-4b", "gpt-oss-20b", "qwen3.5-4b"])
-def test_caches_of_real_shapes_are_smaller_than_transformers(shape):
-    """Also 63 tokens into a block, where most of them are exact; and what stays as it is counts on both sides."""
-    loaded = outline(f"{shape}.json")
+@pytest.mark.parametrize("shape", ["deepseek-v3", "gemma-3-4b", "gpt-oss-20b"])
+def test_caches_of_real_shapes_are_smaller_than_transformers(shape, monkeypatch):
+    monkeypatch.setattr(size, "LONGEST_MEASURED", 0)  # counted without values, which is the same: see below
+    loaded = random_weights.outline(f"{shape}.json")
     make = from_preset("kv4", loaded).make
-    for tokens, least in ((1024, 3.5), (1087, 2.8)):
-        row = measure(make, loaded.geometry, tokens)
-        assert row["attention_ratio"] > least
-        assert row["compression_ratio"] > 1
-        states, less = row["uncompressed_bytes"] > 0, row["compression_ratio"] < row["attention_ratio"]
-        assert states == less == (shape == "qwen3.5-4b")
+    assert_smaller([measure(make, loaded.geometry, tokens) for tokens in (1024, 1087)], has_states=False)
 
 
 @pytest.mark.parametrize("window", [None, 128, 200])
@@ -98,8 +97,8 @@ def test_a_layer_stands_for_all_that_are_like_it_with_values_and_without(kinds, 
 
 @pytest.mark.parametrize("preset", ["kv4", "kv8"])
 def test_a_batch_has_the_ratio_of_one_sequence(preset, llama):
-    make = from_preset(preset, llama).make
-    one, three = (
-        size.fill(make(), [[size.noise(2, n, 12, batch=batch)] * 2 for n in (150, 64, 64)]) for batch in (1, 3)
-    )
-    assert size.cache_bytes(three) == 3 * size.cache_bytes(one)
+    def held(batch: int) -> int:
+        parts = [[size.noise(2, tokens, 12, batch=batch)] * 2 for tokens in (150, 64, 64)]
+        return size.cache_bytes(size.fill(from_preset(preset, llama).make(), parts))
+
+    assert held(3) == 3 * held(1)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -124,11 +125,6 @@ def test_answers_that_the_text_has_anyway_are_not_used(reader, prose):
     assert {builder.build(500, 0.5, trial).answer for trial in range(10)} == {"Oslo"}
 
 
-@pytest.fixture
-def caches(reader, lossy) -> dict:
-    return {BASELINE: baseline_factory(reader), "identity": lambda: identity_cache(3), "int4": lossy(4)}
-
-
 def test_an_answer_is_compared_whole():
     assert all(needle.answers(text, "48213") for text in (" 48213.", "48213", "\n48213\nand"))
     assert not any(needle.answers(text, "48213") for text in ("482134", "4821", "", "The 48213", "48213x"))
@@ -180,7 +176,8 @@ def test_both_figures_are_read_from_the_cache(reader, builder):
     assert lost["answer_logprob_nats"] < kept["answer_logprob_nats"] - 1
 
 
-def test_compression_shows_and_rows_name_their_prompts(reader, haystack, caches):
+def test_compression_shows_and_rows_name_their_prompts(reader, haystack, lossy, asked_for):
+    caches = {BASELINE: baseline_factory(reader), "identity": lambda: identity_cache(3), "int4": lossy(4)}
     seen = []
     rows = needle.measure(
         reader, haystack, caches, lengths=[LENGTH, 400], depths=[0.1, 0.9], trials=2, distractors=2, seed=5,
@@ -188,9 +185,8 @@ def test_compression_shows_and_rows_name_their_prompts(reader, haystack, caches)
     )  # fmt: skip
     assert len(rows) == 2 * 2 * 2 * 3 and len(seen) == 8, "progress wraps the prompts"
     for row in rows:
-        prompt = Needles(reader.tokenizer, haystack, distractors=2).build(
-            row["context_tokens"], row["depth"], row["trial"], 5
-        )
+        needles = Needles(reader.tokenizer, haystack, distractors=2)
+        prompt = needles.build(row["context_tokens"], row["depth"], row["trial"], 5)
         assert row["prompt_tokens"] == row["context_tokens"] - 12 == len(prompt.ids)
         assert (row["answer"], row["template"], row["distractors"]) == (prompt.answer, prompt.template, 2)
         assert (row["needle_start_token"], row["needle_end_token"]) == prompt.needle
@@ -311,12 +307,9 @@ def test_verdicts_summary_and_plot_say_when_a_baseline_fails():
 FLAGS = ["--text", "prose.txt", "--preset", "p.json", "--num-trials", 2]
 
 
-def test_the_script_writes_its_grid(script, tmp_path, capsys, monkeypatch):
-    ask, chunks = needle.ask, set()
-    monkeypatch.setattr(needle, "ask", lambda *args: chunks.add(args[-1]) or ask(*args))
+def test_the_script_writes_its_grid(script, tmp_path, capsys, asked_for):
     flags = ["--context-lengths", f"{LENGTH},400", "--needle-positions", "0.1,0.9", "--prefill-chunk", 100]
-    assert script(NEEDLE, *FLAGS, *flags) == 0
-    assert chunks == {100}
+    assert script(NEEDLE, *FLAGS, *flags) == 0 and asked_for == {(12, 100)}
     said = capsys.readouterr().out
     assert said.count("baseline fails") == 4 + 2 and "0 of 0" in said and "8 prompts per cache in 4 cells" in said
     assert "bytes" in said and "baseline in float32" in said
@@ -341,9 +334,6 @@ BAD_FLAGS = [
 ]
 
 
-def test_bad_input_is_one_clear_line(script, capsys, tmp_path):
+def test_bad_input_is_one_clear_line(script, rejects, tmp_path):
     (tmp_path / "short.txt").write_text("a" * 300)
-    for flags, message in BAD_FLAGS:
-        assert script(NEEDLE, *FLAGS, "--context-lengths", LENGTH, *flags) == 2
-        assert message in (err := capsys.readouterr().err) and "Traceback" not in err
-    assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("n.json"))
+    rejects(partial(script, NEEDLE, *FLAGS, "--context-lengths", LENGTH), BAD_FLAGS)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -58,10 +59,8 @@ def test_kl_is_from_the_baseline_and_sinks_are_exact(llama, caches):
     both = score(llama, SEGMENTS, caches, chunk=65, batch_size=1)
     scores = both["x"]
     with torch.no_grad():
-        p, q = (
-            llama.model(SEGMENTS[:1], past_key_values=c).logits[0, :-1].double().log_softmax(-1)
-            for c in (DynamicCache(), caches["x"]())
-        )
+        exact, coded = (llama.model(SEGMENTS[:1], past_key_values=c).logits for c in (DynamicCache(), caches["x"]()))
+    p, q = (logits[0, :-1].double().log_softmax(-1) for logits in (exact, coded))
     assert np.abs(scores.kl[0] - (p.exp() * (p - q)).sum(-1).numpy()).max() < 1e-5
     assert np.abs(scores.kl[0] - (q.exp() * (q - p)).sum(-1).numpy()).max() > 1e-3
     assert np.array_equal(scores.agree[0], (p.argmax(-1) == q.argmax(-1)).numpy())
@@ -71,29 +70,23 @@ def test_kl_is_from_the_baseline_and_sinks_are_exact(llama, caches):
 
 
 def test_batch_size_doesnt_matter_and_every_batch_has_a_fresh_cache(llama, caches):
-    batches = []
-    same = SEGMENTS[[0, 1, 2, 0, 1, 2]]
-    one, four = (
-        score(llama, same, caches, chunk=16, batch_size=n, progress=lambda items: batches.append(len(items)) or items)
-        for n in (1, 4)
-    )
+    same, batches = SEGMENTS[[0, 1, 2, 0, 1, 2]], []
+    how = {"chunk": 16, "progress": lambda items: batches.append(len(items)) or items}
+    one, four = (score(llama, same, caches, batch_size=n, **how) for n in (1, 4))
     assert batches == [6, 2], "progress wraps the batches"
     for name in caches:
         assert np.abs(one[name].nll - four[name].nll).max() < 1e-3
         assert np.array_equal(one[name].nll[:3], one[name].nll[3:])
 
 
-def test_a_segment_without_a_second_token_is_rejected(llama, caches):
-    with pytest.raises(PluginError, match="a segment has 1 tokens: expected at least 2"):
-        score(llama, windows(2, 1), caches)
-
-
-def test_the_baseline_runs_first_and_may_be_left_out(llama, caches):
+def test_the_baseline_runs_first_and_may_be_left_out_and_segments_have_two_tokens(llama, caches):
     scores = score(llama, SEGMENTS, dict(reversed(caches.items())))
     assert scores["x"].kl is not None and scores[BASELINE].kl is None
     alone = score(llama, SEGMENTS, {"x": caches["x"]})["x"]
     assert alone.kl is None and alone.agree is None and np.array_equal(alone.nll, scores["x"].nll)
     assert "kl_nats" not in compare(scores[BASELINE], alone)
+    with pytest.raises(PluginError, match="a segment has 1 tokens: expected at least 2"):
+        score(llama, windows(2, 1), caches)
 
 
 def test_figures_by_hand_and_from_the_sums_of_segments():
@@ -217,27 +210,23 @@ FLAGS = ["--text", "prose.txt", "--preset", "p.json", "--segments", 2, "--chunk"
 
 
 def test_the_script_writes_generated_text_and_long_context(script, tmp_path, capsys):
-    assert script("eval_by_position", *FLAGS, "--prompt-tokens", 30, "--new-tokens", 64, "--greedy-tokens", 8) == 0
+    assert script("eval_by_position", *FLAGS, "--prompt-tokens", 30, "--new-tokens", 32, "--greedy-tokens", 8) == 0
     assert script("eval_by_position", *FLAGS, "--over", "text", "--context-length", 100) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "2 segments of 64 predictions sampled by the model after prompts of prose.txt" in said and " of 8" in said
+    assert "2 segments of 32 predictions sampled by the model after prompts of prose.txt" in said and " of 8" in said
     names = ("by_position_tiny", "long_context_tiny")
-    assert listing(tmp_path / "results") == {f"{kind}" for n in names for kind in (f"runs/{n}.json", f"plots/{n}.png")}
+    assert listing(tmp_path / "results") == {file for n in names for file in (f"runs/{n}.json", f"plots/{n}.png")}
     generated, text = (json.loads((tmp_path / f"results/runs/{name}.json").read_text()) for name in names)
     assert all(is_drawn(tmp_path / f"results/plots/{name}.png") for name in names)
     (row,) = generated["rows"]
-    assert len(row["bins"]) == 8 and sum(cell["tokens"] for cell in row["quarters"]) == 2 * 64
-    assert (
-        row["tokens"] == 2 * 64 and len(row["greedy_tokens_same"]) == 2 and text["rows"][0]["greedy_tokens_same"] == []
-    )
+    assert len(row["bins"]) == 8 and sum(cell["tokens"] for cell in row["quarters"]) == row["tokens"] == 2 * 32
+    assert len(row["greedy_tokens_same"]) == 2 and text["rows"][0]["greedy_tokens_same"] == []
     assert tables.table("long_context_tiny", text).rows[0][-1] == "–"
 
 
-def test_bad_input_is_one_clear_line(script, capsys):
-    for flags, message in (
+def test_bad_input_is_one_clear_line(script, rejects):
+    rejects(partial(script, "eval_by_position", *FLAGS, "--prompt-tokens", 30), [
         (["--new-tokens", "600"], "with 600 more is longer than the 512 that"),
         (["--new-tokens", "9", "--greedy-tokens", "600"], "with 600 more is longer than the 512 that"),
         (["--over", "text", "--context-length", "600"], "use --context-length 512 or less"),
-    ):
-        assert script("eval_by_position", *FLAGS, "--prompt-tokens", 30, *flags) == 2
-        assert message in capsys.readouterr().err
+    ])  # fmt: skip

@@ -16,11 +16,6 @@ CACHES = {"KIVI": kivi.kivi_cache, "TurboQuant": turboquant.turboquant_cache}
 every_number_of_bits = pytest.mark.parametrize("bits", [4, 3, 2])
 
 
-@pytest.fixture(scope="module")
-def x():
-    return torch.randn(1, H, T, D, generator=torch.Generator().manual_seed(0))
-
-
 def read(side, x):
     side.append(x)
     return side.read()

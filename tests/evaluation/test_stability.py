@@ -1,9 +1,11 @@
 """Stability: runs that differ in one named thing, honest spreads, and a verdict that can fail."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
+from pictures import draw_nothing
 from script_runs import CALIBRATE, INT4_PRESET, STABILITY
 from tiny import word_text
 
@@ -77,6 +79,13 @@ FLAGS += ["--needle-length", 160, "--needle-trials", 1, "--eval-tokens", 64, "--
 NEVER_UNSTABLE, ALWAYS_UNSTABLE = (["--max-ppl-delta", limit, "--max-std", limit] for limit in (0.9, 0.0001))
 
 
+@pytest.fixture(autouse=True)
+def short_speed_test(monkeypatch, asked_for):
+    """Two tokens, once: what is made of more is shown by test_timing."""
+    cell, short = stability.measure_cell, {"decode_tokens": 2, "repeats": 1}
+    monkeypatch.setattr(stability, "measure_cell", lambda *args, **how: cell(*args, **how | short))
+
+
 def test_the_script_varies_what_there_is(script, tmp_path, capsys):
     assert script(STABILITY, *FLAGS, *NEVER_UNSTABLE) == 0
     said = capsys.readouterr().out
@@ -91,7 +100,8 @@ def test_the_script_varies_what_there_is(script, tmp_path, capsys):
     assert "which fails" in said
 
 
-def test_the_script_calibrates_anew(script, tmp_path, capsys):
+def test_the_script_calibrates_anew(script, tmp_path, capsys, monkeypatch):
+    draw_nothing(monkeypatch)
     flags = ["--text", "prose.txt", "--samples", 2, "--seq-len", 64, "--rank", 6, "--output", "c.pt"]
     assert script(CALIBRATE, *flags) == 0
     preset = INT4_PRESET | {"codec": "pca", "rank": 6, "bits": 16, "target": "v", "calibration_file": "c.pt"}
@@ -108,15 +118,13 @@ def test_the_script_calibrates_anew(script, tmp_path, capsys):
     assert "made from another text than 'other.txt': give --text prose.txt" in said and "no verdict" in said
 
 
-def test_bad_flags_stop_before_the_first_run(script, tmp_path, capsys, monkeypatch):
+def test_bad_flags_stop_before_the_first_run(script, rejects, monkeypatch):
     monkeypatch.setattr(stability, "measure", lambda *args: pytest.fail("measured"))
-    for flags, message in (
+    rejects(partial(script, STABILITY, *FLAGS), [
         (["--num-runs", "1"], "varies nothing"), (["--num-runs", "99"], "use fewer --num-runs"),
         (["--needle-length", "510"], "use --needle-length 504 or less"), (["--vary", "weather"], "unknown weather"),
         (["--max-std", "2"], "out of range"),
-    ):  # fmt: skip
-        assert script(STABILITY, *FLAGS, *flags) == 2
-        assert message in capsys.readouterr().err and not (tmp_path / "s.json").exists()
+    ])  # fmt: skip
 
 
 def test_recalibration_draws_other_samples_also_where_all_were_used(llama):

@@ -156,36 +156,28 @@ def test_a_stopwatch_gives_each_second_to_one_part():
     now, waits = [0.0], []
     watch = Stopwatch(lambda: waits.append(now[0]), lambda: now[0])
 
-    def work(seconds: float) -> None:
-        now[0] += seconds
+    def do(*steps) -> None:
+        """Seconds that pass, and what is called between them."""
+        for step in steps:
+            if callable(step):
+                step()
+            else:
+                now[0] += step
 
-    expand = watch.timed("expand")(lambda: work(4))
-
-    @watch.timed("copies")
-    def update():
-        work(1)
-        expand()
-        work(2)
-
-    @watch.timed("compress")
-    def fail():
-        work(1)
-        raise ValueError
-
-    work(100)  # before the watch runs
+    expand = watch.timed("expand")(lambda: do(4))
+    update = watch.timed("copies")(lambda: do(1, expand, 2))
+    fail = watch.timed("compress")(lambda: do(1, lambda: 1 / 0))
+    do(100)  # before the watch runs
     with watch.part("rest"):
-        work(8)
-        update()
-        update()
-        work(16)
-    work(100)
+        do(8, update, update, 16)
+    do(100)
     assert watch.seconds == dict.fromkeys(PARTS, 0.0) | {"expand": 8, "copies": 6, "rest": 24}
     assert watch.shares()["rest"] == 24 / 38 and sum(watch.shares().values()) == pytest.approx(1)
     assert len(waits) == 10, "the devices are waited for whenever the clock is read"
     with watch.part("rest"):
-        with pytest.raises(ValueError):
+        with pytest.raises(ZeroDivisionError):
             fail()
-        work(2)
+        do(2)
     assert watch.seconds["compress"] == 1 and watch.seconds["rest"] == 26, "it goes on after an error"
 
 
@@ -260,7 +252,7 @@ def test_instruments_change_no_token_and_are_only_in_the_pass_that_isnt_timed(ll
     assert [(n, clean) for n, clean in seen if not clean] == llama.geometry.num_layers * 4 * [(1, False)]
 
 
-def test_peak_memory_sees_what_is_gone_at_the_end():
+def test_peak_memory_sees_what_is_gone_at_the_end_and_of_gpus_is_the_sum_of_their_own_counts(monkeypatch):
     size = 200 << 20
     with peak_memory([]) as memory:
         block = torch.ones(size // 4)
@@ -269,9 +261,6 @@ def test_peak_memory_sees_what_is_gone_at_the_end():
     with peak_memory([]) as after:
         pass
     assert after.peak - after.start < size / 4
-
-
-def test_peak_memory_of_gpus_is_the_sum_of_their_own_counts(monkeypatch):
     reset = []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
