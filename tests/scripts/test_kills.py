@@ -5,6 +5,7 @@ KILLS is how often each is stopped at a random moment: `make kills` does it ten 
 """
 
 import contextlib
+import fnmatch
 import functools
 import gc
 import hashlib
@@ -24,12 +25,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import pictures
 import pytest
 import torch
 from forked import Child, at_every_write, start, unprivileged
 from jobs import JOBS, Job, make_home, results_here
-from matplotlib.figure import Figure
 from PIL import Image
 from sampling import ALL, covering
 
@@ -82,9 +81,7 @@ class Run:
 
     def start(self, *before) -> Child:
         said = self.folder.parent / f"{self.folder.name} said"
-        return start(
-            self.job.script, self.flags, self.folder, said, draw_small, results_here, *self.job.before, *before
-        )
+        return start(self.job.script, self.flags, self.folder, said, results_here, *self.job.before, *before)
 
     def complete(self, *before) -> tuple[Child, int]:
         child = self.start(*before)
@@ -99,16 +96,12 @@ class Run:
                 if name not in given or path.read_bytes() != given[name].read_bytes()}  # fmt: skip
 
 
-def draw_small() -> None:
-    Figure.savefig = pictures.small
-
-
 def listing(folder: Path) -> dict[str, Path]:
     return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 # Of every record, and of the machine before a measurement of time
-MEASURED = {"created_utc", "busy_cores_before", "load_average_before", "copy_bytes_per_s"}
+MEASURED = ("created_utc", "busy_cores_before", "load_average_before", "copy_bytes_per_s")
 
 
 def content(path: Path, job: Job, folder: Path) -> object:
@@ -119,7 +112,7 @@ def content(path: Path, job: Job, folder: Path) -> object:
     if blob == EARLIER:
         return "earlier"
     if path.suffix == ".json":
-        return untimed(json.loads(blob.decode().replace(str(folder), "")), job.timed | MEASURED)
+        return untimed(json.loads(blob.decode().replace(str(folder), "")), job.timed + MEASURED)
     if path.suffix == ".png":
         Image.open(io.BytesIO(blob)).load()
         return "a picture of times" if job.timed else hashlib.sha256(blob).hexdigest()
@@ -134,12 +127,16 @@ def content(path: Path, job: Job, folder: Path) -> object:
     return hashlib.sha256(blob).hexdigest()
 
 
-def untimed(record: object, timed: frozenset[str]) -> object:
-    """A record without its times: keys that are named, and rows that say of which metric they are."""
+def untimed(record: object, timed: tuple[str, ...]) -> object:
+    """A record without its times: keys that match a pattern, and rows that say of which metric they are."""
+
+    def is_time(name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in timed)
+
     if isinstance(record, dict):
-        return {key: untimed(value, timed) for key, value in record.items() if key not in timed}
+        return {key: untimed(value, timed) for key, value in record.items() if not is_time(key)}
     if isinstance(record, list):
-        return [untimed(x, timed) for x in record if not (isinstance(x, dict) and x.get("metric") in timed)]
+        return [untimed(x, timed) for x in record if not (isinstance(x, dict) and is_time(str(x.get("metric"))))]
     return record
 
 
