@@ -24,9 +24,8 @@ def checkout(tmp_path):
 
 
 def define(checkout, **more):
-    runs, show = {"ratio_presets_{model}": fake()}, [{"results": "ratio_presets_{model}", "heading": "Presets"}]
-    table = {"title": "A table", "about": "What it shows.", "runs": runs, "show": show, "plots": []}
-    write_table(checkout, "t", table | more)
+    show = [{"results": "ratio_presets_{model}", "heading": "Presets"}]
+    write_table(checkout, "t", runs={"ratio_presets_{model}": fake()}, show=show, **more)
     return checkout
 
 
@@ -46,7 +45,7 @@ def test_a_page_that_was_edited_is_noticed(checkout):
     with_results(checkout)
     page = write(checkout)
     text = page.read_text()
-    assert "# A table\n\nWhat it shows.\n\n## Presets\n\n| preset |" in text and f"Source: `{RESULT}.json`" in text
+    assert "# t\n\nFor tests.\n\n## Presets\n\n| preset |" in text and f"Source: `{RESULT}.json`" in text
     assert write(checkout, "models/Other-1B").name == "t_other-1b.md"
     assert pages.differing(checkout) == [], "another model's page is its own"
     page.write_text(re.sub(r"\+0\.\d\d%", "+0.99%", text, count=1))

@@ -21,6 +21,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,16 +143,11 @@ def untimed(record: object, timed: tuple[str, ...]) -> object:
 
 def whole_database(path: Path) -> str:
     """Whatever was being written is taken back when it is opened next; that is done to a copy."""
-    copy = path.parent / "copy-of-study"
-    copy.mkdir()
-    try:
+    with tempfile.TemporaryDirectory() as copy:
         for part in path.parent.glob(f"{path.name}*"):
             shutil.copy(part, copy)
-        database = sqlite3.connect(copy / path.name)
-        assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        database.close()
-    finally:
-        shutil.rmtree(copy)
+        with contextlib.closing(sqlite3.connect(Path(copy) / path.name)) as database:
+            assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     return "a whole database"
 
 
@@ -278,9 +274,8 @@ def dies_at(size: int) -> None:
 @contextlib.contextmanager
 def disk(folder: Path, kib: int):
     """A real file system of so many KiB at `folder`."""
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder], capture_output=True, text=True
-    )
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder]
+    done = subprocess.run(mount, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"a small disk takes the right to mount one: {done.stderr.strip()}")
     try:
@@ -324,9 +319,10 @@ def test_full_disk(name, home, whole, tmp_path, draw):
 
 
 def test_printing_onto_a_full_disk(home, tmp_path):
-    child, code = Run("report", home, tmp_path / "run").complete(
-        lambda: setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
-    )
+    def print_onto_it() -> None:
+        sys.stdout = open("/dev/full", "w")  # noqa: SIM115
+
+    child, code = Run("report", home, tmp_path / "run").complete(print_onto_it)
     assert (code, child.err) == (2, "error: can't write what is printed: No space left on device\n")
 
 

@@ -130,7 +130,7 @@ JOBS = {
     "profile": job(
         "profile_kv_performance",
         f"--model tiny {PRESET} --context-lengths 32 --batch-sizes 1 --repeats 1 --decode-tokens 2",
-        timed="instrumented_token_ms peak_memory_*bytes ratio_to_baseline share_of_step token_ms* tokens_per_s_* ttft_ms*",
+        timed="instrumented_token_ms peak_memory_* ratio_to_baseline share_of_step token_ms* tokens_per_s_* ttft_ms*",
     ),
     "validate": job("validate_ppl_postbugfix", f"{TEXT} {CALIBRATION} {SCORES} --groups control"),
     "tables": Job("reproduce_tables", "one two three --text words.txt", before=(in_this_checkout, soon_stale)),
