@@ -12,6 +12,7 @@ import pytest
 import torch
 from calibrations import TEXT
 from forked import Child, start
+from pictures import draw_nothing
 from sampling import ALL
 from script_runs import CALIBRATE, ONE_THREAD, listing, run
 from tiny import tiny_loaded, word_text
@@ -41,6 +42,7 @@ def flags(tiny_flags, tmp_path, monkeypatch):
 
     torchrun's processes, which only `make test-all` starts, are no forks: they have a sample as large as ever.
     """
+    draw_nothing(monkeypatch)
     if ALL:
         (tmp_path / "words.txt").write_text(word_text(6000))
         return [*tiny_flags, "--samples", "7", "--seq-len", "460"]

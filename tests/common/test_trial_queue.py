@@ -56,19 +56,28 @@ class Worker:
         return Counter(key_of(trial) for trial in self.queue.trials() if trial.state == TrialState.COMPLETE)
 
 
-def work(storage, name: str, log: Path, pace: Pace) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def imported(tmp_path_factory):
+    """What the first study imports is there before processes are forked."""
+    TrialQueue(tmp_path_factory.mktemp("first") / "study.db", "first")
+
+
+def work_until_silent(storage, log: Path) -> None:
     """Its first key takes as long as there is a file `hang` beside the log."""
 
     def hang(key: str) -> None:
         wait_for(lambda: key != "a" or not log.with_name("hang").exists())
 
-    Worker(storage, name, log=log, before=hang, pace=pace).work()
+    Worker(storage, "silent", log=log, before=hang, pace=FAST).work()
 
 
-def hold(storage, log: Path) -> None:
-    with TrialQueue(storage, "lock", pace=FAST).lock(), log.open("a", buffering=1) as file:
+def work_then_lock(storage, log: Path, locked: Path) -> None:
+    """The second gets to the lock while the first still holds it."""
+    worker = Worker(storage, "together", log=log)
+    worker.work()
+    with worker.queue.lock(), locked.open("a", buffering=1) as file:
         file.write("in\n")
-        time.sleep(0.1)
+        time.sleep(0.3)
         file.write("out\n")
 
 
@@ -80,8 +89,7 @@ def storage(request, tmp_path):
 
 def test_workers_that_start_together_try_each_key_once_and_a_lock_has_one_holder(storage, tmp_path):
     log, locked = tmp_path / "log", tmp_path / "locked"
-    processes = [in_a_process(work, storage, "together", log, PATIENT) for _ in range(2)]
-    processes += [in_a_process(hold, storage, locked) for _ in range(2)]
+    processes = [in_a_process(work_then_lock, storage, log, locked) for _ in range(2)]
     for process in processes:
         process.join(60)
     assert {process.exitcode for process in processes} == {0}
@@ -97,9 +105,9 @@ def test_a_silent_workers_key_is_taken_over_once(storage, sent, tmp_path):
     """Of one that was only stopped, and goes on later, nothing counts."""
     log, hang = tmp_path / "log", tmp_path / "hang"
     hang.touch()
-    first = in_a_process(work, storage, "silent", log, FAST)
+    first = in_a_process(work_until_silent, storage, log)
     wait_for(lambda: lines(log) == ["a"])
-    second = in_a_process(work, storage, "silent", log, FAST)
+    second = in_a_process(work_until_silent, storage, log)
     wait_for(lambda: len(lines(log)) >= len(KEYS))  # the second has done the others, and waits for the first
     os.kill(first.pid, sent)
     wait_for(lambda: len(lines(log)) > len(KEYS))

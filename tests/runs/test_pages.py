@@ -100,19 +100,17 @@ PROSE = """About {figure} of it.
 """
 
 
-@pytest.mark.parametrize(
-    "figure", ["3.97x", "4.0x", "+0.14 %", "+0.1 %", "0.1 %", "12 tokens", "4x", "5 %", "`9.99x`", "kv-5.3x"]
-)
-def test_a_figure_that_a_table_shows_is_found(figure):
-    assert not_found(PROSE.format(figure=figure), []) == []
+SHOWN = ["3.97x", "4.0x", "+0.14 %", "+0.1 %", "0.1 %", "12 tokens", "4x", "5 %", "`9.99x`", "kv-5.3x"]
+NOT_SHOWN = ["3.98x", "4.1x", "+0.15 %", "-0.14 %", "−0.14 %", "3.97 %", "+1 %", "9.5 nats"]
+
+
+def test_a_figure_that_no_table_shows_is_named_with_its_line():
+    for figure in SHOWN:
+        assert not_found(PROSE.format(figure=figure), []) == []
+    for figure in NOT_SHOWN:
+        message = f"line 3: {figure} is in no table of committed results"
+        assert not_found(f"\n\n{PROSE.format(figure=figure)}", []) == [message]
     assert not_found("It is 1.47x.", ["| a | 1.47x (1.44 … 1.51) |"]) == [], "of a page"
-
-
-@pytest.mark.parametrize("figure", ["3.98x", "4.1x", "+0.15 %", "-0.14 %", "−0.14 %", "3.97 %", "+1 %", "9.5 nats"])
-def test_a_figure_that_no_table_shows_is_named_with_its_line(figure):
-    assert not_found(f"\n\n{PROSE.format(figure=figure)}", []) == [
-        f"line 3: {figure} is in no table of committed results"
-    ]
 
 
 def test_everything_that_differs_is_named_at_once(tmp_path):

@@ -30,6 +30,7 @@ import pytest
 import torch
 from forked import Child, at_every_write, start, unprivileged
 from jobs import JOBS, Job, make_home, results_here
+from pictures import draw_nothing
 from PIL import Image
 from sampling import ALL, covering
 
@@ -56,14 +57,16 @@ UNFINISHED = "what a later run goes on from"
 def home(tmp_path_factory):
     """A tiny model and what scripts read; whatever they import or work out once is there before they are forked."""
     home = tmp_path_factory.mktemp("home")
-    os.environ["COMMIT"] = provenance.git_commit() or ""
-    make_home(home)
-    files.write_figure(home / "warm.png", plots.append_times([1, 2], {"a": [1, 2]}, "t"))
-    trial_queue.TrialQueue(home / "warm.db", "warm")
-    gc.collect()
-    gc.freeze()  # children would look through all of it, and copy it
-    yield home
-    gc.unfreeze()
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        patch.setenv("COMMIT", provenance.git_commit() or "")
+        make_home(home)
+        files.write_figure(home / "warm.png", plots.append_times())
+        trial_queue.TrialQueue(home / "warm.db", "warm")
+        gc.collect()
+        gc.freeze()  # children would look through all of it, and copy it
+        yield home
+        gc.unfreeze()
 
 
 def stopped(way: str) -> list[str]:
