@@ -71,13 +71,16 @@ def work_until_silent(storage, log: Path) -> None:
     Worker(storage, "silent", log=log, before=hang, pace=FAST).work()
 
 
-def work_then_lock(storage, log: Path, locked: Path) -> None:
-    """The second gets to the lock while the first still holds it."""
+def work_then_lock(storage, log: Path, arrived: Path, locked: Path) -> None:
+    """Whoever has the lock first holds it until the other has asked for it."""
     worker = Worker(storage, "together", log=log)
     worker.work()
+    with arrived.open("a") as file:
+        file.write("here\n")
     with worker.queue.lock(), locked.open("a", buffering=1) as file:
         file.write("in\n")
-        time.sleep(0.3)
+        wait_for(lambda: len(lines(arrived)) == 2)
+        time.sleep(0.2)
         file.write("out\n")
 
 
@@ -88,8 +91,8 @@ def storage(request, tmp_path):
 
 
 def test_workers_that_start_together_try_each_key_once_and_a_lock_has_one_holder(storage, tmp_path):
-    log, locked = tmp_path / "log", tmp_path / "locked"
-    processes = [in_a_process(work_then_lock, storage, log, locked) for _ in range(2)]
+    log, arrived, locked = (tmp_path / name for name in ("log", "arrived", "locked"))
+    processes = [in_a_process(work_then_lock, storage, log, arrived, locked) for _ in range(2)]
     for process in processes:
         process.join(60)
     assert {process.exitcode for process in processes} == {0}

@@ -10,7 +10,7 @@ import torch
 from calibrations import TEXT
 from sampling import covering
 from script_runs import CALIBRATE, GENERATE, NEEDLE, PROFILE, SMALL, SMALL_EVAL, STABILITY, TUNE, VALIDATE, listing
-from tiny import save_tiny, tiny_model, word_text
+from tiny import save_tiny, tiny_model
 
 from gpt2.compression.calibration import calibrate
 from gpt2.compression.calibration.file import save_calibration
@@ -46,10 +46,8 @@ def calibration(tmp_path_factory, model_folder):
 
 
 @pytest.fixture
-def space(tmp_path, monkeypatch):
-    """An empty working folder, with a text and a preset that needs no calibration."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "words.txt").write_text(word_text(3000))
+def space(tmp_path, tiny_flags):
+    """The working folder, with a text and a preset that needs no calibration."""
     (tmp_path / "free.json").write_text(json.dumps(script_runs.FREE_PRESET))
     return tmp_path
 
