@@ -45,7 +45,7 @@ def test_a_page_that_was_edited_is_noticed(checkout):
     with_results(checkout)
     page = write(checkout)
     text = page.read_text()
-    assert "# t\n\nFor tests.\n\n## Presets\n\n| preset |" in text and f"Source: `{RESULT}.json`" in text
+    assert "# Table t\n\nFor tests.\n\n## Presets\n\n| preset |" in text and f"Source: `{RESULT}.json`" in text
     assert write(checkout, "models/Other-1B").name == "t_other-1b.md"
     assert pages.differing(checkout) == [], "another model's page is its own"
     page.write_text(re.sub(r"\+0\.\d\d%", "+0.99%", text, count=1))

@@ -69,7 +69,7 @@ def make_checkout(folder: Path, **tables: dict) -> Path:
 
 def write_table(folder: Path, name: str, **record) -> None:
     """A table that shows nothing, apart from what is given."""
-    record = {"title": name, "about": "For tests.", "runs": {}, "show": [], "plots": []} | record
+    record = {"title": f"Table {name}", "about": "For tests.", "runs": {}, "show": [], "plots": []} | record
     (folder / "configs" / "tables" / f"{name}.json").write_text(json.dumps(record))
 
 
