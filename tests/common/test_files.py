@@ -62,7 +62,7 @@ def test_folders_are_made_rights_and_links_stay(tmp_path):
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_paths_where_no_file_can_be_are_rejected(path, tmp_path):
+def test_checking_leaves_no_folder_and_rejects_paths_where_no_file_can_be(path, tmp_path):
     """Root may write into read-only folders, but nobody below a file."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/null")
@@ -75,6 +75,11 @@ def test_paths_where_no_file_can_be_are_rejected(path, tmp_path):
                 write(place)
     assert path.read_text() == "old" and (tmp_path / "link").is_symlink()
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    (tmp_path / "empty").mkdir()
+    before = set(tmp_path.rglob("*"))
+    for place in ("new/a/b.json", "empty/c.json", "empty/new/d.json"):
+        assert check_writable(tmp_path / place) == tmp_path / place
+    assert set(tmp_path.rglob("*")) == before, "no folder is left, and those that were there are kept"
 
 
 def writes_and_dies(path: Path, begun, go, die: bool) -> None:
@@ -184,10 +189,3 @@ def test_the_commit_says_when_code_differs_from_it(tmp_path, monkeypatch, reques
     code.write_text("2")
     assert provenance.git_commit() == commit, "what a run began with"
     assert asked() == f"{commit}-dirty"
-
-
-def test_checking_leaves_no_folder_and_keeps_those_that_were_there(tmp_path):
-    (tmp_path / "empty").mkdir()
-    for place in ("new/a/b.json", "empty/c.json", "empty/new/d.json"):
-        assert check_writable(tmp_path / place) == tmp_path / place
-    assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from calibrations import TEXT
 from forked import Child, start
+from pictures import draw_nothing
 from sampling import ALL
 from script_runs import CALIBRATE, ONE_THREAD, listing, run
 from tiny import tiny_loaded, word_text
@@ -20,6 +21,7 @@ from torch import Tensor
 from gpt2.common import files, processes
 from gpt2.common.errors import PluginError
 from gpt2.common.processes import ALONE, Processes
+from gpt2.compression.calibration import fisher
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.codecs.moments import Moments
 from gpt2.models import loading
@@ -35,10 +37,17 @@ def tensors(record, name: str = "") -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def flags(tiny_flags, tmp_path):
-    """The sample is full before the last window, and the windows are an odd number."""
-    (tmp_path / "words.txt").write_text(word_text(6000))
-    return [*tiny_flags, "--samples", "7", "--seq-len", "460"]
+def flags(tiny_flags, tmp_path, monkeypatch):
+    """The sample is full before the last window, and the windows are an odd number.
+
+    torchrun's processes, which only `make test-all` starts, are no forks: they have a sample as large as ever.
+    """
+    draw_nothing(monkeypatch)
+    if ALL:
+        (tmp_path / "words.txt").write_text(word_text(6000))
+        return [*tiny_flags, "--samples", "7", "--seq-len", "460"]
+    monkeypatch.setattr(fisher, "SAMPLED_BLOCKS", 5)
+    return [*tiny_flags, "--samples", "3", "--seq-len", "140"]
 
 
 def launch(script: str, *flags, before=lambda: None) -> tuple[list[int], str, str]:

@@ -19,15 +19,15 @@ from gpt2.common import trial_queue
 from gpt2.common.errors import PluginError
 from gpt2.common.trial_queue import Pace, TrialFailed, TrialQueue, key_of
 
-FAST = Pace(heartbeat=1, silence=2, look=0.1)
 PATIENT = Pace(heartbeat=1, silence=100, look=0.1)  # nobody who is only slow is taken for dead
+FAST = Pace(heartbeat=1, silence=2, look=0.3)
 KEYS = {key: {"x": number} for number, key in enumerate("abc")}
 
 
 class Worker:
     """A queue and the keys that it tried. log: those of all processes; before: called with a key that is tried."""
 
-    def __init__(self, storage, name: str = "q", *, log: Path | None = None, before=lambda key: None, pace=FAST):
+    def __init__(self, storage, name: str = "q", *, log: Path | None = None, before=lambda key: None, pace=PATIENT):
         self.queue = TrialQueue(storage, name, pace=pace, sampler=optuna.samplers.RandomSampler(seed=0))
         self.log, self.before, self.tried, self.notes = log, before, [], []
 
@@ -56,19 +56,31 @@ class Worker:
         return Counter(key_of(trial) for trial in self.queue.trials() if trial.state == TrialState.COMPLETE)
 
 
-def work(storage, name: str, log: Path, pace: Pace = FAST) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def imported(tmp_path_factory):
+    """What the first study imports is there before processes are forked."""
+    TrialQueue(tmp_path_factory.mktemp("first") / "study.db", "first")
+
+
+def work_until_silent(storage, log: Path) -> None:
     """Its first key takes as long as there is a file `hang` beside the log."""
 
     def hang(key: str) -> None:
         wait_for(lambda: key != "a" or not log.with_name("hang").exists())
 
-    Worker(storage, name, log=log, before=hang, pace=pace).work()
+    Worker(storage, "silent", log=log, before=hang, pace=FAST).work()
 
 
-def hold(storage, log: Path) -> None:
-    with TrialQueue(storage, "lock", pace=FAST).lock(), log.open("a", buffering=1) as file:
+def work_then_lock(storage, log: Path, arrived: Path, locked: Path) -> None:
+    """Whoever has the lock first holds it until the other has asked for it."""
+    worker = Worker(storage, "together", log=log)
+    worker.work()
+    with arrived.open("a") as file:
+        file.write("here\n")
+    with worker.queue.lock(), locked.open("a", buffering=1) as file:
         file.write("in\n")
-        time.sleep(0.1)
+        wait_for(lambda: len(lines(arrived)) == 2)
+        time.sleep(0.2)
         file.write("out\n")
 
 
@@ -79,9 +91,8 @@ def storage(request, tmp_path):
 
 
 def test_workers_that_start_together_try_each_key_once_and_a_lock_has_one_holder(storage, tmp_path):
-    log, locked = tmp_path / "log", tmp_path / "locked"
-    processes = [in_a_process(work, storage, "together", log, PATIENT) for _ in range(2)]
-    processes += [in_a_process(hold, storage, locked) for _ in range(2)]
+    log, arrived, locked = (tmp_path / name for name in ("log", "arrived", "locked"))
+    processes = [in_a_process(work_then_lock, storage, log, arrived, locked) for _ in range(2)]
     for process in processes:
         process.join(60)
     assert {process.exitcode for process in processes} == {0}
@@ -97,9 +108,9 @@ def test_a_silent_workers_key_is_taken_over_once(storage, sent, tmp_path):
     """Of one that was only stopped, and goes on later, nothing counts."""
     log, hang = tmp_path / "log", tmp_path / "hang"
     hang.touch()
-    first = in_a_process(work, storage, "silent", log)
+    first = in_a_process(work_until_silent, storage, log)
     wait_for(lambda: lines(log) == ["a"])
-    second = in_a_process(work, storage, "silent", log)
+    second = in_a_process(work_until_silent, storage, log)
     wait_for(lambda: len(lines(log)) >= len(KEYS))  # the second has done the others, and waits for the first
     os.kill(first.pid, sent)
     wait_for(lambda: len(lines(log)) > len(KEYS))
@@ -140,7 +151,7 @@ def database(tmp_path):
 @pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 def test_a_claim_without_a_heartbeat_is_taken_over_after_the_silence(database, clock):
     """A worker killed between its claim and its first heartbeat leaves what Optuna never takes for stale."""
-    lost, other = Worker(database), Worker(database)
+    lost, other = Worker(database), Worker(database, pace=FAST)
     lost.queue.study.enqueue_trial({"x": 0}, user_attrs={"key": "a"})
     lost.queue.study.ask()
     other.work()
@@ -149,18 +160,18 @@ def test_a_claim_without_a_heartbeat_is_taken_over_after_the_silence(database, c
     assert clock.now == FAST.silence + 1
 
 
-def failing(database: Path, error: BaseException) -> Worker:
-    """A worker that fails at b."""
+def failing(database: Path, **errors: BaseException) -> Worker:
+    """A worker that fails at some keys."""
 
     def fail(key: str) -> None:
-        if key == "b":
-            raise error
+        if key in errors:
+            raise errors[key]
 
     return Worker(database, before=fail)
 
 
 def test_an_interrupted_key_is_tried_again_first_and_as_it_was(database):
-    first, wanted = failing(database, KeyboardInterrupt()), dict.fromkeys(KEYS, {})  # the sampler chooses
+    first, wanted = failing(database, b=KeyboardInterrupt()), dict.fromkeys(KEYS, {})  # the sampler chooses
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             first.work(wanted)
@@ -174,21 +185,16 @@ def test_an_interrupted_key_is_tried_again_first_and_as_it_was(database):
     assert len(second.tried) == 2, "all is done"
 
 
-def test_a_key_that_kills_three_workers_is_given_up(database):
-    survivor, dying = Worker(database), failing(database, MemoryError())
+def test_keys_that_fail_or_kill_three_workers_are_given_up_until_a_worker_begins_anew(database):
+    survivor, dying = Worker(database), failing(database, a=TrialFailed("no luck"), b=MemoryError())
     for _ in range(3):
         with pytest.raises(MemoryError):
             dying.work()
-    assert survivor.work() == {"b": "3 workers died while trying it"} and survivor.tried == ["c"]
-    assert Worker(database).work() == {}, "a worker that begins now tries it again"
-
-
-def test_a_failed_key_is_reported_by_all_and_tried_again_by_the_next(database):
-    first, beside = failing(database, TrialFailed("no luck")), Worker(database)
-    assert first.work() == beside.work() == {"b": "no luck"}
-    assert first.tried == list(KEYS) and beside.tried == []
+    reasons = {"a": "no luck", "b": "3 workers died while trying it"}
+    assert survivor.work() == dying.work() == reasons, "all report what failed since they began"
+    assert dying.tried == ["a", "b", "b", "b"] and survivor.tried == ["c"]
     later = Worker(database)
-    assert later.work() == {} and later.tried == ["b"]
+    assert later.work() == {} and later.tried == ["a", "b"]
 
 
 def test_two_trials_of_one_key_are_tried_once(database):

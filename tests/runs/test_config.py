@@ -58,21 +58,20 @@ def test_every_committed_result_is_of_a_run_and_on_a_page():
 
 def test_invalid_tables_are_named(tmp_path):
     checkout = make_checkout(tmp_path)
-    rest = {"title": "", "about": "", "plots": [], "show": []}
 
-    def rejected(message: str, **found: dict) -> None:
-        for name, table in found.items():
-            write_table(checkout, name, table)
+    def rejected(message: str, **tables: dict) -> None:
+        for name, runs in tables.items():
+            write_table(checkout, name, runs=runs)
         with pytest.raises(PluginError, match=message):
             load(RunOptions(checkout=checkout))
 
-    rejected("t.json: missing: about, runs, show, plots", t={"title": "x"})
-    runs = {"peers_a": fake() | {"argz": {}}}
-    rejected("t.json: key 'runs.peers_a.argz': unknown: the keys are args, models, needs", t=rest | {"runs": runs})
-    rejected("t.json: run r: no script no.py", t=rest | {"runs": {"r": {"script": "no", "args": {}}}})
-    needing = {"peers_x": fake(needs=["peers_y"])}
-    rejected("run peers_x: no table defines a run peers_y", t=rest | {"runs": needing})
-    one, other = (rest | {"runs": {"peers_x": fake({"size": size})}} for size in (1, 2))
+    (checkout / "configs" / "tables" / "t.json").write_text('{"title": "x"}')
+    rejected("t.json: missing: about, runs, show, plots")
+    unknown = "t.json: key 'runs.peers_a.argz': unknown: the keys are args, models, needs"
+    rejected(unknown, t={"peers_a": fake() | {"argz": {}}})
+    rejected("t.json: run r: no script no.py", t={"r": {"script": "no", "args": {}}})
+    rejected("run peers_x: no table defines a run peers_y", t={"peers_x": fake(needs=["peers_y"])})
+    one, other = ({"peers_x": fake({"size": size})} for size in (1, 2))
     rejected("u.json: run peers_x is defined differently in another table", t=one, u=other)
 
 

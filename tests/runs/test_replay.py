@@ -18,9 +18,9 @@ from gpt2.compression.codecs.multi_head import JointTransform
 from gpt2.runs import replay
 
 PEERS = {"peers": "kivi", "preset": ["p.json"], "needle-context-lengths": "none", "text": "words.txt",
-         "eval-tokens": 192, "eval-seq-len": 64, "chunk": 16}  # fmt: skip
+         "eval-tokens": 128, "eval-seq-len": 64, "chunk": 32}  # fmt: skip
 POSITIONS = {"preset": ["p.json"], "text": "words.txt", "segments": 2, "prompt-tokens": 20, "new-tokens": 40}
-PRESETS = {"text": "words.txt", "samples": 2, "seq-len": 100, "eval-tokens": 200, "eval-seq-len": 100, "chunk": 20,
+PRESETS = {"text": "words.txt", "samples": 2, "seq-len": 100, "eval-tokens": 200, "eval-seq-len": 100, "chunk": 50,
            "ratios": "4,6.4"}  # fmt: skip
 RUNS = {
     "peers_x": {"script": "compare_peers", "args": PEERS},
@@ -44,8 +44,7 @@ def results(tmp_path_factory, model_folder):
     (folder / "scripts").symlink_to(files.ROOT / "scripts")
     (folder / "configs" / "tables").mkdir(parents=True)
     presets = {PRESETS_RUN: {"script": "make_presets", "args": PRESETS, "output": "."}}
-    shown = [{"results": name} for name in RUNS]
-    write_table(folder, "t", {"title": "t", "about": "", "runs": RUNS | presets, "show": shown, "plots": []})
+    write_table(folder, "t", runs=RUNS | presets, show=[{"results": name} for name in RUNS])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("COMMIT", provenance.git_commit() or "")
@@ -83,9 +82,8 @@ def test_presets_by_ratio_are_measured_again_with_their_calibration(matcher, mon
     assert any(line.startswith("kv-4x, kl_nats of the first segment is") for line in differing)
     assert not any("bits" in line for line in differing)
     calibration.unlink()
-    assert f"calibrations/{calibration.name}, which it was made with, isn't there" in replay.replayable(
-        matcher, PRESETS_RUN
-    )
+    why = replay.replayable(matcher, PRESETS_RUN)
+    assert f"calibrations/{calibration.name}, which it was made with, isn't there" in why
 
 
 def test_results_are_confirmed_until_a_codec_has_one_wrong_offset(matcher, monkeypatch, capsys):
@@ -128,7 +126,7 @@ def test_what_can_not_be_replayed_says_why(matcher, monkeypatch):
     path.write_text(json.dumps(record))
     assert "its record lacks what a replay needs (KeyError: 'segments')" in replay.replayable(matcher, "peers_x")
     path.write_text(json.dumps(record | {"args": record["args"] | {"chunk": 3}}))
-    assert replay.replayable(matcher, "peers_x") == "made with --chunk 3, now 16"
+    assert replay.replayable(matcher, "peers_x") == "made with --chunk 3, now 32"
     broken = SimpleNamespace(run=lambda *args, **how: SimpleNamespace(returncode=2, stderr="error: no model\n"))
     monkeypatch.setattr(replay, "subprocess", broken)
     with pytest.raises(PluginError, match="its script made no results, exit code 2: error: no model"):

@@ -22,8 +22,7 @@ def make(checkout, name: str = "peers_x") -> Matcher:
 
 
 def redefine(checkout, **runs) -> Matcher:
-    show = [{"results": name} for name in runs]
-    write_table(checkout, "t", {"title": "t", "about": "", "runs": runs, "show": show, "plots": []})
+    write_table(checkout, "t", runs=runs, show=[{"results": name} for name in runs])
     return matcher_of(checkout)
 
 
@@ -47,22 +46,21 @@ def recorded(checkout):
     return matcher, record, stale
 
 
-def test_results_are_up_to_date_until_an_argument_changes(checkout):
-    assert matcher_of(checkout).stale("peers_x") == "missing"
-    assert make(checkout).stale("peers_x") is None
-    assert redefine(checkout, peers_x=fake({"size": 4})).stale("peers_x") == "made with --size 3, now 4"
-    matcher = redefine(checkout, peers_x=fake())
-    assert matcher.stale("peers_x") == "made with --size 3, now 1" and matcher.to_make(["peers_x"]) == ["peers_x"]
-
-
-def test_an_argument_that_older_results_lack_had_its_default_and_what_is_no_record_is_missing(checkout, recorded):
+def test_results_are_up_to_date_until_an_argument_changes(checkout, recorded):
     matcher, record, stale = recorded
-    assert stale(args={key: value for key, value in record["args"].items() if key != "hangs"}) is None
+    assert stale() is None
+    assert redefine(checkout, peers_x=fake({"size": 4})).stale("peers_x") == "made with --size 3, now 4"
+    default = redefine(checkout, peers_x=fake())
+    assert default.stale("peers_x") == "made with --size 3, now 1" and default.to_make(["peers_x"]) == ["peers_x"]
+    older = {key: value for key, value in record["args"].items() if key != "hangs"}
+    assert stale(args=older) is None, "an argument that older results lack had its default"
     hangs = redefine(checkout, peers_x=fake({"size": 3, "hangs": True}))
     assert hangs.stale("peers_x") == "made with --hangs False, now True"
     for content in ("", "{", "[]", "3", "{}", '{"args": []}', "[" * 10**5):
         matcher.record_path("peers_x").write_text(content)
         assert matcher.stale("peers_x") == "missing", content[:20]
+    matcher.record_path("peers_x").unlink()
+    assert matcher.stale("peers_x") == "missing"
 
 
 def test_a_file_is_compared_by_its_contents(checkout):
@@ -111,19 +109,13 @@ def test_a_text_is_compared_by_its_hash(tmp_path):
     assert "(calibration part)" in stale(**own, calibration={"text_sha256": "other"})
 
 
-@pytest.fixture
-def commit(checkout):
-    """A commit of the checkout."""
+def test_the_commit_that_made_results_must_be_known_or_that_of_a_replay(checkout, recorded):
+    """Whether today's code gives the same is for a replay; here it is enough that anyone can go back to it."""
+    matcher, _, stale = recorded
     for words in ("init -q", "add .", "commit -qm first"):
         git(checkout, *words.split())
-    return git(checkout, "rev-parse", "--short=12", "HEAD")
-
-
-def test_the_commit_that_made_results_must_be_known(checkout, recorded, commit):
-    """Whether today's code gives the same is for a replay; here it is enough that anyone can go back to it."""
-    _, _, stale = recorded
+    commit = git(checkout, "rev-parse", "--short=12", "HEAD")
     assert stale(git_commit=commit) is None
-    assert stale(git_commit="0123456789ab") == "made at commit 0123456789ab, which is not in this repository"
     for other in (f"{commit}-dirty", "", None, ["x"]):
         assert stale(git_commit=other) == "made from code that was never committed"
     victim = checkout / "victim"
@@ -131,12 +123,8 @@ def test_the_commit_that_made_results_must_be_known(checkout, recorded, commit):
     for word in (f"--output={victim}", f"--remote={checkout}", "HEAD"):  # git would take the first for a flag
         assert "is not in this repository" in stale(git_commit=word), word
     assert victim.read_text() == "as it was"
+    assert stale(git_commit="0123456789ab") == "made at commit 0123456789ab, which is not in this repository"
     assert matcher_of(checkout, any_code=True).stale("peers_x") is None
-
-
-def test_a_replay_at_a_known_commit_stands_for_the_one_that_made_the_results(recorded, commit):
-    matcher, _, stale = recorded
-    assert "not in this repository" in stale(git_commit="0" * 12)
     replayed = {"agrees": True, "commit": commit, "sha256": files.file_sha256(matcher.record_path("peers_x"))}
     for changes in ({}, {"agrees": False}, {"commit": "f" * 12}, {"sha256": "that of another file"}):
         files.write_json(matcher.options.results / REPLAYED, {"peers_x": replayed | changes})

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,18 @@ from gpt2.runs import replay, worker
 from gpt2.runs.up_to_date import Matcher
 
 
+def worker_of(checkout: Path, storage: Path, **how) -> worker.Worker:
+    return worker.Worker(storage, matcher_of(checkout, **how), Pace(1, 2, 0.2), lambda line: None)
+
+
 def work(checkout: Path, storage: Path, wanted: list[str] | None = None, **how) -> dict[str, str]:
-    matcher = matcher_of(checkout, **how)
-    return worker.Worker(storage, matcher, Pace(1, 2, 0.1), lambda line: None).work(wanted or [*matcher.runs])
+    own = worker_of(checkout, storage, **how)
+    return own.work(wanted or [*own.matcher.runs])
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return tmp_path / "study.db"
 
 
 @pytest.fixture
@@ -38,7 +46,7 @@ def test_code_that_a_model_has_generated_is_run_only_where_that_is_allowed(tmp_p
     failed = work(checkout, storage)
     assert list(failed) == ["code_x"] and "give --run-generated-code to allow it" in failed["code_x"]
     assert started(checkout) == ["peers_one"]
-    allowed = worker.Worker(storage, matcher_of(checkout, run_generated_code=True), Pace(1, 2, 0.1), lambda line: None)
+    allowed = worker_of(checkout, storage, run_generated_code=True)
     assert list(work(checkout, storage, ["code_x"])) == ["code_x"]
     assert allowed.work(["code_x"]) == {}, "a worker that began earlier isn't told that it failed"
     assert started(checkout) == ["peers_one", "code_x"]
@@ -48,12 +56,7 @@ def test_code_that_a_model_has_generated_is_run_only_where_that_is_allowed(tmp_p
     assert "give --run-generated-code" in replay.replayable(forbidden, "code_x")
 
 
-@pytest.fixture
-def storage(tmp_path):
-    return tmp_path / "study.db"
-
-
-def test_a_killed_workers_run_is_taken_over(checkout, storage):
+def test_a_killed_workers_run_is_taken_over_and_what_is_made_is_not_made_again(checkout, storage, tmp_path):
     (checkout / "hang").touch()
     first = in_a_process(work, checkout, storage)
     wait_for(lambda: started(checkout) == ["peers_one"])
@@ -67,21 +70,17 @@ def test_a_killed_workers_run_is_taken_over(checkout, storage):
     second.join(60)
     assert second.exitcode == 0
     assert started(checkout) == ["peers_one", "peers_two", "peers_one", "peers_three"], "what needs a run waits for it"
+    assert work(checkout, tmp_path / "other.db") == {}
+    assert len(started(checkout)) == 4, "results decide, not the study"
+    (checkout / "results" / "runs" / "peers_one.json").unlink()
+    assert work(checkout, storage) == {}
+    assert started(checkout)[4:] == ["peers_one"], "the same bytes change nothing for what has read them"
 
 
 def alive(process: int) -> bool:
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
     return False
-
-
-def test_what_is_made_is_not_made_again(checkout, storage, tmp_path):
-    assert work(checkout, storage) == {} and len(started(checkout)) == 3
-    assert work(checkout, tmp_path / "other.db") == {}
-    assert len(started(checkout)) == 3, "results decide, not the study"
-    (checkout / "results" / "runs" / "peers_one.json").unlink()
-    assert work(checkout, storage) == {}
-    assert started(checkout)[3:] == ["peers_one"], "the same bytes change nothing for what has read them"
 
 
 def test_a_failed_run_is_reported_with_what_needs_it_and_tried_again_next_time(tmp_path, storage, monkeypatch):
@@ -120,6 +119,14 @@ def test_a_machine_adds_nothing_to_the_results_of_another(tmp_path, storage, mon
     assert rejected("peers_two_avx2", "avx2") is None
 
 
+def stopped_by_ctrl_c(checkout: Path, storage: Path) -> None:
+    os.setpgid(0, 0)  # a terminal sends Ctrl-C to the script as well
+    with contextlib.suppress(KeyboardInterrupt):
+        work(checkout, storage)
+        os._exit(0)
+    os._exit(130)
+
+
 def test_ctrl_c_stops_the_script_and_the_run_waits_for_the_next_start(checkout, storage):
     (checkout / "hang").touch()
     process = in_a_process(stopped_by_ctrl_c, checkout, storage)
@@ -129,13 +136,5 @@ def test_ctrl_c_stops_the_script_and_the_run_waits_for_the_next_start(checkout, 
     assert process.exitcode == 130
     assert not (checkout / "results" / "runs").exists()
     (checkout / "hang").unlink()
-    assert work(checkout, storage) == {}, "at once, without waiting for a dead worker"
-    assert Counter(started(checkout))["peers_one"] == 2
-
-
-def stopped_by_ctrl_c(checkout, storage):
-    os.setpgid(0, 0)  # a terminal sends Ctrl-C to the script as well
-    with contextlib.suppress(KeyboardInterrupt):
-        work(checkout, storage)
-        os._exit(0)
-    os._exit(130)
+    assert work(checkout, storage, ["peers_one"]) == {}, "at once, without waiting for a dead worker"
+    assert started(checkout) == ["peers_one"] * 2

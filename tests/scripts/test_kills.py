@@ -5,6 +5,7 @@ KILLS is how often each is stopped at a random moment: `make kills` does it ten 
 """
 
 import contextlib
+import fnmatch
 import functools
 import gc
 import hashlib
@@ -20,16 +21,16 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import pictures
 import pytest
 import torch
 from forked import Child, at_every_write, start, unprivileged
 from jobs import JOBS, Job, make_home, results_here
-from matplotlib.figure import Figure
+from pictures import draw_nothing
 from PIL import Image
 from sampling import ALL, covering
 
@@ -56,14 +57,16 @@ UNFINISHED = "what a later run goes on from"
 def home(tmp_path_factory):
     """A tiny model and what scripts read; whatever they import or work out once is there before they are forked."""
     home = tmp_path_factory.mktemp("home")
-    os.environ["COMMIT"] = provenance.git_commit() or ""
-    make_home(home)
-    files.write_figure(home / "warm.png", plots.append_times([1, 2], {"a": [1, 2]}, "t"))
-    trial_queue.TrialQueue(home / "warm.db", "warm")
-    gc.collect()
-    gc.freeze()  # children would look through all of it, and copy it
-    yield home
-    gc.unfreeze()
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        patch.setenv("COMMIT", provenance.git_commit() or "")
+        make_home(home)
+        files.write_figure(home / "warm.png", plots.append_times())
+        trial_queue.TrialQueue(home / "warm.db", "warm")
+        gc.collect()
+        gc.freeze()  # children would look through all of it, and copy it
+        yield home
+        gc.unfreeze()
 
 
 def stopped(way: str) -> list[str]:
@@ -82,9 +85,7 @@ class Run:
 
     def start(self, *before) -> Child:
         said = self.folder.parent / f"{self.folder.name} said"
-        return start(
-            self.job.script, self.flags, self.folder, said, draw_small, results_here, *self.job.before, *before
-        )
+        return start(self.job.script, self.flags, self.folder, said, results_here, *self.job.before, *before)
 
     def complete(self, *before) -> tuple[Child, int]:
         child = self.start(*before)
@@ -99,16 +100,12 @@ class Run:
                 if name not in given or path.read_bytes() != given[name].read_bytes()}  # fmt: skip
 
 
-def draw_small() -> None:
-    Figure.savefig = pictures.small
-
-
 def listing(folder: Path) -> dict[str, Path]:
     return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 # Of every record, and of the machine before a measurement of time
-MEASURED = {"created_utc", "busy_cores_before", "load_average_before", "copy_bytes_per_s"}
+MEASURED = ("created_utc", "busy_cores_before", "load_average_before", "copy_bytes_per_s")
 
 
 def content(path: Path, job: Job, folder: Path) -> object:
@@ -119,7 +116,7 @@ def content(path: Path, job: Job, folder: Path) -> object:
     if blob == EARLIER:
         return "earlier"
     if path.suffix == ".json":
-        return untimed(json.loads(blob.decode().replace(str(folder), "")), job.timed | MEASURED)
+        return untimed(json.loads(blob.decode().replace(str(folder), "")), job.timed + MEASURED)
     if path.suffix == ".png":
         Image.open(io.BytesIO(blob)).load()
         return "a picture of times" if job.timed else hashlib.sha256(blob).hexdigest()
@@ -134,27 +131,26 @@ def content(path: Path, job: Job, folder: Path) -> object:
     return hashlib.sha256(blob).hexdigest()
 
 
-def untimed(record: object, timed: frozenset[str]) -> object:
-    """A record without its times: keys that are named, and rows that say of which metric they are."""
+def untimed(record: object, timed: tuple[str, ...]) -> object:
+    """A record without its times: keys that match a pattern, and rows that say of which metric they are."""
+
+    def is_time(name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in timed)
+
     if isinstance(record, dict):
-        return {key: untimed(value, timed) for key, value in record.items() if key not in timed}
+        return {key: untimed(value, timed) for key, value in record.items() if not is_time(key)}
     if isinstance(record, list):
-        return [untimed(x, timed) for x in record if not (isinstance(x, dict) and x.get("metric") in timed)]
+        return [untimed(x, timed) for x in record if not (isinstance(x, dict) and is_time(str(x.get("metric"))))]
     return record
 
 
 def whole_database(path: Path) -> str:
     """Whatever was being written is taken back when it is opened next; that is done to a copy."""
-    copy = path.parent / "copy-of-study"
-    copy.mkdir()
-    try:
+    with tempfile.TemporaryDirectory() as copy:
         for part in path.parent.glob(f"{path.name}*"):
             shutil.copy(part, copy)
-        database = sqlite3.connect(copy / path.name)
-        assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        database.close()
-    finally:
-        shutil.rmtree(copy)
+        with contextlib.closing(sqlite3.connect(Path(copy) / path.name)) as database:
+            assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     return "a whole database"
 
 
@@ -281,9 +277,8 @@ def dies_at(size: int) -> None:
 @contextlib.contextmanager
 def disk(folder: Path, kib: int):
     """A real file system of so many KiB at `folder`."""
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder], capture_output=True, text=True
-    )
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder]
+    done = subprocess.run(mount, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"a small disk takes the right to mount one: {done.stderr.strip()}")
     try:
@@ -327,9 +322,10 @@ def test_full_disk(name, home, whole, tmp_path, draw):
 
 
 def test_printing_onto_a_full_disk(home, tmp_path):
-    child, code = Run("report", home, tmp_path / "run").complete(
-        lambda: setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
-    )
+    def print_onto_it() -> None:
+        sys.stdout = open("/dev/full", "w")  # noqa: SIM115
+
+    child, code = Run("report", home, tmp_path / "run").complete(print_onto_it)
     assert (code, child.err) == (2, "error: can't write what is printed: No space left on device\n")
 
 

@@ -17,8 +17,6 @@ from gpt2.evaluation.perplexity import BASELINE
 from gpt2.report import plots, tables
 
 SMALL = ["--context-lengths", 16, "--batch-sizes", "1,2", "--decode-tokens", 2, "--repeats", 1]
-
-
 LOST = {"cache": "baseline", "context_tokens": 1024, "batch_size": 4, "out_of_memory": True}
 
 
@@ -52,14 +50,8 @@ def test_the_script_writes_figures_a_plot_and_a_table(shape, tmp_path, capsys):
         tables.profile(record, ["3"])
 
 
-def test_noise_leaves_out_the_first_token(shape, tmp_path):
-    assert run(PROFILE, *shape, *SMALL, "--noise", "--output", "out/r.json") == 0
-    table = tables.profile(json.loads((tmp_path / "out/r.json").read_text()), []).markdown()
-    assert table.count(" | – | ") == 4 and "no first token" in table and is_drawn(tmp_path / "out/r.png")
-
-
 def test_the_script_measures_a_model_with_weights(shape, script, tmp_path):
-    assert script(PROFILE, *shape[2:], "--context-lengths", 16, "--batch-sizes", 1, "--repeats", 1) == 0
+    assert script(PROFILE, *shape[2:], *SMALL, "--batch-sizes", 1) == 0
     name = machine.named("profile_tiny", machine.tag())
     record = json.loads((tmp_path / f"results/runs/{name}.json").read_text())
     assert record["weights"] == "trained" and (tmp_path / f"results/plots/{name}.png").exists()
@@ -67,20 +59,25 @@ def test_the_script_measures_a_model_with_weights(shape, script, tmp_path):
     assert "Weights" not in tables.profile(record, []).note
 
 
-@pytest.mark.parametrize("busy", [0.0, 1.0])
-def test_codes_read_directly_are_measured_for_later_and_slower_ones_named(busy, shape, monkeypatch, tmp_path, capsys):
-    """For later only where nothing else is running: what is kept is asked for ever after."""
+@pytest.mark.parametrize(("busy", "flags", "batches"), [(0.0, [], 2), (1.0, ["--noise", "--batch-sizes", "1"], 1)])
+def test_codes_read_directly_are_measured_for_later_and_slower_ones_named(
+    busy, flags, batches, shape, monkeypatch, tmp_path, capsys
+):
+    """For later only where nothing else is running: what is kept is asked for ever after. Noise has no first token."""
     monkeypatch.setattr(machine, "busy_cores", lambda: busy)
     monkeypatch.setattr(crossover, "KNOWN", Crossovers(lambda: tmp_path / "kept.json"))
     monkeypatch.setattr(crossover, "measure", lambda *args: Crossover([8], [2.0], [1.0]))
     rows = []
     monkeypatch.setattr(lineup, "slower_directly", lambda found: rows.extend(found) or "note: it was slower")
-    assert run(PROFILE, *shape, *SMALL, "--direct", "--output", "out/r.json") == 0
+    assert run(PROFILE, *shape, *SMALL, "--direct", *flags, "--output", "out/r.json") == 0
     said = capsys.readouterr().out
     assert ("isn't measured now, as other work is running" in said) == bool(busy) != (tmp_path / "kept.json").exists()
-    assert busy or len(json.loads((tmp_path / "kept.json").read_text())["crossovers"]) == 2, "one for each batch size"
+    assert busy or len(json.loads((tmp_path / "kept.json").read_text())["crossovers"]) == batches
     assert said.count("note: it was slower\n") == 1 and said.index("memory") < said.index("note: it was slower")
-    assert [row["cache"] for row in rows] == [BASELINE, "int4", "int4, direct"] * 2
+    assert [row["cache"] for row in rows] == [BASELINE, "int4", "int4, direct"] * batches
+    table, noise = tables.profile(json.loads((tmp_path / "out/r.json").read_text()), []).markdown(), "--noise" in flags
+    assert table.count(" | – | ") == (3 if noise else 0) and ("no first token" in table) == noise
+    assert is_drawn(tmp_path / "out/r.png")
 
 
 def test_bad_input_is_one_clear_line_before_any_work(shape, capsys, monkeypatch):

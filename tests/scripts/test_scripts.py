@@ -1,15 +1,15 @@
 """Scripts from the outside, on a tiny model: flags, files, messages, exit codes."""
 
 import ast
-import contextlib
 import json
 import os
-import sqlite3
 import subprocess
 import sys
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from pictures import draw_nothing
 from script_runs import CALIBRATE, GENERATE, SMALL, SMALL_EVAL, TUNE, VALIDATE, listing, run
 from tiny import tiny_model, word_text
 
@@ -19,10 +19,12 @@ from gpt2.compression.calibration.file import load_calibration
 from gpt2.compression.codecs import IdentityCompressor
 from gpt2.compression.presets import create_cache_from_preset
 from gpt2.experiments import ablation
+from gpt2.report import plots
 
 FOLDER = files.ROOT / "scripts"
 SCRIPTS = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.py"))
-NO_BASIS = [*SMALL_EVAL, "--codec", "identity", "--target", "kv", "--study", "s.db"]
+NO_BASIS = ["--codec", "identity", "--target", "kv"]
+QUICK_EVAL = ["--eval-tokens", "64", "--eval-seq-len", "32", "--chunk", "16"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -34,12 +36,11 @@ def test_help_is_a_manual_unknown_flags_are_rejected_and_ctrl_c_is_expected(scri
     assert "(default:" in text and "(default: None)" not in text
     assert run(script, "--preset", "x", "--no-such-flag") == 2
     assert "--no-such-flag" in capsys.readouterr().err
-    names = [
-        name.split(".")[0] for node in ast.parse((FOLDER / f"{script}.py").read_text()).body
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module])
-    ]  # fmt: skip
-    assert next(name for name in names if name not in sys.stdlib_module_names) == "gpt2"
+    imports = [node for node in ast.parse((FOLDER / f"{script}.py").read_text()).body
+               if isinstance(node, (ast.Import, ast.ImportFrom))]  # fmt: skip
+    names = [getattr(node, "module", None) or node.names[0].name for node in imports]
+    packages = [name.split(".")[0] for name in names]
+    assert next(name for name in packages if name not in sys.stdlib_module_names) == "gpt2"
 
 
 def test_calibrate_writes_where_it_is_asked_to(tiny_flags, tmp_path, capsys, monkeypatch):
@@ -49,6 +50,7 @@ def test_calibrate_writes_where_it_is_asked_to(tiny_flags, tmp_path, capsys, mon
     assert (meta["rank"], meta["samples"], meta["seq_len"], meta["tokens"]) == (9, 3, 64, 192)
     said = capsys.readouterr().out
     assert "variance kept at rank 9 of 12" in said and "need no gradients" in said
+    draw_nothing(monkeypatch)
     monkeypatch.setattr(files, "RESULTS", tmp_path / "checkout" / "results")
     assert run(CALIBRATE, *tiny_flags, *SMALL) == 0
     (written,) = {name for name in listing(tmp_path) if name.endswith(".pt")} - {"out/c.pt"}
@@ -58,11 +60,12 @@ def test_calibrate_writes_where_it_is_asked_to(tiny_flags, tmp_path, capsys, mon
     assert f"note: {written} will be replaced" in capsys.readouterr().out
 
 
-def test_safetensors_all_the_way(tiny_flags, tmp_path):
+def test_safetensors_all_the_way(tiny_flags, tmp_path, monkeypatch):
     """Calibrated into it, tuned from it, found beside the preset."""
+    draw_nothing(monkeypatch)
     assert run(CALIBRATE, *tiny_flags, *SMALL, "--output", "out/c.safetensors") == 0
     assert listing(tmp_path) == {"words.txt", "out/c.safetensors", "out/c.png"}
-    assert run(TUNE, *tiny_flags, *SMALL_EVAL, "--target-ppl-delta", "0.9", "--rank-grid", "12", "--bits", "8",
+    assert run(TUNE, *tiny_flags, *QUICK_EVAL, "--target-ppl-delta", "0.9", "--rank-grid", "12", "--bits", "8",
                "--study", "s.db", "--calibration", "out/c.safetensors", "--output", "out/p.json") == 0  # fmt: skip
     assert json.loads((tmp_path / "out/p.json").read_text())["calibration_file"] == "c.safetensors"
     flags = [*tiny_flags[:2], "--preset", "out/p.json", "--prompt", "w2 w3 w4", "--max-new-tokens", "3"]
@@ -70,7 +73,7 @@ def test_safetensors_all_the_way(tiny_flags, tmp_path):
 
 
 def test_tune_writes_a_preset_that_makes_a_cache(tiny_flags, tmp_path, capsys):
-    flags = [*tiny_flags, *SMALL, *SMALL_EVAL, "--target-ppl-delta", "0.9", "--rank-grid", "12,10", "--bits", "16,8"]
+    flags = [*tiny_flags, *SMALL, *QUICK_EVAL, "--target-ppl-delta", "0.9", "--rank-grid", "12,10", "--bits", "16,8"]
     flags += ["--study", "s.db", "--output", "p.json"]
     assert run(TUNE, *flags) == 0
     assert "chosen: rank" in capsys.readouterr().out
@@ -88,13 +91,14 @@ def test_tune_writes_a_preset_that_makes_a_cache(tiny_flags, tmp_path, capsys):
     assert "calibration: using" in (said := capsys.readouterr().out) and "tuning: 3 measured" in said.splitlines()[1]
 
 
-def test_tune_per_layer(tiny_flags, tmp_path, capsys):
-    flags = [*tiny_flags, *NO_BASIS, "--bits", "8,4"]
+def test_tune_per_layer(tiny_flags, tmp_path, capsys, monkeypatch):
+    flags = [*tiny_flags, *NO_BASIS, *QUICK_EVAL, "--study", "s.db", "--bits", "8,4"]
     assert run(TUNE, *flags, "--layer-ablation", "--output", "a.json") == 0
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert len(rows) == 3 * 2 * 2 and listing(tmp_path) == {"words.txt", "a.json", "a.png"}, "an ablation, no search"
     largest = max(row["kl_nats"] for row in rows)
     assert f" ({largest:.2g}), " in capsys.readouterr().out, "the table names the layers that lose most"
+    draw_nothing(monkeypatch)
     assert run(TUNE, *flags, "--per-layer", "--target-ppl-delta", "0.02", "--output", "p.json") == 0
     preset = json.loads((tmp_path / "p.json").read_text())
     assert any(trial["label"].startswith("per layer ") for trial in preset["trials"])
@@ -104,7 +108,7 @@ def test_tune_per_layer(tiny_flags, tmp_path, capsys):
 
 def test_tune_without_a_basis_and_segments(tiny_flags, tmp_path):
     """No calibration is made; segments are as long as the tiny model's 512; no folder of the machine is recorded."""
-    flags = [*tiny_flags, *NO_BASIS[-6:-2], "--bits", "8", "--eval-tokens", "512", "--target-ppl-delta", "0.9"]
+    flags = [*tiny_flags, *NO_BASIS, "--bits", "8", "--eval-tokens", "512", "--target-ppl-delta", "0.9"]
     study = files.ROOT / "results/demo/test.db"
     assert run(TUNE, *flags, "--study", study, "--output", "p.json") == 0
     assert not list(tmp_path.rglob("*.pt")) and create_cache_from_preset(tmp_path / "p.json").codec_bytes() == 0
@@ -116,8 +120,9 @@ def test_tune_without_a_basis_and_segments(tiny_flags, tmp_path):
 
 def test_validate_proves_that_the_cache_is_on_the_path(tiny_flags, tmp_path, capsys, monkeypatch):
     """A cache that ignores its codec would make every figure look perfect: the script must not succeed then."""
-    flags = [*tiny_flags, *SMALL, *SMALL_EVAL, "--output", "v.json"]
-    assert run(VALIDATE, *flags, "--chunk", 64, "--layer-groups", 2) == 0
+    monkeypatch.setattr(plots, "spectra", lambda *args, **how: Figure(figsize=(1, 1)))  # of its calibration
+    flags = [*tiny_flags, *SMALL, *QUICK_EVAL, "--chunk", 32, "--ranks", 9, "--bits", "16,4", "--output", "v.json"]
+    assert run(VALIDATE, *flags, "--layer-groups", 2) == 0
     assert "the model reads the cache: identity changes no token" in capsys.readouterr().out
     record = json.loads((tmp_path / "v.json").read_text())
     assert (tmp_path / "v.png").exists()
@@ -134,9 +139,7 @@ BAD = [
     ([CALIBRATE, "--model", "smollm2-135"], "Did you mean 'smollm2-135m'?"),
     ([CALIBRATE, "--rank", "13"], "rank 13 is out of range: "),
     ([CALIBRATE, "--rank", "0"], "0 is not a positive number"),
-    ([CALIBRATE, "--seq-len", "4096"], "longer than the 512 that"),
     ([CALIBRATE, "--seq-len", "511", "--text", "short.txt"], "fewer than one segment of 511"),
-    ([CALIBRATE, "--seq-len", "4"], "longer than the 4 sink tokens"),
     ([CALIBRATE, "--device", "cuda:9"], "is not there"),
     ([TUNE, "--eval-seq-len", "1"], "an evaluated segment has 1 token: expected at least 2"),
     ([TUNE, "--target-ppl-delta", "5"], "5 is out of range: 0.05 means 5 %"),
@@ -151,10 +154,8 @@ BAD = [
     ([TUNE, "--bits", "7"], "bits 7 is not available: use 4, 8, 16"),
     ([TUNE, "--target", "q"], "invalid choice"),
     ([TUNE, "--study", "short.txt"], "can't use short.txt as a study (file is not a database)"),
-    ([TUNE, "--study", "bank.db"], "it isn't an Optuna database"),
     ([TUNE, "--study", "pipe"], "it is no regular file"),
     ([TUNE, "--study", "mysql://name:secret@host/x"], "can't use host/x as a study (expected an SQLite file, or a URL"),
-    ([TUNE, "--study", "sqlite:///short.txt"], "can't use short.txt as a study"),
     ([TUNE, "--calibration", "words.txt", "--output", "link.json"], "--output and --text name the same file"),
     ([CALIBRATE, "--output", "link.pt"], "--output and --text name the same file"),
     ([CALIBRATE, "--output", "x" * 300 + ".pt"], "File name too long"),
@@ -162,12 +163,10 @@ BAD = [
     ([TUNE, "--output", "p.txt"], "expected a name that ends in .json, got p.txt"),
     (["benchmarks/calibration", "--seq-len", "511", "--text", "short.txt"], "fewer than one segment of 511"),
     (["eval_stability", "--preset", "kv4", "--output", "s"], "expected a name that ends in .json, got s"),
-    ([GENERATE, "--preset", "x" * 300 + ".json"], "no preset file"),
     ([TUNE, "--study", "half.db"], "can't use half.db as a study"),
     ([TUNE, "--calibration", "words.txt", *SMALL_EVAL], "not a readable calibration file"),
     ([VALIDATE, "--groups", "rank,nope"], "unknown nope"),
     ([GENERATE, "--preset", "\x1b[2J.json"], r"no preset file \x1b[2J.json"),
-    ([GENERATE, "--preset", "missing.json"], "no preset file missing.json"),
     ([GENERATE, "--preset", "r112-vonly", "--model", "Qwen/Qwen2.5-7B"], "did you mean 'r120-vonly'?"),
 ]
 
@@ -179,8 +178,6 @@ def test_bad_input_is_one_clear_line(command, message, tiny_flags, tmp_path, cap
     for link in ("link.pt", "link.json"):
         (tmp_path / link).symlink_to("words.txt")
     os.mkfifo(tmp_path / "pipe")
-    with contextlib.closing(sqlite3.connect(tmp_path / "bank.db")) as bank:
-        bank.execute("CREATE TABLE accounts (money)")
     before = listing(tmp_path)
     script, *flags = command
     defaults = dict(zip(tiny_flags[::2], tiny_flags[1::2], strict=True)) if script != GENERATE else {}

@@ -7,11 +7,14 @@ import shutil
 import pytest
 import script_runs
 import torch
+from calibrations import TEXT
 from sampling import covering
 from script_runs import CALIBRATE, GENERATE, NEEDLE, PROFILE, SMALL, SMALL_EVAL, STABILITY, TUNE, VALIDATE, listing
-from tiny import save_tiny, tiny_model, word_text
+from tiny import save_tiny, tiny_model
 
 from gpt2.compression.calibration import calibrate
+from gpt2.compression.calibration.file import save_calibration
+from gpt2.models.loading import load
 
 WITH_PRESET = (NEEDLE, STABILITY, PROFILE, GENERATE)  # scripts that take --preset
 WITH_TEXT = (CALIBRATE, TUNE, VALIDATE, NEEDLE, STABILITY)  # scripts that take --text
@@ -37,19 +40,14 @@ def saved(folder, change) -> None:
 
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory, model_folder):
-    """A good calibration of the tiny model, made by the script."""
-    folder = tmp_path_factory.mktemp("made")
-    (folder / "words.txt").write_text(word_text(3000))
-    text, output = folder / "words.txt", folder / "c.pt"
-    assert script_runs.run(CALIBRATE, "--model", model_folder, "--text", text, *SMALL, "--output", output) == 0
-    return output
+    """A good calibration of the tiny model."""
+    made = calibrate.calibrate(load(str(model_folder)), TEXT, rank=9, samples=3, seq_len=64)
+    return save_calibration(made, tmp_path_factory.mktemp("made") / "c.pt")
 
 
 @pytest.fixture
-def space(tmp_path, monkeypatch):
-    """An empty working folder, with a text and a preset that needs no calibration."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "words.txt").write_text(word_text(3000))
+def space(tmp_path, tiny_flags):
+    """The working folder, with a text and a preset that needs no calibration."""
     (tmp_path / "free.json").write_text(json.dumps(script_runs.FREE_PRESET))
     return tmp_path
 

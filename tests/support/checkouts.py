@@ -63,12 +63,13 @@ def make_checkout(folder: Path, **tables: dict) -> Path:
     (folder / "scripts" / "fake.py").write_text(SCRIPT)
     (folder / "configs" / "tables").mkdir(parents=True)
     for name, runs in tables.items():
-        record = {"title": name, "about": "For tests.", "runs": runs, "plots": []}
-        write_table(folder, name, record | {"show": [{"results": run} for run in runs]})
+        write_table(folder, name, runs=runs, show=[{"results": run} for run in runs])
     return folder
 
 
-def write_table(folder: Path, name: str, record: dict) -> None:
+def write_table(folder: Path, name: str, **record) -> None:
+    """A table that shows nothing, apart from what is given."""
+    record = {"title": f"Table {name}", "about": "For tests.", "runs": {}, "show": [], "plots": []} | record
     (folder / "configs" / "tables" / f"{name}.json").write_text(json.dumps(record))
 
 

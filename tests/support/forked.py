@@ -65,11 +65,8 @@ def at_every_write(folder: Path, act: Callable[[int], None]) -> Callable[[], Non
     inside, numbers = [], itertools.count()
 
     def hook(event: str, args: tuple) -> None:
-        if (
-            inside
-            or event not in {"open", "os.rename", "os.remove", "os.mkdir"}
-            or not isinstance(args[0], (str, Path))
-        ):
+        writes = event in {"open", "os.rename", "os.remove", "os.mkdir"} and isinstance(args[0], (str, Path))
+        if inside or not writes:
             return
         reads = event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         path = os.path.abspath(args[0])

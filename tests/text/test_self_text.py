@@ -167,28 +167,27 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_sampled_again_and_replaced(damage, llama, counted, cache_folder, capsys):
+def test_a_damaged_file_is_sampled_again_and_replaced(llama, counted, cache_folder, capsys):
     first = segments(llama)
     (path,) = cache_folder.iterdir()
-    DAMAGE[damage](path)
-    for _ in range(2):  # the new file is good
-        assert torch.equal(segments(llama), first) and counted == [5, 5]
-    assert f"note: {path.name} in the cache folder is damaged" in capsys.readouterr().out
+    for number, damage in enumerate(DAMAGE):
+        DAMAGE[damage](path)
+        for _ in range(2):  # the new file is good
+            assert torch.equal(segments(llama), first) and counted == [5] * (2 + number), damage
+        assert f"note: {path.name} in the cache folder is damaged" in capsys.readouterr().out
 
 
-def test_without_a_place_to_keep_it_the_work_goes_on(llama, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("KV_PLUGIN_CACHE", str(tmp_path / "file"))
-    assert segments(llama, count=2).shape == (2, 12)
-    assert "the sampled text is not saved and will be sampled again: can't make the folder" in capsys.readouterr().out
-
-
-def test_an_interrupt_while_sampling_leaves_nothing(llama, monkeypatch, cache_folder):
+def test_an_interrupt_while_sampling_leaves_nothing_and_without_a_place_to_keep_it_the_work_goes_on(
+    llama, tmp_path, monkeypatch, cache_folder, capsys
+):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(self_text, "sample", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         segments(llama)
     assert not list(cache_folder.glob("*"))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KV_PLUGIN_CACHE", str(tmp_path / "file"))
+    assert segments(llama, count=2).shape == (2, 12)
+    assert "the sampled text is not saved and will be sampled again: can't make the folder" in capsys.readouterr().out
 
 
 def test_a_text_records_a_hash_per_part_and_a_mixture_those_of_its_texts(tmp_path):
@@ -263,24 +262,22 @@ def test_when_one_text_runs_out_the_others_fill_in_and_too_few_segments_are_reje
     assert not counted, "rejected before sampling"
 
 
-@pytest.mark.parametrize("name", ["a+b.txt", "self+embedded"])
-def test_a_file_whose_name_has_a_plus_is_no_mixture(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / name).write_text(word_text(900))
-    assert load_text(name) == by_position(name, name, word_text(900))
+KNOWN = "give embedded, wikitext2, a text file, a folder with .*, self, or several of these"
 
 
 @pytest.mark.parametrize(("spec", "message"), [
-    ("none.txt", "no text 'none.txt': give embedded, wikitext2, a text file, a folder with .*, self, or several"),
-    ("Embedded", "no text 'Embedded'"),
-    ("embedded+none.txt", "no text 'none.txt' in 'embedded[+]none.txt': give embedded, wikitext2, a text file"),
+    *((spec, f"no text '{spec}': {KNOWN}") for spec in ("none.txt", "wikitext", "/no/such/file", "Embedded")),
+    ("embedded+none.txt", f"no text 'none.txt' in 'embedded[+]none.txt': {KNOWN}"),
     ("embedded+", "no text '' in 'embedded[+]'"),
     ("+self", "no text '' in '[+]self'"),
     ("embedded+self+embedded", "--text embedded[+]self[+]embedded has the same text twice"),
     ("w.txt+./w.txt", "has the same text twice"),
 ])  # fmt: skip
 def test_specs_of_no_text_and_of_no_mixture_are_rejected(spec, message, tmp_path, monkeypatch):
+    """And a file whose name has a plus is no mixture."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "w.txt").write_text(word_text(900))
+    for name in ("w.txt", "a+b.txt", "self+embedded"):
+        (tmp_path / name).write_text(word_text(900))
+        assert load_text(name) == by_position(name, name, word_text(900))
     with pytest.raises(PluginError, match=message):
         load_text(spec)
