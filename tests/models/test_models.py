@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpt2.common.errors import PluginError, UnsupportedModel
 from gpt2.compression.named_caches import from_preset
+from gpt2.experiments.miniatures import tiny_family
 from gpt2.models import loading, probe, random_weights
 from gpt2.models.embedded import EMBEDDED
 from gpt2.models.geometry import FULL, SLIDING, Geometry, LayerGeometry, Shape
@@ -200,12 +201,8 @@ def test_what_only_the_model_shows_is_rejected_when_it_is_there(family, settings
 
 def test_a_config_whose_head_counts_only_some_attention_takes_has_a_geometry():
     """DeepSeek with the default of num_key_value_heads: its eager attention would repeat heads."""
-    sizes = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12, "q_lora_rank": 16, "kv_lora_rank": 16}
-    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
-    config = AutoConfig.for_model(
-        "deepseek_v3", vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        moe_intermediate_size=16, first_k_dense_replace=1, **sizes, **experts,
-    )  # fmt: skip
+    config = tiny_family("deepseek_v3").config
+    config.num_key_value_heads = AutoConfig.for_model("deepseek_v3").num_key_value_heads
     assert config.num_key_value_heads != config.num_attention_heads
     assert probe.geometry_of(config, "m")[0].num_layers == 2
 
