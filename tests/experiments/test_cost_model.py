@@ -23,8 +23,8 @@ from gpt2.models.loading import wrap
 # 2 layers, 2 KV heads of 4 under 4 query heads
 PLAIN = Layer(Geometry.uniform(1, 2, 4).layers[0], 1000, 4, 4, 4)
 SMALL = Dimensions((PLAIN, PLAIN), hidden=16, intermediate=32, vocabulary=100, weights=5200)
-# So many layers have one of each kind, and so many tokens are more than a window
-MIXED = {"gemma-3-4b": (6, 1100), "gpt-oss-20b": (2, 200), "qwen3.5-4b": (4, 200), "deepseek-v3": (4, 200)}
+# So many layers have one of each kind, and so many tokens are more than a window; the last two have windows
+MIXED = {"qwen3.5-4b": (4, 200), "deepseek-v3": (4, 200), "gpt-oss-20b": (2, 200), "gemma-3-4b": (6, 1100)}
 
 
 def config_of(shape: str, layers: int | None = None) -> PretrainedConfig:
@@ -143,7 +143,7 @@ def test_calibration_on_paper_adds_up():
     assert row["fitting_s"] == sum(width * count for width, count in cost_model.bases(dims).items())
 
 
-@pytest.mark.parametrize("shape", MIXED)
+@pytest.mark.parametrize("shape", [*list(MIXED)[:2], *sampled(list(MIXED)[2:], 1)])
 def test_costs_of_mixed_layers_are_those_of_a_real_cache(shape):
     """Windows have forgotten, states count on both sides, and a codec that latents can't have is left out by name."""
     layers, tokens = MIXED[shape]
