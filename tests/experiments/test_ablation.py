@@ -3,22 +3,14 @@
 import pytest
 import torch
 from calibrations import TEXT
-from tiny import tiny_loaded, windows, word_tokenizer
+from kinds import MODELS
+from tiny import windows
 
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.experiments.ablation import Ablation
-from gpt2.experiments.miniatures import tiny_family
-from gpt2.models.loading import wrap
-
-WINDOW = {"sliding_window": 130, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
-MODELS = {
-    "alike": tiny_loaded,
-    "windowed": lambda: tiny_loaded("gemma3_text", **WINDOW),
-    "hybrid": lambda: wrap(tiny_family("qwen3_next"), word_tokenizer(), "tiny-hybrid"),
-}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["alike", "windowed", "hybrid"])
 def test_rows_without_a_direction_are_of_the_models_layers(name):
     loaded = MODELS[name]()
     calibration = calibrate(loaded, TEXT, rank=2, samples=2, seq_len=48)

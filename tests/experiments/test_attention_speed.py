@@ -40,11 +40,10 @@ def test_every_codec_gives_what_its_stores_hold(timer):
     assert str(SHAPE) == "b2_h6-2x16"
 
 
-def test_what_is_timed_has_sinks_blocks_and_a_tail():
+def test_stores_that_are_timed_have_sinks_blocks_and_a_tail():
     k, v = (torch.randn(2, 2, 128 + attention_speed.GENERATED, 16).bfloat16() for _ in "kv")
     store, _ = attention_speed.filled_stores((Compressor(Int4Channel()),) * 2, k, v)
-    assert (store.sinks.shape[2], store.compressed_tokens, store.tail.shape[2]) == (4, 124, 33)
-    assert len(store) == k.shape[2] == 161
+    assert (store.sinks.shape[2], store.compressed_tokens, store.tail.shape[2], len(store)) == (4, 124, 33, 161)
 
 
 def test_a_row_that_gives_something_else_is_rejected(timer, monkeypatch):

@@ -36,7 +36,7 @@ SOME = {
 @pytest.fixture(scope="module")
 def texts():
     """For calibration and for evaluation."""
-    return windows(4, 256), windows(2, 128, seed=1)
+    return windows(2, 256), windows(2, 128, seed=1)
 
 
 @pytest.fixture(scope="module")

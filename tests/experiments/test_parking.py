@@ -21,26 +21,18 @@ def record(tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("parking")
     shape = write_shape(folder / "shape.json")
     flags = ["--model", model_folder, "--shapes", shape, "--presets", "kv4,kv8", "--memory-gb", 0.001, "--repeats", 2]
-    flags += ["--shape-tokens", 140, "--context-lengths", ",".join(map(str, CONTEXTS)), "--output", folder / "p.json"]
+    flags += ["--shape-tokens", 150, "--context-lengths", ",".join(map(str, CONTEXTS)), "--output", folder / "p.json"]
     assert run("benchmarks/parking", *flags) == 0
     return json.loads((folder / "p.json").read_text())
 
 
-def test_a_shape_reads_no_more_than_the_longest_context(model_folder, tmp_path):
-    """The shape's layers are those of the model, of which it runs one."""
-    shape = write_shape(tmp_path / "shape.json")
-    flags = ["--model", model_folder, "--shapes", shape, "--presets", "kv8", "--repeats", 1]
+def test_a_shape_reads_no_more_than_the_longest_context(model_folder, tmp_path, monkeypatch):
+    subjects = []
+    monkeypatch.setattr(parking, "waking_rows", lambda own, *args: subjects.append(own) or [])
+    monkeypatch.setattr(tables, "show", lambda *args: None)
+    flags = ["--model", model_folder, "--shapes", write_shape(tmp_path / "shape.json"), "--presets", "kv8"]
     assert run("benchmarks/parking", *flags, "--context-lengths", 130, "--output", tmp_path / "p.json") == 0
-    own, cut = json.loads((tmp_path / "p.json").read_text())["woken"]
-    assert own["context_tokens"] == cut["context_tokens"] == 130
-    assert 3 * cut["held_bytes"] == own["held_bytes"]
-
-
-def test_what_fits(record):
-    rows = record["parked"]
-    assert [row["cache"] for row in rows] == 2 * ["16-bit", "kv4", "kv8"]
-    assert all(row["fit"] == (1_000_000 - row["basis_bytes"]) // row["bytes"] for row in rows)
-    assert rows[1]["fit"] > rows[2]["fit"] > rows[0]["fit"] > 0
+    assert [own.reads for own in subjects] == [(130,), (130,)]
 
 
 def test_contexts_that_are_all_beyond_the_models_are_rejected_before_anything_is_counted(
@@ -53,7 +45,11 @@ def test_contexts_that_are_all_beyond_the_models_are_rejected_before_anything_is
     assert "a context of 600 tokens is longer than the 512" in err and "use --context-lengths 512 or less" in err
 
 
-def test_the_basis_takes_its_room_once():
+def test_what_fits_and_the_basis_takes_its_room_once(record):
+    rows = record["parked"]
+    assert [row["cache"] for row in rows] == 2 * ["16-bit", "kv4", "kv8"]
+    assert all(row["fit"] == (1_000_000 - row["basis_bytes"]) // row["bytes"] for row in rows)
+    assert rows[1]["fit"] > rows[2]["fit"] > rows[0]["fit"] > 0
     configs = {"tiny": tiny_model("llama").config}
     row = parking.fitting_rows(configs, 300, ["kv4"], 0)[1]
     needed = row["basis_bytes"] + 2 * row["bytes"]
@@ -75,6 +71,7 @@ def test_what_wakes(record):
         assert row["wake_ms_median"] == pytest.approx(sum(map(sum, pairs)) / 2)
         assert row["times_faster"] == pytest.approx(1000 * row["read_s"] / row["wake_ms_median"])
     assert own[2]["held_bytes"] > 1.5 * own[1]["held_bytes"]
+    assert own[2]["held_bytes"] == 3 * shape[0]["held_bytes"], "of three layers like the model's, one is run"
 
 
 @pytest.mark.parametrize("name", ["kv4", "kv8"])

@@ -182,29 +182,28 @@ def seen(monkeypatch):
     return seen
 
 
-def test_a_spread_model_is_calibrated(seen):
-    """The statistics of all layers are gathered on the CPU, queries as well."""
+def test_a_spread_model_is_calibrated(seen, monkeypatch):
+    """The statistics of each layer and of its gradients come from where it is, and are gathered on the CPU."""
+    rotaries = [Rotary(torch.ones(D // 2))] * len(DEVICES)
+    monkeypatch.setattr(fisher, "detect_rotary", lambda *args: rotaries)
+    monkeypatch.setattr(fisher, "drawn_labels", lambda logits, *args: logits.argmax(-1))
 
     def one_window():
         yield torch.zeros(20, dtype=torch.long)
         raise StopAsyncIteration
 
-    with spread_llama() as model, pytest.raises(StopAsyncIteration):
-        statistics.collect(loaded_of(model), one_window(), 4)
-    assert seen == [(layer, device) for layer, device in enumerate(DEVICES) for _ in "KV"]
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_taken_through_a_spread_model(seen, monkeypatch, checkpointing):
-    """Each layer's statistics come from where it is and are gathered on the CPU."""
-    rotaries = [Rotary(torch.ones(D // 2))] * len(DEVICES)
-    monkeypatch.setattr(fisher, "detect_rotary", lambda *args: rotaries)
-    monkeypatch.setattr(fisher, "drawn_labels", lambda logits, *args: logits.argmax(-1))
     with spread_llama() as model:
+        loaded = loaded_of(model)
+        with pytest.raises(StopAsyncIteration):
+            statistics.collect(loaded, one_window(), 4)
+        assert seen == [(layer, device) for layer, device in enumerate(DEVICES) for _ in "KV"]
         tokens, bases = torch.zeros(1, 80, dtype=torch.long), {"grouped": BASES["grouped"]}
-        found = collect_fisher(loaded_of(model), tokens, None, 4, bases, checkpointing=checkpointing)["grouped"]
-    assert sorted(seen) == [(2 * layer + side, device) for layer, device in enumerate(DEVICES) for side in (0, 1)]
-    assert {t.device for t in (*found.moments.scatter, *found.moments.metrics["fisher"], *found.blocks)} == {CPU}
+        for checkpointing in (False, True):
+            seen.clear()
+            found = collect_fisher(loaded, tokens, None, 4, bases, checkpointing=checkpointing)["grouped"]
+            assert sorted(seen) == [(2 * layer + i, device) for layer, device in enumerate(DEVICES) for i in (0, 1)]
+            gathered = (*found.moments.scatter, *found.moments.metrics["fisher"], *found.blocks)
+            assert {t.device for t in gathered} == {CPU}
 
 
 @pytest.fixture(scope="module")

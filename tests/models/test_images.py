@@ -8,6 +8,7 @@ import pytest
 import torch
 from generation import generate
 from sampling import covering
+from tiny import GQA
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
@@ -17,11 +18,7 @@ from gpt2.compression.presets import create_cache_from_preset
 from gpt2.compression.presets.any_model import preset_for_any_model
 from gpt2.models.loading import LoadedModel, wrap
 
-TEXT = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": None,
-    "pad_token_id": 0, "tie_word_embeddings": False,
-}  # fmt: skip
+TEXT = GQA | {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "tie_word_embeddings": False}
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
           "image_size": 16, "patch_size": 4}  # fmt: skip
 IMAGE, START = 120, 122  # tokens that stand for an image and before it

@@ -4,16 +4,16 @@ import json
 
 import pytest
 import torch
-from tiny import FAMILIES, SHAPE, save_tiny, tiny_loaded, tiny_model, word_tokenizer
+from tiny import FAMILIES, SHAPE, save_tiny, tiny_model, word_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpt2.common.errors import PluginError, UnsupportedModel
 from gpt2.compression.named_caches import from_preset
+from gpt2.experiments.miniatures import tiny_family
 from gpt2.models import loading, probe, random_weights
 from gpt2.models.embedded import EMBEDDED
-from gpt2.models.geometry import FULL, LINEAR, NOTHING, SLIDING, Geometry, LayerGeometry, Shape, layer_kinds
+from gpt2.models.geometry import FULL, SLIDING, Geometry, LayerGeometry, Shape
 from gpt2.models.loading import load, wrap
-from gpt2.models.support import refuse_unsupported
 
 # KV heads and head_dim of each family's three layers, and the window where they have one
 GEOMETRY = {
@@ -22,22 +22,25 @@ GEOMETRY = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def llama_folder(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("models") / "Tiny Llama")
-
-
-def test_a_local_folder(llama_folder, monkeypatch):
-    loaded, original = load(str(llama_folder)), tiny_loaded("llama")
-    assert loaded.spec == str(llama_folder) and loaded.slug == "tiny-llama" and loaded.max_context == 512
-    assert loaded.geometry == original.geometry and loaded.fingerprint == original.fingerprint
+def test_a_local_folder_however_it_is_spelled(llama, tmp_path, monkeypatch):
+    folder = save_tiny(tmp_path / "models" / "Tiny Llama", model=llama.model)
+    loaded = load(str(folder))
+    assert loaded.spec == str(folder) and loaded.slug == "tiny-llama" and loaded.max_context == 512
+    assert loaded.geometry == llama.geometry and loaded.fingerprint == llama.fingerprint
     assert loaded.model.dtype == torch.float32 and not loaded.model.training
     assert not any(p.requires_grad for p in loaded.model.parameters())
     tokens = loaded.tokenizer("w5 w6 w7", return_tensors="pt").input_ids
-    assert tokens.tolist() == [[5, 6, 7]] and torch.equal(loaded.model(tokens).logits, original.model(tokens).logits)
-    monkeypatch.chdir(llama_folder.parent)
-    assert load("./Tiny Llama").geometry == load("Tiny Llama/").geometry == original.geometry
-    assert load("Tiny Llama", device="cpu", dtype="bf16").model.dtype == torch.bfloat16
+    assert tokens.tolist() == [[5, 6, 7]] and torch.equal(loaded.model(tokens).logits, llama.model(tokens).logits)
+    name = folder.name
+    monkeypatch.chdir(folder.parent)
+    assert load(f"./{name}").geometry == load(f"{name}/").geometry == llama.geometry
+    assert load(name, device="cpu", dtype="bf16").model.dtype == torch.bfloat16
+    for spelled in (f"{name}/", f"./{name}", f"./{name}//", f"../models/{name}/../{name}"):
+        assert loading.slug_of(spelled) == "tiny-llama"
+        assert spelled.startswith("..") or loading.plain_spec(spelled) == name
+    assert loading.plain_spec("Org/Name") == "Org/Name" and loading.plain_spec("./none") == "./none"
+    monkeypatch.chdir(folder)
+    assert load(loading.plain_spec("./")).slug == "tiny-llama" and loading.slug_of("Org/Na me") == "na-me"
 
 
 def one_line(spec: str, *words: str) -> None:
@@ -110,10 +113,10 @@ def test_a_damaged_folder_is_one_line(tmp_path, monkeypatch, case):
       for device in ("cuda", "cuda:7", "all")),
     ({"dtype": "int8"}, "unknown dtype 'int8': use auto, float32, float16"),
 ])  # fmt: skip
-def test_devices_and_dtypes_that_are_unknown_or_not_there_are_rejected(how, message, llama_folder, monkeypatch):
+def test_devices_and_dtypes_that_are_unknown_or_not_there_are_rejected(how, message, model_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(PluginError, match=message):
-        load(str(llama_folder), **how)
+        load(str(model_folder), **how)
 
 
 def test_devices_that_auto_and_all_mean(monkeypatch):
@@ -135,17 +138,6 @@ def test_a_context_longer_than_trained_is_rejected(llama):
         llama.require_context(30, "--prompt-tokens", after=600, after_flag="--new-tokens")
     with pytest.raises(PluginError, match="use --prompt-tokens 12 or less"):
         llama.require_context(30, "--prompt-tokens", after=500, after_flag="--new-tokens")
-
-
-def test_a_folder_has_one_name_however_it_is_spelled(llama_folder, monkeypatch):
-    name = llama_folder.name
-    monkeypatch.chdir(llama_folder.parent)
-    for spelled in (f"{name}/", f"./{name}", f"./{name}//", f"../{llama_folder.parent.name}/{name}/../{name}"):
-        assert loading.slug_of(spelled) == "tiny-llama"
-        assert spelled.startswith("..") or loading.plain_spec(spelled) == name
-    assert loading.plain_spec("Org/Name") == "Org/Name" and loading.plain_spec("./none") == "./none"
-    monkeypatch.chdir(llama_folder)
-    assert load(loading.plain_spec("./")).slug == "tiny-llama" and loading.slug_of("Org/Na me") == "na-me"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -195,25 +187,6 @@ def test_unsupported_models_are_rejected_before_any_weight(family, tmp_path):
     assert "supported: decoder-only" in str(error.value) or "layers of type" in reason
 
 
-# Family to config and kinds of its layers
-SUPPORTED = {
-    "deepseek_v3": (SHAPE | {"kv_lora_rank": 8, "qk_rope_head_dim": 8}, [FULL] * 3),
-    "qwen3_next": (SHAPE | {"num_hidden_layers": 4}, [LINEAR] * 3 + [FULL]),
-    "lfm2": (SHAPE | {"layer_types": ["conv", "full_attention", "conv"]}, [LINEAR, FULL, LINEAR]),
-    "gemma3n_text": (SHAPE | {"num_hidden_layers": 4, "num_kv_shared_layers": 2,
-                              "layer_types": ["sliding_attention", "full_attention"] * 2},
-                     [SLIDING, FULL, NOTHING, NOTHING]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("family", SUPPORTED)
-def test_latent_attention_hybrid_layers_and_shared_kv_are_supported(family):
-    settings, kinds = SUPPORTED[family]
-    config = AutoConfig.for_model(family, **settings)
-    refuse_unsupported(config, family)
-    assert [layer.kind for layer in layer_kinds(config)] == kinds
-
-
 @pytest.mark.parametrize(("family", "settings", "reason"), [
     ("bert", SHAPE, "bert returned no cache"),
     ("rwkv", {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2}, "rwkv's forward takes none"),
@@ -228,12 +201,8 @@ def test_what_only_the_model_shows_is_rejected_when_it_is_there(family, settings
 
 def test_a_config_whose_head_counts_only_some_attention_takes_has_a_geometry():
     """DeepSeek with the default of num_key_value_heads: its eager attention would repeat heads."""
-    sizes = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12, "q_lora_rank": 16, "kv_lora_rank": 16}
-    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
-    config = AutoConfig.for_model(
-        "deepseek_v3", vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        moe_intermediate_size=16, first_k_dense_replace=1, **sizes, **experts,
-    )  # fmt: skip
+    config = tiny_family("deepseek_v3").config
+    config.num_key_value_heads = AutoConfig.for_model("deepseek_v3").num_key_value_heads
     assert config.num_key_value_heads != config.num_attention_heads
     assert probe.geometry_of(config, "m")[0].num_layers == 2
 

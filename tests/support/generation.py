@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import tiny_model, windows
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -31,7 +31,7 @@ def assistant_of(model):
 
 
 def prompt(length: int = 12, batch: int = 1, seed: int = 0) -> Tensor:
-    return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return windows(batch, length, seed)
 
 
 def generate(model, cache, ids: Tensor, **how) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 
 import torch
+from tiny import tiny_loaded, windows, word_tokenizer
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, cache_utils
 
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.experiments.miniatures import tiny_family
 from gpt2.models.geometry import Geometry
+from gpt2.models.loading import LoadedModel, wrap
 from gpt2.models.probe import probe_geometry
 
 WINDOW = 130  # of the miniatures' sliding layers; smaller ones are stored exactly
@@ -33,14 +35,26 @@ KINDS = {
     "glm_moe_dsa": "an indexer beside latent attention",
 }
 if not hasattr(cache_utils.DynamicIndexedLayer(), "indexer_position_ids"):
-    del KINDS[
-        "qwen4_exp_text"
-    ]  # older transformers keep its positions beside the layers, where no operation finds them
+    # Older transformers keep its positions beside the layers, where no operation finds them
+    del KINDS["qwen4_exp_text"]
 # Their states can't be put back
 RECURRENT = tuple(family for family in ("qwen3_next", "falcon_h1", "qwen4_exp_text") if family in KINDS)
 WINDOWED = ("gemma3_text", "mistral", "llama4_text", "inkling_text", "gemma4_text", "gemma3n_text", "mimo_v2_flash")
 
+SLIDING_FIRST = {"sliding_window": WINDOW, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}
+# Models with a tokenizer of words, as scripts load them: their layers are alike, or differ in kind or in shape
+MODELS = {
+    "alike": tiny_loaded,
+    "windowed": lambda: tiny_loaded("gemma3_text", **SLIDING_FIRST),
+    "hybrid": lambda: miniature("qwen3_next"),
+    "shapes": lambda: miniature("mimo_v2_flash"),
+}
+
 model_of = functools.cache(tiny_family)
+
+
+def miniature(family: str) -> LoadedModel:
+    return wrap(tiny_family(family), word_tokenizer(), f"tiny-{family}")
 
 
 @functools.cache
@@ -58,7 +72,7 @@ def theirs(family: str) -> DynamicCache:
 
 
 def ids_of(length: int = LENGTH, batch: int = 1, seed: int = 0) -> Tensor:
-    return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return windows(batch, length, seed)
 
 
 def cut(family: str, ids: Tensor) -> Tensor:

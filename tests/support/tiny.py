@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import PreTokenizer, Split, WhitespaceSplit
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gpt2.models.loading import LoadedModel, wrap
@@ -38,7 +43,7 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides):
     token whatever the cache holds; these weights make greedy decoding wander (test_generation proves it).
     """
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **FAMILIES[family] | {"tie_word_embeddings": False} | overrides)
+    config = AutoConfig.for_model(family, **FAMILIES.get(family, {}) | {"tie_word_embeddings": False} | overrides)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -47,30 +52,24 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides):
     return model
 
 
+def _tokenizer(tokens: Iterable[str], splitting: PreTokenizer, **parts) -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", *tokens])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = splitting
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", unk_token="<pad>")
+
+
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word `w2` … `w96`; the rest is unknown."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-
-    vocabulary = {"<pad>": 0, "<s>": 1} | {f"w{i}": i for i in range(2, 97)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", unk_token="<pad>")
+    return _tokenizer((f"w{i}" for i in range(2, 97)), WhitespaceSplit())
 
 
 def char_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character of ASCII, for texts with names and numbers; as many ids as the tiny models have."""
-    from tokenizers import Regex, Tokenizer
-    from tokenizers.decoders import Fuse
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Split
-
-    characters = ["<pad>", "<s>", "\n", *map(chr, range(ord(" "), ord("~")))]
-    tokenizer = Tokenizer(WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", unk_token="<pad>")
+    characters = ["\n", *map(chr, range(ord(" "), ord("~")))]
+    return _tokenizer(characters, Split(Regex(r"[\s\S]"), "isolated"), decoder=Fuse())
 
 
 def tiny_loaded(family: str = "llama", tokenizer=None, **overrides) -> LoadedModel:
@@ -87,7 +86,7 @@ def save_tiny(folder: Path, family: str = "llama", tokenizer=None, model=None, *
 
 def word_text(words: int, seed: int = 0) -> str:
     """Random words of the tiny vocabulary, ten a line."""
-    ids = torch.randint(2, 97, (words,), generator=torch.Generator().manual_seed(seed)).tolist()
+    ids = windows(1, words, seed)[0].tolist()
     return "\n".join(" ".join(f"w{i}" for i in ids[a : a + 10]) for a in range(0, words, 10))
 
 
@@ -96,7 +95,7 @@ def windows(count: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, 97, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
-def write_shape(path: Path) -> Path:
-    """A shape file of the tiny Llama's config, without weights."""
-    path.write_text(json.dumps({"model_type": "llama", **FAMILIES["llama"]}))
+def write_shape(path: Path, family: str = "llama", **changes) -> Path:
+    """A shape file of a tiny model's config, without weights."""
+    path.write_text(json.dumps({"model_type": family, **FAMILIES[family], **changes}))
     return path

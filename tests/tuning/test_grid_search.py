@@ -64,30 +64,26 @@ def test_every_cell_is_measured_once_and_comes_back_as_it_was(tmp_path):
     assert trials == [evaluate(cell) for cell in cells]
 
 
-def keys(of: list[dict], kind=GridSearch) -> list[dict]:
-    return [search_of(**own, kind=kind).key("text") for own in of]
+def keys(loaded, of: list[dict], kind=GridSearch) -> list[dict]:
+    return [search_of(**{"loaded": loaded} | own, kind=kind).key("text") for own in of]
 
 
 def test_the_key_has_all_that_figures_depend_on(llama):
-    base = {"loaded": llama}
-    others = [{"target": "v"}, {"codec": "hadamard"}, {"sink_tokens": 0}, {"chunk": 8}, {"seed": 1}]
-    others += [{"tuning": windows(1, 48)}, {"loaded": tiny_loaded("qwen2")}]
-    found = [*keys([base, *(base | own for own in others)]), search_of(llama).key("other text")]
-    assert all(found.count(key) == 1 for key in found) and keys([base]) == found[:1]
-    made = [None, *(SimpleNamespace(meta={"seed": 0} | own) for own in ({}, {"compact": True}, {"fingerprint": "0"}))]
-    found = keys([base | {"calibration": calibration} for calibration in made])
-    assert all(found.count(key) == 1 for key in found)
-    spaces = [{"space": Space(names, 12, (12,))} for names in (("identity",), ("identity", "hadamard"))]
-    found = keys([base | own for own in (spaces[0], spaces[0] | {"budget": 0.06}, spaces[1])], CodecSearch)
-    assert all(found.count(key) == 1 for key in found)
+    of_grids = [{}, {"target": "v"}, {"codec": "hadamard"}, {"sink_tokens": 0}, {"chunk": 8}, {"seed": 1}]
+    of_grids += [{"tuning": windows(1, 48)}, {"loaded": tiny_loaded("qwen2")}]
+    metas = [{"seed": 0}, {"seed": 0, "compact": True}, {"seed": 0, "fingerprint": "0"}]
+    of_grids += [{"calibration": SimpleNamespace(meta=meta)} for meta in metas]
+    one, two = (Space(names, 12, (12,)) for names in (("identity",), ("identity", "hadamard")))
+    of_codecs = [{"space": one}, {"space": one, "budget": 0.06}, {"space": two}]
+    found = [*keys(llama, of_grids), *keys(llama, of_codecs, CodecSearch), search_of(llama).key("other text")]
+    assert all(found.count(key) == 1 for key in found) and keys(llama, [{}]) == found[:1]
 
 
 @pytest.mark.parametrize("kind", [GridSearch, CodecSearch])
 def test_another_context_length_is_another_search(llama, kind):
     """Where all layers are alike the usual length isn't in the key: studies from before there was a choice go on."""
     lengths = [{}, {"context_length": 4096}]
-    differ, alike = (keys([{"loaded": loaded} | own for own in lengths], kind)
-                     for loaded in (tiny_loaded("gemma3_text"), llama))  # fmt: skip
+    differ, alike = (keys(loaded, lengths, kind) for loaded in (tiny_loaded("gemma3_text"), llama))
     assert [key.pop("context_length") for key in differ] == [2048, 4096] and differ[0] == differ[1]
     assert "context_length" not in alike[0] and alike[1] == alike[0] | {"context_length": 4096}
 

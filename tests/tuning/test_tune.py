@@ -6,9 +6,10 @@ from functools import partial
 import optuna
 import pytest
 import torch
+from kinds import MODELS
 from pictures import draw_nothing
 from script_runs import SMALL, SMALL_EVAL, TUNE, listing, run
-from tiny import save_tiny, tiny_loaded
+from tiny import save_tiny
 
 from gpt2.common.errors import BudgetNotMet
 from gpt2.compression.cache import size
@@ -41,8 +42,9 @@ def test_it_writes_a_preset_of_the_best_codec_and_resumes(tiny_flags, llama, tmp
     assert "calibration: using" in said and said.count("tuning: ") == 1, "everything is done"
 
 
-def test_without_a_calibrated_codec_it_makes_no_calibration_and_over_budget_no_preset(tiny_flags, tmp_path, capsys,
-                                                                                     monkeypatch):  # fmt: skip
+def test_without_calibrated_codecs_there_is_no_calibration_and_over_budget_no_preset(
+    tiny_flags, tmp_path, capsys, monkeypatch
+):
     flags = [*tiny_flags, *CODEC, "--codecs", "identity", "--num-trials", "2"]
     draw_nothing(monkeypatch)
     with monkeypatch.context() as patch:
@@ -67,8 +69,6 @@ def test_flags_of_the_other_search_are_rejected(tiny_flags, capsys):
         assert message in capsys.readouterr().err
 
 
-# Two sliding layers of three, with a window that holds a whole block of codes
-MIXED = {"sliding_window": 130, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
 GRID = [*SMALL, *SMALL_EVAL, "--codec", "identity", "--target", "kv", "--bits", "8", "--target-ppl-delta", "0.9"]
 
 
@@ -77,7 +77,7 @@ def test_ratios_are_of_the_context_length_and_the_preset_says_so(alike, tiny_fla
     """Where all layers are alike only an unusual length is said."""
     loaded, folder = llama, tiny_flags[1]
     if not alike:
-        loaded = tiny_loaded("gemma3_text", **MIXED)
+        loaded = MODELS["windowed"]()
         folder = save_tiny(tmp_path / "mixed", model=loaded.model)
         draw_nothing(monkeypatch)
     ratios = {}
