@@ -39,13 +39,15 @@ AFTERWARDS = "afterwards"  # value of `recorded` where a person added the record
 def describe(device: str = "auto") -> dict:
     """What this machine is: a record of JSON values, units in keys. device: as of --device; a GPU is named with driver.
 
-    kernels_for: the instruction set that CPU kernels are built for, `native` unless KV_CPU_ISA lowers it.
+    kernels_for: the instruction set that CPU kernels are built for, `native` unless KV_CPU_ISA lowers it; with `-float`
+    where KV_CPU_PRODUCTS makes them multiply floats.
     """
+    floats = "-float" * (os.environ.get("KV_CPU_PRODUCTS") == "float")
     found = {
         "processor": processor(),
         "architecture": platform.machine(),
         "instruction_sets": instruction_sets(),
-        "kernels_for": os.environ.get("KV_CPU_ISA") or "native",
+        "kernels_for": (os.environ.get("KV_CPU_ISA") or "native") + floats,
         "cores": cores(),
         "threads": torch.get_num_threads(),
     }

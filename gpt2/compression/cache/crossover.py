@@ -261,7 +261,8 @@ def _kernels(query: Tensor) -> str:
     if dispatch.usable(query):
         return f"Triton kernels {_sources()}, {versions}"
     if cpu.usable(query):
-        return f"C++ kernels {_sources()} for {os.environ.get('KV_CPU_ISA') or 'native'}, {versions}"
+        products = "integers" if cpu.integer_products() else "floats"
+        return f"C++ kernels {_sources()} for {os.environ.get('KV_CPU_ISA') or 'native'}, {products}, {versions}"
     return f"no kernels, {versions}"
 
 

@@ -111,8 +111,8 @@ def _in_one_pass(
     tokens = len(k)
     k_exact, v_exact = _exact(k, tokens), _exact(v, tokens)
     q = query.reshape(B, k.sinks.shape[1], -1, d)
-    pairs = dispatch.rounds_queries(query.dtype, k.compressor, v.compressor)
-    frames = _frames(k, d, pairs) if k_blocks else None
+    integers = cpu.integer_products()
+    frames = _frames(k, d, integers) if k_blocks else None
     if frames:
         absorbed = [q] * len(k_blocks)
     elif k_blocks and k.compressor.frame is None:
@@ -124,15 +124,15 @@ def _in_one_pass(
         scaling=scaling, bias=None if mask is None else _bias(mask, B, tokens),
         sinks=None if sinks is None else sinks.float(),
         values=v.compressor.summed_basis(v.sinks.shape[3]) if v_blocks else None, frames=frames,
-        pairs=pairs,
+        integers=integers,
     )  # fmt: skip
     return None if out is None else out.view(B, heads, Q, -1).to(query.dtype)
 
 
-def _frames(store: TokenStore | Half, head_dim: int, pairs: bool) -> cpu.Frames | None:
+def _frames(store: TokenStore | Half, head_dim: int, integers: bool) -> cpu.Frames | None:
     """How the kernel absorbs queries for K's frames by itself; None where it takes queries that are absorbed.
 
-    pairs: as of `cpu.attend`.
+    integers: as of `cpu.attend`.
     """
     store, transform = store.whole, store.compressor.transform
     rotation = None if store.compressor.frame is None else transform.frame_rotation(*store.frames())
@@ -142,8 +142,8 @@ def _frames(store: TokenStore | Half, head_dim: int, pairs: bool) -> cpu.Frames 
     def read() -> Tensor:
         return transform.read_basis(head_dim).float()
 
-    name = "panels of pairs" if pairs else "panels"
-    panels = transform.derived(name, head_dim, lambda: cpu.panels(read(), pairs))
+    name = "panels of integers" if integers else "panels"
+    panels = transform.derived(name, head_dim, lambda: cpu.panels(read(), integers))
     constant = transform.derived("constant", head_dim, lambda: read()[:, :, -1].contiguous())
     return cpu.Frames(panels, constant, *rotation)
 

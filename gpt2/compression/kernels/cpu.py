@@ -4,7 +4,7 @@ C++ was chosen by measurement: torch.compile is nearly as fast on plain integers
 longer to build, and compiles again for every shape. Without a compiler, PyTorch computes the same numbers.
 
 KV_CPU_ISA=avx512, avx2 or generic builds for an instruction set below the processor's own (`native`), to test and
-measure what other processors run.
+measure what other processors run. KV_CPU_PRODUCTS=float multiplies codes as floats, not as integers.
 """
 
 from __future__ import annotations
@@ -100,6 +100,17 @@ def encodes(encoding: Encoding) -> bool:
     return isinstance(encoding, WidthSearch)
 
 
+def integer_products() -> bool:
+    """Whether codes are multiplied as integers where the processor adds them in pairs, unless the environment forbids.
+
+    Raises PluginError for a KV_CPU_PRODUCTS that is neither integer nor float.
+    """
+    wanted = os.environ.get("KV_CPU_PRODUCTS") or "integer"
+    if wanted not in ("integer", "float"):
+        raise PluginError(f"KV_CPU_PRODUCTS={wanted!r}: integer or float was expected")
+    return wanted == "integer"
+
+
 def usable(x: Tensor) -> bool:
     """Whether the kernels can serve tensors like x. The first call with a tensor on the CPU builds the kernels."""
     return x.device.type == "cpu" and loaded()
@@ -163,7 +174,7 @@ def weighted_sums(parts: list[Part], p: Tensor, outs: list[int]) -> list[Tensor]
 def attend(
     ks: list[Part], qs: list[Tensor], vs: list[Part], outs: list[int], tokens: int, *, scaling: float,
     bias: Tensor | None = None, sinks: Tensor | None = None, values: Tensor | None = None, frames: Frames | None = None,
-    pairs: bool = False,
+    integers: bool = False,
 ) -> Tensor | None:  # fmt: skip
     """Σ p v̂ [B, H, M, d] float32 over the parts of V, p the softmax of `scores` over the parts of K, in one pass.
 
@@ -171,24 +182,24 @@ def attend(
     float32 is added to them then. sinks: logits of query heads, [Hq] float32, which take weight without a token of
     their own. values: the basis of V's affine parts, [G or 1, h, r + 1, d], v̂ of a group's h heads being [ẑ, 1] @ it.
     frames: how queries are absorbed, where qs of coded parts are queries as the model has them, [B, H, M, d]. None
-    where blocks of K and V overlap so that it takes two passes. pairs: whether products may be of bfloat16 numbers, by
-    which a processor that has them multiplies twice as fast; queries, weights and the basis of frames are rounded then.
+    where blocks of K and V overlap so that it takes two passes. integers: whether products may be of integers, of which
+    processors with AVX2 have twice as many; queries, weights and the basis of frames are rounded to 15 bits then.
     """
     values = None if values is None else values.float()
     arguments = (*_arguments(ks), *_arguments(vs), outs, tokens, scaling, bias, sinks, values)
     qs = [q.contiguous() for q in qs] if frames else qs
     found = torch.ops.kv_compression.attend.default(
-        _queries(qs), *arguments, *(frames or (None, None, None, False)), pairs
+        _queries(qs), *arguments, *(frames or (None, None, None, False)), integers
     )
     return found[0] if found else None
 
 
-def panels(read: Tensor, pairs: bool = False) -> Tensor:
+def panels(read: Tensor, integers: bool = False) -> Tensor:
     """A basis read [G, h, r + 1, d] without its last line as `Frames` has it; keys of h heads are [ẑ, 1] @ read.
 
-    pairs: as of `attend`.
+    integers: as of `attend`.
     """
-    return torch.ops.kv_compression.panels(read.float(), pairs)
+    return torch.ops.kv_compression.panels(read.float(), integers)
 
 
 def quantized(encoding: WidthSearch, z: Tensor) -> Encoded:

@@ -250,14 +250,14 @@ Tensor output(const std::vector<Tensor>& sums, const std::optional<Tensor>& valu
 // outs: for each part of V the index of the sum to which it is added: exact parts have one and coded parts have one.
 // scaling: of q · ẑ. bias [B, T], added to scores, and sinks [heads] may be empty. values: as of `output`, where the
 // coded sum is in coordinates of a basis. basis, constant and angles: as of `Frames`, where every block of K has queries
-// of its own, which are absorbed here. pairs: whether products may be of bfloat16 numbers, as for models in bfloat16.
+// of its own, which are absorbed here. integers: whether products of codes may be of integers.
 // Returns one tensor, or none if K's and V's blocks overlap in a way that one pass can't follow
 std::vector<Tensor> attend(at::TensorList qs, at::TensorList k_fields, at::IntArrayRef k_layout,
                            at::TensorList v_fields, at::IntArrayRef v_layout, at::IntArrayRef outs, int64_t tokens,
                            double scaling, const std::optional<Tensor>& bias, const std::optional<Tensor>& sinks,
                            const std::optional<Tensor>& values, const std::optional<Tensor>& basis,
                            const std::optional<Tensor>& constant, const std::optional<Tensor>& angles,
-                           bool interleaved, bool pairs) {
+                           bool interleaved, bool integers) {
   std::optional<Frames> frames;
   if (basis) frames.emplace(*basis, *constant, *angles, interleaved);
   Attention attention(qs, k_fields, k_layout, v_fields, v_layout, outs, frames, scaling);
@@ -271,7 +271,7 @@ std::vector<Tensor> attend(at::TensorList qs, at::TensorList k_fields, at::IntAr
     Queries queries;
     Absorbed absorbed;
     std::vector<float> weights;
-    Scratch scratch(pairs);
+    Scratch scratch(integers);
     for (int64_t i = begin; i < end; i++) {
       const int64_t b = i / (units * count), ahead = std::min(end - i, count - i % count);
       attention.run(spans[i % count], b, i / count % units, ahead, added ? added + b * tokens : nullptr, own, queries,

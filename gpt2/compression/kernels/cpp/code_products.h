@@ -5,7 +5,7 @@
 // comes in their order (`CodeOrder`).
 #pragma once
 
-#include "pair_products.h"
+#include "integer_products.h"
 #include "vectors.h"
 
 #include <algorithm>
@@ -163,77 +163,94 @@ struct Codes {
     });
   }
 
-#ifdef __AVX512BF16__
-  // As `dot_rows` of paired rows, in bfloat16
-  static void dot_pairs(const Rows& rows, const float* w, int64_t w_row, int M, float* out, int64_t out_row) {
+#ifdef __AVX2__
+  // As `dot_rows` of paired rows, with queries as integers
+  static void dot_integers(const Rows& rows, const float* w, int64_t w_row, int M, float* out, int64_t out_row) {
     static_assert(paired);
     in_passes<kSet.queries>(M, [&](auto few, int first) {
       constexpr int R = decltype(few)::value;
-      uint16_t own[R][rows.bytes];
-      for (int m = 0; m < R; m++)
-        for (int j = 0; j < rows.bytes; j += kUnit) {
-          const float* from = w + (first + m) * w_row + j;
-          const __m512i even = interleaved(from, from + 2 * kLanes), odd = interleaved(from + kLanes, from + 3 * kLanes);
-          std::memcpy(&own[m][j], &even, sizeof even), std::memcpy(&own[m][j + kPairLanes], &odd, sizeof odd);
-        }
+      int16_t own[R][rows.bytes];
+      float unit[R];
+      for (int m = 0; m < R; m++) {
+        const float* from = w + (first + m) * w_row;
+        const Unit whole(largest(from, rows.bytes));
+        unit[m] = whole.value;
+        for (int j = 0; j < rows.bytes; j += kUnit)
+          for (int odd = 0; odd < 2; odd++) {
+            const float* part = from + j + odd * kLanes;
+            const Ints both = in_turns(part, part + 2 * kLanes, whole.inverse, whole.inverse);
+            std::memcpy(&own[m][j + odd * kPairLanes], &both, sizeof both);
+          }
+      }
       for (int i = 0; i < rows.count; i += kLanes) {
-        Lanes each[2][R][kLanes];
+        Ints each[2][R][kLanes];
         for (int k = 0; k < kLanes; k++) {
           const uint8_t* row = rows[i + k];
-          __m512 sums[2][R] = {};
+          Ints sums[2][R] = {};
           for (int j = 0; j < rows.bytes; j += kUnit) {
-            __builtin_prefetch(row + rows.next + j);
-            const __m512i bytes = load_pairs(row + j);
-            const __m512i one[] = {nibbles(bytes), nibbles(_mm512_srli_epi16(bytes, 8))};
-            const __m512i two[] = {nibbles(_mm512_srli_epi16(bytes, 4)), nibbles(_mm512_srli_epi16(bytes, 12))};
+            if (j % 64 == 0) __builtin_prefetch(row + rows.next + j);
+            const Shorts bytes = load<Shorts>(row + j);
+            const Ints one[] = {Ints(bytes & 15), Ints(bytes >> 8 & 15)}, two[] = {Ints(bytes >> 4 & 15), Ints(bytes >> 12)};
             for (int m = 0; m < R; m++)
               for (int odd = 0; odd < 2; odd++) {
-                const __m512i weights = load_pairs(&own[m][j + odd * kPairLanes]);
+                const Ints weights = load<Ints>(&own[m][j + odd * kPairLanes]);
                 sums[0][m] = add_pairs(sums[0][m], weights, one[odd]);
                 sums[1][m] = add_pairs(sums[1][m], weights, two[odd]);
               }
           }
           for (int h = 0; h < 2; h++)
-            for (int m = 0; m < R; m++) each[h][m][k] = Lanes(sums[h][m]);
+            for (int m = 0; m < R; m++) each[h][m][k] = sums[h][m];
         }
         for (int h = 0; h < 2; h++)
           for (int m = 0; m < R; m++) {
-            const Lanes sums = totals(each[h][m]);
+            const Lanes sums = __builtin_convertvector(totals(each[h][m]), Lanes) * unit[m];
             std::memcpy(out + (first + m) * out_row + h * rows.count + i, &sums, sizeof sums);
           }
       }
     });
   }
 
-  // As `combine_rows` of paired rows, in bfloat16
-  static void combine_pairs(const Rows& rows, const float* w, int64_t w_row, int M, float* out, int64_t out_row) {
+  // As `combine_rows` of paired rows, with weights as integers. `rounded` [M][2 · rows] becomes what these stand for
+  static void combine_integers(
+      const Rows& rows, const float* w, int64_t w_row, int M, float* out, int64_t out_row, float* rounded) {
     static_assert(paired);
+    constexpr int kUpper = 16;  // upper halves of bytes stay where they are, and so count 16 times as much
     in_passes<kSet.queries>(M, [&](auto few, int first) {
       constexpr int R = decltype(few)::value, N = std::min(4, power_up_to(kSet.mixed / R));
-      uint32_t own[R][rows.count];
-      for (int m = 0; m < R; m++)
+      int32_t own[R][rows.count];
+      float unit[R];
+      for (int m = 0; m < R; m++) {
+        const float* from = w + (first + m) * w_row;
+        const Unit whole(largest(from, 2 * rows.count));
+        unit[m] = whole.value;
         for (int i = 0; i < rows.count; i += kLanes) {
-          const float* from = w + (first + m) * w_row + i;
-          const __m512i both = interleaved(from, from + rows.count);
+          const Ints both = in_turns(from + i, from + rows.count + i, whole.inverse, whole.inverse / kUpper);
           std::memcpy(&own[m][i], &both, sizeof both);
+          const Lanes one = __builtin_convertvector(both & 0xFFFF, Lanes) * whole.value;
+          const Lanes two = __builtin_convertvector(both >> 16, Lanes) * (whole.value * kUpper);
+          float* to = rounded + (first + m) * w_row + i;
+          std::memcpy(to, &one, sizeof one), std::memcpy(to + rows.count, &two, sizeof two);
         }
+      }
       for (int j = 0; j < rows.bytes; j += kUnit)
         for (int part = 0; part < 4; part += N) {
-          __m512 sums[N][R] = {};
+          Ints sums[N][R] = {};
           for (int i = 0; i < rows.count; i++) {
             const uint8_t* row = rows[i] + j;
-            if (!part) __builtin_prefetch(row + rows.next);
-            const __m512i bytes = load_pairs(row);
-            __m512i both[N];
-            for (int n = 0; n < N; n++) both[n] = nibbles_of_byte(bytes, part + n);
+            if (!part && j % 64 == 0) __builtin_prefetch(row + rows.next);
+            const Ints bytes = load<Ints>(row);
+            Ints both[N];
+            for (int n = 0; n < N; n++) both[n] = repeated(bytes, part + n) & 0x00F0000F;
             for (int m = 0; m < R; m++) {
-              const __m512i weights = _mm512_set1_epi32(own[m][i]);
+              const Ints weights = Ints{} + own[m][i];
               for (int n = 0; n < N; n++) sums[n][m] = add_pairs(sums[n][m], weights, both[n]);
             }
           }
           for (int n = 0; n < N; n++)
-            for (int m = 0; m < R; m++)
-              _mm512_storeu_ps(out + (first + m) * out_row + j + (part + n) * kLanes, sums[n][m]);
+            for (int m = 0; m < R; m++) {
+              const Lanes all = __builtin_convertvector(sums[n][m], Lanes) * unit[m];
+              std::memcpy(out + (first + m) * out_row + j + (part + n) * kLanes, &all, sizeof all);
+            }
         }
     });
   }

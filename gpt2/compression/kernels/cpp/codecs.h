@@ -68,11 +68,10 @@ struct Block {
 // halves the rate of loads and stores
 class Scratch {
  public:
-  const bool pairs;             // whether products may be of bfloat16 numbers, where the processor has them
+  const bool integers;          // whether products may be of integers, where the processor has those
   const void* holds = nullptr;  // the codes of which the memory has the tile, if any
-  bool holds_pairs = false;     // whether that tile is one of bfloat16 numbers
 
-  explicit Scratch(bool pairs = false) : pairs(pairs) {}
+  explicit Scratch(bool integers = false) : integers(integers) {}
 
   // Memory that may hold a tile from before
   float* floats(size_t count) {
@@ -231,13 +230,6 @@ struct Channel final : TileCodec {
       s[place] = kSteps[exponent[c]], o[place] = number(origin[c]);
     }
   }
-  // As these, of codes as their products take them
-  void scales(const Block& at, float* s, float* o, const Scratch& scratch) const {
-    scales(at, s, o);
-#ifdef __AVX512BF16__
-    for (int c = 0; bits == 4 && scratch.pairs && c < r; c++) o[c] += kMiddle * s[c];
-#endif
-  }
   Rows rows(const Block& at) const {
     return {codes.at(at.b, at.g, at.index()), r, kBlock * bits / 8, r, codes.block};
   }
@@ -246,7 +238,7 @@ struct Channel final : TileCodec {
     if (!order) return TileCodec::scores(at, q, q_row, M, out, scratch);
     float* s = scratch.fresh((2 + kQueries) * r);
     float *o = s + r, *own = o + r;
-    scales(at, s, o, scratch);
+    scales(at, s, o);
     for (int first = 0; first < M; first += kQueries) {
       const int few = std::min(kQueries, M - first);
       for (int m = 0; m < few; m++)
@@ -263,7 +255,7 @@ struct Channel final : TileCodec {
     if (!order) return TileCodec::add_sums(at, p, M, out, out_row, scratch);
     float* s = scratch.fresh((2 + kQueries) * r + kQueries * kBlock);
     float *o = s + r, *sums = o + r, *spare = sums + kQueries * r;
-    scales(at, s, o, scratch);
+    scales(at, s, o);
     for (int first = 0; first < M; first += kQueries) {
       const int few = std::min(kQueries, M - first);
       const float* weights = combine(rows(at), p + first * kBlock, few, sums, spare, scratch);
@@ -277,20 +269,20 @@ struct Channel final : TileCodec {
 
   // Products of codes with queries that are multiplied with their scales
   void dot_codes(const Rows& rows, const float* q, int M, float* out, const Scratch& scratch) const {
-#ifdef __AVX512BF16__
+#ifdef __AVX2__
+    constexpr int kMostChannels = 4096;  // whose sums fit 32 bits
     if constexpr (bits == 4)
-      if (scratch.pairs) return Of::dot_pairs(rows, q, r, M, out, kBlock);
+      if (scratch.integers && r <= kMostChannels) return Of::dot_integers(rows, q, r, M, out, kBlock);
 #endif
     Of::dot_rows(rows, q, r, M, out, kBlock);
   }
 
   // Sums of codes by weights p [M][64]; returns the weights with which they were multiplied, p or `spare`
   const float* combine(const Rows& rows, const float* p, int M, float* sums, float* spare, const Scratch& scratch) const {
-#ifdef __AVX512BF16__
+#ifdef __AVX2__
     if constexpr (bits == 4)
-      if (scratch.pairs) {
-        round_floats(p, M * kBlock, spare);
-        Of::combine_pairs(rows, spare, kBlock, M, sums, r);
+      if (scratch.integers) {
+        Of::combine_integers(rows, p, kBlock, M, sums, r, spare);
         return spare;
       }
 #endif

@@ -18,21 +18,29 @@ constexpr int kTogether = 6;  // blocks
 constexpr int kPanel = kLanes * power_up_to(std::min(kSet.widest, kSet.sums / kTogether));  // columns of a basis
 
 // What reads the keys of heads that share a basis, of read [G, h, r + 1, d] all but the last line, as panels of columns
-// [G, h, panels, d, kPanel]. pairs: as pairs of bfloat16 numbers, [G, h, panels, (d + 1) / 2, kPanel, 2], if the
-// processor has products of these
-Tensor panels(const Tensor& read, bool pairs) {
+// [G, h, panels, d, kPanel]. integers: as pairs of integers, [G, h, panels, (d + 1) / 2 + 1, kPanel] words of 32 bits, if
+// the processor has products of these; the last line of a panel has the units of its columns, as floats
+Tensor panels(const Tensor& read, bool integers) {
   const int64_t columns = read.size(2) - 1, count = (columns + kPanel - 1) / kPanel, d = read.size(3);
-#ifdef __AVX512BF16__
-  if (pairs) {
-    const Tensor wide = at::zeros({read.size(0), read.size(1), count * kPanel, (d + 1) / 2 * 2}, read.options());
-    wide.narrow(2, 0, columns).narrow(3, 0, d).copy_(read.narrow(2, 0, columns));
-    const Tensor apart = wide.view({read.size(0), read.size(1), count, kPanel, (d + 1) / 2, 2});
-    return apart.transpose(3, 4).to(at::kBFloat16).contiguous();
+  const Tensor from = read.contiguous();
+  const float* x = from.const_data_ptr<float>();
+#ifdef __AVX2__
+  if (integers) {
+    const int64_t pairs = (d + 1) / 2, line = 2 * kPanel;  // integers of a line
+    const Tensor out = at::zeros({read.size(0), read.size(1), count, pairs + 1, kPanel}, read.options().dtype(at::kInt));
+    auto* to = reinterpret_cast<int16_t*>(out.mutable_data_ptr<int32_t>());
+    for (int64_t head = 0; head < read.size(0) * read.size(1); head++)
+      for (int64_t c = 0; c < columns; c++) {
+        const float* own = x + (head * (columns + 1) + c) * d;
+        const Unit unit(std::sqrt(dot(own, own, d)));
+        int16_t* panel = to + (head * count + c / kPanel) * (pairs + 1) * line + c % kPanel * 2;
+        for (int64_t i = 0; i < d; i++) panel[i / 2 * line + i % 2] = int16_t(std::nearbyint(own[i] * unit.inverse));
+        std::memcpy(panel + pairs * line, &unit.value, sizeof unit.value);
+      }
+    return out;
   }
 #endif
   Tensor out = at::empty({read.size(0), read.size(1), count, d, kPanel}, read.options());
-  const Tensor from = read.contiguous();
-  const float* x = from.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
   std::fill_n(to, out.numel(), 0.f);
   for (int64_t head = 0; head < read.size(0) * read.size(1); head++)
@@ -49,7 +57,7 @@ struct Frames {
   const Tensor angles;     // [frames, 2, pairs], or [B, frames, 2, pairs] where rows have their own: cosines, and sines
   const bool interleaved;  // whether channels 2i and 2i + 1 rotate together, rather than i and i + pairs
 
-  bool pairs() const { return panels.scalar_type() == at::kBFloat16; }
+  bool integers() const { return panels.scalar_type() == at::kInt; }
 
   // From one absorbed query to the next
   int64_t columns() const { return panels.size(2) * kPanel + kLanes; }
@@ -77,8 +85,8 @@ struct Frames {
     for (int64_t row = 0; row < rows; row++)
       for (int f = 0; f < count; f++)
         rotate_back(q + row * d, own + f * 2 * angles.size(-1), rotated + (row * count + f) * d);
-#ifdef __AVX512BF16__
-    pairs() ? times_pairs(rotated, g, count, M, used, out) : times_floats(rotated, g, count, M, used, out);
+#ifdef __AVX2__
+    integers() ? times_integers(rotated, g, count, M, used, out) : times_floats(rotated, g, count, M, used, out);
 #else
     times_floats(rotated, g, count, M, used, out);
 #endif
@@ -102,22 +110,30 @@ struct Frames {
                 out + row * columns() + p * kPanel, rows * columns());
   }
 
-#ifdef __AVX512BF16__
-  // As `times_floats`
-  void times_pairs(const float* rotated, int64_t g, int count, int64_t M, int used, float* out) const {
-    static_assert(kPanel == kColumns);
-    const int64_t h = panels.size(1), P = panels.size(2), pairs = panels.size(3), d = constant.size(2), rows = h * M;
-    const auto* panel = static_cast<const uint32_t*>(panels.const_data_ptr()) + g * h * P * pairs * kPanel;
-    std::vector<uint32_t> own(count * pairs);
-    for (int64_t row = 0; row < rows; row++) {
-      for (int f = 0; f < count; f++)
-        round_to(rotated + (row * count + f) * d, d, reinterpret_cast<uint16_t*>(&own[f * pairs]));
-      const uint32_t* basis = panel + row / M * P * pairs * kPanel;
-      for (int64_t p = 0; p * kPanel < used; p++)
-        in_passes<kTogether>(count, [&](auto few, int f) {
-          times_panel<decltype(few)::value>(&own[f * pairs], pairs, basis + p * pairs * kPanel, pairs,
-                                            out + (f * rows + row) * columns() + p * kPanel, rows * columns());
-        });
+#ifdef __AVX2__
+  // As `times_floats`. A query and a column have lengths of at most kTop, so that no sum needs more than 32 bits
+  void times_integers(const float* rotated, int64_t g, int count, int64_t M, int used, float* out) const {
+    const int64_t h = panels.size(1), P = panels.size(2), lines = panels.size(3), d = constant.size(2), rows = h * M;
+    const int64_t pairs = lines - 1;
+    std::vector<int32_t> own(rows * count * pairs);
+    std::vector<float> unit(rows * count);
+    for (int64_t i = 0; i < rows * count; i++) {
+      const float* q = rotated + i * d;
+      const Unit whole(std::sqrt(dot(q, q, d)));
+      round_to(q, d, whole.inverse, reinterpret_cast<int16_t*>(&own[i * pairs]));
+      unit[i] = whole.value;
+    }
+    for (int64_t head = 0; head < h; head++) {
+      const int32_t* basis = panels.const_data_ptr<int32_t>() + (g * h + head) * P * lines * kPanel;
+      for (int64_t p = 0; p * kPanel < used; p++, basis += lines * kPanel) {
+        const auto* units = reinterpret_cast<const float*>(basis + pairs * kPanel);
+        for (int64_t row = head * M; row < (head + 1) * M; row++)
+          pass<kTogether>(count, 0, [&](auto few, int) {
+            times_panel<decltype(few)::value, kPanel / kLanes>(&own[row * count * pairs], pairs, basis, pairs,
+                                                               &unit[row * count], units,
+                                                               out + row * columns() + p * kPanel, rows * columns());
+          });
+      }
     }
   }
 #endif

@@ -106,7 +106,7 @@ TORCH_LIBRARY(kv_compression, m) {
   m.def("weighted_sums(Tensor p, Tensor[] fields, int[] layout, int[] outs) -> Tensor[]", &weighted_sums);
   m.def("attend(Tensor[] qs, Tensor[] k_fields, int[] k_layout, Tensor[] v_fields, int[] v_layout, int[] outs, int tokens, "
         "float scaling, Tensor? bias, Tensor? sinks, Tensor? values, Tensor? basis, Tensor? constant, Tensor? angles, "
-        "bool interleaved, bool pairs) -> Tensor[]", &attend);
-  m.def("panels(Tensor read, bool pairs) -> Tensor", &panels);
+        "bool interleaved, bool integers) -> Tensor[]", &attend);
+  m.def("panels(Tensor read, bool integers) -> Tensor", &panels);
   m.def("encode_planes(Tensor y, int payload, float[] narrow, float[] wide) -> (Tensor, Tensor)", &encode_planes);
 }

@@ -126,15 +126,14 @@ struct FloatTile {
 #endif
 };
 
-#ifdef __AVX512BF16__
+#ifdef __AVX2__
 
-// Centered codes, which up to eight bits are exact in bfloat16, channel by channel, [r][64]; and how coordinates follow
-// from them: step · (code + shift)
-class PairTile {
+// Centered codes as integers, channel by channel, [r][64]; and how coordinates follow from them: step · (code + shift)
+class IntegerTile {
  public:
   // Of r channels, in a tile's memory
-  PairTile(float* memory, int r)
-      : r(r), rows(rows_of(r)), codes(reinterpret_cast<uint16_t*>(memory)), steps(memory + rows * kBlock / 2),
+  IntegerTile(float* memory, int r)
+      : r(r), rows(rows_of(r)), codes(reinterpret_cast<int16_t*>(memory)), steps(memory + rows * kBlock / 2),
         shifts(steps + rows), spare(shifts + rows) {
     if (r % 2) clear(r);  // products are of pairs of channels
   }
@@ -148,75 +147,104 @@ class PairTile {
   template <int bits>
   void write(int c, const uint8_t* plane, float step, float offset) const {
     steps[c] = step, shifts[c] = kUnitOf<bits> * offset + 0.5f;
-    if constexpr (bits <= 8) {
-      const __m512i all = codes_of<bits>(plane);
-      const __m512i half[] = {centered<bits>(_mm512_castsi512_si256(all)),
-                              centered<bits>(_mm512_extracti64x4_epi64(all, 1))};
-      std::memcpy(codes + c * kBlock, half, sizeof half);
+    constexpr int low = std::min(bits, 8);  // planes of the lower byte
+    int16_t* row = codes + c * kBlock;
+    for (int t = 0; t < kBlock; t += kBytes) {
+      const Bytes lower = bytes_of<low>(plane + t / 8), upper = bytes_of<bits - low>(plane + 8 * low + t / 8);
+      for (int half = 0; half < 2; half++) {
+        Shorts own = wide(lower, half);
+        if constexpr (bits > 8) own |= wide(upper, half) << 8;
+        own -= uint16_t(1 << (bits - 1));
+        std::memcpy(row + t + half * kPairLanes, &own, sizeof own);
+      }
     }
   }
 
   // As `Codec::scores`, of the first `used` channels
   void scores(const float* q, int64_t q_row, int used, int M, float* out) const {
+    const int top = std::min<int64_t>(kTop, (int64_t(1) << 31) / (kMostCode * std::max(used, 1)));  // sums fit 32 bits
     in_passes<kTogether>(M, [&](auto few, int first) {
       constexpr int R = decltype(few)::value;
-      auto* own = reinterpret_cast<uint16_t*>(spare);
-      float *scaled = spare + kTogether * rows / 2, constant[R];
+      auto* own = reinterpret_cast<int16_t*>(spare);
+      float *scaled = spare + kTogether * rows / 2, constant[R], unit[R];
       for (int m = 0; m < R; m++) {
         const float* from = q + (first + m) * q_row;
         for (int c = 0; c < used; c++) scaled[c] = from[c] * steps[c];
-        round_to(scaled, used, own + m * rows);
+        const Unit whole(largest(scaled, used), top);
+        round_to(scaled, used, whole.inverse, own + m * rows);
+        unit[m] = whole.value;
         constant[m] = dot(scaled, shifts, used);  // not rounded: a bias may be hundreds of times what codes tell apart
       }
       float* to = out + first * kBlock;
-      along_tokens<R>(reinterpret_cast<uint32_t*>(own), rows / 2, codes, (used + 1) / 2, to, kBlock);
+      along_tokens<R>(reinterpret_cast<int32_t*>(own), rows / 2, codes, (used + 1) / 2, unit, to, kBlock);
       for (int m = 0; m < R; m++)
         for (int t = 0; t < kBlock; t++) to[m * kBlock + t] += constant[m];
     });
   }
 
-  // As `Codec::add_sums`, of the first `used` channels
+  // As `Codec::add_sums`, of the first `used` channels. Weights are rounded for the constant as well as for the codes:
+  // else, where the two nearly cancel, what was rounded would be large beside what is left
   void add_sums(const float* p, int used, int M, float* out, int64_t out_row) const {
     in_passes<2>(M, [&](auto few, int first) {
       constexpr int R = decltype(few)::value;
-      float weights[R * kBlock];
-      uint16_t own[R * kBlock];
-      round_floats(p + first * kBlock, R * kBlock, weights);
-      round_to(weights, R * kBlock, own);
-      for (int c = 0; c < used; c += kLanes / R) across_tokens<R>(own, codes + c * kBlock, spare + c, rows);
+      int16_t own[R * kBlock];
+      float unit[R];
       for (int m = 0; m < R; m++) {
-        const float all = sum(weights + m * kBlock, kBlock);
+        const float* from = p + (first + m) * kBlock;
+        const Unit whole(largest(from, kBlock));
+        round_to(from, kBlock, whole.inverse, own + m * kBlock);
+        unit[m] = whole.value;
+      }
+      for (int c = 0; c < used; c += kLanes / R) across_tokens<R>(own, codes + c * kBlock, unit, spare + c, rows);
+      for (int m = 0; m < R; m++) {
+        int all = 0;
+        for (int t = 0; t < kBlock; t++) all += own[m * kBlock + t];
+        const float weight = all * unit[m];
         float* to = out + (first + m) * out_row;
-        for (int c = 0; c < used; c++) to[c] += steps[c] * (spare[m * rows + c] + all * shifts[c]);
+        for (int c = 0; c < used; c++) to[c] += steps[c] * (spare[m * rows + c] + weight * shifts[c]);
       }
     });
   }
 
  private:
   static constexpr int kTogether = 6;               // queries
-  static constexpr int kSpare = kTogether / 2 + 1;  // floats per channel: queries as pairs, and one as floats; or sums
+  static constexpr int kSpare = kTogether / 2 + 1;  // floats per channel: queries as integers, and one as floats; or sums
+  static constexpr int kMostCode = 512;             // in absolute value
+  static constexpr int kBytes = kSet.bytes;         // of a vector, each of one token
+  using Bytes = uint8_t __attribute__((vector_size(kSet.bytes)));
   const int r, rows;                                // rows: channels, and unused ones up to a whole vector
-  uint16_t* codes;
+  int16_t* codes;
   float *steps, *shifts, *spare;
 
   static int rows_of(int r) { return (r + 1 + kLanes - 1) / kLanes * kLanes; }
 
+#ifdef __AVX512BW__
   template <int bits>
-  static __m512i centered(__m256i code) {
-    if constexpr (bits <= 6) {
-      const __m512i wide = _mm512_cvtepu8_epi16(code), low = load_pairs(&kCentered<bits>[0]);
-      return bits < 6 ? _mm512_permutexvar_epi16(wide, low)
-                      : _mm512_permutex2var_epi16(low, wide, load_pairs(&kCentered<bits>[32]));
-    } else {
-      const auto floats = [](__m128i own) {
-        return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(own), _mm512_set1_epi32(1 << (bits - 1))));
-      };
-      return rounded(floats(_mm256_castsi256_si128(code)), floats(_mm256_extracti128_si256(code, 1)));
-    }
+  static Bytes bytes_of(const uint8_t* plane) { return (Bytes)codes_of<bits>(plane); }
+  static Shorts wide(Bytes x, int half) {
+    const __m512i all = (__m512i)x;
+    return (Shorts)_mm512_cvtepu8_epi16(half ? _mm512_extracti64x4_epi64(all, 1) : _mm512_castsi512_si256(all));
   }
-
+#else
+  // Codes of 32 tokens of up to eight planes: each takes its own bit of its own byte of a plane
   template <int bits>
-  inline static const std::array<uint16_t, 64> kCentered = integers(-(1 << (bits - 1)), 1 << bits);
+  static Bytes bytes_of(const uint8_t* plane) {
+    const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
+    __m256i all = _mm256_setzero_si256();
+    for (int j = bits - 1; j >= 0; j--) {
+      int32_t own;
+      std::memcpy(&own, plane + 8 * j, sizeof own);
+      const __m256i each = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(own), byte), bit);
+      all = _mm256_sub_epi8(_mm256_add_epi8(all, all), _mm256_cmpeq_epi8(each, bit));
+    }
+    return (Bytes)all;
+  }
+  static Shorts wide(Bytes x, int half) {
+    const __m256i all = (__m256i)x;
+    return (Shorts)_mm256_cvtepu8_epi16(half ? _mm256_extracti128_si256(all, 1) : _mm256_castsi256_si128(all));
+  }
+#endif
 };
 
 #endif

@@ -13,16 +13,16 @@ struct Planes final : Codec {
 
   void scores(const Block& at, const float* q, int64_t q_row, int M, float* out, Scratch& scratch) const override {
     float* tile = decoded(at, scratch);
-#ifdef __AVX512BF16__
-    if (scratch.holds_pairs) return PairTile(tile, r).scores(q, q_row, used(at), M, out);
+#ifdef __AVX2__
+    if (scratch.integers) return IntegerTile(tile, r).scores(q, q_row, used(at), M, out);
 #endif
     std::fill_n(out, M * kBlock, 0.f);
     along(q, q_row, tile, used(at), kBlock, M, out, kBlock);
   }
   void add_sums(const Block& at, const float* p, int M, float* out, int64_t out_row, Scratch& scratch) const override {
     float* tile = decoded(at, scratch);
-#ifdef __AVX512BF16__
-    if (scratch.holds_pairs) return PairTile(tile, r).add_sums(p, used(at), M, out, out_row);
+#ifdef __AVX2__
+    if (scratch.integers) return IntegerTile(tile, r).add_sums(p, used(at), M, out, out_row);
 #endif
     across(p, kBlock, tile, used(at), kBlock, M, out, out_row);
   }
@@ -42,26 +42,16 @@ struct Planes final : Codec {
   // The tile of a block. Where K and V are the same codes, the second to ask finds it decoded
   float* decoded(const Block& at, Scratch& scratch) const {
     const uint8_t* codes = block.at(at.b, at.g, at.index());
-#ifdef __AVX512BF16__
-    float* tile = scratch.floats(std::max(kBlock * r, PairTile::floats(r)));
+#ifdef __AVX2__
+    float* tile = scratch.floats(scratch.integers ? IntegerTile::floats(r) : kBlock * r);
     if (scratch.holds == codes) return tile;
-    scratch.holds_pairs = scratch.pairs && !has_widest(at);
-    scratch.holds_pairs ? decode(at, PairTile(tile, r)) : decode(at, FloatTile{tile});
+    scratch.integers ? decode(at, IntegerTile(tile, r)) : decode(at, FloatTile{tile});
 #else
     float* tile = scratch.floats(kBlock * r);
     if (scratch.holds != codes) decode(at, FloatTile{tile});
 #endif
     scratch.holds = codes;
     return tile;
-  }
-
-  // Whether any channel has ten bits, the last of the widths, whose index has all three bits set
-  bool has_widest(const Block& at) const {
-    const uint8_t* packed = widths.at(at.b, at.g, at.index());
-    const int bytes = (r + 7) / 8;
-    int any = 0;
-    for (int i = 0; i < bytes; i++) any |= packed[i] & packed[bytes + i] & packed[2 * bytes + i];
-    return any;
   }
 
   template <typename Tile>

@@ -21,16 +21,17 @@ struct InstructionSet {
   int together;  // `across`: queries at a time
   int queries;   // products with codes: queries at a time
   int mixed;     // `combine_rows`: vectors of sums of all queries
+  int pairs;     // `along_tokens`, in pairs of integers: vectors of sums per query, of which there are up to six
 };
 
 #if defined(__AVX512F__)
-constexpr InstructionSet kSet = {64, 24, 4, 1, 8, 16};  // 32 registers
+constexpr InstructionSet kSet = {64, 24, 4, 1, 8, 16, 4};  // 32 registers
 #elif defined(__AVX2__)
-constexpr InstructionSet kSet = {32, 12, 8, 1, 4, 8};  // 16 registers
+constexpr InstructionSet kSet = {32, 12, 8, 1, 4, 8, 2};  // 16 registers
 #elif defined(__ARM_NEON)
-constexpr InstructionSet kSet = {16, 24, 8, 4, 8, 16};  // 32 registers
+constexpr InstructionSet kSet = {16, 24, 8, 4, 8, 16, 0};  // 32 registers
 #else
-constexpr InstructionSet kSet = {16, 12, 8, 2, 3, 6};  // 16 registers; without a fused multiply-add, products need one too
+constexpr InstructionSet kSet = {16, 12, 8, 2, 3, 6, 0};  // 16 registers; without a fused multiply-add, products need one too
 #endif
 
 constexpr int kLanes = kSet.bytes / sizeof(float);
@@ -57,22 +58,22 @@ inline void prefetch(const void* from, int64_t bytes) {
 }
 
 // Add lanes that are h apart, and combine two vectors into one: every 2h lanes have h sums of x, then h sums of y
-template <int h, int... l>
-inline Lanes halved(Lanes x, Lanes y, std::integer_sequence<int, l...>) {
+template <int h, typename Vector, int... l>
+inline Vector halved(Vector x, Vector y, std::integer_sequence<int, l...>) {
   return __builtin_shufflevector(x, y, (l / (2 * h) * 2 * h + l % h + (l % (2 * h) < h ? 0 : kLanes))...) +
          __builtin_shufflevector(x, y, (l / (2 * h) * 2 * h + l % h + (l % (2 * h) < h ? 0 : kLanes) + h)...);
 }
 
 // One vector whose lanes are the sums of as many vectors, by a tree of pairwise sums
-template <int h = 1>
-inline Lanes totals(const Lanes* x) {
+template <int h = 1, typename Vector>
+inline Vector totals(const Vector* x) {
   if constexpr (h == kLanes)
     return x[0];
   else {
     constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
-    Lanes half[kLanes / 2 / h];
+    Vector half[kLanes / 2 / h];
     for (int i = 0; i < kLanes / 2 / h; i++) half[i] = halved<h>(x[2 * i], x[2 * i + 1], lanes);
-    return totals<2 * h>(half);
+    return totals<2 * h>(static_cast<const Vector*>(half));
   }
 }
 
