@@ -1,6 +1,5 @@
 """Calibration: files that are checked, and reuse only of what matches."""
 
-import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -56,15 +55,12 @@ def test_meta_says_what_it_was_made_from(llama, made):
         assert (kept.diff(dim=-1) >= 0).all() and torch.allclose(kept[..., -1], torch.ones(()).double())
 
 
-def test_only_the_calibration_part_is_read(llama, made):
-    """Other words after 60 % of the text change nothing."""
+def test_only_the_calibration_part_is_read_and_all_of_it_where_it_is_short(llama, made):
+    """Other words after 60 % of the text change nothing; fewer segments than samples are all used."""
     head = TEXT.calibration
     other = by_position("words", "words.txt", head + word_text(1200, seed=9))
     assert other.calibration == head and other.evaluation != TEXT.evaluation
     assert same(calibrate(llama, other, rank=9, **SMALL), made)
-
-
-def test_fewer_segments_than_samples_use_all_and_say_so(llama):
     available = len(TEXT.tokens("calibration", llama)) // 300
     meta = calibrate(llama, TEXT, rank=9, samples=100, seq_len=300).meta
     assert 0 < available < 100 and meta["samples"] == 100 and meta["tokens"] == available * 300
@@ -117,18 +113,16 @@ def test_what_is_loaded_is_what_was_saved(made, path):
 
 def test_the_default_device_is_of_no_matter(made):
     """A caller may have set a GPU's, while a model and its cache are on the CPU."""
-    x, read, loaded = torch.randn(1, 2, 200, 12), [], tiny_loaded("llama")
-    for device in ("meta", None):
-        torch.set_default_device(device)
-        try:
+    x, read, loaded = torch.randn(1, 2, 100, 12), {}, tiny_loaded("llama")
+    for device in ("cpu", "meta"):
+        with torch.device(device):
             cache = CompressedDynamicCache(*compressors_for("kv", 4, None, made))
-            for each in x.split(150, dim=2):
-                read += [part for layer in range(3) for part in cache.update(each, each, layer)]
-            again = calibrate(loaded, TEXT, rank=6, samples=2, seq_len=80, codec="framed")
-        finally:
-            torch.set_default_device(None)
-        assert again.multi_head["framed"].E[0].device.type == "cpu"
-    assert all(map(torch.equal, read[: len(read) // 2], read[len(read) // 2 :]))
+            tokens = [(part, layer) for part in x.split(70, dim=2) for layer in range(3)]
+            read[device] = [kept for part, layer in tokens for kept in cache.update(part, part, layer)]
+    assert all(map(torch.equal, *read.values()))
+    with torch.device("meta"):
+        again = calibrate(loaded, TEXT, rank=6, samples=2, seq_len=80, codec="framed")
+    assert again.multi_head["framed"].E[0].device.type == "cpu"
 
 
 def test_every_rank_is_cut_from_one_file(made, path):
@@ -220,30 +214,34 @@ def test_a_new_calibration_goes_to_results_and_is_used_again(space, llama, made,
     assert obtain(llama, rank=5)[1] == path, "the file serves every rank"
 
 
-@pytest.mark.parametrize("folder", ["work", "work/results/calibrations", "checkout/results/calibrations"])
-def test_where_a_calibration_is_found(space, llama, made, folder):
-    path = save_calibration(made, space / folder / "any_name.pt")
-    assert obtain(llama)[1].resolve() == path
+def test_where_a_calibration_is_found(space, llama, made, monkeypatch):
+    """Also an older one, which doesn't say rotary positions."""
+    monkeypatch.setattr(reuse, "calibrate", None)
+    older = replace(made, meta={key: value for key, value in made.meta.items() if key != "rotary"})
+    for folder in ("work", "work/results/calibrations", "checkout/results/calibrations"):
+        for each in (made, older):
+            path = save_calibration(each, space / folder / "any_name.pt")
+            assert obtain(llama)[1].resolve() == path
+        path.unlink()
 
 
-def test_reuse_is_only_on_a_full_match(space, llama, made):
-    old = save_calibration(made, space / "work" / "old.pt")
-    others = [{"samples": 2}, {"seq_len": 40}, {"seed": 1}, {"sink_tokens": 3}, {"layers": 2}, {"theta": 5e5},
-              {"text": by_position("words", "words.txt", word_text(3000, seed=1))}]  # fmt: skip
-    for changed in others:
-        rotary = {"rope_type": "default", "rope_theta": changed.pop("theta", 1e4)}
-        loaded = tiny_loaded("llama", num_hidden_layers=changed.pop("layers", 3), rope_parameters=rotary)
-        found, path = obtain(loaded, **changed)
-        assert path.resolve() != old and load_calibration(old).meta == made.meta, "the old one stays"
-        assert found.geometry == loaded.geometry
-    _, path = obtain(wrap(tiny_model("llama").bfloat16(), word_tokenizer(), "tiny-llama"))
-    assert path.resolve() != old, "other numbers come of a model in another dtype"
-
-
-def test_an_older_file_that_doesnt_say_rotary_positions_is_used(space, llama, made):
-    older = {key: value for key, value in made.meta.items() if key != "rotary"}
-    path = save_calibration(dataclasses.replace(made, meta=older), space / "work" / "old.pt")
-    assert obtain(llama)[1].resolve() == path
+def test_reuse_is_only_on_a_full_match(space, llama, made, monkeypatch):
+    """Otherwise this model is calibrated anew, with these settings, and the old file stays."""
+    old, asked = save_calibration(made, space / "work" / "old.pt"), []
+    monkeypatch.setattr(reuse, "calibrate", lambda loaded, text, **how: asked.append((loaded, text, how)) or made)
+    others = [
+        *((llama, TEXT, own) for own in ({"samples": 2}, {"seq_len": 40}, {"seed": 1}, {"sink_tokens": 3})),
+        (llama, by_position("words", "words.txt", word_text(3000, seed=1)), {}),
+        (tiny_loaded("llama", num_hidden_layers=2), TEXT, {}),
+        (tiny_loaded("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5}), TEXT, {}),
+        (wrap(tiny_model("llama").bfloat16(), word_tokenizer(), "tiny-llama"), TEXT, {}),
+    ]
+    for loaded, text, changed in others:
+        _, path = obtain(loaded, text, **changed)
+        *called_with, how = asked.pop()
+        assert called_with == [loaded, text] and how.items() >= (SMALL | changed).items()
+        assert path.resolve() != old and load_calibration(old).meta == made.meta
+        path.unlink()
 
 
 def test_a_damaged_one_that_was_found_says_how_to_get_another(space, llama, made):
@@ -268,3 +266,15 @@ def test_output_that_cannot_be_written_is_rejected_before_the_work(space, llama,
     monkeypatch.setattr(reuse, "calibrate", None)
     with pytest.raises(PluginError, match="can't make the folder"):
         obtain(llama, output=space / "work" / "file" / "c.pt")
+
+
+@pytest.mark.parametrize("projection", ["k_proj", "v_proj", "q_proj"])
+def test_nan_activations_are_rejected_by_layer_and_nothing_is_written(projection, space):
+    broken = tiny_loaded("llama")
+    attention, layer = broken.model.config._attn_implementation, 2 if projection == "q_proj" else 1
+    # After the last layer's queries comes no K or V that would show them
+    getattr(broken.model.model.layers[layer].self_attn, projection).weight[0, 0] = float("nan")
+    with pytest.raises(PluginError, match=f"^layer {layer}: NaN or infinite activations.*--dtype float32"):
+        obtain(broken, output=space / "c.pt")
+    assert not list(space.rglob("*.*"))
+    assert broken.model.config._attn_implementation == attention
