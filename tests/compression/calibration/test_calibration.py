@@ -1,14 +1,16 @@
 """Calibration: files that are checked, and reuse only of what matches."""
 
+import copy
+import logging
 from dataclasses import replace
 
 import pytest
 import torch
-from calibrations import TEXT, change, identical, rejected, spoiled
+from calibrations import TEXT, identical
 from sampling import sampled
 from tiny import tiny_loaded, tiny_model, windows, word_text, word_tokenizer
 
-from gpt2.common.errors import BadArtefact, CalibrationNotFound, PluginError
+from gpt2.common.errors import BadArtefact, PluginError
 from gpt2.compression.calibration import file, reuse
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import load_calibration, save_calibration
@@ -18,6 +20,7 @@ from gpt2.compression.codecs import QUANTIZERS, IdentityCompressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache, load_calibrated_compressors
 from gpt2.compression.settings import compressors_for
 from gpt2.models.loading import wrap
+from gpt2.models.probe import likeness, sketch
 from gpt2.text.sources import by_position
 
 SMALL = {"samples": 3, "seq_len": 48, "seed": 0, "sink_tokens": 4}
@@ -143,34 +146,6 @@ def test_every_rank_is_cut_from_one_file(made, path):
     assert load_calibrated_compressors(path, codec="identity")[0][0].transform is None
 
 
-def test_other_files_are_rejected(tmp_path):
-    """Each with its message; many more are in test_bad_files."""
-    with pytest.raises(CalibrationNotFound, match=r"Calibration file not found: .*none\.pt.*lowrank\.py --model M "):
-        load_calibration(tmp_path / "none.pt", "M")
-    (tmp_path / "text.pt").write_text("{}")
-    for path in (tmp_path, tmp_path / "text.pt"):
-        rejected(path, "not a readable calibration file", "make it again")
-
-
-# Keys to a place, its new value (`...`: none), and words of the message. test_bad_files tries every kind of value
-DAMAGE = [
-    ("format", ..., ["'format'", "kv-plugin-calibration/1", "found nothing"]),
-    ("meta", [1], ["'meta'", "found list"]),
-    ("meta.rank", 13, ["'meta.rank'", "from 1 to 12", "found 13"]),
-    ("meta.codec", "svd", ["'meta.codec'", "pca", "'svd'"]),
-    ("meta.codec", "hadamard", ["'meta.codec'", "codec hadamard needs no calibration"]),
-    ("meta.num_layers", 2, ["expected a tensor [2, 2, 12", "found a tensor [3, 2, 12"]),
-    ("bases.v.D", lambda t: t[..., :9], ["'bases.v.D'", "found a tensor [3, 2, 12, 9]", "make the file again"]),
-    ("bases.v.E", spoiled, ["'bases.v.E'", "finite", "found nan"]),
-]
-
-
-def test_damage_is_named(made, path):
-    for place, value, words in DAMAGE:
-        change(save_calibration(made, path), *place.split("."), value=value)
-        rejected(path, *words)
-
-
 # --- use
 
 
@@ -244,7 +219,8 @@ def test_reuse_is_only_on_a_full_match(space, llama, made, monkeypatch):
         path.unlink()
 
 
-def test_a_damaged_one_that_was_found_says_how_to_get_another(space, llama, made):
+def test_files_that_cannot_be_used_are_rejected(space, llama, made):
+    """One that was found damaged, which says how to get another; one that was given, for another model."""
     path = save_calibration(made, space / "work" / "z.pt")
     part = torch.stack(made.statistics.v.scatter).numpy().tobytes()
     path.write_bytes(path.read_bytes().replace(part, bytes(len(part))))
@@ -252,13 +228,10 @@ def test_a_damaged_one_that_was_found_says_how_to_get_another(space, llama, made
         obtain(llama)
     path.unlink()
     assert obtain(llama)[1] != path
-
-
-def test_a_given_file_is_used_as_it_is_but_not_for_another_model(space, llama, made):
-    path = save_calibration(made, space / "work" / "given" / "c.pt")
-    assert obtain(llama, given=path, samples=2, seed=5)[1] == path
+    given = save_calibration(made, space / "work" / "given" / "c.pt")
+    assert obtain(llama, given=given, samples=2, seed=5)[1] == given, "used as it is"
     with pytest.raises(BadArtefact, match="calibrated on tiny-llama"):
-        obtain(tiny_loaded("qwen2"), given=path)
+        obtain(tiny_loaded("qwen2"), given=given)
 
 
 def test_output_that_cannot_be_written_is_rejected_before_the_work(space, llama, monkeypatch):
@@ -278,3 +251,58 @@ def test_nan_activations_are_rejected_by_layer_and_nothing_is_written(projection
         obtain(broken, output=space / "c.pt")
     assert not list(space.rglob("*.*"))
     assert broken.model.config._attn_implementation == attention
+
+
+# --- which models may use one: its own, and with a warning copies whose weights differ a little
+
+
+def rounded(loaded, bits: int):
+    """A copy whose matrices have so many bits a weight, with one scale for each row."""
+    model = copy.deepcopy(loaded.model)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            step = weight.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+            weight.data = (weight / step).round() * step
+    return wrap(model, loaded.tokenizer, "a copy")
+
+
+def test_a_quantized_copy_may_use_it_with_a_warning(calibration, llama, caplog):
+    other = rounded(llama, 8)
+    assert other.fingerprint != llama.fingerprint
+    with caplog.at_level(logging.WARNING):
+        calibration.check_model(llama, "own.pt")
+        assert not caplog.records
+        for _ in range(2):
+            calibration.check_model(other, "copy.pt")
+    assert len(caplog.records) == 1, "once for each file and model"
+    assert "copy.pt: calibrated on tiny-llama with other weights than those of a copy" in caplog.text
+
+
+OTHER_THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}
+
+
+def test_other_models_are_rejected(calibration):
+    """Of other weights, and of the same weights at other positions, where a file says them.
+
+    Older files don't, and keep their model's fingerprint, which has only scaled positions.
+    """
+    for change in ({"seed": 1}, LINEAR):
+        with pytest.raises(BadArtefact, match=r"calibrated on tiny-llama .*calibrate this model"):
+            calibration.check_model(tiny_loaded("llama", **change), "c.pt")
+    other = tiny_loaded("llama", **OTHER_THETA)
+    positions = r"on tiny-llama with other rotary positions .*\(rope_theta 10000, not 500000\): calibrate this model"
+    with pytest.raises(BadArtefact, match=positions):
+        calibration.check_model(other, "c.pt")
+    older = {key: value for key, value in calibration.meta.items() if key != "rotary"}
+    replace(calibration, meta=older).check_model(other, "c.pt")
+
+
+def test_likeness_is_the_share_of_signs_in_common(llama):
+    own = sketch(llama.model)
+    model = copy.deepcopy(llama.model)
+    model.lm_head.weight.data.flatten()[:16].neg_()
+    signs = 4 * len(own["signs"])
+    assert likeness(own, own) == 1
+    assert likeness(own, sketch(model)) == pytest.approx(1 - 16 / signs)
+    assert likeness(own, sketch(tiny_model("llama", hidden_size=96))) == 0

@@ -3,6 +3,7 @@
 import gc
 from contextlib import nullcontext
 
+import layer_shapes
 import pytest
 import torch
 from calibrations import SINKS, TEXT, close, direct_gradients
@@ -67,16 +68,17 @@ def test_states_that_modules_keep_themselves_belong_to_one_window():
     assert kept and all(value.grad_fn is None for value in kept)
 
 
-@pytest.mark.parametrize("name", ["joint", "framed"])
-def test_the_reservoir_has_whole_blocks_of_real_vectors(llama, name):
+def test_the_reservoir_has_whole_blocks_of_real_vectors(llama):
     """Blocks begin where frames do, with copies of the first token in the places of sinks, as a cache has them."""
-    batches, frame = windows(2, 64 * 2 + SINKS + 9), multi_head_bases()[name].frame
-    found = collect_fisher(llama, batches, None, SINKS, multi_head_bases())[name]
-    assert [(own.shape, own.dtype) for own in found.blocks] == [((1, 2 * 2 * 64, 48), torch.float16)] * 3
+    batches, bases = windows(2, 64 * 2 + SINKS + 9), multi_head_bases()
+    gathered = collect_fisher(llama, batches, None, SINKS, bases)
     k, v, _, _ = (x[None, :, : len(batches[0]) - SINKS] for x in direct_gradients(llama, batches)[1])
-    own = side_by_side(found.rotary[1].unrotate(k, SINKS, frame), v, 1)[0]
-    expected = torch.cat((own[:, :1].expand(-1, SINKS % frame, -1), own), dim=1)[:, :128]
-    assert (found.blocks[1][:, :128] - expected).abs().max() < 2e-3 * expected.abs().max()
+    for name in ("joint", "framed"):
+        found, frame = gathered[name], bases[name].frame
+        assert [(own.shape, own.dtype) for own in found.blocks] == [((1, 2 * 2 * 64, 48), torch.float16)] * 3
+        own = side_by_side(found.rotary[1].unrotate(k, SINKS, frame), v, 1)[0]
+        expected = torch.cat((own[:, :1].expand(-1, SINKS % frame, -1), own), dim=1)[:, :128]
+        assert (found.blocks[1][:, :128] - expected).abs().max() < 2e-3 * expected.abs().max()
 
 
 def test_the_reservoir_is_bounded_and_drawn_from_all_windows(llama, monkeypatch):
@@ -181,7 +183,7 @@ def test_the_model_is_left_as_it_was(llama, implementation, checkpointing, inter
 def test_nothing_is_kept_beyond_sums_and_the_reservoir(llama, how, monkeypatch):
     """Live bytes don't grow with the segments once the reservoir is full; also without the cycle collector."""
     monkeypatch.setattr(fisher, "SAMPLED_BLOCKS", 2)
-    batches, alive = windows(7, 80), []
+    batches, alive = windows(6, 72), []
     statistics = collect(llama, batches, SINKS)
     sums = [
         own for side in (statistics.k, statistics.v) for own in (*side.mean, *side.scatter, *side.metrics["attention"])
@@ -313,12 +315,16 @@ def test_rotary_positions_are_found(family, layout, channels):
     assert {2 * len(rotary.frequencies) for rotary in found} == {channels}
 
 
-def test_each_kind_of_layer_has_a_rotation_of_its_own():
-    """Gemma 3: a larger base in layers that see everything."""
+def test_each_layer_has_a_rotation_of_its_own():
+    """Gemma 3 has a larger base in layers that see everything, others have layers of different widths or without."""
     loaded = tiny_loaded("gemma3_text", layer_types=["sliding_attention", "full_attention", "sliding_attention"])
     found = [rotary.frequencies for rotary in detect_rotary(loaded, windows(1, 300)[0], SINKS)]
     assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
     assert found[1][-1] < found[0][-1]
+    for family, channels in (("gemma4_text", [8, 16, 0, 0]), ("qwen3_next", [0, 0, 4, 4])):
+        found = detect_rotary(layer_shapes.model_of(family), windows(1, 100)[0], SINKS)
+        assert [2 * len(rotary.frequencies) for rotary in found] == channels
+        assert [rotary.layout for rotary in found] == ["half" if own else "none" for own in channels]
 
 
 def test_frequencies_are_those_of_the_text_and_stay_so():
