@@ -25,7 +25,7 @@ PROMPT = torch.arange(2, 32)[None]
 
 def folder_of(space, family: str = "llama", **overrides) -> str:
     """A tiny model's config alone, without weights or tokenizer."""
-    tiny_model(family, **overrides).config.save_pretrained(space / "config-only")
+    AutoConfig.for_model(family, **FAMILIES[family] | overrides).save_pretrained(space / "config-only")
     return str(space / "config-only")
 
 

@@ -121,20 +121,20 @@ def placed(space, calibration):
 
 
 def test_where_it_is_looked_for(space, placed, monkeypatch):
-    """From the working folder, beside the preset, in results/calibrations of the working folder, of the checkout.
+    """In a folder beside the preset, in the home folder, and of a file that was made on another machine.
 
-    Also in a folder beside the preset, in the home folder, and of a file that was made on another machine.
+    In order: the working folder, beside the preset, results/calibrations of the working folder, of the checkout.
     """
-    preset = read_preset(write(space / "presets" / "p.json", PRESET))
-    for place in reversed(LOOKED_AT):
-        placed(place)
-        assert calibration_lookup.find_calibration(preset).resolve() == space / place
-        create_cache_from_preset(preset)
     monkeypatch.setenv("HOME", str(space))
     for named, lies in (("sub/c.pt", "presets/sub/c.pt"), ("~/mine/c.pt", "mine/c.pt"),
                         ("/no/such/machine/d.pt", "work/results/calibrations/d.pt")):  # fmt: skip
         placed(lies)
         create_cache_from_preset(write(space / "presets" / "p.json", PRESET | {"calibration_file": named}))
+    preset = read_preset(write(space / "presets" / "p.json", PRESET))
+    for place in reversed(LOOKED_AT):
+        placed(place)
+        assert calibration_lookup.find_calibration(preset).resolve() == space / place
+        create_cache_from_preset(preset)
 
 
 DEFAULT_COMMAND = (
