@@ -50,16 +50,13 @@ def test_no_code_out_of_data():
     sources = [path for folder in ("gpt2", "scripts") for path in (files.ROOT / folder).rglob("*.py")]
     found = {path.relative_to(files.ROOT).as_posix(): findings(path.read_text(encoding="utf-8")) for path in sources}
     assert {path: calls for path, calls in found.items() if calls} == RUNS_GENERATED_CODE
-
-
-@pytest.mark.parametrize("source", [
-    "eval(x)", "exec(x)", "os.system(x)", "pickle.loads(x)", "torch.load(x)", "torch.load(x, weights_only=flag)",
-    "subprocess.run(x, shell=True)", "np.load(x, allow_pickle=True)", "AutoConfig.from_pretrained(x)",
-    "AutoModelForCausalLM.from_pretrained(x, trust_remote_code=flag)", "f(lambda: eval(x))",
-])  # fmt: skip
-def test_that_look_finds_it(source):
-    assert len(findings(source)) == 1
     assert findings("model.eval(); torch.load(x, weights_only=True); re.compile(x); run(x, shell=False)") == []
+    for source in (
+        "eval(x)", "exec(x)", "os.system(x)", "pickle.loads(x)", "torch.load(x)", "torch.load(x, weights_only=flag)",
+        "subprocess.run(x, shell=True)", "np.load(x, allow_pickle=True)", "AutoConfig.from_pretrained(x)",
+        "AutoModelForCausalLM.from_pretrained(x, trust_remote_code=flag)", "f(lambda: eval(x))",
+    ):  # fmt: skip
+        assert len(findings(source)) == 1, source
 
 
 @pytest.mark.parametrize("file", ["requirements.txt", "requirements-peers.txt"])

@@ -21,3 +21,13 @@ def space(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "RESULTS", tmp_path / "checkout" / "results")
     monkeypatch.setattr(preset_files, "BUILT_IN", (tmp_path / "checkout" / "presets",))
     return tmp_path
+
+
+@pytest.fixture
+def sealed(tmp_path, monkeypatch):
+    """A working folder where nothing may change or appear but the files that the tests themselves make."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "victim").write_text("as it was")
+    yield tmp_path
+    assert {path.name for path in tmp_path.iterdir()} <= {"victim", "bad.pt", "p.json", "folder", "pipe"}
+    assert (tmp_path / "victim").read_text() == "as it was"

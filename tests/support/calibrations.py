@@ -87,13 +87,6 @@ def rejected(path: Path, *words: str) -> None:
     assert str(path) in message and "\n" not in message and all(word in message for word in words), message
 
 
-def spoiled(t: Tensor, value: float = float("nan")) -> Tensor:
-    """t with one number that isn't finite."""
-    t = t.clone()
-    t.view(-1)[3] = value
-    return t
-
-
 def change(path: Path, *keys, value=None) -> None:
     """Change one place of a saved record to a value, or to what a function makes of it; `...` removes the key."""
     record = place = torch.load(path, weights_only=True)

@@ -60,7 +60,7 @@ def model_of(family: str) -> LoadedModel:
 
 @functools.cache
 def made(family: str) -> Calibration:
-    return calibrate(model_of(family), TEXT, rank=4, codec="fisher", samples=3, seq_len=150)
+    return calibrate(model_of(family), TEXT, rank=4, codec="fisher", samples=2, seq_len=150)
 
 
 @functools.cache

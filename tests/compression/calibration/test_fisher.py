@@ -1,8 +1,9 @@
-"""Gradients: a Fisher metric that is right, from a model left as it was; and rotary positions found."""
+"""Statistics and gradients: a Fisher metric that is right, from a model left as it was; and rotary positions found."""
 
 import gc
 from contextlib import nullcontext
 
+import layer_shapes
 import pytest
 import torch
 from calibrations import SINKS, TEXT, close, direct_gradients
@@ -19,9 +20,11 @@ from gpt2.compression.calibration.fisher import collect_fisher, detect_rotary
 from gpt2.compression.calibration.statistics import MultiHeadStatistics, Statistics, collect
 from gpt2.compression.codecs import multi_head_bases
 from gpt2.compression.codecs.metric import output_metric
+from gpt2.compression.codecs.moments import Moments
 from gpt2.compression.codecs.multi_head import side_by_side
 from gpt2.compression.codecs.rope import Rotary, candidates
 from gpt2.experiments import miniatures
+from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel, wrap
 
 
@@ -65,16 +68,17 @@ def test_states_that_modules_keep_themselves_belong_to_one_window():
     assert kept and all(value.grad_fn is None for value in kept)
 
 
-@pytest.mark.parametrize("name", ["joint", "framed"])
-def test_the_reservoir_has_whole_blocks_of_real_vectors(llama, name):
+def test_the_reservoir_has_whole_blocks_of_real_vectors(llama):
     """Blocks begin where frames do, with copies of the first token in the places of sinks, as a cache has them."""
-    batches, frame = windows(2, 64 * 2 + SINKS + 9), multi_head_bases()[name].frame
-    found = collect_fisher(llama, batches, None, SINKS, multi_head_bases())[name]
-    assert [(own.shape, own.dtype) for own in found.blocks] == [((1, 2 * 2 * 64, 48), torch.float16)] * 3
+    batches, bases = windows(2, 64 * 2 + SINKS + 9), multi_head_bases()
+    gathered = collect_fisher(llama, batches, None, SINKS, bases)
     k, v, _, _ = (x[None, :, : len(batches[0]) - SINKS] for x in direct_gradients(llama, batches)[1])
-    own = side_by_side(found.rotary[1].unrotate(k, SINKS, frame), v, 1)[0]
-    expected = torch.cat((own[:, :1].expand(-1, SINKS % frame, -1), own), dim=1)[:, :128]
-    assert (found.blocks[1][:, :128] - expected).abs().max() < 2e-3 * expected.abs().max()
+    for name in ("joint", "framed"):
+        found, frame = gathered[name], bases[name].frame
+        assert [(own.shape, own.dtype) for own in found.blocks] == [((1, 2 * 2 * 64, 48), torch.float16)] * 3
+        own = side_by_side(found.rotary[1].unrotate(k, SINKS, frame), v, 1)[0]
+        expected = torch.cat((own[:, :1].expand(-1, SINKS % frame, -1), own), dim=1)[:, :128]
+        assert (found.blocks[1][:, :128] - expected).abs().max() < 2e-3 * expected.abs().max()
 
 
 def test_the_reservoir_is_bounded_and_drawn_from_all_windows(llama, monkeypatch):
@@ -90,36 +94,32 @@ def test_the_reservoir_is_bounded_and_drawn_from_all_windows(llama, monkeypatch)
 
 
 @pytest.mark.parametrize("family", sampled(["llama", "gpt2", "gemma3_text", "opt"], 2))
-def test_checkpointing_gives_the_same(family):
-    """opt's layers drop out by their own training flag, which checkpointing asks for."""
-    loaded, batches = tiny_loaded(family), windows(2, 100)
-    (plain, joint), (same, same_joint) = (fisher_of(loaded, batches, checkpointing=on) for on in (False, True))
+def test_checkpointing_gives_the_same_and_keeps_fewer_activations(family):
+    """Each layer is computed twice. opt's layers drop out by their own training flag, which checkpointing asks for."""
+    loaded, batches, calls, saved, found = tiny_loaded(family), windows(2, 100), [], [], []
+    attention = next(module for module in loaded.model.modules() if getattr(module, "layer_idx", None) == 1)
+
+    def pack(t: Tensor) -> Tensor:
+        saved[-1] += t.nbytes
+        return t
+
+    def watched(batches):
+        hook = attention.register_forward_hook(lambda *_: calls.append(1))
+        yield from batches
+        hook.remove()
+        calls.append(0)
+
+    for checkpointing in (False, True):
+        saved.append(0)  # bytes that autograd saves
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            found.append(fisher_of(loaded, batches, checkpointing=checkpointing, progress=watched))
+    assert calls == [1, 1, 0, 1, 1, 1, 1, 0] and saved[1] < saved[0] / 2
+    (plain, joint), (same, same_joint) = found
     for side in ("k", "v"):
         assert all(map(close, *(getattr(s, side).metrics["fisher"] for s in (same, plain))))
     assert all(map(close, same_joint.moments.metrics["fisher"], joint.moments.metrics["fisher"]))
     assert all(map(close, same_joint.moments.scatter, joint.moments.scatter)) and (joint.moments.count == 2 * 96).all()
     assert all(map(torch.equal, same_joint.blocks, joint.blocks))
-
-
-def test_checkpointing_recomputes_each_layer_once_and_keeps_fewer_activations(llama):
-    batches, calls, saved = windows(2, 64), {}, {}  # calls of one layer; bytes that autograd saves
-    statistics = collect(llama, batches, SINKS)
-    for checkpointing in (False, True):
-        seen, sizes = [], []
-
-        def pack(t, sizes=sizes):
-            sizes.append(t.nbytes)
-            return t
-
-        def watched(batches, seen=seen):
-            hook = llama.model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda *_: seen.append(1))
-            yield from batches
-            hook.remove()
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            collect_fisher(llama, batches, statistics, SINKS, {}, checkpointing=checkpointing, progress=watched)
-        calls[checkpointing], saved[checkpointing] = len(seen), sum(sizes)
-    assert calls == {False: 2, True: 4} and saved[True] < saved[False] / 2
 
 
 @pytest.mark.parametrize("family", sampled(["bloom", "falcon"], 1))
@@ -151,32 +151,39 @@ def state(model: nn.Module) -> dict:
     ("implementation", "checkpointing", "interrupted"),
     covering(["eager", "sdpa"], [False, True], [True, False], times=2),
 )
-def test_the_model_is_left_as_it_was(implementation, checkpointing, interrupted):
-    loaded = tiny_loaded("llama")
+def test_the_model_is_left_as_it_was(llama, implementation, checkpointing, interrupted):
+    """By the pass for statistics and by that for gradients; both see the same queries in every implementation."""
+    loaded, tokens = tiny_loaded("llama"), windows(2, 20)
     loaded.model.set_attn_implementation(implementation)
     loaded.model.model.layers[0].gradient_checkpointing = True
     wanted = [p for name, p in loaded.model.named_parameters() if "v_proj" in name]
     for parameter in wanted:
         parameter.requires_grad_(True)
-    statistics, before = collect(loaded, windows(2, 20), SINKS), state(loaded.model)
-    logits = loaded.model(windows(1, 20)).logits.detach()
+    before, logits = state(loaded.model), loaded.model(tokens).logits.detach()
+    statistics = collect(loaded, tokens, SINKS)
+    expected = collect(llama, tokens, SINKS).k.metrics["attention"]
+    assert torch.allclose(*map(torch.stack, (statistics.k.metrics["attention"], expected)), rtol=1e-4, atol=1e-4)
 
     def stopped(batches):
         yield batches[0]
         if interrupted:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
-        collect_fisher(loaded, windows(2, 20), statistics, SINKS, {}, checkpointing=checkpointing, progress=stopped)
-    assert state(loaded.model) == before and all(p.requires_grad for p in wanted)
-    assert torch.equal(loaded.model(windows(1, 20)).logits, logits)
+    for one_pass in (
+        lambda: collect(loaded, stopped(tokens), SINKS),
+        lambda: collect_fisher(loaded, tokens, statistics, SINKS, {}, checkpointing=checkpointing, progress=stopped),
+    ):
+        with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+            one_pass()
+        assert state(loaded.model) == before and all(p.requires_grad for p in wanted)
+        assert torch.equal(loaded.model(tokens).logits, logits)
 
 
 @pytest.mark.parametrize("how", ["forward", "backward", "checkpointed"])
 def test_nothing_is_kept_beyond_sums_and_the_reservoir(llama, how, monkeypatch):
     """Live bytes don't grow with the segments once the reservoir is full; also without the cycle collector."""
     monkeypatch.setattr(fisher, "SAMPLED_BLOCKS", 2)
-    batches, alive = windows(7, 80), []
+    batches, alive = windows(6, 72), []
     statistics = collect(llama, batches, SINKS)
     sums = [
         own for side in (statistics.k, statistics.v) for own in (*side.mean, *side.scatter, *side.metrics["attention"])
@@ -207,7 +214,26 @@ def test_nothing_is_kept_beyond_sums_and_the_reservoir(llama, how, monkeypatch):
 # --- what stops it
 
 
-def test_logits_and_gradients_that_are_not_finite_are_rejected(llama, monkeypatch):
+def test_moments_reject_what_is_not_finite():
+    x, moments = torch.zeros(1, 2, 5, 6), Moments.zeros(Geometry.uniform(2, 2, 6))
+    for value in (float("nan"), float("inf"), -float("inf"), 1e30):
+        x[0, 1, 3, 2] = value
+        with pytest.raises(PluginError, match="layer 1: NaN or infinite"):
+            moments.update(1, x)
+        assert not moments.count.any() and not any(own.any() for own in moments.scatter), "and are left as they were"
+
+
+def test_windows_that_are_all_sinks(llama):
+    """They add nothing, and all windows can't be such ones."""
+    for sinks in (20, 50):
+        with pytest.raises(PluginError, match=f"longer than the {sinks} sink tokens"):
+            collect(llama, windows(2, 20), sinks)
+    short, long = windows(1, SINKS)[0], windows(1, 20)[0]
+    found = collect(llama, [short, long], SINKS)
+    assert all(map(torch.equal, found.k.mean, collect(llama, [long], SINKS).k.mean))
+
+
+def test_logits_and_gradients_that_are_not_finite_or_not_there_are_rejected(llama, monkeypatch):
     """No statistics of K, V and Q show what overflows behind the last attention."""
     loaded, tokens = tiny_loaded("llama"), windows(1, 20)
     loaded.model.lm_head.weight[3, 3] = float("inf")
@@ -215,20 +241,16 @@ def test_logits_and_gradients_that_are_not_finite_are_rejected(llama, monkeypatc
     with pytest.raises(PluginError, match="NaN or infinite logits.*--dtype float32"):
         collect_fisher(loaded, tokens, statistics, SINKS, {})
     rotate = Rotary.rotate
-    monkeypatch.setattr(Rotary, "rotate", lambda *args: rotate(*args) * float("nan"))
-    with pytest.raises(PluginError, match="layer 2: NaN or infinite"):
+    with monkeypatch.context() as patch, pytest.raises(PluginError, match="layer 2: NaN or infinite"):
+        patch.setattr(Rotary, "rotate", lambda *args: rotate(*args) * float("nan"))
         fisher_of(llama, tokens)
-
-
-def test_a_model_that_gradients_do_not_reach_is_rejected(llama, monkeypatch):
-    statistics = collect(llama, windows(1, 20), SINKS)
     attention = type(llama.model.model.layers[0].self_attn)
     forward = attention.forward
     monkeypatch.setattr(
         attention, "forward", lambda self, hidden_states=None, **how: forward(self, hidden_states.detach(), **how)
     )
     with pytest.raises(PluginError, match="no gradients reached K and V of every layer.*--metric pca or attention"):
-        collect_fisher(llama, windows(1, 20), statistics, SINKS, {})
+        fisher_of(llama, tokens)
 
 
 def test_segments_shorter_than_a_block_have_a_metric_but_no_joint_codec(llama):
@@ -293,12 +315,16 @@ def test_rotary_positions_are_found(family, layout, channels):
     assert {2 * len(rotary.frequencies) for rotary in found} == {channels}
 
 
-def test_each_kind_of_layer_has_a_rotation_of_its_own():
-    """Gemma 3: a larger base in layers that see everything."""
+def test_each_layer_has_a_rotation_of_its_own():
+    """Gemma 3 has a larger base in layers that see everything, others have layers of different widths or without."""
     loaded = tiny_loaded("gemma3_text", layer_types=["sliding_attention", "full_attention", "sliding_attention"])
     found = [rotary.frequencies for rotary in detect_rotary(loaded, windows(1, 300)[0], SINKS)]
     assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
     assert found[1][-1] < found[0][-1]
+    for family, channels in (("gemma4_text", [8, 16, 0, 0]), ("qwen3_next", [0, 0, 4, 4])):
+        found = detect_rotary(layer_shapes.model_of(family), windows(1, 100)[0], SINKS)
+        assert [2 * len(rotary.frequencies) for rotary in found] == channels
+        assert [rotary.layout for rotary in found] == ["half" if own else "none" for own in channels]
 
 
 def test_frequencies_are_those_of_the_text_and_stay_so():

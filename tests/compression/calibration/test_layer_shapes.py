@@ -5,22 +5,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibrations import SINKS, TEXT, close, direct_gradients, identical, rejected, scatter
+from calibrations import SINKS, TEXT, change, close, direct_gradients, identical, rejected, scatter
 from layer_shapes import MODELS, ONE_SHAPE, lost, made, model_of, shapes_of, vectors
 from sampling import covering, sampled
-from tiny import windows
+from tiny import windows, word_tokenizer
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from gpt2.common import tensor_file
 from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import load_calibration, save_calibration
-from gpt2.compression.calibration.fisher import collect_fisher, detect_rotary
+from gpt2.compression.calibration.fisher import collect_fisher
 from gpt2.compression.calibration.statistics import collect
 from gpt2.compression.codecs import BASES, QUANTIZERS
 from gpt2.compression.settings import compressors_for
+from gpt2.experiments.miniatures import tiny_config
 from gpt2.models.attention_function import wrapped_attention
 from gpt2.models.geometry import FULL, NOTHING, SLIDING, Geometry, LayerGeometry, Shape
+from gpt2.models.loading import wrap
 
 MIXED = QUANTIZERS["mixed"]
 
@@ -29,7 +32,7 @@ MIXED = QUANTIZERS["mixed"]
 
 @pytest.mark.parametrize("family", sampled(MODELS, 3))
 def test_statistics_are_of_every_layer_in_its_own_shape(family):
-    loaded, batches = model_of(family), windows(3, 40)
+    loaded, batches = model_of(family), windows(2, 30)
     statistics = collect(loaded, batches, SINKS)
     gathered = collect_fisher(loaded, batches, statistics, SINKS, {"grouped": BASES["grouped"]})["grouped"]
     expected = direct_gradients(loaded, batches)
@@ -40,7 +43,7 @@ def test_statistics_are_of_every_layer_in_its_own_shape(family):
         assert shapes_of(moments.mean) == [shape and (shape.heads, shape.width) for shape in shapes]
         for layer, parts in expected.items():
             x, g = parts[place], parts[place + 2]
-            assert moments.count[layer] == 3 * (40 - SINKS)
+            assert moments.count[layer] == 2 * (30 - SINKS)
             assert torch.allclose(moments.mean[layer], x.mean(1), rtol=1e-4, atol=1e-5)
             assert close(moments.scatter[layer], scatter(x))
             assert close(moments.metrics["fisher"][layer], g.mT @ g / g.shape[1], 1e-3) and g.norm() > 0
@@ -88,12 +91,6 @@ def test_latent_attention_has_no_attention_metric_and_says_so():
     found.statistics.k.metrics = metrics
 
 
-def test_rotary_positions_are_those_of_each_layers_width():
-    found = {f: detect_rotary(model_of(f), windows(1, 100)[0], SINKS) for f in ("gemma4_text", "qwen3_next")}
-    assert [2 * len(own.frequencies) for own in found["gemma4_text"]] == [8, 16, 0, 0]
-    assert [own.layout for own in found["qwen3_next"]] == ["none", "none", "half", "half"]
-
-
 def test_checkpointing_beside_recurrent_layers_gives_the_same():
     """And is rejected where attention reads something else."""
     for family in ("deepseek_v3", "gemma4_text"):
@@ -131,8 +128,7 @@ def test_what_is_loaded_is_what_was_saved(family, suffix, tmp_path):
 @pytest.mark.parametrize("family", sampled(MODELS, 2))
 def test_a_compact_calibration_has_a_quarter_of_the_bytes_of_its_basis(family, tmp_path):
     whole = made(family)
-    compact = calibrate(model_of(family), TEXT, rank=4, codec="grouped", samples=3, seq_len=150, compact=True)
-    back = load_calibration(save_calibration(compact, tmp_path / "c.pt"))
+    back = load_calibration(save_calibration(whole.compact("grouped"), tmp_path / "c.pt"))
     assert back.geometry == whole.geometry and back.statistics is None and list(back.multi_head) == ["grouped"]
     stored, single = tensor_file.read(tmp_path / "c.pt")["grouped"], whole.multi_head["grouped"].record(whole.geometry)
     # A stack of all layers, or a list of stacks where layers differ in shape
@@ -145,9 +141,9 @@ def test_a_compact_calibration_has_a_quarter_of_the_bytes_of_its_basis(family, t
     assert [tuple(own.shape) for own in scale] == [(*own.shape[:2], 1, own.shape[3]) for own in E]
     assert identical(tensor_file.read(save_calibration(back, tmp_path / "again.pt"))["grouped"], stored)
     variance = back.kept_variance()
+    k, v = compressors_for("kv", 8, None, back, quantizer="mixed")
     for layer, (keys, values) in vectors(family).items():
         assert close(back.transform("k", layer).E, whole.transform("k", layer, codec="grouped").E, 1e-2)
-        k, v = compressors_for("kv", 8, None, back, quantizer="mixed")
         assert lost(k[layer], keys) < 0.06 and lost(v[layer], values) < 0.06
         assert torch.allclose(variance["v"][layer][..., -1], torch.ones(()).double())
     assert [own is None for own in variance["k"]] == [not layer.attends for layer in back.geometry.layers]
@@ -157,7 +153,7 @@ LATENT, KEY = Shape(1, 16), Shape(1, 8)
 RECORD = Geometry((LayerGeometry(FULL, LATENT, KEY),) * 3).record()
 
 
-WRONG_LAYERS = [
+WRONG_LAYERS = [  # and what is said of them
     (RECORD[:2], "expected 3 layers, as num_layers says, found 2"), (RECORD + RECORD, "expected 3 layers"),
     ([RECORD[0] | {"v": None}, *RECORD[1:]], "layer 0: expected shapes of K and V for full_attention"),
     ([*RECORD[:2], RECORD[0] | {"type": "linear_attention"}], "layer 2: expected no shapes for linear_attention"),
@@ -169,26 +165,27 @@ WRONG_LAYERS = [
     ([{**RECORD[0], "type": "else"}] * 3, "expected 'full_attention' or"), ([{}] * 3, "expected"),
     (3, "expected a list"), (None, "expected a list"),
 ]  # fmt: skip
+# How to spoil the means of two layers of different shapes
+WRONG_STACKS = [
+    lambda own: own[:1], lambda own: own[::-1], lambda own: own[0], lambda own: [own[0], None],
+    lambda own: [own[0], own[1] * float("nan")], lambda own: [*own, own[0]],
+]  # fmt: skip
+WRONG = [
+    *(("deepseek_v3", "meta.layers", layers, words) for layers, words in WRONG_LAYERS),
+    *(("gemma4_text", "statistics.k_mean", change, "field 'statistics.k_mean") for change in WRONG_STACKS),
+    ("gemma4_text", "joint.E", lambda own: own[::-1], "field 'joint.E[0]'"),
+]
 
 
-def test_layers_and_a_basis_that_dont_fit_the_rest_of_a_file(tmp_path):
-    record = tensor_file.read(save_calibration(made("deepseek_v3"), tmp_path / "c.pt"))
-    for layers, words in WRONG_LAYERS:
-        path = tensor_file.write(tmp_path / "bad.pt", record | {"meta": record["meta"] | {"layers": layers}})
+def test_layers_and_stacks_that_dont_fit_the_rest_of_a_file(tmp_path):
+    path = tmp_path / "c.pt"
+    for family, place, value, words in WRONG:
+        save_calibration(made(family), path)
+        change(path, *place.split("."), value=value)
         rejected(path, words)
-    path = tensor_file.write(tmp_path / "bad.pt", record | {"joint": record["grouped"]})
+    record = tensor_file.read(save_calibration(made("deepseek_v3"), path))
+    tensor_file.write(path, record | {"joint": record["grouped"]})
     rejected(path, "layer 0: codec joint needs K and V of one shape, got 1 x 16 and 1 x 8")
-
-
-def test_stacks_that_dont_fit_the_layers(tmp_path):
-    record = tensor_file.read(save_calibration(made("gemma4_text"), tmp_path / "c.pt"))
-    own = record["statistics"]["k_mean"]
-    for wrong in (own[:1], own[::-1], own[0], [own[0], None], [own[0], own[1] * float("nan")], [*own, own[0]]):
-        path = tensor_file.write(tmp_path / "bad.pt", record | {"statistics": record["statistics"] | {"k_mean": wrong}})
-        rejected(path, "field 'statistics.k_mean")
-    own = record["joint"]["E"]
-    path = tensor_file.write(tmp_path / "bad.pt", record | {"joint": record["joint"] | {"E": own[::-1]}})
-    rejected(path, "field 'joint.E[0]'")
 
 
 # Of matrices, means and rotations of the committed file: later versions must read the same
@@ -209,3 +206,21 @@ def test_committed_files_read_as_they_did(tmp_path):
     assert digest.hexdigest() == BUILT_IN
     again = save_calibration(calibration, tmp_path / "again.pt")
     assert identical(tensor_file.read(again), tensor_file.read(path))
+
+
+# --- values that are their keys before norm and rotation (Gemma 4's `attention_k_eq_v`)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_joint_basis_stores_keys_and_values_once_where_they_are_tied(tied):
+    """Un-rotated keys are values times the norm's weights: half of the coordinates is constant, and takes no bits."""
+    config = tiny_config("gemma4_text")
+    config.attention_k_eq_v = tied
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        loaded = wrap(AutoModelForCausalLM.from_config(config), word_tokenizer(), "gemma4")
+    calibration = calibrate(loaded, TEXT, rank=16, samples=3, seq_len=132, codec="joint", compact=True)
+    full = next(i for i in loaded.geometry.attention if loaded.geometry.layers[i].window is None)
+    spectrum = calibration.multi_head["joint"].spectra()["kv"][full].double()
+    share_of_the_last_half = float(spectrum[..., spectrum.shape[-1] // 2 :].sum() / spectrum.sum())
+    assert share_of_the_last_half < 1e-6 if tied else share_of_the_last_half > 1e-4

@@ -50,8 +50,8 @@ def test_the_guides_snippet():
     assert json.loads(json.dumps(config)) == config
     assert (config["num_layers"], config["num_kv_heads"], config["head_dim"]) == (3, 2, 12)
     assert config["v"] == {"codec": "ln_nullspace", "rank": 11, "bits": 4}
-    two_layers = AutoConfig.for_model(**QWEN.to_dict() | {"num_hidden_layers": 2, "layer_types": None})
-    default, high, emergency = (build_compressor_config_for_policy(two_layers, "q", str(name)) for name in KVPolicyName)
+    small = AutoConfig.for_model("llama", hidden_size=128, num_attention_heads=1, num_hidden_layers=2)
+    default, high, emergency = (build_compressor_config_for_policy(small, "q", str(name)) for name in KVPolicyName)
     assert default["use_ln_nullspace_v"] is high["use_ln_nullspace_v"] is False
     ratios = [policy["compression_ratio"] for policy in (default, high, emergency)]
     assert 1.5 < ratios[0] < ratios[1] < ratios[2] < 4, "stronger in order"
@@ -113,54 +113,52 @@ def test_the_cache_is_sized_by_kv_heads():
     assert default.total_gib == pytest.approx(default.kv_gib + weights / GIB)
 
 
-def test_the_mildest_that_fits_is_chosen():
+def test_the_mildest_that_fits_is_chosen(monkeypatch, tmp_path):
+    """By what each costs; where nothing was measured, by what it is meant for."""
     assert chosen(vram_gb=80).policy == KVPolicyName.DEFAULT
     tight = chosen(vram_gb=25.5)
     assert tight.policy == KVPolicyName.HIGH_COMPRESSION and tight.fits
     assert [e.fits_memory for e in tight.estimates] == [False, True, True]
     assert chosen(vram_gb=23, ppl_budget=0.15).policy == KVPolicyName.MEMORY_EMERGENCY
-
-
-def test_windows_count_as_what_both_caches_hold_of_them():
-    """Layers with short windows stay exact: five of six save nothing, and hold little at 8,192 tokens."""
-    config = AutoConfig.for_model("gemma3_text", hidden_size=256, num_hidden_layers=6, num_attention_heads=4,
-                                  num_key_value_heads=1, head_dim=64, sliding_window=64, vocab_size=1000)  # fmt: skip
-    long, short = (
-        choose_policy_for_run(config, "g", vram_gb=8, max_context=n, ppl_budget=0.2).estimates[0].compression_ratio
-        for n in (8192, 128)
-    )
-    assert 1 < short < 1.5 < long < 2
-
-
-NONE = [
-    ({"vram_gb": 80, "ppl_budget": 0.0001, "batch_size": 1, "max_context": 2048}, "cache fits: use DynamicCache"),
-    ({"vram_gb": 25.5, "ppl_budget": 0.01}, r"\+2.00% perplexity.*over the perplexity budget"),
-    ({"vram_gb": 12, "batch_size": 1, "max_context": 2048}, "the weights alone"),
-    ({"vram_gb": 20}, r"about [\d,]+ tokens"),
-]
-
-
-@pytest.mark.parametrize(("run", "message"), NONE)
-def test_where_no_policy_does_it_is_said_why(run, message):
-    choice = chosen(**run)
-    assert choice.policy is None and not choice.fits
-    assert re.search(message, choice.explanation, re.DOTALL), choice.explanation
-
-
-def test_when_nothing_fits_what_is_said_to_fit_does():
-    would = int(chosen(vram_gb=20).explanation.split("about ")[1].split(" tokens")[0].replace(",", ""))
-    assert 1000 < would < 8 * 32768
-    again = chosen(vram_gb=20, batch_size=1, max_context=int(would * 0.95), ppl_budget=0.5)
-    assert again.policy == KVPolicyName.MEMORY_EMERGENCY
-
-
-def test_without_figures_it_says_so_and_goes_by_what_policies_are_meant_for(monkeypatch, tmp_path):
     monkeypatch.setattr(policies, "MEASURED", tmp_path / "none.json")
     choice = chosen(vram_gb=80)
     assert choice.policy == KVPolicyName.DEFAULT and "perplexity not measured" in choice.explanation
 
 
-def test_runs_that_make_no_sense_are_rejected():
+def test_windows_count_as_what_both_caches_hold_of_them():
+    """Layers with short windows stay exact: five of six save nothing, and hold little at 2,048 tokens."""
+    config = AutoConfig.for_model("gemma3_text", hidden_size=256, num_hidden_layers=6, num_attention_heads=4,
+                                  num_key_value_heads=1, head_dim=64, sliding_window=64, vocab_size=1000)  # fmt: skip
+    long, short = (
+        choose_policy_for_run(config, "g", vram_gb=8, max_context=n, ppl_budget=0.2).estimates[0].compression_ratio
+        for n in (2048, 128)
+    )
+    assert 1 < short < 1.5 < long < 2
+
+
+NONE = [
+    ({"vram_gb": 80, "ppl_budget": 0.0001, "batch_size": 1}, "cache fits: use DynamicCache"),
+    ({"vram_gb": 25.5, "ppl_budget": 0.01}, r"\+2.00% perplexity.*over the perplexity budget"),
+    ({"vram_gb": 12, "batch_size": 1}, "the weights alone"),
+    ({"vram_gb": 20}, r"about [\d,]+ tokens"),
+]
+
+
+def test_where_no_policy_does_it_is_said_why():
+    for run, message in NONE:
+        choice = chosen(**run)
+        assert choice.policy is None and not choice.fits
+        assert re.search(message, choice.explanation, re.DOTALL), choice.explanation
     for bad in ({"vram_gb": 0}, {"batch_size": 0}, {"max_context": 0}, {"ppl_budget": 0}):
         with pytest.raises(PluginError, match="all must be positive"):
             chosen(**{"vram_gb": 8} | bad)
+
+
+def test_when_nothing_fits_what_is_said_to_fit_does():
+    """So many whole sequences fit, and one more does not."""
+    for vram_gb in (18, 18.5, 19, 19.5, 20, 20.5, 21, 21.5):
+        would = int(chosen(vram_gb=vram_gb).explanation.split("about ")[1].split(" tokens")[0].replace(",", ""))
+        sequences = would // 32768
+        assert 1 <= sequences < 8
+        for batch_size in (sequences, sequences + 1):
+            assert chosen(vram_gb=vram_gb, batch_size=batch_size, ppl_budget=0.5).fits == (batch_size == sequences)
