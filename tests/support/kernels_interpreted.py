@@ -34,16 +34,23 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of
 
 
 @pytest.fixture(autouse=True, scope="module")
-def bfloat16_products():
-    """The interpreter holds bfloat16 as its bits, and tl.dot would multiply those."""
-    dot = InterpreterBuilder.create_dot
+def bfloat16_as_gpus_have_it():
+    """The interpreter holds bfloat16 as its bits, of which tl.dot would make products, and cuts floats off to these."""
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def exact(x: TensorHandle) -> TensorHandle:
         if x.dtype.scalar != tl.bfloat16:
             return x
         return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
+    def rounded(self, x: TensorHandle, to: tl.dtype) -> TensorHandle:
+        if (x.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, x, to)
+        bits = x.data.view(np.uint32)
+        return TensorHandle(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16), to.scalar)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "cast_impl", rounded)
         patch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, exact(a), exact(b), *rest))
         yield
 
@@ -282,6 +289,30 @@ def test_queries_are_absorbed_for_every_frame(layout, d, pairs, own):
     assert found.shape == (2, 2, frames, 2 * 3, 20) and found.is_contiguous()
     torch.testing.assert_close(found, expected[..., :-1], rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(bias, expected[..., -1], rtol=1e-4, atol=1e-2)
+    rounded, same = triton_frames.absorbed(q, read, *turned.frame_rotation(first, frames), rounded=True)
+    assert torch.equal(rounded, found.bfloat16()) and torch.equal(same, bias), "the interpreter multiplies exactly"
+
+
+@pytest.mark.parametrize(
+    ("codec", "bits"), sampled([("framed", 6.0), ("plain", 4.0), ("framed", 4.0), ("plain", 6.0)], 2)
+)
+def test_queries_in_16_bits_cost_little_beside_what_codes_lose(codec, bits, monkeypatch):
+    """A tenth, and what a bfloat16 result is rounded by."""
+    d, x = 32, tokens(300, 32, heads=4).bfloat16()
+    if codec == "framed":
+        basis = transform(2 * d, 2 * d)
+        turned = JointTransform(basis.E, basis.D, 3 * basis.mean, Rotary(torch.logspace(0, -2, d // 2)), 64)
+        held = store(Compressor(Mixed(bits), turned), x, (300,))
+        k, v = Half(held, 0), Half(held, 1)
+    else:
+        k, v = (store(Compressor(Mixed(bits), transform(d, d)), part, (300,)) for part in x.chunk(2, dim=1))
+    query = tokens(1, d, heads=4, seed=3).bfloat16()
+    found = direct_attention.attend(k, v, query, None, 0.3).float()
+    monkeypatch.setattr(dispatch, "usable", lambda x: False)
+    floats = direct_attention.attend(k, v, query.float(), None, 0.3)
+    exact = attention_math.attend_reconstructed(*x.float().chunk(2, dim=1), query.float(), None, 0.3)
+    rounding = torch.finfo(torch.bfloat16).eps / 4 * floats.norm()
+    assert (found - floats).norm() <= 0.1 * (floats - exact).norm() + rounding
 
 
 def test_a_kernel_that_does_not_fit(monkeypatch):

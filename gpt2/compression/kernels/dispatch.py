@@ -34,12 +34,12 @@ def usable(x: Tensor) -> bool:
     return x.device.type == "cpu" and interpreted() and _installed(False)
 
 
-def rounds_queries(dtype: torch.dtype, *compressors: Compressor) -> bool:
-    """Whether attention may round what it multiplies with codes to 16 bits: a bfloat16 model has no more.
+def rounds_queries(dtype: torch.dtype, k: Compressor) -> bool:
+    """Whether Triton's kernels may round absorbed queries to 16 bits: those of a bfloat16 model had no more.
 
-    dtype: of the queries. compressors: K's for queries alone, K's and V's where weights are rounded as well.
+    dtype: of the queries. k: what they are compared with.
     """
-    return dtype == torch.bfloat16 and all(own.quantizer.bits <= ROUNDED_BITS for own in compressors)
+    return dtype == torch.bfloat16 and k.quantizer.bits <= ROUNDED_BITS
 
 
 def compress(compressor: Compressor, x: Tensor, start: int = 0) -> Encoded:

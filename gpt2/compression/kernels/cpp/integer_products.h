@@ -1,9 +1,9 @@
 // Products of 16-bit integers, where the processor adds them in pairs (AVX2, AVX-512).
 //
-// One instruction multiplies 16-bit integers, and adds the two products of each pair of neighbours: twice as many
-// products as of floats. Codes are integers already. What is multiplied with them is rounded to integers of a unit of its
-// own, so that the largest has 15 bits: its error is far below that of codes of up to eight bits, wherever the one or
-// the other is large. Sums are exact, in 32 bits.
+// One instruction multiplies 16-bit integers and adds the two products of each pair of neighbours: twice as many products
+// as of floats. Codes are integers already. What is multiplied with them, such as a query's coordinates, is rounded to
+// integer multiples of a unit, by which the largest of them has 15 bits: that loses far less than codes of up to eight
+// bits do. Sums are exact, in 32 bits.
 #pragma once
 
 #include "vectors.h"
