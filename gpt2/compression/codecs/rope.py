@@ -46,8 +46,10 @@ class Rotary:
         sin = sign * sin
         head = x[..., :n]
         a, b = head.chunk(2, dim=-1) if self.layout == "half" else (head[..., 0::2], head[..., 1::2])
-        pair = (a * cos - b * sin, b * cos + a * sin)
+        pair = (a * cos).sub_(b * sin), (b * cos).add_(a * sin)  # a long prompt's memory costs more than its sums
         rotated = torch.cat(pair, dim=-1) if self.layout == "half" else torch.stack(pair, dim=-1).flatten(-2)
+        if n == x.shape[-1]:
+            return rotated
         return torch.cat((rotated, x[..., n:].expand(*rotated.shape[:-1], -1)), dim=-1)
 
     def angles(self, positions: Tensor) -> Tensor:

@@ -25,24 +25,55 @@ struct Grid {
   float origin(int bits) const { return step() * (unit(bits) * offset - ((1 << bits) - 1) / 2.f); }
 };
 
-inline float code_of(float y, float origin, float inverse, float last) {
-  const float code = std::nearbyint((y - origin) * inverse);
-  return code > 0 ? (code < last ? code : last) : 0;
+constexpr float kShift = 12582912;  // adding it rounds to an integer, which the lower bits then hold
+
+// Codes of a vector of numbers, each with kShift added; that of NaN is 0
+inline Lanes shifted_codes(const float* y, Lanes origin, float inverse, Lanes last) {
+  const Lanes none = {};
+  Lanes code = (load(y) - origin) * inverse;
+  code = code > none ? code : none;
+  code = code < last ? code : last;
+  return code + kShift;
 }
 
 float error_of(const float* y, const Grid& grid, int bits) {
-  constexpr float kShift = 12582912;  // adding it rounds to an integer
   const Lanes none = {}, origin = none + grid.origin(bits), step = none + grid.step(), last = none + float((1 << bits) - 1);
   const float inverse = 1 / grid.step();
   Lanes sums = {};
   for (int t = 0; t < kBlock; t += kLanes) {
-    Lanes code = (load(y + t) - origin) * inverse;
-    code = code > none ? code : none;  // which makes NaN 0 too
-    code = code < last ? code : last;
-    const Lanes rest = load(y + t) - ((code + kShift - kShift) * step + origin);
+    const Lanes rest = load(y + t) - ((shifted_codes(y + t, origin, inverse, last) - kShift) * step + origin);
     sums += rest * rest;
   }
   return total(sums);
+}
+
+// The smallest and the largest number of a block, without NaN
+std::pair<float, float> range_of(const float* y) {
+  Lanes low = load(y), high = low;
+  for (int t = kLanes; t < kBlock; t += kLanes) {
+    const Lanes own = load(y + t);
+    low = own < low ? own : low, high = own > high ? own : high;
+  }
+  float least = low[0], most = high[0];
+  for (int lane = 1; lane < kLanes; lane++) least = std::min(least, low[lane]), most = std::max(most, high[lane]);
+  return {least, most};
+}
+
+// Bit `bit` of 64 bytes, that of byte i as the i-th
+inline uint64_t bits_of(const uint8_t* bytes, int bit) {
+#if defined(__AVX512BW__)
+  return _mm512_test_epi8_mask(_mm512_loadu_si512(bytes), _mm512_set1_epi8(char(1 << bit)));
+#elif defined(__AVX2__)
+  const auto half = [&](int from) {
+    const __m256i own = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + from));
+    return uint64_t(uint32_t(_mm256_movemask_epi8(_mm256_sll_epi16(own, _mm_cvtsi32_si128(7 - bit)))));
+  };
+  return half(0) | half(32) << 32;
+#else
+  uint64_t all = 0;
+  for (int t = 0; t < kBlock; t++) all |= uint64_t(bytes[t] >> bit & 1) << t;
+  return all;
+#endif
 }
 
 // The uniform grid with the least squared error among the shares of the range to try
@@ -91,10 +122,10 @@ struct PlaneWriter {
   }
 
   void measure(const float* y, int c) {
-    const auto [low, high] = std::minmax_element(y, y + kBlock);
+    const auto [low, high] = range_of(y);
     errors[c] = dot(y, y, kBlock);
     for (int w = 1; w < kMenu; w++) {
-      grids[w * r + c] = best_grid(y, *low, *high, kWidths[w], kWidths[w] <= 4 ? narrow : wide);
+      grids[w * r + c] = best_grid(y, low, high, kWidths[w], kWidths[w] <= 4 ? narrow : wide);
       errors[w * r + c] = grids[w * r + c].error;
       bytes[w * r + c] = 8 * kWidths[w] + kMetadata + kFar * grids[w * r + c].far();
     }
@@ -149,13 +180,22 @@ struct PlaneWriter {
   }
 
   static void planes(const float* y, const Grid& grid, int bits, uint8_t* out) {
-    const float origin = grid.origin(bits), inverse = 1 / grid.step(), last = (1 << bits) - 1;
-    uint64_t plane[16] = {};
-    for (int t = 0; t < kBlock; t++) {
-      const uint64_t code = code_of(y[t], origin, inverse, last);
-      for (int j = 0; j < bits; j++) plane[j] |= (code >> j & 1) << t;
+    const Lanes none = {}, origin = none + grid.origin(bits), last = none + float((1 << bits) - 1);
+    const float inverse = 1 / grid.step();
+    uint8_t bytes[2][kBlock];  // of each code the lower one and the upper one
+    for (int t = 0; t < kBlock; t += kLanes) {
+      const Lanes code = shifted_codes(y + t, origin, inverse, last);
+      Ints own;
+      std::memcpy(&own, &code, sizeof own);
+      using LaneBytes = uint8_t __attribute__((vector_size(kLanes)));
+      const LaneBytes lower = __builtin_convertvector(own & 255, LaneBytes);
+      const LaneBytes upper = __builtin_convertvector(own >> 8 & 255, LaneBytes);
+      std::memcpy(bytes[0] + t, &lower, sizeof lower), std::memcpy(bytes[1] + t, &upper, sizeof upper);
     }
-    std::memcpy(out, plane, 8 * bits);
+    for (int j = 0; j < bits; j++) {
+      const uint64_t plane = bits_of(bytes[j / 8], j % 8);
+      std::memcpy(out + 8 * j, &plane, sizeof plane);
+    }
   }
 };
 

@@ -77,10 +77,19 @@ inline Vector totals(const Vector* x) {
   }
 }
 
+template <int h, int... l>
+inline Lanes turned(Lanes x, std::integer_sequence<int, l...>) {
+  return __builtin_shufflevector(x, x, ((l + h) % kLanes)...);
+}
+
+// The sum of a vector's lanes, by halves
+template <int h = kLanes / 2>
 inline float total(Lanes x) {
-  float sum = 0;
-  for (int lane = 0; lane < kLanes; lane++) sum += x[lane];
-  return sum;
+  x += turned<h>(x, std::make_integer_sequence<int, kLanes>());
+  if constexpr (h == 1)
+    return x[0];
+  else
+    return total<h / 2>(x);
 }
 
 // Σ_i a[i]
