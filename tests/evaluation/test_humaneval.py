@@ -251,10 +251,11 @@ def test_the_script_runs_nothing_unless_it_is_asked_to(script, own, capsys, monk
         script("eval_code", *flags, "--max-new-tokens", longest)
 
 
-def test_caches_of_other_packages_need_none_of_ours(script, own, rejects):
+def test_caches_of_other_packages_need_none_of_ours(script, own, rejects, capsys):
     flags = ["--problems", own, "--max-new-tokens", 4, "--output", "c.json"]
+    too_wide = ["--peers", "turboquant", "--only-peers", "TurboQuant 2 bits"]  # told by the model, after the baseline
+    assert script("eval_code", *flags, *too_wide) == 2 and "multiple of 8" in capsys.readouterr().err
     rejects(partial(script, "eval_code", *flags), [
-        (["--peers", "turboquant", "--only-peers", "TurboQuant 2 bits"], "multiple of 8"),
         (["--peers", "lowrank", "--only-peers", "low rank"], "low rank"),
         (["--peers", "kivi", "--only-peers", "KIVI 9 bits"], "KIVI 9 bits"), ([], "give --preset"),
     ])  # fmt: skip

@@ -51,6 +51,7 @@ def bfloat16_as_gpus_have_it():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "cast_impl", rounded)
+        patch.setenv("KV_CPU_PRODUCTS", "float")  # what kernels for GPUs are compared with
         patch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, exact(a), exact(b), *rest))
         yield
 

@@ -21,7 +21,7 @@ from direct import SETTINGS, both, cache_of, close  # noqa: E402
 from kernels_interpreted import (  # noqa: E402
     ENCODED,
     NAMES,
-    bfloat16_products,  # noqa: F401
+    bfloat16_as_gpus_have_it,  # noqa: F401
     compare,
     compressor,
     joint,
