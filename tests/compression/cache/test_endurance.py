@@ -38,7 +38,7 @@ CODECS = {
 }
 # Tokens in `make test`: from 2,048 on, chunks are the larger the more is held
 LENGTHS = {"int4_channel": TOKENS // 16, "kv-mixed": TOKENS // 2, "identity": TOKENS // 16, "mixed": TOKENS // 16}
-FEW = 2**14  # bytes of Python's own, which come and go
+FEW = 2**15  # bytes of Python's own, which come and go
 WARM, STEPS = 70, 4000 if LONG else 70  # of a model
 
 
