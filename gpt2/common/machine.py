@@ -195,7 +195,8 @@ def kind(machine: dict) -> str:
 def tag(machine: dict | None = None, gpu: str | None = None) -> str:
     """The tag of a machine's results files, this one's by default: its kind, or the GPU's slug where there is one.
 
-    Where KV_CPU_ISA lowers the kernels the tag says so: `avx512-as-avx2`, whose 16-bit rows still use AVX-512.
+    Where KV_CPU_ISA or KV_CPU_PRODUCTS changes the kernels the tag says so: `avx512-as-avx2`, whose 16-bit rows still
+    use AVX-512.
     """
     machine = machine or describe("cpu")
     lowered = machine.get("kernels_for", "native")

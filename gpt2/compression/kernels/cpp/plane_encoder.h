@@ -47,7 +47,7 @@ float error_of(const float* y, const Grid& grid, int bits) {
   return total(sums);
 }
 
-// The smallest and the largest number of a block, without NaN
+// The smallest and the largest number of a block; of one with NaN any two numbers, or NaN
 std::pair<float, float> range_of(const float* y) {
   Lanes low = load(y), high = low;
   for (int t = kLanes; t < kBlock; t += kLanes) {
