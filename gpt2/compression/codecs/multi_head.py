@@ -122,9 +122,8 @@ def heads_per_group(num_kv_heads: int, head_dim: int, most_channels: int = Multi
 
 def side_by_side(k: Tensor, v: Tensor, groups: int) -> Tensor:
     """k, v [B, H, T, d] → [B, G, T, w]: K of a group's heads, then V of them."""
-    B, H, T, d = k.shape
-    pair = torch.stack((k.unflatten(1, (groups, -1)), v.unflatten(1, (groups, -1))), dim=2)  # [B, G, 2, H/G, T, d]
-    return pair.permute(0, 1, 4, 2, 3, 5).reshape(B, groups, T, -1)
+    heads = (head for x in (k, v) for head in x.unflatten(1, (groups, -1)).unbind(2))
+    return torch.cat(tuple(heads), dim=-1)
 
 
 def apart(x: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -188,7 +187,7 @@ class JointTransform(UnrotatedTransform):
     def forward(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
         k, v = x.to(self.E.dtype).chunk(2, dim=1)
         grouped = side_by_side(self.rotary.unrotate(k, start, self.shared), v, groups=self.E.shape[0])
-        return (grouped - self.mean[:, None]) @ self.E
+        return grouped.sub_(self.mean[:, None]) @ self.E
 
     def heads_of(self, x: Tensor, head_dim: int, start: int | Tensor = 0) -> Tensor:
         k, v = apart(x, head_dim)

@@ -41,16 +41,16 @@ class Rotary:
         """x [..., d] rotated by sign · positions, which broadcast to its dimensions before the last."""
         if not self.rotates:
             return x
-        n = 2 * len(self.frequencies)
         cos, sin = self.angles(positions.to(x.device)).to(x.dtype).unbind(-2)
-        sin = sign * sin
-        head = x[..., :n]
-        a, b = head.chunk(2, dim=-1) if self.layout == "half" else (head[..., 0::2], head[..., 1::2])
-        pair = (a * cos).sub_(b * sin), (b * cos).add_(a * sin)  # a long prompt's memory costs more than its sums
-        rotated = torch.cat(pair, dim=-1) if self.layout == "half" else torch.stack(pair, dim=-1).flatten(-2)
-        if n == x.shape[-1]:
-            return rotated
-        return torch.cat((rotated, x[..., n:].expand(*rotated.shape[:-1], -1)), dim=-1)
+        shape = torch.broadcast_shapes(x.shape[:-1], positions.shape)
+        rotated = x.expand(*shape, -1).clone(memory_format=torch.contiguous_format)
+        n = 2 * len(self.frequencies)
+        # In place: new memory for a long prompt costs more time than the arithmetic
+        a, b = rotated[..., :n].chunk(2, -1) if self.layout == "half" else (rotated[..., 0:n:2], rotated[..., 1:n:2])
+        from_a = a * sin
+        a.mul_(cos).addcmul_(b, sin, value=-sign)
+        b.mul_(cos).add_(from_a, alpha=sign)
+        return rotated
 
     def angles(self, positions: Tensor) -> Tensor:
         """Cosines and sines of the angles at positions [...], float32 [..., 2, n / 2]."""

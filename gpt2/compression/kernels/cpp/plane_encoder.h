@@ -36,15 +36,21 @@ inline Lanes shifted_codes(const float* y, Lanes origin, float inverse, Lanes la
   return code + kShift;
 }
 
-float error_of(const float* y, const Grid& grid, int bits) {
-  const Lanes none = {}, origin = none + grid.origin(bits), step = none + grid.step(), last = none + float((1 << bits) - 1);
-  const float inverse = 1 / grid.step();
-  Lanes sums = {};
-  for (int t = 0; t < kBlock; t += kLanes) {
-    const Lanes rest = load(y + t) - ((shifted_codes(y + t, origin, inverse, last) - kShift) * step + origin);
-    sums += rest * rest;
-  }
-  return total(sums);
+// Squared errors of a block on each of N grids: together, as one grid's sums alone wait for one another
+template <int N>
+inline void errors_of(const float* y, Grid* grids, int bits) {
+  const Lanes none = {}, last = none + float((1 << bits) - 1);
+  Lanes origin[N], step[N], sums[N] = {};
+  float inverse[N];
+  for (int n = 0; n < N; n++)
+    origin[n] = none + grids[n].origin(bits), step[n] = none + grids[n].step(), inverse[n] = 1 / grids[n].step();
+  for (int t = 0; t < kBlock; t += kLanes)
+    for (int n = 0; n < N; n++) {
+      const Lanes code = shifted_codes(y + t, origin[n], inverse[n], last) - kShift;
+      const Lanes rest = load(y + t) - (code * step[n] + origin[n]);
+      sums[n] += rest * rest;
+    }
+  for (int n = 0; n < N; n++) grids[n].error = total(sums[n]);
 }
 
 // The smallest and the largest number of a block; of one with NaN any two numbers, or NaN
@@ -76,28 +82,33 @@ inline uint64_t bits_of(const uint8_t* bytes, int bit) {
 #endif
 }
 
+constexpr int kGrids = 4;  // whose errors are summed together
+
 // The uniform grid with the least squared error among the shares of the range to try
 Grid best_grid(const float* y, float low, float high, int bits, at::ArrayRef<double> shares) {
   constexpr float half = 0.5f / kOctave;
-  const float middle = (low + high) / 2, last = (1 << bits) - 1;
+  const float middle = (low + high) / 2, last = (1 << bits) - 1, unit = Grid::unit(bits);
   // Whether an offset in one byte would need a step much wider than the range asks for
-  const bool far_off = std::abs(middle) / (kReach * Grid::unit(bits)) > kFarFrom / last * (high - low);
+  const bool far_off = std::abs(middle) / (kReach * unit) > kFarFrom / last * (high - low);
   const float reach = far_off ? kFarReach : kReach;
+  // The offset is in units of the step: if it is out of reach, the step must be wider
+  const float least = std::max(std::abs(middle) / (reach * unit) * std::exp2(half), 1e-30f);
   Grid best{};
-  for (const double share : shares) {
-    Grid grid{};
-    const float unit = Grid::unit(bits);
-    // The offset is in units of the step: if it is out of reach, the step must be wider
-    const float wanted = std::max((high - low) * float(share) / last,
-                                  std::abs(middle) / (reach * unit) * std::exp2(half));
-    const float exponent = std::nearbyint(std::log2(std::max(wanted, 1e-30f)) * kOctave) + kScaleZero;
-    // In this form NaN, for which comparisons are false, gives an index inside the table
-    grid.exponent = exponent > 0 ? (exponent < 255 ? exponent : 255) : 0;
-    const float offset = std::nearbyint(middle / grid.step() / unit);
-    grid.offset = offset > -reach ? (offset < reach ? offset : reach) : -reach;
-    grid.error = error_of(y, grid, bits);
-    if (share == shares[0] || grid.error < best.error) best = grid;
-  }
+  in_passes<kGrids>(shares.size(), [&](auto N, int first) {
+    Grid grids[N];
+    for (int n = 0; n < N; n++) {
+      const float wanted = std::max((high - low) * float(shares[first + n]) / last, least);
+      const float exponent = std::nearbyint(std::log2(wanted) * kOctave) + kScaleZero;
+      // In this form NaN, for which comparisons are false, gives an index inside the table
+      grids[n].exponent = exponent > 0 ? (exponent < 255 ? exponent : 255) : 0;
+      const float offset = std::nearbyint(middle / grids[n].step() / unit);
+      grids[n].offset = offset > -reach ? (offset < reach ? offset : reach) : -reach;
+    }
+    errors_of<N>(y, grids, bits);
+    const Grid* found = first ? &best : grids;
+    for (const Grid& grid : grids) found = grid.error < found->error ? &grid : found;
+    best = *found;
+  });
   return best;
 }
 
