@@ -32,9 +32,12 @@ from gpt2.models.embedded import cache_folder
 log = logging.getLogger(__name__)
 FILE = "crossovers.json"
 LENGTHS = (256, 1024, 4096)  # tokens held at which steps are timed
+# On a GPU also these: below, a step takes as long as the host needs to launch it, whichever way is taken
+GPU_LENGTHS = (16384, 65536)
 REPEATS = 3  # timed steps of each way at each length, of which the fastest counts
 BUDGET_S = 1.0  # a length that would exceed it is left out, except for the first
-FLUSH_BYTES = 32 << 20  # written before each step: between two steps of a layer, the rest of a model fills the caches
+# Written before each step: between two steps of a layer, the rest of a model fills the caches
+FLUSH_BYTES, GPU_FLUSH_BYTES = 32 << 20, 256 << 20
 FORMATS = ("exact", "by token", "by channel", "bit planes", "fixed bit planes")  # of `codecs.formats`, for people
 clock = time.perf_counter
 
@@ -146,9 +149,11 @@ def _measure(found: Crossover, key: StoredKV, query: Tensor, ways: tuple[Step, S
     generator = torch.Generator(query.device).manual_seed(0)
     B, heads, _, width = query.shape
     q = noise(heads, 1, width, batch=B, dtype=query.dtype, generator=generator)
-    layer, flushed = _empty_like(key), torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=query.device)
+    gpu = query.device.type == "cuda"  # whose second-level cache has up to 126 MB
+    layer = _empty_like(key)
+    flushed = torch.empty(GPU_FLUSH_BYTES if gpu else FLUSH_BYTES, dtype=torch.uint8, device=query.device)
     began = 0.0
-    for tokens in LENGTHS:
+    for tokens in LENGTHS + GPU_LENGTHS * gpu:
         started = clock()
         _fill(layer, key, tokens, generator)
         for way in ways:

@@ -163,6 +163,7 @@ class CompressedDynamicCache(Keeping):
 
         Raises the errors of transformers' own layers, and of ours, before any layer is changed.
         """
+        self.check_awake()  # copies to the CPU may still be under way: what is read there now isn't what was stored
         ours, removed = self.compressed, int(tokens_to_remove)
         length = self.get_seq_length() + min(removed, 0)
         if shorter := [layer.index for layer in ours if layer.get_seq_length() < length]:
@@ -186,6 +187,7 @@ class CompressedDynamicCache(Keeping):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows `beam_idx` in the place of all."""
+        self.check_awake()
         super().reorder_cache(beam_idx)
         for known in (self._padding, self.held_tokens):
             known.map_(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -208,6 +210,7 @@ class CompressedDynamicCache(Keeping):
         self._map_rows("batch_repeat_interleave", repeats, lambda t: t.repeat_interleave(repeats, dim=0))
 
     def _map_rows(self, operation: str, argument, on_states: Callable[[Tensor], Tensor]) -> None:
+        self.check_awake()
         for layer in self.layers:
             if hasattr(layer, operation):
                 getattr(layer, operation)(argument)

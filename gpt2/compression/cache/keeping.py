@@ -89,6 +89,7 @@ class Keeping(Cache):
         exact tail of each layer as soon as it grows. `size.cache_bytes(cache, *forks)` counts what they hold together.
         """
         self.check_usable()
+        self.check_awake()
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.layers = [forked(layer) for layer in self.layers]
@@ -104,6 +105,7 @@ class Keeping(Cache):
         lost stays lost, and the new codec adds to it: that is logged as a warning.
         """
         self.check_usable()
+        self.check_awake()
         target = from_cache(self, preset, model=model, config=config, geometry=self.geometry)
         known = self.recipe and self.recipe.fingerprint
         if target.recipe.fingerprint is None and known:

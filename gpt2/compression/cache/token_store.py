@@ -178,7 +178,7 @@ class TokenStore:
         for name, field in dispatch.quantize(quantizer, z).items():
             self.blocks.setdefault(name, self.growing()).append(field)
         if block == 1 and waits(z) and not quantizer.lossless and self.compressed_blocks // DROPPED > before // DROPPED:
-            latest = {name: _joined(stored.views())[:, :, -DROPPED:] for name, stored in self.blocks.items()}
+            latest = {name: stored.last(DROPPED) for name, stored in self.blocks.items()}  # not a copy of all chunks
             self._warn_beyond(HALF_MAX, quantizer.dequantize(latest, z.shape[3]))  # cut off, they read as this
 
     def growing(self) -> GrowingTensor:

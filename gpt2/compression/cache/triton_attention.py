@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
+from triton.runtime.errors import InterpreterError, OutOfResources
 
 from gpt2.compression.cache import attention_math
 from gpt2.compression.cache.token_store import Half, TokenStore
@@ -35,7 +36,7 @@ STAGE_BYTES = 64 * 1024  # of shared memory, for tiles that are loaded ahead
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-_too_large: set[tuple] = set()  # kernels that need more shared memory than the device has
+_too_large: set[tuple] = set()  # kernels that need more shared memory than the device has, or don't compile for it
 
 
 class Part(NamedTuple):
@@ -72,8 +73,8 @@ def attend(
     mask = None if mask is None else mask.expand(B, heads, Q, T)
     M = heads // H * Q
     q = (query * scaling).reshape(B, H, M, d)
-    formats = (store.compressor.quantizer.memory_format for store in (k, v))
-    kernel = (*formats, query.dtype, M, d, query.device)
+    coded = ((own.quantizer.memory_format, _rank(own, d)) for own in (k.compressor, v.compressor))
+    kernel = (*coded, query.dtype, M, d, query.device)
     if kernel in _too_large:
         return None
     try:
@@ -82,6 +83,12 @@ def attend(
             y, inside = attend_compressed(q, parts, k, v, mask, softcap)
     except OutOfResources as error:  # such as for many queries of wide heads in float32
         log.info("no kernel for %s: %s", kernel, error)
+        _too_large.add(kernel)
+        return None
+    except InterpreterError:
+        raise
+    except TritonError as error:  # of Triton's compiler or of ptxas, which differ from version to version
+        log.warning("Triton can't compile a kernel for %s, so PyTorch takes its place, slower: %s", kernel, error)
         _too_large.add(kernel)
         return None
     inside = inside.view(B, heads, Q, 1)
@@ -171,13 +178,16 @@ def attend_compressed(
     each = _tiles_each(sum(tiles), B * G, q.device)
     splits = [-(-n // each) for n in tiles]
     rank = _rank(v, q.shape[-1])
-    maxima, sums = q.new_empty(2, sum(splits), B * G, M, dtype=torch.float32)
+    # Apart: Triton compiles a kernel anew where the address of a half is no multiple of 16, at some numbers of splits
+    maxima, sums = (q.new_empty(sum(splits), B * G, M, dtype=torch.float32) for _ in range(2))
     accs = q.new_empty(sum(splits), B * G, M, rank, dtype=torch.float32)
     launch = _Launch(absorbed, bias, mask, softcap, k, v, q, parts[0].k[0], k_store.whole is v_store.whole)
     for i, part in enumerate(parts):
         launch(part, (maxima, sums, accs), bases[i], sum(splits[:i]), tiles[i], each)
     y, logsum = accs.new_empty(B, G, M, rank), accs.new_empty(B, G, M)
-    merge_splits[(B * G * M,)](maxima, sums, accs, y, logsum, sum(splits), RANK=rank, R=triton.next_power_of_2(rank))
+    merge_splits[(B * G * M,)](
+        maxima, sums, accs, y, logsum, sum(splits), RANK=rank, R=triton.next_power_of_2(rank), enable_fp_fusion=True
+    )
     return y, logsum
 
 
@@ -256,7 +266,7 @@ class _Launch:
         """Dtype of dot products: the model's for exact tokens, float16 for codes, which represents them exactly."""
         return DTYPES.get(next(iter(encoded.values())).dtype, tl.float16)
 
-    def _resources(self, k_encoded: Encoded, v_encoded: Encoded) -> dict[str, int]:
+    def _resources(self, k_encoded: Encoded, v_encoded: Encoded) -> dict[str, int | bool]:
         """Number of warps, and of tiles that are loaded ahead, as shared memory allows."""
         tile = sum(
             math.prod(x.shape[3:]) * x.element_size() * TILE.value // compressor.block_tokens
@@ -265,7 +275,8 @@ class _Launch:
         )
         large = self.sizes["ROWS"] * max(self.sizes["K_R"], self.sizes["V_R"]) > 4096
         stages = min(STAGE_BYTES // tile, *(decoder.stages for decoder in self.decoders))
-        return {"num_warps": 8 if large else 4, "num_stages": max(1, stages)}
+        # Said, because Triton changes its default in 3.10 and warns of that in 3.9
+        return {"num_warps": 8 if large else 4, "num_stages": max(1, stages), "enable_fp_fusion": True}
 
 
 def slots(rank: int, decoder: Decoder) -> int:

@@ -247,7 +247,7 @@ def best_grid(y: Tensor, bits: int, shares: tuple[float, ...], reach: int = REAC
 
 def offset_unit(widths: Tensor) -> Tensor:
     """Steps per unit of an offset, for codes of so many bits."""
-    return (2.0**widths / 64).clamp_min(0.25)
+    return (2.0 ** widths.float() / 64).clamp_min(0.25)
 
 
 def _better(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -285,7 +285,7 @@ def _pack(y: Tensor, scale: Tensor, offset: Tensor, widths: Tensor, block_bytes:
     widths, order = widths.sort(dim=-1, descending=True, stable=True)
     scale, offset = scale.gather(-1, order), offset.gather(-1, order)
     step = torch.where(widths > 0, scale, torch.ones_like(scale))  # channels without codes have no step
-    grid = levels(step, offset_unit(widths) * offset, 2.0**widths - 1)
+    grid = levels(step, offset_unit(widths) * offset, 2.0 ** widths.float() - 1)
     codes = quantized(y.gather(-2, order[..., None].expand_as(y)), *grid).to(torch.int16)
     exponent = (step.log2() * OCTAVE).round() + SCALE_ZERO
     metadata = torch.stack((exponent, (offset + 128) * (offset.abs() <= REACH)), dim=-1).to(torch.uint8)
@@ -315,7 +315,7 @@ def _unpack(block: Tensor, widths: Tensor) -> Tensor:
     far = (widths > 0) & (metadata[..., 1] == 0)
     if far.any():
         offset = _with_far(offset, far, order, block, widths)
-    step, origin, _ = levels(scale, offset_unit(widths) * offset, 2.0**widths - 1)
+    step, origin, _ = levels(scale, offset_unit(widths) * offset, 2.0 ** widths.float() - 1)
     z = torch.addcmul(origin, _from_planes(planes, int(widths.max())).float(), step)
     z = torch.empty_like(z).scatter_(-2, order[..., None].expand_as(z), z)
     return z.mT.flatten(2, 3)

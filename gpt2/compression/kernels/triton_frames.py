@@ -17,7 +17,7 @@ ROWS, COLUMNS = 64, 64  # queries of frames, and columns of the basis, of a prog
 DEPTH = 32  # channels that are multiplied at a time: three products keep two halves of both sides in registers
 
 
-@triton.jit(do_not_specialize=["frames", "angles_b"])
+@triton.jit(do_not_specialize=["frames", "angles_b", "M"])
 def absorb_frames(
     q_ptr, basis_ptr, angles_ptr, out, bias_out, frames, angles_b, M, H,
     GROUP: tl.constexpr, RANK: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -80,6 +80,6 @@ def absorbed(
     absorb_frames[grid](
         q.contiguous(), basis, angles, out, bias, frames, angles.stride(0) if angles.ndim == 4 else 0, M, H,
         GROUP=h, RANK=rank, HEAD_DIM=d, PAIRS=angles.shape[-1], INTERLEAVED=interleaved, ROWS=ROWS, COLUMNS=COLUMNS,
-        DEPTH=DEPTH, PRECISION="tf32" if rounded else "tf32x3", num_stages=1,
+        DEPTH=DEPTH, PRECISION="tf32" if rounded else "tf32x3", num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return out, bias

@@ -101,7 +101,7 @@ def _masked(x, mask_ptr, group, position, inside, M, heads, queries, mask_b, mas
 
 # Arguments that change from step to step; Triton must not compile a version for each of their values
 _CHANGING = ["k_room", "v_room", "base", "first", "end", "k_start", "v_start", "first_split", "tiles", "tiles_each",
-             "frames", "first_slot", "mask_b", "mask_h", "mask_q", "mask_t"]  # fmt: skip
+             "frames", "first_slot", "M", "heads", "queries", "mask_b", "mask_h", "mask_q", "mask_t"]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_CHANGING)

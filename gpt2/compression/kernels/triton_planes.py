@@ -229,4 +229,4 @@ def _factors(encoding: WidthSearch, device: torch.device) -> Tensor:
     for bits in formats.WIDTHS:
         shares = encoding.narrow if bits <= mixed.WIDEST_NARROW else encoding.wide
         rows.append([share / max(2**bits - 1, 1) for share in shares] + [-1.0] * (most - len(shares)))
-    return torch.tensor(rows, device=device)
+    return torch.tensor(rows, dtype=torch.float32, device=device)  # not PyTorch's default dtype, which users change

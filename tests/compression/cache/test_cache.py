@@ -11,8 +11,10 @@ from stores import COMPRESSORS, D, H, as_sides, filled, tokens
 from torch import Tensor
 
 from gpt2.common.errors import PluginError
+from gpt2.compression.cache import token_store
 from gpt2.compression.cache.growing_tensor import GrowingTensor
 from gpt2.compression.cache.size import cache_bytes, fill
+from gpt2.compression.cache.token_store import TokenStore
 from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor
 from gpt2.compression.codecs.mixed import MixedFixed
 from gpt2.compression.codecs.multi_head import JointTransform
@@ -232,3 +234,15 @@ def test_a_transform_of_another_model_is_rejected(side, heads, d):
     cache.update(x, x, 0)
     with pytest.raises(PluginError, match=f"layer 1, {side}.* {H} groups of {D} .* {heads} KV heads of {d}"):
         cache.update(x, x, 1)
+
+
+def test_looking_at_the_latest_tokens_copies_no_others(monkeypatch):
+    """On a GPU, every 64 tokens: not the codes of all tokens, which take gigabytes."""
+    monkeypatch.setattr(token_store, "waits", lambda z: True)  # as on a GPU
+    monkeypatch.setattr(token_store, "_joined", lambda parts: pytest.fail("all chunks were copied"))
+    store = TokenStore(Compressor(QUANTIZERS["int8"]), 4, 0)
+    x = torch.randn(1, 2, 300, 8, generator=torch.Generator().manual_seed(0))
+    store.prepare(x, "test")
+    for part in x.split([150, *[1] * 150], dim=2):
+        store.append(part)
+    assert len(store) == 300 and len(list(store.chunks())) > 1

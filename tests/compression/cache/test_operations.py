@@ -16,7 +16,8 @@ from sampling import covering, sampled
 from torch import Tensor
 
 from gpt2.common.errors import PluginError
-from gpt2.compression.compressed_cache import identity_cache
+from gpt2.compression.codecs import QUANTIZERS, Compressor
+from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.evaluation.humaneval.completions import select_rows
 from gpt2.models.geometry import Geometry, LayerGeometry, Shape
 
@@ -191,3 +192,18 @@ def test_a_crop_that_one_layer_refuses_leaves_the_others_as_they_are():
         with pytest.raises(RuntimeError, match=f"layer {last - 1}: it hasn't kept past states"):
             cache.crop(-2)
         assert {cache.get_seq_length(0), cache.get_seq_length(1)} == {9}
+
+
+@pytest.mark.parametrize("change", [
+    lambda cache: cache.crop(-3), lambda cache: cache.reorder_cache(torch.tensor([0])),
+    lambda cache: cache.batch_select_indices(torch.tensor([0])), lambda cache: cache.batch_repeat_interleave(2),
+    lambda cache: cache.fork(), lambda cache: cache.to_preset("kv4"),
+])  # fmt: skip
+def test_a_parked_cache_is_not_changed(change):
+    """Its copies may still be on their way to the CPU."""
+    cache = CompressedDynamicCache([Compressor(QUANTIZERS["int8"])], [Compressor(QUANTIZERS["int8"])])
+    x = torch.randn(1, 2, 100, 8, generator=torch.Generator().manual_seed(0))
+    cache.update(x, x, 0)
+    cache.parked = True
+    with pytest.raises(PluginError, match="prefetch"):
+        change(cache)

@@ -8,6 +8,7 @@ import os
 import runpy
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock, PropertyMock
@@ -18,7 +19,7 @@ from sampling import ALL, covering, sampled
 from stores import filled
 
 from gpt2.common.errors import PluginError
-from gpt2.compression.cache.token_store import Half
+from gpt2.compression.cache.token_store import Half, TokenStore
 from gpt2.compression.codecs import QUANTIZERS, Compressor, JointTransform, Transform
 from gpt2.compression.codecs.mixed import Mixed, MixedFixed
 from gpt2.compression.codecs.rope import Rotary
@@ -31,6 +32,15 @@ WITHOUT_TRITON = "kernels need Triton, which isn't installed: pip install triton
 # Of K and of V. Compiling takes seconds: `make test` has the pair with the longest kernels
 COMPILED = [("mixed_fixed", "mixed"), ("int8_channel", "int4_channel"), ("int8", "int4"), ("none", "none")]
 COMPILED += [(name, name) for name in QUANTIZERS]
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_without_triton(monkeypatch, caplog):
@@ -201,8 +211,64 @@ def test_bit_planes_are_reconstructed_as_by_pytorch(name, basis):
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3 if dtype == torch.float16 else 1e-4)
         later = {field: stored[:, :, 1:3] for field, stored in encoded.items()}
         assert torch.equal(dispatch.reconstruct(own, later, d, dtype, 128), found[:, :, 64:192])
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         assert torch.equal(dispatch.reconstruct(own, encoded, d, torch.float16, 64), found)
-    finally:
-        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_shares_are_float32_whatever_the_default_dtype(default):
+    triton_planes = pytest.importorskip("gpt2.compression.kernels.triton_planes", reason=WITHOUT_TRITON)
+    triton_planes._factors.cache_clear()
+    with default_dtype(default):
+        factors = triton_planes._factors(QUANTIZERS["mixed"].encoding(16), torch.device("cpu"))
+    triton_planes._factors.cache_clear()
+    assert factors.dtype == torch.float32
+
+
+def test_bit_planes_read_the_same_whatever_the_default_dtype():
+    quantizer = QUANTIZERS["mixed"].at(10.0)
+    z = torch.randn(1, 1, 64, 16, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, 3, 16)
+    encoded = quantizer.quantize(z)
+    expected = quantizer.dequantize(encoded, 16)
+    with default_dtype(torch.bfloat16):
+        found, again = quantizer.dequantize(encoded, 16), quantizer.quantize(z)
+    assert all(torch.equal(again[name], part) for name, part in encoded.items())
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("tokens", [200, 400, 700])
+def test_partial_results_are_aligned_at_every_number_of_splits(tokens, monkeypatch):
+    """Else Triton compiles both kernels a second time, for seconds, where a cache reaches such a number."""
+    triton_attention = pytest.importorskip("gpt2.compression.cache.triton_attention", reason=WITHOUT_TRITON)
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **how: launched.append([x for x in args if isinstance(x, torch.Tensor)])
+
+    monkeypatch.setattr(triton_attention, "attend_tiles", Kernel())
+    monkeypatch.setattr(triton_attention, "merge_splits", Kernel())
+    store = TokenStore(Compressor(QUANTIZERS["int8"]), 4, 0)
+    x = torch.randn(1, 1, tokens, 16)
+    store.prepare(x, "test")
+    store.append(x)
+    triton_attention.attend(store, store, torch.randn(1, 3, 1, 16), None, 1.0)
+    assert len(launched) == 2 and all(x.data_ptr() % 16 == 0 for args in launched for x in args)
+
+
+def test_a_kernel_that_does_not_compile_is_left_to_pytorch(monkeypatch, caplog):
+    triton_attention = pytest.importorskip("gpt2.compression.cache.triton_attention", reason=WITHOUT_TRITON)
+    from triton.runtime.errors import PTXASError
+
+    def fails(*args):
+        raise PTXASError("register allocation failed")
+
+    monkeypatch.setattr(triton_attention, "attend_compressed", fails)
+    monkeypatch.setattr(triton_attention, "_too_large", set())
+    store = TokenStore(Compressor(QUANTIZERS["int8"]), 4, 0)
+    x = torch.randn(1, 1, 100, 24)
+    store.prepare(x, "test")
+    store.append(x)
+    for _ in range(2):
+        assert triton_attention.attend(store, store, torch.randn(1, 3, 1, 24), None, 1.0) is None
+    assert [r.levelname for r in caplog.records] == ["WARNING"], "said once, and not tried again"
