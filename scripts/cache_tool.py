@@ -45,7 +45,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--preset", help="preset file, built-in name, or kv8 or kv4, which fit any model")
     p.add_argument("--document", help="a text file, or embedded or wikitext2: the evaluation part of these")
     p.add_argument("--document-tokens", type=positive_int, help="read so many first tokens of it; all if omitted")
-    p.add_argument("--prompt", help="question about the document")
+    p.add_argument("--prompt", type=cli.utf8, help="question about the document")
     p.add_argument("--max-new-tokens", type=positive_int, default=96, help="longest answer, in tokens")
     p.add_argument("--prefill-chunk", type=positive_int, default=1024, help="tokens read at a time")
     p.add_argument("--save-every", type=cli.natural_float, default=60, help="seconds from one save of read to the next")

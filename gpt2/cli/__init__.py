@@ -9,6 +9,7 @@ from gpt2.cli.argument_types import (
     positive_int,
     ratio_list,
     seed,
+    utf8,
     word_list,
 )
 from gpt2.cli.flags import (
@@ -78,6 +79,7 @@ __all__ = [
     "run",
     "seed",
     "study",
+    "utf8",
     "word_list",
     "write",
 ]

@@ -72,6 +72,15 @@ def word_list(allowed: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
+def utf8(word: str) -> str:
+    """Text for a model: what a shell gives in another encoding than UTF-8 no tokenizer takes."""
+    try:
+        word.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError("expected text in UTF-8, got another encoding") from error
+    return word
+
+
 def fraction(word: str) -> float:
     """A fraction between 0 and 1, such as 0.05 for 5 %; 5 is rejected."""
     value = float(word)

@@ -34,6 +34,7 @@ def run(main: Callable[..., None], *, shared: bool = False) -> None:
     shared: several processes may run the script, and main takes the `Processes`. Only the first prints; an error is
     printed by the process that fails first.
     """
+    _print_anything()
     provenance.git_commit()  # read now: when results are written, hours later, the checkout may have another commit
 
     def together() -> None:
@@ -51,6 +52,12 @@ def run(main: Callable[..., None], *, shared: bool = False) -> None:
         main()
 
     _with_exit_codes(together if shared else alone, processes.ALONE)
+
+
+def _print_anything() -> None:
+    """Let stdout escape what its encoding lacks, as stderr does: a Δ must not end an hour's work in Latin-1."""
+    if hasattr(sys.stdout, "reconfigure"):  # None after `>&-` in a shell, and others where a test captures it
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _with_exit_codes(work: Callable[[], None], own: processes.Processes) -> None:

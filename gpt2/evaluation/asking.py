@@ -13,12 +13,14 @@ next one on; `prefill_chunk` feeds the prompt in chunks, as a server does.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from gpt2.common.errors import PluginError
@@ -79,6 +81,23 @@ def _answer_log_p(loaded: LoadedModel, cache: Cache, ids: Tensor, answer_ids: Te
     return float(torch.log_softmax(logits, dim=-1).gather(-1, wanted).sum())
 
 
+@contextmanager
+def decoding_greedily(model: PreTrainedModel) -> Iterator[None]:
+    """While the block runs, `generate` is greedy, and of the settings that the model came with only token ids count.
+
+    With others, such as beams, n-grams that mustn't be repeated or a kind of cache, it would reject a cache, return
+    something else, or keep the model from repeating what a prompt says. `generate` fills settings that a call leaves
+    out, or gives as None, from the model's own, so that these have to go.
+    """
+    own = model.generation_config
+    ids = {name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids, do_sample=False)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def greedy(
     loaded: LoadedModel, cache: Cache, ids: Tensor, max_new_tokens: int, mask: Tensor | None = None, **more
 ) -> Tensor:
@@ -88,11 +107,11 @@ def greedy(
     """
     tokenizer = loaded.tokenizer
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    tokens = loaded.model.generate(
-        ids, attention_mask=torch.ones_like(ids) if mask is None else mask, past_key_values=cache, use_cache=True,
-        do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
-        pad_token_id=padding or 0, **more,
-    )  # fmt: skip
+    with decoding_greedily(loaded.model):
+        tokens = loaded.model.generate(
+            ids, attention_mask=torch.ones_like(ids) if mask is None else mask, past_key_values=cache, use_cache=True,
+            max_new_tokens=max_new_tokens, pad_token_id=padding or 0, **more,
+        )  # fmt: skip
     return tokens[:, ids.shape[1] :]
 
 

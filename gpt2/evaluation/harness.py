@@ -37,7 +37,9 @@ def streaming(base: type) -> type:
             return torch.cat(parts, dim=1)
 
         def _model_generate(self, context: Tensor, *args, **kwargs) -> Tensor:
-            return super()._model_generate(context, *args, past_key_values=self.make_cache(), **kwargs)
+            # A kind of cache among the model's own settings would be one too many
+            more = {"past_key_values": self.make_cache(), "cache_implementation": None}
+            return super()._model_generate(context, *args, **more, **kwargs)
 
     return StreamingLM
 

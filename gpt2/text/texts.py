@@ -71,6 +71,8 @@ class WrittenText(Text):
     def tokens(self, part: str, loaded: LoadedModel) -> Tensor:
         # verbose=False: the tokenizer would warn that the text is longer than the model's context
         encoded = loaded.tokenizer(getattr(self, part), return_tensors="pt", add_special_tokens=False, verbose=False)
+        if not encoded.input_ids.numel():
+            raise no_tokens(f"the {part} part of text {self.name!r}")
         return encoded.input_ids[0]
 
     def available(self, part, loaded, length, *, flag="--seq-len") -> int:
@@ -186,6 +188,14 @@ def _no_end(text: Text) -> PluginError:
     return PluginError(f"text {text.name!r} has no end: give the number of segments to sample")
 
 
+def no_tokens(what: str) -> PluginError:
+    """The error for a text of which a tokenizer makes no token: transformers makes an empty one without its files."""
+    return PluginError(
+        f"the model's tokenizer makes no token of {what}: it is of other characters, or the model's folder has none: "
+        "copy tokenizer.json, or what the model has in its place, into it"
+    )
+
+
 def start_tokens(tokenizer) -> Tensor:
     """The start token that the tokenizer puts before every text, [1] or [0] if it has none.
 
@@ -193,4 +203,6 @@ def start_tokens(tokenizer) -> Tensor:
     """
     with_start, without = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
     bos = tokenizer.bos_token_id
-    return torch.tensor([bos] if bos is not None and with_start[0] == bos != without[0] else [], dtype=torch.long)
+    # Of a letter that it doesn't know a tokenizer may make no token at all
+    added = bos is not None and with_start[:1] == [bos] != without[:1]
+    return torch.tensor([bos] if added else [], dtype=torch.long)

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gpt2.common import files
-from gpt2.common.errors import PluginError
+from gpt2.common import files, tensor_file
+from gpt2.common.errors import BadArtefact, PluginError
 from gpt2.common.processes import ALONE, Processes
 from gpt2.compression.cache import size
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
@@ -147,6 +147,9 @@ def compact_calibration(
         print(f"calibration: using {path}", flush=True)
         return found
     if path.exists():
+        if not _is_calibration(path):
+            raise PluginError(f"{path} is no calibration and would be replaced by one: give another "
+                              "--calibration-file, or move it away")  # fmt: skip
         print(f"note: {path} was made with other arguments and will be replaced, also for presets that name it; "
               "use another --tag or --calibration-file to keep it", flush=True)  # fmt: skip
     calibration = calibrate(
@@ -156,6 +159,13 @@ def compact_calibration(
     if processes.first:
         save_calibration(calibration, path)
     return calibration
+
+
+def _is_calibration(path: Path) -> bool:
+    try:
+        return isinstance(tensor_file.read(path, only="meta"), dict)
+    except BadArtefact:
+        return False
 
 
 def make_ratio_preset(

@@ -56,14 +56,18 @@ class Kept:
 
     def __init__(self, path: Path):
         self.path = path
-        self.lines: dict[tuple[str, str], dict] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            try:
+        self.lines = self._read()
+
+    def _read(self) -> dict[tuple[str, str], dict]:
+        found = {}
+        try:
+            for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else ():
                 record = json.loads(line)
                 self._completion(record)
-                self.lines[record["key"], record["task_id"]] = record
-            except (ValueError, KeyError, TypeError) as error:
-                raise PluginError(f"{path}: expected completions of an earlier run ({error}): remove it") from error
+                found[record["key"], record["task_id"]] = record
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PluginError(f"{self.path}: expected completions of an earlier run ({error}): remove it") from error
+        return found
 
     def get(self, key: str, task_id: str) -> Completion | None:
         record = self.lines.get((key, task_id))
@@ -73,6 +77,7 @@ class Kept:
         """Keep completions of a cache. keys: their task_ids and keys."""
         for (task_id, key), completion in zip(keys.items(), made, strict=True):
             self.lines[key, task_id] = {"cache": cache, "task_id": task_id, "key": key, **asdict(completion)}
+        self.lines = self._read() | self.lines  # another run may have added its own meanwhile
         with files.atomic(self.path) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in self.lines.values()), encoding="utf-8")
 

@@ -53,7 +53,8 @@ def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
     Raises BadArtefact, with the line's number, where a line isn't a problem, and where a task_id comes twice.
     """
     problems: dict[str, Problem] = {}
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    # By \n alone: JSON may have the other ends of lines that str.splitlines knows, such as U+2028, within a text
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path.name}, line {number}"
@@ -81,6 +82,6 @@ def _text(path: Path) -> str:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
             raise BadArtefact(f"{path}: expected at most {MOST_BYTES:,} bytes of problems")
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")  # without the byte order mark of Windows
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise BadArtefact(f"{path}: expected a file of problems, .jsonl or .jsonl.gz: {error}") from error

@@ -25,6 +25,7 @@ from gpt2.evaluation.prompt_tokens import encode, insert, question_and_answer
 from gpt2.text.texts import start_tokens
 
 FULL = 0.8  # share of the room that a prompt has to fill, since whole records seldom fill it exactly
+NUMBERS = 90_000  # of five digits
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 
 
@@ -189,7 +190,7 @@ def most_records(task: Task, room: int, most: int, least: int, size: Callable[[i
 
 def numbers(rng: np.random.Generator, count: int) -> list[str]:
     """Different numbers of five digits."""
-    return [str(n) for n in 10_000 + rng.choice(90_000, size=count, replace=False)]
+    return [str(n) for n in 10_000 + rng.choice(NUMBERS, size=count, replace=False)]
 
 
 def invented_words(rng: np.random.Generator, count: int, syllables: int = 3) -> list[str]:

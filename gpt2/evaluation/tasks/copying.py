@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from gpt2.common.errors import PluginError
 from gpt2.evaluation.tasks.base import Draft, Source, Task, most_records, no_room, subsets
 
 WORDS = 12  # of a passage
@@ -43,6 +44,14 @@ class Copying(Task):
         words = source.tokenizer.decode(source.window(rng, min(2 * room, len(source.haystack)))).split()
         cut = [" ".join(words[i : i + WORDS]) for i in range(1, len(words) - WORDS, WORDS)]
         short = [words for words in cut if len(source.encode(f" {words}")) < self.max_new_tokens]
-        if len(passages := list(dict.fromkeys(short))) < 3:
+        if len(passages := list(dict.fromkeys(short))) >= 3:
+            return passages
+        if len(short) >= 3:
+            why = "its passages are all alike"
+        elif len(cut) >= 3:
+            why = f"passages of {WORDS} words have more than {self.max_new_tokens - 1} tokens"
+        elif len(words) < 2 * room // WORDS:  # words of a dozen tokens: written without spaces
+            why = "the text has too few spaces between words"
+        else:
             raise no_room(self.name, room, 3 * self.max_new_tokens)
-        return passages
+        raise PluginError(f"task {self.name}: {why}: give another --text, or leave it out of --tasks")

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 
-from gpt2.evaluation.tasks.base import Draft, Source, Task, invented_words, most_records, numbers, subsets
+from gpt2.evaluation.tasks.base import NUMBERS, Draft, Source, Task, invented_words, most_records, numbers, subsets
 
 
 class KeyValue(Task):
@@ -15,7 +15,7 @@ class KeyValue(Task):
     name = "key_value"
 
     def draft(self, source: Source, room: int, rng: np.random.Generator) -> Draft:
-        most = max(room // 4, 4)  # a pair has more than four tokens
+        most = min(max(room // 4, 4), NUMBERS)  # a pair has more than four tokens
         keys, values = invented_words(rng, most), numbers(rng, most)
         share = rng.random()  # of the pairs before the one that is asked for
 

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gpt2.report.plots.figure import RATIO, bar_lengths, color_of, new_figure, spread_labels
+from gpt2.report.tables.side_by_side import FEWEST_TOKENS
 
 
 def side_by_side(record: dict) -> Figure:
@@ -27,6 +28,13 @@ def side_by_side(record: dict) -> Figure:
     sizes.set(title=f"{rows[0]['context_tokens']:,} tokens in 16 bits", xlabel="MiB")
     sizes.legend(loc="lower right", fontsize=8)
 
+    figure.suptitle(f"{record['model']}, {record['dtype']} on {record['device']}")
+    if rows[0]["tokens"] < FEWEST_TOKENS:  # as in the table
+        losses.set_axis_off()
+        few = f"{rows[0]['tokens']:,} tokens of the document are too few\n"
+        few += f"for a change of perplexity: it takes {FEWEST_TOKENS}"
+        losses.text(0.5, 0.5, few, ha="center", va="center", transform=losses.transAxes)
+        return figure
     ratios, changes = [row["compression_ratio"] for row in rows], np.array([100 * row["ppl_delta"] for row in rows])
     bounds = 100 * np.array([row["ppl_delta_interval"] for row in rows])
     for i, bar in enumerate(np.array(bar_lengths(changes, bounds)).T):
@@ -40,5 +48,4 @@ def side_by_side(record: dict) -> Figure:
     )
     ends = [(x, y) for x, pair in zip(ratios, bounds, strict=True) for y in pair]
     spread_labels(losses, [row["cache"] for row in rows], list(zip(ratios, changes, strict=True)), ends)
-    figure.suptitle(f"{record['model']}, {record['dtype']} on {record['device']}")
     return figure

@@ -74,7 +74,8 @@ def peers(record: dict, families: list[str]) -> Table:
     note += f"{baseline['ppl']:.3f}."
     if record["needle"]:
         context = " and ".join(f"{n:,}" for n in record["args"]["needle_context_lengths"])
-        note += f" Needle: exact match over {record['needle']['summary'][0]['prompts']} prompts of {context} tokens."
+        prompts = sum(cell["trials"] for cell in record["needle"]["cells"] if cell["cache"] == "baseline")
+        note += f" Needle: exact match over {prompts} prompts of {context} tokens."
         unasked = [row for row in chosen if "needle_not_run" in row]
         note += "".join(f" Not asked: {row['label']} ({row['needle_not_run']})." for row in unasked)
     columns = ["cache", "bytes per token", "ratio", "Δ perplexity", "95 % interval", "KL, nats", "top-1", "needle"]
