@@ -8,7 +8,8 @@
 
 read      runs the document through the model and saves the cache. What is read so far is saved every minute, and the
           same command goes on from there.
-ask       loads the file, in little more time than reading its bytes, and streams the answer. The file stays as it is.
+ask       loads the file, in little more time than reading its bytes, and streams the answer, decoded greedily without
+          penalties or bans among the model's own settings. The file stays as it is.
 info      says what is in a file, without the model: preset, model, tokens, bytes.
 transcode codes a cache anew with another preset. From a lossy one, its loss stays and the new one is added.
 verify    recomputes some blocks of 64 tokens from the document's tokens, compares what the file has of them, and

@@ -6,9 +6,10 @@
 
 One table shows for each cache its bytes, its loss of perplexity on the document, the time per token, and the first
 words of the answer. The document is put into the model's chat template and fills the cache, and its perplexity is
-measured in the same pass. Decoding is greedy, so that answers can be compared, but one different token may change all
-that follow. With --direct attention reads the stored codes of caches that allow it, instead of reconstructing the
-history at every step. With --output a JSON file and a PNG are written.
+measured in the same pass. Decoding is greedy, without penalties or bans among the model's own settings, so that answers
+can be compared, but one different token may change all that follow. With --direct attention reads the stored codes of
+caches that allow it, instead of reconstructing the history at every step. With --output a JSON file and a PNG are
+written.
 """
 
 import argparse

@@ -17,7 +17,8 @@ def figures(label: str, family: str, size: float, change: float, **more) -> dict
 
 
 RECORD = {
-    "model": "m", "text": "t", "args": {"needle_context_lengths": [1024]}, "needle": {"cells": [{"cache": "baseline", "trials": 15}]},
+    "model": "m", "text": "t", "args": {"needle_context_lengths": [1024]},
+    "needle": {"cells": [{"cache": "baseline", "trials": 15}]},
     "rows": [
         figures(BASELINE, BASELINE, 1000, 0.0, needle_exact_match=1.0),
         {"label": "hqq 4 bits", "family": "hqq", "not_run": "ValueError: a | b"},

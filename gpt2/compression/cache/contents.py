@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer, LinearAttentionCacheLayerMixin
 
-from gpt2.common.errors import BadArtefact
+from gpt2.common.errors import BadArtefact, PluginError
 from gpt2.common.schema import Default, ListOf, Nullable, Number, OneOf, Record, String, Whole
 from gpt2.compression.cache.layers import CompressedLayer
 from gpt2.compression.cache.token_store import TokenStore, without_autocast
@@ -207,7 +207,10 @@ def _fill_store(store: TokenStore, own: dict, take: _Taken, heads: int | None, w
     fits = len(shape) == 4 and shape[:2] == list(tail.shape[:2]) and shape[3:] == list(tail.shape[3:])
     _expect(fits and str(sinks.dtype) in FLOATING and sinks.dtype == tail.dtype, f"{at}: sinks and tail don't match")
     _expect(heads in (None, shape[1]), f"{at}: {shape[1]} KV heads, the model has {heads}")
-    store.prepare(sinks, where)
+    try:
+        store.prepare(sinks, where)
+    except PluginError as error:  # of a codec for other heads
+        raise BadArtefact(str(error)) from error
     dropped, block = own["dropped_blocks"], store.compressor.block_tokens
     first = store.sink_tokens - store.sink_tokens % block + dropped * block
     forgotten = own["forgotten"]

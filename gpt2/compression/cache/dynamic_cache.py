@@ -11,6 +11,7 @@ pickle reject it, because the same bytes may mean something else to them.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import logging
@@ -76,6 +77,7 @@ class CompressedDynamicCache(Keeping):
             )
         if sink_tokens < 0 or recent_tokens < 0:
             raise PluginError(f"expected 0 or more, got sink_tokens={sink_tokens} and recent_tokens={recent_tokens}")
+        sink_tokens, recent_tokens = int(sink_tokens), int(recent_tokens)  # NumPy's make lengths that are no int
         each = zip(layers, k_compressors, v_compressors, strict=True)
         super().__init__(
             layers=[make_layer(own, i, k, v, sink_tokens, recent_tokens) for i, (own, k, v) in enumerate(each)]
@@ -122,14 +124,22 @@ class CompressedDynamicCache(Keeping):
             raise PluginError(
                 f"the model has no attention in layer {self._first}, where this cache expects it: {OF_ANOTHER_MODEL}"
             )
+        known = self._padding
         if layer_idx == 0:  # deeper, K and V of padding differ
+            known = copy.copy(known)  # whose tensors are replaced, never changed
             layer.check_shapes(key_states, value_states)  # before what is rejected counts as padding
             self.look_for_padding(key_states, value_states)
         if self._padding.changing:
             layer.set_padding(self._padding.found)
         if self._drops_at and layer_idx == self._first:
             self._warn_near_drop(layer.get_seq_length() + key_states.shape[2])
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        try:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except PluginError:  # what is rejected tells nothing of padding
+            if known is not self._padding and self._padding.changing:
+                self._padding = known
+                layer.set_padding(known.found)
+            raise
 
     def look_for_padding(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take in the first layer's new K and V [B, H, n, d], which tell how much padding rows begin with."""
@@ -199,6 +209,8 @@ class CompressedDynamicCache(Keeping):
         self._drops_at = self.geometry.drops_at
         for layer in self.layers:
             clear_states(layer)
+            if hasattr(layer, "record_past"):  # else windows never forget again after an answer that was speculated
+                layer.record_past = False
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`, also of recurrent states, which transformers' own cache can't select."""

@@ -94,6 +94,9 @@ def inputs(cache, new, whole, mask) -> dict[str, Tensor]:
                           "one token more; crop(-1) the cache, or give what follows it")  # fmt: skip
     held.ids = ids[:, :length]
     mask = _mask(mask, ids, cache.padding)
-    fewer = slice(None, None, rows // given_rows)  # beam search repeats rows itself
+    # Beam search repeats rows itself; rows that hold different texts, asked the same question, all stay
+    repeats = rows // given_rows
+    alike = all(bool((x.unflatten(0, (-1, repeats)) == x[::repeats, None]).all()) for x in (ids, mask))
+    fewer = slice(None, None, repeats if alike else 1)
     device = next((layer.device for layer in cache.compressed if layer.is_initialized), ids.device)
     return {"input_ids": ids[fewer].to(device), "attention_mask": mask[fewer].to(device)}

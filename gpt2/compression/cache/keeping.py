@@ -106,10 +106,12 @@ class Keeping(Cache):
         """
         self.check_usable()
         self.check_awake()
-        target = from_cache(self, preset, model=model, config=config, geometry=self.geometry)
-        known = self.recipe and self.recipe.fingerprint
-        if target.recipe.fingerprint is None and known:
-            target.recipe = Recipe(**vars(target.recipe) | {"fingerprint": known, "rotary": self.recipe.rotary})
+        geometry = saved.held_geometry(self)
+        known = all(layer.k for layer in geometry.layers if layer.attends)  # of compressors, not before a token is held
+        target = from_cache(self, preset, model=model, config=config, geometry=geometry if known else None)
+        filled_by = self.recipe and self.recipe.fingerprint
+        if target.recipe.fingerprint is None and filled_by:
+            target.recipe = Recipe(**vars(target.recipe) | {"fingerprint": filled_by, "rotary": self.recipe.rotary})
         target.held_tokens = HeldTokens(self.held_tokens.ids)
         return target
 

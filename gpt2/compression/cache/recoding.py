@@ -74,7 +74,8 @@ def held(layer) -> tuple[Tensor, Tensor, int]:
         with without_autocast(store.sinks):
             read.append(store.read())
     k, v = read if len(read) == 2 else read[0].chunk(2, dim=1)
-    return k, v, layer._first.forgotten
+    copies = max(layer.begins - layer._first.forgotten, 0)  # that fill a block, of a cache that was coded anew before
+    return k[:, :, copies:], v[:, :, copies:], layer._first.forgotten + copies
 
 
 def _begin(layer: CompressedLayer, forgotten: int) -> int:

@@ -65,8 +65,8 @@ def save(cache, path: str | Path, token_ids, model) -> Path:
     if about and model is not None:
         about |= {"fingerprint": FROM_PRESETS.fingerprint_of(model), "rotary": rotary(_config_of(model))}
     header = {
-        "format": FORMAT, "recipe": about, "geometry": _geometry(cache).record(), "tokens": length, "rows": cache.rows,
-        "contents": record,
+        "format": FORMAT, "recipe": about, "geometry": held_geometry(cache).record(), "tokens": length,
+        "rows": cache.rows, "contents": record,
     }  # fmt: skip
     return mapped_file.write(path, header, tensors)
 
@@ -76,14 +76,14 @@ def _config_of(model):
     return (model if hasattr(model, "config") else model.model).config
 
 
-def _geometry(cache) -> Geometry:
-    """The layers of a cache with the shapes of what they hold: a preset alone may not say how many heads there are."""
+def held_geometry(cache) -> Geometry:
+    """The layers of a cache with the shapes of what they hold: compressors say none, presets may leave out heads."""
     layers = list(cache.geometry.layers)
-    for layer in cache.compressed:
+    for layer in (layer for layer in cache.compressed if layer.is_initialized):
         shapes = [store.sinks.shape for store in layer.stores.values()]
         sides = [Shape(shape[1] // (3 - len(shapes)), shape[3]) for shape in shapes]  # one store has K's heads and V's
         layers[layer.index] = replace(layers[layer.index], k=sides[0], v=sides[-1])
-    return Geometry(tuple(layers))
+    return replace(cache.geometry, layers=tuple(layers))
 
 
 def about(path: str | Path) -> tuple[dict, int]:
@@ -99,9 +99,9 @@ def load(path: str | Path, model, config, into, device):
                           "of the same codecs")  # fmt: skip
     if into is not None and into.is_initialized:
         raise PluginError("into= holds tokens: reset() it, or make a new cache")
-    header, tensors = mapped_file.read(path, KIND)
-    header = _checked(header, path)
     with torch.inference_mode(False):  # else what is appended outside inference mode couldn't be written to it
+        header, tensors = mapped_file.read(path, KIND)
+        header = _checked(header, path)
         try:
             cache = _empty(header, Path(path), model, config) if into is None else into
             _fill(cache, header, tensors, _device_of(model, device))
@@ -137,6 +137,9 @@ def _empty(header: dict, path: Path, model, config):
     preset = recipe["preset"] | {"folder": str(path.parent)}
     cache = FROM_PRESETS.create(preset, model=model, config=config, **recipe["windows"])
     known = all(layer.k is None or layer.k.heads for layer in geometry.layers)
+    if known and cache.geometry != geometry == cache.geometry.without_windows():
+        # Of a preset that says no layers, made without a model: it keeps what windows forget
+        return FROM_PRESETS.create(preset, geometry=geometry, **recipe["windows"])
     if known and (difference := cache.geometry.difference(geometry)):
         raise BadArtefact(f"it is of another model: {difference}: load it with its own, or {AGAIN}")
     return cache

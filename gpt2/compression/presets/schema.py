@@ -118,7 +118,7 @@ class Preset:
         for name, value in overrides.items():
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise PluginError(f"{name}: expected a number of tokens, got {brief(value)}")
-        return exact | overrides
+        return exact | {name: int(value) for name, value in overrides.items()}  # NumPy's aren't JSON
 
 
 def parse(preset: dict, where: str = "preset") -> Preset:
