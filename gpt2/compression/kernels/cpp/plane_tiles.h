@@ -162,7 +162,8 @@ class IntegerTile {
 
   // As `Codec::scores`, of the first `used` channels
   void scores(const float* q, int64_t q_row, int used, int M, float* out) const {
-    const int top = std::min<int64_t>(kTop, (int64_t(1) << 31) / (kMostCode * std::max(used, 1)));  // sums fit 32 bits
+    // Such that sums fit 32 bits
+    const int top = std::min<int64_t>(kTop, ((int64_t(1) << 31) - 1) / (kMostCode * std::max(used, 1)));
     in_passes<kTogether>(M, [&](auto few, int first) {
       constexpr int R = decltype(few)::value;
       auto* own = reinterpret_cast<int16_t*>(spare);
