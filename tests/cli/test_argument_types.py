@@ -35,3 +35,9 @@ def test_scripts_reject_a_number_out_of_range_in_one_line(script, flag, value, c
     assert run(script, flag, value) == 2
     err = capsys.readouterr().err
     assert flag in err and value in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("script", "flag"), [("generate_with_preset", "--question"), ("cache_tool", "--prompt")])
+def test_a_question_in_another_encoding_is_one_line(script, flag, capsys):
+    assert run(script, flag, "caf\udce9") == 2
+    assert f"argument {flag}: expected text in UTF-8" in capsys.readouterr().err

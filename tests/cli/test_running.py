@@ -1,6 +1,8 @@
 """What all scripts share: one line for every error, the first process alone speaks, and outputs that can be written."""
 
 import argparse
+import io
+import sys
 
 import pytest
 
@@ -49,3 +51,14 @@ def test_ctrl_c_says_what_is_kept(words, said, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.run(interrupted)
     assert stopped.value.code == 130 and capsys.readouterr().err == f"\ninterrupted: {said}\n"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
+def test_what_stdout_cant_encode_is_escaped(encoding, monkeypatch):
+    """Δ on a Latin-1 terminal, and a path that isn't UTF-8 on any."""
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    cli.run(lambda: print("Δ perplexity of caf\udce9.txt"))
+    stdout.flush()
+    said = stdout.buffer.getvalue().decode(encoding)
+    assert ("Δ" in said or "\\u0394" in said) and "caf\\udce9" in said

@@ -2,13 +2,17 @@
 
 import importlib.util
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from script_runs import run
 from tiny import windows
 
+from gpt2.evaluation import harness
 from gpt2.evaluation.harness import streaming
+from gpt2.models import loading
 
 needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 
@@ -67,3 +71,13 @@ def test_the_script_runs_a_local_task(script, tmp_path, capsys, monkeypatch):
 def test_without_the_harness_the_error_says_how_to_install_it(script, capsys):
     assert script("eval_lm_harness", "--preset", "p.json", "--tasks", "tiny") == 2
     assert "pip install 'lm_eval[hf]'" in capsys.readouterr().err
+
+
+def test_an_unknown_task_of_the_harness_is_named_before_the_model_is_loaded(monkeypatch, capsys):
+    manager = SimpleNamespace(all_tasks=["arc_easy", "hellaswag"])
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=lambda include_path: manager))
+    monkeypatch.setattr(harness, "harness_class", lambda: None)
+    monkeypatch.setattr(loading, "load", lambda *args: pytest.fail("it loads the model"))
+    assert run("eval_lm_harness", "--preset", "kv4", "--tasks", "arc_esy", "--limit", 1) == 2
+    assert "no task 'arc_esy', did you mean 'arc_easy'?" in capsys.readouterr().err

@@ -259,3 +259,26 @@ def test_caches_of_other_packages_need_none_of_ours(script, own, rejects, capsys
         (["--peers", "lowrank", "--only-peers", "low rank"], "low rank"),
         (["--peers", "kivi", "--only-peers", "KIVI 9 bits"], "KIVI 9 bits"), ([], "give --preset"),
     ])  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\x85", "\x0c"])
+def test_problems_may_hold_any_character_and_come_from_windows(tmp_path, end):
+    problem = {"prompt": f"def f():\n    '''a{end}b'''", "entry_point": "f", "test": "def check(f): 0"}
+    lines = [json.dumps(problem | {"task_id": f"own/{i}"}, ensure_ascii=end == "\x0c") for i in range(2)]
+    (tmp_path / "p.jsonl").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    assert [own.prompt for own in problems.read_problems(tmp_path / "p.jsonl")] == [problem["prompt"]] * 2
+
+
+def test_a_file_that_is_no_text_is_no_completions(tmp_path):
+    (tmp_path / "code.completions.jsonl").write_bytes(b"caf\xe9")
+    with pytest.raises(PluginError, match="expected completions of an earlier run"):
+        Kept(tmp_path / "code.completions.jsonl")
+
+
+def test_two_runs_at_once_keep_the_answers_of_both(tmp_path):
+    answer = Completion("x", 1, True, -0.5, 9, None)
+    one, other = (Kept(tmp_path / "code.completions.jsonl") for _ in range(2))
+    one.add("kv8", {"own/0": "a"}, [answer])
+    other.add("kv4", {"own/0": "b"}, [answer])
+    one.add("kv8", {"own/1": "a"}, [answer])
+    assert set(Kept(one.path).lines) == {("a", "own/0"), ("b", "own/0"), ("a", "own/1")}

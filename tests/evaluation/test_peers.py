@@ -23,7 +23,7 @@ from gpt2.compression.presets import preset_files
 from gpt2.evaluation import kivi, lineup, needle, other_caches, peers
 from gpt2.evaluation.lineup import Entry
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
-from gpt2.report import plots, regions
+from gpt2.report import plots, regions, tables
 
 H, D, T = 2, 64, 300
 SHAPE = {"hidden_size": 64}  # head_dim 16: groups of 64 and packing by 8 fit
@@ -258,3 +258,14 @@ def test_bad_input_is_one_clear_line_before_any_work(flags, rejects, monkeypatch
         (["--peers", "kivi,nope"], "unknown nope"), (["--preset", "none.json"], "no preset file none.json"),
         (["--needle-context-lengths", "64"], "a context of 64 tokens has no room"),
     ])  # fmt: skip
+
+
+def test_a_comparison_in_which_no_other_cache_runs_shows_the_baseline():
+    loaded = tiny_loaded("llama", char_tokenizer(), hidden_size=64)
+    haystack = torch.randint(60, 90, (2000,), generator=torch.Generator().manual_seed(0))
+    rows = peers.measure(loaded, windows(2, 64), [])
+    rows.append({"family": "quanto", "label": "quanto", "not_run": "not installed"})
+    asked = peers.ask_needles(loaded, haystack, [], rows, lengths=[320], depths=[0.2, 0.8], trials=1)
+    record = {"model": "m", "text": "t", "rows": rows, "needle": asked, "args": {"needle_context_lengths": [320]}}
+    note = tables.table("peers_m", record).note
+    assert "Needle: exact match over 2 prompts of 320 tokens." in note

@@ -1,21 +1,23 @@
 """One conversation through several caches: the same text for all, figures of this text, and what the user is shown."""
 
+import copy
 import json
 from functools import partial
 
 import pytest
 import torch
 from script_runs import FREE_PRESET, GENERATE, listing, run
-from tiny import tiny_loaded, word_text
+from tiny import save_tiny, tiny_loaded, tiny_model, windows, word_text
 
-from gpt2.common.errors import PluginError
+from gpt2.common.errors import LossNotFinite, PluginError
 from gpt2.compression.attention import enable_compressed_attention
 from gpt2.compression.cache.size import held_bytes, plain_bytes
 from gpt2.compression.named_caches import from_preset
-from gpt2.evaluation import side_by_side
+from gpt2.evaluation import saved_documents, side_by_side
+from gpt2.evaluation.asking import greedy
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, score
 from gpt2.evaluation.side_by_side import about_document, read, read_document, to_continue
-from gpt2.report import tables
+from gpt2.report import plots, tables
 
 TEMPLATE = "{% for m in messages %}w2 w3 {{ m['content'] }} w4{% endfor %}{% if add_generation_prompt %} w5{% endif %}"
 
@@ -153,3 +155,69 @@ def test_the_script_shows_one_table_and_writes_what_it_shows(tiny_flags, tmp_pat
         ([*flags[:-1], "--document", "words.txt", "--document-tokens", 510], "use --document-tokens"),
         (tiny_flags[:2], "give --preset"),
     ])  # fmt: skip
+
+
+OWN_SETTINGS = [
+    {"cache_implementation": "static"}, {"num_beams": 4, "early_stopping": True}, {"no_repeat_ngram_size": 1},
+    {"return_dict_in_generate": True}, {"suppress_tokens": list(range(2, 60))},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("own", OWN_SETTINGS, ids=lambda own: next(iter(own)))
+def test_a_checkpoints_own_generation_settings_change_no_answer(own, monkeypatch, capsys):
+    loaded, ids = tiny_loaded("llama"), windows(1, 40)
+    make, choice = baseline_factory(loaded), from_preset("kv4", loaded)
+    conversation = side_by_side.to_continue(loaded, word_text(30))
+
+    def asked() -> str:
+        cache = choice.make()
+        loaded.model(ids, past_key_values=cache)
+        cache.held_tokens.ids = ids
+        return saved_documents.ask(loaded, cache, "w5 w6", 8, streamed=True)
+
+    def answered() -> tuple:
+        read = side_by_side.read(loaded, conversation, choice, max_new_tokens=8)
+        return greedy(loaded, make(), ids, 8).tolist(), read.answer, asked()
+
+    expected = answered()
+    settings = copy.deepcopy(loaded.model.generation_config)
+    for name, value in own.items():
+        setattr(settings, name, value)
+    monkeypatch.setattr(loaded.model, "generation_config", settings)
+    assert answered() == expected and loaded.model.generation_config is settings
+
+
+def test_a_loss_that_is_not_finite_is_said_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    """As of a model whose activations are too large for float16."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.mul_(1e6)
+    save_tiny(tmp_path / "loud", model=model)
+    (tmp_path / "words.txt").write_text(word_text(100))
+    flags = ["--model", "loud", "--preset", "kv4", "--document", "words.txt", "--dtype", "float16"]
+    assert run("generate_with_preset", *flags, "--max-new-tokens", 2, "--output", "o.json") == 2
+    assert "NaN or infinite: try --dtype float32" in capsys.readouterr().err and not (tmp_path / "o.json").exists()
+    with pytest.raises(LossNotFinite, match=side_by_side.UNCOMPRESSED):
+        loaded = tiny_loaded()
+        loaded.model.lm_head.weight.fill_(torch.nan)
+        side_by_side.read(loaded, side_by_side.to_continue(loaded, word_text(9)), None, max_new_tokens=2)
+
+
+def test_of_a_short_document_no_picture_shows_a_change(llama):
+    """An interval of one block of tokens has no width."""
+    choice, words = from_preset("kv4", llama), side_by_side.to_continue(llama, word_text(40))
+    readings = [side_by_side.read(llama, words, own, max_new_tokens=2) for own in (None, choice)]
+    record = {"model": "m", "dtype": "float32", "device": "cpu", "rows": [r.record(readings[0]) for r in readings]}
+    axis = plots.side_by_side(record).axes[1]
+    assert not axis.lines and "too few" in axis.texts[0].get_text()
+
+
+def test_a_model_without_a_tokenizer_is_no_short_text(tmp_path, monkeypatch, capsys):
+    """transformers makes an empty tokenizer for some families where there are no files of one."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model("qwen2").save_pretrained(tmp_path / "bare")
+    (tmp_path / "words.txt").write_text(word_text(300))
+    for flags in (["--document", "words.txt"], ["--prompt", "w5 w6 w7"]):
+        assert run("generate_with_preset", "--model", "bare", "--preset", "kv4", *flags) == 2
+        assert "the model's tokenizer makes no token of" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Models: loaded from what is there, measured right, rejected with a reason and before the work."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gpt2.common.errors import PluginError, UnsupportedModel
 from gpt2.compression.named_caches import from_preset
 from gpt2.experiments.miniatures import tiny_family
-from gpt2.models import loading, probe, random_weights
+from gpt2.models import embedded, loading, probe, random_weights
 from gpt2.models.embedded import EMBEDDED
 from gpt2.models.geometry import FULL, SLIDING, Geometry, LayerGeometry, Shape
 from gpt2.models.loading import load, wrap
@@ -210,3 +211,15 @@ def test_a_config_whose_head_counts_only_some_attention_takes_has_a_geometry():
 def test_a_cache_for_a_model_that_was_loaded_otherwise_is_rejected():
     with pytest.raises(PluginError, match="gpt2.models.loading.load returns it, got LlamaForCausalLM"):
         from_preset("kv4", tiny_model("llama"))
+
+
+def test_a_user_without_a_home_needs_a_folder_named(tmp_path, monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.setenv("KV_PLUGIN_CACHE", str(tmp_path))
+    assert embedded.cache_folder() == tmp_path
+    monkeypatch.delenv("KV_PLUGIN_CACHE")
+    with pytest.raises(PluginError, match="KV_PLUGIN_CACHE can name another"):
+        embedded.cache_folder()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from generation import generate
+from kinds import miniature
 from tiny import tiny_model, windows
 from transformers import DynamicCache
 
@@ -187,3 +188,17 @@ def test_after_a_reset_windows_forget_again():
         for part in ids.split(90, dim=1):
             model(part, past_key_values=each)
     assert used.nbytes() == fresh.nbytes()
+
+
+def test_rows_of_a_hybrid_that_may_be_padded_need_a_mask():
+    """Its first layer keeps no K and V to find padding by: without a mask, padding would count as text."""
+    model, rows, new = miniature("lfm2").model, padded(length=70), windows(2, 5, seed=1)
+    cache = create_cache_from_preset(preset_of("kv8", model), model=model)
+    model(**rows, past_key_values=cache)
+    cache.held_tokens.ids = rows["input_ids"]
+    with pytest.raises(PluginError, match="give mask="):
+        cache.inputs(new=new)
+    mask = torch.cat((rows["attention_mask"], torch.ones_like(new)), dim=1)
+    assert torch.equal(cache.inputs(new=new, mask=mask)["attention_mask"], mask)
+    cache.batch_select_indices(torch.tensor([1]))
+    assert cache.inputs(new=new[1:])["attention_mask"].all()
