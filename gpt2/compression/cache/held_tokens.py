@@ -94,8 +94,8 @@ def inputs(cache, new, whole, mask) -> dict[str, Tensor]:
                           "one token more; crop(-1) the cache, or give what follows it")  # fmt: skip
     # A first layer that keeps no K and V shows no padding
     if mask is None and rows > 1 and cache.compressed[0].index > 0 and bool((ids[:, :1] == ids[:, 1:2]).any()):
-        raise PluginError("a row begins with one token twice, which may be padding, and this model's first layer doesn't "
-                          "tell: give mask=, 0 where rows are padded, of all tokens")  # fmt: skip
+        raise PluginError("a row begins with one token twice, which may be padding, and this model's first layer "
+                          "doesn't tell: give mask=, 0 where rows are padded, of all tokens")  # fmt: skip
     held.ids = ids[:, :length]
     mask = _mask(mask, ids, cache.padding)
     # Beam search repeats rows itself; rows that hold different texts, asked the same question, all stay

@@ -71,7 +71,7 @@ class Rotary:
         if isinstance(first, Tensor):
             return self.angles(middle + first[:, None].to(middle.device))
         angles = self.angles(middle + first)
-        if len(kept) == KEPT:
+        if len(kept) >= KEPT:  # two threads may both have added
             kept.clear()
         kept[asked] = angles  # the dataclass is frozen, and this is not one of its fields
         return angles
