@@ -65,6 +65,14 @@ def test_a_line_that_is_no_problem_is_named(own, line, message):
         problems.read_problems(own)
 
 
+@pytest.mark.parametrize("end", ["\u2028", "\x85", "\x0c"])
+def test_problems_may_hold_any_character_and_come_from_windows(own, end):
+    problem = DOUBLE | {"prompt": f"def double(x):\n    '''a{end}b'''"}
+    lines = [json.dumps(problem | {"task_id": f"own/{i}"}, ensure_ascii=end == "\x0c") for i in range(2)]
+    own.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    assert [read.prompt for read in problems.read_problems(own)] == [problem["prompt"]] * 2
+
+
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
 
@@ -210,6 +218,21 @@ def test_an_interrupted_run_goes_on_with_the_problem_where_it_stopped(reader, ca
         Kept(path)
 
 
+def test_a_file_that_is_no_text_is_no_completions(tmp_path):
+    (tmp_path / "code.completions.jsonl").write_bytes(b"caf\xe9")
+    with pytest.raises(PluginError, match="expected completions of an earlier run"):
+        Kept(tmp_path / "code.completions.jsonl")
+
+
+def test_two_runs_at_once_keep_the_answers_of_both(tmp_path):
+    answer = Completion("x", 1, True, -0.5, 9, None)
+    one, other = (Kept(tmp_path / "code.completions.jsonl") for _ in range(2))
+    one.add("kv8", {"own/0": "a"}, [answer])
+    other.add("kv4", {"own/0": "b"}, [answer])
+    one.add("kv8", {"own/1": "a"}, [answer])
+    assert set(Kept(one.path).lines) == {("a", "own/0"), ("b", "own/0"), ("a", "own/1")}
+
+
 def test_caches_are_compared_problem_by_problem(own):
     right = Completion("\n    return 2 * x", 5, True, -1.0, 9, "c")
     wrong = Completion("\n    return x", 5, False, -2.0, 9, "c")
@@ -259,26 +282,3 @@ def test_caches_of_other_packages_need_none_of_ours(script, own, rejects, capsys
         (["--peers", "lowrank", "--only-peers", "low rank"], "low rank"),
         (["--peers", "kivi", "--only-peers", "KIVI 9 bits"], "KIVI 9 bits"), ([], "give --preset"),
     ])  # fmt: skip
-
-
-@pytest.mark.parametrize("end", ["\u2028", "\x85", "\x0c"])
-def test_problems_may_hold_any_character_and_come_from_windows(tmp_path, end):
-    problem = {"prompt": f"def f():\n    '''a{end}b'''", "entry_point": "f", "test": "def check(f): 0"}
-    lines = [json.dumps(problem | {"task_id": f"own/{i}"}, ensure_ascii=end == "\x0c") for i in range(2)]
-    (tmp_path / "p.jsonl").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
-    assert [own.prompt for own in problems.read_problems(tmp_path / "p.jsonl")] == [problem["prompt"]] * 2
-
-
-def test_a_file_that_is_no_text_is_no_completions(tmp_path):
-    (tmp_path / "code.completions.jsonl").write_bytes(b"caf\xe9")
-    with pytest.raises(PluginError, match="expected completions of an earlier run"):
-        Kept(tmp_path / "code.completions.jsonl")
-
-
-def test_two_runs_at_once_keep_the_answers_of_both(tmp_path):
-    answer = Completion("x", 1, True, -0.5, 9, None)
-    one, other = (Kept(tmp_path / "code.completions.jsonl") for _ in range(2))
-    one.add("kv8", {"own/0": "a"}, [answer])
-    other.add("kv4", {"own/0": "b"}, [answer])
-    one.add("kv8", {"own/1": "a"}, [answer])
-    assert set(Kept(one.path).lines) == {("a", "own/0"), ("b", "own/0"), ("a", "own/1")}

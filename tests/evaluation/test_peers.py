@@ -36,6 +36,11 @@ def llama():
     return tiny_loaded("llama", char_tokenizer(), **SHAPE)
 
 
+@pytest.fixture(scope="module")
+def haystack():
+    return torch.randint(60, 90, (2000,), generator=torch.Generator().manual_seed(0))
+
+
 def peer(family: str, **overrides):
     """A cache of transformers for two layers of [B, 2, n, 64]; the test is skipped where its package isn't there."""
     config = AutoConfig.for_model("llama", num_hidden_layers=2, num_attention_heads=H, hidden_size=H * D)
@@ -198,8 +203,7 @@ def test_rows_have_what_score_and_weights_say(llama):
     assert rows[2]["compression_ratio_2048"] == rows[0]["cache_bytes_2048"] / rows[2]["cache_bytes_2048"]
 
 
-def test_needles_go_on_without_the_cache_that_fails(llama):
-    haystack = torch.randint(60, 90, (2000,), generator=torch.Generator().manual_seed(0))
+def test_needles_go_on_without_the_cache_that_fails(llama, haystack):
     compared = [Entry("quanto", "breaks", Breaks), Entry("kivi", "KIVI", lambda: kivi.kivi_cache(3, 4))]
     rows = [{"label": BASELINE}, {"label": "breaks"}, {"label": "KIVI"}, {"label": "gone", "not_run": "why"}]
     grid = {"lengths": [320], "depths": [0.2, 0.8], "trials": 1, "prefill_chunk": 64}
@@ -209,6 +213,15 @@ def test_needles_go_on_without_the_cache_that_fails(llama):
     assert asked["summary"] == needle.summarize(alone)
     assert sorted(map(str, asked["cells"])) == sorted(map(str, needle.cells(alone)))
     assert rows[2]["needle_exact_match"] == asked["summary"][0]["exact_match"]
+
+
+def test_a_comparison_in_which_no_other_cache_runs_shows_the_baseline(llama, haystack):
+    rows = peers.measure(llama, windows(2, 64), [])
+    rows.append({"family": "quanto", "label": "quanto", "not_run": "not installed"})
+    asked = peers.ask_needles(llama, haystack, [], rows, lengths=[320], depths=[0.2, 0.8], trials=1)
+    record = {"model": "m", "text": "t", "rows": rows, "needle": asked, "args": {"needle_context_lengths": [320]}}
+    note = tables.table("peers_m", record).note
+    assert "Needle: exact match over 2 prompts of 320 tokens." in note
 
 
 def test_reasons_name_no_folder_of_the_machine():
@@ -258,14 +271,3 @@ def test_bad_input_is_one_clear_line_before_any_work(flags, rejects, monkeypatch
         (["--peers", "kivi,nope"], "unknown nope"), (["--preset", "none.json"], "no preset file none.json"),
         (["--needle-context-lengths", "64"], "a context of 64 tokens has no room"),
     ])  # fmt: skip
-
-
-def test_a_comparison_in_which_no_other_cache_runs_shows_the_baseline():
-    loaded = tiny_loaded("llama", char_tokenizer(), hidden_size=64)
-    haystack = torch.randint(60, 90, (2000,), generator=torch.Generator().manual_seed(0))
-    rows = peers.measure(loaded, windows(2, 64), [])
-    rows.append({"family": "quanto", "label": "quanto", "not_run": "not installed"})
-    asked = peers.ask_needles(loaded, haystack, [], rows, lengths=[320], depths=[0.2, 0.8], trials=1)
-    record = {"model": "m", "text": "t", "rows": rows, "needle": asked, "args": {"needle_context_lengths": [320]}}
-    note = tables.table("peers_m", record).note
-    assert "Needle: exact match over 2 prompts of 320 tokens." in note

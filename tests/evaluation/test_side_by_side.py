@@ -119,6 +119,54 @@ def test_an_answer_stops_at_an_end_token_also_where_the_timed_steps_end(several,
     assert stopped == words[: side_by_side.TIMED_TOKENS]
 
 
+OWN_SETTINGS = [
+    {"cache_implementation": "static"}, {"num_beams": 4, "early_stopping": True}, {"no_repeat_ngram_size": 1},
+    {"return_dict_in_generate": True}, {"suppress_tokens": list(range(2, 60))},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("own", OWN_SETTINGS, ids=lambda own: next(iter(own)))
+def test_a_checkpoints_own_generation_settings_change_no_answer(own, monkeypatch, capsys):
+    """Of a test, in a conversation and about a saved document."""
+    llama, ids = tiny_loaded(), windows(1, 40)
+    make, choice = baseline_factory(llama), from_preset("kv4", llama)
+    conversation = to_continue(llama, word_text(30))
+
+    def asked() -> str:
+        cache = choice.make()
+        llama.model(ids, past_key_values=cache)
+        cache.held_tokens.ids = ids
+        return saved_documents.ask(llama, cache, "w5 w6", 8, streamed=True)
+
+    def answered() -> tuple:
+        reading = read(llama, conversation, choice, max_new_tokens=8)
+        return greedy(llama, make(), ids, 8).tolist(), reading.answer, asked()
+
+    expected = answered()
+    settings = copy.deepcopy(llama.model.generation_config)
+    for name, value in own.items():
+        setattr(settings, name, value)
+    monkeypatch.setattr(llama.model, "generation_config", settings)
+    assert answered() == expected and llama.model.generation_config is settings
+
+
+def test_a_loss_that_is_not_finite_is_said_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    """As of a model whose activations are too large for float16."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.mul_(1e6)
+    save_tiny(tmp_path / "loud", model=model)
+    (tmp_path / "words.txt").write_text(word_text(100))
+    flags = ["--model", "loud", "--preset", "kv4", "--document", "words.txt", "--dtype", "float16"]
+    assert run(GENERATE, *flags, "--max-new-tokens", 2, "--output", "o.json") == 2
+    assert "NaN or infinite: try --dtype float32" in capsys.readouterr().err and not (tmp_path / "o.json").exists()
+    llama = tiny_loaded()
+    llama.model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(LossNotFinite, match=side_by_side.UNCOMPRESSED):
+        read(llama, to_continue(llama, word_text(9)), None, max_new_tokens=2)
+
+
 def test_a_cache_is_read_as_stored_where_that_is_enabled_and_few_tokens_show_no_change_of_perplexity(exact):
     llama = tiny_loaded()
     conversation = to_continue(llama, word_text(80))
@@ -132,6 +180,15 @@ def test_a_cache_is_read_as_stored_where_that_is_enabled_and_few_tokens_show_no_
     assert row[:3] == [side_by_side.UNCOMPRESSED, row[1], "0.00"] and row[4:6] == ["–", "–"]
     record["rows"][0]["tokens"] = 600
     assert tables.side_by_side(record, []).rows[0][4] == "+0.00%"
+
+
+def test_of_a_short_document_no_picture_shows_a_change(llama):
+    """An interval of one block of tokens has no width."""
+    choice, words = from_preset("kv4", llama), to_continue(llama, word_text(40))
+    readings = [read(llama, words, each, max_new_tokens=2) for each in (None, choice)]
+    record = {"model": "m", "dtype": "float32", "device": "cpu", "rows": [r.record(readings[0]) for r in readings]}
+    axis = plots.side_by_side(record).axes[1]
+    assert not axis.lines and "too few" in axis.texts[0].get_text()
 
 
 def test_the_script_shows_one_table_and_writes_what_it_shows(tiny_flags, tmp_path, capsys, rejects):
@@ -155,69 +212,3 @@ def test_the_script_shows_one_table_and_writes_what_it_shows(tiny_flags, tmp_pat
         ([*flags[:-1], "--document", "words.txt", "--document-tokens", 510], "use --document-tokens"),
         (tiny_flags[:2], "give --preset"),
     ])  # fmt: skip
-
-
-OWN_SETTINGS = [
-    {"cache_implementation": "static"}, {"num_beams": 4, "early_stopping": True}, {"no_repeat_ngram_size": 1},
-    {"return_dict_in_generate": True}, {"suppress_tokens": list(range(2, 60))},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("own", OWN_SETTINGS, ids=lambda own: next(iter(own)))
-def test_a_checkpoints_own_generation_settings_change_no_answer(own, monkeypatch, capsys):
-    loaded, ids = tiny_loaded("llama"), windows(1, 40)
-    make, choice = baseline_factory(loaded), from_preset("kv4", loaded)
-    conversation = side_by_side.to_continue(loaded, word_text(30))
-
-    def asked() -> str:
-        cache = choice.make()
-        loaded.model(ids, past_key_values=cache)
-        cache.held_tokens.ids = ids
-        return saved_documents.ask(loaded, cache, "w5 w6", 8, streamed=True)
-
-    def answered() -> tuple:
-        read = side_by_side.read(loaded, conversation, choice, max_new_tokens=8)
-        return greedy(loaded, make(), ids, 8).tolist(), read.answer, asked()
-
-    expected = answered()
-    settings = copy.deepcopy(loaded.model.generation_config)
-    for name, value in own.items():
-        setattr(settings, name, value)
-    monkeypatch.setattr(loaded.model, "generation_config", settings)
-    assert answered() == expected and loaded.model.generation_config is settings
-
-
-def test_a_loss_that_is_not_finite_is_said_and_nothing_is_written(tmp_path, monkeypatch, capsys):
-    """As of a model whose activations are too large for float16."""
-    monkeypatch.chdir(tmp_path)
-    model = tiny_model()
-    with torch.no_grad():
-        model.model.layers[1].self_attn.v_proj.weight.mul_(1e6)
-    save_tiny(tmp_path / "loud", model=model)
-    (tmp_path / "words.txt").write_text(word_text(100))
-    flags = ["--model", "loud", "--preset", "kv4", "--document", "words.txt", "--dtype", "float16"]
-    assert run("generate_with_preset", *flags, "--max-new-tokens", 2, "--output", "o.json") == 2
-    assert "NaN or infinite: try --dtype float32" in capsys.readouterr().err and not (tmp_path / "o.json").exists()
-    with pytest.raises(LossNotFinite, match=side_by_side.UNCOMPRESSED):
-        loaded = tiny_loaded()
-        loaded.model.lm_head.weight.fill_(torch.nan)
-        side_by_side.read(loaded, side_by_side.to_continue(loaded, word_text(9)), None, max_new_tokens=2)
-
-
-def test_of_a_short_document_no_picture_shows_a_change(llama):
-    """An interval of one block of tokens has no width."""
-    choice, words = from_preset("kv4", llama), side_by_side.to_continue(llama, word_text(40))
-    readings = [side_by_side.read(llama, words, own, max_new_tokens=2) for own in (None, choice)]
-    record = {"model": "m", "dtype": "float32", "device": "cpu", "rows": [r.record(readings[0]) for r in readings]}
-    axis = plots.side_by_side(record).axes[1]
-    assert not axis.lines and "too few" in axis.texts[0].get_text()
-
-
-def test_a_model_without_a_tokenizer_is_no_short_text(tmp_path, monkeypatch, capsys):
-    """transformers makes an empty tokenizer for some families where there are no files of one."""
-    monkeypatch.chdir(tmp_path)
-    tiny_model("qwen2").save_pretrained(tmp_path / "bare")
-    (tmp_path / "words.txt").write_text(word_text(300))
-    for flags in (["--document", "words.txt"], ["--prompt", "w5 w6 w7"]):
-        assert run("generate_with_preset", "--model", "bare", "--preset", "kv4", *flags) == 2
-        assert "the model's tokenizer makes no token of" in capsys.readouterr().err

@@ -11,9 +11,7 @@ import pytest
 import torch
 from pictures import is_drawn
 from script_runs import listing
-from tiny import char_tokenizer, tiny_loaded, word_tokenizer
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tiny import char_tokenizer, tiny_loaded, tokenizer_of, word_tokenizer
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.codecs.integer import Int8
@@ -21,7 +19,6 @@ from gpt2.evaluation import asking
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
 from gpt2.evaluation.tasks import TASKS, Source, frequent_words, measure
 from gpt2.report import plots, tables
-from gpt2.text.texts import start_tokens
 
 LENGTH = 900  # a token is a character here
 
@@ -131,6 +128,28 @@ def test_what_makes_no_prompt_is_an_error(source, name):
             TASKS[name].build(replace(source, tokenizer=word_tokenizer()), LENGTH, 0)
 
 
+def test_a_text_without_spaces_gives_an_error_on_the_text_not_on_the_context(source):
+    characters = "".join(map(chr, range(0x4E00, 0x4E00 + 90)))
+    for tokenizer, text, message in (
+        (tokenizer_of(characters + "\n", unk_token="\n"), (characters + "\n") * 40,
+         "too few spaces between words: give another --text, or leave it out"),
+        (source.tokenizer, "extraordinarily long words " * 200,
+         "passages of 12 words have more than 63 tokens: give another --text"),
+    ):  # fmt: skip
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+        with pytest.raises(PluginError, match=message):
+            TASKS["copying"].build(Source(tokenizer, ids), LENGTH, 0)
+
+
+def test_a_context_of_half_a_million_tokens_has_room_for_pairs():
+    class Counting(Source):
+        def encode(self, text: str) -> range:
+            return range(len(text) // 8)
+
+    draft = TASKS["key_value"].draft(Counting(None, torch.empty(0)), 500_000, np.random.default_rng(0))
+    assert len(draft.answers[0]) == 5
+
+
 def measured(long_reader, source, caches: dict) -> list[dict]:
     """Of every task once. Nothing is generated, which would take nine tenths of the time: test_needle shows that."""
     with pytest.MonkeyPatch.context() as patch:
@@ -219,41 +238,3 @@ def test_bad_input_is_one_clear_line(script, rejects):
         (["--context-lengths", "600"], "longer than the 512"), (["--context-lengths", "60"], "too few, it needs about"),
         (["--tasks", "key_value", "--context-lengths", "64"], "task key_value: 48 tokens for the prompt are too few"),
     ])  # fmt: skip
-
-
-def test_a_text_without_spaces_gives_an_error_on_the_text_not_on_the_context():
-    characters = "".join(map(chr, range(0x4E00, 0x4E00 + 90)))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_characters(characters + "\n"), unk_token="\n")
-    ids = torch.tensor(tokenizer((characters + "\n") * 40, add_special_tokens=False).input_ids)
-    with pytest.raises(PluginError, match="too few spaces between words: give another --text, or leave it out"):
-        TASKS["copying"].build(Source(tokenizer, ids), 900, 0)
-    reader = char_tokenizer()
-    ids = torch.tensor(reader("extraordinarily long words " * 200, add_special_tokens=False).input_ids)
-    with pytest.raises(PluginError, match="passages of 12 words have more than 63 tokens: give another --text"):
-        TASKS["copying"].build(Source(reader, ids), 900, 0)
-
-
-def _characters(characters: str, bos: str | None = None) -> Tokenizer:
-    """A tokenizer of single characters, which leaves out those that it doesn't know."""
-    vocabulary = {token: i for i, token in enumerate([*([bos] if bos else []), *dict.fromkeys(characters)])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
-    return tokenizer
-
-
-def test_a_start_token_is_found_without_a_letter_a():
-    """As in a vocabulary of the four bases of DNA."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_characters("ACGT", "<s>"), bos_token="<s>")
-    assert tokenizer("a").input_ids == [0] and start_tokens(tokenizer).tolist() == [0]
-
-
-def test_a_context_of_half_a_million_tokens_has_room_for_pairs():
-    class Counting(Source):
-        def encode(self, text: str) -> range:
-            return range(len(text) // 8)
-
-    draft = TASKS["key_value"].draft(Counting(None, torch.empty(0)), 500_000, np.random.default_rng(0))
-    assert len(draft.answers[0]) == 5

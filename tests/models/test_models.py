@@ -106,6 +106,18 @@ def test_a_damaged_folder_is_one_line(tmp_path, monkeypatch, case):
     one_line(str(tmp_path), *MESSAGES.get(case, ["can't load model"]))
 
 
+def test_a_user_without_a_home_needs_a_folder_named(tmp_path, monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.setenv("KV_PLUGIN_CACHE", str(tmp_path))
+    assert embedded.cache_folder() == tmp_path
+    monkeypatch.delenv("KV_PLUGIN_CACHE")
+    with pytest.raises(PluginError, match="KV_PLUGIN_CACHE can name another"):
+        embedded.cache_folder()
+
+
 @pytest.mark.parametrize(("how", "message"), [
     *(({"device": device}, f"unknown device '{device}': use auto, cpu, cuda or cuda:N")
       for device in ("tpu", "", "cuda:x", "cpu:cpu")),
@@ -211,15 +223,3 @@ def test_a_config_whose_head_counts_only_some_attention_takes_has_a_geometry():
 def test_a_cache_for_a_model_that_was_loaded_otherwise_is_rejected():
     with pytest.raises(PluginError, match="gpt2.models.loading.load returns it, got LlamaForCausalLM"):
         from_preset("kv4", tiny_model("llama"))
-
-
-def test_a_user_without_a_home_needs_a_folder_named(tmp_path, monkeypatch):
-    def nowhere():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", nowhere)
-    monkeypatch.setenv("KV_PLUGIN_CACHE", str(tmp_path))
-    assert embedded.cache_folder() == tmp_path
-    monkeypatch.delenv("KV_PLUGIN_CACHE")
-    with pytest.raises(PluginError, match="KV_PLUGIN_CACHE can name another"):
-        embedded.cache_folder()

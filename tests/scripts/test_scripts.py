@@ -187,6 +187,14 @@ def test_bad_input_is_one_clear_line(command, message, tiny_flags, tmp_path, cap
     assert listing(tmp_path) == before, "nothing may be left behind"
 
 
+def test_a_model_without_a_tokenizer_is_no_short_text(tiny_flags, tmp_path, capsys):
+    """transformers makes an empty tokenizer for some families where there are no files of one."""
+    tiny_model("qwen2").save_pretrained(tmp_path / "bare")
+    for flags in (["--document", "words.txt"], ["--prompt", "w5 w6 w7"]):
+        assert run(GENERATE, "--model", "bare", "--preset", "kv4", *flags) == 2
+        assert "the model's tokenizer makes no token of" in capsys.readouterr().err
+
+
 def test_the_text_to_time_calibration_on_is_counted_before_calibrations_run(tiny_flags, monkeypatch, capsys):
     """Of 1,800 tokens."""
     popen, said = subprocess.Popen, []

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import PreTokenizer, Split, WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gpt2.models.loading import LoadedModel, wrap
@@ -70,6 +71,17 @@ def char_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character of ASCII, for texts with names and numbers; as many ids as the tiny models have."""
     characters = ["\n", *map(chr, range(ord(" "), ord("~")))]
     return _tokenizer(characters, Split(Regex(r"[\s\S]"), "isolated"), decoder=Fuse())
+
+
+def tokenizer_of(characters: str, start: str | None = None, **special: str) -> PreTrainedTokenizerFast:
+    """One token per character, and none for a character that it doesn't know; `start` comes before every text."""
+    vocabulary = {token: i for i, token in enumerate([*([start] if start else []), *dict.fromkeys(characters)])}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = Split(Regex(r"[\s\S]"), "isolated"), Fuse()
+    if start:
+        tokenizer.post_processor = TemplateProcessing(single=f"{start} $A", special_tokens=[(start, 0)])
+        special["bos_token"] = start
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def tiny_loaded(family: str = "llama", tokenizer=None, **overrides) -> LoadedModel:

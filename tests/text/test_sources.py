@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bad_files import watched
-from tiny import word_text, word_tokenizer
+from tiny import tokenizer_of, word_text, word_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from gpt2.common.errors import PluginError
@@ -17,6 +17,7 @@ from gpt2.models import random_weights
 from gpt2.models.embedded import EMBEDDED
 from gpt2.models.loading import read_config
 from gpt2.text.sources import PARTS, by_official_split, by_position, default_text, load_text
+from gpt2.text.texts import start_tokens
 
 # Every word once, so that an overlap shows
 NUMBERED = "\n".join(" ".join(f"n{i}" for i in range(a, a + 10)) for a in range(0, 3000, 10))
@@ -70,6 +71,12 @@ def test_parts_of_tokens_have_no_start_token_in_the_middle_and_every_segment_has
     assert torch.equal(found, joined[: len(found)]), "no token is lost between segments"
     with pytest.raises(PluginError, match="room for the start token alone: give --eval-seq-len 2 or more"):
         text.segments("calibration", reader, 1, flag="--eval-seq-len")
+
+
+def test_a_start_token_is_found_without_a_letter_a():
+    """As in a vocabulary of the four bases of DNA."""
+    tokenizer = tokenizer_of("ACGT", "<s>")
+    assert tokenizer("a").input_ids == [0] and start_tokens(tokenizer).tolist() == [0]
 
 
 @pytest.mark.parametrize(("seed", "length"), [(None, 7), (0, 64), (1, 7), (None, 64)])

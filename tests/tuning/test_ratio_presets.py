@@ -14,7 +14,7 @@ from pictures import draw_nothing
 from sampling import ALL, sampled
 from script_runs import listing, run
 from searches import search_of
-from tiny import save_tiny, word_text
+from tiny import save_tiny
 
 from gpt2.common import files, tensor_file
 from gpt2.common.errors import BadArtefact, PluginError
@@ -23,7 +23,6 @@ from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import load_calibration, save_calibration
 from gpt2.compression.presets import create_cache_from_preset, load_preset
 from gpt2.compression.settings import Setting
-from gpt2.text import sources
 from gpt2.tuning import ratio_presets
 from gpt2.tuning.codec_search import CodecSearch
 from gpt2.tuning.search_space import Choice
@@ -60,6 +59,17 @@ def test_the_calibration_is_compact_and_used_again(llama, calibration, tmp_path,
     assert all(map(torch.equal, again.multi_head["framed"].E, first.multi_head["framed"].E))
     made(seed=1)
     assert "will be replaced" in capsys.readouterr().out and load_calibration(path).meta["seed"] == 1
+
+
+def test_a_users_file_is_not_replaced_by_a_calibration(llama, tmp_path):
+    """Such as a preset: what other scripts read is called --calibration."""
+    (tmp_path / "preset.json").write_text("{}")
+    tensor_file.write(tmp_path / "model.pt", {"weight": torch.zeros(2)})
+    for path in (tmp_path / "preset.json", tmp_path / "model.pt"):
+        before = path.read_bytes()
+        with pytest.raises(PluginError, match="is no calibration and would be replaced"):
+            ratio_presets.compact_calibration(llama, TEXT, path, codec="framed", **SMALL)
+        assert path.read_bytes() == before
 
 
 @pytest.fixture
@@ -235,16 +245,3 @@ def test_a_preset_says_both_ratios_where_layers_differ_and_makes_the_caches_that
         tuned = search.factory(Choice(f"{preset['codec']}+mixed", setting, "kv", 4))()
         assert bits(tuned) == bits(make(context_length=1024)) != bits(make())
     assert generates(loaded.model, make())
-
-
-def test_a_users_file_is_not_replaced_by_a_calibration(llama, tmp_path):
-    """Such as a preset: what other scripts read is called --calibration."""
-    (tmp_path / "words.txt").write_text(word_text(300))
-    text, how = sources.load_text(str(tmp_path / "words.txt")), dict(samples=1, seq_len=80, seed=0, sink_tokens=4)
-    (tmp_path / "preset.json").write_text("{}")
-    tensor_file.write(tmp_path / "model.pt", {"weight": torch.zeros(2)})
-    for path in (tmp_path / "preset.json", tmp_path / "model.pt"):
-        before = path.read_bytes()
-        with pytest.raises(PluginError, match="is no calibration and would be replaced"):
-            ratio_presets.compact_calibration(llama, text, path, codec="framed", **how)
-        assert path.read_bytes() == before

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache import keeping
 from gpt2.compression.cache.size import cache_bytes
-from gpt2.compression.compressed_cache import CompressedDynamicCache
+from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.presets.any_model import preset_for_any_model
 from gpt2.compression.settings import compressors_for
 from gpt2.models.geometry import Geometry
@@ -114,6 +114,32 @@ def test_from_a_lossy_cache_it_is_said(filled, warnings):
         filled.to_preset(preset_for_any_model("kv8", "llama", Geometry.uniform(4, 2, 12)))
     with pytest.raises(PluginError, match="of different models"):
         keeping.from_cache(DynamicCache(), preset_for_any_model("kv8", "llama", Geometry.uniform(3, 2, 12)))
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_a_cache_of_a_number_of_layers_is_coded_anew(model, read):
+    """Its geometry has no shapes: what it holds tells them."""
+    cache, direct = identity_cache(3), cache_of(None)
+    if read:
+        for each in (cache, direct):
+            feed(model, each, ids_of(150))
+    found = cache.to_preset(direct.recipe.preset)
+    assert found.get_seq_length() == cache.get_seq_length()
+    if read:  # deeper layers read what the first one lost
+        assert all(map(torch.equal, found.layers[0].read(), direct.layers[0].read()))
+
+
+def test_a_window_that_is_coded_anew_twice_knows_where_it_begins():
+    model, geometry = model_of("mistral"), geometry_of("mistral")
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    feed(model, cache, ids_of(333))
+    cache.crop(0)
+    once = keeping.from_cache(cache, preset_for_any_model("kv8", "mistral", geometry), model=model)
+    twice = once.to_preset(preset_for_any_model("kv4", "mistral", geometry), model=model)
+    for each in (once, twice):
+        with pytest.raises(RuntimeError, match="has forgotten what the 330 tokens that stay would see"):
+            copy.deepcopy(each).crop(-3)
 
 
 # --- parked

@@ -4,10 +4,11 @@ import functools
 
 import pytest
 import torch
-from direct import SETTINGS, both
+from direct import SETTINGS, both, named_cache
 from direct import cache_of as setting_cache_of
 from generation import generate, model_of, prompt
 from sampling import covering
+from stores import transform
 from tiny import tiny_loaded
 from transformers import DynamicCache
 
@@ -126,6 +127,31 @@ def test_a_batch_that_is_rejected_does_not_count_as_padding(rows, others):
     with pytest.raises(PluginError, match=f"holds a batch of {rows}, got {others} sequences"):
         cache.update(*first[:, :1].expand(2, others, -1, -1, -1), 0)
     torch.testing.assert_close(cache.update(*more, 0), same.update(*more, 0))
+
+
+def test_what_is_rejected_tells_nothing_of_padding():
+    """A cache of another model's compressors: its first batch had no padding, the next has."""
+    model, right = model_of("llama"), model_of("llama", num_key_value_heads=4)
+    each = [Compressor(QUANTIZERS["int8"], transform(12, groups=4, width=12))] * 3
+    fresh, used, other = (CompressedDynamicCache(each, each) for _ in range(3))
+    ids, mask = batch((29, 40), 40)
+    padded = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
+    with pytest.raises(PluginError, match="calibrated for 4 groups"):
+        model(prompt(20, batch=2, seed=5), past_key_values=used)
+    logits = [right(ids, **padded, past_key_values=cache).logits for cache in (fresh, used)]
+    assert used.padding.tolist() == fresh.padding.tolist() == [11, 0]
+    assert torch.equal(*logits)
+    with pytest.raises(PluginError, match="calibrated for 4 groups"):
+        model(ids, **padded, past_key_values=other)
+    assert other.padding is None
+
+
+def test_a_prompt_of_one_token_that_is_fed_again_is_no_padding():
+    model = model_of("llama")
+    cache = named_cache("kv8", model)
+    with pytest.raises(PluginError, match="use_cache=False"):
+        generate(model, cache, prompt(1), use_cache=False)
+    assert cache.padding is None
 
 
 @pytest.mark.parametrize("chunk", [12, 4, 1])

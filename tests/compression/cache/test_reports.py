@@ -54,6 +54,20 @@ def test_what_follows_a_conversation_is_not_taken_for_it(family):
         assert torch.equal(generate(model, copy.deepcopy(cache), longer, max_new_tokens=5), expected)
 
 
+def test_a_text_said_again_elsewhere_where_few_channels_have_positions():
+    """As Pythia's and StableLM's: what follows has the lengths of a prompt given again, and its tokens."""
+    model = tiny_model("gpt_neox", hidden_size=128, num_attention_heads=2, rotary_pct=0.25)
+    before, said, after = prompt(4, seed=1), prompt(40, seed=2), prompt(4, seed=4)
+    for name in ("identity", "kv8"):
+        cache = cache_of(name, model)
+        logits(model, cache, torch.cat((before, said, after), dim=1), said)
+        assert cache.get_seq_length() == 88
+        cache = cache_of(name, model)
+        logits(model, cache, torch.cat((said, after), dim=1))
+        with pytest.raises(PluginError, match="a prompt of 40 tokens was given to a cache that holds it and 4"):
+            generate(model, cache, said)
+
+
 def test_a_text_said_twice_is_rejected_where_keys_have_no_positions():
     model, cache = bloom(), identity_cache(2)
     logits(model, cache, PROMPT)

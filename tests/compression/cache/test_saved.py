@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from bad_files import put
@@ -19,6 +20,7 @@ from kinds import KINDS, cut, feed, geometry_of, ids_of, model_of
 from presets import PRESET
 from safetensors import safe_open
 from sampling import ALL, covering
+from stores import transform
 from tiny import tiny_model
 from torch import Tensor
 
@@ -27,8 +29,10 @@ from gpt2.common.errors import BadArtefact, PluginError
 from gpt2.compression.cache import dynamic_cache, saved
 from gpt2.compression.cache.size import exact_and_unused_bytes
 from gpt2.compression.calibration.file import save_calibration
+from gpt2.compression.codecs import QUANTIZERS, Compressor, IdentityCompressor
 from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_cache
 from gpt2.compression.presets import create_cache_from_preset
+from gpt2.compression.presets.any_model import preset_for_any_model
 from gpt2.compression.settings import compressors_for
 from gpt2.models.geometry import Geometry
 
@@ -124,6 +128,40 @@ def test_what_is_written_to_a_loaded_cache_stays_out_of_the_file(good, model):
     assert good.read_bytes() == before and load(good, model=model).get_seq_length() == 150
 
 
+def test_what_was_loaded_in_inference_mode_goes_on_outside(model, tmp_path):
+    preset = preset_for_any_model("kv8", "llama", TINY_LLAMA)
+    cache = create_cache_from_preset(preset)
+    feed(model, cache, IDS)
+    path = cache.save(tmp_path / "c.safetensors", token_ids=IDS, model=model)
+    with torch.inference_mode():
+        loaded = load(path, into=create_cache_from_preset(preset))
+    for each in (cache, loaded):
+        each.crop(-20)
+    assert torch.equal(*(feed(model, each, ids_of(80, batch=2, seed=1)) for each in (cache, loaded)))
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    model, ids = model_of("mistral"), ids_of(300)
+    preset = preset_for_any_model("kv8", "mistral", geometry_of("mistral"))
+    cache = create_cache_from_preset(preset, model=model, sink_tokens=np.int64(8), recent_tokens=np.int32(5))
+    feed(model, cache, ids)
+    path = cache.save(tmp_path / "c.safetensors", token_ids=ids)
+    assert load(path, model=model).get_seq_length() == 300
+
+
+def test_a_file_of_a_preset_without_layers_and_a_model_with_windows(tmp_path):
+    """Made without the model, such a cache keeps what windows forget; so does the one that is loaded."""
+    model, ids, new = tiny_model("mistral", sliding_window=200), ids_of(300), ids_of(20, seed=1)
+    own = {"rank": 12, "target": "kv", "codec": "identity", "calibration_file": ""}
+    cache = create_cache_from_preset(PRESET | own)
+    feed(model, cache, ids)
+    path = cache.save(tmp_path / "c.safetensors", token_ids=ids, model=model)
+    for given in ({"model": model}, {"config": model.config}):
+        again = load(path, **given)
+        assert again.get_seq_length() == 300 and again.nbytes() <= cache.nbytes()
+    assert torch.equal(feed(model, again, new), feed(model, cache, new))
+
+
 def test_a_cache_of_compressors_is_loaded_into_one_like_it(model, tmp_path):
     cache = identity_cache(3)
     feed(model, cache, ids_of(30))
@@ -196,6 +234,19 @@ def test_files_of_other_kinds_and_of_other_models(good, tmp_path, model):
     smaller = tiny_model("llama", num_hidden_layers=2).config
     rejected("another model", load, good, config=smaller, error=BadArtefact)
     assert load(good, config=other.config).rows == 2, "a config tells layers alone"
+
+
+def test_a_file_that_does_not_fit_leaves_the_cache_empty(model, tmp_path):
+    """Found at a layer's V, where its K is filled."""
+    exact, int8, wide = IdentityCompressor(), QUANTIZERS["int8"], transform(12, groups=4, width=12)
+    cache, into = (CompressedDynamicCache([exact] * 3, [Compressor(int8, own)] * 3) for own in (None, wide))
+    ids = ids_of(90)
+    feed(model, cache, ids)
+    path = cache.save(tmp_path / "c.safetensors", token_ids=ids)
+    message = "c.safetensors: layer 0, V: the codec was calibrated for 4 groups"
+    rejected(message, load, path, into=into, error=BadArtefact)
+    feed(tiny_model("llama", num_key_value_heads=4), into, ids)
+    assert [len(store) for layer in into.layers for store in layer.stores.values()] == [90] * 6
 
 
 def rewritten(path: Path, header: dict | None = None, **tensors: Tensor | None) -> Path:
@@ -297,6 +348,40 @@ def test_a_prompt_continues_what_is_held_or_is_refused(good, model):
     rejected("at least one token more", cache.inputs, whole=IDS)
     rejected("either new=", cache.inputs)
     rejected(r"token ids \[2, n\]", cache.inputs, new=ids_of(4, batch=3))
+
+
+@pytest.mark.parametrize("form", ["n", "1n"])
+def test_rows_of_different_texts_are_asked_one_question(good, model, form):
+    cache, question = load(good, model=model), ids_of(7, seed=3)
+    expected = cache.inputs(new=question.repeat(2, 1))
+    found = cache.inputs(new=question[0] if form == "n" else question)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    model.generate(**found, past_key_values=cache, max_new_tokens=2, do_sample=False)
+
+
+def test_rows_of_one_text_are_left_to_beam_search(model):
+    cache, ids = cache_of(model), ids_of(70)
+    feed(model, cache, ids)
+    cache.held_tokens.ids = ids
+    cache.batch_repeat_interleave(3)
+    found = cache.inputs(new=ids_of(7, seed=3))
+    assert found["input_ids"].shape == (1, 77)
+    model.generate(**found, past_key_values=cache, num_beams=3, max_new_tokens=2, do_sample=False)
+
+
+def test_rows_of_a_hybrid_that_may_be_padded_need_a_mask():
+    """Its first layer keeps no K and V to find padding by: without a mask, padding would count as text."""
+    model, ids, new = model_of("lfm2"), ids_of(70, batch=2), ids_of(5, batch=2, seed=1)
+    mask = torch.ones_like(ids)
+    mask[0, :11] = ids[0, :11] = 0
+    cache = create_cache_from_preset(preset_for_any_model("kv8", "lfm2", geometry_of("lfm2")), model=model)
+    model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0), past_key_values=cache)
+    cache.held_tokens.ids = ids
+    rejected("give mask=", cache.inputs, new=new)
+    mask = torch.cat((mask, torch.ones_like(new)), dim=1)
+    assert torch.equal(cache.inputs(new=new, mask=mask)["attention_mask"], mask)
+    cache.batch_select_indices(torch.tensor([1]))
+    assert cache.inputs(new=new[1:])["attention_mask"].all()
 
 
 # --- a pickled cache is read by the version that made it, and by no other

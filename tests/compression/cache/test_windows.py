@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from direct import both, close
+from generation import generate
 from sampling import ALL, covering, sampled
 from stores import COMPRESSORS, D, H
 from tiny import tiny_model, windows
@@ -159,6 +160,17 @@ def test_a_long_prompt_leaves_no_more_than_its_window(codec):
         slowly.update(part, part, 0)
     assert cache_bytes(at_once) <= 1.1 * cache_bytes(slowly)
     assert all(map(torch.equal, at_once.layers[0].read(), slowly.layers[0].read()))
+
+
+def test_after_a_reset_windows_forget_again():
+    """Also where an answer before it was speculated, for which the past is recorded."""
+    model = model_of(200, H)
+    used, fresh = (cache_of("kv8", 200, (4, 0), layers=2) for _ in range(2))
+    generate(model, used, windows(1, 40).repeat(1, 2), prompt_lookup_num_tokens=3)
+    used.reset()
+    for each in (used, fresh):
+        streamed(model, each, [90] * 10)
+    assert used.nbytes() == fresh.nbytes()
 
 
 # --- work per token
