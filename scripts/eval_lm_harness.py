@@ -11,14 +11,11 @@ lose nothing there. This script feeds context and continuation through the cache
 """
 
 import argparse
-import difflib
-import os
 from pathlib import Path
 
 from gpt2 import cli
 from gpt2.common import files
-from gpt2.common.errors import PluginError
-from gpt2.evaluation.harness import harness_class, harness_model
+from gpt2.evaluation.harness import harness_class, harness_model, require_tasks
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
 
 
@@ -43,11 +40,7 @@ def main() -> None:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(args.task_folder) if args.task_folder else None)
-    known = manager.all_tasks
-    if unknown := [name for name in args.tasks if name.partition("@")[0] not in known and not os.path.isfile(name)]:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ": give a task of the harness, or one of --task-folder"
-        raise PluginError(f"--tasks: no task {unknown[0]!r}{hint}")
+    require_tasks(manager, args.tasks)
     script = cli.open_script(args)
     loaded, (output, _) = script.loaded, script.output_files("lm_harness")
     chosen = cli.chosen_caches(args, loaded)

@@ -87,7 +87,7 @@ def decoding_greedily(model: PreTrainedModel) -> Iterator[None]:
 
     With others, such as beams, n-grams that mustn't be repeated or a kind of cache, it would reject a cache, return
     something else, or keep the model from repeating what a prompt says. `generate` fills settings that a call leaves
-    out, or gives as None, from the model's own, so that these have to go.
+    out from the model's own, so that these have to go.
     """
     own = model.generation_config
     ids = {name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -7,6 +7,10 @@ chunk by chunk through a cache, as in `evaluation.perplexity`, and generation us
 
 from __future__ import annotations
 
+import difflib
+import os
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,6 +46,15 @@ def streaming(base: type) -> type:
             return super()._model_generate(context, *args, **more, **kwargs)
 
     return StreamingLM
+
+
+def require_tasks(manager, names: Sequence[str]) -> None:
+    """Raise PluginError for a name that lm-eval's TaskManager doesn't know and that is no file of a task."""
+    known = manager.all_tasks
+    if unknown := [name for name in names if name.partition("@")[0] not in known and not os.path.isfile(name)]:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ": give a task of the harness, or one of --task-folder"
+        raise PluginError(f"--tasks: no task {unknown[0]!r}{hint}")
 
 
 def harness_class() -> type:

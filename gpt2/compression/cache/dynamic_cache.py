@@ -11,7 +11,6 @@ pickle reject it, because the same bytes may mean something else to them.
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import logging
@@ -124,9 +123,7 @@ class CompressedDynamicCache(Keeping):
             raise PluginError(
                 f"the model has no attention in layer {self._first}, where this cache expects it: {OF_ANOTHER_MODEL}"
             )
-        known = self._padding
         if layer_idx == 0:  # deeper, K and V of padding differ
-            known = copy.copy(known)  # whose tensors are replaced, never changed
             layer.check_shapes(key_states, value_states)  # before what is rejected counts as padding
             self.look_for_padding(key_states, value_states)
         if self._padding.changing:
@@ -136,9 +133,9 @@ class CompressedDynamicCache(Keeping):
         try:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except PluginError:  # what is rejected tells nothing of padding
-            if known is not self._padding and self._padding.changing:
-                self._padding = known
-                layer.set_padding(known.found)
+            if layer_idx == 0 and self._padding.changing:
+                self._padding.unsee()
+                layer.set_padding(self._padding.found)
             raise
 
     def look_for_padding(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -209,8 +206,6 @@ class CompressedDynamicCache(Keeping):
         self._drops_at = self.geometry.drops_at
         for layer in self.layers:
             clear_states(layer)
-            if hasattr(layer, "record_past"):  # else windows never forget again after an answer that was speculated
-                layer.record_past = False
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`, also of recurrent states, which transformers' own cache can't select."""

@@ -293,6 +293,10 @@ class CompressedSlidingLayer(CompressedLayer):
     def activate_past_recording(self) -> None:
         self.record_past = True
 
+    def reset(self) -> None:
+        super().reset()
+        self.record_past = False  # else it never forgets again after an answer that was speculated
+
     def store(self, key_states: Tensor, value_states: Tensor) -> None:
         reach, n = self.sliding_window - 1, key_states.shape[2]
         visible = min(self.get_seq_length(), reach) + n

@@ -171,11 +171,12 @@ def map_states(layer, fn: Callable[[Tensor], Tensor]) -> None:
 
 
 def clear_states(layer) -> None:
-    """Drop the states of a layer that has any, so that the next may be of another batch size.
+    """Drop the states of a layer that has any, so that the next may be of another batch size, and keep no past ones.
 
-    transformers only sets them to zero.
+    transformers only sets them to zero, and goes on recording after an answer that was speculated.
     """
     for states, initialized in _states(layer):
+        layer.record_past = False
         for index in states:
             states[index], initialized[index], layer.has_previous_state[index] = None, False, False
 

@@ -31,6 +31,7 @@ class PaddingFinder:
         self.open: Tensor | None = None  # [B], rows that were padding to their end so far
         self.first: tuple[Tensor, ...] | None = None  # [B, H, 1, d] each, K and V of the first slot
         self.changing = False  # whether the newest keys could tell
+        self._before = None, None, None  # rows, open and first without them
 
     def see(self, *states: Tensor) -> None:
         """Take in the first layer's new K and V [B, H, n, d], from the first call on."""
@@ -38,6 +39,7 @@ class PaddingFinder:
         self.changing = usual and (self.open is None or bool(self.open.any()))
         if not self.changing:
             return
+        self._before = self.rows, self.open, self.first  # none of which is changed in place once `see` is through
         states, count = tuple(x.detach() for x in states), len(states[0])
         if self.first is None:
             self.first = tuple(x[:, :, :1].clone() for x in states)
@@ -49,6 +51,11 @@ class PaddingFinder:
         self.rows[~self.open & (self.rows < 2) & ~self._like_padding()] = 0  # one slot that is like itself
         if not self.open.any() and not self.rows.any():
             self.rows = None
+
+    def unsee(self) -> None:
+        """Forget what the latest `see` took in: its keys were rejected."""
+        if self.changing:
+            self.rows, self.open, self.first = self._before
 
     @property
     def found(self) -> Tensor | None:
