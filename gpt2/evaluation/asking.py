@@ -70,7 +70,7 @@ def reply(
     held = cache_bytes(cache)
     # Both figures need the cache of the prompt alone, and not every cache can be cropped back to it
     log_p = _answer_log_p(loaded, copy.deepcopy(cache), ids, answer_ids)
-    return Reply(_generated(loaded, cache, fed, max_new_tokens), log_p, len(answer_ids), len(ids), held)
+    return Reply(generated_text(loaded, cache, fed, max_new_tokens), log_p, len(answer_ids), len(ids), held)
 
 
 def _answer_log_p(loaded: LoadedModel, cache: Cache, ids: Tensor, answer_ids: Tensor) -> float:
@@ -115,7 +115,7 @@ def greedy(
     return tokens[:, ids.shape[1] :]
 
 
-def _generated(loaded: LoadedModel, cache: Cache, ids: Tensor, max_new_tokens: int) -> str:
+def generated_text(loaded: LoadedModel, cache: Cache, ids: Tensor, max_new_tokens: int) -> str:
     return loaded.tokenizer.decode(greedy(loaded, cache, ids, max_new_tokens)[0], skip_special_tokens=True)
 
 

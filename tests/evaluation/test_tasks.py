@@ -153,7 +153,7 @@ def test_a_context_of_half_a_million_tokens_has_room_for_pairs():
 def measured(long_reader, source, caches: dict) -> list[dict]:
     """Of every task once. Nothing is generated, which would take nine tenths of the time: test_needle shows that."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(asking, "_generated", lambda *args: "nothing")
+        patch.setattr(asking, "generated_text", lambda *args: "nothing")
         return measure.measure(long_reader, source.haystack, caches, lengths=[LENGTH], trials=1)
 
 

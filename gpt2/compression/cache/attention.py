@@ -40,7 +40,7 @@ PROBE_TOKENS, PROBE_STEPS = 12, 2
 SAME = 1e-3  # largest accepted change of a logit in the trial run, relative to the largest logit, in float32
 ALWAYS, AUTO = "always", "auto"
 WHEN = {ALWAYS: "codes are read at every decode step", AUTO: "codes are read where that was measured to be faster"}
-_STATE = "_compressed_attention"
+STATE = "_compressed_attention"  # attribute of a model and its modules that holds their Reader
 # Held while a model is switched: a second thread would take our attention for the model's own. Reentrant, because
 # enabling disables again where a model is rejected
 _SWITCHING = threading.RLock()
@@ -95,7 +95,7 @@ def enable_compressed_attention(model: PreTrainedModel, when: str = ALWAYS) -> P
         own = unwrapped(model)
         if not is_enabled(own):
             _enable(own)
-        reader = getattr(own, _STATE)
+        reader = getattr(own, STATE)
         reader.when, reader.told = when, False
     return model
 
@@ -124,7 +124,7 @@ def _enable(model: PreTrainedModel) -> PreTrainedModel:
         expected = _probe(model, DynamicCache(config=model.config))
         reader = Reader(model.config, _implementations(model), _hooked(model))
         for module in _watched(model):
-            setattr(module, _STATE, reader)
+            setattr(module, STATE, reader)
         model.set_attn_implementation(NAME)
         _check_probe(model, expected)
     except UnsupportedModel:
@@ -143,12 +143,12 @@ def disable_compressed_attention(model: PreTrainedModel) -> PreTrainedModel:
     own = unwrapped(model)
     with _SWITCHING:
         if is_enabled(own):
-            reader = getattr(own, _STATE)
+            reader = getattr(own, STATE)
             reader.enabled = False
             for hook in reader.hooks:
                 hook.remove()
             for module in _watched(own):
-                vars(module).pop(_STATE, None)
+                vars(module).pop(STATE, None)
             own.set_attn_implementation(reader.previous)
     return model
 
@@ -183,7 +183,7 @@ def _hooked(model: PreTrainedModel) -> list:
 
 def is_enabled(model: PreTrainedModel) -> bool:
     """Whether compressed attention is enabled for a model."""
-    return _STATE in vars(unwrapped(model))
+    return STATE in vars(unwrapped(model))
 
 
 def compressed_attention(
@@ -288,7 +288,7 @@ def _plain(
 
 def _begin_reading(module, args, kwargs) -> None:
     _check_mask(args, kwargs)
-    reader = getattr(module, _STATE, None)
+    reader = getattr(module, STATE, None)
     _set_reader(kwargs, reader if reader is not None and reader.active else None)
 
 

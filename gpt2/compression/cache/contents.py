@@ -48,7 +48,7 @@ def taken_apart(cache: Cache) -> tuple[dict, Named]:
     """Plain values that fit CONTENTS, and tensors in parts along their third dimension, by name; nothing is copied."""
     tensors: Named = {}
     layers = [_layer_record(layer, f"layers.{index}", tensors) for index, layer in enumerate(cache.layers)]
-    found = cache._padding
+    found = cache.padding_finder
     if found.open is not None:
         _put(tensors, "padding", {"rows": found.rows, "open": found.open})
         _put(tensors, "padding.first", dict(enumerate(found.first)))
@@ -69,7 +69,7 @@ def fill(
         take = _Taken(left, f"layers.{index}", device_of(index))
         _fill_layer(layer, own, take, geometry.layers[index])
     if record["padded"]:
-        _fill_padding(cache._padding, _Taken(left, "padding", device_of(0)), geometry.layers[0])
+        _fill_padding(cache.padding_finder, _Taken(left, "padding", device_of(0)), geometry.layers[0])
     _expect(not left, f"tensors that no layer has: {', '.join(sorted(left)[:3])}")
     ours = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
     held = {(layer.is_initialized, layer.get_seq_length()) for layer in ours}
@@ -135,7 +135,7 @@ def _store_record(store: TokenStore, name: str, tensors: Named) -> dict:
     tensors |= {f"{name}.blocks.{field}": stored.views() for field, stored in held.items()}
     return {
         "forgotten": store.forgotten, "dropped_blocks": store.dropped_blocks, "visible": store.visible,
-        "fields": list(held), "sketch": _sketch(store), "end": own._end, "complete": own.complete,
+        "fields": list(held), "sketch": _sketch(store), "end": own.end, "complete": own.complete,
     }  # fmt: skip
 
 
@@ -261,7 +261,7 @@ def _fill_own_sinks(store: TokenStore, own: dict, take: _Taken) -> None:
     )  # fmt: skip
     fits = fits and own["end"] <= store.seen + sinks.count
     _expect(both and fits, f"{take.prefix}: sinks of padded rows don't match")
-    sinks.padding, sinks.complete, sinks._end = padding, own["complete"], own["end"]
+    sinks.padding, sinks.complete, sinks.end = padding, own["complete"], own["end"]
     # Both are written to as tokens come, and a store of a fork has its own
     sinks.tokens, sinks.kept = (None if x is None else x.clone() for x in (tokens, kept))
 

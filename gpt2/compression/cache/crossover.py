@@ -155,7 +155,7 @@ def _measure(found: Crossover, key: StoredKV, query: Tensor, ways: tuple[Step, S
     began = 0.0
     for tokens in LENGTHS + GPU_LENGTHS * gpu:
         started = clock()
-        _fill(layer, key, tokens, generator)
+        fill(layer, key, tokens, generator)
         for way in ways:
             way(q, StoredKV(layer))
         if not found.tokens:  # begin here, after kernels were compiled
@@ -202,7 +202,7 @@ class Crossovers:
             return found
         with self._lock:
             if self._found[kind] is None:  # another thread may have measured it meanwhile
-                self._held = self._read() | self._all()  # and so may another process
+                self._held = self.read() | self._all()  # and so may another process
                 found = self._all().get(str(kind)) or self._keep(kind, measure())
                 self._found[kind], self._slower = found, None
             return self._found[kind]
@@ -210,10 +210,11 @@ class Crossovers:
     def _all(self) -> dict[str, Crossover]:
         with self._lock:
             if self._held is None:
-                self._held = self._read()
+                self._held = self.read()
             return self._held
 
-    def _read(self) -> dict[str, Crossover]:
+    def read(self) -> dict[str, Crossover]:
+        """All that the file holds; nothing of a file that is missing or damaged."""
         try:
             held = schema.read_json(self._path(), "file of crossovers")["crossovers"]
             parsed = schema.Record(others=SCHEMA).parse(held, ())
@@ -301,7 +302,7 @@ def _empty_like(key: StoredKV) -> CompressedLayer:
     return layer
 
 
-def _fill(layer: CompressedLayer, key: StoredKV, tokens: int, generator: torch.Generator) -> None:
+def fill(layer: CompressedLayer, key: StoredKV, tokens: int, generator: torch.Generator) -> None:
     """Append noise until a layer holds so many tokens, in the shapes of `key`."""
     more = tokens - layer.get_seq_length() if layer.is_initialized else tokens
     x = [

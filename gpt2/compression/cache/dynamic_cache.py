@@ -82,7 +82,7 @@ class CompressedDynamicCache(Keeping):
             layers=[make_layer(own, i, k, v, sink_tokens, recent_tokens) for i, (own, k, v) in enumerate(each)]
         )
         self._first = next((i for i, layer in enumerate(self.layers) if isinstance(layer, CompressedLayer)), None)
-        self._padding = PaddingFinder()
+        self.padding_finder = PaddingFinder()
         self.held_tokens = HeldTokens()
         self.geometry, self.recipe = geometry or Geometry(layers), recipe
         self._drops_at = self.geometry.drops_at  # None also after it was said
@@ -93,10 +93,10 @@ class CompressedDynamicCache(Keeping):
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"stored_by": _version()}
+        return self.__dict__ | {"stored_by": storage_version()}
 
     def __setstate__(self, state: dict) -> None:
-        if state.pop("stored_by", None) != _version():
+        if state.pop("stored_by", None) != storage_version():
             raise PluginError("this cache was pickled by another version of the code: run its tokens through the model "
                               "again, with a new cache")  # fmt: skip
         self.__dict__.update(state)
@@ -126,21 +126,21 @@ class CompressedDynamicCache(Keeping):
         if layer_idx == 0:  # deeper, K and V of padding differ
             layer.check_shapes(key_states, value_states)  # before what is rejected counts as padding
             self.look_for_padding(key_states, value_states)
-        if self._padding.changing:
-            layer.set_padding(self._padding.found)
+        if self.padding_finder.changing:
+            layer.set_padding(self.padding_finder.found)
         if self._drops_at and layer_idx == self._first:
             self._warn_near_drop(layer.get_seq_length() + key_states.shape[2])
         try:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except PluginError:  # what is rejected tells nothing of padding
-            if layer_idx == 0 and self._padding.changing:
-                self._padding.unsee()
-                layer.set_padding(self._padding.found)
+            if layer_idx == 0 and self.padding_finder.changing:
+                self.padding_finder.unsee()
+                layer.set_padding(self.padding_finder.found)
             raise
 
     def look_for_padding(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take in the first layer's new K and V [B, H, n, d], which tell how much padding rows begin with."""
-        self._padding.see(key_states, value_states)
+        self.padding_finder.see(key_states, value_states)
 
     def _warn_near_drop(self, length: int) -> None:
         """Say once, before it happens, that transformers drops this cache; a prompt beyond the length keeps it."""
@@ -189,20 +189,20 @@ class CompressedDynamicCache(Keeping):
                 layer.crop(removed)
         for layer, own in each:
             layer.crop(own)
-        for known in (self._padding, self.held_tokens):
+        for known in (self.padding_finder, self.held_tokens):
             known.crop(self.get_seq_length())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows `beam_idx` in the place of all."""
         self.check_awake()
         super().reorder_cache(beam_idx)
-        for known in (self._padding, self.held_tokens):
+        for known in (self.padding_finder, self.held_tokens):
             known.map_(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def reset(self) -> None:
         """Forget everything: the next conversation may have another batch size and padding."""
         super().reset()
-        self._padding, self.held_tokens, self.parked = PaddingFinder(), HeldTokens(), False
+        self.padding_finder, self.held_tokens, self.parked = PaddingFinder(), HeldTokens(), False
         self._drops_at = self.geometry.drops_at
         for layer in self.layers:
             clear_states(layer)
@@ -223,7 +223,7 @@ class CompressedDynamicCache(Keeping):
                 getattr(layer, operation)(argument)
             else:
                 map_states(layer, on_states)
-        for known in (self._padding, self.held_tokens):
+        for known in (self.padding_finder, self.held_tokens):
             known.map_(on_states)
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args, **kwargs) -> Tensor:
@@ -322,7 +322,7 @@ class CompressedDynamicCache(Keeping):
 
 
 @functools.cache
-def _version() -> str:
+def storage_version() -> str:
     """A digest of all sources that define how tokens are stored."""
     here = Path(__file__).parent
     sources = (*sorted(here.glob("*.py")), *sorted((here.parent / "codecs").glob("*.py")))

@@ -31,7 +31,7 @@ class Keeping(Cache):
     @property
     def rows(self) -> int:
         """Sequences held; 0 where the cache is empty."""
-        return next((layer._first.sinks.shape[0] for layer in self.compressed if layer.is_initialized), 0)
+        return next((layer.first_store.sinks.shape[0] for layer in self.compressed if layer.is_initialized), 0)
 
     @property
     def padding(self) -> Tensor | None:
@@ -40,7 +40,7 @@ class Keeping(Cache):
         known = (store.own_sinks.padding for store in stores)  # None of exact codecs
         stored = next((padding for padding in known if padding is not None), None)
         # The finder knows one slot of padding only by a row that has more, which a selection may have removed
-        return self._padding.found if stored is None else stored.cpu()
+        return self.padding_finder.found if stored is None else stored.cpu()
 
     @property
     def token_ids(self) -> Tensor | None:
@@ -93,7 +93,7 @@ class Keeping(Cache):
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.layers = [forked(layer) for layer in self.layers]
-        other._padding = forked_padding(self._padding)
+        other.padding_finder = forked_padding(self.padding_finder)
         other.held_tokens = HeldTokens(self.held_tokens.ids)
         return other
 

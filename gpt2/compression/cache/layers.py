@@ -108,7 +108,7 @@ class CompressedLayer(CacheLayerMixin):
                 f"layer {self.index}: a joint codec expects K and V of one shape, got {shapes}: use codecs that "
                 "compress K and V separately"
             )
-        for (side, store), x in zip(self.stores.items(), self._parts(key_states, value_states), strict=True):
+        for (side, store), x in zip(self.stores.items(), self.parts(key_states, value_states), strict=True):
             store.prepare(x, f"layer {self.index}, {side}")
         self.is_initialized = True
 
@@ -129,16 +129,16 @@ class CompressedLayer(CacheLayerMixin):
 
     def read(self) -> tuple[Tensor, Tensor]:
         """K and V of all tokens, [B, H, T, d] each, as they are stored."""
-        with without_autocast(self._first.sinks):
+        with without_autocast(self.first_store.sinks):
             read = [store.read() for store in self.stores.values()]
         return tuple(read) if len(read) == 2 else read[0].chunk(2, dim=1)
 
-    def _parts(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    def parts(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         """K and V as the stores take them: two tensors, or one of 2H heads."""
         return (torch.cat((keys, values), dim=1),) if "KV" in self.stores else (keys, values)
 
     @property
-    def _first(self) -> TokenStore:
+    def first_store(self) -> TokenStore:
         """The store of K, or of K and V together."""
         return next(iter(self.stores.values()))
 
@@ -148,9 +148,9 @@ class CompressedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         with without_autocast(key_states):
             self.check_shapes(key_states, value_states)
-            parts = self._parts(key_states, value_states)
+            parts = self.parts(key_states, value_states)
             if self.index == 0:
-                reject_repeated(self._first, parts[0])
+                reject_repeated(self.first_store, parts[0])
             self._begin_change()
             for store, x in zip(self.stores.values(), parts, strict=True):
                 store.append(x.detach() if x.requires_grad else x)
@@ -175,9 +175,9 @@ class CompressedLayer(CacheLayerMixin):
         """Reject K and V of a batch of another size and of another model's heads, where the layer holds tokens."""
         if not self.is_initialized:
             return
-        if key_states.shape[0] != self._first.sinks.shape[0]:
+        if key_states.shape[0] != self.first_store.sinks.shape[0]:
             raise PluginError(
-                f"the cache holds a batch of {self._first.sinks.shape[0]}, got {key_states.shape[0]} sequences: "
+                f"the cache holds a batch of {self.first_store.sinks.shape[0]}, got {key_states.shape[0]} sequences: "
                 "reset() it, make a new one, or use batch_repeat_interleave before beam search and num_return_sequences"
             )
         new = [(x.shape[1], x.shape[3]) for x in (key_states, value_states)]
@@ -199,7 +199,7 @@ class CompressedLayer(CacheLayerMixin):
             store.own_sinks.set_padding(None if padding is None else padding.to(where, copy=True))
 
     def get_seq_length(self) -> int:
-        return self._first.seen
+        return self.first_store.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         self._check_query(query_length)
@@ -231,7 +231,7 @@ class CompressedLayer(CacheLayerMixin):
         """Remove the last tokens. tokens_to_remove: negative, as in transformers; 0 does nothing."""
         removed = self.check_crop(tokens_to_remove)
         if removed and self.is_initialized:
-            with without_autocast(self._first.sinks):
+            with without_autocast(self.first_store.sinks):
                 self._begin_change()
                 for store in self.stores.values():
                     store.crop(removed)
@@ -249,7 +249,8 @@ class CompressedLayer(CacheLayerMixin):
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
             return
-        fn(self._first.sinks.new_empty(self._first.sinks.shape[0]))  # rows out of range fail here, before any change
+        # Rows out of range fail here, before any change
+        fn(self.first_store.sinks.new_empty(self.first_store.sinks.shape[0]))
         self._begin_change()
         for store in self.stores.values():
             store.map_(fn)
@@ -319,7 +320,7 @@ class CompressedSlidingLayer(CompressedLayer):
         """Drop what later queries don't see; K and V drop the same tokens."""
         if not self.is_initialized or self.record_past or self.inconsistent:
             return
-        held = len(self._first)
+        held = len(self.first_store)
         dropped = held - (self.sliding_window - 1)
         for store in [*self.stores.values()] * 2:  # twice, for what the second can't drop the first mustn't
             dropped = store.droppable(dropped) if dropped > 0 else 0
@@ -345,7 +346,7 @@ class CompressedSlidingLayer(CompressedLayer):
             )
         removed = super().check_crop(tokens_to_remove)
         left = self.get_seq_length() - removed
-        first = max(self._first.forgotten, self.begins)
+        first = max(self.first_store.forgotten, self.begins)
         if removed and left - min(left, self.sliding_window - 1) < first:
             raise RuntimeError(
                 f"crop of layer {self.index}: its sliding window of {self.sliding_window} tokens has forgotten what "

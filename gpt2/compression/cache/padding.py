@@ -117,7 +117,7 @@ class OwnSinks:
         self.tokens: Tensor | None = None  # [B, H, count + 1, d], the last of which is the first slot's
         self.kept: Tensor | None = None  # [B, count], those that were seen
         self.complete = False
-        self._end = 0  # slot behind the last
+        self.end = 0  # slot behind the last
         self._found: tuple | None = None  # what `_present` found last
         self._apart: tuple | None = None  # what `apart` made of that
         self._most: int | None = None  # largest padding
@@ -160,8 +160,8 @@ class OwnSinks:
         self.tokens[rows, :, slots] = x[rows, :, place[rows, slots]].to(self.tokens.dtype)
         self.kept[rows, slots] = True
         self._changed()
-        self._end = self._most_padding() + self.count
-        self.complete = bool(self.kept.all()) and self._end <= start + x.shape[2]
+        self.end = self._most_padding() + self.count
+        self.complete = bool(self.kept.all()) and self.end <= start + x.shape[2]
 
     def crop(self, length: int) -> None:
         """Forget all slots but the first `length`: other tokens may come in their place."""
@@ -174,7 +174,7 @@ class OwnSinks:
             self.kept = self.kept & (self._slots() < length)
         self.padding, self.complete = self.padding.clamp_max(length), False
         self._changed()
-        self._end = min(self._end, length + self.count)
+        self.end = min(self.end, length + self.count)
 
     def without_padding(self, x: Tensor, start: int) -> Tensor:
         """Tokens x [B, H, n, d] with copies of each row's next token in place of padding, which would widen scales.
@@ -265,7 +265,7 @@ class OwnSinks:
 
     def _present(self, start: int, length: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Rows, numbers in `tokens` and places of what is laid over `length` tokens from slot `start` on."""
-        end = min(length, self._end)
+        end = min(length, self.end)
         if self._found is None or self._found[0] != (start, end):
             place = self._slots() - start
             rows, slots = (self.kept & (place >= 0) & (place < length)).nonzero(as_tuple=True)

@@ -25,9 +25,9 @@ def recode(source: Cache, target) -> None:
     if len(source.layers) != len(target.layers):
         raise PluginError(f"the cache has {len(source.layers)} layers, and the new one {len(target.layers)}: they are "
                           "of different models")  # fmt: skip
-    ours = hasattr(source, "_padding")
+    ours = hasattr(source, "padding_finder")
     if ours:
-        target._padding = forked_padding(source._padding)
+        target.padding_finder = forked_padding(source.padding_finder)
     for index, (old, new) in enumerate(zip(source.layers, target.layers, strict=True)):
         if isinstance(new, CompressedLayer):
             _recode_layer(old, new, target, find_padding=index == 0 and not ours)
@@ -41,8 +41,8 @@ def _recode_layer(old, new: CompressedLayer, target, *, find_padding: bool) -> N
         return
     k, v, forgotten = held(old)
     if find_padding and not forgotten:
-        target._padding.see(k, v)
-    new.set_padding(target._padding.found)
+        target.padding_finder.see(k, v)
+    new.set_padding(target.padding_finder.found)
     new.lazy_initialization(k, v)
     begin = _begin(new, forgotten)
     if begin < forgotten:
@@ -55,7 +55,7 @@ def _recode_layer(old, new: CompressedLayer, target, *, find_padding: bool) -> N
     if hasattr(new, "record_past"):
         new.record_past = getattr(old, "record_past", False)
     with without_autocast(k):
-        for store, x in zip(new.stores.values(), new._parts(k, v), strict=True):
+        for store, x in zip(new.stores.values(), new.parts(k, v), strict=True):
             store.append(x)
     new.dtype, new.device, new.begins = old.dtype, old.device, forgotten
     new.forget()
@@ -74,8 +74,9 @@ def held(layer) -> tuple[Tensor, Tensor, int]:
         with without_autocast(store.sinks):
             read.append(store.read())
     k, v = read if len(read) == 2 else read[0].chunk(2, dim=1)
-    copies = max(layer.begins - layer._first.forgotten, 0)  # that fill a block, of a cache that was coded anew before
-    return k[:, :, copies:], v[:, :, copies:], layer._first.forgotten + copies
+    forgotten = layer.first_store.forgotten
+    copies = max(layer.begins - forgotten, 0)  # that fill a block, of a cache that was coded anew before
+    return k[:, :, copies:], v[:, :, copies:], forgotten + copies
 
 
 def _begin(layer: CompressedLayer, forgotten: int) -> int:

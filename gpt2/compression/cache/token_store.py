@@ -297,7 +297,7 @@ class TokenStore:
             size = self.compressor.block_tokens
             slots = max(first - S, 0) + self.lead, min(last, end) - S + self.lead
             low, high = slots[0] // size, -(-slots[1] // size)
-            encoded = {name: _joined(stored.views())[:, :, low:high] for name, stored in self.blocks.items()}
+            encoded = {name: joined(stored.views())[:, :, low:high] for name, stored in self.blocks.items()}
             parts.append(self.reconstruct(encoded, low)[:, :, slots[0] - low * size : slots[1] - low * size])
         parts.append(self.tail[:, :, max(first - end, 0) : max(last - end, 0)])
         return torch.cat(parts, dim=2)
@@ -317,7 +317,7 @@ class TokenStore:
 
     def _reconstruct(self, start_block: int) -> Tensor:
         """Reconstruction of whole blocks from `start_block` on, the lead included."""
-        encoded = {name: _joined(stored.views())[:, :, start_block:] for name, stored in self.blocks.items()}
+        encoded = {name: joined(stored.views())[:, :, start_block:] for name, stored in self.blocks.items()}
         return self.reconstruct(encoded, start_block)
 
     def reconstruct(self, encoded: Encoded, start_block: int) -> Tensor:
@@ -399,5 +399,5 @@ class Half:
         return kept[1]
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

@@ -36,7 +36,7 @@ STAGE_BYTES = 64 * 1024  # of shared memory, for tiles that are loaded ahead
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-_too_large: set[tuple] = set()  # kernels that need more shared memory than the device has, or don't compile for it
+without_kernel: set[tuple] = set()  # kernels that need more shared memory than the device has, or don't compile for it
 
 
 class Part(NamedTuple):
@@ -75,7 +75,7 @@ def attend(
     q = (query * scaling).reshape(B, H, M, d)
     coded = ((own.quantizer.memory_format, _rank(own, d)) for own in (k.compressor, v.compressor))
     kernel = (*coded, query.dtype, M, d, query.device)
-    if kernel in _too_large:
+    if kernel in without_kernel:
         return None
     try:
         parts = list(_parts(k, v, first, end))
@@ -83,13 +83,13 @@ def attend(
             y, inside = attend_compressed(q, parts, k, v, mask, softcap)
     except OutOfResources as error:  # such as for many queries of wide heads in float32
         log.info("no kernel for %s: %s", kernel, error)
-        _too_large.add(kernel)
+        without_kernel.add(kernel)
         return None
     except InterpreterError:
         raise
     except TritonError as error:  # of Triton's compiler or of ptxas, which differ from version to version
         log.warning("Triton can't compile a kernel for %s, so PyTorch takes its place, slower: %s", kernel, error)
-        _too_large.add(kernel)
+        without_kernel.add(kernel)
         return None
     inside = inside.view(B, heads, Q, 1)
     x = attention_math.capped(_outside_scores(k, q, first, end).view(B, heads, Q, -1), softcap)

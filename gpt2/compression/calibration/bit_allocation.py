@@ -70,7 +70,7 @@ class BitAllocation:
 
         0 for a place without a basis. Raises PluginError for more or fewer than the bases take.
         """
-        demand = self._demand_at_one_price
+        demand = self.demand_at_one_price
         total = (demand * self._shares).mean(1)  # falls with the price
         wanted = bits * BLOCK * self._channels / 8 - self._index_bytes
         if not float(total[-1]) <= wanted <= float(total[0]):
@@ -91,7 +91,7 @@ class BitAllocation:
 
     def bits_range(self) -> tuple[float, float]:
         """Least and most bits per coordinate, on average over the bases, that `bits_of_each` can share out."""
-        total = (self._demand_at_one_price * self._shares).mean(1)
+        total = (self.demand_at_one_price * self._shares).mean(1)
         low, high = ((float(t) + self._index_bytes) * 8 / BLOCK / self._channels for t in (total[-1], total[0]))
         return low, high
 
@@ -128,7 +128,7 @@ class BitAllocation:
         return found
 
     @cached_property
-    def _demand_at_one_price(self) -> Tensor:
+    def demand_at_one_price(self) -> Tensor:
         """Bytes per block that a group of each basis there is buys at `prices` of a byte held for all tokens, float64.
 
         A basis of less weight pays that share of the price: its demand is read off between two measured prices.

@@ -233,7 +233,7 @@ def loaded() -> bool:
     An instruction set in KV_CPU_ISA that this processor lacks is an error.
     """
     flags = FLAGS + _instruction_set()
-    name, built = f"kv_compression_{_built_for(flags)}", None
+    name, built = f"kv_compression_{build_name(flags)}", None
     try:
         from torch.utils import cpp_extension
 
@@ -281,7 +281,7 @@ def instruction_sets() -> dict[str, list[str]]:
     """The values of KV_CPU_ISA that this machine can run, with the compiler's flags for each."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return {"native": ["-march=native"], "generic": []}
-    features = set(_processor().split())
+    features = set(processor_features().split())
     named = {name: [flag] for name, (flag, needed) in {"avx512": AVX512, "avx2": AVX2}.items() if needed <= features}
     return {"native": ["-march=native"], **named, "generic": ["-march=x86-64"]}
 
@@ -294,7 +294,7 @@ def _instruction_set() -> list[str]:
     return there[wanted]
 
 
-def _processor() -> str:
+def processor_features() -> str:
     """The processor's features as Linux lists them, elsewhere its name."""
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -303,13 +303,13 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _built_for(flags: list[str]) -> str:
+def build_name(flags: list[str]) -> str:
     """A hash of the source and of everything that a build depends on, for the name of the build.
 
     It includes the processor, as different machines may share a home folder, and the path of the source, as two
     checkouts would otherwise overwrite each other's build.
     """
-    what = f"{SOURCES} {platform.machine()} {_processor()} {torch.__version__} {flags}".encode()
+    what = f"{SOURCES} {platform.machine()} {processor_features()} {torch.__version__} {flags}".encode()
     text = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
     return hashlib.sha256(what + text).hexdigest()[:12]
 

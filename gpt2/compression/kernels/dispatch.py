@@ -30,7 +30,7 @@ def usable(x: Tensor) -> bool:
     With TRITON_INTERPRET=1, which is for tests, Triton interprets kernels on the CPU.
     """
     if x.is_cuda:
-        return _installed(True) and _recent(x.device) and _launches()
+        return _installed(True) and _recent(x.device) and launches()
     return x.device.type == "cpu" and interpreted() and _installed(False)
 
 
@@ -88,7 +88,7 @@ def _recent(device: torch.device) -> bool:
 
 
 @cache
-def _launches() -> bool:
+def launches() -> bool:
     """Whether Triton can launch kernels: before the first it builds a C module, by a compiler with Python's headers."""
     from triton.runtime import driver
 

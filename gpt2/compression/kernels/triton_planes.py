@@ -208,7 +208,7 @@ def encoded(encoding: WidthSearch, z: Tensor, steps: Tensor) -> Encoded | None:
     widths = z.new_empty(B, G, n, mixed.width_bytes(rank), dtype=torch.uint8)
     errors = z.new_empty(B * G * n, MENU.value, rank, dtype=torch.float32)
     grids, chosen = torch.empty_like(errors, dtype=torch.int32), z.new_empty(B * G * n, 2, rank, dtype=torch.int32)
-    factors = _factors(encoding, z.device)
+    factors = share_factors(encoding, z.device)
     measure_grids[(B * G * n, lanes, MENU.value)](
         z, errors, grids, steps, factors, RANK=rank, LANES=LANES, SHARES=factors.shape[1], enable_fp_fusion=False
     )
@@ -222,7 +222,7 @@ def encoded(encoding: WidthSearch, z: Tensor, steps: Tensor) -> Encoded | None:
 
 
 @cache
-def _factors(encoding: WidthSearch, device: torch.device) -> Tensor:
+def share_factors(encoding: WidthSearch, device: torch.device) -> Tensor:
     """Share of a range / last code of the shares to try for every width, [MENU, most shares]; -1 for none."""
     most = max(len(encoding.narrow), len(encoding.wide))
     rows = []

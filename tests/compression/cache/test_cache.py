@@ -239,7 +239,7 @@ def test_a_transform_of_another_model_is_rejected(side, heads, d):
 def test_looking_at_the_latest_tokens_copies_no_others(monkeypatch):
     """On a GPU, every 64 tokens: not the codes of all tokens, which take gigabytes."""
     monkeypatch.setattr(token_store, "waits", lambda z: True)  # as on a GPU
-    monkeypatch.setattr(token_store, "_joined", lambda parts: pytest.fail("all chunks were copied"))
+    monkeypatch.setattr(token_store, "joined", lambda parts: pytest.fail("all chunks were copied"))
     store = TokenStore(Compressor(QUANTIZERS["int8"]), 4, 0)
     x = torch.randn(1, 2, 300, 8, generator=torch.Generator().manual_seed(0))
     store.prepare(x, "test")

@@ -312,7 +312,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.watched = self._watch()
         for was, own in zip(before, self.watched, strict=True):
             own.begin()
-            gone, begin = (cache.layers[own.index]._first.forgotten for cache in (old, self.cache))
+            gone, begin = (cache.layers[own.index].first_store.forgotten for cache in (old, self.cache))
             own.recording, own.kept, own.shown = was.recording, was.kept, None
             for plain, x in zip(own.plain, (plain.seen.clone() for plain in was.plain), strict=True):
                 begin = min(begin, gone)

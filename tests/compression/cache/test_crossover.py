@@ -145,7 +145,7 @@ def test_another_kind_of_step_is_measured_for_itself(pretend, auto, monkeypatch)
     ways(auto, pretended, [5])
     monkeypatch.setattr(crossover.cpu, "usable", lambda x: False)
     ways(auto, pretended, [5])
-    kinds = set(crossover.KNOWN._read())
+    kinds = set(crossover.KNOWN.read())
     assert pretended.measured == len(kinds) >= 5 + crossover.cpu.loaded()
     ways(auto, pretended, [5])
     assert pretended.measured == len(kinds)
@@ -192,13 +192,13 @@ def test_where_nothing_can_be_written_it_is_kept_in_memory(where, pretend, auto,
 def test_a_slow_machine_is_measured_at_fewer_lengths(pretend, auto, monkeypatch):
     monkeypatch.setitem(TABLES, "slow", ([0.1] * 3, [0.05] * 3, None))
     assert ways(auto, pretend("slow"), [5]) == [RECONSTRUCTED]
-    (held,) = crossover.KNOWN._read().values()
+    (held,) = crossover.KNOWN.read().values()
     assert held.tokens == [8]
 
 
 def test_out_of_memory_reads_codes_and_keeps_nothing(pretend, auto, monkeypatch, tmp_path):
     pretended = pretend("never")
-    monkeypatch.setattr(crossover, "_fill", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    monkeypatch.setattr(crossover, "fill", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
     assert ways(auto, pretended, [5, 6]) == [DIRECT] * 2
     assert pretended.measured == 1 and not list(tmp_path.iterdir())
     assert Crossover().pays(0) and Crossover([8], [1.0], [1.0]).pays(1), "nothing says that it is slower"

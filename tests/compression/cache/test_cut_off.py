@@ -108,7 +108,7 @@ def test_rows_changed_in_the_first_layers_only(llama, monkeypatch):
     for change, how in ((cache.reorder_cache, ROWS), (cache.batch_select_indices, ROWS),
                         (cache.batch_repeat_interleave, 1)):  # fmt: skip
         with monkeypatch.context() as patch:
-            patch.setattr(cache.layers[1], "_map", stop)
+            patch.setattr(cache.layers[1].first_store, "map_", stop)
             with pytest.raises(KeyboardInterrupt):
                 change(how)
         with pytest.raises(PluginError, match="batch selection was interrupted"):

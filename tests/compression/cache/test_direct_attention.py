@@ -201,7 +201,7 @@ def test_what_kernels_made_of_a_basis_is_never_pickled():
     transform = JointTransform(torch.eye(8)[None], torch.eye(8)[None], torch.zeros(1, 8), Rotary(torch.ones(2)), 64)
     transform.derived("panels", 4, lambda: torch.zeros(1000))
     again = pickle.loads(pickle.dumps(transform))
-    assert "_derived" not in vars(again) and again.derived("panels", 4, lambda: torch.ones(1)) == 1
+    assert again.derived("panels", 4, lambda: torch.ones(1)) == 1
     assert torch.equal(again.E, transform.E) and transform.derived("panels", 4, lambda: torch.ones(1)).numel() == 1000
 
 

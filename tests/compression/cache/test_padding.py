@@ -180,7 +180,7 @@ def test_a_crop_before_the_end_of_the_sinks_leaves_room_for_other_tokens():
     """Direct attention looks for a row's sinks as far as tokens are."""
     cache = stored(cache_of("int4", sink_tokens=66))
     cache.crop(-100)
-    ends = {store.own_sinks._end for layer in cache.layers for store in layer.stores.values()}
+    ends = {store.own_sinks.end for layer in cache.layers for store in layer.stores.values()}
     assert max(ends) <= 50 + 66
 
 

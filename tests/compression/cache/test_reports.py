@@ -184,7 +184,7 @@ def test_a_copy_is_enabled_by_itself():
     model = enabled(tiny_model("llama"))
     copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     enable_compressed_attention(model, when="auto")
-    assert all(getattr(other, attention._STATE).when == "always" for other in copies)
+    assert all(getattr(other, attention.STATE).when == "always" for other in copies)
     disable_compressed_attention(model)
     assert not is_enabled(model) and not reads_codes(model)
     for other in copies:

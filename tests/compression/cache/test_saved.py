@@ -394,13 +394,13 @@ def test_only_the_same_version_goes_on(filled, monkeypatch):
     for ours, theirs in zip(filled.layers, again.layers, strict=True):
         assert all(map(torch.equal, ours.read(), theirs.read()))
     rejected("pickled by another version", before_versions.__setstate__, vars(filled).copy())
-    monkeypatch.setattr(dynamic_cache, "_version", lambda: "another")
+    monkeypatch.setattr(dynamic_cache, "storage_version", lambda: "another")
     rejected("pickled by another version", pickle.loads, content)
 
 
 def test_the_version_is_of_how_tokens_are_stored(monkeypatch, tmp_path):
     """Of every codec's source as well."""
-    version, sources = dynamic_cache._version.__wrapped__, Path(dynamic_cache.__file__).parents[1]
+    version, sources = dynamic_cache.storage_version.__wrapped__, Path(dynamic_cache.__file__).parents[1]
     before = version()
     shutil.copytree(sources, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(dynamic_cache, "__file__", str(tmp_path / "copy" / "cache" / "dynamic_cache.py"))

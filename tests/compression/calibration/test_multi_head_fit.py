@@ -182,6 +182,6 @@ def test_a_basis_of_less_weight_pays_that_share_of_the_price_and_weights_of_one_
     assert found.weighted((1.0, 1.0, 0.5, 1.0)) is found.weighted((1.0, 1.0, 0.5, 1.0))
     step = float(found.prices[1] / found.prices[0])
     weighted = found.weighted((1.0, 1.0, 1 / step**4, 1.0))
-    before, after = found._demand_at_one_price, weighted._demand_at_one_price
+    before, after = found.demand_at_one_price, weighted.demand_at_one_price
     torch.testing.assert_close(after[4:, 1], before[:-4, 1], rtol=1e-3, atol=1e-3)
     assert torch.equal(after[:, 0], before[:, 0])

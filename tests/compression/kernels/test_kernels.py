@@ -56,7 +56,7 @@ def test_without_a_compiler_for_launches(monkeypatch, caplog):
 
     utils = PropertyMock(side_effect=RuntimeError("Failed to find C compiler\nand how to set one"))
     monkeypatch.setattr(driver, "_active", type("Active", (), {"utils": utils})())
-    assert not dispatch._launches.__wrapped__()
+    assert not dispatch.launches.__wrapped__()
     (record,) = caplog.records
     assert record.message.endswith("slower: Failed to find C compiler")
 
@@ -167,7 +167,7 @@ def test_every_instruction_set(name):
 
 @pytest.mark.parametrize("wanted", ["avx2", "AVX2", "native,avx2"])
 def test_an_instruction_set_that_isnt_there(wanted, monkeypatch):
-    monkeypatch.setattr(cpu, "_processor", lambda: "flags : fpu sse2")
+    monkeypatch.setattr(cpu, "processor_features", lambda: "flags : fpu sse2")
     monkeypatch.setenv("KV_CPU_ISA", wanted)
     with pytest.raises(PluginError, match=f"^KV_CPU_ISA='{wanted}': this machine has native, generic$"):
         cpu.loaded.__wrapped__()
@@ -183,7 +183,7 @@ def test_a_build_in_a_folder_that_cant_be_written_is_used(monkeypatch, caplog, t
 
 
 def test_every_instruction_set_has_its_build(monkeypatch):
-    named = [cpu._built_for(flags) for flags in cpu.instruction_sets().values()]
+    named = [cpu.build_name(flags) for flags in cpu.instruction_sets().values()]
     assert len(set(named)) == len(named) > 1
     monkeypatch.setattr(cpu.platform, "machine", lambda: "aarch64")
     assert cpu.instruction_sets() == {"native": ["-march=native"], "generic": []}
@@ -218,10 +218,10 @@ def test_bit_planes_are_reconstructed_as_by_pytorch(name, basis):
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
 def test_shares_are_float32_whatever_the_default_dtype(default):
     triton_planes = pytest.importorskip("gpt2.compression.kernels.triton_planes", reason=WITHOUT_TRITON)
-    triton_planes._factors.cache_clear()
+    triton_planes.share_factors.cache_clear()
     with default_dtype(default):
-        factors = triton_planes._factors(QUANTIZERS["mixed"].encoding(16), torch.device("cpu"))
-    triton_planes._factors.cache_clear()
+        factors = triton_planes.share_factors(QUANTIZERS["mixed"].encoding(16), torch.device("cpu"))
+    triton_planes.share_factors.cache_clear()
     assert factors.dtype == torch.float32
 
 
@@ -264,7 +264,7 @@ def test_a_kernel_that_does_not_compile_is_left_to_pytorch(monkeypatch, caplog):
         raise PTXASError("register allocation failed")
 
     monkeypatch.setattr(triton_attention, "attend_compressed", fails)
-    monkeypatch.setattr(triton_attention, "_too_large", set())
+    monkeypatch.setattr(triton_attention, "without_kernel", set())
     store = TokenStore(Compressor(QUANTIZERS["int8"]), 4, 0)
     x = torch.randn(1, 1, 100, 24)
     store.prepare(x, "test")
