@@ -47,7 +47,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--codecs", type=cli.word_list(families), help=f"codec: search only some of {','.join(families)}")
     p.add_argument("--num-trials", type=cli.positive_int, default=40, help="codec: how many candidates to measure")
     p.add_argument("--recent-grid", type=cli.int_list, help="codec: numbers of exact latest tokens to try, besides 0")
-    p.add_argument("--calibration", type=Path, help="calibration file; a matching one is found or made if omitted")
+    cli.add_calibration_file_flag(p)
     p.add_argument("--context-length", type=cli.positive_int, default=2048, help="tokens at which the ratio counts")
     study = files.RESULTS / "studies" / "auto_tune.db"
     p.add_argument("--study", type=cli.study, default=study, help="SQLite file, or a PostgreSQL database's URL")

@@ -36,7 +36,7 @@ def lengths(words: str) -> list[int]:
 def arguments() -> argparse.ArgumentParser:
     p = cli.evaluation_parser(__doc__, tokens=32768)
     p.set_defaults(batch_size=1)  # fp8 has one scale per batch, so a batch would change its results
-    p.add_argument("--peers", type=cli.word_list(lineup.PEERS), default=list(lineup.PEERS), help="caches to measure")
+    cli.add_peers_flag(p, default=lineup.PEERS)
     p.add_argument("--preset", nargs="*", help="preset files or built-in names; all of the model's if omitted")
     p.add_argument("--needle-context-lengths", type=lengths, default=[1024], help="tokens; none or 0 for no needles")
     p.add_argument("--num-trials", type=cli.positive_int, default=3, help="needle prompts per length and depth")

@@ -20,9 +20,8 @@ import argparse
 
 from gpt2 import cli
 from gpt2.common.errors import PluginError
-from gpt2.evaluation import lineup
 from gpt2.evaluation.by_position import by_position, continuations, divergence
-from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
+from gpt2.evaluation.perplexity import BASELINE, compare, score
 from gpt2.report import plots
 
 STEMS = {"generated": "by_position", "text": "long_context"}
@@ -33,7 +32,7 @@ def arguments() -> argparse.ArgumentParser:
     cli.add_model_flags(p)
     cli.add_text_flags(p)
     cli.add_cache_flags(p, several=True)
-    p.add_argument("--peers", type=cli.word_list(lineup.PEERS), default=[], help="caches of other packages, by comma")
+    cli.add_peers_flag(p)
     p.add_argument("--over", choices=list(STEMS), default="generated", help="what is fed through the caches")
     p.add_argument("--segments", type=cli.positive_int, default=8, help="number of continuations, or of text segments")
     p.add_argument("--prompt-tokens", type=cli.positive_int, default=128, help="of text before each continuation")
@@ -41,7 +40,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--greedy-tokens", type=cli.natural, default=256, help="tokens to decode greedily; 0 for none")
     p.add_argument("--context-length", type=cli.positive_int, help="tokens of a text segment; the model's if omitted")
     p.add_argument("--bins", type=cli.positive_int, default=16, help="points of the plot")
-    p.add_argument("--chunk", type=cli.positive_int, default=64, help="tokens fed to the cache at a time")
+    cli.add_chunk_flag(p)
     cli.add_output_flag(p)
     return p
 
@@ -50,9 +49,7 @@ def main() -> None:
     args = arguments().parse_args()
     script = cli.open_script(args)
     loaded, text, paths = script.loaded, script.text, script.output_files(STEMS[args.over])
-    chosen = cli.chosen_caches(args, loaded)
-    caches = {BASELINE: baseline_factory(loaded)} | {choice.label: choice.make for choice in chosen}
-    caches |= lineup.working(lineup.for_quality(loaded, args.peers, []))
+    chosen, caches = cli.compared_caches(args, loaded)
     same, first = {}, 0
     if args.over == "generated":
         for flag, tokens in (("--new-tokens", args.new_tokens), ("--greedy-tokens", args.greedy_tokens)):
@@ -81,7 +78,7 @@ def main() -> None:
         dtype=str(loaded.model.dtype), caches=[choice.record() for choice in chosen], segments=list(segments.shape),
         first=first, rows=rows,
     )  # fmt: skip
-    title = f"{loaded.spec}, {len(segments)} segments, {args.over} ({text.name})"
+    title = f"{loaded.spec}, {len(segments)} segment{'s' * (len(segments) > 1)}, {args.over} ({text.name})"
     cli.write(paths, record, lambda: plots.by_position(rows, title), ["by_position"])
 
 

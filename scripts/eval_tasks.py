@@ -20,8 +20,7 @@ says.
 import argparse
 
 from gpt2 import cli
-from gpt2.evaluation import asking, lineup, tasks
-from gpt2.evaluation.perplexity import BASELINE, baseline_factory
+from gpt2.evaluation import asking, tasks
 from gpt2.evaluation.tasks import measure
 from gpt2.report import plots
 
@@ -31,7 +30,7 @@ def arguments() -> argparse.ArgumentParser:
     cli.add_model_flags(p)
     cli.add_text_flags(p)
     cli.add_cache_flags(p, several=True)
-    p.add_argument("--peers", type=cli.word_list(lineup.PEERS), default=[], help="caches of other packages, by comma")
+    cli.add_peers_flag(p)
     p.add_argument("--tasks", type=cli.word_list(tuple(tasks.TASKS)), default=list(tasks.TASKS), help="by comma")
     p.add_argument("--context-lengths", type=cli.int_list, default=[512, 1024], help="tokens, answer included")
     p.add_argument("--num-trials", type=cli.positive_int, default=5, help="prompts per task and length")
@@ -44,9 +43,7 @@ def main() -> None:
     args = arguments().parse_args()
     script = cli.open_script(args)
     loaded, text, paths = script.loaded, script.text, script.output_files("tasks")
-    chosen = cli.chosen_caches(args, loaded)
-    caches = {BASELINE: baseline_factory(loaded)} | {choice.label: choice.make for choice in chosen}
-    caches |= lineup.working(lineup.for_quality(loaded, args.peers, []))
+    chosen, caches = cli.compared_caches(args, loaded)
     rows = measure.measure(
         loaded, text.tokens("evaluation", loaded), caches, args.tasks,
         lengths=args.context_lengths, trials=args.num_trials, seed=args.seed, prefill_chunk=args.prefill_chunk,

@@ -11,7 +11,6 @@ Writes results/runs/validate_ppl_MODEL.json and results/plots/validate_ppl_MODEL
 """
 
 import argparse
-from pathlib import Path
 
 from gpt2 import cli
 from gpt2.common.errors import PluginError
@@ -23,7 +22,7 @@ from gpt2.tuning.grid_search import default_rank_grid
 
 def arguments() -> argparse.ArgumentParser:
     p = cli.evaluation_parser(__doc__, tokens=8192, calibrates=True)
-    p.add_argument("--calibration", type=Path, help="calibration file; a matching one is found or made if omitted")
+    cli.add_calibration_file_flag(p)
     p.add_argument("--groups", type=cli.word_list(GROUPS), default=list(GROUPS), help="which groups of rows to run")
     p.add_argument("--ranks", type=cli.int_list, help="ranks to try, best first; from head_dim if omitted")
     p.add_argument("--bits", type=cli.int_list, default=[16, 8, 4], help="quantizer widths")

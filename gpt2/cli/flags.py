@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from gpt2.cli.argument_types import natural, positive_int, seed
+from gpt2.cli.argument_types import natural, positive_int, seed, word_list
 from gpt2.common import files, processes, provenance
 from gpt2.common.errors import PluginError
 from gpt2.compression.codecs import CODECS, codec_name
@@ -85,10 +85,10 @@ def evaluation_parser(manual: str, tokens: int, *, calibrates: bool = False) -> 
     return p
 
 
-def add_output_flag(p: argparse.ArgumentParser) -> None:
-    """--output, for a script that writes a JSON file and a picture."""
-    what = "JSON file; the PNG is written beside it, or for a file in a folder `runs` into `plots` beside that folder"
-    p.add_argument("--output", type=output_file(".json"), help=what)
+def add_output_flag(p: argparse.ArgumentParser, *, picture: bool = True) -> None:
+    """--output, for a script that writes a JSON file. picture: whether it also draws one."""
+    beside = "; the PNG is written beside it, or for a file in a folder `runs` into `plots` beside that folder"
+    p.add_argument("--output", type=output_file(".json"), help="JSON file" + (beside if picture else ""))
 
 
 def output_file(*endings: str) -> Callable[[str], Path]:
@@ -123,6 +123,11 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dtype", default="auto", help="auto (float32 on CPU), float32, float16, bfloat16")
 
 
+def add_device_flag(p: argparse.ArgumentParser) -> None:
+    """--device, for a benchmark that needs no model."""
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
 def add_shape_flags(p: argparse.ArgumentParser) -> None:
     """The model flags, for scripts whose figures don't depend on weights: --model may also be a shape file."""
     add_model_flags(p)
@@ -149,6 +154,11 @@ def add_calibration_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--samples", type=positive_int, default=100, help="number of calibration sequences")
     p.add_argument("--seq-len", type=positive_int, default=1024, help="tokens per calibration sequence")
     p.add_argument("--sink-tokens", type=natural, default=4, help="first tokens, kept exact and left out of statistics")
+
+
+def add_calibration_file_flag(p: argparse.ArgumentParser) -> None:
+    """--calibration, for a script that calibrates itself without one."""
+    p.add_argument("--calibration", type=Path, help="calibration file; a matching one is found or made if omitted")
 
 
 def add_codec_flag(p: argparse.ArgumentParser, what: str, default: str | None = "pca") -> None:
@@ -191,6 +201,20 @@ def add_cache_flags(p: argparse.ArgumentParser, *, several: bool = False) -> Non
     group.add_argument("--policy", choices=policies, help="a policy instead of a preset", **how)
 
 
+def add_peers_flag(p: argparse.ArgumentParser, default: Sequence[str] = ()) -> None:
+    """--peers: caches of other packages to measure beside ours."""
+    from gpt2.evaluation import lineup  # here, as most scripts have no such caches
+
+    p.add_argument(
+        "--peers", type=word_list(lineup.PEERS), default=list(default), help="caches of other packages, by comma"
+    )
+
+
+def add_chunk_flag(p: argparse.ArgumentParser) -> None:
+    """--chunk, for a script that streams texts through a cache."""
+    p.add_argument("--chunk", type=positive_int, default=64, help="tokens fed to the cache at a time")
+
+
 def add_prefill_chunk_flag(p: argparse.ArgumentParser) -> None:
     """--prefill-chunk, for a script that gives prompts to a cache."""
     p.add_argument("--prefill-chunk", type=positive_int, help="prompt tokens fed at a time; all if omitted")
@@ -203,5 +227,5 @@ def add_evaluation_flags(p: argparse.ArgumentParser, tokens: int) -> None:
         "--eval-seq-len", type=positive_int,
         help="tokens per evaluated segment; 2048, or less if the model's context is shorter, if omitted",
     )  # fmt: skip
-    p.add_argument("--chunk", type=positive_int, default=64, help="tokens fed to the cache at a time")
+    add_chunk_flag(p)
     p.add_argument("--batch-size", type=positive_int, default=4, help="segments evaluated together")

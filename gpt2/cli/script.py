@@ -18,7 +18,7 @@ from gpt2.common.errors import PluginError
 from gpt2.compression.codecs import IDENTITY
 from gpt2.compression.named_caches import CacheChoice, from_policy, from_preset
 from gpt2.compression.presets import resolve_preset
-from gpt2.evaluation.perplexity import BASELINE
+from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory
 from gpt2.models import loading, random_weights
 from gpt2.report import tables
 from gpt2.text import sources
@@ -128,6 +128,19 @@ def chosen_caches(args: argparse.Namespace, loaded: loading.LoadedModel) -> list
             raise PluginError(f"two caches are called {choice.label!r}: give one of them another name")
         taken.add(choice.label)
     return chosen
+
+
+def compared_caches(
+    args: argparse.Namespace, loaded: loading.LoadedModel
+) -> tuple[list[CacheChoice], dict[str, CacheFactory]]:
+    """What `chosen_caches` gives, and factories by name: of the uncompressed cache, of these, of --peers that work."""
+    chosen = chosen_caches(args, loaded)
+    factories = {BASELINE: baseline_factory(loaded)} | {choice.label: choice.make for choice in chosen}
+    if peers := getattr(args, "peers", None):
+        from gpt2.evaluation import lineup  # here, as most runs have no such caches
+
+        factories |= lineup.working(lineup.for_quality(loaded, peers, []))
+    return chosen, factories
 
 
 def command_line(script: str, flags: dict[str, object]) -> str:

@@ -38,7 +38,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--rank", type=cli.positive_int, default=60, help="coordinates that rows of low rank keep")
     p.add_argument("--window", type=cli.positive_int, help="sliding window of all layers, in tokens")
     p.add_argument("--repeats", type=cli.positive_int, default=200, help="appended tokens per figure")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    cli.add_device_flag(p)
     cli.add_output_flag(p)
     return p
 

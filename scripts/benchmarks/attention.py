@@ -40,7 +40,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--kv-heads", type=cli.positive_int, default=8, help="heads of keys and values")
     p.add_argument("--head-dim", type=cli.positive_int, default=128, help="numbers of a head's key or value")
     p.add_argument("--batch-size", type=cli.positive_int, default=1, help="sequences in a batch")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    cli.add_device_flag(p)
     p.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of the 16-bit rows")
     p.add_argument("--quantizers", type=cli.word_list(attention_speed.CODECS), default=CODECS.split(","),
                    help="for both K and V; kv4 and kv8 are the calibration-free presets, framed and "

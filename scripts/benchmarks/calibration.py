@@ -39,7 +39,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--samples", type=cli.int_list, default=[8, 64], help="numbers of sequences to measure memory for")
     p.add_argument("--seq-len", type=cli.positive_int, default=1024, help="tokens per sequence")
     p.add_argument("--repeats", type=cli.positive_int, default=9, help="timed rounds")
-    p.add_argument("--output", type=cli.output_file(".json"), help="JSON file")
+    cli.add_output_flag(p, picture=False)
     return p
 
 

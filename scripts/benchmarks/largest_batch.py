@@ -28,7 +28,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--decode-tokens", type=cli.positive_int, default=8, help="tokens decoded to measure speed")
     p.add_argument("--most", type=cli.positive_int, help="largest batch to try; 1024 on a GPU, 4 on a CPU")
     p.add_argument("--seed", type=cli.seed, default=0, help="of the noise that fills the caches")
-    p.add_argument("--output", type=cli.output_file(".json"), help="JSON file")
+    cli.add_output_flag(p, picture=False)
     return p
 
 

@@ -30,7 +30,7 @@ def arguments():
     p.add_argument("--memory-gb", type=cli.positive_float, default=64, help="memory for conversations, in 10⁹ bytes")
     p.add_argument("--shape-tokens", type=cli.positive_int, default=1024, help="most tokens that a shape's layers read")
     p.add_argument("--repeats", type=cli.positive_int, default=5, help="timed runs per cache and context")
-    p.add_argument("--output", type=cli.output_file(".json"), help="JSON file")
+    cli.add_output_flag(p, picture=False)
     return p
 
 

@@ -33,6 +33,6 @@ def by_position(record: dict, caches: list[str]) -> Table:
         ["cache", *(f"KL, {name} quarter" for name in QUARTERS[: len(kl)]), "last over first", "top-1, first", "last"]
         + ["Δ perplexity, first", "last", "greedy tokens the same"],
         lines,
-        f"{record['model']}, {count} segments of {length - 1 - record['first']:,} predictions {over} {record['text']}. "
-        f"KL in nats. Greedy tokens: {greedy}.",
+        f"{record['model']}, {count} segment{'s' * (count > 1)} of {length - 1 - record['first']:,} predictions {over} "
+        f"{record['text']}. KL in nats. Greedy tokens: {greedy}.",
     )
