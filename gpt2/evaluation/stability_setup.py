@@ -51,8 +51,9 @@ def prepare(
     a unit to a progress bar. Raises PluginError where the text or the model's context is too short.
     """
     speed_context = min(SPEED_CONTEXT, needle_length)
-    loaded.require_context(needle_length, "--needle-length")
+    # In this order, so that the advice of the first is enough for both
     loaded.require_context(speed_context, "--needle-length", after=SPEED_TOKENS)
+    loaded.require_context(needle_length, "--needle-length")
     per_run = tokens // length
     haystack = text.tokens("evaluation", loaded)
     segments = text.segments("evaluation", loaded, length, num_windows * per_run, flag="--eval-seq-len")

@@ -122,7 +122,8 @@ def test_bad_flags_stop_before_the_first_run(script, rejects, monkeypatch):
     monkeypatch.setattr(stability, "measure", lambda *args: pytest.fail("measured"))
     rejects(partial(script, STABILITY, *FLAGS), [
         (["--num-runs", "1"], "varies nothing"), (["--num-runs", "99"], "use fewer --num-runs"),
-        (["--needle-length", "510"], "use --needle-length 504 or less"), (["--vary", "weather"], "unknown weather"),
+        (["--needle-length", "510"], "use --needle-length 504 or less"),
+        (["--needle-length", "513"], "use --needle-length 504 or less"), (["--vary", "weather"], "unknown weather"),
         (["--max-std", "2"], "out of range"),
     ])  # fmt: skip
 
