@@ -1,0 +1,25 @@
+"""What flags name: the caches that a script compares."""
+
+import argparse
+
+import pytest
+
+from gpt2 import cli
+from gpt2.common.errors import PluginError
+
+
+def test_caches_are_compared_beside_the_uncompressed_one_and_those_of_other_packages(llama):
+    p = cli.parser("Compare.")
+    cli.add_cache_flags(p, several=True)
+    cli.add_peers_flag(p)
+    args = p.parse_args(["--preset", "kv4", "kv8", "--peers", "fp8,kivi"])
+    chosen, caches = cli.compared_caches(args, llama)
+    assert [choice.label for choice in chosen] == ["kv4", "kv8"]
+    assert list(caches)[:4] == ["baseline", "kv4", "kv8", "fp8, a scale per layer"]
+    assert {name.split()[0] for name in list(caches)[4:]} == {"KIVI"}
+    assert all(make() is not make() for make in caches.values()), "a fresh cache for every prompt"
+    assert not p.parse_args([]).peers
+    with pytest.raises(PluginError, match="nothing to measure"):
+        cli.compared_caches(p.parse_args([]), llama)
+    without = argparse.Namespace(preset="kv4", policy=None)  # of a script that has no --peers
+    assert list(cli.compared_caches(without, llama)[1]) == ["baseline", "kv4"]
