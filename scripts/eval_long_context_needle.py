@@ -62,7 +62,7 @@ def main() -> None:
         dtype=str(loaded.model.dtype), caches=[choice.record() for choice in chosen],
         baseline_works_from=needle.works_from(args.distractors), summary=summaries, cells=cells, rows=rows,
     )  # fmt: skip
-    title = f"{loaded.spec}, {text.name}, {args.num_trials} prompts per cell, distractors: {args.distractors}"
+    title = f"{loaded.spec}, {text.name}, prompts per cell: {args.num_trials}, distractors: {args.distractors}"
     shown = ("needle_cells", "needle_pairs", "needle")
     cli.write(paths, record, lambda: plots.needles(cells, title), shown)
 

@@ -55,7 +55,7 @@ def main() -> None:
         summary=asking.summarize(rows, cells, args.seed), by_task=measure.by_task(rows, args.seed), cells=cells,
         rows=rows,
     )  # fmt: skip
-    title = f"{loaded.spec}, {text.name}, {args.num_trials} prompts per cell"
+    title = f"{loaded.spec}, {text.name}, prompts per cell: {args.num_trials}"
     cli.write(paths, record, lambda: plots.tasks(cells, title), ["tasks", "tasks_pairs"])
 
 
