@@ -36,8 +36,8 @@ FAILS, MATCHES, LOSES = "baseline fails", "matches", "loses"
 class Reply:
     """What one cache gives to one prompt.
 
-    text: generated greedily. logprob: of the wanted answer, in nats. cache_bytes: held after the prompt without its
-    last token.
+    text: generated greedily. logprob: of the wanted answer, in nats. cache_bytes: held behind the prompt and the
+    wanted answer without its last token.
     """
 
     text: str
@@ -64,12 +64,13 @@ def reply(
 ) -> Reply:  # fmt: skip
     """Ask one prompt ids [T], whose wanted answer is answer_ids [n], with a fresh cache."""
     cache, fed = make(), ids[None].to(loaded.device)
-    for chunk in fed[:, :-1].split(prefill_chunk or fed.shape[1], dim=1):
+    for chunk in fed[:, :-1].split(loaded.chunk_of(fed.shape[1], prefill_chunk or fed.shape[1]), dim=1):
         # base_model computes no logits, which would take much memory for a long prompt
         loaded.model.base_model(input_ids=chunk, past_key_values=cache, use_cache=True)
-    held = cache_bytes(cache)
     # Both figures need the cache of the prompt alone, and not every cache can be cropped back to it
-    log_p = _answer_log_p(loaded, copy.deepcopy(cache), ids, answer_ids)
+    answered = copy.deepcopy(cache)
+    log_p = _answer_log_p(loaded, answered, ids, answer_ids)
+    held = cache_bytes(answered)  # not before: transformers' sliding layers keep a prompt whole until the next token
     return Reply(generated_text(loaded, cache, fed, max_new_tokens), log_p, len(answer_ids), len(ids), held)
 
 

@@ -82,7 +82,7 @@ def score(
             f"a segment has {segments.shape[1]} tokens: expected at least 2, as the first one isn't predicted"
         )
     names = sorted(caches, key=lambda name: name != BASELINE)
-    pending = {name: _Pending() for name in names}
+    pending, chunk = {name: _Pending() for name in names}, loaded.chunk_of(segments.shape[1], chunk)
     lost = {} if failed is None else failed
     for batch in progress(segments.split(batch_size)):
         parts = {name: _Pending() for name in names}

@@ -56,7 +56,7 @@ def read(
     iterable of chunks.
     """
     part = output.with_name(f".{output.name}.part")
-    cache = _begun(part, loaded, choice, ids)
+    cache, chunk = _begun(part, loaded, choice, ids), loaded.chunk_of(len(ids), chunk)
     kept, saved_at = cache.get_seq_length(), time.monotonic()
     try:
         for at in progress(range(kept, len(ids), chunk)):
@@ -84,7 +84,8 @@ def _begun(part: Path, loaded: LoadedModel, choice: CacheChoice, ids: Tensor) ->
         log.warning("what was read before can't be used: %s", error)
         return empty
     n = cache.get_seq_length()
-    if cache.recipe.record() == empty.recipe.record() and torch.equal(cache.token_ids[0], ids[:n]) and n < len(ids):
+    same = cache.recipe.record(part.parent) == empty.recipe.record(part.parent)
+    if same and torch.equal(cache.token_ids[0], ids[:n]) and n < len(ids):
         log.warning("going on behind the %d tokens that were read before", n)
         return cache
     log.warning("%s is of another document or preset, so this one is read from its start", part)
@@ -119,11 +120,12 @@ def verify(
     The difference is the root of the squared error over the squared spread of the block's tokens; up to SAME they are
     the same. A block is recomputed behind the tokens before it as the cache holds them, so a few blocks cost little.
     Where layers have windows or states, which have no past, all tokens are read again and the last of them compared. So
-    are those of a batch, each row's own, without its padding.
+    are those of a batch, each row's own, without its padding, and those of a text that needs one pass.
     """
     ids, length = cache.token_ids, cache.get_seq_length()
     padded, how = _padding_mask(cache, loaded.device), {}
-    whole = any(layer.kind != FULL for layer in cache.geometry.layers) or cache.rows > 1
+    chunk, one_pass = loaded.chunk_of(length, 16 * BLOCK), loaded.needs_one_pass(length)
+    whole = any(layer.kind != FULL for layer in cache.geometry.layers) or cache.rows > 1 or one_pass
     starts = [0] if whole or length <= 2 * BLOCK else range(BLOCK, length - BLOCK + 1, BLOCK)
     if not whole and len(starts) > blocks:
         starts = sorted(random.Random(seed).sample(starts, blocks))
@@ -131,8 +133,8 @@ def verify(
     for start in progress(starts):
         again, end = cache.fork(), length if start == 0 else start + BLOCK
         again.reset() if start == 0 else again.crop(start - length)
-        for at in range(start, end, 16 * BLOCK):
-            part = slice(at, min(at + 16 * BLOCK, end))
+        for at in range(start, end, chunk):
+            part = slice(at, min(at + chunk, end))
             if padded is not None:  # some models take no position_ids
                 positions = (padded.cumsum(-1) - 1).masked_fill(padded == 0, 1)
                 how = {"attention_mask": padded[:, : part.stop], "position_ids": positions[:, part]}

@@ -154,7 +154,7 @@ def _fill(loaded: LoadedModel, cache: Cache, conversation: Conversation, chunk: 
     Raises LossNotFinite, with the cache's name, where a loss is NaN or infinite.
     """
     ids = torch.cat((conversation.start, conversation.document)).to(loaded.device)
-    nll = []
+    nll, chunk = [], loaded.chunk_of(len(ids), chunk)
     for at in progress(range(0, len(ids), chunk)):
         labels = ids[at + 1 : at + chunk + 1]
         logits = loaded.model(ids[None, at : at + chunk], past_key_values=cache, use_cache=True).logits[0]

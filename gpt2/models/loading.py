@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 import os
 import re
 import sys
@@ -22,8 +23,9 @@ from gpt2.common.processes import launched, local_rank
 from gpt2.models.embedded import EMBEDDED, embedded_folder
 from gpt2.models.geometry import Geometry
 from gpt2.models.probe import fingerprint, probe_geometry
-from gpt2.models.support import SUPPORTED, refuse_unsupported, warn_of_positions
+from gpt2.models.support import SUPPORTED, drops_at, refuse_unsupported, warn_of_positions
 
+log = logging.getLogger(__name__)
 SPREAD = {"all": "auto"}  # a --device value to the device_map that spreads layers over GPUs
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -70,6 +72,24 @@ class LoadedModel:
     def max_context(self) -> int | None:
         """Longest trained context in tokens; None if the config doesn't have it."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    def needs_one_pass(self, tokens: int) -> bool:
+        """Whether a text is longer than where longrope's factors switch.
+
+        Fed in chunks, keys of its first ones would have other factors than later ones, in any cache.
+        """
+        switch = drops_at(self.model.config)
+        return switch is not None and tokens > switch
+
+    def chunk_of(self, tokens: int, chunk: int) -> int:
+        """How many of a text's tokens to feed at a time, where `chunk` is wanted; all, with a warning, if need be."""
+        if chunk >= tokens or not self.needs_one_pass(tokens):
+            return chunk
+        log.warning(
+            "%s: rotary factors switch at %d tokens, so a text of %d is fed in one pass, not %d tokens at a time",
+            self.spec, drops_at(self.model.config), tokens, chunk,
+        )  # fmt: skip
+        return tokens
 
     def require_context(
         self, tokens: int, flag: str = "--seq-len", *, after: int = 0, after_flag: str | None = None

@@ -109,7 +109,7 @@ def grid(ranks: Sequence[int] | None, bits: Sequence[int], head_dim: int, codec:
     ranks = ranks or [rank for rank in default_rank_grid(head_dim) if rank <= full]
     for rank in ranks:
         if not 1 <= rank <= full:
-            raise PluginError(f"--rank-grid: rank {rank} is out of range, this model has head_dim {head_dim}")
+            raise PluginError(f"--rank-grid: rank {rank} is out of range: use 1 to {full}, by the narrowest head")
     for width in bits:
         quantizer_for_bits(width)
     cells = [Cell(r, b) for r, b in itertools.product(ranks, bits) if not (r == head_dim and b == 16)]

@@ -38,6 +38,7 @@ from gpt2.text.texts import Text
 
 RATIOS = (2.0, 3.5, 4.0, 4.6, 5.3, 6.4, 8.0)
 TOKENS = 2048  # sequence length at which a preset has the ratio in its name
+MUCH = 1.02  # ratio reached over the wanted one from which more bits are tried
 STEP = 0.01  # smallest change of the bits while they are reduced until the ratio is reached
 # A preset's figures hold for a calibration that agrees in these keys of its metadata
 MADE_FROM = ("fingerprint", "text_sha256", "samples", "seq_len", "seed", "sink_tokens")
@@ -204,6 +205,9 @@ def make_ratio_preset(
                 f"ratio {ratio:g} is out of range: it means about 16 / {ratio:g} bits, {sink_tokens} exact sinks "
                 f"included; {error}"
             ) from error
+        if whole_at and held > MUCH * wanted:
+            bits = most_bits(lambda more: at(more)[1], bits, wanted)
+            make, held = at(bits)
         if held >= wanted:
             whole = held if geometry.alike and not whole_at else size.compression_ratio(make, geometry, TOKENS)
             own = held if geometry == counted and not whole_at else size.attention_ratio(make, geometry, TOKENS)
@@ -213,6 +217,25 @@ def make_ratio_preset(
             )
         # As many steps at once as if bytes were proportional to bits
         bits = round(bits - max(int((1 - held / wanted) * bits / STEP), 1) * STEP, 4)
+
+
+def most_bits(ratio_at: Callable[[float], float], bits: float, wanted: float) -> float:
+    """The most bits, up to 16, with which a ratio is still reached, found by halving; `bits` reach it.
+
+    ratio_at: the ratio with so many bits; may raise PluginError for more than the codec takes.
+
+    Layers with windows hold few tokens, so where these get more than the average of bits, bytes are fewer than the
+    average says.
+    """
+    few, many = bits, 16.0
+    while many - few > STEP:
+        middle = round((few + many) / 2, 4)
+        try:
+            reached = ratio_at(middle) >= wanted
+        except PluginError:
+            reached = False
+        few, many = (middle, many) if reached else (few, middle)
+    return few
 
 
 def _of_attention(ratio: float, geometry: Geometry, tokens: int) -> float:

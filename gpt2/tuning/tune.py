@@ -90,7 +90,8 @@ def search_grid(job: Job, show_layers: Callable[[list[dict], Path, str], None]) 
     show_layers: called with the rows of a layer ablation, the file that has them, and a title.
     """
     args = job.args
-    cells = grid_search.grid(args.rank_grid, args.bits, job.loaded.geometry.head_dim, args.codec)
+    widths = [shape.width for _, side, shape in job.loaded.geometry.sides() if side in args.target]
+    cells = grid_search.grid(args.rank_grid, args.bits, min(widths), args.codec)  # latent attention: V is narrower
     basis = basis_of(args.codec)
     parts, calibration_file = job.measured_with(basis.metric if basis.calibrated else None, cells[0].rank)
     search = grid_search.GridSearch(**parts, target=args.target, codec=args.codec, sink_tokens=args.sink_tokens)

@@ -10,12 +10,12 @@ import torch
 from pictures import is_drawn
 from sampling import sampled
 from script_runs import NEEDLE, listing
-from tiny import char_tokenizer, tiny_loaded, word_tokenizer
+from tiny import char_tokenizer, tiny_loaded, windows, word_tokenizer
 from transformers import DynamicCache
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.compressed_cache import identity_cache
-from gpt2.evaluation import needle, needle_prompts
+from gpt2.evaluation import asking, needle, needle_prompts
 from gpt2.evaluation.needle_prompts import TEMPLATES, Flags, Needles, Prompt, Template
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory
 from gpt2.report import plots, tables
@@ -197,8 +197,9 @@ def test_compression_shows_and_rows_name_their_prompts(reader, haystack, lossy, 
     )
     assert losses["identity"] == pytest.approx(losses[BASELINE], abs=1e-3)
     assert np.abs(losses["int4"] - losses[BASELINE]).min() > 1e-2
-    # Without room for the answer, and without the token that generation starts with
-    assert set(sizes[BASELINE]) == {(n - 12 - 1) * reader.geometry.bytes_per_token(4) for n in (LENGTH, 400)}
+    # Of the prompt and of the answer without its last token
+    own = [row["prompt_tokens"] + row["answer_tokens"] - 1 for row in rows if row["cache"] == BASELINE]
+    assert list(sizes[BASELINE]) == [n * reader.geometry.bytes_per_token(4) for n in own]
     assert (sizes["int4"] < sizes[BASELINE] / 2).all()
 
 
@@ -231,6 +232,14 @@ def test_the_prompt_is_fed_in_chunks_where_asked(reader, builder, monkeypatch):
         needle.ask(reader, baseline_factory(reader), builder.build(LENGTH, 0.5, 0), prefill_chunk=prefill_chunk)
         answer = 6  # a space and five digits; then generation, which starts with the prompt's last token
         assert fed[: len(chunks) + 2] == [*chunks, answer, 1]
+
+
+def test_bytes_are_of_what_windows_keep_also_where_a_prompt_was_fed_at_once():
+    """transformers' sliding layers hold the whole prompt until the next token."""
+    loaded = tiny_loaded("mistral", sliding_window=16)
+    ids, wanted = windows(1, 90)[0], windows(1, 4, seed=1)[0]
+    held = [asking.reply(loaded, baseline_factory(loaded), ids, wanted, 2, chunk).cache_bytes for chunk in (None, 1)]
+    assert held[0] <= held[1] * 1.3 and held[0] < 90 * 2 * 12 * 2 * 3 * 4, "keys and values of all tokens, in float32"
 
 
 def test_accuracy_is_the_share_of_prompts(reader, haystack, monkeypatch):

@@ -7,11 +7,13 @@ from functools import partial
 import pytest
 import torch
 from script_runs import listing, run
-from tiny import word_text
+from tiny import GQA, word_text
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.named_caches import from_preset
 from gpt2.evaluation import saved_documents
+from gpt2.models.loading import wrap
 
 
 @pytest.fixture
@@ -53,6 +55,28 @@ def test_blocks_are_those_of_the_tokens_or_not(llama, ids, tmp_path):
     cache.held_tokens.ids = cache.held_tokens.ids.flip(1)
     assert min(difference for _, difference in saved_documents.verify(llama, cache, 2)) > saved_documents.SAME
     assert cache.get_seq_length() == len(ids), "forks were recomputed, not the cache"
+
+
+def test_a_document_past_the_switch_of_longrope_is_read_in_one_pass(llama, ids, tmp_path, caplog):
+    """In chunks, keys of the first ones have other rotary factors than those of one pass."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
+    config = AutoConfig.for_model("phi3", **GQA, rope_parameters=rope, original_max_position_embeddings=200)
+    loaded = wrap(AutoModelForCausalLM.from_config(config).eval(), llama.tokenizer, "phi3")
+    choice = from_preset("kv8", loaded)
+    short = saved_documents.read(loaded, choice, ids[:200], tmp_path / "short", chunk=64)
+    assert "one pass" not in caplog.text and len(saved_documents.verify(loaded, short, 2)) == 2
+    cache = saved_documents.read(loaded, choice, ids, tmp_path / "long", chunk=64)
+    assert f"switch at 200 tokens, so a text of {len(ids)} is fed in one pass, not 64" in caplog.text
+    ((start, difference),) = saved_documents.verify(loaded, cache, 2)
+    assert start == 0 and difference < 0.1
+    mixed = choice.make()
+    for part in ids[None].split(64, dim=1):
+        loaded.model(part, past_key_values=mixed, use_cache=True)
+    mixed.save(tmp_path / "mixed", token_ids=ids)
+    ((_, difference),) = saved_documents.verify(
+        loaded, CompressedDynamicCache.load(tmp_path / "mixed", model=loaded), 2
+    )
+    assert difference > saved_documents.SAME
 
 
 def test_nan_is_not_the_same(llama, ids, tmp_path, monkeypatch):

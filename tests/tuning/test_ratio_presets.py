@@ -144,6 +144,20 @@ def test_layers_without_the_usual_basis_get_the_first_that_fits(make_presets, tm
     assert "codec framed needs K and V of one shape" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("most", [16.0, 7.0])
+def test_the_most_bits_that_reach_a_ratio(most):
+    """Also where the codec takes no more than some."""
+
+    def ratio_at(bits: float) -> float:
+        if bits > most:
+            raise PluginError("too many")
+        return 40 / bits
+
+    for wanted in (8.0, 4.0):
+        found = ratio_presets.most_bits(ratio_at, 2.0, wanted)
+        assert found == pytest.approx(min(40 / wanted, most), abs=ratio_presets.STEP) and ratio_at(found) >= wanted
+
+
 PREFIXES = {"framed": "kv", "joint": "store", "grouped": "fast"}
 KINDS = [("alike", "framed"), ("windowed", "joint"), ("hybrid", "grouped"), ("shapes", "grouped")]
 if ALL:  # framed and joint need K and V of one shape

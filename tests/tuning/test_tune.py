@@ -7,6 +7,7 @@ import optuna
 import pytest
 import torch
 from kinds import MODELS
+from layer_shapes import model_of
 from pictures import draw_nothing
 from script_runs import SMALL, SMALL_EVAL, TUNE, listing, run
 from tiny import save_tiny
@@ -40,6 +41,17 @@ def test_it_writes_a_preset_of_the_best_codec_and_resumes(tiny_flags, llama, tmp
     assert run(TUNE, *flags) == 0
     said = capsys.readouterr().out
     assert "calibration: using" in said and said.count("tuning: ") == 1, "everything is done"
+
+
+def test_ranks_fit_the_narrower_side_of_latent_attention(tiny_flags, tmp_path, capsys, monkeypatch):
+    """K has 16 channels there and V has 8: the default grid is of V's."""
+    draw_nothing(monkeypatch)
+    folder = save_tiny(tmp_path / "latent", model=model_of("deepseek_v3").model)
+    flags = ["--model", folder, *tiny_flags[2:], *SMALL, *SMALL_EVAL, "--bits", "4", "--target-ppl-delta", "0.99"]
+    assert run(TUNE, *flags, "--study", "s.db", "--output", "p.json") == 0
+    assert json.loads((tmp_path / "p.json").read_text())["rank"] <= 8
+    assert run(TUNE, *flags, "--rank-grid", "9", "--study", "s.db", "--output", "q.json") == 2
+    assert "--rank-grid: rank 9 is out of range: use 1 to 8" in capsys.readouterr().err
 
 
 def test_without_calibrated_codecs_there_is_no_calibration_and_over_budget_no_preset(

@@ -5,8 +5,10 @@ Presets come after the cache in the order of packages, so what makes a cache of 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 # Of a preset: what says nothing of how tokens are stored, and the folder on this machine
 LEFT_OUT = {"trials", "refused_on_evaluation_text", "provenance", "folder", "figures"}
@@ -26,9 +28,12 @@ class Recipe:
     windows: dict[str, int]
     rotary: dict[str, float] = field(default_factory=dict)
 
-    def record(self) -> dict:
-        """As a JSON object."""
+    def record(self, kept_in: Path) -> dict:
+        """As a JSON object of a file in folder `kept_in`, from which a calibration beside the preset is named."""
         preset = {key: value for key, value in self.preset.items() if key not in LEFT_OUT}
+        given, folder = preset.get("calibration_file"), self.preset.get("folder")
+        if given and folder and not Path(given).is_absolute() and (found := Path(folder) / given).is_file():
+            preset["calibration_file"] = os.path.relpath(found.resolve(), kept_in.resolve())
         about = {"preset": preset, "model": self.model, "fingerprint": self.fingerprint, "windows": self.windows}
         return about | ({"rotary": self.rotary} if self.rotary else {})
 

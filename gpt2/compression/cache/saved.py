@@ -61,7 +61,7 @@ def save(cache, path: str | Path, token_ids, model) -> Path:
         )
     record, tensors = contents.taken_apart(cache)
     tensors["token_ids"] = [ids.to(torch.int32)]
-    about = recipe and recipe.record()
+    about = recipe and recipe.record(Path(path).parent)
     if about and model is not None:
         about |= {"fingerprint": FROM_PRESETS.fingerprint_of(model), "rotary": rotary(_config_of(model))}
     header = {

@@ -17,7 +17,7 @@ from bad_files import put
 from calibrations import change
 from kept import PRESETS, TINY_LLAMA, cache_of
 from kinds import KINDS, cut, feed, geometry_of, ids_of, model_of
-from presets import PRESET
+from presets import PRESET, write
 from safetensors import safe_open
 from sampling import ALL, covering
 from stores import transform
@@ -190,6 +190,20 @@ def test_a_calibrated_preset_needs_its_own_calibration(llama, calibration, tmp_p
     rejected("calibration", load, moved / path.name, model=llama, error=BadArtefact)
     (moved / "c.pt").unlink()
     rejected("Calibration file not found", load, moved / path.name, model=llama)
+
+
+def test_a_calibration_is_found_that_the_preset_names_from_its_own_folder(llama, calibration, tmp_path):
+    """A cache's file in another folder names it from there, also when all folders move together."""
+    save_calibration(calibration, tmp_path / "all/made/calibrations/c.pt")
+    preset = write(tmp_path / "all/made/presets/p.json", PRESET | {"calibration_file": "../calibrations/c.pt"})
+    cache = create_cache_from_preset(preset, model=llama)
+    feed(llama.model, cache, ids_of(30))
+    (tmp_path / "all/docs").mkdir()
+    cache.save(tmp_path / "all/docs/doc.safetensors", token_ids=ids_of(30))
+    again = load((tmp_path / "all").rename(tmp_path / "moved") / "docs/doc.safetensors", model=llama)
+    assert again.get_seq_length() == 30
+    again.save(tmp_path / "here.safetensors", token_ids=ids_of(30))
+    assert load(tmp_path / "here.safetensors", model=llama).get_seq_length() == 30
 
 
 # --- what is refused
