@@ -342,7 +342,7 @@ def _check_probe(model: PreTrainedModel, expected: Tensor) -> None:
 def _unsupported(model: PreTrainedModel, reason: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"{type(model).__name__} can't use compressed attention: {reason}. Compressed caches work with it by "
-        "reconstruction: don't call enable_compressed_attention"
+        "reconstruction: leave out --direct, or in Python the call of enable_compressed_attention"
     )
 
 
