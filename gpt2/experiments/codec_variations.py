@@ -29,7 +29,7 @@ from gpt2.compression.codecs.mixed import BLOCK, WIDTHS
 from gpt2.compression.codecs.moments import Moments
 from gpt2.compression.codecs.multi_head import JointTransform, heads_per_group, side_by_side
 from gpt2.compression.codecs.rope import NONE, Rotary
-from gpt2.evaluation.perplexity import BASELINE, Scores, baseline_factory, compare, score
+from gpt2.evaluation.perplexity import BASELINE, Scores, baseline_factory, compare, score, segment_sums
 from gpt2.evaluation.statistics import paired_bootstrap
 from gpt2.experiments.codec_simulation import Fitted, Replaced, Simulation, Variation, led, share_out
 from gpt2.models.geometry import Geometry
@@ -338,7 +338,9 @@ def _record(label: str, variation: Variation, bits: float, known: dict, seed: in
     interval = np.log1p(paired_bootstrap(difference, seed))
     against = {"kl_change": float(difference.mean() / product.scores.kl.mean()),
                "kl_change_interval": (interval / product.scores.kl.mean()).tolist()}  # fmt: skip
+    # A price that is set on the whole text gives other figures where only its first segment is measured
+    sums = {} if variation.widths == "text" else {"segment_sums": segment_sums(known[BASELINE], own.scores)}
     return {
         "label": label, "product": variation == PRODUCT, "bits": bits, "bits_counted": own.bits,
-        **compare(known[BASELINE], own.scores, seed), **({} if variation == PRODUCT else against),
+        **compare(known[BASELINE], own.scores, seed), **({} if variation == PRODUCT else against), **sums,
     }  # fmt: skip

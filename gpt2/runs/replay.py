@@ -33,7 +33,8 @@ Figures = dict[str, float]
 class Replay:
     """How results of one script are replayed.
 
-    flags: from a record to the flags that differ in a replay. figures: from a record to its figures, by names that are
+    flags: from a record to the flags that differ in a replay; {folder} in a value is a folder that is removed
+    afterwards. figures: from a record to its figures, by names that are
     the same in a replay. absolute, relative: a replayed figure may differ by `absolute + relative · |recorded|`; other
     threads and batches change the last bits of float32, which may move a value into the next code. reads: from the
     options and a record to files, relative to the folder of results, that the script finds in its output folder; in a
@@ -84,12 +85,87 @@ def _calibration(options: RunOptions, record: dict) -> list[Path]:
     return [Path("calibrations") / ratio_presets.calibration_name(record["calibration"]["codec"], slug)]
 
 
-def _quarters(record: dict) -> Figures:
-    """KL of the first segment by quarter of its positions for each cache, in nats."""
+def _positions(record: dict) -> Figures:
+    """KL of the first segment by position for each cache, in nats: quarters of what was generated, or bins of a text."""
+    cells = "quarters" if record["args"]["over"] == "generated" else "bins"
     return {
         f"{row['cache']}, KL of the first segment from {cell['position']}": cell["kl_nats_by_segment"][0]
-        for row in record["rows"] for cell in row["quarters"]
+        for row in record["rows"] for cell in row[cells]
     }  # fmt: skip
+
+
+def _start(record: dict) -> dict:
+    """One continuation; or of a long text its first two bins, whose figures don't depend on what follows."""
+    flags = {"segments": 1, "greedy-tokens": 0}
+    if record["args"]["over"] == "generated":
+        return flags
+    per_bin = record["rows"][0]["bins"][0]["tokens"] // record["segments"][0]
+    return flags | {"context-length": 2 * per_bin + 1, "bins": 2}
+
+
+def _variations(record: dict) -> Figures:
+    """KL of the first segment for each row of a question, in nats per token."""
+    return {
+        f"{row['question']}, {row['label']}, {row['bits']} bits: KL of the first segment":
+            sums["kl_nats"][0] / sums["predictions"]
+        for row in record["rows"] if (sums := row.get("segment_sums"))
+    }  # fmt: skip
+
+
+def _layers(record: dict) -> Figures:
+    """KL of the first segment if one layer alone is compressed, in nats per token."""
+    return {
+        f"{row['side']} of layer {row['layer']}, {row['bits']} bits: KL of the first segment":
+            sums["kl_nats"][0] / sums["predictions"]
+        for row in record["rows"] if (sums := row.get("segment_sums"))
+    }  # fmt: skip
+
+
+def _tuned(record: dict) -> Figures:
+    """Δ perplexity of each trial of the tuner; or what `_layers` gives, for an ablation of layers."""
+    if "rows" in record:
+        return _layers(record)
+    return {f"{trial['label']}: Δ perplexity": trial["ppl_delta"] for trial in record["trials"]}
+
+
+def _one_trial(record: dict) -> dict:
+    """The first trial, in a study of its own; or one segment at the first bits, for an ablation of layers."""
+    if "rows" in record:
+        sums = record["rows"][0]["segment_sums"]
+        return {"eval-tokens": sums["predictions"] + 1} | _first(record, "bits")
+    flags = {"study": "{folder}/study.db"}
+    if record["args"]["search"] == "grid":
+        return flags | {"rank-grid": record["trials"][0]["rank"], "bits": record["trials"][0]["bits"]}
+    return flags | {"num-trials": 1, "codecs": record["trials"][0]["family"]}
+
+
+def _as_given(record: dict) -> Figures:
+    """KL and Δ perplexity of the run in which nothing is varied."""
+    row = record["rows"][0]
+    return {f"as given, {name}": row[name] for name in ("kl_nats", "ppl_delta")}
+
+
+def _families(record: dict) -> Figures:
+    """How each family works, as a number, and how far lossless and 4-bit caches move its logits."""
+    names = ("identity_logit_change", "int4_logit_change")
+    modes = {f"{row['model_type']}, {row['mode']}": 1.0 for row in record["rows"]}
+    return modes | {
+        f"{row['model_type']}, {name}": row[name]
+        for row in record["rows"] for name in names if row.get(name) is not None
+    }  # fmt: skip
+
+
+def _some_families(record: dict) -> dict:
+    return {"families": ",".join(row["model_type"] for row in record["rows"][::15])}
+
+
+def _bytes(record: dict) -> Figures:
+    return {f"{row['cache']}, bytes of {row['context_tokens']} tokens": row["bytes"] for row in record["rows"]}
+
+
+def _on_paper(record: dict) -> Figures:
+    """Shortest time of a step for each GPU, in µs."""
+    return {f"{row['gpu']}, {row['row']}, {row['context_tokens']} tokens": row["bound_us"] for row in record["rows"]}
 
 
 def _first(record: dict, *names: str) -> dict:
@@ -108,7 +184,7 @@ REPLAYS = {
     ),
     "eval_tasks": Replay(lambda record: ONE_PROMPT | _first(record, "context_lengths"), _answers, 0.02, 0.01),
     "eval_code": Replay(lambda record: {"limit": 1}, _generated, 0.02, 0.01),
-    "eval_by_position": Replay(lambda record: {"segments": 1, "greedy-tokens": 0}, _quarters, 1e-5, 0.05),
+    "eval_by_position": Replay(_start, _positions, 1e-5, 0.05),
     "compare_peers": Replay(
         lambda record: _one_segment(record) | {"needle-context-lengths": "none"}, _segments, 1e-4, 0.02
     ),
@@ -116,6 +192,14 @@ REPLAYS = {
         lambda record: _one_segment(record) | {"calibration-file": None}, _of_presets, 1e-4, 0.02, _calibration
     ),
     "validate_ppl_postbugfix": Replay(_one_segment, _segments, 1e-4, 0.02),
+    "auto_tune_kv_compression": Replay(_one_trial, _tuned, 1e-4, 0.05),
+    "eval_stability": Replay(lambda record: {"num-runs": 1, "needle-trials": 1}, _as_given, 1e-4, 0.02),
+    "benchmarks/codec_variations": Replay(
+        lambda record: _one_segment(record) | _first(record, "bits", "rows"), _variations, 1e-5, 0.05
+    ),
+    "benchmarks/architectures": Replay(_some_families, _families, 1e-4, 0.05),
+    "benchmarks/cache_bytes": Replay(lambda record: _first(record, "context_lengths"), _bytes, 0.5, 0),
+    "benchmarks/attention": Replay(lambda record: {}, _on_paper, 0, 1e-6),
 }
 
 
@@ -143,6 +227,8 @@ def replayable(matcher: Matcher, name: str) -> str | None:
     run, record = matcher.runs[name], matcher.record(name)
     if record is None:
         return "missing"
+    if run.tag is not None:
+        return "it measures time, which is of its machine"
     if run.script not in REPLAYS:
         return f"results of {run.script}.py have no replay"
     if reason := matcher.stale(name, any_code=True) or matcher.not_allowed(run):
@@ -191,7 +277,9 @@ def _small(matcher: Matcher, run: Run, record: dict) -> dict:
             (Path(folder) / path).parent.mkdir(parents=True)
             shutil.copy(matcher.options.results / path, Path(folder) / path)
         given = str(output if Path(run.output).suffix else folder)  # some scripts take the folder of results
-        command = matcher.command(dataclasses.replace(run, args=run.args | how.flags(record), output=given))
+        flags = {name: str(value).replace("{folder}", folder) if isinstance(value, str) else value
+                 for name, value in how.flags(record).items()}  # fmt: skip
+        command = matcher.command(dataclasses.replace(run, args=run.args | flags, output=given))
         done = subprocess.run(command, capture_output=True, text=True)
         if not output.is_file():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -27,7 +27,7 @@ from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.codecs import Compressor
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.settings import TARGETS, Plan, Setting, build, uniform
-from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
+from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score, segment_sums
 from gpt2.models.geometry import Geometry, Shape
 from gpt2.models.loading import LoadedModel
 
@@ -71,7 +71,8 @@ def ablate(
         scores = score(loaded, segments, caches, **scoring)
         for side, setting in todo:
             figures = {"bytes_per_token": sizes[side, setting]}
-            figures |= compare(scores[BASELINE], scores[f"{side} {setting}"])
+            pair = scores[BASELINE], scores[f"{side} {setting}"]
+            figures |= compare(*pair) | {"segment_sums": segment_sums(*pair)}
             rows.append({"side": side, "layer": layer, **asdict(setting), **figures})
         files.write_json(path, {**(provenance or {}), "model": loaded.spec, "key": key, "rows": rows})
     return rows
