@@ -88,6 +88,8 @@ def main() -> None:
         cache.to_preset(preset, model=loaded).save(args.output, model=loaded)
         info(args.output)
     else:
+        if reason := saved_documents.read_again_whole(loaded, cache):
+            print(f"note: all {cache.get_seq_length():,} tokens are read again, whatever --blocks says: {reason}")
         found = saved_documents.verify(loaded, cache, args.blocks, progress=cli.bar("verify", "block"))
         for token, difference in found:
             print(f"from token {token:,}: differs by {difference:.3f} of its tokens' spread")

@@ -111,6 +111,15 @@ def ask(
     return loaded.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
+def read_again_whole(loaded: LoadedModel, cache: CompressedDynamicCache) -> str | None:
+    """Why `verify` can't recompute single blocks of a cache, so that it reads all tokens again; None if it can."""
+    if any(layer.kind != FULL for layer in cache.geometry.layers):
+        return "the model has windows or states, whose past isn't kept"
+    if cache.rows > 1:
+        return "the cache holds a batch, whose rows have padding of their own"
+    return "the model reads a text of this length in one pass" if loaded.needs_one_pass(cache.get_seq_length()) else None
+
+
 @torch.no_grad()
 def verify(
     loaded: LoadedModel, cache: CompressedDynamicCache, blocks: int, seed: int = 0, progress=iter
@@ -119,13 +128,11 @@ def verify(
 
     The difference is the root of the squared error over the squared spread of the block's tokens; up to SAME they are
     the same. A block is recomputed behind the tokens before it as the cache holds them, so a few blocks cost little.
-    Where layers have windows or states, which have no past, all tokens are read again and the last of them compared. So
-    are those of a batch, each row's own, without its padding, and those of a text that needs one pass.
+    Where `read_again_whole` gives a reason, all tokens are read again, and of windows the last of them compared.
     """
     ids, length = cache.token_ids, cache.get_seq_length()
     padded, how = _padding_mask(cache, loaded.device), {}
-    chunk, one_pass = loaded.chunk_of(length, 16 * BLOCK), loaded.needs_one_pass(length)
-    whole = any(layer.kind != FULL for layer in cache.geometry.layers) or cache.rows > 1 or one_pass
+    chunk, whole = loaded.chunk_of(length, 16 * BLOCK), read_again_whole(loaded, cache) is not None
     starts = [0] if whole or length <= 2 * BLOCK else range(BLOCK, length - BLOCK + 1, BLOCK)
     if not whole and len(starts) > blocks:
         starts = sorted(random.Random(seed).sample(starts, blocks))

@@ -5,7 +5,8 @@ whether the present code still gives what a file says: the file's own script run
 flags that leave one segment or one prompt of each cache, and every figure that both have is compared. The outcome is
 noted with the commit in results/replays.json, beside the hash of the results file, so that it counts for no other.
 
-A script that can be replayed has a line in REPLAYS. Times are of their machine and are never replayed.
+A script that can be replayed has a line in REPLAYS. Times are of their machine and are never replayed; a calibration is
+replayed with what was measured with it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from gpt2.common import files, provenance
@@ -85,22 +87,18 @@ def _calibration(options: RunOptions, record: dict) -> list[Path]:
     return [Path("calibrations") / ratio_presets.calibration_name(record["calibration"]["codec"], slug)]
 
 
-def _positions(record: dict) -> Figures:
-    """KL of the first segment by position for each cache, in nats: quarters of what was generated, or bins of a text."""
-    cells = "quarters" if record["args"]["over"] == "generated" else "bins"
+def _positions(cells: str, record: dict) -> Figures:
+    """KL of the first segment by position for each cache, in nats. cells: `quarters` or `bins`."""
     return {
         f"{row['cache']}, KL of the first segment from {cell['position']}": cell["kl_nats_by_segment"][0]
         for row in record["rows"] for cell in row[cells]
     }  # fmt: skip
 
 
-def _start(record: dict) -> dict:
-    """One continuation; or of a long text its first two bins, whose figures don't depend on what follows."""
-    flags = {"segments": 1, "greedy-tokens": 0}
-    if record["args"]["over"] == "generated":
-        return flags
+def _first_bins(record: dict) -> dict:
+    """The first two bins of a long text, whose figures don't depend on what follows."""
     per_bin = record["rows"][0]["bins"][0]["tokens"] // record["segments"][0]
-    return flags | {"context-length": 2 * per_bin + 1, "bins": 2}
+    return {"segments": 1, "greedy-tokens": 0, "context-length": 2 * per_bin + 1, "bins": 2}
 
 
 def _variations(record: dict) -> Figures:
@@ -121,22 +119,22 @@ def _layers(record: dict) -> Figures:
     }  # fmt: skip
 
 
-def _tuned(record: dict) -> Figures:
-    """Δ perplexity of each trial of the tuner; or what `_layers` gives, for an ablation of layers."""
-    if "rows" in record:
-        return _layers(record)
+def _one_segment_of_layers(record: dict) -> dict:
+    sums = record["rows"][0]["segment_sums"]
+    return {"eval-tokens": sums["predictions"] + 1, "bits": str(min(record["args"]["bits"]))}
+
+
+def _trials(record: dict) -> Figures:
+    """Δ perplexity of each trial of the tuner."""
     return {f"{trial['label']}: Δ perplexity": trial["ppl_delta"] for trial in record["trials"]}
 
 
 def _one_trial(record: dict) -> dict:
-    """The first trial, in a study of its own; or one segment at the first bits, for an ablation of layers."""
-    if "rows" in record:
-        sums = record["rows"][0]["segment_sums"]
-        return {"eval-tokens": sums["predictions"] + 1} | _first(record, "bits")
-    flags = {"study": "{folder}/study.db"}
+    """The first trial, in a study of its own."""
+    first, flags = record["trials"][0], {"study": "{folder}/study.db"}
     if record["args"]["search"] == "grid":
-        return flags | {"rank-grid": record["trials"][0]["rank"], "bits": record["trials"][0]["bits"]}
-    return flags | {"num-trials": 1, "codecs": record["trials"][0]["family"]}
+        return flags | {"rank-grid": str(first["rank"]), "bits": str(first["bits"])}
+    return flags | {"num-trials": 1, "codecs": first["family"]}
 
 
 def _as_given(record: dict) -> Figures:
@@ -178,13 +176,17 @@ def _one_segment(record: dict) -> dict:
 
 
 ONE_PROMPT = {"num-trials": 1}
+# By script; where a flag changes what a script measures, by script and flag
 REPLAYS = {
     "eval_long_context_needle": Replay(
         lambda record: ONE_PROMPT | _first(record, "context_lengths", "needle_positions"), _answers, 0.02, 0.01
     ),
     "eval_tasks": Replay(lambda record: ONE_PROMPT | _first(record, "context_lengths"), _answers, 0.02, 0.01),
     "eval_code": Replay(lambda record: {"limit": 1}, _generated, 0.02, 0.01),
-    "eval_by_position": Replay(_start, _positions, 1e-5, 0.05),
+    "eval_by_position": Replay(
+        lambda record: {"segments": 1, "greedy-tokens": 0}, partial(_positions, "quarters"), 1e-5, 0.05
+    ),
+    "eval_by_position --over": Replay(_first_bins, partial(_positions, "bins"), 1e-5, 0.05),
     "compare_peers": Replay(
         lambda record: _one_segment(record) | {"needle-context-lengths": "none"}, _segments, 1e-4, 0.02
     ),
@@ -192,15 +194,22 @@ REPLAYS = {
         lambda record: _one_segment(record) | {"calibration-file": None}, _of_presets, 1e-4, 0.02, _calibration
     ),
     "validate_ppl_postbugfix": Replay(_one_segment, _segments, 1e-4, 0.02),
-    "auto_tune_kv_compression": Replay(_one_trial, _tuned, 1e-4, 0.05),
+    "auto_tune_kv_compression": Replay(_one_trial, _trials, 5e-4, 0.05),
+    "auto_tune_kv_compression --layer-ablation": Replay(_one_segment_of_layers, _layers, 1e-6, 0.1),
     "eval_stability": Replay(lambda record: {"num-runs": 1, "needle-trials": 1}, _as_given, 1e-4, 0.02),
     "benchmarks/codec_variations": Replay(
         lambda record: _one_segment(record) | _first(record, "bits", "rows"), _variations, 1e-5, 0.05
     ),
     "benchmarks/architectures": Replay(_some_families, _families, 1e-4, 0.05),
     "benchmarks/cache_bytes": Replay(lambda record: _first(record, "context_lengths"), _bytes, 0.5, 0),
-    "benchmarks/attention": Replay(lambda record: {}, _on_paper, 0, 1e-6),
+    "benchmarks/attention --on-paper": Replay(lambda record: {}, _on_paper, 0, 1e-6),
 }
+
+
+def how_to(run: Run) -> Replay | None:
+    """How results of a run are replayed; None if they can't be."""
+    flagged = (f"{run.script} --{flag}" for flag in run.args)
+    return REPLAYS.get(next((name for name in flagged if name in REPLAYS), run.script))
 
 
 def replay_all(matcher: Matcher, wanted: Sequence[str], say: Callable[[str], None] = print) -> list[str]:
@@ -229,14 +238,15 @@ def replayable(matcher: Matcher, name: str) -> str | None:
         return "missing"
     if run.tag is not None:
         return "it measures time, which is of its machine"
-    if run.script not in REPLAYS:
+    how = how_to(run)
+    if how is None:
         return f"results of {run.script}.py have no replay"
     if reason := matcher.stale(name, any_code=True) or matcher.not_allowed(run):
         return reason
     try:
-        figures = REPLAYS[run.script].figures(record)
-        REPLAYS[run.script].flags(record)
-        read = REPLAYS[run.script].reads(matcher.options, record)
+        figures = how.figures(record)
+        how.flags(record)
+        read = how.reads(matcher.options, record)
     except (KeyError, IndexError, TypeError) as error:
         return f"its record lacks what a replay needs ({type(error).__name__}: {error})"
     if missing := [path for path in read if not (matcher.options.results / path).is_file()]:
@@ -250,7 +260,7 @@ def replay(matcher: Matcher, name: str) -> list[str]:
     Raises PluginError if the script fails, or gives no figure of the results file.
     """
     run, record = matcher.runs[name], matcher.record(name)
-    how = REPLAYS[run.script]
+    how = how_to(run)
     recorded, measured = how.figures(record), how.figures(_small(matcher, run, record))
     both = [key for key in measured if key in recorded]
     if not both:
@@ -270,7 +280,7 @@ def replay(matcher: Matcher, name: str) -> list[str]:
 
 def _small(matcher: Matcher, run: Run, record: dict) -> dict:
     """The record that a run's script makes with some flags changed, in a folder that is removed afterwards."""
-    how = REPLAYS[run.script]
+    how = how_to(run)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "runs" / f"{run.name}.json"
         for path in how.reads(matcher.options, record):

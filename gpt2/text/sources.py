@@ -32,6 +32,8 @@ def load_text(spec: str | None, model_spec: str = EMBEDDED) -> Text:
     A file or folder whose name contains + can be given alone, but not as one of several. Raises PluginError for a text
     that doesn't exist, can't be read, is too short, or is named twice.
     """
+    if spec is not None and not spec.strip():
+        raise PluginError("--text: its name is empty: name a text, or leave the flag out for the default")
     spec = spec or default_text(model_spec)
     if text := _single(spec):
         return text

@@ -69,6 +69,8 @@ def test_a_document_past_the_switch_of_longrope_is_read_in_one_pass(llama, ids, 
     assert f"switch at 200 tokens, so a text of {len(ids)} is fed in one pass, not 64" in caplog.text
     ((start, difference),) = saved_documents.verify(loaded, cache, 2)
     assert start == 0 and difference < 0.1
+    assert "in one pass" in saved_documents.read_again_whole(loaded, cache)
+    assert saved_documents.read_again_whole(loaded, short) is None
     mixed = choice.make()
     for part in ids[None].split(64, dim=1):
         loaded.model(part, past_key_values=mixed, use_cache=True)
@@ -106,6 +108,18 @@ def test_each_row_of_a_batch_is_recomputed_from_its_own_tokens(llama, ids, tmp_p
     cache.held_tokens.ids = cache.held_tokens.ids.flip(0)
     ((_, difference),) = saved_documents.verify(llama, cache, 2)
     assert difference > saved_documents.SAME
+
+
+def test_verify_tells_that_all_tokens_are_read_again(tmp_path, monkeypatch, capsys, model_folder):
+    """Whatever --blocks says; here of a batch."""
+    monkeypatch.chdir(tmp_path)
+    loaded = loading.load(str(model_folder))
+    cache, batch = from_preset("kv8", loaded).make(), torch.randint(2, 90, (2, 200))
+    loaded.model(batch, past_key_values=cache, use_cache=True)
+    cache.save(tmp_path / "batch.safetensors", token_ids=batch, model=loaded)
+    assert run("cache_tool", "verify", "--model", model_folder, "--cache", "batch.safetensors", "--blocks", 1) == 0
+    said = capsys.readouterr().out
+    assert "note: all 200 tokens are read again, whatever --blocks says: the cache holds a batch" in said
 
 
 def test_the_script(tmp_path, monkeypatch, capsys, model_folder, rejects):

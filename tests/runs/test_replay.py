@@ -16,6 +16,7 @@ from gpt2.common.errors import PluginError
 from gpt2.compression.codecs.integer import Int4
 from gpt2.compression.codecs.multi_head import JointTransform
 from gpt2.runs import replay
+from gpt2.runs.record import write_record
 
 PEERS = {"peers": "kivi", "preset": ["p.json"], "needle-context-lengths": "none", "text": "words.txt",
          "eval-tokens": 128, "eval-seq-len": 64, "chunk": 32}  # fmt: skip
@@ -31,7 +32,8 @@ PRESETS_RUN = "ratio_presets_tiny-llama"
 
 
 def in_this_process(command: list[str], **_) -> SimpleNamespace:
-    code = run(Path(command[1]).stem, *command[2:])
+    script = Path(command[1]).with_suffix("")
+    code = run(script.relative_to(next(p for p in script.parents if p.name == "scripts")), *command[2:])
     return SimpleNamespace(returncode=code, stderr="")
 
 
@@ -113,6 +115,44 @@ def wrong_offset(dequantize):
 def wrong_channel(heads_of):
     """Every channel gets what the channel before it was reconstructed to."""
     return lambda self, x, head_dim, start=0: heads_of(self, x.roll(1, -1), head_dim, start)
+
+
+QUICK = {"text": "words.txt", "codec": "identity", "bits": "8,4", "eval-tokens": 128, "eval-seq-len": 64, "chunk": 32}
+VARIED = {"text": "words.txt", "samples": 3, "seq-len": 128, "eval-tokens": 512, "eval-seq-len": 256, "bits": "4,2",
+          "rows": "levels,rotation"}  # fmt: skip
+BYTES = {"preset": ["kv4", "kv8"], "context-lengths": "90,300"}
+OTHERS = {  # name: definition, figures of its replay
+    "layers_x": ({"script": "auto_tune_kv_compression", "args": QUICK | {"layer-ablation": True}}, 3),
+    "variations_x": ({"script": "benchmarks/codec_variations", "args": VARIED}, 2),
+    "bytes_x": ({"script": "benchmarks/cache_bytes", "args": BYTES}, 2),
+    "tuned_x": ({"script": "auto_tune_kv_compression", "output": "presets/tuned.json",
+                 "args": QUICK | {"target-ppl-delta": 0.9, "study": "s.db"}}, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_part_of_other_results_is_measured_again(name, matcher, model_folder, monkeypatch):
+    """The part that the flags leave, and an error in what its figures come from."""
+    definition, figures = OTHERS[name]
+    write_table(Path(), name, runs={name: definition}, show=[])
+    matcher = matcher_of(Path().absolute(), model=str(model_folder))
+    in_this_process(matcher.command(matcher.runs[name]))
+    write_record(matcher, matcher.runs[name])
+    assert replay.replay(matcher, name) == [] and matcher.replay(name)["figures"] == figures
+    assert not Path("study.db").exists()
+    record = json.loads(matcher.record_path(name).read_text())
+    matcher.record_path(name).write_text(json.dumps(doubled(record)))
+    assert len(replay.replay(matcher, name)) == figures
+
+
+def doubled(record: dict | list | float):
+    """Every measured number of a record, which is any with decimals or a count of bytes, twice as large."""
+    if isinstance(record, dict):
+        return {key: value if key in ("args", "bits") else 2 * value if key == "bytes" else doubled(value)
+                for key, value in record.items()}  # fmt: skip
+    if isinstance(record, list):
+        return [doubled(value) for value in record]
+    return 2 * record if isinstance(record, float) else record
 
 
 def test_what_can_not_be_replayed_says_why(matcher, monkeypatch):
