@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
-from transformers.cache_utils import QuantizedCache
+from transformers.cache_utils import Cache, QuantizedCache
 
 from gpt2.common.errors import PluginError
 from gpt2.evaluation.kivi import kivi_cache
 from gpt2.evaluation.perplexity import CacheFactory
 from gpt2.evaluation.turboquant import turboquant_cache
+from gpt2.models.geometry import FULL, INDEXED, SLIDING, Geometry
 from gpt2.models.loading import LoadedModel
 
 PACKAGES = {"quanto": ("optimum.quanto", "optimum-quanto"), "hqq": ("hqq.core.quantize", "hqq")}  # module, package
@@ -46,7 +47,7 @@ class SharedCache(QuantizedCache):
 
 def factories(family: str, loaded: LoadedModel) -> Iterator[tuple[str, CacheFactory]]:
     """Label and factory of each cache of a family of FAMILIES."""
-    config, L = loaded.model.config, loaded.geometry.num_layers
+    config, geometry = loaded.model.config, loaded.geometry
     if family == "fp8":
         yield "fp8, a scale per layer", partial(SharedCache, "fp8", config)
     elif family in PAPERS:
@@ -54,13 +55,20 @@ def factories(family: str, loaded: LoadedModel) -> Iterator[tuple[str, CacheFact
         for bits in PAPER_BITS:
             for sinks in PAPER_SINKS:
                 exact = "" if sinks else ", no exact sinks"
-                yield f"{name} {bits} bits{exact}", partial(make, L, bits, sinks)
+                yield f"{name} {bits} bits{exact}", partial(_from_paper, name, make, geometry, bits, sinks)
     else:
         axes = {"axis_key": AXES[family], "axis_value": AXES[family]}
         for bits in (4, 2):
             for residual in RESIDUALS:
                 settings = {"nbits": bits, "q_group_size": 64, "residual_length": residual, **axes}
                 yield f"{family} {bits} bits, residual {residual}", partial(SharedCache, family, config, **settings)
+
+
+def _from_paper(name: str, make: Callable[[int, int, int], Cache], geometry: Geometry, bits: int, sinks: int) -> Cache:
+    """An empty cache of PAPERS. Raises PluginError where the paper's method has nothing to say of a layer."""
+    if others := sorted({layer.kind for layer in geometry.layers} - {FULL, SLIDING, INDEXED}):
+        raise PluginError(f"{name} is of K and V alone; this model has layers of other kinds: {', '.join(others)}")
+    return make(geometry.num_layers, bits, sinks)
 
 
 def identity(family: str, label: str) -> dict:

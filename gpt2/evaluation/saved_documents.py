@@ -117,7 +117,9 @@ def read_again_whole(loaded: LoadedModel, cache: CompressedDynamicCache) -> str 
         return "the model has windows or states, whose past isn't kept"
     if cache.rows > 1:
         return "the cache holds a batch, whose rows have padding of their own"
-    return "the model reads a text of this length in one pass" if loaded.needs_one_pass(cache.get_seq_length()) else None
+    return (
+        "the model reads a text of this length in one pass" if loaded.needs_one_pass(cache.get_seq_length()) else None
+    )
 
 
 @torch.no_grad()

@@ -125,12 +125,17 @@ class Matcher:
         return "\n".join([*lines, "", f"{len(made)} runs to make" + (f": {', '.join(made)}" if made else "")])
 
     def _confirmed(self, name: str) -> str:
-        """How up-to-date results were confirmed: by a replay, by being made at the present commit, or not since."""
+        """How up-to-date results were confirmed: by a replay, by being made at the present commit, or not since.
+
+        Times never are: they are of the machine and the commit that the file names.
+        """
         outcome, made = self.replay(name), self.record(name).get("git_commit")
         if outcome and not outcome.get("agrees"):
             return f"up to date, but its replay at {outcome['commit']} differs"
         if outcome:
             return f"up to date, replayed at {outcome['commit']}"
+        if self.runs[name].tag is not None:
+            return f"up to date, times measured at {made}"
         return "up to date" if made == provenance.git_commit() else f"up to date, made at {made}, not replayed since"
 
     def parsed(self, run: Run) -> argparse.Namespace:

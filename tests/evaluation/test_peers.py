@@ -1,6 +1,7 @@
 """Which caches are compared, those of other packages among them: made, copied and counted; rows instead of crashes."""
 
 import copy
+import dataclasses
 import importlib
 import itertools
 import json
@@ -23,6 +24,7 @@ from gpt2.compression.presets import preset_files
 from gpt2.evaluation import kivi, lineup, needle, other_caches, peers
 from gpt2.evaluation.lineup import Entry
 from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score
+from gpt2.models.geometry import LINEAR, Geometry, LayerGeometry
 from gpt2.report import plots, regions, tables
 
 H, D, T = 2, 64, 300
@@ -81,6 +83,15 @@ def test_fp8_is_counted_and_a_model_that_it_rejects_gives_a_row(x):
     assert cache_bytes(cache) == 2 * 2 * (H * D * T + 4)
     found = lineup.for_quality(tiny_loaded("mistral"), ["fp8", "kivi"], [])
     assert "only full attention" in peers.reason(found[0].error) and all(entry.make for entry in found[1:])
+
+
+def test_methods_of_papers_reject_layers_that_keep_states(llama):
+    layers = (*llama.geometry.layers[:2], LayerGeometry(LINEAR))
+    hybrid = dataclasses.replace(llama, geometry=Geometry(layers))
+    for entry in lineup.for_quality(hybrid, ["kivi", "turboquant"], []):
+        assert "is of K and V alone; this model has layers of other kinds: linear_attention" in peers.reason(
+            entry.error
+        )
 
 
 @pytest.mark.parametrize("family", ["quanto", "hqq", pytest.param("fp8", marks=needs_fp8)])

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.named_caches import from_preset
 from gpt2.evaluation import saved_documents
+from gpt2.models import loading
 from gpt2.models.loading import wrap
 
 
