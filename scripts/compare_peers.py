@@ -36,7 +36,7 @@ def lengths(words: str) -> list[int]:
 def arguments() -> argparse.ArgumentParser:
     p = cli.evaluation_parser(__doc__, tokens=32768)
     p.set_defaults(batch_size=1)  # fp8 has one scale per batch, so a batch would change its results
-    cli.add_peers_flag(p, default=lineup.PEERS)
+    cli.add_peers_flag(p, default=lineup.PEERS, single=True)
     p.add_argument("--preset", nargs="*", help="preset files or built-in names; all of the model's if omitted")
     p.add_argument("--needle-context-lengths", type=lengths, default=[1024], help="tokens; none or 0 for no needles")
     p.add_argument("--num-trials", type=cli.positive_int, default=3, help="needle prompts per length and depth")
@@ -48,7 +48,7 @@ def main() -> None:
     args = arguments().parse_args()
     script = cli.open_script(args)
     loaded, text, paths = script.loaded, script.text, script.output_files("peers")
-    compared = lineup.for_quality(loaded, args.peers, args.preset)
+    compared = lineup.for_quality(loaded, args.peers, args.preset, args.only_peers)
     segments = script.evaluation_segments()
     grid = {"lengths": args.needle_context_lengths, "depths": DEPTHS, "trials": args.num_trials, "seed": args.seed,
             "prefill_chunk": args.chunk, "haystack_name": f"the evaluation part of text {text.name!r}",

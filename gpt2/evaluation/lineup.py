@@ -98,10 +98,12 @@ class Entry:
 
 
 def for_quality(
-    loaded: LoadedModel, families: Sequence[str] = PEERS, presets: Sequence[str] | None = None
-) -> list[Entry]:
+    loaded: LoadedModel, families: Sequence[str] = PEERS, presets: Sequence[str] | None = None,
+    only_peers: Sequence[str] | None = None,
+) -> list[Entry]:  # fmt: skip
     """Entries of other families and of presets, without the baseline.
 
+    only_peers: labels of those to take of the families, all for None; PluginError is raised for one that none has.
     presets: files or built-in names; PluginError is raised if one can't be used. With None all built-in presets of the
     model are taken, and those that can't be used become entries with an error.
     """
@@ -111,6 +113,7 @@ def for_quality(
     entries += [_built_in(name, loaded, LOW_RANK) for name in low_rank]
     if LOW_RANK in families and not low_rank:
         entries.append(Entry(LOW_RANK, "low rank", error=PluginError(f"no preset rN-vonly for {loaded.spec}")))
+    entries = only(entries, only_peers)
     if presets is None:
         entries += [_built_in(name, loaded, OURS) for name in built_in if name not in low_rank]
     else:

@@ -175,21 +175,33 @@ def _one_segment(record: dict) -> dict:
     return {"eval-tokens": record["segments"][1]}
 
 
+def _one_of_each_family(record: dict) -> dict:
+    """One segment of our caches, and of each other family the first cache that ran: some take minutes each."""
+    ran = {row["family"]: row["label"] for row in reversed(record["rows"]) if "segment_sums" in row}
+    peers = [ran[family] for family in record["args"]["peers"] if family in ran]
+    flags = _one_segment(record) | {"needle-context-lengths": "none"}
+    return flags | ({"only-peers": peers} if peers else {})
+
+
+def _two_tasks(record: dict) -> dict:
+    """A prompt of the first and of the last task: each is read by every cache."""
+    tasks = record["args"]["tasks"]
+    return ONE_PROMPT | _first(record, "context_lengths") | {"tasks": ",".join(dict.fromkeys((tasks[0], tasks[-1])))}
+
+
 ONE_PROMPT = {"num-trials": 1}
 # By script; where a flag changes what a script measures, by script and flag
 REPLAYS = {
     "eval_long_context_needle": Replay(
         lambda record: ONE_PROMPT | _first(record, "context_lengths", "needle_positions"), _answers, 0.02, 0.01
     ),
-    "eval_tasks": Replay(lambda record: ONE_PROMPT | _first(record, "context_lengths"), _answers, 0.02, 0.01),
+    "eval_tasks": Replay(_two_tasks, _answers, 0.02, 0.01),
     "eval_code": Replay(lambda record: {"limit": 1}, _generated, 0.02, 0.01),
     "eval_by_position": Replay(
         lambda record: {"segments": 1, "greedy-tokens": 0}, partial(_positions, "quarters"), 1e-5, 0.05
     ),
     "eval_by_position --over": Replay(_first_bins, partial(_positions, "bins"), 1e-5, 0.05),
-    "compare_peers": Replay(
-        lambda record: _one_segment(record) | {"needle-context-lengths": "none"}, _segments, 1e-4, 0.02
-    ),
+    "compare_peers": Replay(_one_of_each_family, _segments, 1e-4, 0.02),
     "make_presets": Replay(
         lambda record: _one_segment(record) | {"calibration-file": None}, _of_presets, 1e-4, 0.02, _calibration
     ),
