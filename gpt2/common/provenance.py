@@ -15,14 +15,15 @@ import torch
 
 from gpt2.common import files, machine
 
+STARTED = time.monotonic()  # of this module's import, at a script's start
 NOT_INPUTS = ("output", "study")  # arguments that name files to write
 
 
 def provenance(args: Any = None, **more) -> dict:
     """A results record's keys on its origin: arguments, hashes of files they name, commit, versions, machine and time.
 
-    args: the parsed arguments of the script, if any. more: further keys, which may replace these: scripts that
-    measure time give `machine` as `machine.before_timing` found it.
+    args: the parsed arguments of the script, if any. `wall_s` are the seconds that the script has taken so far. more:
+    further keys, which may replace these: scripts that measure time give `machine` as `machine.before_timing` found it.
     """
     packages = ("torch", "transformers", "numpy", "optuna", "triton")
     given, device = vars(args) if args else {}, more.get("device") or getattr(args, "device", "auto")
@@ -35,6 +36,7 @@ def provenance(args: Any = None, **more) -> dict:
         **({} if "machine" in more else {"machine": machine.describe(device)}),
         "threads": torch.get_num_threads(),
         "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "wall_s": round(time.monotonic() - STARTED),
         **more,
     }
 

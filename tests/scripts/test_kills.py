@@ -105,7 +105,7 @@ def listing(folder: Path) -> dict[str, Path]:
 
 
 # Of every record, and of the machine before a measurement of time
-MEASURED = ("created_utc", "busy_cores_before", "load_average_before", "copy_bytes_per_s")
+MEASURED = ("created_utc", "wall_s", "busy_cores_before", "load_average_before", "copy_bytes_per_s")
 
 
 def content(path: Path, job: Job, folder: Path) -> object:
