@@ -155,6 +155,24 @@ def doubled(record: dict | list | float):
     return 2 * record if isinstance(record, float) else record
 
 
+def test_a_replay_computes_as_the_recorded_machine(matcher, monkeypatch):
+    """With its threads, and with AVX2 alone where it had no more than that."""
+    path, seen = matcher.record_path("peers_x"), []
+    record = json.loads(path.read_text())
+
+    def kept(command, env, **_):
+        seen.append(env)
+        return in_this_process(command)
+
+    monkeypatch.setattr(replay, "subprocess", SimpleNamespace(run=kept))
+    monkeypatch.setattr(replay.machine, "instruction_sets", lambda: ["avx2", "fma", "avx512f"])
+    for sets in (["avx2", "fma"], ["avx2", "fma", "avx512f"]):
+        path.write_text(json.dumps(record | {"threads": 3, "machine": record["machine"] | {"instruction_sets": sets}}))
+        replay.replay(matcher, "peers_x")
+    assert [env["OMP_NUM_THREADS"] for env in seen] == ["3", "3"]
+    assert [env.get("ATEN_CPU_CAPABILITY") for env in seen] == ["avx2", None]
+
+
 def test_what_can_not_be_replayed_says_why(matcher, monkeypatch):
     path = matcher.record_path("peers_x")
     record = json.loads(path.read_text())
