@@ -24,6 +24,7 @@ from pathlib import Path
 
 from gpt2.common import files, machine, provenance
 from gpt2.common.errors import PluginError
+from gpt2.experiments import architectures
 from gpt2.models import loading
 from gpt2.runs.config import Run, RunOptions
 from gpt2.runs.up_to_date import REPLAYED, Matcher, replays
@@ -102,20 +103,10 @@ def _first_bins(record: dict) -> dict:
     return {"segments": 1, "greedy-tokens": 0, "context-length": 2 * per_bin + 1, "bins": 2}
 
 
-def _variations(record: dict) -> Figures:
-    """KL of the first segment for each row of a question, in nats per token."""
+def _first_kl(label: str, record: dict) -> Figures:
+    """KL of the first segment for each row that has its sums, in nats per token. label: a row's name, of its keys."""
     return {
-        f"{row['question']}, {row['label']}, {row['bits']} bits: KL of the first segment":
-            sums["kl_nats"][0] / sums["predictions"]
-        for row in record["rows"] if (sums := row.get("segment_sums"))
-    }  # fmt: skip
-
-
-def _layers(record: dict) -> Figures:
-    """KL of the first segment if one layer alone is compressed, in nats per token."""
-    return {
-        f"{row['side']} of layer {row['layer']}, {row['bits']} bits: KL of the first segment":
-            sums["kl_nats"][0] / sums["predictions"]
+        f"{label.format(**row)}: KL of the first segment": sums["kl_nats"][0] / sums["predictions"]
         for row in record["rows"] if (sums := row.get("segment_sums"))
     }  # fmt: skip
 
@@ -147,7 +138,7 @@ def _as_given(record: dict) -> Figures:
 def _families(record: dict) -> Figures:
     """How each family works, as a number, and how far lossless and 4-bit caches move its logits."""
     names = ("identity_logit_change", "int4_logit_change")
-    modes = {f"{row['model_type']}, {row['mode']}": 1.0 for row in record["rows"]}
+    modes = {f"{row['model_type']}, mode": float(architectures.MODES.index(row["mode"])) for row in record["rows"]}
     return modes | {
         f"{row['model_type']}, {name}": row[name]
         for row in record["rows"] for name in names if row.get(name) is not None
@@ -191,6 +182,7 @@ def _two_tasks(record: dict) -> dict:
 
 
 ONE_PROMPT = {"num-trials": 1}
+LAYER, VARIATION = "{side} of layer {layer}, {bits} bits", "{question}, {label}, {bits} bits"
 # By script; where a flag changes what a script measures, by script and flag
 REPLAYS = {
     "eval_long_context_needle": Replay(
@@ -208,10 +200,10 @@ REPLAYS = {
     ),
     "validate_ppl_postbugfix": Replay(_one_segment, _segments, 1e-4, 0.02),
     "auto_tune_kv_compression": Replay(_one_trial, _trials, 5e-4, 0.05),
-    "auto_tune_kv_compression --layer-ablation": Replay(_one_segment_of_layers, _layers, 1e-6, 0.1),
+    "auto_tune_kv_compression --layer-ablation": Replay(_one_segment_of_layers, partial(_first_kl, LAYER), 1e-6, 0.1),
     "eval_stability": Replay(lambda record: {"num-runs": 1, "needle-trials": 1}, _as_given, 1e-4, 0.02),
     "benchmarks/codec_variations": Replay(
-        lambda record: _one_segment(record) | _first(record, "bits", "rows"), _variations, 1e-5, 0.05
+        lambda record: _one_segment(record) | _first(record, "bits", "rows"), partial(_first_kl, VARIATION), 1e-5, 0.05
     ),
     "benchmarks/architectures": Replay(_some_families, _families, 1e-4, 0.05),
     "benchmarks/cache_bytes": Replay(lambda record: _first(record, "context_lengths"), _bytes, 0.5, 0),

@@ -152,6 +152,7 @@ def test_files_without_text_are_rejected(tmp_path):
     (tmp_path / "test.txt").write_text("some words")
     rejected("no text")
     rejected("expected one .valid..txt, found 0", tmp_path)
+    rejected("--text: its name is empty", "")
 
 
 def test_wikitext2_is_cut_at_its_own_splits_and_offline_the_error_says_what_to_use(tmp_path, monkeypatch):
