@@ -21,7 +21,7 @@ import argparse
 from pathlib import Path
 
 from gpt2 import cli
-from gpt2.common import files
+from gpt2.common import files, provenance
 from gpt2.evaluation import lineup
 from gpt2.evaluation.humaneval import measure, problems, prompts, sandbox
 from gpt2.evaluation.humaneval.completions import Kept
@@ -63,6 +63,7 @@ def main() -> None:
     style = prompts.style_for(loaded, args.prompt)
     setting = measure.Setting(style, args.max_new_tokens, args.batch_size, args.prefill_chunk)
     kept = Kept(output.with_suffix(".completions.jsonl"))
+    resumed = bool(kept.lines)
     answers = measure.answer_all(loaded, asked, caches, setting, kept, cli.bar("answering", "batch"))
     print(f"{len(answers)} answers are in {files.shown(kept.path)}")
     if not args.run_generated_code:
@@ -74,7 +75,7 @@ def main() -> None:
         dtype=str(loaded.model.dtype), caches=[choice.record() for choice in chosen], prompt_style=style,
         problems={"count": len(asked), "file": path.name, "sha256": files.file_sha256(path)},
         network=sandbox.network(), **measure.about(loaded, caches, answers), summary=measure.summarize(rows),
-        rows=rows,
+        rows=rows, wall_s=provenance.taken(resumed),
     )  # fmt: skip
     files.write_json(output, record)
     tables.show("code", record)

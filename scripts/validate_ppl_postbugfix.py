@@ -13,6 +13,7 @@ Writes results/runs/validate_ppl_MODEL.json and results/plots/validate_ppl_MODEL
 import argparse
 
 from gpt2 import cli
+from gpt2.common import provenance
 from gpt2.common.errors import PluginError
 from gpt2.compression.calibration.reuse import obtain_calibration
 from gpt2.experiments.ablation import GROUPS, Ablation, measure
@@ -55,6 +56,7 @@ def main() -> None:
         )  # fmt: skip
         tables.show("validate_ppl", record, group)
     title = f"{loaded.spec}, {segments.numel():,} tokens of {text.name}"
+    record["wall_s"] = provenance.taken()
     cli.write(paths, record, lambda: plots.perplexity_changes(rows, title))
     check_cache_is_on_the_path(rows)
 

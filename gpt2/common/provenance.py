@@ -22,8 +22,8 @@ NOT_INPUTS = ("output", "study")  # arguments that name files to write
 def provenance(args: Any = None, **more) -> dict:
     """A results record's keys on its origin: arguments, hashes of files they name, commit, versions, machine and time.
 
-    args: the parsed arguments of the script, if any. `wall_s` are the seconds that the script has taken so far. more:
-    further keys, which may replace these: scripts that measure time give `machine` as `machine.before_timing` found it.
+    args: the parsed arguments of the script, if any. more: further keys, which may replace these: scripts that
+    measure time give `machine` as `machine.before_timing` found it, resumed ones give `wall_s` as from `taken`.
     """
     packages = ("torch", "transformers", "numpy", "optuna", "triton")
     given, device = vars(args) if args else {}, more.get("device") or getattr(args, "device", "auto")
@@ -36,9 +36,14 @@ def provenance(args: Any = None, **more) -> dict:
         **({} if "machine" in more else {"machine": machine.describe(device)}),
         "threads": torch.get_num_threads(),
         "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "wall_s": round(time.monotonic() - STARTED),
+        "wall_s": taken(),
         **more,
     }
+
+
+def taken(resumed: bool = False) -> int | None:
+    """The seconds since the script began, for `wall_s`; None if it resumed, as then they aren't those of the whole."""
+    return None if resumed else round(time.monotonic() - STARTED)
 
 
 def inputs(args: dict) -> dict[str, str]:

@@ -45,7 +45,7 @@ def _part(options: RunOptions, name: str, item: dict) -> str:
     made = tables.table(name, record, item.get("rows"), item.get("as"))
     with tables.shown_of(name):
         made_with = f"commit {record['git_commit']}, {record['device']}, {record['created_utc'][:10]}"
-        if "wall_s" in record:
+        if record.get("wall_s") is not None:
             made_with += f", in {_taken(record['wall_s'])}"
     return f"{made.markdown()}\n\nSource: `{name}.json`, {made_with}."
 

@@ -151,7 +151,7 @@ class GridSearch(Search):
         key = self.key(text_sha256) | {"ablated": list(part.shape)}
         rows = ablate(
             self.loaded, part, self.calibration, self.target, settings, path=path, key=key,
-            sink_tokens=self.sink_tokens, provenance=provenance, progress=self.bar("layer by layer", "layer"),
+            sink_tokens=self.sink_tokens, made_by=provenance, progress=self.bar("layer by layer", "layer"),
             chunk=self.chunk, batch_size=self.batch_size,
         )  # fmt: skip
         return [row for row in rows if setting_of(row) in settings]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from gpt2.common import files
+from gpt2.common import files, provenance
 from gpt2.common.errors import BadArtefact
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.compression.cache.size import held_bytes
@@ -45,16 +45,17 @@ def ablate(
     key: dict,
     sink_tokens: int,
     progress: Callable[[Iterable], Iterable] = iter,
-    provenance: dict | None = None,
+    made_by: dict | None = None,
     **scoring,
 ) -> list[dict]:
     """Compress each layer alone in every setting and measure; returns rows with the keys of ROW.
 
     segments: tuning tokens [n, T]. path: results JSON, written after every layer; if it has the same `key`, its rows
-    are kept and not measured again. scoring: further arguments of `perplexity.score`. Raises BadArtefact if `path`
-    exists and isn't a layer ablation.
+    are kept and not measured again. made_by: its provenance. scoring: further arguments of `perplexity.score`. Raises
+    BadArtefact if `path` exists and isn't a layer ablation.
     """
     rows = _known(path, key)
+    resumed = bool(rows)
     done = {(row["side"], row["layer"], setting_of(row)) for row in rows}
     geometry = loaded.geometry
     for layer in progress(geometry.attention):
@@ -74,7 +75,8 @@ def ablate(
             pair = scores[BASELINE], scores[f"{side} {setting}"]
             figures |= compare(*pair) | {"segment_sums": segment_sums(*pair)}
             rows.append({"side": side, "layer": layer, **asdict(setting), **figures})
-        files.write_json(path, {**(provenance or {}), "model": loaded.spec, "key": key, "rows": rows})
+        made = (made_by or {}) | {"wall_s": provenance.taken(resumed)}
+        files.write_json(path, {**made, "model": loaded.spec, "key": key, "rows": rows})
     return rows
 
 

@@ -68,12 +68,13 @@ class Job:
 class Found:
     """The trials of a search.
 
-    calibration_file: its name for presets. advice: text for the case that no trial is within the budget. more: further
-    keys of the preset.
+    resumed: whether an earlier run made some of them. calibration_file: its name for presets. advice: text for the case
+    that no trial is within the budget. more: further keys of the preset.
     """
 
     search: Search
     trials: list[Trial]
+    resumed: bool
     calibration_file: str
     advice: str
     more: dict
@@ -106,8 +107,10 @@ def search_grid(job: Job, show_layers: Callable[[list[dict], Path, str], None]) 
         if args.layer_ablation:
             return None
         cells += search.per_layer(rows, args.target_ppl_delta)
-    trials = grid_search.run_grid(TrialQueue(args.study, name), cells, search.evaluate, print_progress)
-    return Found(search, trials, calibration_file, grid_search.ADVICE, {})
+    queue = TrialQueue(args.study, name)
+    resumed = bool(queue.trials())
+    trials = grid_search.run_grid(queue, cells, search.evaluate, print_progress)
+    return Found(search, trials, resumed, calibration_file, grid_search.ADVICE, {})
 
 
 def search_codecs(job: Job) -> Found:
@@ -123,12 +126,13 @@ def search_codecs(job: Job) -> Found:
         print(f"note: {family} is left out: {reason}")
     search = codec_search.CodecSearch(**parts, space=space, budget=args.target_ppl_delta)
     queue = TrialQueue(args.study, job.study_name(search))
+    resumed = bool(queue.trials())
     trials = codec_search.run_search(
         queue, space, search.budget, search.ratio, search.evaluate, num_trials=args.num_trials, seed=args.seed,
         report=print_progress,
     )  # fmt: skip
     skipped = {"skipped": codec_search.skipped_records(queue)}
-    return Found(search, trials, calibration_file, codec_search.ADVICE, skipped)
+    return Found(search, trials, resumed, calibration_file, codec_search.ADVICE, skipped)
 
 
 def choose(job: Job, found: Found, name: str) -> tuple[dict, Trial]:
@@ -152,7 +156,9 @@ def choose(job: Job, found: Found, name: str) -> tuple[dict, Trial]:
         **search.context_keys(),
         trials=found.records,
         refused_on_evaluation_text=[{"label": str(trial.candidate)} | record for trial, record in failed],
-        provenance=provenance.provenance(job.args, text=text.name, text_sha256=text.sha256("evaluation")),
+        provenance=provenance.provenance(
+            job.args, text=text.name, text_sha256=text.sha256("evaluation"), wall_s=provenance.taken(found.resumed)
+        ),
     )  # fmt: skip
     return preset, best
 

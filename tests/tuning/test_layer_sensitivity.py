@@ -30,10 +30,12 @@ def test_ablation_touches_one_layer_and_resumes(llama, tmp_path):
         ablate(progress=until_the_third)
     record = json.loads(path.read_text())
     assert len(record["rows"]) == 8, "two layers, two sides, two settings"
+    assert record["wall_s"] is not None
     record["rows"] = [row | {"measured": "before"} for row in record["rows"]]
     path.write_text(json.dumps(record))
     rows = ablate()
     assert [row.get("measured") for row in rows] == ["before"] * 8 + [None] * 4
+    assert json.loads(path.read_text())["wall_s"] is None, "only the time of the last part is known"
     kl = {(row["side"], row["layer"], row["bits"]): row["kl_nats"] for row in rows}
     assert all(kl[side, layer, 8] < kl[side, layer, 4] for side in "kv" for layer in range(3))
     assert not any("measured" in row for row in ablate(key=2)), "another key: measured again"
