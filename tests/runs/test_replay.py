@@ -15,6 +15,7 @@ from gpt2.common import files, provenance
 from gpt2.common.errors import PluginError
 from gpt2.compression.codecs.integer import Int4
 from gpt2.compression.codecs.multi_head import JointTransform
+from gpt2.evaluation import stability
 from gpt2.runs import replay
 from gpt2.runs.record import write_record
 
@@ -120,10 +121,13 @@ def wrong_channel(heads_of):
 QUICK = {"text": "words.txt", "codec": "identity", "bits": "8,4", "eval-tokens": 128, "eval-seq-len": 64, "chunk": 32}
 VARIED = {"text": "words.txt", "samples": 3, "seq-len": 128, "eval-tokens": 512, "eval-seq-len": 256, "bits": "4,2",
           "rows": "levels,rotation"}  # fmt: skip
+STABLE = {"preset": ["p.json"], "text": "words.txt", "eval-tokens": 128, "eval-seq-len": 128, "chunk": 32,
+          "num-runs": 3, "vary": "text,seed", "needle-length": 100, "needle-trials": 2}  # fmt: skip
 BYTES = {"preset": ["kv4", "kv8"], "context-lengths": "90,300"}
 OTHERS = {  # name: definition, figures of its replay
     "layers_x": ({"script": "auto_tune_kv_compression", "args": QUICK | {"layer-ablation": True}}, 3),
     "variations_x": ({"script": "benchmarks/codec_variations", "args": VARIED}, 2),
+    "stable_x": ({"script": "eval_stability", "args": STABLE}, 2),
     "bytes_x": ({"script": "benchmarks/cache_bytes", "args": BYTES}, 2),
     "tuned_x": ({"script": "auto_tune_kv_compression", "output": "presets/tuned.json",
                  "args": QUICK | {"target-ppl-delta": 0.9, "study": "s.db"}}, 1),
@@ -134,6 +138,10 @@ OTHERS = {  # name: definition, figures of its replay
 def test_a_part_of_other_results_is_measured_again(name, matcher, model_folder, monkeypatch):
     """The part that the flags leave, and an error in what its figures come from."""
     definition, figures = OTHERS[name]
+    # The words of the tiny tokenizer make no needles, and times aren't compared
+    monkeypatch.setattr(stability.needle, "accuracy", lambda *args, **how: {"baseline": 0.0, "compressed": 0.0})
+    times = {"cache": "compressed", "token_ms_median": 1.0, "ratio_to_baseline": {"tokens_per_s_median": 1.0}}
+    monkeypatch.setattr(stability, "measure_cell", lambda *args, **how: [times])
     write_table(Path(), name, runs={name: definition}, show=[])
     matcher = matcher_of(Path().absolute(), model=str(model_folder))
     in_this_process(matcher.command(matcher.runs[name]))
@@ -201,3 +209,21 @@ def test_committed_prompts_can_be_replayed():
     assert f"baseline {flags['context-lengths']} {flags['needle-positions']} 0" in figures
     row = {"cache": "a", "task": "copying", "context_tokens": 512, "trial": 0, "depth": 0.3, "answer_logprob_nats": -1}
     assert replay.REPLAYS["eval_tasks"].figures({"rows": [row]}) == {"a copying 512 0": -1}
+
+
+NOT_REPLAYED = {"benchmarks/calibration", "benchmarks/scaling", "calibrate_kv_lowrank"}  # times, and a calibration
+
+
+def test_every_committed_result_but_times_can_be_replayed():
+    """Each has figures, and flags that leave a part of it."""
+    checked = set()
+    for model in ("smollm2-135m", "Qwen/Qwen2.5-Coder-0.5B-Instruct", "google/gemma-3-270m"):
+        matcher = matcher_of(files.ROOT, model=model)
+        for name, defined in matcher.runs.items():
+            record, how = matcher.record(name), replay.how_to(defined)
+            if record is None or defined.tag is not None or defined.script in NOT_REPLAYED:
+                continue
+            assert how.figures(record), f"{name}: made before files kept what a replay compares"
+            assert isinstance(how.flags(record), dict)
+            checked.add(name)
+    assert {"tasks_smollm2-135m", "peers_gemma-3-270m", "long_context_qwen2.5-coder-0.5b-instruct"} <= checked
