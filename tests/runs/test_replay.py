@@ -177,6 +177,12 @@ def test_a_replay_computes_as_the_recorded_machine(matcher, monkeypatch):
     for sets in (["avx2", "fma"], ["avx2", "fma", "avx512f"]):
         path.write_text(json.dumps(record | {"threads": 3, "machine": record["machine"] | {"instruction_sets": sets}}))
         replay.replay(matcher, "peers_x")
+        assert matcher.replay("peers_x")["of_another_processor"] is False
+    path.write_text(json.dumps(record | {"machine": record["machine"] | {"processor": "another, stepping 1"}}))
+    assert replay.replay(matcher, "peers_x") == [] and matcher.replay("peers_x")["of_another_processor"]
+    figure, how = 0.01, replay.REPLAYS["compare_peers"]
+    assert how.allowed(figure, elsewhere=True) == replay.ELSEWHERE * how.allowed(figure)
+    del seen[2:]
     assert [env["OMP_NUM_THREADS"] for env in seen] == ["3", "3"]
     assert [env.get("ATEN_CPU_CAPABILITY") for env in seen] == ["avx2", None]
 
