@@ -109,7 +109,8 @@ def build(
             raise PluginError(f"layer {layer}, {side.upper()}: codec {setting.codec} needs a calibration")
         quantizer = calibration.quantizer(quantizer, side, layer, setting.codec, context_length)
         transform = calibration.transform(side, layer, setting.rank, setting.codec)
-        return Compressor(quantizer, transform.to(device, dtype))
+        bound = side == "k" and basis_of(setting.codec).bound_to_positions
+        return Compressor(quantizer, transform.to(device, dtype), calibration.meta.get("seq_len") if bound else None)
 
     def pair(layer: int, k: Setting | None, v: Setting | None) -> tuple[Compressor | None, Compressor | None]:
         own = geometry.layers[layer]

@@ -10,6 +10,8 @@ from presets import PRESET
 from sampling import covering, sampled
 
 from gpt2.common.errors import PluginError
+from gpt2.compression.cache import dynamic_cache
+from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.compression.calibration.calibrate import calibrate
 from gpt2.compression.calibration.file import load_calibration, save_calibration
 from gpt2.compression.calibration.stand_in import stand_in
@@ -167,3 +169,24 @@ def test_windowed_layers_get_more_bits_at_a_context_length():
     alike, short, long = bits(None), bits(10), bits(2000)
     assert alike == short, "no layer has forgotten a token"
     assert sum(long[2:]) > sum(alike[2:]) and sum(long[:2]) <= sum(alike[:2]) + 1e-9
+
+
+def test_beyond_the_positions_of_a_calibration_bases_of_cached_keys_are_said_once_to_hold_less(calibration, caplog):
+    """In PCA as in every basis of keys as they are cached; V has no positions, and some bases take them off keys."""
+    assert {name for name, basis in BASES.items() if basis.calibrated and not basis.bound_to_positions} == {
+        name for name, basis in multi_head_bases().items() if basis.unrotated
+    }
+    dynamic_cache._warn_beyond_calibration.cache_clear()
+
+    def fed(target: str, tokens: int) -> CompressedDynamicCache:
+        cache = CompressedDynamicCache(*compressors_for(target, 8, None, calibration))
+        for _ in range(tokens):
+            for layer, own in enumerate(calibration.geometry.layers):
+                cache.update(*torch.randn(2, 1, own.k.heads, 1, own.k.width), layer)
+        return cache
+
+    fed("v", 50), fed("kv", 48)
+    assert not caplog.records
+    fed("kv", 50), fed("k", 50)
+    (record,) = caplog.records
+    assert "calibrated on texts of 48 tokens" in record.message

@@ -86,6 +86,8 @@ class CompressedDynamicCache(Keeping):
         self.held_tokens = HeldTokens()
         self.geometry, self.recipe = geometry or Geometry(layers), recipe
         self._drops_at = self.geometry.drops_at  # None also after it was said
+        calibrated = (k.calibrated_tokens for k in k_compressors if k and k.calibrated_tokens)
+        self._calibrated_tokens = min(calibrated, default=None)  # likewise
 
     @property
     def compressed(self) -> list[CompressedLayer]:
@@ -128,8 +130,8 @@ class CompressedDynamicCache(Keeping):
             self.look_for_padding(key_states, value_states)
         if self.padding_finder.changing:
             layer.set_padding(self.padding_finder.found)
-        if self._drops_at and layer_idx == self._first:
-            self._warn_near_drop(layer.get_seq_length() + key_states.shape[2])
+        if layer_idx == self._first and (self._drops_at or self._calibrated_tokens):
+            self._warn_of_length(layer.get_seq_length() + key_states.shape[2])
         try:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except PluginError:  # what is rejected tells nothing of padding
@@ -142,9 +144,15 @@ class CompressedDynamicCache(Keeping):
         """Take in the first layer's new K and V [B, H, n, d], which tell how much padding rows begin with."""
         self.padding_finder.see(key_states, value_states)
 
-    def _warn_near_drop(self, length: int) -> None:
-        """Say once, before it happens, that transformers drops this cache; a prompt beyond the length keeps it."""
-        if self._drops_at - NEAR <= length <= self._drops_at:
+    def _warn_of_length(self, length: int) -> None:
+        """Say once that bases of K hold less from here on, and, before it happens, that transformers drops this cache.
+
+        A prompt beyond the length at which it is dropped keeps it.
+        """
+        if self._calibrated_tokens and length > self._calibrated_tokens:
+            _warn_beyond_calibration(self._calibrated_tokens)
+            self._calibrated_tokens = None
+        if self._drops_at and self._drops_at - NEAR <= length <= self._drops_at:
             log.warning(
                 "this cache holds %d tokens, and transformers drops it for an uncompressed one where the text grows "
                 "past %d: end the answer there, or give the longer text to a new cache", length, self._drops_at,
@@ -319,6 +327,15 @@ class CompressedDynamicCache(Keeping):
         """
         each = (store.compressor.parts() for layer in self.compressed for store in layer.stores.values())
         return sum({part: size for parts in each for part, size in parts.items()}.values())
+
+
+@functools.cache  # said once of all caches, as evaluations make one for every segment
+def _warn_beyond_calibration(tokens: int) -> None:
+    log.warning(
+        "the cache's bases of keys were calibrated on texts of %d tokens and hold less and less at positions beyond: "
+        "calibrate with a longer --seq-len, or use what make_presets.py gives, which takes positions off keys",
+        tokens,
+    )  # fmt: skip
 
 
 @functools.cache

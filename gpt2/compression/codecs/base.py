@@ -181,6 +181,7 @@ class Basis(ABC):
     multi_head = False  # shared by heads: fitted to statistics of its own and kept whole (`multi_head.MultiHead`)
     metric = UNWEIGHTED  # name of the metric that weighs errors: its own, or that of another basis
     gradients = False  # whether that metric takes a backward pass
+    unrotated = False  # whether rotary positions are taken off keys first
     searched = True  # whether a search through all codecs tries it
 
     @abstractmethod
@@ -190,6 +191,14 @@ class Basis(ABC):
     def full_rank(self, width: int) -> int:
         """Coordinates of the transform at full rank for vectors of `width` channels."""
         return width
+
+    @property
+    def bound_to_positions(self) -> bool:
+        """Whether it is fitted to keys as they are cached, which rotate with their positions.
+
+        Such a basis of K holds at positions like those that its calibration had, and less and less beyond them.
+        """
+        return self.calibrated and not self.unrotated
 
     @property
     def demand(self) -> tuple[bool, bool]:

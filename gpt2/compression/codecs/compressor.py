@@ -16,10 +16,11 @@ SHORTEST_FRAME = 8  # tokens; to absorb a query for fewer takes as long as to re
 class Compressor:
     """Codec of one layer's K or V; shapes as in `base`. Holds no cached token, so that caches share it.
 
-    Raises PluginError for a quantizer whose blocks don't hold whole frames of the transform.
+    calibrated_tokens: the length of text up to which keys are at positions that a calibration had; None where it
+    doesn't matter. Raises PluginError for a quantizer whose blocks don't hold whole frames of the transform.
     """
 
-    def __init__(self, quantizer: Quantizer, transform: Transform | None = None):
+    def __init__(self, quantizer: Quantizer, transform: Transform | None = None, calibrated_tokens: int | None = None):
         if transform is not None and transform.frame and quantizer.block_tokens % transform.frame:
             raise PluginError(
                 f"quantizer {quantizer.name} codes {quantizer.block_tokens} tokens together, but keys of this codec "
@@ -27,6 +28,7 @@ class Compressor:
             )
         self.quantizer = quantizer
         self.transform = transform
+        self.calibrated_tokens = calibrated_tokens
         self._elsewhere: dict[torch.device, Compressor] = {}
 
     def __deepcopy__(self, memo: dict) -> Compressor:
@@ -118,7 +120,7 @@ class Compressor:
         if self.transform is None or self.transform.E.device == device:
             return self
         if device not in self._elsewhere:
-            self._elsewhere[device] = Compressor(self.quantizer, self.transform.to(device))
+            self._elsewhere[device] = Compressor(self.quantizer, self.transform.to(device), self.calibrated_tokens)
         return self._elsewhere[device]
 
     def check_shape(self, heads: int, head_dim: int, where: str) -> None:

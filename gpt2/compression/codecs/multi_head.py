@@ -29,7 +29,6 @@ class MultiHead(Fisher):
 
     multi_head = True
     ranked = False
-    unrotated = False  # whether rotary positions are taken off keys first
     frame = 1  # neighbouring tokens of which one position, that of their middle, is taken off
     most_channels = 512  # of K and V of the heads that share a basis
     preset_prefix: str  # presets by ratio are named after it: PREFIX-4x
