@@ -41,11 +41,10 @@ class Replay:
     """How results of one script are replayed.
 
     flags: from a record to the flags that differ in a replay; {folder} in a value is a folder that is removed
-    afterwards. figures: from a record to its figures, by names that are
-    the same in a replay. absolute, relative: a replayed figure may differ by `absolute + relative · |recorded|`; other
-    batches change the last bits of float32, which may move a value into the next code. reads: from the
-    options and a record to files, relative to the folder of results, that the script finds in its output folder; in a
-    replay it finds copies.
+    afterwards. figures: from a record to its figures, by names that are the same in a replay. absolute, relative: a
+    replayed figure may differ by `absolute + relative · |recorded|`; other batches change the last bits of float32,
+    which may move a value into the next code. reads: from the options and a record to files, relative to the folder of
+    results, that the script finds in its output folder; in a replay it finds copies.
     """
 
     flags: Callable[[dict], dict]
@@ -162,6 +161,11 @@ def _on_paper(record: dict) -> Figures:
     return {f"{row['gpu']}, {row['row']}, {row['context_tokens']} tokens": row["bound_us"] for row in record["rows"]}
 
 
+def _two_runs(record: dict) -> dict:
+    """As given and with one other seed: the script refuses fewer runs than two."""
+    return {"num-runs": 2, "vary": "seed", "needle-trials": 1}
+
+
 def _first(record: dict, *names: str) -> dict:
     """The first of a list that a flag has, for each of some flags."""
     return {name.replace("_", "-"): str(record["args"][name][0]) for name in names}
@@ -205,12 +209,7 @@ REPLAYS = {
     "validate_ppl_postbugfix": Replay(_one_segment, _segments, 1e-4, 0.02),
     "auto_tune_kv_compression": Replay(_one_trial, _trials, 5e-4, 0.05),
     "auto_tune_kv_compression --layer-ablation": Replay(_one_segment_of_layers, partial(_first_kl, LAYER), 1e-6, 0.1),
-    "eval_stability": Replay(
-        lambda record: {"num-runs": 2, "vary": "seed", "needle-trials": 1},
-        _as_given,
-        1e-4,
-        0.02,  # at least two runs
-    ),
+    "eval_stability": Replay(_two_runs, _as_given, 1e-4, 0.02),
     "benchmarks/codec_variations": Replay(
         lambda record: _one_segment(record) | _first(record, "bits", "rows"), partial(_first_kl, VARIATION), 1e-5, 0.05
     ),
