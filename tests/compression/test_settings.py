@@ -176,7 +176,7 @@ def test_beyond_the_positions_of_a_calibration_bases_of_cached_keys_are_said_onc
     assert {name for name, basis in BASES.items() if basis.calibrated and not basis.bound_to_positions} == {
         name for name, basis in multi_head_bases().items() if basis.unrotated
     }
-    dynamic_cache._warn_beyond_calibration.cache_clear()
+    dynamic_cache.warn_beyond_calibration.cache_clear()
 
     def fed(target: str, tokens: int) -> CompressedDynamicCache:
         cache = CompressedDynamicCache(*compressors_for(target, 8, None, calibration))

@@ -150,7 +150,7 @@ class CompressedDynamicCache(Keeping):
         A prompt beyond the length at which it is dropped keeps it.
         """
         if self._calibrated_tokens and length > self._calibrated_tokens:
-            _warn_beyond_calibration(self._calibrated_tokens)
+            warn_beyond_calibration(self._calibrated_tokens)
             self._calibrated_tokens = None
         if self._drops_at and self._drops_at - NEAR <= length <= self._drops_at:
             log.warning(
@@ -329,8 +329,9 @@ class CompressedDynamicCache(Keeping):
         return sum({part: size for parts in each for part, size in parts.items()}.values())
 
 
-@functools.cache  # said once of all caches, as evaluations make one for every segment
-def _warn_beyond_calibration(tokens: int) -> None:
+@functools.cache
+def warn_beyond_calibration(tokens: int) -> None:
+    """Say that bases of K hold less past the length that was calibrated: once, as evaluations make many caches."""
     log.warning(
         "the cache's bases of keys were calibrated on texts of %d tokens and hold less and less at positions beyond: "
         "calibrate with a longer --seq-len, or use what make_presets.py gives, which takes positions off keys",
