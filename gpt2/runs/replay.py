@@ -34,9 +34,9 @@ Figures = dict[str, float]
 # Times the tolerance where a file was made on another processor, whose sums have another order: that draws the noise of
 # quantization anew. Of one segment's KL at two bits up to 4.6 % were seen, a wrong offset multiplies it
 ELSEWHERE = 3
-# Nats by which 16 generated tokens may differ. KIVI's prompt is read through its own codes, so that a last bit of float32
-# grows from layer to layer: at 2 bits the same prompt gives −0.45, −0.35 and −0.26 in batches of other sizes. A wrong
-# offset costs more than 20
+# Nats by which 16 generated tokens may differ. KIVI's prompt is read through its own codes, so that a last bit of
+# float32 grows from layer to layer: at 2 bits the same prompt gives −0.45, −0.35 and −0.26 in batches of other sizes.
+# A wrong offset costs more than 20
 GENERATED_NATS = 0.2
 
 
