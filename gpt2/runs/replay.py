@@ -35,7 +35,7 @@ Figures = dict[str, float]
 # quantization anew. Of one segment's KL at two bits up to 4.6 % were seen, a wrong offset multiplies it
 ELSEWHERE = 3
 # Nats by which 16 generated tokens may differ. KIVI's prompt is read through its own codes, so that a last bit of
-# float32 grows from layer to layer: at 2 bits the same prompt gives −0.45, −0.35 and −0.26 in batches of other sizes.
+# float32 grows from layer to layer: at 2 bits the same prompt gives −0.45, −0.35 and −0.26 in three batches.
 # A wrong offset costs more than 20
 GENERATED_NATS = 0.2
 
