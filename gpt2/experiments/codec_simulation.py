@@ -29,6 +29,7 @@ from gpt2.compression.codecs.mixed import (
     rounded_grid,
 )
 from gpt2.compression.codecs.multi_head import JointTransform
+from gpt2.experiments import query_rounding
 
 METADATA_BITS = {"bytes": 16, "half": 32, "nibbles": 8, "scale": 8}
 AT_ONE_PRICE = ("text", "calibration")
@@ -56,7 +57,8 @@ class Variation:
     is set on the evaluated "text" or at "calibration". metadata: scale and offset in a byte each ("bytes"), in float16
     ("half"), in four bits each ("nibbles"), or only a "scale" in a byte, with the calibrated mean as offset. narrow,
     wide: shares of the range to try, for few and for many bits. levels: "uniform", those of a "gaussian" up to 4 bits,
-    or the "lattice" E8 for 2 and 3 bits. rotated: mix channels of equal width by a Hadamard matrix.
+    or the "lattice" E8 for 2 and 3 bits. rotated: mix channels of equal width by a Hadamard matrix. query_bits: of the
+    integers that queries are rounded to, for each head and block, with a frame as long as a block; None for floats.
     """
 
     frame: int | None = 1
@@ -70,6 +72,7 @@ class Variation:
     wide: tuple[float, ...] = WIDE
     levels: str = "uniform"
     rotated: bool = False
+    query_bits: int | None = None
 
     def costs(self) -> Tensor:
         """Bits of one channel of a block at each width of the menu, [widths]."""
@@ -366,7 +369,21 @@ class Simulation:
         z = back.view_as(y).mT.flatten(2, 3)
         read = self.fitted.transforms[layer].inverse(z, k.shape[-1]).to(k.dtype)
         read[:, :, : self.sink_tokens] = x[:, :, : self.sink_tokens]
-        return read.chunk(2, dim=1)
+        k, v = read.chunk(2, dim=1)
+        if self.fitted.variation.query_bits:
+            setattr(k, query_rounding.ATTRIBUTE, self.rounding(layer, y, choice, back.view_as(y).mT))
+        return k, v
+
+    def rounding(self, layer: int, y: Tensor, choice: Tensor, z: Tensor) -> query_rounding.QueryRounding:
+        """How queries are rounded that read blocks y [B, G, n, w, block] as z [B, G, n, block, w].
+
+        Steps are taken from each channel's whole range, of which codes may have a smaller share.
+        """
+        variation = self.fitted.variation
+        last = 2.0 ** torch.tensor(variation.menu, device=y.device)[choice] - 1
+        steps = (y.amax(-1) - y.amin(-1)) / last.clamp_min(1) * (last > 0)
+        transform = self.fitted.transforms[layer]
+        return query_rounding.QueryRounding(transform, z, steps, variation.query_bits, self.sink_tokens)
 
     def choose(self, layer: int, y: Tensor, spread: Tensor) -> Tensor:
         """Index of the width of every channel, [B, G, n, w]."""

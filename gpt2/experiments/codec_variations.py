@@ -9,6 +9,7 @@ saves the same error in each.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,6 +32,7 @@ from gpt2.compression.codecs.multi_head import JointTransform, heads_per_group, 
 from gpt2.compression.codecs.rope import NONE, Rotary
 from gpt2.evaluation.perplexity import BASELINE, Scores, baseline_factory, compare, score, segment_sums
 from gpt2.evaluation.statistics import paired_bootstrap
+from gpt2.experiments import query_rounding
 from gpt2.experiments.codec_simulation import Fitted, Replaced, Simulation, Variation, led, share_out
 from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel
@@ -57,6 +59,14 @@ QUESTIONS: dict[str, dict[str, Variation]] = {
         f"of {BLOCK} tokens, K and V of a head together": Variation(frame=BLOCK, parts="pair"),
         f"of {BLOCK} tokens, K and V apart": Variation(frame=BLOCK, parts="side"),
         "none, keys without positions": PRODUCT,
+    },
+    "queries": {
+        f"in floats, frame of {BLOCK} tokens": Variation(frame=BLOCK),
+        **{
+            f"in {bits} bits, frame of {BLOCK} tokens": Variation(frame=BLOCK, query_bits=bits)
+            for bits in (16, 12, 10, 8)
+        },
+        "in floats, no frame, keys without positions": PRODUCT,
     },
     "metric": {
         "plain PCA": Variation(metric="identity"),
@@ -309,7 +319,9 @@ def measure(
         name: partial(Replaced, one.replace) for name, one in running.items()
     }
     if running:
-        scores = score(loaded, segments, caches, chunk=segments.shape[1], batch_size=1, progress=progress)
+        rounds = any(variation.query_bits for variation in new)
+        with query_rounding.rounding_queries(loaded.model) if rounds else nullcontext():
+            scores = score(loaded, segments, caches, chunk=segments.shape[1], batch_size=1, progress=progress)
         known[BASELINE] = scores[BASELINE]
         known |= {named[name]: Measured(scores[name], one.bits) for name, one in running.items()}
     return [_record(label, variation, bits, known, seed) for label, variation in rows.items() for bits in budgets]

@@ -4,11 +4,11 @@
     python scripts/benchmarks/codec_variations.py --text ../wikitext --bits 3 --rows metadata,clipping
 
 Rows by question: arrangement (what shares a basis, and how keys are un-rotated), frame (tokens whose keys are
-un-rotated by one position), metric (of squared error), widths
-(fixed, by block within fixed bytes, by block with any number of bytes), menu (the possible widths), block (its tokens),
-metadata (scale and offset of a channel), clipping (shares of the range to try), levels (uniform or a Gaussian's),
-rotation (Hadamard among channels of equal width), lattice (E8 over neighbouring tokens). The product is among the rows
-of every question and is measured once.
+un-rotated by one position), queries (floats, or integers of so many bits, as kernels may multiply codes with), metric
+(of squared error), widths (fixed, by block within fixed bytes, by block with any number of bytes), menu (the possible
+widths), block (its tokens), metadata (scale and offset of a channel), clipping (shares of the range to try), levels
+(uniform or a Gaussian's), rotation (Hadamard among channels of equal width), lattice (E8 over neighbouring tokens). The
+product is among the rows of every question and is measured once.
 
 It is a simulation: in one forward pass K and V are replaced by their reconstruction, except the first --sink-tokens.
 Bits are per coordinate of K and V and include metadata, widths and unused bits of blocks. Bases and budgets are fitted
