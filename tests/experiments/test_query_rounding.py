@@ -7,7 +7,7 @@ from tiny import windows
 from gpt2.compression.codecs.mixed import BLOCK
 from gpt2.experiments import query_rounding
 from gpt2.experiments.codec_simulation import Variation
-from gpt2.experiments.codec_variations import QUESTIONS, gather, measure, simulations
+from gpt2.experiments.codec_variations import PRODUCT, gather, measure, simulations
 
 SINKS = 4
 FRAMED = Variation(frame=BLOCK)
@@ -53,8 +53,7 @@ def test_scores_are_those_of_integers(llama, text, gathered):
 def test_few_bits_lose_more_and_many_nothing(llama, text, gathered):
     before = llama.model.config._attn_implementation
     wanted = {"floats": FRAMED} | {str(n): Variation(frame=BLOCK, query_bits=n) for n in (20, 3)}
-    rows = measure(llama, text, gathered, wanted | {"product": QUESTIONS["queries"][
-        "in floats, no frame, keys without positions"]}, [4], {})  # fmt: skip
+    rows = measure(llama, text, gathered, wanted | {"product": PRODUCT}, [4], {})
     loss = {row["label"]: row["kl_nats"] for row in rows}
     assert loss["20"] == pytest.approx(loss["floats"], rel=1e-3)
     assert loss["3"] > 1.2 * loss["floats"]
