@@ -147,15 +147,16 @@ class IntegerTile {
   template <int bits>
   void write(int c, const uint8_t* plane, float step, float offset) const {
     steps[c] = step, shifts[c] = kUnitOf<bits> * offset + 0.5f;
-    constexpr int low = std::min(bits, 8);  // planes of the lower byte
     int16_t* row = codes + c * kBlock;
-    for (int t = 0; t < kBlock; t += kBytes) {
-      const Bytes lower = bytes_of<low>(plane + t / 8), upper = bytes_of<bits - low>(plane + 8 * low + t / 8);
+    [[maybe_unused]] Bytes lower[kVectors], upper[kVectors];
+    bytes_of<std::min(bits, 8)>(plane, lower);
+    if constexpr (bits > 8) bytes_of<bits - 8>(plane + 64, upper);
+    for (int n = 0; n < kVectors; n++) {
+      if constexpr (bits <= 8) lower[n] -= uint8_t(1 << (bits - 1));
       for (int half = 0; half < 2; half++) {
-        Shorts own = wide(lower, half);
-        if constexpr (bits > 8) own |= wide(upper, half) << 8;
-        own -= uint16_t(1 << (bits - 1));
-        std::memcpy(row + t + half * kPairLanes, &own, sizeof own);
+        Shorts own = wide<bits <= 8>(lower[n], half);
+        if constexpr (bits > 8) own = (own | wide<false>(upper[n], half) << 8) - uint16_t(1 << (bits - 1));
+        std::memcpy(row + (half * kVectors + n) * kPairLanes, &own, sizeof own);
       }
     }
   }
@@ -211,7 +212,7 @@ class IntegerTile {
   static constexpr int kTogether = 6;               // queries
   static constexpr int kSpare = kTogether / 2 + 1;  // floats per channel: queries as integers, and one as floats; or sums
   static constexpr int kMostCode = 512;             // in absolute value
-  static constexpr int kBytes = kSet.bytes;         // of a vector, each of one token
+  static constexpr int kVectors = kBlock / kSet.bytes;  // of bytes, each of one token
   using Bytes = uint8_t __attribute__((vector_size(kSet.bytes)));
   const int r, rows;                                // rows: channels, and unused ones up to a whole vector
   int16_t* codes;
@@ -219,31 +220,59 @@ class IntegerTile {
 
   static int rows_of(int r) { return (r + 1 + kLanes - 1) / kLanes * kLanes; }
 
+  // Codes of 64 tokens of up to eight planes: the lower halves of all vectors, one after the other, have the first 32
 #ifdef __AVX512BW__
   template <int bits>
-  static Bytes bytes_of(const uint8_t* plane) { return (Bytes)codes_of<bits>(plane); }
+  static void bytes_of(const uint8_t* plane, Bytes (&out)[kVectors]) {
+    out[0] = (Bytes)codes_of<bits>(plane);
+  }
+  template <bool is_signed>
   static Shorts wide(Bytes x, int half) {
     const __m512i all = (__m512i)x;
-    return (Shorts)_mm512_cvtepu8_epi16(half ? _mm512_extracti64x4_epi64(all, 1) : _mm512_castsi512_si256(all));
+    const __m256i own = half ? _mm512_extracti64x4_epi64(all, 1) : _mm512_castsi512_si256(all);
+    return (Shorts)(is_signed ? _mm512_cvtepi8_epi16(own) : _mm512_cvtepu8_epi16(own));
   }
 #else
-  // Codes of 32 tokens of up to eight planes: each takes its own bit of its own byte of a plane
   template <int bits>
-  static Bytes bytes_of(const uint8_t* plane) {
-    const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
-    const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
-    __m256i all = _mm256_setzero_si256();
-    for (int j = bits - 1; j >= 0; j--) {
-      int32_t own;
-      std::memcpy(&own, plane + 8 * j, sizeof own);
-      const __m256i each = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(own), byte), bit);
-      all = _mm256_sub_epi8(_mm256_add_epi8(all, all), _mm256_cmpeq_epi8(each, bit));
+  static void bytes_of(const uint8_t* plane, Bytes (&out)[kVectors]) {
+    const __m256i low = _mm256_set1_epi8(15), four = nibbles<std::min(bits, 4)>(plane);
+    __m256i even = _mm256_and_si256(four, low), odd = _mm256_and_si256(_mm256_srli_epi16(four, 4), low);
+    if constexpr (bits > 4) {
+      const __m256i high = nibbles<bits - 4>(plane + 32);
+      even = _mm256_or_si256(even, _mm256_andnot_si256(low, _mm256_slli_epi16(high, 4)));
+      odd = _mm256_or_si256(odd, _mm256_andnot_si256(low, high));
     }
-    return (Bytes)all;
+    out[0] = (Bytes)_mm256_unpacklo_epi32(even, odd), out[1] = (Bytes)_mm256_unpackhi_epi32(even, odd);
   }
+
+  // Of up to four planes the codes of 64 tokens, eight in each lane of 32 bits: in the lower halves of its bytes those of
+  // the first four tokens. Of a byte of each of four planes, 4 x 8 bits, two exchanges make 8 x 4 (Warren, Hacker's
+  // Delight, "Transposing a bit matrix")
+  template <int planes>
+  static __m256i nibbles(const uint8_t* plane) {
+    const auto pair = [&](int from) {
+      const auto* address = reinterpret_cast<const __m128i*>(plane + 8 * from);
+      return planes >= from + 2   ? _mm_loadu_si128(address)
+             : planes == from + 1 ? _mm_loadl_epi64(address)
+                                  : _mm_setzero_si128();
+    };
+    const __m256i halves = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+    const __m256i bytes = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m256i x = _mm256_permutevar8x32_epi32(_mm256_set_m128i(pair(2), pair(0)), halves);
+    return exchanged<14>(exchanged<7>(_mm256_shuffle_epi8(x, bytes), 0x00AA00AA), 0x0000CCCC);
+  }
+
+  // Each lane's bits at `mask` exchanged with those that are `distance` above them
+  template <int distance>
+  static __m256i exchanged(__m256i x, int mask) {
+    const __m256i differ = _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi32(x, distance)), _mm256_set1_epi32(mask));
+    return _mm256_xor_si256(x, _mm256_xor_si256(differ, _mm256_slli_epi32(differ, distance)));
+  }
+  template <bool is_signed>
   static Shorts wide(Bytes x, int half) {
     const __m256i all = (__m256i)x;
-    return (Shorts)_mm256_cvtepu8_epi16(half ? _mm256_extracti128_si256(all, 1) : _mm256_castsi256_si128(all));
+    const __m128i own = half ? _mm256_extracti128_si256(all, 1) : _mm256_castsi256_si128(all);
+    return (Shorts)(is_signed ? _mm256_cvtepi8_epi16(own) : _mm256_cvtepu8_epi16(own));
   }
 #endif
 };
