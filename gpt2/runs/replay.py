@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ from gpt2.runs.config import Run, RunOptions
 from gpt2.runs.up_to_date import REPLAYED, Matcher, replays
 from gpt2.tuning import ratio_presets
 
+log = logging.getLogger(__name__)
 Figures = dict[str, float]
 # Times the tolerance where a file was made on another processor, whose sums have another order: that draws the noise of
 # quantization anew. Of one segment's KL at two bits up to 4.6 % were seen, a wrong offset multiplies it
@@ -309,12 +311,32 @@ def _small(matcher: Matcher, run: Run, record: dict) -> dict:
         given = str(output if Path(run.output).suffix else folder)  # some scripts take the folder of results
         flags = {name: str(value).replace("{folder}", folder) if isinstance(value, str) else value
                  for name, value in how.flags(record).items()}  # fmt: skip
-        command = matcher.command(dataclasses.replace(run, args=run.args | flags, output=given))
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | _as_recorded(record))
-        if not output.is_file():
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise PluginError(f"{run.name}: its script made no results, exit code {done.returncode}: {last}")
+        flags |= _missing_products(matcher, run, Path(folder))
+        _run_script(matcher, dataclasses.replace(run, args=run.args | flags, output=given), _as_recorded(record), output)
         return json.loads(output.read_text(encoding="utf-8"))
+
+
+def _missing_products(matcher: Matcher, run: Run, folder: Path) -> dict[str, str]:
+    """Flags that name the products of needed runs that aren't there, such as calibrations, made again in a folder."""
+    flags = {}
+    for need in run.needs:
+        other = matcher.runs[need]
+        path = matcher.options.fill("{results}/") + other.output
+        named = [flag for flag, value in run.args.items() if value == path]
+        if named and not matcher.product(need).is_file():
+            made = folder / other.output
+            log.warning("%s: %s, which it needs, isn't there: making it for this replay alone", run.name, other.output)
+            _run_script(matcher, dataclasses.replace(other, output=str(made)), {}, made)
+            flags |= dict.fromkeys(named, str(made))
+    return flags
+
+
+def _run_script(matcher: Matcher, run: Run, environment: dict[str, str], output: Path) -> None:
+    """Run a run's script; PluginError if it writes no `output`. environment: variables that are set for it."""
+    done = subprocess.run(matcher.command(run), capture_output=True, text=True, env=os.environ | environment)
+    if not output.is_file():
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise PluginError(f"{run.name}: its script made no results, exit code {done.returncode}: {last}")
 
 
 def _as_recorded(record: dict) -> dict[str, str]:

@@ -153,6 +153,30 @@ def test_a_part_of_other_results_is_measured_again(name, matcher, model_folder, 
     assert len(replay.replay(matcher, name)) == figures
 
 
+CALIBRATED = {
+    "calib_x": {"script": "calibrate_kv_lowrank", "output": "calibrations/calib_x.pt",
+                "args": {"text": "words.txt", "samples": 2, "seq-len": 100}},
+    "ranks_x": {"script": "validate_ppl_postbugfix", "needs": ["calib_x"],
+                "args": {"text": "words.txt", "groups": "rank", "eval-tokens": 128, "eval-seq-len": 64, "chunk": 32,
+                         "calibration": "{results}/calibrations/calib_x.pt"}},
+}  # fmt: skip
+
+
+def test_a_calibration_that_isnt_committed_is_made_for_the_replay(matcher, model_folder, caplog):
+    write_table(Path(), "ranks", runs=CALIBRATED, show=[])
+    matcher = matcher_of(Path().absolute(), model=str(model_folder))
+    for name in CALIBRATED:
+        in_this_process(matcher.command(matcher.runs[name]))
+        write_record(matcher, matcher.runs[name])
+    calibration = matcher.product("calib_x")
+    for there in (True, False):
+        caplog.clear()
+        assert replay.replay(matcher, "ranks_x") == [] and matcher.replay("ranks_x")["figures"] > 1
+        assert ("calibrations/calib_x.pt, which it needs, isn't there" in caplog.text) is not there
+        calibration.unlink(missing_ok=True)
+    assert not calibration.exists()
+
+
 def doubled(record: dict | list | float):
     """Every measured number of a record, which is any with decimals or a count of bytes, twice as large."""
     if isinstance(record, dict):
