@@ -312,7 +312,8 @@ def _small(matcher: Matcher, run: Run, record: dict) -> dict:
         flags = {name: str(value).replace("{folder}", folder) if isinstance(value, str) else value
                  for name, value in how.flags(record).items()}  # fmt: skip
         flags |= _missing_products(matcher, run, Path(folder))
-        _run_script(matcher, dataclasses.replace(run, args=run.args | flags, output=given), _as_recorded(record), output)
+        changed = dataclasses.replace(run, args=run.args | flags, output=given)
+        _run_script(matcher, changed, _as_recorded(record), output)
         return json.loads(output.read_text(encoding="utf-8"))
 
 
