@@ -56,43 +56,38 @@ struct Planes final : Codec {
 
   template <typename Tile>
   void decode(const Block& at, const Tile& tile) const {
-    uint8_t index[r + 8];
-    indices(widths.at(at.b, at.g, at.index()), index);
-    int count[8] = {}, place[8];
-    for (int c = 0; c < r; c += kBlock) {
-      const uint64_t some = counts(index + c, std::min(kBlock, r - c));
-      for (int k = 0; k < 8; k++) count[k] += some >> 8 * k & 255;
-    }
+    int order[r], count[8];  // channels of each width, by falling width
+    sort(widths.at(at.b, at.g, at.index()), order, count);
     const uint8_t* plane = block.at(at.b, at.g, at.index());
     const uint8_t* metadata = plane;
-    for (int k = 7, next = 0; k >= 0; k--) {
-      place[k] = next;
-      next += count[k], metadata += 8 * kWidths[k] * count[k];
-    }
-    int order[r];
-    for (int first = 0; first < r; first += kBlock) {
-      const int end = std::min(first + kBlock, r);
-      uint64_t before = 0;
-      for (int c = first; c < end; c++) {
-        order[place[index[c]] + (before >> 8 * index[c] & 255)] = c;
-        before += uint64_t(1) << 8 * index[c];
-      }
-      for (int k = 0; k < 8; k++) place[k] += before >> 8 * k & 255;
-    }
+    for (int k = 7; k > 0; k--) metadata += 8 * kWidths[k] * count[k];
     const int coded = r - count[0];
     float offset[r];
     const bool far = any_far(metadata, coded);
-    if (far) offsets(metadata, index, order, coded, offset);
+    if (far) offsets(metadata, order, coded, offset);
     Run<Tile> run{plane, metadata, order, far ? offset : nullptr, block.block, tile};
     run.all(count);
   }
 
-  // How many of up to 64 channels have each width index, a byte for each. In a register, as counting in memory would
-  // wait for the last channel's count to be written before it is read
-  static uint64_t counts(const uint8_t* index, int channels) {
-    uint64_t all = 0;
-    for (int c = 0; c < channels; c++) all += uint64_t(1) << 8 * index[c];
-    return all;
+  // The channels in the order in which a block has them, and how many have each width index, of which three planes of
+  // r bits are given. Of 64 channels at a time, those of one width are the bits of a mask
+  void sort(const uint8_t* packed, int* order, int* count) const {
+    const int bytes = (r + 7) / 8, words = (r + 63) / 64;
+    uint64_t planes[3][words];
+    for (int j = 0; j < 3; j++) {
+      planes[j][words - 1] = 0;
+      std::memcpy(planes[j], packed + j * bytes, bytes);
+    }
+    int found = 0;
+    for (int k = 7; k >= 0; k--) {
+      const int before = found;
+      for (int w = 0; w < words; w++) {
+        uint64_t mask = w + 1 < words || r % 64 == 0 ? ~uint64_t(0) : (uint64_t(1) << r % 64) - 1;
+        for (int j = 0; j < 3; j++) mask &= k >> j & 1 ? planes[j][w] : ~planes[j][w];
+        for (; mask; mask &= mask - 1) order[found++] = 64 * w + __builtin_ctzll(mask);
+      }
+      count[k] = found - before;
+    }
   }
 
   // Where decoding has arrived. Channels of one width follow each other, so each width has code of its own
@@ -124,15 +119,6 @@ struct Planes final : Codec {
     }
   };
 
-  // Width index of every channel, from three bit planes of r bits
-  void indices(const uint8_t* packed, uint8_t* index) const {
-    const int bytes = (r + 7) / 8;
-    for (int i = 0; i < bytes; i++) {
-      uint64_t eight = kSpread[packed[i]] | kSpread[packed[bytes + i]] << 1 | kSpread[packed[2 * bytes + i]] << 2;
-      std::memcpy(index + 8 * i, &eight, 8);
-    }
-  }
-
   static bool any_far(const uint8_t* metadata, int coded) {
     uint8_t least = 255;
     for (int i = 0; i < coded; i++) least = std::min(least, metadata[2 * i + 1]);
@@ -141,11 +127,12 @@ struct Planes final : Codec {
 
   // The offset of every channel that has codes. Far offsets, marked by a byte of 0, follow all metadata in the order of
   // the channels
-  void offsets(const uint8_t* metadata, const uint8_t* index, const int* order, int coded, float* offset) const {
+  void offsets(const uint8_t* metadata, const int* order, int coded, float* offset) const {
+    std::fill_n(offset, r, 0.f);
     for (int i = 0; i < coded; i++) offset[order[i]] = metadata[2 * i + 1] - 128;
     const uint8_t* next = metadata + 2 * coded;
     for (int c = 0; c < r; c++) {
-      if (!index[c] || offset[c] != -128) continue;
+      if (offset[c] != -128) continue;
       int16_t own;
       std::memcpy(&own, next, sizeof own);
       offset[c] = own, next += sizeof own;
