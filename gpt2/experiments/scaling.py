@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PretrainedConfig
 
 from gpt2.compression.cache import direct_attention
+from gpt2.compression.cache.layers import StoredKV
 from gpt2.compression.cache.size import fill, noise
 from gpt2.compression.calibration.fisher import collect_fisher
 from gpt2.compression.calibration.statistics import MultiHeadStatistics, Statistics, Tap, collect
@@ -342,8 +343,7 @@ def _reconstructed(layer, query: Tensor) -> Tensor:
 
 
 def _direct(layer, query: Tensor) -> Tensor:
-    keys, values = layer.stores.values()
-    return direct_attention.attend(keys, values, query, None, query.shape[-1] ** -0.5)
+    return direct_attention.attend(*StoredKV(layer).stores(), query, None, query.shape[-1] ** -0.5)
 
 
 # --- evaluation
