@@ -31,8 +31,8 @@ def record(tmp_path_factory):
     save_tiny(folder / "m", num_hidden_layers=4)
     shapes = [write_shape(folder / f"h{size}.json", hidden_size=size, head_dim=size // 4) for size in (64, 96, 128)]
     flags = ["--model", folder / "m", "--shapes", shapes[0], "--timed-shapes", ",".join(map(str, shapes)),
-             "--cache-shapes", shapes[0], "--timed-presets", "kv4,kv-4x", "--presets", "kv4",
-             "--context-lengths", "64,128", "--quick", "--repeats", "1", "--output", folder / "scaling.json"]  # fmt: skip
+             "--cache-shapes", shapes[0], "--timed-presets", "kv4,kv-4x", "--presets", "kv4", "--quick",
+             "--context-lengths", "64,128", "--repeats", "1", "--output", folder / "scaling.json"]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scaling, "QUICK", SMALLEST)
         patch.setattr(plots, "growth", lambda record, growth=plots.growth: growth(every_fourth_slope(record)))
