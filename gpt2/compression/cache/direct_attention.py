@@ -9,7 +9,8 @@ The first block may begin with `lead` padding slots, at the positions of the las
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,35 +105,68 @@ def _in_one_pass(
         return None
     if mask is not None and (mask.shape[:-1] not in ((1, 1, 1), (B, 1, 1)) or mask.shape[-1] < len(k)):
         return None
-    k_blocks = _blocks(k)
-    v_blocks = k_blocks if k.whole is v.whole else _blocks(v)
+    step = _step(k, v, d)
+    if step is None:
+        return None
+    together = isinstance(k, Half)
+    return cpu.attend(
+        step.layer, query, _absorbed(k, query) if step.absorbs else None,
+        (k.whole.tail,) if together else (k.tail, v.tail), len(k.whole), scaling=scaling,
+        bias=None if mask is None else _bias(mask, B, len(k)), sinks=None if sinks is None else sinks.float(),
+    )  # fmt: skip
+
+
+class _Step(NamedTuple):
+    """What decode steps share until another block is full.
+
+    layer: of `cpu.layer`. absorbs: whether K's blocks are read with queries that PyTorch absorbs. The rest is what it
+    was made of.
+    """
+
+    layer: Callable
+    absorbs: bool
+    k_sinks: Tensor
+    v_sinks: Tensor
+    v_blocks: list[cpu.Part]
+
+    def holds(self, k: TokenStore | Half, v: TokenStore | Half) -> bool:
+        """Whether this was made of what the stores hold, provided that K's blocks haven't changed."""
+        return self.k_sinks is k.whole.sinks and self.v_sinks is v.whole.sinks and self.v_blocks is _blocks(v)
+
+
+def _step(k: TokenStore | Half, v: TokenStore | Half, head_dim: int) -> _Step | None:
+    """What decode steps share; None where no kernel reads both stores."""
+    first = next(iter(k.whole.blocks.values()), None)
+    kept = None if first is None else first.kept.get("step")
+    if kept is not None and kept.holds(k, v):
+        return kept
+    k_blocks, v_blocks = _blocks(k), _blocks(v)
     if k_blocks is None or v_blocks is None or k_blocks and not cpu.reads_frames(k.compressor.frame):
         return None
-    tokens = len(k)
-    k_exact, v_exact = _exact(k, tokens), _exact(v, tokens)
-    q = query.reshape(B, k.sinks.shape[1], -1, d)
     integers = cpu.integer_products()
-    frames = _frames(k, d, integers) if k_blocks else None
-    if frames:
-        absorbed = [q] * len(k_blocks)
-    elif k_blocks and k.compressor.frame is None:
-        absorbed = [k.compressor.absorb_query(q)] * len(k_blocks)
-    else:
-        absorbed = absorb_query(k, q)
-    out = cpu.attend(
-        k_exact + k_blocks, [q] * len(k_exact) + absorbed, v_exact + v_blocks, _outs(v_exact, v_blocks), tokens,
-        scaling=scaling, bias=None if mask is None else _bias(mask, B, tokens),
-        sinks=None if sinks is None else sinks.float(),
-        values=v.compressor.summed_basis(v.sinks.shape[3]) if v_blocks else None, frames=frames,
-        integers=integers,
-    )  # fmt: skip
-    return None if out is None else out.view(B, heads, Q, -1).to(query.dtype)
+    frames = _frames(k, head_dim, integers) if k_blocks else None
+    values = _values(v) if v_blocks else None
+    parts = [_sinks(k) + k_blocks, _sinks(v) + v_blocks]
+    layer = cpu.layer(k.sinks.shape[1], *parts, values=values, frames=frames, integers=integers)
+    absorbs = bool(k_blocks) and frames is None and k.compressor.transform is not None
+    if absorbs and k.compressor.frame is not None:  # queries of every frame, which two passes take
+        return None
+    step = _Step(layer, absorbs, k.whole.sinks, v.whole.sinks, v_blocks)
+    if first is not None:
+        first.kept["step"] = step
+    return step
+
+
+def _absorbed(k: TokenStore | Half, query: Tensor) -> Tensor:
+    """Queries as K's blocks are read with them, which all blocks share."""
+    B, _, _, d = query.shape
+    return k.compressor.absorb_query(query.reshape(B, k.sinks.shape[1], -1, d))
 
 
 def _frames(store: TokenStore | Half, head_dim: int, integers: bool) -> cpu.Frames | None:
     """How the kernel absorbs queries for K's frames by itself; None where it takes queries that are absorbed.
 
-    integers: as of `cpu.attend`.
+    integers: as of `cpu.layer`.
     """
     store, transform = store.whole, store.compressor.transform
     rotation = None if store.compressor.frame is None else transform.frame_rotation(*store.frames())
@@ -146,6 +180,15 @@ def _frames(store: TokenStore | Half, head_dim: int, integers: bool) -> cpu.Fram
     panels = transform.derived(name, head_dim, lambda: cpu.panels(read(), integers))
     constant = transform.derived("constant", head_dim, lambda: read()[:, :, -1].contiguous())
     return cpu.Frames(panels, constant, *rotation)
+
+
+def _values(store: TokenStore | Half) -> Tensor | None:
+    """The basis of V, where there is one, as the kernel reads it: in float32."""
+    width = store.sinks.shape[3]
+    basis = store.compressor.summed_basis(width)
+    if basis is None or basis.dtype == torch.float32:
+        return basis
+    return store.compressor.transform.derived("values", width, basis.float)
 
 
 def _bias(mask: Tensor, batch: int, tokens: int) -> Tensor:
@@ -173,9 +216,12 @@ def _total(store: TokenStore | Half, sums: Sequence[Tensor], exact: bool) -> Ten
 
 def _exact(store: TokenStore | Half, tokens: int) -> list[cpu.Part]:
     """The exact parts of a store of so many tokens, as kernels take them."""
-    sinks, tail = store.sinks, store.tail
-    places = (0, sinks), (tokens - tail.shape[2], tail)
-    return [cpu.exact(start, x) for start, x in places if x.shape[2]]
+    tail = store.tail
+    return _sinks(store) + ([cpu.exact(tokens - tail.shape[2], tail)] if tail.shape[2] else [])
+
+
+def _sinks(store: TokenStore | Half) -> list[cpu.Part]:
+    return [cpu.exact(0, store.sinks)] if store.sinks.shape[2] else []
 
 
 def _blocks(store: TokenStore | Half) -> list[cpu.Part] | None:
@@ -187,9 +233,9 @@ def _blocks(store: TokenStore | Half) -> list[cpu.Part] | None:
         return []
     # Sinks and lead, which the parts' places follow from, change only where blocks do as well
     first = next(iter(store.blocks.values()))
-    if first.kept is None:
-        first.kept = _made_blocks(store)
-    return first.kept
+    if "blocks" not in first.kept:
+        first.kept["blocks"] = _made_blocks(store)
+    return first.kept["blocks"]
 
 
 def _made_blocks(store: TokenStore) -> list[cpu.Part] | None:

@@ -20,7 +20,7 @@ class GrowingTensor:
     Full chunks of equal size are merged, like digits that carry in a binary counter. So there are O(log n) chunks,
     which bounds what readers pay for them, and each entry is copied O(log n) times at most.
 
-    kept: what a reader has made of `views`, until these change; None before that. A decode step changes them once in a
+    kept: what readers have made of `views`, by names of theirs, until these change. Decode steps change them once in a
     block, and every other step would make the same again.
     """
 
@@ -44,11 +44,11 @@ class GrowingTensor:
     def _change(self) -> None:
         """Forget what was made of the chunks, which are about to change: it would also keep their memory."""
         self._views: list[Tensor] | None = None
-        self.kept: Any = None
+        self.kept: dict[str, Any] = {}
 
     def __getstate__(self) -> dict:
         # Views would be copied and pickled beside their chunks, as tensors of their own
-        return self.__dict__ | {"_views": None, "kept": None}
+        return self.__dict__ | {"_views": None, "kept": {}}
 
     def append(self, x: Tensor) -> None:
         self._change()

@@ -15,7 +15,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -171,33 +171,43 @@ def weighted_sums(parts: list[Part], p: Tensor, outs: list[int]) -> list[Tensor]
     return torch.ops.kv_compression.weighted_sums(p.contiguous(), *_arguments(parts), outs)
 
 
-def attend(
-    ks: list[Part], qs: list[Tensor], vs: list[Part], outs: list[int], tokens: int, *, scaling: float,
-    bias: Tensor | None = None, sinks: Tensor | None = None, values: Tensor | None = None, frames: Frames | None = None,
+def layer(
+    heads: int, ks: list[Part], vs: list[Part], *, values: Tensor | None = None, frames: Frames | None = None,
     integers: bool = False,
-) -> Tensor | None:  # fmt: skip
-    """Σ p v̂ [B, H, M, d] float32 over the parts of V, p the softmax of `scores` over the parts of K, in one pass.
+) -> Callable:  # fmt: skip
+    """What `attend` is given of a layer of so many KV heads: all that decode steps share until another block is full.
 
-    For one query per head. outs: as of `weighted_sums`. scaling: what scores are multiplied with. bias [B, tokens]
-    float32 is added to them then. sinks: logits of query heads, [Hq] float32, which take weight without a token of
-    their own. values: the basis of V's affine parts, [G or 1, h, r + 1, d], v̂ of a group's h heads being [ẑ, 1] @ it.
-    frames: how queries are absorbed, where qs of coded parts are queries as the model has them, [B, H, M, d]. None
-    where blocks of K and V overlap so that it takes two passes. integers: whether products may be of integers, of which
-    processors with AVX2 have twice as many; queries, weights and the basis of frames are rounded to 16-bit integers.
+    ks, vs: exact sinks, then blocks. values: the basis of V's affine parts, [G or 1, h, r + 1, d] float32; v̂ of a
+    group's h heads is [ẑ, 1] @ it. frames: how queries are absorbed, where K's blocks have frames. integers:
+    whether products may be of integers, of which processors with AVX2 have twice as many; queries, weights and the
+    basis of frames are rounded to 16-bit integers.
     """
-    values = None if values is None else values.float()
-    arguments = (*_arguments(ks), *_arguments(vs), outs, tokens, scaling, bias, sinks, values)
-    qs = [q.contiguous() for q in qs] if frames else qs
-    found = torch.ops.kv_compression.attend.default(
-        _queries(qs), *arguments, *(frames or (None, None, None, False)), integers
-    )
+    absorbing = frames or (None, None, None, False)
+    made = torch.ops.kv_compression.layer(heads, *_arguments(ks), *_arguments(vs), values, *absorbing, integers)
+    return made.attend
+
+
+def attend(
+    layer: Callable, query: Tensor, absorbed: Tensor | None, tails: tuple[Tensor, ...], tokens: int, *, scaling: float,
+    bias: Tensor | None = None, sinks: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    """Σ p v̂ of one query per head, [B, Hq, 1, d] in the query's dtype, p the softmax of its scores, in one pass.
+
+    layer: of `layer`. query [B, Hq, 1, d]. absorbed [B, G, H/G · M, r or r + 1]: as K's blocks are read with it, unless
+    frames absorb it or it is the query itself. tails: the exact tails of K and V, or one of both, K's heads first.
+    tokens: number of all tokens. scaling: what scores are multiplied with. bias [B, tokens] float32 is added to them
+    then. sinks: logits of query heads, [Hq] float32, which take weight without a token of their own. None where blocks
+    of K and V overlap so that it takes two passes.
+    """
+    absorbed = None if absorbed is None else _queries([absorbed])[0]
+    found = layer(query, absorbed, tails, tokens, scaling, bias, sinks)
     return found[0] if found else None
 
 
 def panels(read: Tensor, integers: bool = False) -> Tensor:
     """A basis read [G, h, r + 1, d] without its last line as `Frames` has it; keys of h heads are [ẑ, 1] @ read.
 
-    integers: as of `attend`.
+    integers: as of `layer`.
     """
     return torch.ops.kv_compression.panels(read.float(), integers)
 

@@ -65,7 +65,6 @@ class Watched:
 
     def __init__(self, index: int, window: int | None, compressors: tuple[Compressor, ...], layout: tuple[int, int]):
         self.index, self.reach = index, None if window is None else window - 1
-        self.recording = False
         exact = window is not None and window < 128
         self.compressors = [IdentityCompressor() if exact else side for side in compressors]
         self.layout = layout if window is None else (layout[0], min(layout[1], self.reach))
@@ -75,6 +74,7 @@ class Watched:
         self.plain = [Plain(side, *self.layout) for side in self.compressors[:sides]]
         self.kept = 0  # tokens that it holds at least
         self.shown: int | None = 0  # tokens that are read: all held, where None
+        self.recording = False
 
     @property
     def seen(self) -> int:

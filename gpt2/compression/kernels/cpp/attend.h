@@ -9,9 +9,11 @@
 
 #include <ATen/ops/add.h>
 #include <ATen/ops/zeros.h>
+#include <torch/custom_class.h>
 
 #include <cmath>
 #include <limits>
+#include <optional>
 
 namespace {
 
@@ -118,28 +120,52 @@ struct Running {
   }
 };
 
+// What decode steps of a layer share until another block is full: exact sinks and blocks, and the bases that they are
+// read through. A step then hands over little, which is most of its time where few tokens are held
+struct Layer final : torch::CustomClassHolder {
+  std::vector<Part> ks, vs;
+  int64_t heads;                  // KV heads
+  std::optional<Tensor> values;   // as of `output`, where V is in coordinates of a basis
+  std::optional<Frames> frames;   // of K's blocks, whose queries these absorb; else they are absorbed already
+  bool integers;                  // whether products of codes may be of integers
+  std::vector<Tensor> memory;     // in which the parts are
+};
+
+// A layer's parts as one step has them: its exact tail before those that steps share
+std::vector<Part> with_tail(const std::vector<Part>& parts, const Tensor& tail, int64_t tokens) {
+  std::vector<Part> all;
+  all.reserve(parts.size() + 1);
+  if (const int64_t length = tail.size(2))
+    all.push_back({codec_of(kExact, &tail, tail.size(3), 0), tail.size(1), tokens - length, length, 0, false, true});
+  all.insert(all.end(), parts.begin(), parts.end());
+  return all;
+}
+
 struct Attention {
   const std::vector<Part> ks, vs;
-  const at::TensorList qs;
-  const at::IntArrayRef outs;
-  const std::optional<Frames>& frames;  // of K's coded parts, whose queries these absorb; else they are absorbed already
-  const float scaling;  // of scores
-  const int64_t B, rows;  // rows: queries of one sequence, of all heads
-  std::vector<Sum> sums;
-  int64_t units = 0;  // ranges of heads that no group of heads crosses
-  int64_t first_coded = 0;  // position of the first slot of K's coded parts
+  const Tensor exact_q, coded_q;        // what exact parts of K are compared with, and blocks
+  const std::optional<Frames>& frames;  // of K's blocks, where these absorb coded_q; else it is absorbed already
+  const float scaling;                  // of scores
+  const int64_t B, rows;                // rows: queries of one sequence, of all heads
+  std::vector<Sum> sums;                // over exact parts, if there are any, then over coded ones, if any
+  int64_t units = 0;                    // ranges of heads that no group of heads crosses
+  int64_t first_coded = 0;              // position of the first slot of K's blocks
 
-  Attention(at::TensorList qs, at::TensorList k_fields, at::IntArrayRef k_layout, at::TensorList v_fields,
-            at::IntArrayRef v_layout, at::IntArrayRef outs, const std::optional<Frames>& frames, float scaling)
-      : ks(parts_of(k_fields, k_layout)), vs(parts_of(v_fields, v_layout)), qs(qs), outs(outs), frames(frames),
-        scaling(scaling), B(qs[0].size(0)), rows(qs[0].numel() / qs[0].size(-1) / B) {
+  // exact_q [B, H, M, d], contiguous
+  Attention(std::vector<Part> k_parts, std::vector<Part> v_parts, const Tensor& exact_q, const Tensor& coded_q,
+            const std::optional<Frames>& frames, float scaling)
+      : ks(std::move(k_parts)), vs(std::move(v_parts)), exact_q(exact_q), coded_q(coded_q), frames(frames),
+        scaling(scaling), B(exact_q.size(0)), rows(exact_q.size(1) * exact_q.size(2)) {
     for (const auto* parts : {&ks, &vs})
       for (const Part& part : *parts) units = std::gcd(units, part.groups);
-    const auto coded = std::find_if(ks.begin(), ks.end(), [](const Part& part) { return part.affine; });
+    const auto coded = std::find_if(ks.begin(), ks.end(), [](const Part& part) { return !part.exact; });
     if (coded != ks.end()) first_coded = coded->start;
-    for (size_t i = 0; i < vs.size(); i++)
-      if (outs[i] == int64_t(sums.size())) sums.emplace_back(vs[i], B, rows, qs[0].options());
+    for (const Part& part : vs)
+      if (size_t(sum_of(part)) == sums.size()) sums.emplace_back(part, B, rows, exact_q.options());
   }
+
+  // Exact parts come first
+  int sum_of(const Part& part) const { return !part.exact && vs[0].exact; }
 
   // bias: added to the scores of a sequence's tokens. ahead: spans from this one on that the thread will be given
   void run(const Span& span, int64_t b, int64_t unit, int64_t ahead, const float* bias, Running& to, Queries& queries,
@@ -157,7 +183,7 @@ struct Attention {
       std::fill_n(x, span.v_offset, 0.f);
       std::fill(x + span.v_offset + span.tokens, x + kBlock, 0.f);
     }
-    const int64_t out = outs[span.v - vs.data()], groups = span.v->groups / units, M = rows / span.v->groups;
+    const int64_t out = sum_of(*span.v), groups = span.v->groups / units, M = rows / span.v->groups;
     const int64_t columns = span.v->columns();
     for (int64_t g = 0; g < groups; g++) {
       const Block at{b, unit * groups + g, span.v_first, span.v_offset + span.tokens};
@@ -172,10 +198,10 @@ struct Attention {
   void score(const Span& span, int64_t b, int64_t unit, int64_t ahead, Queries& queries, Absorbed& absorbed, float* out,
              Scratch& scratch) const {
     const int64_t groups = span.k->groups / units, M = rows / span.k->groups;
-    const Tensor& q = qs[span.k - ks.data()];
+    const Tensor& q = span.k->exact ? exact_q : coded_q;
     for (int64_t g = 0; g < groups; g++, out += M * kBlock) {
       const Block at{b, unit * groups + g, span.k_first, span.k_offset + span.tokens};
-      if (frames && span.k->affine) {
+      if (frames && !span.k->exact) {
         const auto used = [&](int& count) { return used_ahead(&span, ahead, b, at.g, count); };
         const int r = span.k->codec->r;
         queries.take(*span.k, absorbed.of(*frames, q, b, at.g, frame_of(span), r, used), frames->columns(), M);
@@ -196,7 +222,7 @@ struct Attention {
     const int64_t first = frame_of(*span), end = first + count;
     int used = 0;
     count = 0;
-    for (const Span* last = span + ahead; span < last && span->k->affine && frame_of(*span) < end; span++) {
+    for (const Span* last = span + ahead; span < last && !span->k->exact && frame_of(*span) < end; span++) {
       used = std::max(used, span->k->codec->used({b, g, span->k_first, kBlock}));
       count = frame_of(*span) - first + 1;
     }
@@ -204,7 +230,10 @@ struct Attention {
   }
 
   // The sums of all threads, divided by all weights. sinks: a logit for each of `heads` that takes weight of its own
-  std::vector<Tensor> total(std::vector<Running>& threads, const float* sinks, int64_t heads) {
+  std::vector<Tensor> total(std::vector<std::optional<Running>>& each, const float* sinks, int64_t heads) {
+    std::vector<Running> threads;  // those that had something to do
+    for (auto& own : each)
+      if (own) threads.push_back(std::move(*own));
     for (int64_t row = 0; row < B * rows; row++) {
       const float sink = sinks ? sinks[row % rows / (rows / heads)] : -INFINITY;
       float most = sink, weight = 0;
@@ -247,40 +276,55 @@ Tensor output(const std::vector<Tensor>& sums, const std::optional<Tensor>& valu
   return out;
 }
 
-// outs: for each part of V the index of the sum to which it is added: exact parts have one and coded parts have one.
-// scaling: of q · ẑ. bias [B, T], added to scores, and sinks [heads] may be empty. values: as of `output`, where the
-// coded sum is in coordinates of a basis. basis, constant and angles: as of `Frames`, where every block of K has queries
-// of its own, which are absorbed here. integers: whether products of codes may be of integers.
-// Returns one tensor, or none if K's and V's blocks overlap in a way that one pass can't follow
-std::vector<Tensor> attend(at::TensorList qs, at::TensorList k_fields, at::IntArrayRef k_layout,
-                           at::TensorList v_fields, at::IntArrayRef v_layout, at::IntArrayRef outs, int64_t tokens,
-                           double scaling, const std::optional<Tensor>& bias, const std::optional<Tensor>& sinks,
-                           const std::optional<Tensor>& values, const std::optional<Tensor>& basis,
-                           const std::optional<Tensor>& constant, const std::optional<Tensor>& angles,
-                           bool interleaved, bool integers) {
-  std::optional<Frames> frames;
-  if (basis) frames.emplace(*basis, *constant, *angles, interleaved);
-  Attention attention(qs, k_fields, k_layout, v_fields, v_layout, outs, frames, scaling);
+// Layer of `heads` KV heads, with the parts that decode steps share. values: as of `output`. basis, constant, angles and
+// interleaved: as of `Frames`, where every block of K has queries of its own, which are absorbed here
+c10::intrusive_ptr<Layer> layer(int64_t heads, at::TensorList k_fields, at::IntArrayRef k_layout, at::TensorList v_fields,
+                                at::IntArrayRef v_layout, const std::optional<Tensor>& values,
+                                const std::optional<Tensor>& basis, const std::optional<Tensor>& constant,
+                                const std::optional<Tensor>& angles, bool interleaved, bool integers) {
+  auto own = c10::make_intrusive<Layer>();
+  own->ks = parts_of(k_fields, k_layout), own->vs = parts_of(v_fields, v_layout);
+  own->heads = heads, own->values = values, own->integers = integers;
+  if (basis) own->frames.emplace(*basis, *constant, *angles, interleaved);
+  for (const auto fields : {k_fields, v_fields}) own->memory.insert(own->memory.end(), fields.begin(), fields.end());
+  return own;
+}
+
+// query [B, Hq, 1, d], of any dtype. absorbed: as K's blocks are read with it, [B, G, M, r + 1], unless that is the query
+// itself, or frames absorb it. tails: of K and of V, or of both, K's heads first. bias [B, T]: added to scores. sinks: a
+// logit for each query head. Returns one tensor [B, Hq, 1, d], or none if K's and V's blocks overlap in a way that one
+// pass can't follow
+std::vector<Tensor> attend(const c10::intrusive_ptr<Layer>& layer, const Tensor& query,
+                           const std::optional<Tensor>& absorbed, at::TensorList tails, int64_t tokens, double scaling,
+                           const std::optional<Tensor>& bias, const std::optional<Tensor>& sinks) {
+  const int64_t heads = layer->heads;
+  const bool both = tails.size() == 1;
+  const Tensor k_tail = both ? tails[0].narrow(1, 0, heads) : tails[0];
+  const Tensor v_tail = both ? tails[0].narrow(1, heads, heads) : tails[1];
+  const Tensor q = query.to(at::kFloat).contiguous().view({query.size(0), heads, -1, query.size(3)});
+  Attention attention(with_tail(layer->ks, k_tail, tokens), with_tail(layer->vs, v_tail, tokens), q,
+                      absorbed ? *absorbed : q, layer->frames, scaling);
   const auto spans = spans_of(attention.ks, attention.vs, tokens);
   if (spans.empty()) return {};
   const int64_t count = spans.size(), B = attention.B, units = attention.units;
   const float* added = bias ? bias->const_data_ptr<float>() : nullptr;
-  std::vector<Running> threads(at::get_num_threads(), Running(B * attention.rows, attention.sums));
+  std::vector<std::optional<Running>> threads(at::get_num_threads());
   at::parallel_for(0, B * units * count, 2, [&](int64_t begin, int64_t end) {
-    Running& own = threads[at::get_thread_num()];
+    Running& own = threads[at::get_thread_num()].emplace(B * attention.rows, attention.sums);
     Queries queries;
-    Absorbed absorbed;
+    Absorbed absorbed_ahead;
     std::vector<float> weights;
-    Scratch scratch(integers);
+    Scratch scratch(layer->integers);
     for (int64_t i = begin; i < end; i++) {
       const int64_t b = i / (units * count), ahead = std::min(end - i, count - i % count);
       attention.run(spans[i % count], b, i / count % units, ahead, added ? added + b * tokens : nullptr, own, queries,
-                    absorbed, weights, scratch);
+                    absorbed_ahead, weights, scratch);
     }
   });
   const auto sums =
       attention.total(threads, sinks ? sinks->const_data_ptr<float>() : nullptr, sinks ? sinks->numel() : 1);
-  return {output(sums, values)};
+  const Tensor found = output(sums, layer->values);
+  return {found.view({B, query.size(1), 1, found.size(3)}).to(query.scalar_type())};
 }
 
 }  // namespace

@@ -15,27 +15,28 @@ namespace {
 
 enum Kind { kExact, kToken, kChannel, kPlanes };
 
-std::unique_ptr<Codec> codec_of(int64_t kind, const Tensor* fields, int r, int bits) {
-  if (kind == kPlanes) return std::make_unique<Planes>(fields, r);
+std::shared_ptr<const Codec> codec_of(int64_t kind, const Tensor* fields, int r, int bits) {
+  if (kind == kPlanes) return std::make_shared<Planes>(fields, r);
   if (kind == kToken || kind == kChannel) {
     TORCH_CHECK(bits == 4 || bits == 8, "no codec of ", bits, " bits");
-    if (kind == kToken && bits == 4) return std::make_unique<Token<4>>(fields, r);
-    if (kind == kToken) return std::make_unique<Token<8>>(fields, r);
-    if (bits == 4) return std::make_unique<Channel<4>>(fields, r);
-    return std::make_unique<Channel<8>>(fields, r);
+    if (kind == kToken && bits == 4) return std::make_shared<Token<4>>(fields, r);
+    if (kind == kToken) return std::make_shared<Token<8>>(fields, r);
+    if (bits == 4) return std::make_shared<Channel<4>>(fields, r);
+    return std::make_shared<Channel<8>>(fields, r);
   }
   TORCH_CHECK(kind == kExact, "no codec of kind ", kind);
-  if (fields->scalar_type() == at::kHalf) return std::make_unique<Exact<at::Half>>(fields, r);
-  if (fields->scalar_type() == at::kBFloat16) return std::make_unique<Exact<at::BFloat16>>(fields, r);
+  if (fields->scalar_type() == at::kHalf) return std::make_shared<Exact<at::Half>>(fields, r);
+  if (fields->scalar_type() == at::kBFloat16) return std::make_shared<Exact<at::BFloat16>>(fields, r);
   TORCH_CHECK(fields->scalar_type() == at::kFloat, "no codec for vectors of ", fields->scalar_type());
-  return std::make_unique<Exact<float>>(fields, r);
+  return std::make_shared<Exact<float>>(fields, r);
 }
 
 // Some tokens of one layer's K or V: how they are stored, and their place among all tokens
 struct Part {
-  std::unique_ptr<Codec> codec;
+  std::shared_ptr<const Codec> codec;
   int64_t groups, start, length, skip;  // skip: number of padding slots at the start
   bool affine;                          // vectors have an additional last coordinate, which is 1 for every token
+  bool exact;                           // whether these are vectors as the model computed them
 
   int64_t columns() const { return codec->r + affine; }
 };
@@ -52,7 +53,7 @@ std::vector<Part> parts_of(at::TensorList fields, at::IntArrayRef layout) {
   std::vector<Part> parts;
   const Tensor* next = fields.data();
   for (const int64_t* l = layout.begin(); l < layout.end(); l += 7) {
-    parts.push_back({codec_of(l[0], next, l[2], l[1]), next->size(1), l[3], l[4], l[5], l[6] != 0});
+    parts.push_back({codec_of(l[0], next, l[2], l[1]), next->size(1), l[3], l[4], l[5], l[6] != 0, l[0] == kExact});
     next += per_kind[l[0]];
   }
   return parts;
