@@ -131,12 +131,13 @@ struct Layer final : torch::CustomClassHolder {
   std::vector<Tensor> memory;     // in which the parts are
 };
 
-// A layer's parts as one step has them: its exact tail before those that steps share
-std::vector<Part> with_tail(const std::vector<Part>& parts, const Tensor& tail, int64_t tokens) {
+// A layer's parts as one step has them: before those that steps share, so many heads of its exact tail
+std::vector<Part> with_tail(const std::vector<Part>& parts, const Tensor& tail, int64_t first_head, int64_t heads,
+                            int64_t tokens) {
   std::vector<Part> all;
   all.reserve(parts.size() + 1);
   if (const int64_t length = tail.size(2))
-    all.push_back({codec_of(kExact, &tail, tail.size(3), 0), tail.size(1), tokens - length, length, 0, false, true});
+    all.push_back({exact_codec(tail, first_head), heads, tokens - length, length, 0, false, true});
   all.insert(all.end(), parts.begin(), parts.end());
   return all;
 }
@@ -297,13 +298,11 @@ c10::intrusive_ptr<Layer> layer(int64_t heads, at::TensorList k_fields, at::IntA
 std::vector<Tensor> attend(const c10::intrusive_ptr<Layer>& layer, const Tensor& query,
                            const std::optional<Tensor>& absorbed, at::TensorList tails, int64_t tokens, double scaling,
                            const std::optional<Tensor>& bias, const std::optional<Tensor>& sinks) {
-  const int64_t heads = layer->heads;
-  const bool both = tails.size() == 1;
-  const Tensor k_tail = both ? tails[0].narrow(1, 0, heads) : tails[0];
-  const Tensor v_tail = both ? tails[0].narrow(1, heads, heads) : tails[1];
+  const int64_t heads = layer->heads, v_first = tails.size() == 1 ? heads : 0;
   const Tensor q = query.to(at::kFloat).contiguous().view({query.size(0), heads, -1, query.size(3)});
-  Attention attention(with_tail(layer->ks, k_tail, tokens), with_tail(layer->vs, v_tail, tokens), q,
-                      absorbed ? *absorbed : q, layer->frames, scaling);
+  Attention attention(with_tail(layer->ks, tails.front(), 0, heads, tokens),
+                      with_tail(layer->vs, tails.back(), v_first, heads, tokens), q, absorbed ? *absorbed : q,
+                      layer->frames, scaling);
   const auto spans = spans_of(attention.ks, attention.vs, tokens);
   if (spans.empty()) return {};
   const int64_t count = spans.size(), B = attention.B, units = attention.units;

@@ -130,7 +130,8 @@ template <typename T>
 struct Exact final : TileCodec {
   Field x;
 
-  Exact(const Tensor* fields, int r) : TileCodec(r, true), x(fields[0]) {}
+  // first: number of the first head that is read
+  Exact(const Tensor* fields, int r, int64_t first) : TileCodec(r, true), x(fields[0]) { x.data += first * x.group; }
 
   void decode(const Block& at, float* tile) const override {
     for (int t = 0; t < at.tokens; t++) {

@@ -15,20 +15,24 @@ namespace {
 
 enum Kind { kExact, kToken, kChannel, kPlanes };
 
+// Heads from number `first` on of exact vectors
+std::shared_ptr<const Codec> exact_codec(const Tensor& x, int64_t first) {
+  const int d = x.size(3);
+  if (x.scalar_type() == at::kHalf) return std::make_shared<Exact<at::Half>>(&x, d, first);
+  if (x.scalar_type() == at::kBFloat16) return std::make_shared<Exact<at::BFloat16>>(&x, d, first);
+  TORCH_CHECK(x.scalar_type() == at::kFloat, "no codec for vectors of ", x.scalar_type());
+  return std::make_shared<Exact<float>>(&x, d, first);
+}
+
 std::shared_ptr<const Codec> codec_of(int64_t kind, const Tensor* fields, int r, int bits) {
+  if (kind == kExact) return exact_codec(*fields, 0);
   if (kind == kPlanes) return std::make_shared<Planes>(fields, r);
-  if (kind == kToken || kind == kChannel) {
-    TORCH_CHECK(bits == 4 || bits == 8, "no codec of ", bits, " bits");
-    if (kind == kToken && bits == 4) return std::make_shared<Token<4>>(fields, r);
-    if (kind == kToken) return std::make_shared<Token<8>>(fields, r);
-    if (bits == 4) return std::make_shared<Channel<4>>(fields, r);
-    return std::make_shared<Channel<8>>(fields, r);
-  }
-  TORCH_CHECK(kind == kExact, "no codec of kind ", kind);
-  if (fields->scalar_type() == at::kHalf) return std::make_shared<Exact<at::Half>>(fields, r);
-  if (fields->scalar_type() == at::kBFloat16) return std::make_shared<Exact<at::BFloat16>>(fields, r);
-  TORCH_CHECK(fields->scalar_type() == at::kFloat, "no codec for vectors of ", fields->scalar_type());
-  return std::make_shared<Exact<float>>(fields, r);
+  TORCH_CHECK(kind == kToken || kind == kChannel, "no codec of kind ", kind);
+  TORCH_CHECK(bits == 4 || bits == 8, "no codec of ", bits, " bits");
+  if (kind == kToken && bits == 4) return std::make_shared<Token<4>>(fields, r);
+  if (kind == kToken) return std::make_shared<Token<8>>(fields, r);
+  if (bits == 4) return std::make_shared<Channel<4>>(fields, r);
+  return std::make_shared<Channel<8>>(fields, r);
 }
 
 // Some tokens of one layer's K or V: how they are stored, and their place among all tokens
