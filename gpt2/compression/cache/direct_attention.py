@@ -145,7 +145,7 @@ def _step(k: TokenStore | Half, v: TokenStore | Half, head_dim: int) -> _Step | 
         return None
     integers = cpu.integer_products()
     frames = _frames(k, head_dim, integers) if k_blocks else None
-    values = _values(v) if v_blocks else None
+    values = _values(v, integers) if v_blocks else None
     parts = [_sinks(k) + k_blocks, _sinks(v) + v_blocks]
     layer = cpu.layer(k.sinks.shape[1], *parts, values=values, frames=frames, integers=integers)
     absorbs = bool(k_blocks) and frames is None and k.compressor.transform is not None
@@ -174,7 +174,7 @@ def _frames(store: TokenStore | Half, head_dim: int, integers: bool) -> cpu.Fram
         return None
 
     def read() -> Tensor:
-        return transform.read_basis(head_dim).float()
+        return transform.read_basis(head_dim, keep=False).float()
 
     name = "panels of integers" if integers else "panels"
     panels = transform.derived(name, head_dim, lambda: cpu.panels(read(), integers))
@@ -182,13 +182,20 @@ def _frames(store: TokenStore | Half, head_dim: int, integers: bool) -> cpu.Fram
     return cpu.Frames(panels, constant, *rotation)
 
 
-def _values(store: TokenStore | Half) -> Tensor | None:
-    """The basis of V, where there is one, as the kernel reads it: in float32."""
-    width = store.sinks.shape[3]
-    basis = store.compressor.summed_basis(width)
-    if basis is None or basis.dtype == torch.float32:
-        return basis
-    return store.compressor.transform.derived("values", width, basis.float)
+def _values(store: TokenStore | Half, integers: bool) -> cpu.Values | None:
+    """The basis of V, where there is one, as the kernel reads it. integers: as of `cpu.layer`."""
+    transform, width = store.compressor.transform, store.sinks.shape[3]
+    if transform is None:
+        return None
+
+    def read() -> Tensor:
+        return transform.summed_basis(width, keep=False).float().contiguous()
+
+    if not integers:
+        return cpu.Values(transform.derived("values", width, read), None)
+    units = transform.derived("units of values", width, lambda: cpu.units(read()))
+    whole = transform.derived("values as integers", width, lambda: cpu.multiples(read(), units))
+    return cpu.Values(whole, units)
 
 
 def _bias(mask: Tensor, batch: int, tokens: int) -> Tensor:

@@ -101,10 +101,6 @@ class Compressor:
         """As `Transform.reconstruct_sum`, y itself where there is no transform."""
         return y if self.transform is None else self.transform.reconstruct_sum(y, head_dim)
 
-    def summed_basis(self, head_dim: int) -> Tensor | None:
-        """As `Transform.summed_basis`, None where there is no transform."""
-        return None if self.transform is None else self.transform.summed_basis(head_dim)
-
     def rank(self, head_dim: int) -> int:
         """Coordinates that a group of heads has in a cache of `head_dim` channels per head."""
         return head_dim if self.transform is None else self.transform.rank

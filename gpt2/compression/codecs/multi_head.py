@@ -192,10 +192,10 @@ class JointTransform(UnrotatedTransform):
         k, v = apart(x, head_dim)
         return torch.cat((self.rotary.rotate(k, start, frame=self.shared), v), dim=1)
 
-    def read_basis(self, head_dim: int) -> Tensor:
-        both = self._affine(head_dim)
+    def read_basis(self, head_dim: int, keep: bool = True) -> Tensor:
+        both = self._affine(head_dim, keep)
         return both[:, : both.shape[1] // 2]
 
-    def summed_basis(self, head_dim: int) -> Tensor:
-        both = self._affine(head_dim)
+    def summed_basis(self, head_dim: int, keep: bool = True) -> Tensor:
+        both = self._affine(head_dim, keep)
         return both[:, both.shape[1] // 2 :]

@@ -79,32 +79,38 @@ class Transform:
         D = self.summed_basis(head_dim)
         return (y.to(D.dtype).unflatten(2, (D.shape[1], -1)) @ D).flatten(1, 2)
 
-    def read_basis(self, head_dim: int) -> Tensor:
+    def read_basis(self, head_dim: int, keep: bool = True) -> Tensor:
         """`_affine` of what queries are compared with: keys of h heads are [ẑ, 1] @ it, [G, h, r + 1, d]."""
-        return self._affine(head_dim)
+        return self._affine(head_dim, keep)
 
-    def summed_basis(self, head_dim: int) -> Tensor:
+    def summed_basis(self, head_dim: int, keep: bool = True) -> Tensor:
         """`_affine` of what attention sums, [G, h, r + 1, d]."""
-        return self._affine(head_dim)
+        return self._affine(head_dim, keep)
 
-    def _affine(self, head_dim: int) -> Tensor:
-        """[D; mean] of the h heads of each group, [G, h, r + 1, d]: x̂ = [ẑ, 1] @ it. Computed once."""
+    def _affine(self, head_dim: int, keep: bool = True) -> Tensor:
+        """[D; mean] of the h heads of each group, [G, h, r + 1, d]: x̂ = [ẑ, 1] @ it.
+
+        keep: whether it is kept for the next caller. Those who make something else of it, once, don't ask again.
+        """
 
         def make() -> Tensor:
             whole = torch.cat((self.D, self.mean[:, None]), dim=1).unflatten(-1, (-1, head_dim))
             return whole.transpose(1, 2).contiguous()
 
-        return self.derived("by head", head_dim, make)
+        return self.derived("by head", head_dim, make, keep)
 
     def __getstate__(self) -> dict:
         # What kernels made of the basis is as this machine's kernels read it, and another's may read it otherwise
         return {name: value for name, value in self.__dict__.items() if name != "_derived"}
 
-    def derived(self, name: str, head_dim: int, make: Callable[[], Tensor]) -> Tensor:
+    def derived(self, name: str, head_dim: int, make: Callable[[], Tensor], keep: bool = True) -> Tensor:
         """What is made of the basis for heads of `head_dim` channels: by `make` at first, then as it is kept."""
         kept = self.__dict__.setdefault("_derived", {})  # the dataclass is frozen, and this is not one of its fields
         if (name, head_dim) not in kept:
-            kept[name, head_dim] = make()
+            made = make()
+            if not keep:
+                return made
+            kept[name, head_dim] = made
         return kept[name, head_dim]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Transform:

@@ -70,6 +70,17 @@ class Part(NamedTuple):
     tensors: list[Tensor]
 
 
+class Values(NamedTuple):
+    """What V's coordinates are taken through: v̂ of a group's h heads is [ẑ, 1] @ basis.
+
+    basis [G or 1, h, r + 1, d], in float32, or as 16-bit integer multiples of `units` [G or 1, h, r + 1] float32. The
+    basis is read once in a step: as integers in half of the bytes.
+    """
+
+    basis: Tensor
+    units: Tensor | None
+
+
 class Frames(NamedTuple):
     """How a decode step absorbs queries by itself, for each frame of FRAME tokens: rotated back, then in a basis.
 
@@ -172,18 +183,17 @@ def weighted_sums(parts: list[Part], p: Tensor, outs: list[int]) -> list[Tensor]
 
 
 def layer(
-    heads: int, ks: list[Part], vs: list[Part], *, values: Tensor | None = None, frames: Frames | None = None,
+    heads: int, ks: list[Part], vs: list[Part], *, values: Values | None = None, frames: Frames | None = None,
     integers: bool = False,
 ) -> Callable:  # fmt: skip
     """What `attend` is given of a layer of so many KV heads: all that decode steps share until another block is full.
 
-    ks, vs: exact sinks, then blocks. values: the basis of V's affine parts, [G or 1, h, r + 1, d] float32; v̂ of a
-    group's h heads is [ẑ, 1] @ it. frames: how queries are absorbed, where K's blocks have frames. integers:
-    whether products may be of integers, of which processors with AVX2 have twice as many; queries, weights and the
-    basis of frames are rounded to 16-bit integers.
+    ks, vs: exact sinks, then blocks. values: where V's parts are affine. frames: how queries are absorbed, where
+    K's blocks have frames. integers: whether products may be of integers, of which processors with AVX2 have twice
+    as many; queries, weights and the basis of frames are rounded to 16-bit integers.
     """
-    absorbing = frames or (None, None, None, False)
-    made = torch.ops.kv_compression.layer(heads, *_arguments(ks), *_arguments(vs), values, *absorbing, integers)
+    summing, absorbing = values or (None, None), frames or (None, None, None, False)
+    made = torch.ops.kv_compression.layer(heads, *_arguments(ks), *_arguments(vs), *summing, *absorbing, integers)
     return made.attend
 
 
@@ -210,6 +220,16 @@ def panels(read: Tensor, integers: bool = False) -> Tensor:
     integers: as of `layer`.
     """
     return torch.ops.kv_compression.panels(read.float(), integers)
+
+
+def units(basis: Tensor) -> Tensor:
+    """What 16-bit integers stand for, if each line of a basis [..., d] shall use their range, [...] float32."""
+    return (basis.abs().amax(-1) / torch.iinfo(torch.int16).max).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def multiples(basis: Tensor, units: Tensor) -> Tensor:
+    """A basis [..., d] as integer multiples of `units` [...], int16."""
+    return (basis / units[..., None]).round_().to(torch.int16)
 
 
 def quantized(encoding: WidthSearch, z: Tensor) -> Encoded:

@@ -136,7 +136,10 @@ def test_a_decode_step_absorbs_queries_for_every_frame(
 def test_codes_are_multiplied_as_integers_where_the_processor_adds_these_in_pairs(
     quantizer, heads, d, M, bits, monkeypatch
 ):
-    """Nearly as precise as floats; odd ranks, rows of codes that fill whole vectors, and others."""
+    """Nearly as precise as floats; odd ranks, rows of codes that fill whole vectors, and others.
+
+    V's basis is rounded as well, which shows here: what it gives cancels a mean ten times as large as what is left.
+    """
     (d, rank), H, T, draw = d, 4, 64 * 9 + 9, drawing(M)
     joint = heads == "joint"
     h, sides = 2 if joint else heads, 2 if joint else 1
@@ -149,7 +152,7 @@ def test_codes_are_multiplied_as_integers_where_the_processor_adds_these_in_pair
     query = draw(2, H * M, 1, d)
     stores = functools.partial(stores_of, quantizer, bits, transform, 4, parts)
     found, precise = (products_of(name, stores(), query, monkeypatch) for name in ("integer", "float"))
-    assert (found - precise).norm() <= 5e-4 * precise.norm()
+    assert (found - precise).norm() <= 1e-3 * precise.norm()
     in_pairs = "avx2" in cpu.instruction_sets() and os.environ.get("KV_CPU_ISA") != "generic"
     if in_pairs and (quantizer == "mixed" or E.shape[2] % 64 == 0):
         assert not torch.equal(found, precise), "otherwise nothing was tested"

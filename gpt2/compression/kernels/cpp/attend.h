@@ -126,6 +126,7 @@ struct Layer final : torch::CustomClassHolder {
   std::vector<Part> ks, vs;
   int64_t heads;                  // KV heads
   std::optional<Tensor> values;   // as of `output`, where V is in coordinates of a basis
+  std::optional<Tensor> units;    // the same
   std::optional<Frames> frames;   // of K's blocks, whose queries these absorb; else they are absorbed already
   bool integers;                  // whether products of codes may be of integers
   std::vector<Tensor> memory;     // in which the parts are
@@ -258,34 +259,43 @@ struct Attention {
   }
 };
 
-// Σ p v̂ [B, H, M, d] of sums over exact tokens, if there are any, and then over coded ones, if any. values: the basis
-// of what is coded, [G, h, r + 1, d], or one for all groups; the heads of a group are contiguous
-Tensor output(const std::vector<Tensor>& sums, const std::optional<Tensor>& values) {
+// Σ p v̂ [B, H, M, d] of sums over exact tokens, if there are any, and then over coded ones, if any. values: the basis of
+// what is coded, [G, h, r + 1, d], or one for all groups; the heads of a group are contiguous. It is of floats, or of
+// integer multiples of `units` [G, h, r + 1]
+Tensor output(const std::vector<Tensor>& sums, const std::optional<Tensor>& values, const std::optional<Tensor>& units) {
   if (!values) return sums.size() > 1 ? at::add(sums[0], sums[1]) : sums[0];
   const Tensor& y = sums.back();  // [B, G, h · M, r + 1]
   const int64_t B = y.size(0), G = y.size(1), h = values->size(1), rank = y.size(3), d = values->size(3);
-  const int64_t M = y.size(2) / h, group = values->size(0) > 1 ? values->stride(0) : 0;
+  const int64_t M = y.size(2) / h, own_groups = values->size(0) > 1;
   const Tensor out = sums.size() > 1 ? sums[0] : at::zeros({B, G * h, M, d}, y.options());
   const float* from = y.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
+  std::vector<float> scaled(units ? M * rank : 0);
   for (int64_t b = 0; b < B; b++)
     for (int64_t g = 0; g < G; g++)
       for (int64_t head = 0; head < h; head++, from += M * rank, to += M * d) {
-        const float* basis = values->const_data_ptr<float>() + g * group + head * rank * d;
-        along(from, rank, basis, rank, d, M, to, d);
+        const int64_t place = own_groups * g * values->stride(0) + head * rank * d;
+        if (!units) {
+          along(from, rank, values->const_data_ptr<float>() + place, rank, d, M, to, d);
+          continue;
+        }
+        const float* unit = units->const_data_ptr<float>() + (own_groups * g * h + head) * rank;
+        for (int64_t i = 0; i < M * rank; i++) scaled[i] = from[i] * unit[i % rank];
+        along(scaled.data(), rank, values->const_data_ptr<int16_t>() + place, rank, d, M, to, d);
       }
   return out;
 }
 
-// Layer of `heads` KV heads, with the parts that decode steps share. values: as of `output`. basis, constant, angles and
+// Layer of `heads` KV heads, with the parts that decode steps share. values and units: as of `output`. basis, constant, angles and
 // interleaved: as of `Frames`, where every block of K has queries of its own, which are absorbed here
 c10::intrusive_ptr<Layer> layer(int64_t heads, at::TensorList k_fields, at::IntArrayRef k_layout, at::TensorList v_fields,
                                 at::IntArrayRef v_layout, const std::optional<Tensor>& values,
-                                const std::optional<Tensor>& basis, const std::optional<Tensor>& constant,
-                                const std::optional<Tensor>& angles, bool interleaved, bool integers) {
+                                const std::optional<Tensor>& units, const std::optional<Tensor>& basis,
+                                const std::optional<Tensor>& constant, const std::optional<Tensor>& angles,
+                                bool interleaved, bool integers) {
   auto own = c10::make_intrusive<Layer>();
   own->ks = parts_of(k_fields, k_layout), own->vs = parts_of(v_fields, v_layout);
-  own->heads = heads, own->values = values, own->integers = integers;
+  own->heads = heads, own->values = values, own->units = units, own->integers = integers;
   if (basis) own->frames.emplace(*basis, *constant, *angles, interleaved);
   for (const auto fields : {k_fields, v_fields}) own->memory.insert(own->memory.end(), fields.begin(), fields.end());
   return own;
@@ -322,7 +332,7 @@ std::vector<Tensor> attend(const c10::intrusive_ptr<Layer>& layer, const Tensor&
   });
   const auto sums =
       attention.total(threads, sinks ? sinks->const_data_ptr<float>() : nullptr, sinks ? sinks->numel() : 1);
-  const Tensor found = output(sums, layer->values);
+  const Tensor found = output(sums, layer->values, layer->units);
   return {found.view({B, query.size(1), 1, found.size(3)}).to(query.scalar_type())};
 }
 

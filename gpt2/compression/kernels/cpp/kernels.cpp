@@ -106,7 +106,7 @@ TORCH_LIBRARY(kv_compression, m) {
   m.def("weighted_sums(Tensor p, Tensor[] fields, int[] layout, int[] outs) -> Tensor[]", &weighted_sums);
   m.class_<Layer>("Layer").def("attend", &attend);
   m.def("layer(int heads, Tensor[] k_fields, int[] k_layout, Tensor[] v_fields, int[] v_layout, Tensor? values, "
-        "Tensor? basis, Tensor? constant, Tensor? angles, bool interleaved, bool integers) "
+        "Tensor? units, Tensor? basis, Tensor? constant, Tensor? angles, bool interleaved, bool integers) "
         "-> __torch__.torch.classes.kv_compression.Layer", &layer);
   m.def("panels(Tensor read, bool integers) -> Tensor", &panels);
   m.def("encode_planes(Tensor y, int payload, float[] narrow, float[] wide) -> (Tensor, Tensor)", &encode_planes);

@@ -7,13 +7,14 @@
 
 namespace {
 
-// out[m][j] += Σ_i a[m][i] tile[i][j] for R queries and N vectors of columns; the sums stay in registers
-template <int R, int N>
-inline void along_few(const float* a, int64_t a_row, const float* tile, int I, int J, float* out, int64_t out_row) {
+// out[m][j] += Σ_i a[m][i] tile[i][j] for R queries and N vectors of columns; the sums stay in registers. Tiles of `along`
+// are of floats, or of 16-bit integers
+template <int R, int N, typename T>
+inline void along_few(const float* a, int64_t a_row, const T* tile, int I, int J, float* out, int64_t out_row) {
   Lanes sums[R][N] = {};
   for (int i = 0; i < I; i++) {
     Lanes line[N];
-    for (int n = 0; n < N; n++) line[n] = load(tile + i * J + kLanes * n);
+    for (int n = 0; n < N; n++) line[n] = load_floats(tile + i * J + kLanes * n);
     for (int m = 0; m < R; m++)
       for (int n = 0; n < N; n++) sums[m][n] += a[m * a_row + i] * line[n];
   }
@@ -21,12 +22,11 @@ inline void along_few(const float* a, int64_t a_row, const float* tile, int I, i
     for (int n = 0; n < N; n++) add(out + m * out_row + kLanes * n, sums[m][n]);
 }
 
-template <int R, int N = power_up_to(std::min(kSet.widest, kSet.sums / R))>
-void along_rows(
-    const float* a, int64_t a_row, const float* tile, int I, int J, float* out, int64_t out_row, int j = 0) {
+template <int R, typename T, int N = power_up_to(std::min(kSet.widest, kSet.sums / R))>
+void along_rows(const float* a, int64_t a_row, const T* tile, int I, int J, float* out, int64_t out_row, int j = 0) {
   for (; j + N * kLanes <= J; j += N * kLanes) along_few<R, N>(a, a_row, tile + j, I, J, out + j, out_row);
   if constexpr (N > 1)
-    along_rows<R, N / 2>(a, a_row, tile, I, J, out, out_row, j);
+    along_rows<R, T, N / 2>(a, a_row, tile, I, J, out, out_row, j);
   else
     for (; j < J; j++)
       for (int m = 0; m < R; m++)
@@ -34,7 +34,8 @@ void along_rows(
 }
 
 // As many queries at a time as fit into registers, in passes of about equal size
-void along(const float* a, int64_t a_row, const float* tile, int I, int J, int M, float* out, int64_t out_row) {
+template <typename T>
+void along(const float* a, int64_t a_row, const T* tile, int I, int J, int M, float* out, int64_t out_row) {
   in_passes<6>(M, [&](auto few, int m) {
     along_rows<decltype(few)::value>(a + m * a_row, a_row, tile, I, J, out + m * out_row, out_row);
   });

@@ -46,6 +46,12 @@ inline Vector load(const void* from) {
   return x;
 }
 
+inline Lanes load_floats(const float* from) { return load(from); }
+inline Lanes load_floats(const int16_t* from) {
+  using Halves = int16_t __attribute__((vector_size(kSet.bytes / 2)));
+  return __builtin_convertvector(load<Halves>(from), Lanes);
+}
+
 inline void add(float* to, Lanes x) {
   x += load(to);
   std::memcpy(to, &x, sizeof x);
