@@ -124,12 +124,11 @@ struct Running {
 // read through. A step then hands over little, which is most of its time where few tokens are held
 struct Layer final : torch::CustomClassHolder {
   std::vector<Part> ks, vs;
-  int64_t heads;                  // KV heads
-  std::optional<Tensor> values;   // as of `output`, where V is in coordinates of a basis
-  std::optional<Tensor> units;    // the same
-  std::optional<Frames> frames;   // of K's blocks, whose queries these absorb; else they are absorbed already
-  bool integers;                  // whether products of codes may be of integers
-  std::vector<Tensor> memory;     // in which the parts are
+  int64_t heads;                        // KV heads
+  std::optional<Tensor> values, units;  // as of `output`, where V is in coordinates of a basis
+  std::optional<Frames> frames;         // of K's blocks, whose queries these absorb; else they are absorbed already
+  bool integers;                        // whether products of codes may be of integers
+  std::vector<Tensor> memory;           // in which the parts are
 };
 
 // A layer's parts as one step has them: before those that steps share, so many heads of its exact tail
@@ -283,8 +282,8 @@ Tensor output(const std::vector<Tensor>& sums, const std::optional<Tensor>& valu
   return out;
 }
 
-// Layer of `heads` KV heads, with the parts that decode steps share. values and units: as of `output`. basis, constant, angles and
-// interleaved: as of `Frames`, where every block of K has queries of its own, which are absorbed here
+// A layer of `heads` KV heads, with the parts that decode steps share. values and units: as of `output`. basis, constant,
+// angles and interleaved: as of `Frames`, where every block of K has queries of its own, which are absorbed here
 c10::intrusive_ptr<Layer> layer(int64_t heads, at::TensorList k_fields, at::IntArrayRef k_layout, at::TensorList v_fields,
                                 at::IntArrayRef v_layout, const std::optional<Tensor>& values,
                                 const std::optional<Tensor>& units, const std::optional<Tensor>& basis,
