@@ -223,8 +223,9 @@ def test_a_step_over_codes_shows_its_kernels_and_what_goes_through_the_basis(lla
         share = timing.look_inside(llama.model, from_preset("kv4", llama).make(), prompt, 4).share
     finally:
         disable_compressed_attention(llama.model)
-    assert share["folding"] > 0 and share["matmuls"] > 0 and share["sampling"] > 0 and share["attention"] > 0
-    assert (share["kernels"] > 0) == cpu.loaded() and share["expand"] == 0
+    assert share["matmuls"] > 0 and share["sampling"] > 0 and share["attention"] > 0 and share["expand"] == 0
+    # V's basis, the only one of kv4, is the kernel's matter, or PyTorch's
+    assert (share["kernels"] > 0) == cpu.loaded() == (share["folding"] == 0)
 
 
 def test_instruments_change_no_token_and_are_only_in_the_pass_that_isnt_timed(llama, caches):
