@@ -145,12 +145,12 @@ def _step(k: TokenStore | Half, v: TokenStore | Half, head_dim: int) -> _Step | 
         return None
     integers = cpu.integer_products()
     frames = _frames(k, head_dim, integers) if k_blocks else None
-    values = _values(v, integers) if v_blocks else None
-    parts = [_sinks(k) + k_blocks, _sinks(v) + v_blocks]
-    layer = cpu.layer(k.sinks.shape[1], *parts, values=values, frames=frames, integers=integers)
     absorbs = bool(k_blocks) and frames is None and k.compressor.transform is not None
     if absorbs and k.compressor.frame is not None:  # queries of every frame, which two passes take
         return None
+    values = _values(v, integers) if v_blocks else None
+    parts = [_sinks(k) + k_blocks, _sinks(v) + v_blocks]
+    layer = cpu.layer(k.sinks.shape[1], *parts, values=values, frames=frames, integers=integers)
     step = _Step(layer, absorbs, k.whole.sinks, v.whole.sinks, v_blocks)
     if first is not None:
         first.kept["step"] = step

@@ -129,6 +129,20 @@ def test_a_decode_step_absorbs_queries_for_every_frame(
 
 
 @pytest.mark.usefixtures("compiled")
+def test_frames_whose_queries_only_pytorch_can_absorb_take_two_passes(monkeypatch):
+    """As of a transform that doesn't say how it rotates."""
+    draw = drawing(0)
+    transform = UnrotatedTransform(torch.eye(64)[None], torch.eye(64)[None], draw(1, 64), Rotary(torch.ones(8)), 64)
+    stores = functools.partial(stores_of, "mixed", 5.0, transform, 4, [draw(1, 1, 300, 64)])
+    query = draw(1, 3, 1, 64)
+    found = direct_attention.attend(*stores(), query, None, 1 / 8)
+    monkeypatch.setattr(UnrotatedTransform, "frame_rotation", lambda *_: None)
+    monkeypatch.setattr(cpu, "attend", None)
+    error = (found - direct_attention.attend(*stores(), query, None, 1 / 8)).abs().max()
+    assert error <= PRODUCTS["integer"] * found.abs().max()
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(
     ("quantizer", "heads", "d", "M", "bits"),
     covering(["mixed", "int4_channel"], [1, 2, "joint"], [(64, 64), (80, 41), (128, 128)], [1, 2, 4, 7, 13], [4, 1.5]),
