@@ -292,7 +292,7 @@ c10::intrusive_ptr<Layer> layer(int64_t heads, at::TensorList k_fields, at::IntA
   auto own = c10::make_intrusive<Layer>();
   own->ks = parts_of(k_fields, k_layout), own->vs = parts_of(v_fields, v_layout);
   own->heads = heads, own->values = values, own->units = units, own->integers = integers;
-  if (basis) own->frames.emplace(*basis, *constant, *angles, interleaved);
+  if (basis) own->frames.emplace(Frames{*basis, *constant, *angles, interleaved});  // with braces for C++17, as PyTorch 2.11 has it
   for (const auto fields : {k_fields, v_fields}) own->memory.insert(own->memory.end(), fields.begin(), fields.end());
   return own;
 }
