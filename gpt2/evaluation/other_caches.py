@@ -15,6 +15,8 @@ import importlib.metadata
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import transformers
+from transformers import cache_utils
 from transformers.cache_utils import Cache, QuantizedCache
 
 from gpt2.common.errors import PluginError
@@ -78,7 +80,11 @@ def identity(family: str, label: str) -> dict:
 
 
 def require_package(family: str) -> None:
-    """Raise PluginError if a family needs a package that isn't installed."""
+    """Raise PluginError if a family needs a package that isn't installed, or a newer transformers."""
+    if family == "fp8" and not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        raise PluginError(
+            f"transformers {transformers.__version__} has no fp8 cache: install the version of requirements.txt"
+        )
     if family not in PACKAGES:
         return
     module, package = PACKAGES[family]

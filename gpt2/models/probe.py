@@ -154,10 +154,10 @@ def geometry_of(model_config, model_id: str) -> tuple[Geometry, int]:
 
 
 def _fix_frequencies(config) -> None:
-    """Let dynamic NTK be plain rotation in a config: it reads positions, which have no values on the meta device."""
+    """Let rotation that depends on the length of a text be plain: it reads positions, without values on "meta"."""
     rotary = config_field(config.get_text_config(decoder=True), "rope_parameters") or {}
     for part in (rotary, *rotary.values()):
-        if isinstance(part, dict) and part.get("rope_type") == "dynamic":
+        if isinstance(part, dict) and part.get("rope_type") in ("dynamic", "longrope"):
             part["rope_type"] = "default"
 
 
@@ -176,7 +176,7 @@ def lay_out(model_config, model_id: str) -> tuple[PreTrainedModel, Geometry]:
                 # eager first: the mask of others may look at values that there are none of. bfloat16: shapes don't
                 # depend on it, and products of experts have no other without values
                 model = auto_class(config).from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
-            return model, probe_geometry(model, model_id)
+            return model, replace(probe_geometry(model, model_id), drops_at=drops_at(model_config))
         except PluginError:
             raise
         except Exception as error:  # code that reads values where there are none fails in many ways

@@ -12,11 +12,11 @@ def test_caches_are_compared_beside_the_uncompressed_one_and_those_of_other_pack
     p = cli.parser("Compare.")
     cli.add_cache_flags(p, several=True)
     cli.add_peers_flag(p)
-    args = p.parse_args(["--preset", "kv4", "kv8", "--peers", "fp8,kivi"])
+    args = p.parse_args(["--preset", "kv4", "kv8", "--peers", "turboquant,kivi"])
     chosen, caches = cli.compared_caches(args, llama)
     assert [choice.label for choice in chosen] == ["kv4", "kv8"]
-    assert list(caches)[:4] == ["baseline", "kv4", "kv8", "fp8, a scale per layer"]
-    assert {name.split()[0] for name in list(caches)[4:]} == {"KIVI"}
+    assert list(caches)[:4] == ["baseline", "kv4", "kv8", "TurboQuant 4 bits"]
+    assert {name.split()[0] for name in list(caches)[3:]} == {"TurboQuant", "KIVI"}
     assert all(make() is not make() for make in caches.values()), "a fresh cache for every prompt"
     assert not p.parse_args([]).peers
     with pytest.raises(PluginError, match="nothing to measure"):

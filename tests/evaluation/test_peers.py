@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import re
 import sys
 from functools import partial
 
@@ -103,6 +104,12 @@ def test_a_copy_keeps_what_it_held(family, x):
     returned = fed(twin, x[:, :, 64:96], 32)
     assert returned.shape[2] == 96 and (returned[:, :, :64] - x[:, :, :64]).abs().max() < 1
     assert (cache.get_seq_length(), twin.get_seq_length()) == (128, 96)
+
+
+def test_an_older_transformers_without_fp8_gives_an_entry_with_the_reason(llama, monkeypatch):
+    monkeypatch.delattr(cache_utils, "Fp8QuantizedLayer", raising=False)
+    (found,) = lineup.for_quality(llama, ["fp8"], [])
+    assert re.fullmatch(r"transformers 5\.\S+ has no fp8 cache: install .*requirements\.txt", peers.reason(found.error))
 
 
 def test_a_package_that_is_missing_gives_entries_with_errors(llama, monkeypatch):

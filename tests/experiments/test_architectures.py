@@ -105,7 +105,9 @@ LAYERS = {
                      "1 layer: sliding_attention, window 129, K 4 x 24, V 4 x 16",
     "mllama": "2 layers: full_attention, K 2 x 16, V 2 x 16; 1 layer: unused",
 }  # fmt: skip
-OTHERS = [family for family in architectures.families() if family not in LAYERS]
+KNOWN = architectures.families()  # not all in older transformers, and not all with the same layers
+LAYERS = {family: layers for family, layers in LAYERS.items() if family in KNOWN}
+OTHERS = [family for family in KNOWN if family not in LAYERS]
 
 
 @pytest.mark.parametrize("family", [*LAYERS, *sampled(OTHERS, 3)])
@@ -117,7 +119,7 @@ def test_every_family(family, tmp_path):
     assert row["mode"] == committed().get(family, row)["mode"], "run scripts/benchmarks/architectures.py"
     if row["mode"] in WORKING:
         loaded = miniature(family)
-        assert str(loaded.geometry) == LAYERS.get(family, str(loaded.geometry))
+        assert not committed() or str(loaded.geometry) == LAYERS.get(family, str(loaded.geometry))
         runs_start_to_end(loaded, row, tmp_path)
     else:
         assert family not in LAYERS and row["reason"] and "geometry" not in row

@@ -14,6 +14,7 @@ from gpt2.compression.cache.forking import forked_padding
 from gpt2.compression.cache.layers import CompressedLayer
 from gpt2.compression.cache.mixed_layers import CompressedIndexedLayer
 from gpt2.compression.cache.token_store import without_autocast
+from gpt2.models.geometry import NOTHING
 
 
 def recode(source: Cache, target) -> None:
@@ -22,13 +23,15 @@ def recode(source: Cache, target) -> None:
     States are copied. Of a layer whose window forgot tokens, codecs may need whole blocks: copies of the first token
     held stand for those that are gone, and no query sees them. Raises PluginError for caches of other layers.
     """
-    if len(source.layers) != len(target.layers):
+    # Older transformers leave out the last layers where these read K and V of earlier ones
+    without = len(target.layers) - len(source.layers)
+    if without < 0 or any(layer.kind != NOTHING for layer in target.geometry.layers[len(source.layers) :]):
         raise PluginError(f"the cache has {len(source.layers)} layers, and the new one {len(target.layers)}: they are "
                           "of different models")  # fmt: skip
     ours = hasattr(source, "padding_finder")
     if ours:
         target.padding_finder = forked_padding(source.padding_finder)
-    for index, (old, new) in enumerate(zip(source.layers, target.layers, strict=True)):
+    for index, (old, new) in enumerate(zip(source.layers, target.layers, strict=False)):
         if isinstance(new, CompressedLayer):
             _recode_layer(old, new, target, find_padding=index == 0 and not ours)
             _copy_states(old, new)

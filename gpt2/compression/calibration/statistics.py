@@ -21,7 +21,7 @@ from gpt2.compression.codecs import MultiHead, gathered_metrics
 from gpt2.compression.codecs.moments import Moments, SecondMoments, Seen
 from gpt2.compression.codecs.rope import Rotary
 from gpt2.models.attention_function import wrapped_attention
-from gpt2.models.geometry import FULL, SLIDING, Geometry, layer_kinds
+from gpt2.models.geometry import Geometry
 from gpt2.models.loading import LoadedModel
 
 
@@ -200,8 +200,7 @@ class _Readers:
 
 def tapped(model: PreTrainedModel, record) -> Tap:
     """A fresh `Tap` for one forward pass of a model, which hands K and V to `record(layer, keys, values)`."""
-    plain = all(layer.kind in (FULL, SLIDING) for layer in layer_kinds(model.config))
-    return Tap(record, None if plain else model.config)
+    return Tap(record, model.config)
 
 
 def _tapped_queries(model, record):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -150,6 +151,14 @@ def test_quantizing_compiles(name, dtype, compiled):
 # the one of most other machines, where this machine has a higher one
 _, *NAMED = cpu.instruction_sets()
 LOWER = NAMED[1:] or NAMED
+
+
+def test_kernels_are_built_where_there_is_a_compiler():
+    """Else all tests of them are skipped, and it isn't noticed that this PyTorch doesn't compile them."""
+    compiler = shutil.which("g++")
+    if not compiler or int(subprocess.check_output([compiler, "-dumpversion"]).split(b".")[0]) < 12:
+        pytest.skip("no compiler on this machine that can build the kernels")
+    assert cpu.loaded()
 
 
 @pytest.mark.parametrize("name", LOWER if ALL else [name for name in LOWER if name == "avx2"])
