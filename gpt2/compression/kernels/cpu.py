@@ -283,7 +283,7 @@ def loaded() -> bool:
             return True
         log.warning(
             "no CPU kernels (building them needs ninja, and GCC 12 or Clang), so attention over codes is slower: %s",
-            _first_line(error),
+            _reason(error),
         )
         return False
     return True
@@ -344,5 +344,7 @@ def build_name(flags: list[str]) -> str:
     return hashlib.sha256(what + text).hexdigest()[:12]
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def _reason(error: Exception) -> str:
+    """The compiler's first error, where what went wrong has one; else the first line."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return next((line for line in lines if " error: " in line), lines[0])

@@ -239,15 +239,19 @@ def test_any_number_of_threads_gives_the_same(kernels):
         assert torch.allclose(scores, found[0][0], atol=1e-5) and torch.allclose(sums, found[0][1], atol=1e-4)
 
 
-def test_without_a_compiler_one_line_says_so(monkeypatch, caplog):
+@pytest.mark.parametrize(("story", "reason"), [
+    ("no compiler here\nand a long story", "no compiler here"),
+    ("Error building\nc++ kernels.cpp\na.h:9:3: error: no such thing\nb.h:1:1: error: more", "a.h:9:3: error: no such thing"),
+])  # fmt: skip
+def test_without_a_compiler_one_line_says_so(story, reason, monkeypatch, caplog):
     def fails(*args, **kwargs):
-        raise RuntimeError("no compiler here\nand a long story")
+        raise RuntimeError(story)
 
     monkeypatch.setattr("torch.utils.cpp_extension.load", fails)
     with caplog.at_level(logging.WARNING):
         assert cpu.loaded.__wrapped__() is False
     (record,) = caplog.records
-    assert record.message.startswith("no CPU kernels (") and record.message.endswith(": no compiler here")
+    assert record.message.startswith("no CPU kernels (") and record.message.endswith(f"slower: {reason}")
 
 
 def test_the_ninja_of_an_environment_that_isnt_activated_builds_the_kernels(monkeypatch):
