@@ -241,7 +241,7 @@ def test_any_number_of_threads_gives_the_same(kernels):
 
 @pytest.mark.parametrize(("story", "reason"), [
     ("no compiler here\nand a long story", "no compiler here"),
-    ("Error building\nc++ kernels.cpp\na.h:9:3: error: no such thing\nb.h:1:1: error: more", "a.h:9:3: error: no such thing"),
+    ("Error building\nc++ kernels.cpp\na.h:9:3: error: not there\nb.h:1:1: error: more", "a.h:9:3: error: not there"),
 ])  # fmt: skip
 def test_without_a_compiler_one_line_says_so(story, reason, monkeypatch, caplog):
     def fails(*args, **kwargs):
