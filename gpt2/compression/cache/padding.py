@@ -22,8 +22,9 @@ class PaddingFinder:
 
     All padding has one token at one position, so in the model's first layer its K and V are the same, and text hardly
     begins so: keys of the same token at two positions differ by their rotation. Where a model is given no position_ids,
-    padding has positions of its own, and slots are positions. Where keys have no positions (ALiBi), a text that begins
-    with one token several times counts as padding: OwnSinks reads it as it is nevertheless.
+    padding has positions of its own, and slots are positions. Two beginnings of texts count as padding, which OwnSinks
+    reads as they are nevertheless: a token that also pads, as transformers gives padding the first token's position,
+    and one token several times where keys have no positions (ALiBi).
     """
 
     def __init__(self):
@@ -101,8 +102,9 @@ def _same(states: tuple[Tensor, ...], first: tuple[Tensor, ...]) -> Tensor:
 class OwnSinks:
     """The first tokens of each padded row, exact: K or V of one layer, laid over what blocks read in their slots.
 
-    So is the padding in the block in which the row's text begins, where copies of that text are stored in its place.
-    Padding is one token, and so is what may be taken for it: all have K and V of the first slot.
+    So is the padding in the block in which the row's text begins, where copies of that text are stored in its place,
+    and the last slot of padding in any case. Padding is one token, and so is what may be taken for it: all have K and V
+    of this last slot. In deeper layers a text's first token has others than padding before it.
 
     block: tokens of a block of the codec; 0 where the codec is exact, so that nothing is kept.
     """
@@ -114,7 +116,7 @@ class OwnSinks:
 
     def forget(self) -> None:
         """Forget all tokens."""
-        self.tokens: Tensor | None = None  # [B, H, count + 1, d], the last of which is the first slot's
+        self.tokens: Tensor | None = None  # [B, H, count + 1, d], the last of which is padding's last slot
         self.kept: Tensor | None = None  # [B, count], those that were seen
         self.complete = False
         self.end = 0  # slot behind the last
@@ -151,14 +153,15 @@ class OwnSinks:
             return
         if self.tokens is None:
             self.tokens = x.new_zeros((*x.shape[:2], self.count + 1, x.shape[3]))
-            self.tokens[:, :, -1:] = x[:, :, :1]
+            self.tokens[:, :, -1:] = x[:, :, :1]  # of rows whose padding wasn't known when it came
             self.kept = torch.zeros(len(x), self.count, dtype=torch.bool, device=x.device)
         if self.tokens.is_inference() and not torch.is_inference_mode_enabled():  # may be read there only
             self.tokens, self.kept = self.tokens.clone(), self.kept.clone()
-        place = self._slots() - start  # [B, count]
-        rows, slots = ((place >= 0) & (place < x.shape[2])).nonzero(as_tuple=True)
+        place = torch.cat((self._slots(), self.padding[:, None] - 1), dim=1) - start  # [B, count + 1]
+        new = (place >= 0) & (place < x.shape[2])
+        rows, slots = new.nonzero(as_tuple=True)
         self.tokens[rows, :, slots] = x[rows, :, place[rows, slots]].to(self.tokens.dtype)
-        self.kept[rows, slots] = True
+        self.kept = self.kept | new[:, :-1]
         self._changed()
         self.end = self._most_padding() + self.count
         self.complete = bool(self.kept.all()) and self.end <= start + x.shape[2]
@@ -271,7 +274,8 @@ class OwnSinks:
             rows, slots = (self.kept & (place >= 0) & (place < length)).nonzero(as_tuple=True)
             places = place[rows, slots]
             slot = torch.arange(start, start + end, device=place.device)
-            padded, at = ((slot >= self._text_block()[:, None]) & (slot < self.padding[:, None])).nonzero(as_tuple=True)
+            first = self._text_block().minimum(self.padding - 1)[:, None]
+            padded, at = ((slot >= first) & (slot < self.padding[:, None])).nonzero(as_tuple=True)
             found = [(rows, slots, places), (padded, torch.full_like(padded, self.count), at)]
             self._found = (start, end), [each for each in found if len(each[0])]
         return self._found[1]

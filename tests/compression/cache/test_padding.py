@@ -1,6 +1,7 @@
 """Batches with left padding: each row keeps the quality that it has alone."""
 
 import functools
+import pickle
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from gpt2.compression.codecs import QUANTIZERS, Compressor, multi_head_bases
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.settings import compressors_for
 
+PAD = 5  # not the tiny model's own, whose K and V are 0
 LENGTHS = (150, 20, 149, 87)  # tokens of the rows: no padding, much, one slot, less than a block
 
 
@@ -68,6 +70,29 @@ def test_each_row_has_sinks_of_its_own(name, sinks, chunk):
         for row, length in enumerate(LENGTHS):
             own = slice(150 - length, min(150 - length + sinks, 150))
             torch.testing.assert_close(found[row, :, own], expected[row, :, own], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk", "saved"), covering(["int4", "int4_channel", "joint", "framed"], [150, 64, 7], [False, True])
+)
+def test_a_first_token_that_also_pads_is_stored_as_it_is(name, chunk, saved):
+    """transformers gives padding the first token's position: in the first layer K and V of both are the same."""
+    lengths = (150, 20, 149, 87, 129)  # the last begins where a block ends
+    ids, mask = batch(lengths)
+    ids[range(len(lengths)), [150 - length for length in lengths]] = PAD
+    ids[mask == 0] = PAD
+    positions, exact, cache = (mask.cumsum(-1) - 1).clamp_min(0), DynamicCache(), cache_of(name)
+    for start in range(0, 150, chunk):
+        part = slice(start, start + chunk)
+        for each in (exact, cache):
+            model_of("llama")(ids[:, part], mask[:, : part.stop], positions[:, part], past_key_values=each)
+    assert cache.padding.tolist() == [151 - length for length in lengths], "one slot more than there is"
+    if saved:
+        cache = pickle.loads(pickle.dumps(cache))
+    for layer, expected in zip(cache.layers, exact.layers, strict=True):
+        for found, right in zip(layer.read(), (expected.keys, expected.values), strict=True):
+            for row, length in enumerate(lengths):
+                torch.testing.assert_close(found[row, :, 150 - length], right[row, :, 150 - length], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["int4", "int4_channel", "joint"])
