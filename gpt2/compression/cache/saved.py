@@ -49,16 +49,17 @@ def save(cache, path: str | Path, token_ids, model) -> Path:
     if recipe is not None and recipe.fingerprint is None and model is None:
         raise PluginError("nothing tells which model filled this cache: give model= here, or to "
                           "create_cache_from_preset")  # fmt: skip
+    ids = cache.held_tokens.ids
     if token_ids is not None:
         ids = as_ids(token_ids, cache.rows)
         cache.held_tokens.check(ids)
-        cache.held_tokens.ids = ids[:, :length]
-    ids = cache.held_tokens.ids
+        ids = ids[:, :length]
     if ids is None or ids.shape[1] != length:
         raise PluginError(
             f"expected token_ids, the ids [{cache.rows}, {length}] of all tokens that the cache holds, got "
             f"{'none' if ids is None else list(ids.shape)}: they tell later whether a prompt continues it"
         )
+    cache.held_tokens.ids = ids
     record, tensors = contents.taken_apart(cache)
     tensors["token_ids"] = [ids.to(torch.int32)]
     about = recipe and recipe.record(Path(path).parent)

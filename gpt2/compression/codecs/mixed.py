@@ -147,10 +147,11 @@ class MixedFixed(Mixed):
         return sum(widths.nbytes for widths in (self.widths, self._indices) if widths is not None)
 
     def kernel_tensors(self, encoded: Encoded) -> list[Tensor]:
-        block = encoded["block"]
-        if self._indices is None or self._indices.device != block.device:
-            self._indices = self.widths.to(block.device, torch.uint8).contiguous()
-        return [block, self._indices]
+        block, indices = encoded["block"], self._indices
+        if indices is None or indices.device != block.device:
+            # Not read again: a thread with a cache on another device may replace it
+            self._indices = indices = self.widths.to(block.device, torch.uint8).contiguous()
+        return [block, indices]
 
     _indices: Tensor | None = None  # widths as kernels take them, on the device that was used last
 

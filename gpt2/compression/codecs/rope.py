@@ -91,7 +91,8 @@ class Rotary:
 
     def nbytes(self) -> int:
         """Bytes of its frequencies and of the angles that are kept."""
-        return self.frequencies.nbytes + sum(angles.nbytes for angles in self.__dict__.get("_kept", {}).values())
+        kept = list(self.__dict__.get("_kept", {}).values())  # to which another thread may add
+        return self.frequencies.nbytes + sum(angles.nbytes for angles in kept)
 
 
 NONE = Rotary(torch.zeros(0), "none")

@@ -278,9 +278,10 @@ def loaded() -> bool:
             cpp_extension.load(name, [source], extra_cflags=flags, build_directory=where, is_python_module=False)
     except (RuntimeError, OSError, ImportError) as error:
         # Another user has built them, in a folder that only that user can write to
-        if built is not None and built.is_file() and isinstance(error, OSError):
-            torch.ops.load_library(built)
-            return True
+        with suppress(OSError):  # of a library that this system can't load, which `error` says already
+            if built is not None and built.is_file() and isinstance(error, OSError):
+                torch.ops.load_library(built)
+                return True
         log.warning(
             "no CPU kernels (building them needs ninja, and GCC 12 or Clang), so attention over codes is slower: %s",
             _reason(error),

@@ -92,7 +92,9 @@ def test_a_first_token_that_also_pads_is_stored_as_it_is(name, chunk, saved):
     for layer, expected in zip(cache.layers, exact.layers, strict=True):
         for found, right in zip(layer.read(), (expected.keys, expected.values), strict=True):
             for row, length in enumerate(lengths):
-                torch.testing.assert_close(found[row, :, 150 - length], right[row, :, 150 - length], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(
+                    found[row, :, 150 - length], right[row, :, 150 - length], rtol=1e-4, atol=1e-4
+                )
 
 
 @pytest.mark.parametrize("name", ["int4", "int4_channel", "joint"])

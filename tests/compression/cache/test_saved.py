@@ -324,6 +324,8 @@ def test_what_can_not_be_saved(model, tmp_path):
     rejected(r"expected token_ids, the ids \[1, 30\].*got none", cache.save, path, model=model)
     rejected(r"got \[1, 29\]", cache.save, path, token_ids=ids[:, :29], model=model)
     assert load(cache.save(path, token_ids=ids, model=model), model=model).rows == 1, "with the model it can"
+    rejected(r"got \[1, 29\]", cache.save, path, token_ids=ids[:, :29], model=model)
+    assert torch.equal(cache.held_tokens.ids, ids), "what was known stays known"
     path.unlink()
     cache.held_tokens.ids = None
     cache.layers[1].inconsistent = True

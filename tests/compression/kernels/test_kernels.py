@@ -191,6 +191,14 @@ def test_a_build_in_a_folder_that_cant_be_written_is_used(monkeypatch, caplog, t
     assert not cpu.loaded.__wrapped__() and "read-only" in caplog.text
 
 
+def test_a_build_that_this_system_cant_load_is_done_without(monkeypatch, caplog):
+    """As where a home folder is shared with a system of a newer C++ library."""
+    if not cpu.loaded():
+        pytest.skip("no compiler on this machine")
+    monkeypatch.setattr(torch.ops, "load_library", Mock(side_effect=OSError("GLIBCXX_3.4.32 not found")))
+    assert not cpu.loaded.__wrapped__() and "GLIBCXX_3.4.32 not found" in caplog.text
+
+
 def test_every_instruction_set_has_its_build(monkeypatch):
     named = [cpu.build_name(flags) for flags in cpu.instruction_sets().values()]
     assert len(set(named)) == len(named) > 1
