@@ -249,6 +249,8 @@ class TokenStore:
         if not parts:
             return self.sinks
         x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        if len(parts) == 1 and torch.is_grad_enabled():  # may be kept for a backward pass, and is written to later
+            x = x.clone()
         return (self.own_sinks.over(x, self.forgotten) if self.own_sinks else x)[:, :, self.hidden :]
 
     def chunks(self) -> Iterator[tuple[int, Encoded]]:

@@ -223,6 +223,18 @@ def test_gradients_reach_keys_and_values(family, direct):
     assert torch.cosine_similarity(gradients["kv8"], gradients["plain"], dim=0) > 0.9
 
 
+def test_a_loss_over_several_calls_has_gradients_of_queries_alone():
+    """What attention keeps for a backward pass isn't what the next call writes to."""
+    gradients = {}
+    for name in ("plain", "identity"):
+        model = tiny_model("llama").requires_grad_(False)
+        cache, weight = cache_of(name, model), model.model.layers[-1].self_attn.q_proj.weight.requires_grad_()
+        calls = [model(x, past_key_values=cache).logits.sum() for x in PROMPT[:, :30].split(15, dim=1)]
+        sum(calls).backward()
+        gradients[name] = weight.grad
+    torch.testing.assert_close(gradients["identity"], gradients["plain"], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "inkling_text"])
 def test_attention_weights_are_given_where_they_are_asked_for(family):
     """Inkling adds a bias of positions to its scores."""
