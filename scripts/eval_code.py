@@ -43,7 +43,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--run-generated-code", action="store_true", help="run the answers, which a model has written")
     p.add_argument("--time-limit", type=cli.positive_int, default=10, help="seconds for each program")
     p.add_argument("--memory-limit", type=cli.positive_int, default=1024, help="MiB for each program")
-    cli.add_output_flag(p)
+    cli.add_output_flag(p, picture=False)
     return p
 
 

@@ -28,7 +28,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--num-fewshot", type=cli.natural, help="examples before each document; each task's own if omitted")
     cli.add_chunk_flag(p)
     p.add_argument("--batch-size", type=cli.positive_int, default=1, help="sequences scored together")
-    cli.add_output_flag(p)
+    cli.add_output_flag(p, picture=False)
     return p
 
 

@@ -5,7 +5,8 @@
     cache = create_cache_from_policy(model.config, choice.policy)
 
 Every policy works on any supported model at once: none needs a calibration. What each costs in perplexity was measured
-on the embedded model only (results/runs); another model's own figures come from scripts/auto_tune_kv_compression.py.
+on the embedded model and on Qwen2.5-Coder-0.5B (results/runs); another model's own figures come from
+scripts/auto_tune_kv_compression.py.
 """
 
 from __future__ import annotations
