@@ -25,8 +25,11 @@ def wrapped_attention(model, wrap: Callable[[Callable], Callable]):
     previous = model.config._attn_implementation
     # Eager attention isn't in the registry: every modeling file defines its own
     eager = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)
-    AttentionInterface.register(CAPTURE_ATTENTION, wrap(ALL_ATTENTION_FUNCTIONS.get(previous, eager)))
-    AttentionMaskInterface.register(CAPTURE_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS[previous])
+    # Flash attention looks up its kernel by the name in the config, which is ours meanwhile
+    usual = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    own = usual if "flash" in str(previous) else previous
+    AttentionInterface.register(CAPTURE_ATTENTION, wrap(ALL_ATTENTION_FUNCTIONS.get(own, eager)))
+    AttentionMaskInterface.register(CAPTURE_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS[own])
     model.set_attn_implementation(CAPTURE_ATTENTION)
     try:
         yield True

@@ -132,7 +132,7 @@ def _matrices(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
 
 
 def _signs(weight: Tensor) -> list[bool]:
-    return [] if weight.is_meta else (weight.flatten()[:SIGNS] > 0).tolist()
+    return [] if weight.is_meta else (weight.flatten()[:SIGNS].float() > 0).tolist()  # 8-bit floats can't be compared
 
 
 _GEOMETRIES: dict[str, tuple[Geometry, int]] = {}

@@ -170,6 +170,15 @@ CHANGES = [
 ]  # fmt: skip
 
 
+def test_weights_in_eight_bits_have_a_fingerprint():
+    """PyTorch doesn't compare such numbers."""
+    model = tiny_model()
+    for part in model.modules():
+        if isinstance(part, torch.nn.Linear):
+            part.weight = torch.nn.Parameter(part.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    assert probe.fingerprint(model) == probe.fingerprint(model)
+
+
 def test_the_fingerprint_depends_on_weights_and_shape_but_not_on_dtype():
     """A fine-tune has its base model's config: taken for it, it would get the other's calibration and figures."""
     different = [tiny_model("llama", **change) for change in ({}, {"seed": 1}, *CHANGES)]

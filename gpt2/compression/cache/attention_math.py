@@ -5,14 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+AT_ONCE = 1 << 26  # scores, of 12 bytes each at most while they become weights
+
 
 def attend_reconstructed(
     key: Tensor, value: Tensor, query: Tensor, mask: Tensor | None, scaling: float, *,
     softcap: float | None = None, sinks: Tensor | None = None, dropout: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """As `direct_attention.attend`, over key and value [B, H, T, d]. dropout: of attention weights, in training."""
-    p = torch.nn.functional.dropout(weights(key, query, mask, scaling, softcap=softcap, sinks=sinks), dropout)
-    return weighted_values(p, value)
+    """As `direct_attention.attend`, over key and value [B, H, T, d]. dropout: of attention weights, in training.
+
+    Queries of a long prompt go one part after the other, whose scores fit into memory.
+    """
+    (B, heads, Q, _), T = query.shape, key.shape[2]
+    step, out = max(AT_ONCE // max(B * heads * T, 1), 1), []
+    for start in range(0, Q, step) if Q else [0]:
+        end = min(start + step, Q)
+        seen = T - (Q - end) if mask is None else T  # behind which causal queries see nothing
+        own = mask if mask is None or mask.shape[-2] == 1 else mask[..., start:end, :]
+        p = weights(key[:, :, :seen], query[:, :, start:end], own, scaling, softcap=softcap, sinks=sinks)
+        out.append(weighted_values(torch.nn.functional.dropout(p, dropout), value[:, :, :seen]))
+    return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
 
 def weights(

@@ -161,7 +161,9 @@ def _device_of(model, device) -> Callable[[int], torch.device]:
     if device is not None or model is None:
         return lambda index: torch.device(device or "cpu")
     devices = {}
-    for name, weight in model.named_parameters():
-        if found := re.search(r"\.(\d+)\.", name):  # the first number in a weight's name is its layer's
+    text = getattr(model, "get_decoder", lambda: None)() or model  # not the layers of a part that sees images
+    for name, weight in text.named_parameters():
+        found = re.search(r"\.(\d+)\.", name)  # the first number in a weight's name is its layer's
+        if found and not weight.is_meta:
             devices.setdefault(int(found[1]), weight.device)
     return lambda index: devices.get(index, model.device)

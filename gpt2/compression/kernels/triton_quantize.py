@@ -9,18 +9,23 @@ rounding to float16 is a tie.
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
+from triton.runtime.errors import InterpreterError
 
 from gpt2.compression.codecs import formats, integer, per_channel
 from gpt2.compression.codecs.base import HALF_MAX, Encoded
 from gpt2.compression.codecs.formats import ChannelGrid, Encoding, TokenRange, WidthSearch
 from gpt2.compression.kernels import triton_planes
 
+log = logging.getLogger(__name__)
+without_kernel: set[tuple] = set()  # encodings, dtypes and devices for which Triton can't compile one
 BLOCK = tl.constexpr(formats.BLOCK)
 OCTAVE, SCALE_ZERO = tl.constexpr(formats.OCTAVE), tl.constexpr(formats.SCALE_ZERO)
 LARGEST, SMALLEST = tl.constexpr(HALF_MAX), tl.constexpr(integer.SMALLEST)
@@ -36,8 +41,18 @@ def quantized(encoding: Encoding, z: Tensor) -> Encoded | None:
     kernel = KERNELS.get(type(encoding))
     if kernel is None or not z.is_floating_point() or not z.numel() or z.shape[-1] > MOST_CHANNELS:
         return None
-    with torch.cuda.device_of(z):
-        return kernel(encoding, (z.float() if z.dtype == torch.float64 else z).contiguous())
+    asked = (type(encoding), z.dtype, z.device)
+    if asked in without_kernel:
+        return None
+    try:
+        with torch.cuda.device_of(z):
+            return kernel(encoding, (z.float() if z.dtype == torch.float64 else z).contiguous())
+    except InterpreterError:
+        raise
+    except TritonError as error:  # of Triton's compiler or of ptxas, which may not know a newer GPU
+        log.warning("Triton can't compile a kernel for %s, so PyTorch takes its place, slower: %s", asked, error)
+        without_kernel.add(asked)
+        return None
 
 
 @triton.jit

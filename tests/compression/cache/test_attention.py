@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from gpt2.common.errors import UnsupportedModel
 from gpt2.compression.attention import disable_compressed_attention, enable_compressed_attention, is_enabled
-from gpt2.compression.cache import attention, direct_attention
+from gpt2.compression.cache import attention, attention_math, direct_attention
 from gpt2.compression.cache.layers import StoredKV
 from gpt2.compression.cache.token_store import TokenStore
 from gpt2.evaluation.instruments import Stopwatch, watched
@@ -167,6 +167,18 @@ def test_gradients_reach_queries():
     weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
     model(windows(1, 8), past_key_values=cache_of(model, SETTINGS["int8"], None)).logits.sum().backward()
     assert weight.grad.isfinite().all() and weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("mask", [None, "allowed", "added", "of one query"])
+def test_queries_of_a_long_prompt_go_in_parts(mask, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    k, v, q = (torch.randn(2, heads, n, 8, generator=g) for heads, n in ((2, 30), (2, 30), (4, 20)))
+    allowed = torch.rand(2, 1, 1 if mask == "of one query" else 20, 30, generator=g) > 0.3
+    given = {None: None, "added": torch.where(allowed, 0.5, -1e9)}.get(mask, allowed)
+    how = {"softcap": 5.0, "sinks": torch.randn(4, generator=g)}
+    whole = attention_math.attend_reconstructed(k, v, q, given, 0.3, **how)
+    monkeypatch.setattr(attention_math, "AT_ONCE", 2 * 4 * 30 * 7)
+    torch.testing.assert_close(attention_math.attend_reconstructed(k, v, q, given, 0.3, **how), whole)
 
 
 # --- switching it on and off

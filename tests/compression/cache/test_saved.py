@@ -34,6 +34,7 @@ from gpt2.compression.compressed_cache import CompressedDynamicCache, identity_c
 from gpt2.compression.presets import create_cache_from_preset
 from gpt2.compression.presets.any_model import preset_for_any_model
 from gpt2.compression.settings import compressors_for
+from gpt2.experiments.miniatures import tiny_family
 from gpt2.models.geometry import Geometry
 
 load = CompressedDynamicCache.load
@@ -314,6 +315,13 @@ def test_codes_that_reach_beyond_their_block(model, tmp_path):
         name, message = f"layers.1.K.blocks.{field}", "codes that reach beyond their blocks"
         bad = rewritten(path, **{name: torch.full_like(mapped_file.read(path, "cache")[1][name], value)})
         rejected(message, load, bad, into=CompressedDynamicCache(*compressors), error=BadArtefact)
+
+
+def test_layers_are_put_where_a_model_has_those_of_its_text():
+    """Layers that see images come first in it, have numbers too, and may be on another device."""
+    seeing = tiny_family("gemma3")
+    seeing.model.vision_tower.to("meta")
+    assert {saved._device_of(seeing, None)(index).type for index in range(2)} == {"cpu"}
 
 
 def test_what_can_not_be_saved(model, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from calibrations import SINKS, TEXT, change, close, direct_gradients, identical, rejected, scatter
 from layer_shapes import MODELS, ONE_SHAPE, lost, made, model_of, shapes_of, vectors
 from sampling import covering, sampled
-from tiny import windows, word_tokenizer
+from tiny import tiny_model, windows, word_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -77,6 +77,22 @@ def test_the_attention_metric_is_of_the_queries_that_read_a_layers_keys():
             mine = q[2 * head : 2 * head + 2].flatten(0, 1)
             assert close(metric[layer][head], mine.mT @ mine / len(mine))
     assert metric[2:] == [None, None]
+
+
+def test_queries_of_a_model_with_flash_attention_are_seen(monkeypatch):
+    """Its function looks for its kernel by the name in the config; so another is wrapped."""
+    model, seen = tiny_model("llama"), []
+    monkeypatch.setattr(
+        model, "set_attn_implementation", lambda name: setattr(model.config, "_attn_implementation", name)
+    )
+    model.set_attn_implementation("flash_attention_2")
+
+    def tap(attention):
+        return lambda module, query, *args, **kwargs: seen.append(query) or attention(module, query, *args, **kwargs)
+
+    with torch.no_grad(), wrapped_attention(model, tap):
+        model(torch.arange(3, 9)[None])
+    assert len(seen) == model.config.num_hidden_layers and model.config._attn_implementation == "flash_attention_2"
 
 
 def test_latent_attention_has_no_attention_metric_and_says_so():

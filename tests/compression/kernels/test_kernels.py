@@ -289,3 +289,21 @@ def test_a_kernel_that_does_not_compile_is_left_to_pytorch(monkeypatch, caplog):
     for _ in range(2):
         assert triton_attention.attend(store, store, torch.randn(1, 3, 1, 24), None, 1.0) is None
     assert [r.levelname for r in caplog.records] == ["WARNING"], "said once, and not tried again"
+
+
+def test_quantization_that_does_not_compile_is_left_to_pytorch(monkeypatch, caplog):
+    """As on a GPU that is newer than Triton's assembler knows."""
+    triton_quantize = pytest.importorskip("gpt2.compression.kernels.triton_quantize", reason=WITHOUT_TRITON)
+    from triton.runtime.errors import PTXASError
+
+    def fails(*args):
+        raise PTXASError("Value 'sm_999' is not defined")
+
+    encoding, z = QUANTIZERS["int8"].encoding(24), torch.randn(1, 1, 64, 24)
+    monkeypatch.setitem(triton_quantize.KERNELS, type(encoding), fails)
+    monkeypatch.setattr(triton_quantize, "without_kernel", set())
+    monkeypatch.setattr(dispatch, "usable", lambda x: True)
+    for _ in range(2):
+        found, expected = dispatch.quantize(QUANTIZERS["int8"], z), QUANTIZERS["int8"].quantize(z)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert [r.levelname for r in caplog.records] == ["WARNING"], "said once, and not tried again"
