@@ -44,6 +44,7 @@ from gpt2.compression.codecs.formats import (
 
 COSTS = tuple(PLANE * b + METADATA * (b > 0) for b in WIDTHS)  # bytes of a channel in a block
 AT_ONCE = 64  # blocks that are searched together
+READ_AT_ONCE = 1 << 26  # coordinates
 REACH = 127  # largest offset in its byte
 FAR_REACH = 2**15 - 1
 FAR_FROM = 2  # a near offset may widen the step up to so many times; beyond that the far one is worth its bytes
@@ -82,7 +83,14 @@ class Mixed(Quantizer):
         return {"block": block, "widths": pack_indices(choice)}
 
     def dequantize(self, encoded: Encoded, rank: int) -> Tensor:
-        return _unpack(encoded["block"], self._widths(encoded, rank))
+        """Some blocks at a time: places of codes take nine times the memory of what is read, in 16 bits."""
+        B, G, blocks = encoded["block"].shape[:3]
+        together = max(READ_AT_ONCE // max(B * G * BLOCK * rank, 1), 1)
+        if blocks <= together:
+            return _unpack(encoded["block"], self._widths(encoded, rank))
+        fields = zip(*(field.split(together, dim=2) for field in encoded.values()), strict=True)
+        parts = (dict(zip(encoded, part, strict=True)) for part in fields)
+        return torch.cat([_unpack(part["block"], self._widths(part, rank)) for part in parts], dim=2)
 
     def fits(self, encoded: Encoded, rank: int) -> bool:
         """Whether codes, metadata and far offsets of every block end within it; some blocks at a time."""

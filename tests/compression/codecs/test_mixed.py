@@ -175,6 +175,22 @@ def test_fixed_widths_are_the_same_container_without_the_widths():
             call()
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_many_blocks_are_read_in_parts(fixed, monkeypatch):
+    z, widths = (
+        coordinates(10, blocks=5),
+        torch.randint(len(WIDTHS), (2, 10), generator=torch.Generator().manual_seed(0)),
+    )
+    quantizer = MixedFixed(4, widths) if fixed else Mixed(4)
+    encoded = quantizer.quantize(z)
+    whole, read = quantizer.dequantize(encoded, 10), []
+    unpack = mixed._unpack
+    monkeypatch.setattr(mixed, "READ_AT_ONCE", 2 * len(z) * 2 * BLOCK * 10)
+    monkeypatch.setattr(mixed, "_unpack", lambda block, bits: read.append(block.shape[2]) or unpack(block, bits))
+    torch.testing.assert_close(quantizer.dequantize(encoded, 10), whole)  # powers of two are rounded by their place
+    assert read == [2, 2, 1]
+
+
 # --- what is chosen
 
 
