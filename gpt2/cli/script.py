@@ -22,6 +22,7 @@ from gpt2.evaluation.perplexity import BASELINE, CacheFactory, baseline_factory
 from gpt2.models import loading, random_weights
 from gpt2.report import tables
 from gpt2.text import sources
+from gpt2.text.overlap import require_apart
 from gpt2.text.texts import Text
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def open_script(args: argparse.Namespace, *, runs: bool = True) -> Script:
     text = sources.load_text(args.text, args.model) if hasattr(args, "text") else None
     other = getattr(args, "eval_text", None)
     eval_text = sources.load_text(other, args.model) if other else text
+    if other:
+        require_apart(text, eval_text, ("calibration",), f"--text {text.spec} --eval-text {other}")
     if shape:
         load = random_weights.load if runs else random_weights.outline
         return Script(args, load(args.model, args.device, args.dtype, args.layers), text, eval_text)

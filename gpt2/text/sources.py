@@ -1,7 +1,7 @@
 """Text by spec, cut into three parts that never overlap: calibration, tuning, evaluation.
 
 spec         what it is                                        parts
-embedded     Python's own documentation (pydoc topics)         by position: 60 %, 20 %, 20 %
+embedded     Python's own documentation (pydoc topics)         by position: 60 %, 20 %, 20 %, without repetitions
 wikitext2    WikiText-2 from the hub, through `datasets`       validation 80 % / 20 %, test
 a file       any UTF-8 text                                    by position: 60 %, 20 %, 20 %
 a folder     one *valid*.txt and one *test*.txt                validation 80 % / 20 %, test
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from gpt2.common.errors import PluginError
 from gpt2.models.embedded import EMBEDDED
+from gpt2.text.overlap import require_apart, shared, without_repeats
 from gpt2.text.texts import Mixture, SelfText, Text, WrittenText
 
 PARTS = ("calibration", "tuning", "evaluation")
@@ -30,7 +31,8 @@ def load_text(spec: str | None, model_spec: str = EMBEDDED) -> Text:
     """Open a text by its spec, or several joined by +. None means the default text of the model.
 
     A file or folder whose name contains + can be given alone, but not as one of several. Raises PluginError for a text
-    that doesn't exist, can't be read, is too short, or is named twice.
+    that doesn't exist, can't be read, is too short, or is named twice, and for texts of which one would be measured on
+    what another is calibrated or tuned on.
     """
     if spec is not None and not spec.strip():
         raise PluginError("--text: its name is empty: name a text, or leave the flag out for the default")
@@ -47,24 +49,35 @@ def load_text(spec: str | None, model_spec: str = EMBEDDED) -> Text:
     mixture = Mixture(tuple(texts.values()), spec)
     if len({text.sha256("calibration") for text in mixture.texts}) <= spec.count("+"):
         raise PluginError(f"--text {spec} has the same text twice: name each once")
+    require_apart(mixture, mixture, ("calibration", "tuning"), f"--text {spec}")
     return mixture
 
 
 def _single(spec: str) -> Text | None:
     """The text of a spec without +; None if there is none."""
     if spec == "embedded":
-        return by_position(spec, spec, _pydoc_topics())
+        return without_repeats(by_position(spec, spec, _pydoc_topics()))  # topics contain each other
     if spec == "wikitext2":
         return by_official_split(spec, spec, *_wikitext2())
     if spec == "self":
         return SelfText()
     path = Path(os.path.expanduser(spec))  # pathlib raises for unknown users after ~ and for very long names
     if spec and os.path.isdir(path):
-        valid, test = _named(path, "valid"), _named(path, "test")
-        return by_official_split(f"{valid.stem} + {test.stem}", spec, _read(valid), _read(test))
+        return _of_folder(path, spec)
     if os.path.isfile(path):
         return by_position(path.name, spec, _read(path))
     return None
+
+
+def _of_folder(folder: Path, spec: str) -> WrittenText:
+    valid, test = _named(folder, "valid"), _named(folder, "test")
+    text = by_official_split(f"{valid.stem} + {test.stem}", spec, _read(valid), _read(test))
+    if any(shared(part, text.evaluation) for part in (text.calibration, text.tuning)):
+        raise PluginError(
+            f"text folder {spec!r}: {valid.name} and {test.name} have text in common, so figures would be of text that "
+            "was used before: give one *valid*.txt and another *test*.txt"
+        )
+    return text
 
 
 def by_position(name: str, spec: str, text: str) -> WrittenText:

@@ -23,3 +23,19 @@ def test_caches_are_compared_beside_the_uncompressed_one_and_those_of_other_pack
         cli.compared_caches(p.parse_args([]), llama)
     without = argparse.Namespace(preset="kv4", policy=None)  # of a script that has no --peers
     assert list(cli.compared_caches(without, llama)[1]) == ["baseline", "kv4"]
+
+
+def test_text_to_measure_on_has_nothing_of_the_calibration(tmp_path):
+    p = cli.parser("Measure.")
+    cli.add_model_flags(p)
+    cli.add_text_flags(p)
+    cli.add_eval_text_flag(p)
+    folder = tmp_path / "wiki"
+    folder.mkdir()
+    for name in ("valid", "test", "other"):
+        (folder / f"{name}.txt").write_text(" ".join(f"{name}{i}" for i in range(3000)))
+    text = ["--model", "no such model", "--text", str(folder / "test.txt"), "--eval-text"]
+    with pytest.raises(PluginError, match="calibration part of .*test.txt' has text of the evaluation part of .*wiki'"):
+        cli.open_script(p.parse_args([*text, str(folder)]))
+    with pytest.raises(PluginError, match="no such model"):  # the texts are read before the model
+        cli.open_script(p.parse_args([*text, str(folder / "other.txt")]))

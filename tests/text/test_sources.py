@@ -16,6 +16,7 @@ from gpt2.compression.presets import get_preset_info, resolve_preset
 from gpt2.models import random_weights
 from gpt2.models.embedded import EMBEDDED
 from gpt2.models.loading import read_config
+from gpt2.text.overlap import shared
 from gpt2.text.sources import PARTS, by_official_split, by_position, default_text, load_text
 from gpt2.text.texts import start_tokens
 
@@ -125,7 +126,7 @@ def test_a_folder_needs_both_official_splits(tmp_path):
     rejected(r"text folder '/.*': expected one \*valid\*.txt, found 0: give a file, or a folder with")
     for name in ("README.md", "wiki_test.txt", "wiki_valid.txt"):
         rejected(r"expected one \*valid\*.txt, found 0")
-        (tmp_path / name).write_text(f"{name} " + NUMBERED)
+        (tmp_path / name).write_text(f"{name} " + NUMBERED.replace("n", name[5]))
     text = load_text(str(tmp_path))
     assert text.evaluation.startswith("wiki_test.txt") and text.calibration.startswith("wiki_valid.txt")
     assert (text.name, text.spec) == ("wiki_valid + wiki_test", str(tmp_path))
@@ -133,6 +134,45 @@ def test_a_folder_needs_both_official_splits(tmp_path):
     rejected(r"expected one \*test\*.txt, found 0")
     (tmp_path / "b_valid.txt").touch()
     rejected(r"expected one \*valid\*.txt, found 2")
+
+
+@pytest.mark.parametrize("copy", [slice(None), slice(len(NUMBERED) // 2)], ids=["the whole", "half of it"])
+def test_what_is_measured_on_is_in_no_other_file_that_is_used(tmp_path, copy):
+    """A folder of one file for both splits, of a copy, and a file of a folder beside the folder."""
+
+    def rejected(message: str, spec: str) -> None:
+        with pytest.raises(PluginError, match=message):
+            load_text(spec)
+
+    folder, both = tmp_path / "wiki", tmp_path / "both"
+    for path in (folder, both):
+        path.mkdir()
+    (both / "latest_valid.txt").write_text(NUMBERED)
+    rejected("latest_valid.txt and latest_valid.txt have text in common", str(both))
+    (folder / "valid.txt").write_text(NUMBERED)
+    (folder / "test.txt").write_text(NUMBERED[copy])
+    rejected("valid.txt and test.txt have text in common, so figures would be of text that was used", str(folder))
+    (folder / "test.txt").write_text(NUMBERED.replace("n", "t"))
+    other = tmp_path / "other.txt"
+    other.write_text(NUMBERED.replace("n", "o"))
+    assert load_text(f"{folder}+{other}").sha256("tuning")
+    other.write_text(NUMBERED.replace("n", "t")[copy])
+    for spec in (f"{folder}+{other}", f"{other}+{folder}"):
+        rejected("calibration part of .*other.txt' has text of the evaluation part of .*wiki'", spec)
+
+
+def test_a_licence_that_two_texts_have_is_no_reason_to_reject_them():
+    licence = " ".join(f"clause{i}" for i in range(60)) + "\n"
+    assert not shared(licence + NUMBERED, licence + NUMBERED.replace("n", "t"))
+    assert shared(licence, licence) and shared(licence + NUMBERED, NUMBERED[9000:13000])
+
+
+def test_no_part_of_the_embedded_text_repeats_another():
+    """Topics of Python's documentation contain each other: by position alone a third of tuning was in calibration."""
+    calibration, tuning, evaluation = (" ".join(part.split()) for part in parts(load_text("embedded")))
+    for part, earlier in ((tuning, calibration), (evaluation, calibration), (evaluation, tuning)):
+        windows = [part[at : at + 200] for at in range(0, len(part) - 200, 100)]
+        assert len(windows) > 400 and not any(window in earlier for window in windows)
 
 
 def test_files_without_text_are_rejected(tmp_path):
