@@ -72,7 +72,7 @@ def main(processes: Processes) -> None:
     calibrations = args.output / "calibrations" if args.output else calibration_folder()
     path = args.calibration_file or calibrations / ratio_presets.calibration_name(codec, slug)
     outputs = Outputs.under(args.output or files.RESULTS, path, record_name)
-    calibration = compact_calibration(
+    calibration, file = compact_calibration(
         loaded, text, path, codec=codec, samples=args.samples, seq_len=args.seq_len, seed=args.seed,
         sink_tokens=args.sink_tokens, checkpointing=args.gradient_checkpointing, progress=cli.bar("calibrating", "seq"),
         processes=processes,
@@ -91,6 +91,7 @@ def main(processes: Processes) -> None:
     tables.show("ratio_presets", record)
     print(*presets, sep="\n")
     print(f"not in the ratio: {codec_bytes:,} bytes of the basis, held once by all caches that share their compressors")
+    ratio_presets.put_in_place(file, path)
     if not args.tag:
         made = provenance.provenance(args, text=eval_text.name, text_sha256=eval_text.sha256("evaluation"))
         about = {"made_by": command(args, calibration), "provenance": made}

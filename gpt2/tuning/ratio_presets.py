@@ -1,6 +1,6 @@
 """Presets by ratio: one multi-head basis, and the quantizer's bits chosen for each compression ratio.
 
-    calibration = compact_calibration(loaded, text, path, codec="framed", samples=48)
+    calibration, file = compact_calibration(loaded, text, path, codec="framed", samples=48)
     presets = [make_ratio_preset(loaded, calibration, ratio) for ratio in RATIOS]
 
 The basis determines the presets' names: kv-4x is made with `framed`, fast-4x with `grouped`, whose codes attention
@@ -41,7 +41,7 @@ TOKENS = 2048  # sequence length at which a preset has the ratio in its name
 MUCH = 1.02  # ratio reached over the wanted one from which more bits are tried
 STEP = 0.01  # smallest change of the bits while they are reduced until the ratio is reached
 # A preset's figures hold for a calibration that agrees in these keys of its metadata
-MADE_FROM = ("fingerprint", "text_sha256", "samples", "seq_len", "seed", "sink_tokens")
+MADE_FROM = ("fingerprint", "dtype", "text_sha256", "samples", "seq_len", "seed", "sink_tokens")
 
 
 @dataclass(frozen=True)
@@ -135,31 +135,41 @@ def calibration_name(codec: str, slug: str) -> str:
 def compact_calibration(
     loaded: LoadedModel, text: Text, path: Path, *, codec: str, samples: int, seq_len: int, seed: int, sink_tokens: int,
     checkpointing: bool = False, progress=iter, processes: Processes = ALONE,
-) -> Calibration:  # fmt: skip
-    """The compact calibration at `path` if it was made with the same arguments, else a new one that is written there.
+) -> tuple[Calibration, Path]:  # fmt: skip
+    """The compact calibration at `path` if it was made with the same arguments, else a new one, and its file.
 
-    Arguments as `calibrate` takes them; of several processes the first one reads and writes.
+    Presets may need what `path` has, so a new one is written beside it until `put_in_place` puts it there; if nothing
+    is there, at once. Arguments as `calibrate` takes them; of several processes the first one reads and writes.
     """
     made_from = {"samples": samples, "seq_len": seq_len, "seed": seed, "sink_tokens": sink_tokens}
     files.check_writable(path)
     key = calibration_key(loaded, text, **made_from) | {"compact": True, "codec": codec}
-    found = load_calibration(path) if processes.first and find_reusable(key, [path]) else None
-    if found := processes.agreed(found):
-        print(f"calibration: using {path}", flush=True)
-        return found
+    real = path.resolve()  # what a link points to
+    waiting = real.with_name(f".{real.stem}.new{real.suffix}")  # also what a run that was stopped later has left
+    file = find_reusable(key, [path, waiting]) if processes.first else None
+    if found := processes.agreed(load_calibration(file) if file else None):
+        print(f"calibration: using {file or path}", flush=True)
+        return found, file or path
+    file = waiting if path.exists() else path
     if path.exists():
         if not _is_calibration(path):
             raise PluginError(f"{path} is no calibration and would be replaced by one: give another "
                               "--calibration-file, or move it away")  # fmt: skip
-        print(f"note: {path} was made with other arguments and will be replaced, also for presets that name it; "
-              "use another --tag or --calibration-file to keep it", flush=True)  # fmt: skip
+        print(f"note: {path} was made with other arguments and will be replaced when the new presets are measured, "
+              "also for presets that name it; use another --tag or --calibration-file to keep it", flush=True)  # fmt: skip
     calibration = calibrate(
         loaded, text, rank=loaded.geometry.head_dim, codec=codec, compact=True, checkpointing=checkpointing,
         progress=progress, processes=processes, **made_from,
     )  # fmt: skip
     if processes.first:
-        save_calibration(calibration, path)
-    return calibration
+        save_calibration(calibration, file)
+    return calibration, file
+
+
+def put_in_place(file: Path, path: Path) -> None:
+    """Let a new calibration replace the one at `path`, once all that could fail is done."""
+    if file != path:
+        file.replace(path.resolve())
 
 
 def _is_calibration(path: Path) -> bool:

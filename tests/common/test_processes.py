@@ -132,9 +132,10 @@ def test_the_second_takes_what_the_first_has_and_needs_a_sequence_of_its_own(tmp
         calibrate(tiny_loaded(), TEXT, rank=9, samples=1, seq_len=80, processes=Second(said=torch.zeros(1, 80)))
     how = {"codec": "joint", "samples": 2, "seq_len": 80, "seed": 0, "sink_tokens": 4}
     path = tmp_path / "c.pt"
-    made = ratio_presets.compact_calibration(tiny_loaded(), TEXT, path, **how)
+    made, _ = ratio_presets.compact_calibration(tiny_loaded(), TEXT, path, **how)
     path.write_bytes(b"")  # what another machine has there is not read
-    assert ratio_presets.compact_calibration(tiny_loaded(), TEXT, path, **how, processes=Second(said=made)) is made
+    second = ratio_presets.compact_calibration(tiny_loaded(), TEXT, path, **how, processes=Second(said=made))
+    assert second == (made, path)
 
 
 def test_a_process_that_is_alone_at_the_meeting_says_so(monkeypatch):

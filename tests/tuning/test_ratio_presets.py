@@ -51,14 +51,22 @@ def test_the_calibration_is_compact_and_used_again(llama, calibration, tmp_path,
     def made(**changes):
         return ratio_presets.compact_calibration(llama, TEXT, path, codec="framed", **SMALL | changes)
 
-    first = made()
+    first, file = made()
     assert "will be replaced" in capsys.readouterr().out
-    assert first.statistics is None and load_calibration(path).statistics is None
-    again = made()
-    assert "using" in capsys.readouterr().out
+    assert first.statistics is None and load_calibration(path).statistics, "what is there stays until all is measured"
+    again, waiting = made()
+    assert f"using {waiting}" in capsys.readouterr().out and file == waiting
     assert all(map(torch.equal, again.multi_head["framed"].E, first.multi_head["framed"].E))
-    made(seed=1)
-    assert "will be replaced" in capsys.readouterr().out and load_calibration(path).meta["seed"] == 1
+    ratio_presets.put_in_place(waiting, path)
+    assert made()[1] == path and load_calibration(path).statistics is None
+    capsys.readouterr()
+    link = tmp_path / "link.pt"
+    link.symlink_to(path)
+    _, file = ratio_presets.compact_calibration(llama, TEXT, link, codec="framed", **SMALL | {"seed": 1})
+    assert "will be replaced" in capsys.readouterr().out and load_calibration(path).meta["seed"] == 0
+    ratio_presets.put_in_place(file, link)
+    assert link.is_symlink() and load_calibration(path).meta["seed"] == 1
+    assert sorted(tmp_path.iterdir()) == [path, link]
 
 
 def test_a_users_file_is_not_replaced_by_a_calibration(llama, tmp_path):
@@ -109,6 +117,7 @@ def test_the_script_makes_presets_that_work(make_presets, llama, model_folder, t
     assert one is two, "caches made one after another share the basis"
     with pytest.raises(BadArtefact, match="'meta.seed': the preset was measured with 5, found 0"):
         create_cache_from_preset(preset | {"calibrated_with": {"seed": 5}})
+    assert preset["calibrated_with"]["dtype"] == "float32", "gradients in bfloat16 give another basis"
 
     draw_nothing(monkeypatch)
     # A tag measures only; another basis gives other names, without a note where it was asked for
@@ -121,6 +130,15 @@ def test_the_script_makes_presets_that_work(make_presets, llama, model_folder, t
     }  # fmt: skip
     said = capsys.readouterr().out
     assert "store-2x-whole: " in said and "of the whole cache at 512 tokens" in said and "note: " not in said
+    kept = tmp_path / f"out/calibrations/kv_framed_{slug}.pt"
+    before = kept.read_bytes()
+    code, made = make_presets("--ratios", "60", "--seed", "3")  # found to be out of reach after calibrating
+    assert code and made == {f"calibrations/.{kept.stem}.new.pt"} and kept.read_bytes() == before
+    assert generates(llama.model, create_cache_from_preset(preset)), "presets that were made before still work"
+    code, made = make_presets("--ratios", "4", "--seed", "3")
+    assert code == 0 and made == {f"presets/{slug}-kv-4x.json"} and load_calibration(kept).meta["seed"] == 3
+    assert not kept.with_name(f".{kept.stem}.new.pt").exists()
+    capsys.readouterr()
     assert make_presets("--ratios", "0.5") == (2, set())
     assert "lies between 1 and 64" in capsys.readouterr().err
 

@@ -98,7 +98,7 @@ def test_quantizers_that_cut_frames_are_rejected_and_what_has_few_is_read_direct
 
 def test_its_presets_by_ratio_are_read_as_they_are_stored(llama, tmp_path):
     prompt, how = windows(2, 150), {"codec": "framed", "samples": 4, "seq_len": 200, "seed": 0, "sink_tokens": 4}
-    made = compact_calibration(llama, TEXT, tmp_path / "f.pt", **how)
+    made, _ = compact_calibration(llama, TEXT, tmp_path / "f.pt", **how)
     found = make_ratio_preset(llama, made, 3.5)
     assert found.name == "kv-3.5x" and found.compression_ratio >= 3.5
     preset = preset_of(made, tmp_path / "f.pt")
