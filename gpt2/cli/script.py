@@ -180,8 +180,11 @@ def evaluation_length(args: argparse.Namespace, loaded: loading.LoadedModel) -> 
 
 def evaluation_segments(args: argparse.Namespace, loaded: loading.LoadedModel, text: Text, part: str) -> Tensor:
     """Token segments [n, length] of a part, by --eval-tokens and --eval-seq-len. Prints a note if there are fewer."""
-    length = evaluation_length(args, loaded)
-    segments = text.segments(part, loaded, length, args.eval_tokens // length, flag="--eval-seq-len")
-    if segments.numel() < args.eval_tokens:
-        print(f"note: the {part} part of {text.name} gives {segments.numel():,} tokens, not {args.eval_tokens:,}")
+    length, asked = evaluation_length(args, loaded), args.eval_tokens
+    segments = text.segments(part, loaded, length, asked // length, flag="--eval-seq-len")
+    if len(segments) < asked // length:
+        print(f"note: the {part} part of {text.name} gives {segments.numel():,} tokens, not {asked:,}")
+    elif segments.numel() < asked:
+        print(f"note: --eval-tokens {asked:,} is measured as {segments.numel():,}: {len(segments)} whole segments of "
+              f"{length:,} tokens")  # fmt: skip
     return segments

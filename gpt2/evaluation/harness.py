@@ -24,21 +24,20 @@ NAME = "hf-kv"  # in the harness's registry
 def streaming(base: type) -> type:
     """A subclass of lm-eval's HFLM, or of a class with the same two methods, whose forward passes read a cache.
 
-    Its instances need `make_cache`, a factory, and `chunk`, the number of tokens fed at a time.
+    Its instances need `make_cache`, a factory, `chunk`, the number of tokens fed at a time, and `loaded`, the model.
     """
 
     class StreamingLM(base):
         make_cache: CacheFactory
         chunk: int = 64
+        loaded: LoadedModel
 
         @torch.no_grad()
         def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
             """Logits [batch, T, vocabulary] of token ids [batch, T], padded on the right."""
-            cache = self.make_cache()
-            parts = [
-                self.model(part, past_key_values=cache, use_cache=True).logits for part in inps.split(self.chunk, dim=1)
-            ]
-            return torch.cat(parts, dim=1)
+            cache, chunk = self.make_cache(), self.loaded.chunk_of(inps.shape[1], self.chunk)
+            parts = inps.split(chunk, dim=1)
+            return torch.cat([self.model(ids, past_key_values=cache, use_cache=True).logits for ids in parts], dim=1)
 
         def _model_generate(self, context: Tensor, *args, **kwargs) -> Tensor:
             # A kind of cache among the model's own settings would be one too many
@@ -80,5 +79,5 @@ def harness_model(loaded: LoadedModel, make: CacheFactory, chunk: int = 64, batc
     batch, such as fp8, don't leave without effect.
     """
     made = harness_class()(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
-    made.make_cache, made.chunk = make, chunk
+    made.make_cache, made.chunk, made.loaded = make, chunk, loaded
     return made

@@ -114,10 +114,11 @@ def for_quality(
     if LOW_RANK in families and not low_rank:
         entries.append(Entry(LOW_RANK, "low rank", error=PluginError(f"no preset rN-vonly for {loaded.spec}")))
     entries = only(entries, only_peers)
+    there = {entry.label for entry in entries if entry.label in low_rank}
     if presets is None:
         entries += [_built_in(name, loaded, OURS) for name in built_in if name not in low_rank]
     else:
-        entries += [_of_choice(from_preset(name, loaded)) for name in presets if name not in low_rank]
+        entries += [_of_choice(from_preset(name, loaded)) for name in presets if name not in there]
     labels = [BASELINE, *(entry.label for entry in entries)]
     if twice := [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
         raise PluginError(f"two caches are called {twice[0]!r}: give one of them another name")

@@ -85,10 +85,11 @@ def _begun(part: Path, loaded: LoadedModel, choice: CacheChoice, ids: Tensor) ->
         return empty
     n = cache.get_seq_length()
     same = cache.recipe.record(part.parent) == empty.recipe.record(part.parent)
+    same &= all(layer.dtype == loaded.model.dtype for layer in cache.compressed)
     if same and torch.equal(cache.token_ids[0], ids[:n]) and n < len(ids):
         log.warning("going on behind the %d tokens that were read before", n)
         return cache
-    log.warning("%s is of another document or preset, so this one is read from its start", part)
+    log.warning("%s is of another document, preset or dtype, so this one is read from its start", part)
     return empty
 
 

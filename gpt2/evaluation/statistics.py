@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 BLOCK = 64  # tokens that are resampled together, because neighbours in a text aren't independent
+FEWEST_BLOCKS = 8
 RESAMPLES = 2000
 QUARTILES = (0.25, 0.5, 0.75)
 
@@ -22,10 +23,11 @@ def paired_bootstrap(difference: np.ndarray, seed: int = 0, level: float = 0.95)
     """Percentile interval of exp(mean(difference)) − 1 for per-token differences of log-likelihood.
 
     difference: [segments, tokens], compressed − baseline. Blocks of 64 tokens are resampled 2000 times. The baseline
-    and the compressed run share each resample, which makes the interval much narrower than two separate ones.
+    and the compressed run share each resample, which makes the interval much narrower than two separate ones. Of fewer
+    than 512 tokens there are eight shorter blocks, as one block alone would leave no width at all.
     """
     segments, tokens = difference.shape
-    edges = range(0, tokens, BLOCK)
+    edges = range(0, tokens, max(1, min(BLOCK, difference.size // FEWEST_BLOCKS)))
     sums = np.add.reduceat(difference, edges, axis=1).ravel()
     sizes = np.tile(np.diff([*edges, tokens]), segments)
     drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))

@@ -121,7 +121,7 @@ def _first_kl(label: str, record: dict) -> Figures:
 
 
 def _one_segment_of_layers(record: dict) -> dict:
-    sums = record["rows"][0]["segment_sums"]
+    sums = next(row["segment_sums"] for row in record["rows"] if "segment_sums" in row)
     return {"eval-tokens": sums["predictions"] + 1, "bits": str(min(record["args"]["bits"]))}
 
 

@@ -20,14 +20,14 @@ import numpy as np
 from torch import Tensor
 
 from gpt2.common import files, provenance
-from gpt2.common.errors import BadArtefact
+from gpt2.common.errors import BadArtefact, LossNotFinite
 from gpt2.compression.cache.dynamic_cache import CompressedDynamicCache
 from gpt2.compression.cache.size import held_bytes
 from gpt2.compression.calibration.fit import Calibration
 from gpt2.compression.codecs import Compressor
 from gpt2.compression.codecs.base import SIDES
 from gpt2.compression.settings import TARGETS, Plan, Setting, build, uniform
-from gpt2.evaluation.perplexity import BASELINE, baseline_factory, compare, score, segment_sums
+from gpt2.evaluation.perplexity import BASELINE, Scores, baseline_factory, compare, score, segment_sums
 from gpt2.models.geometry import Geometry, Shape
 from gpt2.models.loading import LoadedModel
 
@@ -51,8 +51,9 @@ def ablate(
     """Compress each layer alone in every setting and measure; returns rows with the keys of ROW.
 
     segments: tuning tokens [n, T]. path: results JSON, written after every layer; if it has the same `key`, its rows
-    are kept and not measured again. made_by: its provenance. scoring: further arguments of `perplexity.score`. Raises
-    BadArtefact if `path` exists and isn't a layer ablation.
+    are kept and not measured again. made_by: its provenance. scoring: further arguments of `perplexity.score`. A row
+    whose loss isn't finite has None as its KL and `ppl_delta`, and a note. Raises BadArtefact if `path` exists and
+    isn't a layer ablation, and LossNotFinite if no row has a finite loss.
     """
     rows = _known(path, key)
     resumed = bool(rows)
@@ -69,15 +70,36 @@ def ablate(
             caches[f"{side} {setting}"] = make
             shape = geometry.layers[layer].side(side)
             sizes[side, setting] = _bytes_per_token((k if side == "k" else v)[layer], shape)
-        scores = score(loaded, segments, caches, **scoring)
+        failed: dict[str, Exception] = {}
+        scores = score(loaded, segments, caches, failed=failed, **scoring)
         for side, setting in todo:
-            figures = {"bytes_per_token": sizes[side, setting]}
-            pair = scores[BASELINE], scores[f"{side} {setting}"]
-            figures |= compare(*pair) | {"segment_sums": segment_sums(*pair)}
+            name, figures = f"{side} {setting}", {"bytes_per_token": sizes[side, setting]}
+            figures |= _unmeasured(failed[name]) if name in failed else _measured(scores[BASELINE], scores[name])
             rows.append({"side": side, "layer": layer, **asdict(setting), **figures})
         made = (made_by or {}) | {"wall_s": provenance.taken(resumed)}
         files.write_json(path, {**made, "model": loaded.spec, "key": key, "rows": rows})
+    if not finite(rows):
+        raise LossNotFinite(f"{rows[0]['note']}, and so with every other layer", f"layer {rows[0]['layer']}")
     return rows
+
+
+def finite(rows: Sequence[dict]) -> list[dict]:
+    """The rows of `ablate` whose loss is finite."""
+    return [row for row in rows if row["kl_nats"] is not None]
+
+
+def _measured(baseline: Scores, scores: Scores) -> dict:
+    try:
+        return compare(baseline, scores) | {"segment_sums": segment_sums(baseline, scores)}
+    except OverflowError as error:  # the loss is finite, but its exponential is not
+        return _unmeasured(error)
+
+
+def _unmeasured(error: Exception) -> dict:
+    """Figures of a row without a finite loss, which one layer may have where others don't."""
+    if not isinstance(error, (LossNotFinite, OverflowError)):
+        raise error
+    return {"kl_nats": None, "ppl_delta": None, "note": str(error)}
 
 
 def _known(path: Path, key: dict) -> list[dict]:
@@ -132,7 +154,7 @@ def plans(rows: Sequence[dict], geometry: Geometry, budget: float, count: int = 
 def _choices(rows: Sequence[dict], geometry: Geometry) -> dict[tuple[str, int], list[Option]]:
     """(side, layer) to its options; the first option is the model's own 16-bit vectors."""
     items: dict[tuple[str, int], list[Option]] = {}
-    for row in rows:
+    for row in finite(rows):
         plain = geometry.layers[row["layer"]].side(row["side"]).size * 2.0
         options = items.setdefault((row["side"], row["layer"]), [Option(None, 0.0, plain)])
         # A slightly negative KL is noise, not a gain

@@ -156,7 +156,7 @@ def compact_calibration(
             raise PluginError(f"{path} is no calibration and would be replaced by one: give another "
                               "--calibration-file, or move it away")  # fmt: skip
         print(f"note: {path} was made with other arguments and will be replaced when the new presets are measured, "
-              "also for presets that name it; use another --tag or --calibration-file to keep it", flush=True)  # fmt: skip
+              "also for presets that name it; another --tag or --calibration-file keeps it", flush=True)  # fmt: skip
     calibration = calibrate(
         loaded, text, rank=loaded.geometry.head_dim, codec=codec, compact=True, checkpointing=checkpointing,
         progress=progress, processes=processes, **made_from,

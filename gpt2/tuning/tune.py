@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from gpt2.common import files, provenance
+from gpt2.common.errors import PluginError
 from gpt2.common.trial_queue import TrialQueue
 from gpt2.compression.calibration.reuse import obtain_calibration
 from gpt2.compression.codecs import basis_of
@@ -50,6 +51,11 @@ class Job:
         given = ("chunk", "batch_size", "seed", "context_length")
         parts = {name: getattr(args, name) for name in given} | {"loaded": self.loaded, "bar": self.bar}
         parts |= {"tuning": self.tuning, "evaluation": self.evaluation, "calibration": None}
+        if metric is None and args.calibration:
+            raise PluginError(
+                f"--calibration {args.calibration}: no codec of this search takes a calibration: leave the flag out, "
+                "or name codecs that take one"
+            )
         if metric is None:
             return parts, ""
         parts["calibration"], path = obtain_calibration(

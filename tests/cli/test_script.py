@@ -3,9 +3,11 @@
 import argparse
 
 import pytest
+from tiny import word_text
 
 from gpt2 import cli
 from gpt2.common.errors import PluginError
+from gpt2.text.sources import by_position
 
 
 def test_caches_are_compared_beside_the_uncompressed_one_and_those_of_other_packages(llama):
@@ -23,6 +25,20 @@ def test_caches_are_compared_beside_the_uncompressed_one_and_those_of_other_pack
         cli.compared_caches(p.parse_args([]), llama)
     without = argparse.Namespace(preset="kv4", policy=None)  # of a script that has no --peers
     assert list(cli.compared_caches(without, llama)[1]) == ["baseline", "kv4"]
+
+
+def test_a_note_says_why_fewer_tokens_are_measured(llama, capsys):
+    p = cli.parser("Measure.")
+    p.add_argument("--eval-tokens", type=int)
+    p.add_argument("--eval-seq-len", type=int)
+    text = by_position("words", "words.txt", word_text(3000))  # 600 tokens of evaluation
+    for tokens, length, note in (
+        (500, 100, ""), (550, 100, "note: --eval-tokens 550 is measured as 500: 5 whole segments of 100 tokens"),
+        (900, 100, "note: the evaluation part of words gives 600 tokens, not 900"),
+    ):  # fmt: skip
+        args = p.parse_args(["--eval-tokens", str(tokens), "--eval-seq-len", str(length)])
+        cli.evaluation_segments(args, llama, text, "evaluation")
+        assert capsys.readouterr().out.strip() == note
 
 
 def test_text_to_measure_on_has_nothing_of_the_calibration(tmp_path):

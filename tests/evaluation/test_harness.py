@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from script_runs import run
-from tiny import windows
+from tiny import longrope, windows
 
 from gpt2.evaluation import harness
 from gpt2.evaluation.harness import streaming
+from gpt2.evaluation.perplexity import baseline_factory
 from gpt2.models import loading
 
 needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
@@ -30,6 +31,7 @@ class Plain:
 def test_log_likelihoods_and_generations_read_the_cache(llama, caches):
     ids, plain, lm = windows(2, 40), Plain(), streaming(Plain)()
     plain.model = lm.model = llama.model
+    lm.loaded = llama
     lm.chunk, lm.make_cache = 16, caches["baseline"]
     expected = plain._model_call(ids)
     torch.testing.assert_close(lm._model_call(ids), expected, atol=1e-4, rtol=1e-4)
@@ -37,6 +39,16 @@ def test_log_likelihoods_and_generations_read_the_cache(llama, caches):
     assert (lm._model_call(ids) - expected).abs().max() > 0.1, "one pass without a cache would lose nothing"
     given = lm._model_generate(ids, max_length=50, stop=["x"])
     assert type(given.past_key_values) is type(caches["int4"]()) and given.stop == ["x"]
+
+
+def test_a_text_past_the_switch_of_longrope_is_fed_in_one_pass(caplog):
+    """In chunks, keys of the first ones have other rotary factors than those of one pass."""
+    loaded, ids, lm = longrope(40), windows(1, 60), streaming(Plain)()
+    lm.loaded, lm.model, lm.chunk, lm.make_cache = loaded, loaded.model, 16, baseline_factory(loaded)
+    torch.testing.assert_close(lm._model_call(ids), loaded.model(ids).logits, atol=1e-4, rtol=1e-4)
+    assert "fed in one pass, not 16 tokens at a time" in caplog.text
+    caplog.clear()
+    assert lm._model_call(ids[:, :40]).shape[1] == 40 and not caplog.text
 
 
 TASK = """task: tiny

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from sampling import sampled
-from tiny import char_tokenizer, tiny_loaded
+from tiny import char_tokenizer, longrope, tiny_loaded, windows
 
 from gpt2.common.errors import PluginError
 from gpt2.evaluation.humaneval import completions, measure, problems, prompts, sandbox
@@ -150,6 +150,13 @@ def test_the_process_has_a_network_of_its_own_and_where_that_cant_be_sockets_are
 @pytest.fixture
 def asked(reader, own):
     return [prompts.prompt_ids(reader, problem, "plain").repeat(3) for problem in problems.read_problems(own)]
+
+
+def test_a_prompt_past_the_switch_of_longrope_is_read_in_one_pass(caplog):
+    loaded, prompt = longrope(40), windows(1, 60)[0]
+    one, several = (complete(loaded, baseline_factory(loaded), [prompt], [], 2, chunk) for chunk in (None, 16))
+    assert several[0].first_logprob_nats == one[0].first_logprob_nats
+    assert "fed in one pass, not 16 tokens at a time" in caplog.text
 
 
 @pytest.mark.parametrize(("name", "chunk"), BATCHES)

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -138,6 +139,15 @@ def test_built_in_presets_are_compared_unless_others_are_given(llama, tmp_path, 
     with pytest.raises(PluginError, match="no cache is called 'KIVI 9 bits': there are r12-vonly; int4-vonly"):
         lineup.only(found, ["KIVI 9 bits"])
     assert lineup.only(found, None) == found and lineup.only(found, ["int4-vonly"]) == found[1:]
+
+
+def test_a_preset_of_low_rank_is_compared_once_and_also_where_only_other_caches_of_peers_are(llama, monkeypatch):
+    monkeypatch.setattr(lineup, "built_in_presets", lambda: {llama.spec: {"r12-vonly": {}}})
+    monkeypatch.setattr(lineup, "from_preset", lambda name, loaded: replace(from_preset("kv4", loaded), label=name))
+    for only, expected in ((None, ["KIVI 4 bits", "r12-vonly"]), (["KIVI 4 bits"], ["KIVI 4 bits", "r12-vonly"])):
+        found = lineup.for_quality(llama, ["kivi", "lowrank"], ["r12-vonly"], only)
+        labels = [entry.label for entry in found]
+        assert labels.count("r12-vonly") == 1 and [label for label in labels if label in expected] == expected
 
 
 def test_caches_are_told_apart_by_what_decides_what_they_read(llama, tmp_path):

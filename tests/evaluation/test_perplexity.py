@@ -131,6 +131,14 @@ def test_the_interval_covers_the_mean_and_narrows_with_tokens():
     assert 0.88 < np.mean(covered) <= 0.99
 
 
+@pytest.mark.parametrize("shape", [(1, 64), (1, 40), (3, 20), (1, 5)])
+def test_few_tokens_have_an_interval_too(shape):
+    """One block of 64 would leave no width, as if the figure were exact."""
+    noise = np.random.default_rng(0).normal(0, 1, shape)
+    low, high = paired_bootstrap(noise)
+    assert low < math.expm1(noise.mean()) < high
+
+
 def test_tokens_of_a_block_move_together():
     """Neighbours that agree are one observation, not 64: the interval is eight times as wide."""
     blocks = np.random.default_rng(0).normal(0, 1, (4, 32))

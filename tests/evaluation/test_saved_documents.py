@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from copy import deepcopy
 from functools import partial
 
 import pytest
 import torch
 from script_runs import listing, run
-from tiny import GQA, word_text
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny import longrope, word_text
 
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.named_caches import from_preset
@@ -47,6 +48,23 @@ def test_an_interrupted_reading_goes_on(llama, ids, tmp_path, caplog):
     assert all(map(torch.equal, again.layers[1].read(), whole.layers[1].read()))
 
 
+def test_a_reading_in_another_dtype_begins_anew(llama, ids, tmp_path, caplog):
+    """Going on would keep half of the blocks as they are in the other dtype, and nothing would say so."""
+    path, half = tmp_path / "doc.safetensors", wrap(deepcopy(llama.model).bfloat16(), llama.tokenizer, llama.spec)
+
+    def interrupted(chunks):
+        yield from itertools.islice(chunks, 3)
+        raise KeyboardInterrupt
+
+    how = {"chunk": 64, "save_every_s": 0}
+    with pytest.raises(KeyboardInterrupt):
+        saved_documents.read(llama, from_preset("kv4", llama), ids, path, progress=interrupted, **how)
+    cache = saved_documents.read(half, from_preset("kv4", half), ids, path, **how)
+    assert "is of another document, preset or dtype, so this one is read from its start" in caplog.text
+    whole = saved_documents.read(half, from_preset("kv4", half), ids, tmp_path / "whole", **how)
+    assert all(map(torch.equal, cache.layers[1].read(), whole.layers[1].read()))
+
+
 def test_blocks_are_those_of_the_tokens_or_not(llama, ids, tmp_path):
     path = tmp_path / "doc.safetensors"
     saved_documents.read(llama, from_preset("kv8", llama), ids, path, chunk=64)
@@ -60,9 +78,7 @@ def test_blocks_are_those_of_the_tokens_or_not(llama, ids, tmp_path):
 
 def test_a_document_past_the_switch_of_longrope_is_read_in_one_pass(llama, ids, tmp_path, caplog):
     """In chunks, keys of the first ones have other rotary factors than those of one pass."""
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
-    config = AutoConfig.for_model("phi3", **GQA, rope_parameters=rope, original_max_position_embeddings=200)
-    loaded = wrap(AutoModelForCausalLM.from_config(config).eval(), llama.tokenizer, "phi3")
+    loaded = longrope(200)
     choice = from_preset("kv8", loaded)
     short = saved_documents.read(loaded, choice, ids[:200], tmp_path / "short", chunk=64)
     assert "one pass" not in caplog.text and len(saved_documents.verify(loaded, short, 2)) == 2

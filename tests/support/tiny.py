@@ -89,6 +89,13 @@ def tiny_loaded(family: str = "llama", tokenizer=None, **overrides) -> LoadedMod
     return wrap(tiny_model(family, **overrides), tokenizer or word_tokenizer(), f"tiny-{family}")
 
 
+def longrope(switch: int) -> LoadedModel:
+    """A tiny model with random weights whose rotary factors are others for texts of more than `switch` tokens."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
+    config = AutoConfig.for_model("phi3", **GQA, rope_parameters=rope, original_max_position_embeddings=switch)
+    return wrap(AutoModelForCausalLM.from_config(config).eval(), word_tokenizer(), "phi3")
+
+
 def save_tiny(folder: Path, family: str = "llama", tokenizer=None, model=None, **overrides) -> Path:
     """A folder with a tiny model, or the one given, and a tokenizer of words unless given."""
     (model or tiny_model(family, **overrides)).save_pretrained(folder)

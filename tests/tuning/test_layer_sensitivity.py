@@ -7,9 +7,13 @@ import pytest
 import torch
 from tiny import windows
 
-from gpt2.common.errors import BadArtefact
+from gpt2.common.errors import BadArtefact, LossNotFinite
 from gpt2.compression.settings import Setting
+from gpt2.evaluation import perplexity
+from gpt2.evaluation.perplexity import BASELINE
 from gpt2.models.geometry import Geometry
+from gpt2.report import tables
+from gpt2.report.plots.tuning import layer_losses
 from gpt2.tuning import layer_sensitivity
 
 INT4, INT8 = Setting("identity", 12, 4), Setting("identity", 12, 8)
@@ -44,6 +48,33 @@ def test_ablation_touches_one_layer_and_resumes(llama, tmp_path):
         with pytest.raises(BadArtefact, match="not a layer ablation"):
             ablate()
         assert path.read_text() == content
+
+
+def test_a_layer_without_a_finite_loss_is_left_out_and_the_others_are_kept(llama, tmp_path, monkeypatch):
+    """As half precision has with few bits in one layer."""
+
+    def ablate(lost: int) -> list[dict]:
+        layers = itertools.count()
+
+        def score(loaded, segments, caches, failed, **how):
+            if next(layers) < lost:
+                (name,) = caches.keys() - {BASELINE}
+                failed[name] = LossNotFinite("the loss is NaN or infinite", name)
+            return perplexity.score(loaded, segments, caches, failed=failed, **how)
+
+        monkeypatch.setattr(layer_sensitivity, "score", score)
+        how = {"path": tmp_path / f"{lost}.json", "key": {}, "sink_tokens": 2}
+        return layer_sensitivity.ablate(llama, windows(2, 80), None, "k", (INT4,), **how)
+
+    found = ablate(1)
+    assert [row["kl_nats"] is None for row in found] == [True, False, False]
+    assert "NaN or infinite" in found[0]["note"] and json.loads((tmp_path / "1.json").read_text())["rows"] == found
+    assert [plan["k"] for plan in layer_sensitivity.plans(found, llama.geometry, budget=0.9)][-1] == [None, INT4, INT4]
+    record = {"rows": found, "text": "words"}
+    assert "1 without a finite loss" in tables.quality.layer_ablation(record, []).note
+    assert layer_losses(found, "layers").axes[0].lines[0].get_xdata().tolist() == [1, 2]
+    with pytest.raises(LossNotFinite, match="and so with every other layer"):
+        ablate(3)
 
 
 def rows(losses: dict[int, tuple[float, float]]) -> list[dict]:

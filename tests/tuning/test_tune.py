@@ -68,6 +68,9 @@ def test_without_calibrated_codecs_there_is_no_calibration_and_over_budget_no_pr
     assert not {"p.json", "p.png"} & listing(tmp_path)
     assert run(TUNE, *flags, "--target-ppl-delta", "0.9") == 0
     preset = json.loads((tmp_path / "p.json").read_text())
+    capsys.readouterr()
+    assert run(TUNE, *flags, "--calibration", "c.pt") == 2
+    assert "--calibration c.pt: no codec of this search takes a calibration" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.pt")) and preset["calibration_file"] == "" and preset["codec"] == "identity"
     assert create_cache_from_preset(tmp_path / "p.json").codec_bytes() == 0
 

@@ -197,7 +197,9 @@ def _read(loaded: LoadedModel, cache: Cache, ids: Tensor, mask: Tensor, chunk: i
     """Read all tokens but the last into a cache, `chunk` at a time, or all at once."""
     positions, end = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1), ids.shape[1] - 1
     alone = {} if bool(mask.all()) else {"position_ids": positions}  # some models take no position_ids
-    step = chunk or max(end, 1)  # a prompt of one token leaves nothing to read
+    step = max(end, 1)  # a prompt of one token leaves nothing to read
+    if chunk:
+        step = min(step, loaded.chunk_of(ids.shape[1], chunk))
     for start in range(0, end, step):
         part = slice(start, min(start + step, end))
         where = {name: value[:, part] for name, value in alone.items()}

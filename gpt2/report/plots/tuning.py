@@ -76,8 +76,9 @@ def _beats(a: dict, b: dict) -> bool:
 def layer_losses(rows: list[dict], title: str) -> Figure:
     """KL divergence when one layer alone is compressed: a line per setting over the layers, a panel per side.
 
-    rows: as `tuning.layer_sensitivity.ablate` gives them.
+    rows: as `tuning.layer_sensitivity.ablate` gives them. Those without a finite loss are left out.
     """
+    rows = [row for row in rows if row["kl_nats"] is not None]
     sides = list(dict.fromkeys(row["side"] for row in rows))
     figure, axes = new_figure(1, len(sides), figsize=(2 + 5.5 * len(sides), 4), sharey=True, squeeze=False)
     for axis, side in zip(axes[0], sides, strict=True):

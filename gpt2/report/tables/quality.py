@@ -41,11 +41,12 @@ def stability(record: dict, _: list[str]) -> Table:
 
 def layer_ablation(record: dict, _: list[str]) -> Table:
     """The layers that lose most and least when only they are compressed, a row per setting."""
-    settings = sorted({(row["side"], row["rank"], row["bits"]) for row in record["rows"]})
+    rows = [row for row in record["rows"] if row["kl_nats"] is not None]
+    settings = sorted({(row["side"], row["rank"], row["bits"]) for row in rows})
     lines = []
     for side, rank, bits in settings:
         own = sorted(
-            (row for row in record["rows"] if (row["side"], row["rank"], row["bits"]) == (side, rank, bits)),
+            (row for row in rows if (row["side"], row["rank"], row["bits"]) == (side, rank, bits)),
             key=lambda row: -row["kl_nats"],
         )
         most, least = (
@@ -53,7 +54,9 @@ def layer_ablation(record: dict, _: list[str]) -> Table:
         )
         total = sum(row["kl_nats"] for row in own)
         lines.append([f"{side.upper()} rank {rank}, {bits} bits", f"{total:.2g}", most, least])
-    note = f"KL in nats on {record['rows'][0]['tokens']:,} tokens of {record['text']}, by layer."
+    note = f"KL in nats on {rows[0]['tokens']:,} tokens of {record['text']}, by layer."
+    if lost := len(record["rows"]) - len(rows):
+        note += f" {lost} without a finite loss are left out."
     return Table(["alone in", "sum over layers", "most sensitive", "least sensitive"], lines, note)
 
 
