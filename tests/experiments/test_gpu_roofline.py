@@ -63,7 +63,8 @@ def test_queries_of_frames_are_absorbed_for_every_block_and_shared_codes_are_rea
 
 def test_padding_is_that_of_the_kernels():
     pytest.importorskip("triton")
-    from gpt2.compression.cache.triton_attention import PROGRAMS, slots
+    from gpt2.compression.cache.triton_attention import PROGRAMS
+    from gpt2.compression.cache.triton_step import slots
     from gpt2.compression.kernels.triton_tiles import DECODERS, TILE
 
     assert gpu_roofline.PROGRAMS == PROGRAMS and TILE.value == gpu_roofline.TILE

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from gpt2.compression.attention import enable_compressed_attention
-from gpt2.compression.cache import attention_math, direct_attention, triton_attention
+from gpt2.compression.cache import attention_math, direct_attention, triton_attention, triton_step
 from gpt2.compression.cache.layers import CompressedSlidingLayer
 from gpt2.compression.cache.token_store import Half, TokenStore
 from gpt2.compression.codecs import QUANTIZERS, Compressor, JointTransform, Quantizer, Transform
@@ -250,8 +250,8 @@ def test_a_model_generates_the_same(monkeypatch):
         cache = CompressedDynamicCache(*([Compressor(QUANTIZERS[name])] for name in ("int8_channel", "int8")))
         return model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False)
 
-    attended, attend = [], triton_attention.attend_compressed
-    monkeypatch.setattr(triton_attention, "attend_compressed", lambda *args: attended.append(1) or attend(*args))
+    attended, attend = [], triton_attention.attend_stored
+    monkeypatch.setattr(triton_attention, "attend_stored", lambda *args: attended.append(1) or attend(*args))
     found = generate()
     assert attended
     monkeypatch.setattr(dispatch, "usable", lambda x: False)
@@ -323,8 +323,8 @@ def test_a_kernel_that_does_not_fit(monkeypatch):
     def too_large(*args):
         raise triton_attention.OutOfResources(300_000, 232_448, "shared memory")
 
-    for attend_compressed in (too_large, None):  # it isn't tried again
-        monkeypatch.setattr(triton_attention, "attend_compressed", attend_compressed)
+    for attend_stored in (too_large, None):  # it isn't tried again
+        monkeypatch.setattr(triton_attention, "attend_stored", attend_stored)
         assert triton_attention.attend(*stores, None, 1.0) is None
 
 
@@ -335,11 +335,11 @@ def test_pytorch_takes_what_has_no_kernel():
     assert triton_attention.attend(k, v, query.expand(1, H, 65, 16), None, 1.0) is None  # more rows than a tile has
     assert triton_attention.attend(k, v, query.clone().requires_grad_(), None, 1.0) is None
     shared = Compressor(own.quantizer, transform(20, 32, groups=1))  # K by head, V by pairs of heads
-    assert not triton_attention.supported(own, shared, query, H)
+    assert not triton_step.supported(own, shared, H, 16)
     rotated = JointTransform(*vars(transform(20, 32)).values(), Rotary(torch.ones(8)))
-    assert not triton_attention.supported(Compressor(own.quantizer, rotated), own, query, H)
+    assert not triton_step.supported(Compressor(own.quantizer, rotated), own, H, 16)
     other = type("Other", (type(own.quantizer),), {"memory_format": None})()
-    assert not triton_attention.supported(Compressor(other), own, query, H)
+    assert not triton_step.supported(Compressor(other), own, H, 16)
     assert triton_attention.attend(*make(own, own, 16, n=3)[:2], query, None, 1.0) is None  # sinks alone
 
 

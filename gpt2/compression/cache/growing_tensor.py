@@ -89,12 +89,17 @@ class GrowingTensor:
 
     def last(self, entries: int) -> Tensor:
         """The last `entries`, or as many as there are."""
-        parts: list[Tensor] = []
-        for view in reversed(self.views()):
-            missing = entries - sum(part.shape[2] for part in parts)
-            if missing > 0:
-                parts.insert(0, view[:, :, -missing:])
-        return torch.cat(parts, dim=2)
+        return self.between(max(self.length - entries, 0), self.length)
+
+    def between(self, first: int, end: int) -> Tensor:
+        """Entries number `first` to `end`, a copy only where they are of several chunks."""
+        parts, start = [], 0
+        for view in self.views():
+            stop = start + view.shape[2]
+            if max(first, start) < min(end, stop):
+                parts.append(view[:, :, max(first - start, 0) : end - start])
+            start = stop
+        return parts[0] if len(parts) == 1 else torch.cat(parts or [self.views()[0][:, :, :0]], dim=2)
 
     def fork(self) -> GrowingTensor:
         """A tensor that holds the same chunks without copying them. Each appends to chunks of its own from then on."""

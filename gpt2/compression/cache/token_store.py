@@ -284,14 +284,14 @@ class TokenStore:
         first = position - self.forgotten
         if first < 0 or first + x.shape[2] > len(self):
             return False
-        held, x = self._between(first, first + x.shape[2]).float(), x.float()
+        held, x = self.between(first, first + x.shape[2]).float(), x.float()
         spread = (held - held.mean(2, keepdim=True)).square().sum(2)  # [B, H, d]
         error = (x - held).square().sum(2)
         # Where few channels have positions (partial rotary), these alone tell tokens from the same ones elsewhere
         moved = (spread * (error > spread)).sum((1, 2)) > MOVED_SHARE * spread.sum((1, 2))
         return bool((error.sum((1, 2)) < SAME_SHARE * spread.sum((1, 2))).all() and not moved.any())
 
-    def _between(self, first: int, last: int) -> Tensor:
+    def between(self, first: int, last: int) -> Tensor:
         """Tokens held number `first` to `last`, of which only the blocks that have them are reconstructed."""
         S, end = self.sinks.shape[2], self.sinks.shape[2] + self.compressed_tokens
         parts = [self.sinks[:, :, first:last]]
@@ -299,7 +299,7 @@ class TokenStore:
             size = self.compressor.block_tokens
             slots = max(first - S, 0) + self.lead, min(last, end) - S + self.lead
             low, high = slots[0] // size, -(-slots[1] // size)
-            encoded = {name: joined(stored.views())[:, :, low:high] for name, stored in self.blocks.items()}
+            encoded = {name: stored.between(low, high) for name, stored in self.blocks.items()}
             parts.append(self.reconstruct(encoded, low)[:, :, slots[0] - low * size : slots[1] - low * size])
         parts.append(self.tail[:, :, max(first - end, 0) : max(last - end, 0)])
         return torch.cat(parts, dim=2)

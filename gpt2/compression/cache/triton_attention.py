@@ -1,17 +1,15 @@
 """Attention over two stores with Triton: the same as `direct_attention.attend`, in one pass over what is stored.
 
-Tokens that both stores have compressed go through the kernels. Exact sinks and tail, a few dozen tokens, go through
-PyTorch, and so do tokens that only one of the two stores has compressed. One softmax is over both.
+At most three kernels: `absorb_frames` where frames of tokens have queries of their own, `attend_tiles` for tokens that
+both stores have compressed, and `merge_splits`, which adds exact sinks and tail, a few dozen tokens. Every operation
+beside them would take the host's time in each layer, which decides how fast a step is at short contexts.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator
 from functools import cache
-from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,11 +20,10 @@ from triton.runtime.errors import InterpreterError, OutOfResources
 
 from gpt2.compression.cache import attention_math
 from gpt2.compression.cache.token_store import Half, TokenStore
-from gpt2.compression.codecs import Compressor
-from gpt2.compression.codecs.base import Encoded
+from gpt2.compression.cache.triton_step import Part, Step, step_of
 from gpt2.compression.kernels import dispatch, triton_frames
-from gpt2.compression.kernels.triton_kernels import attend_tiles, merge_splits
-from gpt2.compression.kernels.triton_tiles import DECODERS, MOST_CHANNELS, TILE, Decoder
+from gpt2.compression.kernels.triton_kernels import attend_tiles
+from gpt2.compression.kernels.triton_merge import COLUMNS, merge_splits
 
 log = logging.getLogger(__name__)
 MOST_ROWS = 64  # queries of a group
@@ -39,48 +36,28 @@ DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 without_kernel: set[tuple] = set()  # kernels that need more shared memory than the device has, or don't compile for it
 
 
-class Part(NamedTuple):
-    """Tokens that are compressed in both stores: positions [first, end), and the chunks of K and of V that hold them.
-
-    k, v: position of the chunk's first slot, and its tensors.
-    """
-
-    first: int
-    end: int
-    k: tuple[int, Encoded]
-    v: tuple[int, Encoded]
-
-
 def attend(
     k: TokenStore | Half, v: TokenStore | Half, query: Tensor, mask: Tensor | None, scaling: float, *,
     softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """As `direct_attention.attend`; None where there is no kernel for it."""
-    first, end = _shared_range(k, v)
-    if v.sinks.shape[3] != query.shape[-1] or bool(k.own_sinks) != bool(v.own_sinks):  # K and V differ in head_dim
+    step = step_of(k, v)
+    if step is None or not takes(step, query) or bool(k.own_sinks) != bool(v.own_sinks):
         return None
-    if k.memory_format is None or v.memory_format is None:
-        return None
-    if end <= first or not supported(k.compressor, v.compressor, query, k.sinks.shape[1]):
-        return None
-    B, heads, Q, d = query.shape
-    H, T = k.sinks.shape[1], len(k)
-    mask = attention_math.causal(Q, T, query.device) if mask is None else mask[..., :T]
-    own = _own_sinks(k, v) if k.own_sinks else None
-    own_mask = None
-    if own is not None:
-        own_mask, mask = own.masks(mask, T)
-    mask = None if mask is None else mask.expand(B, heads, Q, T)
-    M = heads // H * Q
-    q = (query * scaling).reshape(B, H, M, d)
-    coded = ((own.quantizer.memory_format, _rank(own, d)) for own in (k.compressor, v.compressor))
-    kernel = (*coded, query.dtype, M, d, query.device)
+    (B, heads, Q, d), T = query.shape, len(k)
+    kernel = (step.kernel, query.dtype, Q, query.device)
     if kernel in without_kernel:
         return None
+    mask = attention_math.causal(Q, T, query.device) if mask is None else mask[..., :T]
+    own = own_mask = None
+    if k.own_sinks:
+        own = _own_sinks(k, v)
+        own_mask, mask = own.masks(mask, T)
+    masked = Mask.of(mask, (B, heads, Q, T)), own, Mask.of(own_mask, (B, heads, Q, -1))
+    call = _Call(float(scaling), softcap, None if sinks is None else sinks.contiguous(), Q, *masked)
     try:
-        parts = list(_parts(k, v, first, end))
-        with torch.cuda.device_of(q):  # Triton launches on the current device, which may not be that of this layer
-            y, inside = attend_compressed(q, parts, k, v, mask, softcap)
+        with torch.cuda.device_of(query):  # Triton launches on the current device, perhaps not that of this layer
+            out = attend_stored(step, k, v, query.reshape(B, step.heads, -1, d).contiguous(), call)
     except OutOfResources as error:  # such as for many queries of wide heads in float32
         log.info("no kernel for %s: %s", kernel, error)
         without_kernel.add(kernel)
@@ -91,23 +68,43 @@ def attend(
         log.warning("Triton can't compile a kernel for %s, so PyTorch takes its place, slower: %s", kernel, error)
         without_kernel.add(kernel)
         return None
-    inside = inside.view(B, heads, Q, 1)
-    x = attention_math.capped(_outside_scores(k, q, first, end).view(B, heads, Q, -1), softcap)
-    if mask is not None:
-        x = attention_math.masked(x, torch.cat((mask[..., :first], mask[..., end:]), dim=-1))
-    if own is not None:
-        scores = (q.float() @ own.k.float().mT).view(B, heads, Q, -1)
-        x = torch.cat((x, attention_math.masked(attention_math.capped(scores, softcap), own_mask)), dim=-1)
-    total = torch.logaddexp(inside, x.logsumexp(-1, keepdim=True)) if x.shape[-1] else inside
-    if sinks is not None:  # a sink logit takes part in the softmax without a token of its own (gpt-oss)
-        total = torch.logaddexp(total, sinks.float().view(1, -1, 1, 1))
-    p, share = (x - total).exp().view(B, H, M, x.shape[-1]), (inside - total).exp().view(B, H, M, 1)
-    out = _outside_sum(v, p[..., : T - (end - first)], first, end)
-    if own is not None:
-        out += p[..., T - (end - first) :].to(own.v.dtype) @ own.v
-    share = share.view(*y.shape[:3], 1)
-    out += _reconstructed_sum(v.compressor, y * share, share, d)
-    return out.view(B, heads, Q, d).to(query.dtype)
+    return out.view(B, heads, Q, d)
+
+
+class _Call(NamedTuple):
+    """What a call of `attend` has besides tokens and queries. queries: Q, of each query head. own: of padded rows."""
+
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+    queries: int
+    mask: Mask
+    own: OwnSinks | None
+    own_mask: Mask
+
+
+class Mask(NamedTuple):
+    """A mask [B, Hq, Q, T] as kernels read it: of bytes or of numbers, with strides of 0 where it is the same.
+
+    kind: 0 where there is none, 1 where it is the same for all heads and queries, 2 where it isn't.
+    """
+
+    x: Tensor | None
+    strides: tuple[int, ...]
+    kind: int
+
+    @classmethod
+    def of(cls, mask: Tensor | None, shape: tuple[int, ...]) -> Mask:
+        if mask is None:
+            return NO_MASK
+        mask = mask.expand(shape)
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+        strides = mask.stride()
+        same = all(n == 1 or not stride for n, stride in zip(mask.shape[1:3], strides[1:3], strict=True))
+        return cls(mask, strides, 1 if same else 2)
+
+
+NO_MASK = Mask(None, (0, 0, 0, 0), 0)
 
 
 class OwnSinks(NamedTuple):
@@ -147,147 +144,114 @@ def _own_sinks(k: TokenStore | Half, v: TokenStore | Half) -> OwnSinks:
     return OwnSinks(*(x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in held), places, there)
 
 
-def supported(k: Compressor, v: Compressor, query: Tensor, kv_heads: int) -> bool:
-    """Whether there are kernels for K and V of these compressors and for queries [B, Hq, Q, d]."""
+def takes(step: Step, query: Tensor) -> bool:
+    """Whether there are kernels for queries [B, Hq, Q, d]."""
     if query.dtype not in DTYPES or (query.requires_grad and torch.is_grad_enabled()):
         return False
-    for compressor in (k, v):
-        if compressor.quantizer.memory_format not in DECODERS or compressor.frame not in (None, TILE.value):
-            return False
-        if _rank(compressor, query.shape[-1]) > MOST_CHANNELS:
-            return False
-    groups = k.groups(kv_heads, query.shape[-1])
-    rows = query.shape[1] * query.shape[2] // groups
-    return rows <= MOST_ROWS and groups == v.groups(kv_heads, query.shape[-1])
+    return query.shape[3] == step.head_dim and query.shape[1] * query.shape[2] <= MOST_ROWS * step.groups
 
 
-def attend_compressed(
-    q: Tensor, parts: list[Part], k_store: TokenStore | Half, v_store: TokenStore | Half, mask: Tensor | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention of q [B, H, M, d] over compressed tokens alone, with a softmax of their own; mask [B, Hq, Q, T].
-
-    Returns Σ p ẑ of V, [B, G, H/G · M, r], and the logarithm of each sum of exponentials, [B, G, H/G · M].
-    """
-    k, v = k_store.compressor, v_store.compressor
-    absorbed, bias = _absorbed(k_store, q)
+def attend_stored(step: Step, k: TokenStore | Half, v: TokenStore | Half, q: Tensor, call: _Call) -> Tensor:
+    """Attention of q [B, H, M, d] over what two stores hold, of the same shape."""
+    absorbed, bias = _absorbed(k, q)
     (B, G), M = absorbed.shape[:2], absorbed.shape[-2]
-    aligned = TILE.value in (k.block_tokens, v.block_tokens)
-    bases = [part.first // TILE.value * TILE.value if aligned else part.first for part in parts]
-    tiles = [-(-(part.end - base) // TILE.value) for part, base in zip(parts, bases, strict=True)]
-    each = _tiles_each(sum(tiles), B * G, q.device)
-    splits = [-(-n // each) for n in tiles]
-    rank = _rank(v, q.shape[-1])
-    # Apart: Triton compiles a kernel anew where the address of a half is no multiple of 16, at some numbers of splits
-    maxima, sums = (q.new_empty(sum(splits), B * G, M, dtype=torch.float32) for _ in range(2))
-    accs = q.new_empty(sum(splits), B * G, M, rank, dtype=torch.float32)
-    launch = _Launch(absorbed, bias, mask, softcap, k, v, q, parts[0].k[0], k_store.whole is v_store.whole)
-    for i, part in enumerate(parts):
-        launch(part, (maxima, sums, accs), bases[i], sum(splits[:i]), tiles[i], each)
-    y, logsum = accs.new_empty(B, G, M, rank), accs.new_empty(B, G, M)
-    merge_splits[(B * G * M,)](
-        maxima, sums, accs, y, logsum, sum(splits), RANK=rank, R=triton.next_power_of_2(rank), enable_fp_fusion=True
-    )
-    return y, logsum
+    each = _tiles_each(step.tiles, B * G, q.device)
+    splits = [-(-part.tiles // each) for part in step.parts]
+    partial = q.new_empty(sum(splits) * B * G * M * (step.ranks[1] + 2), dtype=torch.float32)
+    constants = _constants(step, k, q.dtype, absorbed, bias, call)
+    for i, part in enumerate(step.parts):
+        grid = (B * G, splits[i])
+        _attend_tiles(grid, step, part, sum(splits[:i]), sum(splits), each, absorbed, bias, partial, call, constants)
+    return _merged(step, k, v, q, partial, sum(splits), call)
 
 
-def _absorbed(store: TokenStore | Half, q: Tensor) -> tuple[Tensor, Tensor]:
-    """q [B, H, M, d] as K's codes are compared with it, [B, G, M, r], and what is added to scores, [B, G, M] float32.
-
-    Both with a dimension of frames behind G where frames have queries of their own, which may be in bfloat16.
-    """
+def _absorbed(store: TokenStore | Half, q: Tensor) -> tuple[Tensor, Tensor | None]:
+    """q [B, H, M, d] as K's codes are compared with it, [B, G, M, r or r + 1], with a dimension of frames behind G
+    where frames have queries of their own; and what is added to scores, [B, G, M] float32, where it isn't the last
+    coordinate. Of frames, queries may be in bfloat16."""
     k, d = store.compressor, q.shape[-1]
+    if k.transform is None:
+        return q, None
     rotation = None if k.frame is None else k.transform.frame_rotation(*store.frames())
     if rotation is not None:
-        basis = k.transform.derived("read", d, lambda: k.transform.read_basis(d).float().contiguous())
+        basis = k.transform.derived("read", d, lambda: k.transform.read_basis(d, keep=False).float().contiguous())
         return triton_frames.absorbed(q, basis, *rotation, dispatch.rounds_queries(q.dtype, k))
-    x, rank = k.absorb_query(q, None if k.frame is None else store.frame_starts(q.device)).float(), _rank(k, d)
-    bias = x[..., rank].contiguous() if k.affine else x.new_zeros(x.shape[:-1])
-    return x[..., :rank].contiguous(), bias
+    return k.absorb_query(q, None if k.frame is None else store.frame_starts(q.device)).float().contiguous(), None
 
 
-class _Launch:
-    """The arguments that all calls of the kernel have in common; each call is for one part.
-
-    absorbed [B, G, M, r], bias [B, G, M], or with a dimension of frames behind G, of which the first are of the tile at
-    position first_slot. shared: whether V has K's codes.
-    """
-
-    def __init__(self, absorbed: Tensor, bias: Tensor, mask: Tensor | None, softcap: float | None, k: Compressor,
-                 v: Compressor, q: Tensor, first_slot: int, shared: bool):  # fmt: skip
-        self.absorbed, self.bias, self.dtype, self.k, self.v = absorbed, bias, q.dtype, k, v
-        self.groups, self.M, self.k_rank = absorbed.shape[1], *absorbed.shape[-2:]
-        self.frames = absorbed.shape[2] if absorbed.ndim == 5 else 1
-        self.first_slot = first_slot
-        self.v_rank = _rank(v, q.shape[-1])
-        self.decoders = DECODERS[k.quantizer.memory_format], DECODERS[v.quantizer.memory_format]
-        rows = max(triton.next_power_of_2(self.M), 16)
-        self.sizes = {
-            "K_RANK": self.k_rank, "V_RANK": self.v_rank, "ROWS": rows, "SOFTCAP": softcap is not None,
-            "FRAMED": absorbed.ndim == 5, "SHARED": shared,
-            "K_R": slots(self.k_rank, self.decoders[0]), "V_R": slots(self.v_rank, self.decoders[1]),
-            # Queries that a basis has made float32, or that are multiplied by scales, need more than 16 bits, or are
-            # rounded to float16's eleven
-            "SPLIT": not dispatch.rounds_queries(self.dtype, k)
-            and (k.transform is not None or self.decoders[0].axis != 0 or self.dtype != torch.bfloat16),
-            "SPLIT_P": self.dtype == torch.float32,
-        }  # fmt: skip
-        self.softcap = softcap or 1.0
-        self._set_mask(mask, absorbed.shape[0])
-
-    def _set_mask(self, mask: Tensor | None, batch: int) -> None:
-        """mask [B, Hq, Q, T], with strides of 0 where it is the same for all heads or queries."""
-        self.mask, self.strides, self.heads, self.queries = self.bias, (0, 0, 0, 0), self.M, 1
-        self.sizes["MASK"] = 0
-        if mask is None:
-            return
-        self.mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        self.strides = self.mask.stride()
-        self.heads, self.queries = mask.shape[1] // self.groups, mask.shape[2]
-        same = all(n == 1 or not stride for n, stride in zip(mask.shape[1:3], self.strides[1:3], strict=True))
-        self.sizes["MASK"] = 1 if same else 2
-
-    def __call__(self, part: Part, out: tuple[Tensor, ...], base: int, first_split: int, tiles: int, each: int) -> None:
-        (k_start, k_encoded), (v_start, v_encoded) = part.k, part.v
-        (k_encoded, k_room), (v_encoded, v_room) = _as_chunks(k_encoded), _as_chunks(v_encoded)
-        own_k, own_v = self.decoders
-        grid = (self.absorbed.shape[0] * self.groups, -(-tiles // each))
-        attend_tiles[grid](
-            self.absorbed, self.bias, self.mask, *out, own_k.arguments(self.k.quantizer.kernel_tensors(k_encoded)),
-            own_v.arguments(self.v.quantizer.kernel_tensors(v_encoded)), k_room, v_room, base, part.first, part.end,
-            k_start, v_start, first_split, tiles, each, self.frames, self.first_slot, self.M, self.groups, self.heads,
-            self.queries, *self.strides, self.softcap,
-            K_TILE=own_k.tile, V_TILE=own_v.tile, K_AXIS=own_k.axis, V_AXIS=own_v.axis, K_PAIRED=own_k.paired,
-            V_PAIRED=own_v.paired, K_DTYPE=self._codes_dtype(k_encoded), V_DTYPE=self._codes_dtype(v_encoded),
-            **self.sizes, **self._resources(k_encoded, v_encoded),
-        )  # fmt: skip
-
-    def _codes_dtype(self, encoded: Encoded) -> tl.dtype:
-        """Dtype of dot products: the model's for exact tokens, float16 for codes, which represents them exactly."""
-        return DTYPES.get(next(iter(encoded.values())).dtype, tl.float16)
-
-    def _resources(self, k_encoded: Encoded, v_encoded: Encoded) -> dict[str, int | bool]:
-        """Number of warps, and of tiles that are loaded ahead, as shared memory allows."""
-        tile = sum(
-            math.prod(x.shape[3:]) * x.element_size() * TILE.value // compressor.block_tokens
-            for compressor, encoded in ((self.k, k_encoded), (self.v, v_encoded))
-            for x in encoded.values()
-        )
-        large = self.sizes["ROWS"] * max(self.sizes["K_R"], self.sizes["V_R"]) > 4096
-        stages = min(STAGE_BYTES // tile, *(decoder.stages for decoder in self.decoders))
-        # Said, because Triton changes its default in 3.10 and warns of that in 3.9
-        return {"num_warps": 8 if large else 4, "num_stages": max(1, stages), "enable_fp_fusion": True}
+def _constants(
+    step: Step, k: TokenStore | Half, dtype: torch.dtype, absorbed: Tensor, bias: Tensor | None, call: _Call
+) -> dict[str, Any]:
+    """Constants of `attend_tiles` that a call decides."""
+    rows = max(triton.next_power_of_2(absorbed.shape[-2]), 16)
+    own, axis = k.compressor, step.constants["K_AXIS"]
+    return {
+        "ROWS": rows, "BIAS": 0 if own.transform is None else 2 if bias is None else 1, "MASK": call.mask.kind,
+        "SOFTCAP": call.softcap is not None,
+        # Queries that a basis has made float32, or that are multiplied by scales, need more than 16 bits, or are
+        # rounded to float16's eleven
+        "SPLIT": not dispatch.rounds_queries(dtype, own)
+        and (own.transform is not None or axis != 0 or dtype != torch.bfloat16),
+        "SPLIT_P": dtype == torch.float32,
+        "num_warps": 8 if rows * max(step.constants["K_R"], step.constants["V_R"]) > 4096 else 4,
+    } | step.constants  # fmt: skip
 
 
-def slots(rank: int, decoder: Decoder) -> int:
-    """Channels of a tile: a power of two, at least 16, which is the least that a dot product takes."""
-    if decoder.paired:
-        return 2 * max(triton.next_power_of_2((rank + 1) // 2), 8)
-    return max(triton.next_power_of_2(rank), 16)
+def _attend_tiles(
+    grid: tuple[int, int], step: Step, part: Part, first_split: int, splits: int, each: int, absorbed: Tensor,
+    bias: Tensor | None, partial: Tensor, call: _Call, constants: dict[str, Any],
+) -> None:  # fmt: skip
+    """Launch the kernel for one part; the rest as `attend_tiles` has it."""
+    M, mask = absorbed.shape[-2], call.mask
+    heads = M // call.queries  # as rows of a group are: whole query heads, each with its queries
+    attend_tiles[grid](
+        absorbed, partial if bias is None else bias, partial if mask.x is None else mask.x, partial, splits,
+        *part.arguments, part.base, part.first, part.end, *part.starts, first_split, part.tiles, each,
+        absorbed.shape[2] if step.constants["FRAMED"] else 1, step.parts[0].starts[0], M, step.groups, heads,
+        call.queries, *mask.strides, call.scaling, call.softcap or 1.0,
+        K_DTYPE=DTYPES.get(part.dtypes[0], tl.float16), V_DTYPE=DTYPES.get(part.dtypes[1], tl.float16),
+        num_stages=max(1, min(STAGE_BYTES // part.tile_bytes, step.stages)), **constants,
+    )  # fmt: skip
 
 
-def _rank(compressor: Compressor, head_dim: int) -> int:
-    return compressor.transform.rank if compressor.transform else head_dim
+def _merged(
+    step: Step, k: TokenStore | Half, v: TokenStore | Half, q: Tensor, partial: Tensor, splits: int, call: _Call
+) -> Tensor:
+    """Attention over all tokens, of partial results over compressed ones, [B, H, M, d] as q."""
+    (B, H, M, d), rank, own = q.shape, step.ranks[1], call.own
+    transform = v.compressor.transform
+    basis = None if transform is None else transform.derived(
+        "summed", d, lambda: transform.summed_basis(d, keep=False).float().contiguous()
+    )  # fmt: skip
+    sides = [_outside(store, step.first, step.end) for store in (k, v)]
+    exact = [side[i] for i in (0, 1) for side in sides] + ([q, q] if own is None else [own.k, own.v])
+    masks = (partial if mask.x is None else mask.x for mask in (call.mask, call.own_mask))
+    D, out = triton.next_power_of_2(d), torch.empty_like(q)
+    merge_splits[(B * H * M,)](
+        partial, out, q, partial if basis is None else basis, *exact, *masks,
+        partial if call.sinks is None else call.sinks, splits, exact[0].shape[2], exact[2].shape[2],
+        0 if own is None else own.k.shape[2], step.end, *(x.stride(0) for x in exact[:4]), H, M, call.queries,
+        1 if basis is None else basis.shape[0] * basis.shape[1], *call.mask.strides, *call.own_mask.strides,
+        call.scaling, call.softcap or 1.0, RANK=rank, COLUMNS=D if basis is None else COLUMNS, HEAD_DIM=d, D=D,
+        BASIS=basis is not None, MASK=call.mask.kind > 0, OWN=own is not None, LOGITS=call.sinks is not None,
+        SOFTCAP=call.softcap is not None, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+def _outside(store: TokenStore | Half, first: int, end: int) -> tuple[Tensor, Tensor]:
+    """A store's tokens before position `first` and from `end` on, [B, H, n, d] each: exact ones, and in a store whose
+    tokens are coded one by one also what is read of those that the other store has exact."""
+    before = store.sinks if store.sinks.shape[2] == first else store.between(0, first)
+    held = len(store)
+    after = store.tail if store.tail.shape[2] == held - end else store.between(end, held)
+    return _in_rows(before), _in_rows(after)
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """x [B, H, n, d], copied unless only the batch may have any stride."""
+    _, _, n, d = x.shape
+    return x if x.stride()[1:] == (n * d, d, 1) else x.contiguous()
 
 
 @cache
@@ -301,92 +265,3 @@ def _tiles_each(tiles: int, groups: int, device: torch.device) -> int:
         return LEAST_TILES
     splits = max(PROGRAMS * _multiprocessors(device) // groups, 1)
     return max(-(-tiles // splits), LEAST_TILES)
-
-
-def _as_chunks(encoded: Encoded) -> tuple[Encoded, int]:
-    """Tensors with the strides that a kernel expects, copied only where they differ; entries allocated per group."""
-    if not all(_is_chunk(x) for x in encoded.values()):
-        encoded = {name: x.contiguous() for name, x in encoded.items()}
-    x = next(iter(encoded.values()))
-    B, G, n = x.shape[:3]
-    return encoded, x.stride(1) // x.stride(2) if G > 1 else x.stride(0) // x.stride(2) if B > 1 else n
-
-
-def _is_chunk(x: Tensor) -> bool:
-    """Whether x [B, G, n, …] is contiguous except for unused entries after the n-th."""
-    B, G = x.shape[:2]
-    return x[0, 0].is_contiguous() and (B == 1 or G == 1 or x.stride(0) == G * x.stride(1))
-
-
-def _shared_range(k: TokenStore, v: TokenStore) -> tuple[int, int]:
-    """Positions [first, end) of tokens that both stores have compressed; (0, 0) where that would cut a block."""
-    ranges = [(s.sinks.shape[2], s.sinks.shape[2] + s.compressed_tokens) for s in (k, v)]
-    shared = max(first for first, _ in ranges), min(end for _, end in ranges)
-    cut = any(own != shared and store.compressor.block_tokens > 1 for store, own in zip((k, v), ranges, strict=True))
-    return (0, 0) if cut else shared
-
-
-def _spans(store: TokenStore) -> Iterator[tuple[int, int, Encoded]]:
-    """Chunks as (position of the first slot, position after the last slot, tensors)."""
-    for start, encoded in store.chunks():
-        yield start, start + store.compressor.block_tokens * next(iter(encoded.values())).shape[2], encoded
-
-
-def _parts(k: TokenStore, v: TokenStore, first: int, end: int) -> Iterator[Part]:
-    """Tokens [first, end), cut wherever a chunk of K or of V ends."""
-    both = [list(_spans(store)) for store in (k, v)]
-    cuts = {first, end, *(stop for spans in both for _, stop, _ in spans if first < stop < end)}
-    for a, b in pairwise(sorted(cuts)):
-        own_k, own_v = (next((start, x) for start, stop, x in spans if start <= a < stop) for spans in both)
-        yield Part(a, b, own_k, own_v)
-
-
-def _outside(store: TokenStore, first: int, end: int) -> Iterator[tuple[slice, Tensor | Encoded]]:
-    """What a store holds outside positions [first, end): places among those tokens, and exact tokens [B, H, n, d] or
-    encoded ones.
-    """
-    S, rest = store.sinks.shape[2], store.tail.shape[2]
-    if S:
-        yield slice(0, S), store.sinks
-    for start, stop, encoded in _spans(store):
-        for a, b, gone in ((max(start, S), min(stop, first), 0), (max(start, end), stop, end - first)):
-            if a < b:
-                yield slice(a - gone, b - gone), {name: x[:, :, a - start : b - start] for name, x in encoded.items()}
-    if rest:
-        last = len(store) - (end - first)
-        yield slice(last - rest, last), store.tail
-
-
-def _outside_scores(store: TokenStore, q: Tensor, first: int, end: int) -> Tensor:
-    """q · k̂ of tokens outside [first, end), [B, H, M, n] float32."""
-    out = q.new_empty(*q.shape[:3], len(store) - (end - first), dtype=torch.float32)
-    for place, held in _outside(store, first, end):
-        if isinstance(held, Tensor):
-            # In float32: exact sinks take much of the attention, and of scores 16 bits leave too little
-            out[..., place] = q.float() @ held.float().mT
-        else:
-            absorbed = store.compressor.absorb_query(q)  # tokens coded one by one, so that there are no frames
-            own = out[..., place].unflatten(1, (absorbed.shape[1], -1)).flatten(2, 3)
-            store.compressor.scores(absorbed, held, own)
-    return out
-
-
-def _outside_sum(store: TokenStore, p: Tensor, first: int, end: int) -> Tensor:
-    """Σ p v̂ of tokens outside [first, end), [B, H, M, d] float32; p [B, H, M, n]."""
-    compressor, d = store.compressor, store.sinks.shape[3]
-    groups = compressor.groups(p.shape[1], d)
-    total = p.new_zeros(*p.shape[:3], d)
-    for place, held in _outside(store, first, end):
-        part = p[..., place]
-        if isinstance(held, Tensor):
-            total += part.to(held.dtype) @ held
-        else:
-            grouped = part.unflatten(1, (groups, -1)).flatten(2, 3)
-            y = compressor.quantizer.weighted_sum(grouped, held, _rank(compressor, d))
-            total += _reconstructed_sum(compressor, y, grouped.sum(-1, keepdim=True), d)
-    return total
-
-
-def _reconstructed_sum(v: Compressor, y: Tensor, share: Tensor, head_dim: int) -> Tensor:
-    """Sums of ẑ, y [B, G, H/G · M, r], and of their weights, share [B, G, H/G · M, 1] → sums of x̂, [B, H, M, d]."""
-    return v.reconstruct_sum(torch.cat((y, share), dim=-1) if v.affine else y, head_dim)

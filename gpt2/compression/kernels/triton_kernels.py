@@ -1,10 +1,13 @@
-"""Attention over tiles of 64 stored tokens: partial results of many splits, and a kernel that merges them.
+"""Attention over tiles of 64 stored tokens: partial results of many splits, which `triton_merge` merges.
 
 A program handles all queries of one group of KV heads and some consecutive tiles (split-K, as in flash-decoding).
 Tokens are the rows of both products and queries their columns: then codes are the first operand, which tensor cores
 can take from registers, and few queries suffice to fill a tile of 16. For each token and group only the stored bytes
 are read, once for all queries: with 128 channels K and V take 136 bytes at int4, 140 at int4_channel, 512 at 16 bits.
 Each split writes 4 · M · (r + 2) bytes.
+
+All that a decode step does besides, for each of many layers, takes the host's time, which at short contexts is longer
+than the device's. So scaling is done here, and no kernel needs an operation of PyTorch before or after it.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ from gpt2.compression.kernels.triton_tiles import NONE, TILE, TOKEN, channels
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 TOP = tl.constexpr(10)  # float16 queries are scaled so that their largest entry is at most 2^TOP
-CHUNK = tl.constexpr(16)  # splits merged at a time
 
 
 @triton.jit
@@ -63,21 +65,34 @@ def _add_values(acc, shift, codes, scale, offset, p, AXIS: tl.constexpr, SPLIT: 
 
 
 @triton.jit
-def _queries(q_ptr, bias_ptr, entry, M, RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, PAIRED: tl.constexpr,
-             DTYPE: tl.constexpr):  # fmt: skip
+def _queries(q_ptr, bias_ptr, entry, M, scaling, RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+             PAIRED: tl.constexpr, DTYPE: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
     """Queries of an entry, of a group or of a group's frame, divided by a unit each: [R, ROWS] float32; and of each,
-    [ROWS], the unit, the sum over channels, and the bias."""
+    [ROWS], the sum over channels, what its scores are multiplied by, and what is added to them then.
+
+    BIAS: 0 no bias, 1 an array of its own, 2 the coordinate behind the query's last."""
     m = tl.arange(0, ROWS)
     channel, there = channels(RANK, R, PAIRED)
-    places = (entry * M + m).to(tl.int64)[None, :] * RANK + channel[:, None]
-    q = tl.load(q_ptr + places, mask=(m < M)[None, :] & there[:, None], other=0.0).to(tl.float32)
+    stride: tl.constexpr = RANK + 1 if BIAS == 2 else RANK
+    row = q_ptr + (entry * M + m).to(tl.int64) * stride
+    q = tl.load(row[None, :] + channel[:, None], mask=(m < M)[None, :] & there[:, None], other=0.0).to(tl.float32)
     unit = tl.full([ROWS], 1.0, tl.float32)
     if tl.float16 == DTYPE:
         # A power of two, so that float16 queries stay exact, away from float16's largest and smallest numbers
         unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(q), 0), 1e-30))) - TOP)
     q = q / unit[None, :]
-    bias = tl.load(bias_ptr + entry * M + m, mask=m < M, other=0.0)
-    return q, unit, tl.sum(q, 0), bias
+    bias = tl.zeros([ROWS], tl.float32)
+    if BIAS == 1:
+        bias = tl.load(bias_ptr + entry * M + m, mask=m < M, other=0.0) * scaling
+    elif BIAS == 2:
+        bias = tl.load(row + RANK, mask=m < M, other=0.0) * scaling
+    return q, tl.sum(q, 0), unit * scaling, bias
+
+
+@triton.jit
+def capped(x, softcap):
+    """softcap · tanh(x / softcap)"""
+    return softcap * (1 - 2 / (1 + tl.exp2(x * (2 * LOG2E / softcap))))
 
 
 @triton.jit
@@ -100,31 +115,35 @@ def _masked(x, mask_ptr, group, position, inside, M, heads, queries, mask_b, mas
 
 
 # Arguments that change from step to step; Triton must not compile a version for each of their values
-_CHANGING = ["k_room", "v_room", "base", "first", "end", "k_start", "v_start", "first_split", "tiles", "tiles_each",
-             "frames", "first_slot", "M", "heads", "queries", "mask_b", "mask_h", "mask_q", "mask_t"]  # fmt: skip
+_CHANGING = ["splits", "k_room", "v_room", "base", "first", "end", "k_start", "v_start", "first_split", "tiles",
+             "tiles_each", "frames", "first_slot", "M", "heads", "queries", "mask_b", "mask_h", "mask_q",
+             "mask_t"]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_CHANGING)
 def attend_tiles(
-    q_ptr, bias_ptr, mask_ptr, maxima, sums, accs, k_fields, v_fields, k_room, v_room, base, first, end, k_start,
-    v_start, first_split, tiles, tiles_each, frames, first_slot, M, groups, heads, queries, mask_b, mask_h, mask_q,
-    mask_t, softcap,
+    q_ptr, bias_ptr, mask_ptr, partial, splits, k_fields, v_fields, k_room, v_room, base, first, end, k_start, v_start,
+    first_split, tiles, tiles_each, frames, first_slot, M, groups, heads, queries, mask_b, mask_h, mask_q, mask_t,
+    scaling, softcap,
     K_TILE: tl.constexpr, V_TILE: tl.constexpr, K_AXIS: tl.constexpr, V_AXIS: tl.constexpr, K_PAIRED: tl.constexpr,
     V_PAIRED: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr, K_R: tl.constexpr, V_R: tl.constexpr,
     K_DTYPE: tl.constexpr, V_DTYPE: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, SPLIT_P: tl.constexpr,
-    MASK: tl.constexpr, SOFTCAP: tl.constexpr, FRAMED: tl.constexpr, SHARED: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, FRAMED: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Partial attention of a group's queries over one split of a storage chunk of K and of V.
 
-    q [B · G, M, K_RANK], bias [B · G, M] float32 → maxima, sums [splits, B · G, M], accs [splits, B · G, M, V_RANK].
+    q [B · G, M, K_RANK], and bias [B · G, M] float32 as `_queries` has it → partial: of each split sums of values,
+    [splits, B · G, M, V_RANK], then largest scores, then sums of exponentials, [splits, B · G, M] each.
     FRAMED: each tile has queries of its own, q [B · G, frames, M, K_RANK] and bias [B · G, frames, M], of which the
     first are of the tile at position first_slot. SHARED: V has K's codes, which are then unpacked once for both.
     Positions in the sequence: base, of the first tile; first and end, of the tokens to attend to; k_start and v_start,
-    of the first tokens of the chunks. M = heads · queries.
+    of the first tokens of the chunks. M = heads · queries. Scores are multiplied by `scaling`.
     """
     group, split = tl.program_id(0), tl.program_id(1)
     m, t = tl.arange(0, ROWS), tl.arange(0, TILE)
-    q, unit, total_q, bias = _queries(q_ptr, bias_ptr, group * frames, M, K_RANK, K_R, ROWS, K_PAIRED, K_DTYPE)
+    q, total_q, unit, bias = _queries(
+        q_ptr, bias_ptr, group * frames, M, scaling, K_RANK, K_R, ROWS, K_PAIRED, K_DTYPE, BIAS
+    )
     top = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     shift = tl.zeros([ROWS], tl.float32)
@@ -135,11 +154,13 @@ def attend_tiles(
         inside = (position >= first) & (position < end)
         if FRAMED:
             own_q = group * frames + (start - first_slot) // TILE
-            q, unit, total_q, bias = _queries(q_ptr, bias_ptr, own_q, M, K_RANK, K_R, ROWS, K_PAIRED, K_DTYPE)
+            q, total_q, unit, bias = _queries(
+                q_ptr, bias_ptr, own_q, M, scaling, K_RANK, K_R, ROWS, K_PAIRED, K_DTYPE, BIAS
+            )
         codes, scale, offset = K_TILE(k_fields, k_room, group, start - k_start, inside, K_RANK, K_R, K_DTYPE)
         x = _scores(codes, scale, offset, q, total_q, K_AXIS, SPLIT) * unit[None, :] + bias[None, :]
         if SOFTCAP:
-            x = softcap * (1 - 2 / (1 + tl.exp2(x * (2 * LOG2E / softcap))))  # softcap · tanh(x / softcap)
+            x = capped(x, softcap)
         x = _masked(x, mask_ptr, group, position, inside, M, heads, queries, mask_b, mask_h, mask_q, mask_t, groups,
                     MASK, ROWS)  # fmt: skip
         x = tl.where(inside[:, None], x, float("-inf"))
@@ -151,35 +172,11 @@ def attend_tiles(
         if not SHARED:
             codes, scale, offset = V_TILE(v_fields, v_room, group, start - v_start, inside, V_RANK, V_R, V_DTYPE)
         acc, shift = _add_values(acc * fade[None, :], shift * fade, codes, scale, offset, p, V_AXIS, SPLIT_P)
-    own = ((first_split + split) * tl.num_programs(0) + group).to(tl.int64) * M + m
-    tl.store(maxima + own, top, mask=m < M)
-    tl.store(sums + own, total, mask=m < M)
+    rows = tl.num_programs(0) * M
+    own = (first_split + split).to(tl.int64) * rows + group * M + m
     channel, there = channels(V_RANK, V_R, V_PAIRED)
-    places = accs + own[None, :] * V_RANK + channel[:, None]
+    places = partial + own[None, :] * V_RANK + channel[:, None]
     tl.store(places, acc + shift[None, :], mask=there[:, None] & (m < M)[None, :])
-
-
-@triton.jit(do_not_specialize=["splits"])
-def merge_splits(maxima, sums, accs, y, logsum, splits, RANK: tl.constexpr, R: tl.constexpr):
-    """Merge the partial results of one query, [splits, rows] and [splits, rows, RANK], into the normalised output
-    y [rows, RANK] and the logarithm of its sum of exponentials, logsum [rows]."""
-    row, rows = tl.program_id(0), tl.num_programs(0)
-    channel, s = tl.arange(0, R), tl.arange(0, CHUNK)
-    top = tl.full([], LOWEST, tl.float32)
-    total = tl.zeros([], tl.float32)
-    acc = tl.zeros([R], tl.float32)
-    for begin in range(0, splits, CHUNK):
-        own = (begin + s).to(tl.int64) * rows + row
-        there = begin + s < splits
-        maximum = tl.load(maxima + own, mask=there, other=LOWEST)
-        higher = tl.maximum(top, tl.max(maximum, 0))
-        weight = tl.where(there, tl.exp2((maximum - higher) * LOG2E), 0.0)
-        mask = there[:, None] & (channel < RANK)[None, :]
-        part = tl.load(accs + own[:, None] * RANK + channel[None, :], mask=mask, other=0.0)
-        fade = tl.exp2((top - higher) * LOG2E)
-        total = total * fade + tl.sum(weight * tl.load(sums + own, mask=there, other=0.0), 0)
-        acc = acc * fade + tl.sum(weight[:, None] * part, 0)
-        top = higher
-    mean = acc / tl.where(total > 0, total, 1.0)  # 0 if the mask hides all tokens
-    tl.store(y + row.to(tl.int64) * RANK + channel, mean, mask=channel < RANK)
-    tl.store(logsum + row, top + tl.log2(total) / LOG2E)
+    maxima = partial + splits.to(tl.int64) * rows * V_RANK + own
+    tl.store(maxima, top, mask=m < M)
+    tl.store(maxima + splits * rows, total, mask=m < M)

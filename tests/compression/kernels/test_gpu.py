@@ -145,8 +145,8 @@ def fed(model, chunks=(90, 7, 1, 1, 41)):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_attention_over_codes_is_attention_over_reconstructions(name, model, monkeypatch):
-    used, attend = [], triton_attention.attend_compressed
-    monkeypatch.setattr(triton_attention, "attend_compressed", lambda *args: used.append(1) or attend(*args))
+    used, attend = [], triton_attention.attend_stored
+    monkeypatch.setattr(triton_attention, "attend_stored", lambda *args: used.append(1) or attend(*args))
     assert close(*both(model, lambda: cache_of(model, SETTINGS[name], SETTINGS[name]), fed(model)))
     assert used, "by kernels"
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from sampling import ALL, covering, sampled
 from stores import filled
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2.common.errors import PluginError
 from gpt2.compression.cache.token_store import Half, TokenStore
@@ -130,6 +131,24 @@ def test_attention_compiles_with_a_query_for_every_block_of_keys(compiled):
     x = torch.randn(1, 2, 130, 32).bfloat16()
     held = filled(Compressor(QUANTIZERS["int4_channel"], turned), (4, 0), [x])
     attend_compiles(compiled, Half(held, 0), Half(held, 1), x[:, :, :1].repeat_interleave(2, dim=1))
+
+
+@pytest.mark.parametrize("dtype", sampled(DTYPES, 1))
+def test_attention_compiles_with_all_that_a_call_may_have(dtype, compiled):
+    """A basis for each head, rows with left padding and so a mask, soft capping and sink logits."""
+    from gpt2.compression.cache import triton_attention
+
+    x, stores = torch.randn(2, 2, 130, 16).to(dtype), []
+    E = torch.linalg.qr(torch.randn(2, 16, 16)).Q
+    for _ in range(2):
+        held = TokenStore(Compressor(QUANTIZERS["int4_channel"], Transform(E, E.mT, torch.zeros(2, 16))), 4, 0)
+        held.own_sinks.set_padding(torch.tensor([0, 50]))
+        held.prepare(x, "test")
+        held.append(x)
+        stores.append(held)
+    triton_attention.attend(*stores, x[:, :, :1], None, 1.0, softcap=5.0, sinks=torch.zeros(2))
+    assert [kernel.name for kernel in compiled] == ["attend_tiles", "merge_splits"]
+    assert all(kernel.asm["cubin"] for kernel in compiled)
 
 
 ENCODED = ("mixed", "int4", "int8", "int8_channel", "int4_channel")  # of any width, by channel and by token
@@ -253,24 +272,75 @@ def test_bit_planes_read_the_same_whatever_the_default_dtype():
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("tokens", [200, 400, 700])
-def test_partial_results_are_aligned_at_every_number_of_splits(tokens, monkeypatch):
-    """Else Triton compiles both kernels a second time, for seconds, where a cache reaches such a number."""
-    triton_attention = pytest.importorskip("gpt2.compression.cache.triton_attention", reason=WITHOUT_TRITON)
-    launched = []
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels that would be launched, and their tensors. None computes anything."""
+    module = pytest.importorskip("gpt2.compression.cache.triton_attention", reason=WITHOUT_TRITON)
+    found = []
 
     class Kernel:
-        def __getitem__(self, grid):
-            return lambda *args, **how: launched.append([x for x in args if isinstance(x, torch.Tensor)])
+        def __init__(self, name: str):
+            self.name = name
 
-    monkeypatch.setattr(triton_attention, "attend_tiles", Kernel())
-    monkeypatch.setattr(triton_attention, "merge_splits", Kernel())
-    store = TokenStore(Compressor(QUANTIZERS["int8"]), 4, 0)
-    x = torch.randn(1, 1, tokens, 16)
-    store.prepare(x, "test")
-    store.append(x)
-    triton_attention.attend(store, store, torch.randn(1, 3, 1, 16), None, 1.0)
-    assert len(launched) == 2 and all(x.data_ptr() % 16 == 0 for args in launched for x in args)
+        def __getitem__(self, grid):
+            return lambda *args, **how: found.append((self.name, [x for x in args if isinstance(x, torch.Tensor)]))
+
+    for where, name in ((module, "attend_tiles"), (module, "merge_splits"), (module.triton_frames, "absorb_frames")):
+        monkeypatch.setattr(where, name, Kernel(name))
+    return found
+
+
+@pytest.mark.parametrize("tokens", [200, 400, 700])
+def test_partial_results_are_aligned_at_every_number_of_splits(tokens, launched):
+    """Else Triton compiles kernels a second time, for seconds, where a cache reaches such a number."""
+    from gpt2.compression.cache import triton_attention
+
+    held = filled(Compressor(QUANTIZERS["int8"]), (4, 0), [torch.randn(1, 1, tokens, 16)])
+    triton_attention.attend(held, held, torch.randn(1, 3, 1, 16), None, 1.0)
+    assert len(launched) == 2 and all(x.data_ptr() % 16 == 0 for _, tensors in launched for x in tensors)
+
+
+class Operations(TorchDispatchMode):
+    """Operations of PyTorch that compute or copy, each of which a GPU would have to be told of."""
+
+    FREE = {"view", "_unsafe_view", "as_strided", "slice", "expand", "select", "transpose", "alias", "detach",
+            "empty", "new_empty", "empty_like"}  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        if name not in self.FREE:
+            self.found.append(name)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("codec", ["int8_channel", "int4 in parts", "framed"])
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_decode_step_is_its_kernels_alone(codec, mask, launched):
+    """At short contexts a step takes the time in which the host launches what it consists of."""
+    from gpt2.compression.cache import triton_attention
+
+    x = torch.randn(2, 4, 300, 32).bfloat16()
+    if codec == "framed":
+        E = torch.linalg.qr(torch.randn(1, 128, 128)).Q
+        turned = JointTransform(E, E.mT, torch.zeros(1, 128), Rotary(torch.logspace(0, -3, 16)), 64)
+        held = filled(Compressor(QUANTIZERS["mixed"], turned), (4, 0), [x])
+        k, v = Half(held, 0), Half(held, 1)
+    else:
+        chunks = [x] if codec == "int8_channel" else list(x.split(100, dim=2))
+        k, v = (filled(Compressor(QUANTIZERS[codec.split()[0]]), (4, 0), chunks) for _ in range(2))
+    heads = k.sinks.shape[1]
+    query, seen = torch.randn(2, 2 * heads, 1, 32).bfloat16(), torch.ones(2, 1, 1, 300, dtype=torch.bool)
+    for step in range(2):  # the first makes what later ones share
+        launched.clear()
+        with torch.no_grad(), Operations() as operations:
+            triton_attention.attend(k, v, query, seen if mask else None, 1.0)
+        names = [name for name, _ in launched if name != "attend_tiles"]
+        assert names == ["absorb_frames"] * (codec == "framed") + ["merge_splits"]
+        assert not step or not operations.found
 
 
 def test_a_kernel_that_does_not_compile_is_left_to_pytorch(monkeypatch, caplog):
@@ -280,7 +350,7 @@ def test_a_kernel_that_does_not_compile_is_left_to_pytorch(monkeypatch, caplog):
     def fails(*args):
         raise PTXASError("register allocation failed")
 
-    monkeypatch.setattr(triton_attention, "attend_compressed", fails)
+    monkeypatch.setattr(triton_attention, "attend_stored", fails)
     monkeypatch.setattr(triton_attention, "without_kernel", set())
     store = TokenStore(Compressor(QUANTIZERS["int8"]), 4, 0)
     x = torch.randn(1, 1, 100, 24)
