@@ -196,7 +196,14 @@ def test_left_padding(per_head, queries, mask, monkeypatch):
 
 @pytest.mark.parametrize(
     ("names", "mask", "queries"),
-    sampled(covering([("int4_channel", "int8"), ("int8", "int8"), ("framed",) * 2], [None, *MASKS], (1, 3)), 3),
+    sampled(
+        covering(
+            [("int4_channel", "int8"), ("none", "int4"), ("int8", "int8"), ("mixed", "none"), ("framed",) * 2],
+            [None, *MASKS],
+            (1, 3),
+        ),
+        4,
+    ),
 )
 def test_sinks_of_padded_rows(names, mask, queries, monkeypatch):
     """Exact, of each row its own, in the place of what blocks hold there; also the padding that a mask doesn't hide."""

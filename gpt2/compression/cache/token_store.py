@@ -302,7 +302,7 @@ class TokenStore:
             encoded = {name: stored.between(low, high) for name, stored in self.blocks.items()}
             parts.append(self.reconstruct(encoded, low)[:, :, slots[0] - low * size : slots[1] - low * size])
         parts.append(self.tail[:, :, max(first - end, 0) : max(last - end, 0)])
-        return torch.cat(parts, dim=2)
+        return joined([part for part in parts if part.shape[2]] or parts[:1])
 
     def _reconstructed_from(self, start_block: int) -> Tensor | None:
         """Reconstruction of the tokens in blocks from `start_block` on, without the lead."""

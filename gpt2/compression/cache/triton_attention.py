@@ -42,7 +42,7 @@ def attend(
 ) -> Tensor | None:  # fmt: skip
     """As `direct_attention.attend`; None where there is no kernel for it."""
     step = step_of(k, v)
-    if step is None or not takes(step, query) or bool(k.own_sinks) != bool(v.own_sinks):
+    if step is None or not takes(step, query):
         return None
     (B, heads, Q, d), T = query.shape, len(k)
     kernel = (step.kernel, query.dtype, Q, query.device)
@@ -50,7 +50,7 @@ def attend(
         return None
     mask = attention_math.causal(Q, T, query.device) if mask is None else mask[..., :T]
     own = own_mask = None
-    if k.own_sinks:
+    if k.own_sinks or v.own_sinks:
         own = _own_sinks(k, v)
         own_mask, mask = own.masks(mask, T)
     masked = Mask.of(mask, (B, heads, Q, T)), own, Mask.of(own_mask, (B, heads, Q, -1))
@@ -136,12 +136,20 @@ class OwnSinks(NamedTuple):
 
 
 def _own_sinks(k: TokenStore | Half, v: TokenStore | Half) -> OwnSinks:
-    """The sinks of padded rows, with padding beside them that larger blocks store other tokens in the place of."""
-    wider = max((k, v), key=lambda store: store.compressor.block_tokens)
+    """The sinks of padded rows, with padding beside them that larger blocks store other tokens in the place of.
+
+    A store whose codec is exact has them where all its tokens are.
+    """
+    wider = max((k, v), key=lambda store: (bool(store.own_sinks), store.compressor.block_tokens))
     numbers, places, there = wider.own_sinks.apart(wider.forgotten, len(wider))
-    index = numbers[:, None, :, None]
-    held = (store.own_sinks.tokens[:, store.heads] for store in (k, v))
-    return OwnSinks(*(x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in held), places, there)
+    held = []
+    for store in (k, v):
+        if store.own_sinks:
+            x, own = store.own_sinks.tokens[:, store.heads], numbers
+        else:
+            x, own = store.between(0, min(wider.own_sinks.end - wider.forgotten, len(store))), places
+        held.append(x.gather(2, own[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])))
+    return OwnSinks(*held, places, there)
 
 
 def takes(step: Step, query: Tensor) -> bool:
