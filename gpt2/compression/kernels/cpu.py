@@ -34,6 +34,7 @@ from gpt2.compression.codecs.formats import (
     TOKEN,
     Encoding,
     Format,
+    TokenRange,
     WidthSearch,
 )
 from gpt2.compression.codecs.mixed import in_blocks, pack_indices
@@ -107,8 +108,8 @@ def reads_frames(frame: int | None) -> bool:
 
 
 def encodes(encoding: Encoding) -> bool:
-    """Whether the kernels can encode in this way. Other encodings take little time in PyTorch and have no kernel."""
-    return isinstance(encoding, WidthSearch)
+    """Whether the kernels can encode in this way: by channel takes little time in PyTorch, and once in a block."""
+    return isinstance(encoding, (WidthSearch, TokenRange))
 
 
 def integer_products() -> bool:
@@ -232,14 +233,23 @@ def multiples(basis: Tensor, units: Tensor) -> Tensor:
     return (basis / units[..., None]).round_().to(torch.int16)
 
 
-def quantized(encoding: WidthSearch, z: Tensor) -> Encoded:
-    """As `codecs.mixed` quantizes z [B, G, T, r], by the same search.
+def quantized(encoding: WidthSearch | TokenRange, z: Tensor) -> Encoded | None:
+    """z [B, G, T, r] quantized in an encoding; None if it holds numbers that the kernel has no format for.
 
-    Sums are in another order, so that of two nearly equal widths the other one may be chosen.
+    Bit planes as `codecs.mixed` chooses them, by the same search: sums are in another order, so that of two nearly
+    equal widths the other one may be chosen. Integers by token as `codecs.integer` has them, bit for bit.
     """
+    if isinstance(encoding, TokenRange):
+        return _by_token(encoding, z)
     y = in_blocks(z)
     block, widths = torch.ops.kv_compression.encode_planes(y.flatten(0, -3), *encoding)
     return {"block": block.unflatten(0, y.shape[:-2]), "widths": widths.unflatten(0, y.shape[:-2])}
+
+
+def _by_token(encoding: TokenRange, z: Tensor) -> Encoded | None:
+    *shape, rank = z.shape
+    found = torch.ops.kv_compression.encode_tokens(z.detach().float().reshape(-1, rank).contiguous(), encoding.bits)
+    return dict(zip(("codes", "scale", "offset"), (x.view(*shape, -1) for x in found), strict=True)) if found else None
 
 
 def _queries(qs: list[Tensor]) -> list[Tensor]:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from gpt2.compression.cache import attention_math, direct_attention
 from gpt2.compression.codecs import IDENTITY, QUANTIZERS, Compressor, basis_of, needs_calibration
+from gpt2.compression.codecs.base import HALF_MAX
 from gpt2.compression.compressed_cache import CompressedDynamicCache
 from gpt2.compression.kernels import cpu, dispatch
 
@@ -150,6 +151,28 @@ def test_kernels_store_mixed_widths_as_pytorch_does(case, monkeypatch):
         assert all(found[name].shape == expected[name].shape for name in found)
         one, other = (lost(codec, c.reconstruct(encoded, SMALL[3], x.dtype), x) for encoded in (found, expected))
         assert one == pytest.approx(other, rel=1e-2, abs=1e-6 * float(x.double().square().sum()) * numerics.HALF_ULP)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_kernels_store_integers_by_token_as_pytorch_does(name, monkeypatch):
+    """Bit for bit, or not at all: numbers beyond float16 are left to PyTorch, as what isn't a number."""
+    if not cpu.loaded():
+        pytest.skip("no compiler on this machine: PyTorch does it all")
+    by_kernel, quantized = [], cpu.quantized
+    monkeypatch.setattr(cpu, "quantized", lambda *args: by_kernel.append(quantized(*args)) or by_kernel[-1])
+    coded = 0
+    for case in HOSTILE:
+        for dtype, rank in zip(DTYPES, (15, 64, 80), strict=True):
+            z = hostile(case, (2, 3, 70, 80), dtype=dtype).transpose(0, 1)[..., :rank]  # not contiguous
+            found, expected = dispatch.quantize(QUANTIZERS[name], z), QUANTIZERS[name].quantize(z)
+            fits = float(z.abs().amax()) <= HALF_MAX
+            assert (by_kernel[-1] is found) == fits and (by_kernel[-1] is None) == (not fits)
+            assert all(torch.equal(found[part], x) and found[part].dtype == x.dtype for part, x in expected.items())
+            coded += fits
+    assert coded > len(HOSTILE)
+    z = torch.randn(1, 1, 3, 16).index_fill(2, torch.tensor([1]), float("nan"))
+    dispatch.quantize(QUANTIZERS[name], z)
+    assert by_kernel[-1] is None
 
 
 @pytest.mark.parametrize(

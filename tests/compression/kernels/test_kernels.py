@@ -188,7 +188,8 @@ def test_every_instruction_set(name):
     direct = ("scores_and_sums", "a_decode_step_absorbs_queries_for_every_frame")
     tests = [f"tests/compression/cache/test_direct_attention.py::test_{test}" for test in direct]
     tests += ["tests/compression/cache/test_attention.py::test_sixteen_bit_models"]
-    tests += ["tests/compression/codecs/test_numerics.py::test_kernels_store_mixed_widths_as_pytorch_does"]
+    stored = ("mixed_widths_as_pytorch_does", "integers_by_token_as_pytorch_does")
+    tests += [f"tests/compression/codecs/test_numerics.py::test_kernels_store_{test}" for test in stored]
     without_kernels = "PyTorch or (sixteen_bit and False)"  # as those parametrize their fixture `kernels`
     pass_in_a_process("-k", f"not ({without_kernels})", *tests, KV_CPU_ISA=name)
 

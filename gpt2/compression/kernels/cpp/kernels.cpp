@@ -1,4 +1,4 @@
-// CPU kernels over packed codes: scores and weighted sums of one layer's K or V, and the encoder of bit planes.
+// CPU kernels over packed codes: scores and weighted sums of one layer's K or V, and encoders.
 //
 //     scores         q [B, G, M, r], out [B, H, M', T]   out = q · ẑ
 //     weighted_sums  p [B, H, M', T]  → [B, G, M, r]     Σ p ẑ
@@ -12,6 +12,7 @@
 #include "attend.h"
 #include "plane_encoder.h"
 #include "tile_products.h"
+#include "token_encoder.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -109,5 +110,6 @@ TORCH_LIBRARY(kv_compression, m) {
         "Tensor? units, Tensor? basis, Tensor? constant, Tensor? angles, bool interleaved, bool integers) "
         "-> __torch__.torch.classes.kv_compression.Layer", &layer);
   m.def("panels(Tensor read, bool integers) -> Tensor", &panels);
+  m.def("encode_tokens(Tensor z, int bits) -> Tensor[]", &encode_tokens);
   m.def("encode_planes(Tensor y, int payload, float[] narrow, float[] wide) -> (Tensor, Tensor)", &encode_planes);
 }
