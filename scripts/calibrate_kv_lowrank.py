@@ -88,7 +88,7 @@ def main(processes: Processes) -> None:
     variance = calibration.kept_variance()
     # A compact file has one basis for several heads: show the same share of its coordinates
     first = next(share for share in next(iter(variance.values())) if share is not None)
-    shown = rank * first.shape[-1] // loaded.geometry.head_dim
+    shown = min(rank * max(first.shape[-1] // loaded.geometry.head_dim, 1), first.shape[-1])
     print(f"\n{calibration_tables.kept_variance(variance, shown).console()}")
     title = f"{args.model}: {calibration.meta['tokens']:,} tokens of {text.name}"
     shares = {side: [None if own is None else own.numpy() for own in layers] for side, layers in variance.items()}

@@ -60,12 +60,23 @@ def arguments() -> argparse.ArgumentParser:
     how.add_argument("--pages", action="store_true", help="only write results/tables and the tables in README and docs")
     how.add_argument("--check", action="store_true", help="only compare README, docs and results/tables with results")
     how.add_argument("--html", nargs="?", type=Path, const=Path(), metavar="FILE", help="only write one HTML page")
-    p.add_argument("--results", type=Path, default=files.RESULTS, help="folder with runs and plots, for --html")
+    p.add_argument("--results", type=Path, help="folder with runs and plots, for --html; results if omitted")
     return p
 
 
+def parsed() -> argparse.Namespace:
+    p = arguments()
+    args = p.parse_args()
+    if args.results and args.html is None:
+        p.error("--results is for --html alone")
+    if args.tables and (args.check or args.html is not None):
+        p.error(f"{'--check' if args.check else '--html'} takes no names of tables: it is of all results")
+    args.results = args.results or files.RESULTS
+    return args
+
+
 def main() -> None:
-    args = arguments().parse_args()
+    args = parsed()
     if args.check:
         check.check(files.ROOT)
         print("README, docs and results/tables agree with results/runs")

@@ -66,7 +66,9 @@ def parser(manual: str) -> Parser:
 
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action: argparse.Action) -> str | None:
-            return action.help if action.default in (None, [], False) else super()._get_help_string(action)
+            # Not `in (None, [], False)`: 0 is False
+            none = action.default is None or action.default is False or action.default == []
+            return action.help if none else super()._get_help_string(action)
 
     return Parser(description=manual, formatter_class=Formatter, allow_abbrev=False)
 

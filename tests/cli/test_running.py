@@ -33,6 +33,15 @@ def test_the_second_process_says_nothing(second_of_two, monkeypatch, capsys):
             assert stopped.value.code == 2 and (said == "" if rank == "1" else message in said)
 
 
+def test_help_says_every_default_that_there_is():
+    p = cli.parser("manual")
+    for name, default in (("zero", 0), ("small", 0.0), ("word", "x"), ("none", None), ("several", []), ("off", False)):
+        p.add_argument(f"--{name}", default=default, help=f"text of {name}")
+    lines = {line.split()[0]: line for line in p.format_help().splitlines() if "text of" in line}
+    shown = [name for name, line in lines.items() if "(default: " in line]
+    assert shown == ["--zero", "--small", "--word"]
+
+
 def test_an_output_has_an_ending_of_its_kind(tmp_path):
     either = cli.output_file(".pt", ".safetensors")
     for name in ("a.pt", "b.safetensors"):

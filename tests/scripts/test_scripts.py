@@ -58,6 +58,8 @@ def test_calibrate_writes_where_it_is_asked_to(tiny_flags, tmp_path, capsys, mon
     assert f"wrote {written} and " in (said := capsys.readouterr().out) and "will be replaced" not in said
     assert run(CALIBRATE, *tiny_flags, *SMALL) == 0
     assert f"note: {written} will be replaced" in capsys.readouterr().out
+    own = ["--codec", "ln_nullspace+pca", "--rank", 1, "--output", "out/n.pt"]  # of fewer coordinates than channels
+    assert run(CALIBRATE, *tiny_flags, *SMALL, *own) == 0 and "kept at rank 1 of 11" in capsys.readouterr().out
 
 
 def test_safetensors_all_the_way(tiny_flags, tmp_path, monkeypatch):
@@ -168,6 +170,8 @@ BAD = [
     ([VALIDATE, "--groups", "rank,nope"], "unknown nope"),
     ([GENERATE, "--preset", "\x1b[2J.json"], r"no preset file \x1b[2J.json"),
     ([GENERATE, "--preset", "r112-vonly", "--model", "Qwen/Qwen2.5-7B"], "did you mean 'r120-vonly'?"),
+    (["reproduce_tables", "--quick", "--results", "elsewhere"], "--results is for --html alone"),
+    (["reproduce_tables", "--check", "needle"], "--check takes no names of tables"),
 ]
 
 

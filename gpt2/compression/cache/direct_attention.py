@@ -117,30 +117,38 @@ def _in_one_pass(
 
 
 class _Step(NamedTuple):
-    """What decode steps share until another block is full.
+    """What decode steps share until blocks of K or V lie elsewhere, or K has another frame.
 
     layer: of `cpu.layer`. absorbs: whether K's blocks are read with queries that PyTorch absorbs. The rest is what it
-    was made of.
+    was made of; v_placed: of `GrowingTensor`, None where V is in K's blocks or has none.
     """
 
     layer: Callable
     absorbs: bool
     k_sinks: Tensor
     v_sinks: Tensor
-    v_blocks: list[cpu.Part]
+    v_placed: dict | None
+    k_blocks: int
 
     def holds(self, k: TokenStore | Half, v: TokenStore | Half) -> bool:
-        """Whether this was made of what the stores hold, provided that K's blocks haven't changed."""
-        return self.k_sinks is k.whole.sinks and self.v_sinks is v.whole.sinks and self.v_blocks is _blocks(v)
+        """Whether this was made of what the stores hold, provided that K's blocks lie where they did."""
+        same = self.k_sinks is k.whole.sinks and self.v_sinks is v.whole.sinks and self.v_placed is _placed(k, v)
+        return same and (k.compressor.frame is None or self.k_blocks == k.compressed_blocks)
+
+
+def _placed(k: TokenStore | Half, v: TokenStore | Half) -> dict | None:
+    """Of V's first tensor, unless it is K's: kept in K's, that would be a circle, which keeps its memory."""
+    first = None if v.whole is k.whole else next(iter(v.whole.blocks.values()), None)
+    return None if first is None else first.placed
 
 
 def _step(k: TokenStore | Half, v: TokenStore | Half, head_dim: int) -> _Step | None:
     """What decode steps share; None where no kernel reads both stores."""
     first = next(iter(k.whole.blocks.values()), None)
-    kept = None if first is None else first.kept.get("step")
+    kept = None if first is None else first.placed.get("step")
     if kept is not None and kept.holds(k, v):
         return kept
-    k_blocks, v_blocks = _blocks(k), _blocks(v)
+    k_blocks, v_blocks = (_exact_blocks(side) or _blocks(side) for side in (k, v))
     if k_blocks is None or v_blocks is None or k_blocks and not cpu.reads_frames(k.compressor.frame):
         return None
     integers = cpu.integer_products()
@@ -151,9 +159,9 @@ def _step(k: TokenStore | Half, v: TokenStore | Half, head_dim: int) -> _Step | 
     values = _values(v, integers) if v_blocks else None
     parts = [_sinks(k) + k_blocks, _sinks(v) + v_blocks]
     layer = cpu.layer(k.sinks.shape[1], *parts, values=values, frames=frames, integers=integers)
-    step = _Step(layer, absorbs, k.whole.sinks, v.whole.sinks, v_blocks)
+    step = _Step(layer, absorbs, k.whole.sinks, v.whole.sinks, _placed(k, v), k.compressed_blocks)
     if first is not None:
-        first.kept["step"] = step
+        first.placed["step"] = step
     return step
 
 
@@ -229,6 +237,13 @@ def _exact(store: TokenStore | Half, tokens: int) -> list[cpu.Part]:
 
 def _sinks(store: TokenStore | Half) -> list[cpu.Part]:
     return [cpu.exact(0, store.sinks)] if store.sinks.shape[2] else []
+
+
+def _exact_blocks(store: TokenStore | Half) -> list[cpu.Part]:
+    """The parts of a store whose codec is exact, for a single query: PyTorch's product of many is faster."""
+    if not store.compressor.exact or store.sinks.dtype not in cpu.EXACT_DTYPES:
+        return []
+    return [cpu.exact(start, x) for start, encoded in store.whole.chunks() for x in encoded.values()]
 
 
 def _blocks(store: TokenStore | Half) -> list[cpu.Part] | None:

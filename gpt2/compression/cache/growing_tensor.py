@@ -22,6 +22,9 @@ class GrowingTensor:
 
     kept: what readers have made of `views`, by names of theirs, until these change. Decode steps change them once in a
     block, and every other step would make the same again.
+
+    placed: what readers have made of where the chunks lie, until that changes: while what is appended fits into the
+    room of the last chunk, it stays. Another dict takes its place then.
     """
 
     def __init__(self, smallest: int = SMALLEST_CHUNK):
@@ -43,19 +46,25 @@ class GrowingTensor:
 
     def _change(self) -> None:
         """Forget what was made of the chunks, which are about to change: it would also keep their memory."""
+        self._lengthen()
+        self.placed: dict[str, Any] = {}
+
+    def _lengthen(self) -> None:
+        """Forget what was made of the chunks as far as they were used."""
         self._views: list[Tensor] | None = None
         self.kept: dict[str, Any] = {}
 
     def __getstate__(self) -> dict:
         # Views would be copied and pickled beside their chunks, as tensors of their own
-        return self.__dict__ | {"_views": None, "kept": {}}
+        return self.__dict__ | {"_views": None, "kept": {}, "placed": {}}
 
     def append(self, x: Tensor) -> None:
-        self._change()
+        self._lengthen()
         if self.chunks and x.dtype.itemsize > self.chunks[0].dtype.itemsize:
             self.map_(lambda chunk: chunk.to(x.dtype))
         while x.shape[2]:
             if not self.unused:
+                self._change()
                 self._merge()
                 self.unused = max(x.shape[2], self.smallest, self.length // GROWTH)
                 with torch.inference_mode(False):  # else later appends outside inference mode couldn't write to it

@@ -178,7 +178,9 @@ class TokenStore:
         if block > 1:
             self._warn_beyond(quantizer.largest, z)
         for name, field in dispatch.quantize(quantizer, z).items():
-            self.blocks.setdefault(name, self.growing()).append(field)
+            if name not in self.blocks:
+                self.blocks[name] = self.growing()
+            self.blocks[name].append(field)
         if block == 1 and waits(z) and not quantizer.lossless and self.compressed_blocks // DROPPED > before // DROPPED:
             latest = {name: stored.last(DROPPED) for name, stored in self.blocks.items()}  # not a copy of all chunks
             self._warn_beyond(HALF_MAX, quantizer.dequantize(latest, z.shape[3]))  # cut off, they read as this

@@ -57,7 +57,8 @@ def quantize(quantizer: Quantizer, z: Tensor) -> Encoded:
 
         if (encoded := triton_quantize.quantized(encoding, z)) is not None:
             return encoded
-    if cpu.encodes(encoding) and cpu.usable(z) and (encoded := cpu.quantized(encoding, z)) is not None:
+    here = cpu.encodes(encoding) and cpu.usable(z) and not isinstance(z, FakeTensor)
+    if here and (encoded := cpu.quantized(encoding, z)) is not None:
         return encoded
     return quantizer.quantize(z)
 

@@ -216,6 +216,37 @@ def test_parts_for_the_kernel_are_made_once_a_block_and_never_pickled(monkeypatc
     assert len(pickle.dumps(store)) == pickled
 
 
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("names", [("int8_channel", "int8"), ("none", "int4"), ("int4", "mixed"), ("framed", "framed")])
+def test_steps_share_what_lies_where_it_did(names, monkeypatch):
+    """While tokens are coded into room that there is, cut off, and replaced by others; rows change places."""
+    made, layer = [], cpu.layer
+    monkeypatch.setattr(cpu, "layer", lambda *args, **how: made.append(0) or layer(*args, **how))
+    draw, heads = drawing(0), 2
+    if names[0] == "framed":
+        E = torch.linalg.qr(draw(1, 64, 64)).Q
+        turned = JointTransform(E, E.mT.contiguous(), draw(1, 64), Rotary(torch.logspace(0, -2, 8)), 64)
+        held = filled(Compressor(QUANTIZERS["mixed"], turned), (4, 0), [draw(2, 2 * heads, 300, 16)])
+        stores, sides = [held], [Half(held, 0), Half(held, 1)]
+    else:
+        stores = sides = [filled(Compressor(QUANTIZERS[name]), (4, 0), [draw(2, heads, 300, 16)]) for name in names]
+    steps = 0
+    for change in (lambda s: None, lambda s: s.crop(20), lambda s: s.map_(lambda x: x[[1, 0]]), lambda s: s.crop(90)):
+        for store in stores:
+            change(store)
+        for _ in range(70):
+            for store in stores:
+                store.append(draw(2, *store.sinks.shape[1:2], 1, 16))
+            query, steps = draw(2, 2 * heads, 1, 16), steps + 1
+            found = direct_attention.attend(*sides, query, None, 0.3)
+            if steps % 5 == 0:
+                with monkeypatch.context() as patch:
+                    patch.setattr(cpu, "usable", lambda x: False)
+                    expected = direct_attention.attend(*sides, query, None, 0.3)
+                torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    assert 0 < len(made) < steps / 5
+
+
 def test_what_kernels_made_of_a_basis_is_never_pickled():
     """Another machine's kernels may read it in another way."""
     transform = JointTransform(torch.eye(8)[None], torch.eye(8)[None], torch.zeros(1, 8), Rotary(torch.ones(2)), 64)

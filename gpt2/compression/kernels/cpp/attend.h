@@ -139,6 +139,8 @@ std::vector<Part> with_tail(const std::vector<Part>& parts, const Tensor& tail, 
   if (const int64_t length = tail.size(2))
     all.push_back({exact_codec(tail, first_head), heads, tokens - length, length, 0, false, true});
   all.insert(all.end(), parts.begin(), parts.end());
+  // The last of them may have grown in its place since they were made
+  if (!parts.empty()) all.back().length = tokens - tail.size(2) - all.back().start;
   return all;
 }
 
