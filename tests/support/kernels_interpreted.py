@@ -237,6 +237,24 @@ def test_one_basis_for_two_heads_and_a_mask_of_each_query_head(monkeypatch):
     compare(monkeypatch, *make(*own, 32, per_head=3, queries=2), bias)
 
 
+@pytest.mark.parametrize("names", sampled([("int4_channel", "int8"), ("int8", "int4_channel"), ("none", "int4")], 1))
+def test_steps_after_steps(names, monkeypatch):
+    """Tokens that are coded one by one, where the other side's wait for a block; cut off, and rows change places."""
+    k, v, query = make(*(compressor(name, 16) for name in names), 16, n=130, batch=2)
+    x = tokens(66, 16, 2, seed=5)
+    parts = x[:, :, :32], x[:, :, 32:33], None, x[:, :, 33:65], x[:, :, 65:]
+    for part in parts:
+        for side in (k, v):
+            if part is None:
+                side.crop(3)
+                side.map_(lambda held: held[[1, 0]])
+                continue
+            with monkeypatch.context() as patch:
+                patch.setattr(dispatch, "interpreted", lambda: False)  # as `store` has it
+                side.append(part)
+        compare(monkeypatch, k, v, query)
+
+
 def test_after_crop_and_batch_selection(monkeypatch):
     own = compressor("int4_channel", 16), compressor("int4_channel", 16)
     k, v, query = make(*own, 16, n=140, batch=3)

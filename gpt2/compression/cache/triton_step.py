@@ -58,21 +58,21 @@ class Step(NamedTuple):
 def step_of(k: TokenStore | Half, v: TokenStore | Half) -> Step | None:
     """What decode steps over K's and V's store share; None where no kernel reads both.
 
-    Kept with K's blocks as long as V's are the same as well: sinks and lead change only where blocks do.
+    Kept with K's blocks as long as V's lie where they did, and both have the same tokens in common: sinks and lead
+    change only where blocks do.
     """
-    first_fields = [next(iter(store.whole.blocks.values()), None) for store in (k, v)]
-    if None in first_fields:
+    k_first, v_first = (next(iter(store.whole.blocks.values()), None) for store in (k, v))
+    if k_first is None or v_first is None:
         return None
-    kept, views = first_fields[0].kept, first_fields[1].views()
-    known, step = kept.get("triton", (None, None))
-    if known is not views:
-        step = _made(k, v)
-        kept["triton"] = views, step
+    now = v_first.placed, _shared_range(k, v)
+    (placed, shared), step = k_first.kept.get("triton", ((None, None), None))
+    if placed is not now[0] or shared != now[1]:
+        step = _made(k, v, *now[1])
+        k_first.kept["triton"] = now, step
     return step
 
 
-def _made(k: TokenStore | Half, v: TokenStore | Half) -> Step | None:
-    first, end = _shared_range(k, v)
+def _made(k: TokenStore | Half, v: TokenStore | Half, first: int, end: int) -> Step | None:
     heads, d = k.sinks.shape[1], k.sinks.shape[3]
     if end <= first or v.sinks.shape[3] != d or k.memory_format is None or v.memory_format is None:
         return None
