@@ -180,9 +180,11 @@ class TokenStore:
         for name, field in dispatch.quantize(quantizer, z).items():
             if name not in self.blocks:
                 self.blocks[name] = self.growing()
-            before = self.blocks[name].chunks[:1]
+            narrower = self.blocks[name].chunks[:1]
             self.blocks[name].append(field)
-            if before and before[0].dtype != self.blocks[name].chunks[0].dtype:  # wider: what was made of all is void
+            if (
+                narrower and narrower[0].dtype != self.blocks[name].chunks[0].dtype
+            ):  # wider: what was made of all is void
                 for stored in self.blocks.values():
                     stored.map_(lambda t: t)
         if block == 1 and waits(z) and not quantizer.lossless and self.compressed_blocks // DROPPED > before // DROPPED:

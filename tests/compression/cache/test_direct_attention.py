@@ -13,7 +13,7 @@ from sampling import covering
 from stores import filled
 
 from gpt2.common.errors import PluginError
-from gpt2.compression.cache import direct_attention
+from gpt2.compression.cache import attention_math, direct_attention, token_store
 from gpt2.compression.cache.token_store import Half
 from gpt2.compression.codecs import QUANTIZERS, Compressor, JointTransform, Transform
 from gpt2.compression.codecs.multi_head import UnrotatedTransform
@@ -245,6 +245,28 @@ def test_steps_share_what_lies_where_it_did(names, monkeypatch):
                     expected = direct_attention.attend(*sides, query, None, 0.3)
                 torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
     assert 0 < len(made) < steps / 5
+
+
+@pytest.mark.parametrize("names", [("int8", "int8"), ("int8_channel", "int8"), ("int8", "int4_channel")])
+def test_a_token_beyond_float16_is_read_by_the_steps_after_it(names):
+    """It widens scales alone, and codes stay where they lie."""
+    draw = drawing(0)
+    k, v = (filled(Compressor(QUANTIZERS[name]), (4, 0), [draw(1, 2, 200, 16)]) for name in names)
+    for n in range(6):
+        for store in (k, v):
+            store.append(draw(1, 2, 1, 16) * (1e6 if n == 2 else 1))
+        query = draw(1, 4, 1, 16) / 1e6
+        found = direct_attention.attend(k, v, query, None, 1.0)
+        expected = attention_math.attend_reconstructed(k.read(), v.read(), query, None, 1.0)
+        assert (found - expected).norm() <= 1e-2 * expected.norm()
+
+
+def test_tokens_are_stored_where_their_size_is_not_looked_at(monkeypatch):
+    """As on a GPU, of few tokens: it would wait for them."""
+    monkeypatch.setattr(token_store, "waits", lambda z: True)
+    x = drawing(0)(1, 2, 130, 16)
+    store = filled(Compressor(QUANTIZERS["int8"]), (4, 0), list(x.split(1, dim=2)))
+    assert len(store) == 130 and (store.read() - x).abs().max() < 0.1
 
 
 def test_what_kernels_made_of_a_basis_is_never_pickled():
