@@ -255,6 +255,19 @@ def test_steps_after_steps(names, monkeypatch):
         compare(monkeypatch, k, v, query)
 
 
+def test_a_token_that_widens_scales_alone_is_left_to_pytorch(monkeypatch):
+    """Codes grow in the room that there is, of V; K's wait for a block."""
+    k, v, query = make(compressor("int4_channel", 16), compressor("int8", 16), 16, n=200)
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "interpreted", lambda: False)
+        for side in (k, v):
+            side.append(tokens(1, 16))
+    assert triton_attention.attend(k, v, query, None, 0.3) is not None
+    for side in (k, v):
+        side.append(1e6 * tokens(1, 16))
+    assert triton_attention.attend(k, v, query, None, 0.3) is None
+
+
 def test_after_crop_and_batch_selection(monkeypatch):
     own = compressor("int4_channel", 16), compressor("int4_channel", 16)
     k, v, query = make(*own, 16, n=140, batch=3)

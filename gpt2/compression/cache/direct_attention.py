@@ -9,6 +9,7 @@ The first block may begin with `lead` padding slots, at the positions of the las
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from gpt2.compression.cache import attention_math
 from gpt2.compression.cache.attention_math import probabilities
-from gpt2.compression.cache.token_store import Half, TokenStore
+from gpt2.compression.cache.token_store import Half, TokenStore, placed
 from gpt2.compression.codecs.base import Encoded
 from gpt2.compression.kernels import cpu, dispatch
 
@@ -120,26 +121,23 @@ class _Step(NamedTuple):
     """What decode steps share until blocks of K or V lie elsewhere, or K has another frame.
 
     layer: of `cpu.layer`. absorbs: whether K's blocks are read with queries that PyTorch absorbs. The rest is what it
-    was made of; v_placed: of `GrowingTensor`, None where V is in K's blocks or has none.
+    was made of; placed: of `token_store`.
     """
 
     layer: Callable
     absorbs: bool
     k_sinks: Tensor
     v_sinks: Tensor
-    v_placed: dict | None
+    placed: tuple[dict, ...]
     k_blocks: int
 
     def holds(self, k: TokenStore | Half, v: TokenStore | Half) -> bool:
-        """Whether this was made of what the stores hold, provided that K's blocks lie where they did."""
-        same = self.k_sinks is k.whole.sinks and self.v_sinks is v.whole.sinks and self.v_placed is _placed(k, v)
+        """Whether this was made of what the stores hold, provided that K's first tensor lies where it did."""
+        if self.k_sinks is not k.whole.sinks or self.v_sinks is not v.whole.sinks:
+            return False
+        now = placed(k, v)
+        same = len(now) == len(self.placed) and all(map(operator.is_, now, self.placed))
         return same and (k.compressor.frame is None or self.k_blocks == k.compressed_blocks)
-
-
-def _placed(k: TokenStore | Half, v: TokenStore | Half) -> dict | None:
-    """Of V's first tensor, unless it is K's: kept in K's, that would be a circle, which keeps its memory."""
-    first = None if v.whole is k.whole else next(iter(v.whole.blocks.values()), None)
-    return None if first is None else first.placed
 
 
 def _step(k: TokenStore | Half, v: TokenStore | Half, head_dim: int) -> _Step | None:
@@ -159,7 +157,7 @@ def _step(k: TokenStore | Half, v: TokenStore | Half, head_dim: int) -> _Step | 
     values = _values(v, integers) if v_blocks else None
     parts = [_sinks(k) + k_blocks, _sinks(v) + v_blocks]
     layer = cpu.layer(k.sinks.shape[1], *parts, values=values, frames=frames, integers=integers)
-    step = _Step(layer, absorbs, k.whole.sinks, v.whole.sinks, _placed(k, v), k.compressed_blocks)
+    step = _Step(layer, absorbs, k.whole.sinks, v.whole.sinks, placed(k, v), k.compressed_blocks)
     if first is not None:
         first.placed["step"] = step
     return step

@@ -180,13 +180,7 @@ class TokenStore:
         for name, field in dispatch.quantize(quantizer, z).items():
             if name not in self.blocks:
                 self.blocks[name] = self.growing()
-            narrower = self.blocks[name].chunks[:1]
             self.blocks[name].append(field)
-            if (
-                narrower and narrower[0].dtype != self.blocks[name].chunks[0].dtype
-            ):  # wider: what was made of all is void
-                for stored in self.blocks.values():
-                    stored.map_(lambda t: t)
         if block == 1 and waits(z) and not quantizer.lossless and self.compressed_blocks // DROPPED > before // DROPPED:
             latest = {name: stored.last(DROPPED) for name, stored in self.blocks.items()}  # not a copy of all chunks
             self._warn_beyond(HALF_MAX, quantizer.dequantize(latest, z.shape[3]))  # cut off, they read as this
@@ -407,6 +401,15 @@ class Half:
         if kept is None or kept[0] is not x:
             kept = self._parts[name] = (x, x[:, self.heads])
         return kept[1]
+
+
+def placed(k: TokenStore | Half, v: TokenStore | Half) -> tuple[dict, ...]:
+    """`placed` of all that holds K's and V's blocks, but of K's first tensor: there, or in its `kept`, readers keep it.
+
+    Of all, because a token may widen scales alone; not of the first, which would keep itself and its memory alive.
+    """
+    stores = (k.whole,) if v.whole is k.whole else (k.whole, v.whole)
+    return tuple([stored.placed for store in stores for stored in store.blocks.values()][bool(k.whole.blocks) :])
 
 
 def joined(parts: list[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 At most three kernels: `absorb_frames` where frames of tokens have queries of their own, `attend_tiles` for tokens that
 both stores have compressed, and `merge_splits`, which adds exact sinks and tail, a few dozen tokens. Every operation
-beside them would take the host's time in each layer, which decides how fast a step is at short contexts.
+beside them would take the host's time, in each layer and step.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from gpt2.compression.cache.token_store import Half, TokenStore
+from gpt2.compression.cache.token_store import Half, TokenStore, placed
 from gpt2.compression.codecs import Compressor
 from gpt2.compression.codecs.base import Encoded
 from gpt2.compression.kernels.triton_tiles import DECODERS, MOST_CHANNELS, TILE, Decoder
@@ -61,14 +62,14 @@ def step_of(k: TokenStore | Half, v: TokenStore | Half) -> Step | None:
     Kept with K's blocks as long as V's lie where they did, and both have the same tokens in common: sinks and lead
     change only where blocks do.
     """
-    k_first, v_first = (next(iter(store.whole.blocks.values()), None) for store in (k, v))
-    if k_first is None or v_first is None:
+    if not (k.whole.blocks and v.whole.blocks):
         return None
-    now = v_first.placed, _shared_range(k, v)
-    (placed, shared), step = k_first.kept.get("triton", ((None, None), None))
-    if placed is not now[0] or shared != now[1]:
-        step = _made(k, v, *now[1])
-        k_first.kept["triton"] = now, step
+    kept = next(iter(k.whole.blocks.values())).kept
+    now, shared = placed(k, v), _shared_range(k, v)
+    before, held, step = kept.get("triton", ((), None, None))
+    if shared != held or not all(map(operator.is_, now, before)):
+        step = _made(k, v, *shared)
+        kept["triton"] = now, shared, step
     return step
 
 

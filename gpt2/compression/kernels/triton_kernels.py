@@ -6,8 +6,7 @@ can take from registers, and few queries suffice to fill a tile of 16. For each 
 are read, once for all queries: with 128 channels K and V take 136 bytes at int4, 140 at int4_channel, 512 at 16 bits.
 Each split writes 4 · M · (r + 2) bytes.
 
-All that a decode step does besides, for each of many layers, takes the host's time, which at short contexts is longer
-than the device's. So scaling is done here, and no kernel needs an operation of PyTorch before or after it.
+Every operation of PyTorch beside a kernel takes the host's time, in each layer and step. So scaling is done here.
 """
 
 from __future__ import annotations

@@ -321,7 +321,7 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("codec", ["int8_channel", "int4 in parts", "framed"])
 @pytest.mark.parametrize("mask", [False, True])
 def test_a_decode_step_is_its_kernels_alone(codec, mask, launched):
-    """At short contexts a step takes the time in which the host launches what it consists of."""
+    """Every other operation would take the host's time in each layer."""
     from gpt2.compression.cache import triton_attention
 
     x = torch.randn(2, 4, 300, 32).bfloat16()
