@@ -109,9 +109,13 @@ def of_this_machine(stem: str, device: torch.device) -> str:
 def write(paths: tuple[Path, Path], record: dict, draw: Callable[[], Figure], show: Sequence[str] = ()) -> None:
     """Write a record and its picture to the paths from `output_files`, then print its tables and where the files are.
 
+    The record's `wall_s` becomes the time until now, unless a resumed script left it unknown.
+
     show: for each table its name and the words that `tables.show` takes, such as `scaling bytes`.
     """
     output, picture = paths
+    if record.get("wall_s") is not None:  # many scripts make the record first, and fill its rows while they measure
+        record["wall_s"] = provenance.taken()
     files.write_run(output, record, picture, draw)
     for words in show:
         kind, *chosen = words.split()

@@ -20,7 +20,6 @@ Writes results/runs/explore_codecs_MODEL.json and results/plots/explore_codecs_M
 import argparse
 
 from gpt2 import cli
-from gpt2.common import provenance
 from gpt2.experiments.codec_variations import QUESTIONS, gather, measure
 from gpt2.report import plots, tables
 
@@ -64,7 +63,6 @@ def main() -> None:
         rows += [{"question": question, **row} for row in found]
         tables.show("explore_codecs", record, question, note=question == args.rows[-1])
     title = f"{loaded.spec}, {segments.numel():,} tokens of {eval_text.name}, calibrated on {text.name}"
-    record["wall_s"] = provenance.taken()
     cli.write(paths, record, lambda: plots.codec_variations(rows, title))
 
 

@@ -43,9 +43,7 @@ def main() -> None:
     choices = cli.chosen_caches(args, loaded)
     most = args.most or (1024 if loaded.device.type == "cuda" else 4)
     rows = []
-    caches = [choice.record() for choice in choices]
     own = machine.before_timing(args.device)
-    record = script.record(machine=own, rows=rows, weights=script.weights, dtype=script.dtype, caches=caches)
     caches = {BASELINE: baseline_factory(loaded)} | {choice.label: choice.make for choice in choices}
     for name, make in cli.bar("largest batches", "cache")(caches.items()):
         rows.append(
@@ -53,6 +51,8 @@ def main() -> None:
                 loaded, name, make, args.context_length, decode_tokens=args.decode_tokens, most=most, seed=args.seed
             )
         )
+    about = [choice.record() for choice in choices]
+    record = script.record(machine=own, rows=rows, weights=script.weights, dtype=script.dtype, caches=about)
     files.write_json(output, record)
     tables.show("largest_batch", record)
     print(f"\nwrote {files.shown(output)}")

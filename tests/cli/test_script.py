@@ -1,11 +1,14 @@
 """What flags name: the caches that a script compares."""
 
 import argparse
+import json
 
 import pytest
+from matplotlib.figure import Figure
 from tiny import word_text
 
 from gpt2 import cli
+from gpt2.common import provenance
 from gpt2.common.errors import PluginError
 from gpt2.text.sources import by_position
 
@@ -55,3 +58,13 @@ def test_text_to_measure_on_has_nothing_of_the_calibration(tmp_path):
         cli.open_script(p.parse_args([*text, str(folder)]))
     with pytest.raises(PluginError, match="no such model"):  # the texts are read before the model
         cli.open_script(p.parse_args([*text, str(folder / "other.txt")]))
+
+
+def test_the_time_that_a_script_took_is_that_until_it_writes(tmp_path, monkeypatch):
+    paths = tmp_path / "run.json", tmp_path / "run.png"
+    record, resumed = provenance.provenance(), provenance.provenance(wall_s=provenance.taken(resumed=True))
+    monkeypatch.setattr(provenance, "STARTED", provenance.STARTED - 600)  # ten minutes later
+    for made, known in ((record, True), (resumed, False)):
+        cli.write(paths, made, Figure)
+        wall_s = json.loads(paths[0].read_text())["wall_s"]
+        assert wall_s >= 600 if known else wall_s is None
